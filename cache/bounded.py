@@ -1,0 +1,149 @@
+"""An LRU cache in memory with a byte limit, statistics and a lock (cachetools does the ordering)."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from cachetools import LRUCache
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class CacheStatistics:
+    """What a cache holds and how often it helped, since the start or the last clear."""
+
+    name: str
+    entries: int
+    nbytes: int
+    limit: int
+    hits: int
+    misses: int
+    evictions: int
+
+    @property
+    def hit_rate(self) -> float:
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.entries} entries, {self.nbytes / 2**20:.1f} of {self.limit / 2**20:.0f} MiB, "
+            f"{self.hits} hits, {self.misses} misses ({self.hit_rate:.0%}), {self.evictions} evicted"
+        )
+
+
+def size_of(value: Any) -> int:
+    """Bytes held by the tensors, arrays, strings and containers in `value`; shared tensors are counted once."""
+    return _size_of(value, set())
+
+
+def _size_of(value: Any, seen: set[int]) -> int:
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        # A view keeps its whole storage alive, so that is what it costs.
+        if storage.data_ptr() in seen:
+            return 0
+        if storage.data_ptr():
+            seen.add(storage.data_ptr())
+        return storage.nbytes()
+    if isinstance(value, Mapping):
+        return sum(_size_of(k, seen) + _size_of(v, seen) for k, v in value.items())
+    if isinstance(value, list | tuple | set | frozenset):
+        return sum(_size_of(v, seen) for v in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return sum(_size_of(getattr(value, f.name), seen) for f in fields(value))
+    if hasattr(value, "nbytes"):
+        return int(value.nbytes)
+    return sys.getsizeof(value)
+
+
+class BoundedCache(Generic[Value]):
+    """Values by content key, the least recently used dropped first, never more than `limit` bytes in all.
+
+    A value larger than the limit is not kept. Safe to use from several threads; `get_or_compute` holds no lock while
+    it computes, so two threads that miss the same key both compute it and the first one stored wins.
+    """
+
+    def __init__(self, name: str, limit: int, size: Callable[[Any], int] = size_of) -> None:
+        self.name = name
+        self._size = size
+        self._store: LRUCache[str, tuple[Value, int]] = LRUCache(limit, getsizeof=lambda entry: entry[1])
+        self._lock = threading.RLock()
+        self._hits = self._misses = self._evictions = 0
+
+    @property
+    def limit(self) -> int:
+        return int(self._store.maxsize)
+
+    def get(self, key: str) -> Value | None:
+        """The value, now the most recently used; None when it is not there."""
+        with self._lock:
+            entry = self._store.get(key)
+            if entry is None:
+                self._misses += 1
+                return None
+            self._hits += 1
+            return entry[0]
+
+    def put(self, key: str, value: Value) -> Value:
+        """Keep `value` unless it alone is over the limit; returns what the cache now holds for `key`."""
+        nbytes = max(1, self._size(value))
+        with self._lock:
+            if key in self._store:
+                return self._store[key][0]
+            if nbytes > self.limit:
+                return value
+            before = len(self._store)
+            self._store[key] = (value, nbytes)
+            self._evictions += before + 1 - len(self._store)
+            return value
+
+    def get_or_compute(self, key: str, compute: Callable[[], Value]) -> Value:
+        found = self.get(key)
+        return found if found is not None else self.put(key, compute())
+
+    def __contains__(self, key: str) -> bool:
+        with self._lock:
+            return key in self._store
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._store)
+
+    def drop(self, key: str) -> None:
+        with self._lock:
+            self._store.pop(key, None)
+
+    def resize(self, limit: int) -> None:
+        """Change the byte limit; what no longer fits goes, oldest use first."""
+        with self._lock:
+            kept = [(key, self._store[key]) for key in list(self._store)]
+            order = LRUCache[str, tuple[Value, int]](limit, getsizeof=lambda entry: entry[1])
+            for key, entry in kept:
+                if entry[1] <= limit:
+                    order[key] = entry
+            self._evictions += len(kept) - len(order)
+            self._store = order
+
+    def clear(self) -> None:
+        with self._lock:
+            self._store.clear()
+            self._hits = self._misses = self._evictions = 0
+
+    def statistics(self) -> CacheStatistics:
+        with self._lock:
+            return CacheStatistics(
+                self.name,
+                len(self._store),
+                int(self._store.currsize),
+                self.limit,
+                self._hits,
+                self._misses,
+                self._evictions,
+            )

@@ -1,0 +1,1 @@
+"""Films in colour: colour space, video sessions and the two networks."""

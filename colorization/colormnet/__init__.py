@@ -1,0 +1,1 @@
+"""ColorMNet (ECCV 2024): its networks and their memory."""

@@ -1,0 +1,1 @@
+"""Deep Exemplar-based Video Colorization (CVPR 2019): its networks."""

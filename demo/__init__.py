@@ -1,0 +1,1 @@
+"""The demo: its inputs, its small models and the scripts that made them."""

@@ -1,0 +1,176 @@
+"""The host inside ComfyUI: folder_paths, model_management, ProgressBar and PromptServer.
+
+ComfyUI is imported inside the methods only, so that this module can be imported, and type-checked, without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import model_paths
+
+PREVIEW_SIZE = 512  # longest side, in pixels, of the pictures a progress bar shows
+
+
+class ComfyUIManaged:
+    """A network of ours in a ModelPatcher, so that ComfyUI can evict it and make room for it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        import comfy.model_management as management
+        import comfy.model_patcher
+
+        self.module = module
+        self.device: torch.device = management.get_torch_device()
+        offload = management.unet_offload_device()
+        module.to(offload)
+        # ComfyUI keeps the present device on the module itself and reads it as `model.device`.
+        self.patcher = comfy.model_patcher.CoreModelPatcher(module, load_device=self.device, offload_device=offload)
+
+    @contextmanager
+    def resident(self, extra_bytes: int = 0, keep: bool = True) -> Iterator[nn.Module]:
+        import comfy.model_management as management
+
+        management.load_models_gpu([self.patcher], memory_required=extra_bytes)
+        try:
+            yield self.module
+        finally:
+            if not keep:
+                self.release()
+
+    def release(self) -> None:
+        import comfy.model_management as management
+
+        management.unload_model_and_clones(self.patcher, unload_additional_models=False)
+
+
+class ComfyUIProgress:
+    """ComfyUI's bar on the node that runs. Its hook raises when the user interrupts."""
+
+    def __init__(self, total: int) -> None:
+        import comfy.utils
+
+        self._bar = comfy.utils.ProgressBar(total)
+        self._done = 0
+
+    def update(self, steps: int = 1, preview: Any = None) -> None:
+        import comfy.model_management as management
+
+        management.throw_exception_if_processing_interrupted()
+        self._done += steps
+        shown = ("JPEG", preview, PREVIEW_SIZE) if preview is not None else None
+        self._bar.update_absolute(self._done, preview=shown)
+
+    def close(self) -> None:
+        """ComfyUI ends the bar with the node."""
+
+
+class ComfyUIHost:
+    """Answers from the ComfyUI that runs in this process."""
+
+    def __init__(self) -> None:
+        import comfyui_version
+
+        self.name = f"ComfyUI {comfyui_version.__version__}"
+
+    def model_folders(self, kind: str) -> list[Path]:
+        import folder_paths
+
+        default = Path(folder_paths.models_dir) / kind
+        known: list[str] = []
+        if kind in folder_paths.folder_names_and_paths:
+            # What extra_model_paths.yaml marks as default comes first there; keep ComfyUI's order.
+            known = folder_paths.get_folder_paths(kind)
+        return list(dict.fromkeys([*map(Path, known), default]))
+
+    def model_files(self, kind: str, suffixes: Sequence[str] = ()) -> list[str]:
+        import folder_paths
+
+        return model_paths.list_files(
+            self.model_folders(kind), suffixes or sorted(folder_paths.supported_pt_extensions)
+        )
+
+    def model_path(self, kind: str, name: str) -> Path:
+        return model_paths.find_file(kind, self.model_folders(kind), name)
+
+    def input_folder(self) -> Path:
+        import folder_paths
+
+        return Path(folder_paths.get_input_directory())
+
+    def output_folder(self) -> Path:
+        import folder_paths
+
+        return Path(folder_paths.get_output_directory())
+
+    def temp_folder(self) -> Path:
+        import folder_paths
+
+        return Path(folder_paths.get_temp_directory())
+
+    def cache_folder(self) -> Path:
+        import folder_paths
+
+        # A "__" user folder is ComfyUI's place for what belongs to the system and not to one user.
+        return Path(folder_paths.get_user_directory()) / "__hotpath"
+
+    def device(self) -> torch.device:
+        import comfy.model_management as management
+
+        return management.get_torch_device()
+
+    def offload_device(self) -> torch.device:
+        import comfy.model_management as management
+
+        return management.unet_offload_device()
+
+    def compute_dtype(
+        self,
+        parameters: int = 0,
+        supported: Sequence[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+    ) -> torch.dtype:
+        import comfy.model_management as management
+
+        device = management.get_torch_device()
+        if torch.float16 in supported and management.should_use_fp16(device, model_params=parameters):
+            return torch.float16
+        if torch.bfloat16 in supported and management.should_use_bf16(device, model_params=parameters):
+            return torch.bfloat16
+        return torch.float32
+
+    def free_memory(self, device: torch.device) -> int:
+        import comfy.model_management as management
+
+        return int(management.get_free_memory(device))
+
+    def make_room(self, nbytes: int, device: torch.device) -> None:
+        import comfy.model_management as management
+
+        management.free_memory(nbytes, device)
+
+    def manage(self, module: nn.Module) -> ComfyUIManaged:
+        return ComfyUIManaged(module)
+
+    def progress(self, total: int, label: str = "") -> ComfyUIProgress:
+        return ComfyUIProgress(total)
+
+    def check_interrupt(self) -> None:
+        import comfy.model_management as management
+
+        management.throw_exception_if_processing_interrupted()
+
+    def show_text(self, text: str, node_id: str | None = None) -> None:
+        from comfy_execution.utils import get_executing_context
+        from server import PromptServer
+
+        if node_id is None:
+            context = get_executing_context()
+            node_id = context.node_id if context is not None else None
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and node_id is not None:
+            server.send_progress_text(text, node_id, server.client_id)

@@ -1,0 +1,181 @@
+"""The stand-in when there is no ComfyUI: platform folders, torch's devices, a tqdm bar, Ctrl-C."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import model_paths
+from .interface import Interrupted
+
+MODEL_SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pkl")
+
+
+class HeadlessManaged:
+    """A network that is moved to its device when used and, unless kept, back afterwards."""
+
+    def __init__(self, module: nn.Module, device: torch.device, offload: torch.device) -> None:
+        self.module = module.to(offload)
+        self.device = device
+        self._offload = offload
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def resident(self, extra_bytes: int = 0, keep: bool = True) -> Iterator[nn.Module]:
+        with self._lock:
+            self.module.to(self.device)
+            try:
+                yield self.module
+            finally:
+                if not keep:
+                    self.release()
+
+    def release(self) -> None:
+        self.module.to(self._offload)
+
+
+class TqdmProgress:
+    """A bar on the terminal; silent when standard error is not one."""
+
+    def __init__(self, host: HeadlessHost, total: int, label: str) -> None:
+        from tqdm import tqdm
+
+        self._host = host
+        self._bar = tqdm(total=total, desc=label or None, leave=False, disable=None if host.show_progress else True)
+
+    def update(self, steps: int = 1, preview: Any = None) -> None:
+        self._bar.update(steps)
+        if preview is not None and self._host.on_preview is not None:
+            self._host.on_preview(preview)
+        self._host.check_interrupt()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class HeadlessHost:
+    """Paths, devices and progress for a plain Python process.
+
+    models: the folder that holds `instantid/`, `insightface/` and the others; default HOTPATH_MODELS, else a
+    `models` folder in the platform's data folder. `extra_models` are searched after it.
+    """
+
+    name = "headless"
+
+    def __init__(
+        self,
+        models: Path | None = None,
+        input_folder: Path | None = None,
+        output_folder: Path | None = None,
+        device: str | torch.device | None = None,
+        extra_models: Sequence[Path] = (),
+        show_progress: bool = True,
+    ) -> None:
+        import platformdirs
+
+        data = Path(platformdirs.user_data_dir("hotpath", appauthor=False))
+        configured = os.environ.get("HOTPATH_MODELS")
+        self._models = [models or (Path(configured) if configured else data / "models"), *extra_models]
+        self._input = input_folder or Path.cwd()
+        self._output = output_folder or Path.cwd() / "output"
+        self._cache = Path(platformdirs.user_cache_dir("hotpath", appauthor=False))
+        self._device = torch.device(device) if device is not None else best_device()
+        self._stop = threading.Event()
+        self.show_progress = show_progress
+        self.on_preview: Any = None
+        self.texts: list[tuple[str | None, str]] = []
+        self.node_id: str | None = None
+
+    def model_folders(self, kind: str) -> list[Path]:
+        return [root / kind for root in self._models]
+
+    def model_files(self, kind: str, suffixes: Sequence[str] = ()) -> list[str]:
+        return model_paths.list_files(self.model_folders(kind), suffixes or MODEL_SUFFIXES)
+
+    def model_path(self, kind: str, name: str) -> Path:
+        return model_paths.find_file(kind, self.model_folders(kind), name)
+
+    def input_folder(self) -> Path:
+        return self._input
+
+    def output_folder(self) -> Path:
+        return self._output
+
+    def temp_folder(self) -> Path:
+        return self._cache / "temp"
+
+    def cache_folder(self) -> Path:
+        return self._cache
+
+    def device(self) -> torch.device:
+        return self._device
+
+    def offload_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def compute_dtype(
+        self,
+        parameters: int = 0,
+        supported: Sequence[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+    ) -> torch.dtype:
+        if self._device.type in ("cuda", "xpu", "mps"):
+            for dtype in (torch.float16, torch.bfloat16):
+                if dtype in supported:
+                    return dtype
+        return torch.float32
+
+    def free_memory(self, device: torch.device) -> int:
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        try:
+            import psutil  # type: ignore[import-untyped,unused-ignore]
+
+            return int(psutil.virtual_memory().available)
+        except ImportError:
+            if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+                return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            return 4 << 30
+
+    def make_room(self, nbytes: int, device: torch.device) -> None:
+        if self.free_memory(device) < nbytes:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def manage(self, module: nn.Module) -> HeadlessManaged:
+        return HeadlessManaged(module, self._device, self.offload_device())
+
+    def progress(self, total: int, label: str = "") -> TqdmProgress:
+        return TqdmProgress(self, total, label)
+
+    def stop(self) -> None:
+        """Ask whatever runs to stop at its next check; what a Ctrl-C handler calls."""
+        self._stop.set()
+
+    def check_interrupt(self) -> None:
+        if self._stop.is_set():
+            self._stop.clear()
+            raise Interrupted("Stopped on request.")
+
+    def show_text(self, text: str, node_id: str | None = None) -> None:
+        self.texts.append((node_id if node_id is not None else self.node_id, text))
+
+
+def best_device() -> torch.device:
+    """The accelerator torch can use, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return torch.device("xpu")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

@@ -1,0 +1,1 @@
+"""What is attached to a ComfyUI MODEL or conditioning. Clone, patch, return: nothing upstream is ever mutated."""

@@ -1,0 +1,76 @@
+"""Lets tests say `import hotpath` in a bare checkout, whatever its folder is called, and finds a real ComfyUI."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "hotpath"
+
+
+def find_comfyui() -> Path | None:
+    """COMFYUI_PATH, else the folders above the checkout (custom_nodes/ lies in one), else ~/ComfyUI."""
+    if configured := os.environ.get("COMFYUI_PATH"):
+        return Path(configured) if (Path(configured) / "comfy_api").is_dir() else None
+    # Also by the path pytest was given: custom_nodes/<pack> is often a symlink.
+    places = [*ROOT.parents, *Path(__file__).absolute().parents, Path.home() / "ComfyUI"]
+    return next((p for p in places if (p / "comfy_api").is_dir()), None)
+
+
+COMFYUI = find_comfyui()
+
+# `python -m pytest` puts the checkout first on the path, where its `nodes` would hide ComfyUI's.
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+
+if COMFYUI is not None:
+    sys.path.insert(0, str(COMFYUI))
+    # ComfyUI parses its options at import; pytest's are not for it.
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    # ComfyUI warns about the tokenizers and kernels a test never uses.
+    args.disable_dynamic_vram = True
+
+if NAME not in sys.modules:
+    spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert spec is not None and spec.loader is not None
+    sys.modules[NAME] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[NAME])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if COMFYUI is None:
+        skip = pytest.mark.skip(reason="no ComfyUI checkout: set COMFYUI_PATH, or put one at ~/ComfyUI")
+        for item in items:
+            if item.get_closest_marker("comfy"):
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def comfyui_path() -> Path:
+    assert COMFYUI is not None
+    return COMFYUI
+
+
+@pytest.fixture
+def headless_host(tmp_path: Path):
+    """A headless host over empty folders, current for the test."""
+    from hotpath import host
+    from hotpath.host.headless import HeadlessHost
+
+    mine = HeadlessHost(
+        models=tmp_path / "models",
+        input_folder=tmp_path / "input",
+        output_folder=tmp_path / "output",
+        device="cpu",
+        show_progress=False,
+    )
+    before = host.use(mine)
+    yield mine
+    host.use(before)

@@ -1,0 +1,1 @@
+"""Qwen-VL: loading, token budgets, image embeddings, generation, captioning."""
