@@ -1,0 +1,229 @@
+"""The whole way from pictures to faces, on one device, for any number of pictures of any sizes.
+
+Per group of pictures: bytes to the device, letterbox, one detector batch, one copy of the candidates to the host (the
+only wait), overlap and choice there, then one recogniser batch over the chosen faces and one copy of their embeddings.
+Pictures without a face go through again at the next smaller detector size, together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import host
+from ..cache import content_key, named_cache
+from .alignment import invert, similarity, template, warp
+from .detection import Detector, merge_overlapping
+from .faces import DetectionOptions, FaceChoice, FaceError, Faces
+from .model_folder import ModelFolder
+from .pictures import PictureGroup, group_pictures, letterbox
+from .recognition import Recogniser
+from .runner import ACTIVATION_BYTES_PER_PIXEL
+
+PICTURES_AT_ONCE = 32
+RESULTS_LIMIT = 64 << 20  # bytes of remembered faces
+
+
+class PictureAnalyser:
+    """A detector, and a recogniser that is loaded when an embedding is first asked for."""
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        detector: Detector,
+        load_recogniser: Callable[[], Recogniser],
+        fingerprint: str,
+        why: str,
+        remember: bool = True,
+    ) -> None:
+        """`fingerprint` names files, engine and precision, for the cache; `why` says how the engine was chosen."""
+        self.folder = folder
+        self.detector = detector
+        self.why = why
+        self.remember = remember
+        self._fingerprint = fingerprint
+        self._load_recogniser = load_recogniser
+        self._recogniser: Recogniser | None = None
+        self._last = "nothing analysed yet"
+
+    @property
+    def device(self) -> torch.device:
+        return self.detector.runner.device
+
+    @property
+    def recogniser(self) -> Recogniser:
+        """Raises FaceError when the model folder has none."""
+        if self._recogniser is None:
+            if self.folder.recogniser is None:
+                raise self.folder.missing_recogniser()
+            self._recogniser = self._load_recogniser()
+        return self._recogniser
+
+    @property
+    def embedding_width(self) -> int:
+        file = self.folder.recogniser
+        if self._recogniser is None and file is not None and len(file.outputs[0][1]) == 2 and file.outputs[0][1][1]:
+            return int(file.outputs[0][1][1])
+        return self.recogniser.width
+
+    def analyse(
+        self,
+        images: Tensor | Sequence[Tensor],
+        *,
+        choose: FaceChoice | None = None,
+        embed: bool = True,
+        options: DetectionOptions = DetectionOptions(),  # noqa: B008 - frozen
+    ) -> list[Faces]:
+        """See `FaceAnalyser.analyse`. Remembered per picture by the MD5 of its pixels and of every setting."""
+        began = time.perf_counter()
+        embed = embed or (choose is not None and choose.needs_embeddings)
+        groups = group_pictures(images)
+        count = sum(len(group.positions) for group in groups)
+        found: list[Faces | None] = [None] * count
+        cache = named_cache("faces", RESULTS_LIMIT)
+        keys: dict[int, str] = {}
+        if self.remember:
+            keys = self._keys(groups, choose, embed, options)
+            found = [cache.get(keys[i]) for i in range(count)]
+        remembered = sum(faces is not None for faces in found)
+        with host.tracked(host.current(), count, "faces") as bar:
+            for group in groups:
+                open_rows = [row for row, position in enumerate(group.positions) if found[position] is None]
+                bar.update(len(group.positions) - len(open_rows))
+                step = self._pictures_at_once(options)
+                for start in range(0, len(open_rows), step):
+                    part = group.take(open_rows[start : start + step]).to(self.device)
+                    for position, faces in zip(
+                        part.positions, self._analyse_group(part, choose, embed, options), strict=True
+                    ):
+                        found[position] = faces
+                        if self.remember:
+                            cache.put(keys[position], faces)
+                    bar.update(len(part.positions))
+        result = [faces for faces in found if faces is not None]
+        self._note(result, remembered, options, time.perf_counter() - began)
+        return result
+
+    def _keys(
+        self, groups: list[PictureGroup], choose: FaceChoice | None, embed: bool, options: DetectionOptions
+    ) -> dict[int, str]:
+        choice = None if choose is None else (choose.kind, choose.position, choose.identity)
+        settings = content_key(self._fingerprint, choice, embed, options.threshold, options.overlap, options.sizes)
+        entries = [(p, picture) for group in groups for p, picture in zip(group.positions, group.pixels, strict=True)]
+        # hashlib lets go of the interpreter while it reads, so pictures are hashed side by side.
+        with ThreadPoolExecutor(max_workers=min(8, len(entries))) as pool:
+            digests = pool.map(lambda entry: content_key(settings, entry[1]), entries)
+            return {position: digest for (position, _), digest in zip(entries, digests, strict=True)}
+
+    def _pictures_at_once(self, options: DetectionOptions) -> int:
+        side = max(self._sizes(options), key=lambda s: s[0] * s[1])
+        each = side[0] * side[1] * ACTIVATION_BYTES_PER_PIXEL
+        free = host.current().free_memory(self.device)
+        return max(1, min(PICTURES_AT_ONCE, free // 2 // each))
+
+    def _sizes(self, options: DetectionOptions) -> list[tuple[int, int]]:
+        if self.detector.fixed_size is not None:
+            return [self.detector.fixed_size]
+        if not options.sizes or any(s < 32 or s % 32 for s in options.sizes):
+            raise FaceError(f"Detector sizes are multiples of 32 from 32 up, not {list(options.sizes)}.")
+        return [(s, s) for s in options.sizes]
+
+    def _analyse_group(
+        self, group: PictureGroup, choose: FaceChoice | None, embed: bool, options: DetectionOptions
+    ) -> list[Faces]:
+        faces = self._detect(group, options)
+        late = choose is not None and choose.needs_embeddings
+        if choose is not None and not late:
+            faces = [choose.apply(one) for one in faces]
+        if embed:
+            faces = self._embed(group, faces)
+        if choose is not None and late:
+            faces = [choose.apply(one) for one in faces]
+        return faces
+
+    def _detect(self, group: PictureGroup, options: DetectionOptions) -> list[Faces]:
+        sizes = self._sizes(options)
+        found = [Faces.none(group.size, max(sizes[-1]))] * len(group.positions)
+        still = list(range(len(group.positions)))
+        for size in sizes:
+            pixels = group.pixels if len(still) == len(found) else group.pixels[torch.tensor(still, device=self.device)]
+            canvas, place = letterbox(pixels, size)
+            missed = []
+            for row, candidates in zip(still, self.detector.find(canvas, options.threshold), strict=True):
+                if not len(candidates.scores):
+                    missed.append(row)
+                    continue
+                scale = np.float32(place.scale)
+                boxes = candidates.boxes / scale
+                kept = merge_overlapping(boxes, options.overlap)
+                found[row] = Faces(
+                    boxes=torch.from_numpy(boxes[kept]),
+                    keypoints=torch.from_numpy(candidates.points[kept] / scale),
+                    scores=torch.from_numpy(candidates.scores[kept]),
+                    embeddings=None,
+                    size=group.size,
+                    detector_size=max(size),
+                )
+            still = missed
+            if not still:
+                break
+        return found
+
+    def _embed(self, group: PictureGroup, faces: list[Faces]) -> list[Faces]:
+        counts = [len(one) for one in faces]
+        if not sum(counts):
+            vectors = torch.zeros(0, self.embedding_width)
+        else:
+            rows = torch.tensor([row for row, n in enumerate(counts) for _ in range(n)])
+            crops = self.aligned(group.pixels, rows, torch.cat([one.keypoints for one in faces]))
+            vectors = self.recogniser.embed(crops).cpu()
+        parts = vectors.split(counts)
+        return [
+            Faces(one.boxes, one.keypoints, one.scores, part.clone(), one.size, one.detector_size)
+            for one, part in zip(faces, parts, strict=True)
+        ]
+
+    def aligned(self, pixels: Tensor, rows: Tensor, keypoints: Tensor) -> Tensor:
+        """[F, S, S, 3] float RGB 0..255 crops for the recogniser, of `pixels` [n, H, W, 3] on the device.
+
+        rows: [F] which picture each face is in; keypoints: [F, 5, 2], both on the CPU.
+        """
+        size = self.recogniser.size
+        matrices = invert(similarity(keypoints.numpy(), template(size))).astype(np.float32)
+        inverse = torch.from_numpy(matrices).to(pixels.device, non_blocking=True)
+        return warp(pixels, rows.to(pixels.device, non_blocking=True), inverse, size, size).round_()
+
+    def _note(self, result: list[Faces], remembered: int, options: DetectionOptions, seconds: float) -> None:
+        sizes = self._sizes(options)
+        by_size: dict[int, int] = {}
+        for faces in result:
+            if len(faces) and faces.detector_size != max(sizes[0]):
+                by_size[faces.detector_size] = by_size.get(faces.detector_size, 0) + 1
+        retries = "".join(f", {n} only at {size}" for size, n in sorted(by_size.items(), reverse=True))
+        without = sum(not len(faces) for faces in result)
+        self._last = (
+            f"{len(result)} pictures at {max(sizes[0])}, {sum(map(len, result))} faces{retries}"
+            + (f", {without} pictures without a face" if without else "")
+            + (f", {remembered} remembered" if remembered else "")
+            + f", {seconds * 1000:.0f} ms"
+        )
+
+    def report(self) -> str:
+        """Engine, device, precision, the last call, and how the engine was chosen."""
+        runner = self.detector.runner
+        notes = "".join(f" {note}" for note in self.folder.notes)
+        recogniser = (
+            "" if self.folder.recogniser is not None else " No recogniser file: faces can be found, not identified."
+        )
+        return f"Faces by {runner.engine} ({runner.where}), {self.folder.name}: {self._last}. {self.why}{recogniser}{notes}"
+
+    def release(self) -> None:
+        """Give the device memory of both networks back."""
+        self.detector.runner.release()
+        if self._recogniser is not None:
+            self._recogniser.runner.release()

@@ -1,0 +1,175 @@
+"""SCRFD with key points (arXiv:2105.04714): from a batch of letterboxed pictures to boxes.
+
+Per stride 8, 16, 32 the network gives scores (already sigmoid), distances to the four sides and offsets to the five
+points, all in strides, two anchors per cell, both centred on the cell's upper left corner.
+
+The files in use were exported when rows ran (height, width, *batch*, anchor): in a batch the pictures are interleaved.
+Newer exports put the batch first. No header says which, so `Detector` finds out with two pictures of noise.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .faces import FaceError
+from .onnx_outline import Outline
+from .runner import Runner
+
+log = logging.getLogger("hotpath.face")
+
+CANDIDATES = 256  # fetched per picture; a picture with more over the threshold is fetched again, whole
+PROBE_SIDE = 96  # three cells at stride 32
+PROBE_TOLERANCE = 2e-3  # on outputs of about 1; a wrong layout is wrong by more than 0.1
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Of one picture, the best score first: what passed the threshold, before overlapping boxes are merged."""
+
+    boxes: NDArray[np.float32]  # [K, 4] in canvas pixels
+    points: NDArray[np.float32]  # [K, 5, 2]
+    scores: NDArray[np.float32]  # [K]
+
+
+class Detector:
+    """A detection network whose output layout is known."""
+
+    def __init__(self, runner: Runner, file: Outline) -> None:
+        """Runs the network three times on noise. Raises FaceError when its outputs are not those of an SCRFD."""
+        self.runner = runner
+        self.file = file
+        self.strides: tuple[int, ...] = (8, 16, 32) if len(file.outputs) == 9 else (8, 16, 32, 64, 128)
+        height, width = file.inputs[0][1][2:]
+        self.fixed_size = (height, width) if height is not None and width is not None else None
+        self.anchors = 0
+        self.layout = self._probe()
+        log.info("%s: %s, %d anchors per cell", file.path.name, self.layout, self.anchors)
+
+    def _probe(self) -> str:
+        """ "batch inside", "batch outside" or "one picture at a time"."""
+        side = max(PROBE_SIDE, self.strides[-1])
+        height, width = self.fixed_size or (side, side)
+        noise = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(self.runner.device)
+        single = [self.runner.run(noise[i : i + 1]) for i in range(2)]
+        cells = [-(-height // s) * -(-width // s) for s in self.strides]
+        levels = len(self.strides)
+        rows = [o.numel() // channels for o, channels in zip(single[0], self._channels(), strict=True)]
+        self.anchors = rows[0] // cells[0]
+        expected = [n * self.anchors for n in cells] * 3
+        if self.anchors < 1 or rows != expected:
+            raise FaceError(
+                f"{self.file.path} is no SCRFD detector with key points (rows {rows[:levels]} per stride where "
+                f"multiples of {cells} belong): put the right file there."
+            )
+        try:
+            both = self.runner.run(noise)
+        except Exception as error:  # each engine raises its own for a graph with a batch of one built in
+            log.info("%s takes one picture at a time (%s)", self.file.path.name, error)
+            return "one picture at a time"
+        for layout in ("batch inside", "batch outside"):
+            if [o.numel() for o in both] != [2 * o.numel() for o in single[0]]:
+                break
+            arranged = self._arrange(both, 2, (height, width), layout)
+            alone = [self._arrange(s, 1, (height, width), "batch outside") for s in single]
+            if all(
+                torch.allclose(whole[i], part[0], atol=PROBE_TOLERANCE, rtol=PROBE_TOLERANCE)
+                for i in range(2)
+                for whole, part in zip(arranged, alone[i], strict=True)
+            ):
+                return layout
+        return "one picture at a time"
+
+    def _channels(self) -> list[int]:
+        return [c for c in (1, 4, 10) for _ in self.strides]
+
+    def _arrange(self, outputs: list[Tensor], count: int, size: tuple[int, int], layout: str) -> list[Tensor]:
+        """Each output as [count, cells * anchors, channels]."""
+        arranged = []
+        for i, (output, channels) in enumerate(zip(outputs, self._channels(), strict=True)):
+            stride = self.strides[i % len(self.strides)]
+            cells = -(-size[0] // stride) * -(-size[1] // stride)
+            if layout == "batch inside":
+                output = output.reshape(cells, count, self.anchors, channels).transpose(0, 1)
+            arranged.append(output.reshape(count, cells * self.anchors, channels))
+        return arranged
+
+    def predict(self, canvas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [N, A], side distances [N, A, 4] and point offsets [N, A, 10] of `canvas` [N, 3, H, W], in strides."""
+        count, size = canvas.shape[0], (int(canvas.shape[2]), int(canvas.shape[3]))
+        if self.layout == "one picture at a time":
+            each = [self._arrange(self.runner.run(canvas[i : i + 1]), 1, size, "batch outside") for i in range(count)]
+            outputs = [torch.cat(parts) for parts in zip(*each, strict=True)]
+        else:
+            outputs = self._arrange(self.runner.run(canvas), count, size, self.layout)
+        levels = len(self.strides)
+        scores, sides, points = (torch.cat(outputs[i * levels : (i + 1) * levels], 1) for i in range(3))
+        return scores[..., 0], sides, points
+
+    def _grid(self, size: tuple[int, int], device: torch.device) -> Tensor:
+        """[A, 3] x, y and stride of each anchor."""
+        levels = []
+        for stride in self.strides:
+            y, x = torch.meshgrid(
+                torch.arange(-(-size[0] // stride), device=device),
+                torch.arange(-(-size[1] // stride), device=device),
+                indexing="ij",
+            )
+            cell = torch.stack([x * stride, y * stride, torch.full_like(x, stride)], -1).reshape(-1, 1, 3)
+            levels.append(cell.expand(-1, self.anchors, -1).reshape(-1, 3))
+        return torch.cat(levels).float()
+
+    def find(self, canvas: Tensor, threshold: float) -> list[Candidates]:
+        """Everything with a score of at least `threshold` per picture of `canvas` [N, 3, H, W].
+
+        One copy to the host, which is the only time anybody waits for the device; a picture with more than CANDIDATES
+        over the threshold costs a second one.
+        """
+        scores, sides, points = self.predict(canvas)
+        grid = self._grid((int(canvas.shape[2]), int(canvas.shape[3])), canvas.device)
+        passed = (scores >= threshold).sum(1)
+        limit = min(CANDIDATES, scores.shape[1])
+        packed = torch.cat([passed[:, None].float(), self._pack(scores, sides, points, grid, limit)], 1).cpu()
+        if int(packed[:, 0].max()) > limit:
+            limit = int(packed[:, 0].max())
+            packed = torch.cat([packed[:, :1], self._pack(scores, sides, points, grid, limit).cpu()], 1)
+        found = []
+        for row in packed.numpy():
+            values = row[1:].reshape(limit, 15)[: int(row[0])]
+            found.append(Candidates(values[:, 1:5], values[:, 5:].reshape(-1, 5, 2), values[:, 0]))
+        return found
+
+    def _pack(self, scores: Tensor, sides: Tensor, points: Tensor, grid: Tensor, limit: int) -> Tensor:
+        """[N, limit * 15]: score, box and points of the best, decoded to canvas pixels."""
+        best, index = scores.topk(limit, dim=1)
+        anchor = grid[index]
+        centre, stride = anchor[..., :2], anchor[..., 2:]
+        side = sides.gather(1, index[..., None].expand(-1, -1, 4)) * stride
+        point = points.gather(1, index[..., None].expand(-1, -1, 10)) * stride
+        box = torch.cat([centre - side[..., :2], centre + side[..., 2:]], -1)
+        point = point + centre.repeat(1, 1, 5)
+        return torch.cat([best[..., None], box, point], -1).flatten(1)
+
+
+def merge_overlapping(boxes: NDArray[np.float32], overlap: float) -> list[int]:
+    """Greedy non-maximum suppression over boxes [K, 4] sorted by score: indices of those kept, in order.
+
+    Sides count one pixel more than their difference, as in every SCRFD evaluation; an IoU above `overlap` goes.
+    """
+    x0, y0, x1, y1 = boxes.T
+    area = (x1 - x0 + 1) * (y1 - y0 + 1)
+    left = np.arange(len(boxes))
+    kept: list[int] = []
+    while left.size:
+        best, others = left[0], left[1:]
+        kept.append(int(best))
+        width = np.minimum(x1[best], x1[others]) - np.maximum(x0[best], x0[others]) + 1
+        height = np.minimum(y1[best], y1[others]) - np.maximum(y0[best], y0[others]) + 1
+        shared = width.clip(min=0) * height.clip(min=0)
+        left = others[shared / (area[best] + area[others] - shared) <= overlap]
+    return kept

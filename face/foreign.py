@@ -1,0 +1,113 @@
+"""A FACEANALYSIS object of another pack, such as insightface's own FaceAnalysis, behind our interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .faces import DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces
+from .pictures import group_pictures
+
+
+class ForeignAnalyser:
+    """Asks the object picture by picture and detector size by detector size, as the reference InstantID pack does.
+
+    Only `get(bgr)` is needed. `prepare(ctx_id, det_thresh, det_size)` sets the size where it exists, because
+    insightface 1.0 and later take no notice of `det_model.input_size`; that attribute is set as well, for older ones.
+    An object with neither decides on the size itself and is asked once.
+    """
+
+    def __init__(self, analysis: Any, why: str = "") -> None:
+        """Raises FaceError when the object has no `get`."""
+        if not callable(getattr(analysis, "get", None)) or isinstance(analysis, Mapping):
+            raise FaceError(
+                f"A {type(analysis).__name__} is no face analysis (it has no get(image)); connect the output of a "
+                "face analysis loader."
+            )
+        self.analysis = analysis
+        self.why = why
+        self._last = "nothing analysed yet"
+
+    def analyse(
+        self,
+        images: Tensor | Sequence[Tensor],
+        *,
+        choose: FaceChoice | None = None,
+        embed: bool = True,
+        options: DetectionOptions = DetectionOptions(),  # noqa: B008 - frozen
+    ) -> list[Faces]:
+        """See `FaceAnalyser.analyse`. The object embeds every face whatever `embed` says; then that is left out."""
+        groups = group_pictures(images)
+        found: dict[int, Faces] = {}
+        for group in groups:
+            for position, picture in zip(group.positions, group.pixels, strict=True):
+                bgr = np.ascontiguousarray(picture.cpu().numpy()[:, :, ::-1])
+                faces = self._look(bgr, options, embed)
+                found[position] = faces if choose is None else choose.apply(faces)
+        result = [found[i] for i in range(len(found))]
+        self._last = f"{len(result)} pictures, {sum(map(len, result))} faces"
+        return result
+
+    def _look(self, bgr: NDArray[np.uint8], options: DetectionOptions, embed: bool) -> Faces:
+        for size in options.sizes:
+            settable = self._set_size(size, options.threshold)
+            if faces := self.analysis.get(bgr):
+                return self._convert(faces, bgr.shape[:2], size, embed)
+            if not settable:
+                break
+        return Faces.none((bgr.shape[0], bgr.shape[1]), size, 0 if embed else None)
+
+    def _set_size(self, size: int, threshold: float) -> bool:
+        settable = False
+        if callable(getattr(self.analysis, "prepare", None)):
+            self.analysis.prepare(ctx_id=0, det_thresh=threshold, det_size=(size, size))
+            settable = True
+        detector = getattr(self.analysis, "det_model", None)
+        if detector is not None and hasattr(detector, "input_size"):
+            detector.input_size = (size, size)
+            settable = True
+        return settable
+
+    def _convert(self, faces: Sequence[Any], size: tuple[int, ...], detector_size: int, embed: bool) -> Faces:
+        def stacked(name: str) -> Tensor:
+            values = [np.asarray(_value(face, name), np.float32) for face in faces]
+            return torch.from_numpy(np.stack(values))
+
+        if any(_value(face, "kps") is None or _value(face, "bbox") is None for face in faces):
+            raise FaceError("The connected face analysis gives no key points; load a detector with key points.")
+        if embed and any(_value(face, "embedding") is None for face in faces):
+            raise FaceError(
+                "The connected face analysis gives no embeddings: its model folder has no recogniser (glintr100.onnx "
+                "of antelopev2), or it was loaded without it."
+            )
+        scores = torch.tensor([1.0 if (s := _value(face, "det_score")) is None else float(s) for face in faces])
+        return Faces(
+            boxes=stacked("bbox")[:, :4],
+            keypoints=stacked("kps"),
+            scores=scores,
+            embeddings=stacked("embedding").flatten(1) if embed else None,
+            size=(int(size[0]), int(size[1])),
+            detector_size=detector_size,
+        )
+
+    def report(self) -> str:
+        providers = ""
+        session = getattr(getattr(self.analysis, "det_model", None), "session", None)
+        if callable(getattr(session, "get_providers", None)):
+            providers = f", sessions on {', '.join(session.get_providers())}"
+        kind = f"{type(self.analysis).__module__}.{type(self.analysis).__name__}"
+        return f"Faces by {kind}{providers}: {self._last}.{' ' + self.why if self.why else ''}"
+
+
+def _value(face: Any, name: str) -> Any:
+    return face.get(name) if isinstance(face, Mapping) else getattr(face, name, None)
+
+
+def adapt(analysis: Any) -> FaceAnalyser:
+    """`analysis` as a FaceAnalyser: ours unchanged, another pack's wrapped. Raises FaceError for anything else."""
+    return analysis if isinstance(analysis, FaceAnalyser) else ForeignAnalyser(analysis)

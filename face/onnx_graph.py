@@ -1,0 +1,251 @@
+"""An ONNX file as a torch module: weights that ComfyUI can move and evict, on whatever device torch has.
+
+The graph is run node by node. At load, nodes that depend on constants alone are computed, batch normalisation is
+folded into the convolution or matrix product before it, or into one multiply-add; a node with an operator that is not
+in `onnx_operators` is refused by name. Shape arithmetic is on integers, which stay on the CPU: no device waits for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .faces import FaceError
+from .onnx_operators import OPERATORS, Attributes, UnsupportedOperator, scale_shift
+
+
+class Node:
+    """One step of the graph: an operator with its attributes and the names of what it reads and writes."""
+
+    def __init__(
+        self, kind: str, function: Callable[..., Tensor], attributes: Attributes, inputs: list[str], output: str
+    ) -> None:
+        self.kind, self.function, self.attributes = kind, function, attributes
+        self.inputs, self.output = inputs, output
+        self.finished: list[str] = []  # values nobody reads after this node
+
+
+def read_model(path: Path) -> Any:
+    """The parsed ModelProto. Raises FaceError when the file is not a whole ONNX model."""
+    import onnx
+
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:  # protobuf's DecodeError has no common base with onnx's own errors
+        raise FaceError(
+            f"{path} is no readable ONNX file ({type(error).__name__}): it is truncated or of another kind; copy or "
+            "download it again."
+        ) from error
+    if not model.graph.node or not model.graph.output:
+        raise FaceError(f"{path} holds no network (an empty ONNX graph); copy or download it again.")
+    return model
+
+
+def _attribute(value: Any) -> Any:
+    import onnx
+
+    found = onnx.helper.get_attribute_value(value)
+    if isinstance(found, onnx.TensorProto):
+        return torch.from_numpy(onnx.numpy_helper.to_array(found).copy())
+    return found
+
+
+class OnnxNetwork(nn.Module):
+    """The network in an ONNX file with one input.
+
+    forward(x) returns the outputs in the file's order. Weights are parameters without gradient; `input_shape` has None
+    where the file leaves a dimension open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises FaceError for a broken file and UnsupportedOperator for a graph this module cannot run."""
+        super().__init__()
+        import onnx
+
+        graph = read_model(path).graph
+        self.file = path
+        self._constants: dict[str, Tensor] = {
+            t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer
+        }
+        inputs = [value for value in graph.input if value.name not in self._constants]
+        if len(inputs) != 1:
+            raise FaceError(f"{path} has {len(inputs)} inputs where a face network has one; this is another model.")
+        self.input_name: str = inputs[0].name
+        self.input_shape: list[int | None] = [
+            d.dim_value if d.dim_value > 0 else None for d in inputs[0].type.tensor_type.shape.dim
+        ]
+        self.output_names: list[str] = [value.name for value in graph.output]
+        nodes = self._read_nodes(graph)
+        nodes = self._fold_constants(nodes)
+        nodes = self._fold_normalisation(nodes)
+        self._schedule(nodes)
+
+    def _read_nodes(self, graph: Any) -> list[Node]:
+        nodes = []
+        for item in graph.node:
+            attributes = {a.name: _attribute(a) for a in item.attribute}
+            if item.op_type == "Constant":
+                self._constants[item.output[0]] = _constant_value(attributes)
+                continue
+            function = OPERATORS.get(item.op_type) if item.domain in ("", "ai.onnx") else None
+            if function is None:
+                name = f"{item.domain}.{item.op_type}" if item.domain else item.op_type
+                raise UnsupportedOperator(
+                    f"{self.file.name} uses the operator {name}, which the torch engine does not have: choose the "
+                    "onnxruntime engine for this file."
+                )
+            if any(name for name in item.output[1:]) and item.op_type not in ("Dropout", "BatchNormalization"):
+                raise UnsupportedOperator(
+                    f"{self.file.name} uses the second output of {item.op_type}, which is not supported."
+                )
+            nodes.append(Node(item.op_type, function, attributes, list(item.input), item.output[0]))
+        return nodes
+
+    def _fold_constants(self, nodes: list[Node]) -> list[Node]:
+        kept = []
+        for node in nodes:
+            if node.output not in self.output_names and all(i == "" or i in self._constants for i in node.inputs):
+                given = [self._constants[i] if i else None for i in node.inputs]
+                self._constants[node.output] = node.function(node.attributes, *given)
+            else:
+                kept.append(node)
+        return kept
+
+    def _fold_normalisation(self, nodes: list[Node]) -> list[Node]:
+        """Batch normalisation as part of what computes its input, in float64 so that nothing is lost by it."""
+        reads = Counter(name for node in nodes for name in node.inputs)
+        makers = {node.output: node for node in nodes}
+        kept = []
+        for node in nodes:
+            if node.kind != "BatchNormalization" or any(i not in self._constants for i in node.inputs[1:]):
+                kept.append(node)
+                continue
+            scale, bias, mean, variance = (self._constants[i].double() for i in node.inputs[1:5])
+            factor = scale / torch.sqrt(variance + node.attributes.get("epsilon", 1e-5))
+            shift = bias - mean * factor
+            maker = makers.get(node.inputs[0])
+            alone = maker is not None and reads[maker.output] == 1 and maker.output not in self.output_names
+            if maker is not None and alone and self._absorb(maker, factor, shift):
+                maker.output = node.output
+                makers[node.output] = maker
+                continue
+            names = f"{node.output}.scale", f"{node.output}.shift"
+            rank = 4 if maker is None or maker.kind not in ("Gemm", "Flatten", "Reshape", "MatMul", "Squeeze") else 2
+            for name, value in zip(names, (factor, shift), strict=True):
+                self._constants[name] = value.float().reshape((1, -1) + (1,) * (rank - 2))
+            if rank == 2:
+                kept.append(node)  # of unknown rank: batch_norm finds the channel itself
+            else:
+                kept.append(Node("ScaleShift", scale_shift, {}, [node.inputs[0], *names], node.output))
+        return kept
+
+    def _absorb(self, maker: Node, factor: Tensor, shift: Tensor) -> bool:
+        """Scale the weights and the bias of a convolution or matrix product; False when they are not constants."""
+        if maker.kind not in ("Conv", "Gemm") or maker.inputs[1] not in self._constants:
+            return False
+        if maker.kind == "Gemm" and (
+            maker.attributes.get("alpha", 1.0) != 1.0 or maker.attributes.get("beta", 1.0) != 1.0
+        ):
+            return False
+        weight = self._constants[maker.inputs[1]].double()
+        has_bias = len(maker.inputs) > 2 and maker.inputs[2] != ""
+        if has_bias and maker.inputs[2] not in self._constants:
+            return False
+        old = self._constants[maker.inputs[2]].double() if has_bias else torch.zeros_like(factor)
+        per_output = factor.reshape(-1, *[1] * (weight.dim() - 1))
+        if maker.kind == "Gemm" and not maker.attributes.get("transB", 0):
+            per_output = factor.reshape(1, -1)
+        if weight.shape[0 if per_output.shape[0] > 1 else -1] != factor.numel():
+            return False
+        # New names: another node may share the old tensors.
+        names = [f"{maker.output}.weight", f"{maker.output}.bias"]
+        self._constants[names[0]] = (weight * per_output).float()
+        self._constants[names[1]] = (old * factor + shift).float()
+        maker.inputs = [maker.inputs[0], *names]
+        return True
+
+    def _schedule(self, nodes: list[Node]) -> None:
+        """Make the floating-point constants parameters, and note after which node each value is no longer needed."""
+        used = {name for node in nodes for name in node.inputs} | set(self.output_names)
+        self._parameter_of: dict[str, str] = {}
+        for name in list(self._constants):
+            value = self._constants[name]
+            if name not in used:
+                del self._constants[name]
+            elif value.is_floating_point() and value.dim() > 0 and value.numel() > 0:
+                own = f"w{len(self._parameter_of)}"
+                if value.dim() == 4:
+                    value = value.contiguous(memory_format=torch.channels_last)
+                self.register_parameter(own, nn.Parameter(value, requires_grad=False))
+                self._parameter_of[name] = own
+                del self._constants[name]
+        last: dict[str, int] = {}
+        for position, node in enumerate(nodes):
+            last.update(dict.fromkeys(node.inputs, position))
+        for position, node in enumerate(nodes):
+            node.finished = [i for i in set(node.inputs) if i and last[i] == position and i not in self.output_names]
+            if node.kind == "Relu" and node.inputs[0] in node.finished and _fresh(nodes[:position], node.inputs[0]):
+                node.function = _relu_in_place
+        self.nodes = nodes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x: the network's input, of the dtype and on the device of its weights."""
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        values: dict[str, Tensor] = {self.input_name: x}
+        weights, parameter_of, constants = self._parameters, self._parameter_of, self._constants
+        for node in self.nodes:
+            given: list[Tensor | None] = []
+            for name in node.inputs:
+                if name in values:
+                    given.append(values[name])
+                elif name in parameter_of:
+                    given.append(weights[parameter_of[name]])
+                else:
+                    given.append(constants[name] if name else None)
+            values[node.output] = node.function(node.attributes, *given)
+            for name in node.finished:
+                values.pop(name, None)
+        return tuple(values[name] if name in values else self._fixed(name) for name in self.output_names)
+
+    def _fixed(self, name: str) -> Tensor:
+        found = self._parameters.get(self._parameter_of.get(name, ""))
+        return self._constants[name] if found is None else found
+
+
+def _relu_in_place(attributes: Attributes, x: Tensor) -> Tensor:
+    return F.relu(x, inplace=True)
+
+
+def _fresh(before: list[Node], name: str) -> bool:
+    """Whether `name` is memory of its own: the result of a node that computes, and not a view of something else."""
+    return any(node.output == name and node.kind in ("Conv", "Add", "ScaleShift", "Gemm") for node in before)
+
+
+def _constant_value(attributes: Attributes) -> Tensor:
+    if "value" in attributes:
+        value: Tensor = attributes["value"]
+        return value
+    for name, dtype in (
+        ("value_float", torch.float32),
+        ("value_floats", torch.float32),
+        ("value_int", torch.int64),
+        ("value_ints", torch.int64),
+    ):
+        if name in attributes:
+            return torch.tensor(attributes[name], dtype=dtype)
+    raise UnsupportedOperator(f"a Constant of the kind {', '.join(attributes)} is not supported.")

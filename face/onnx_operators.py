@@ -1,0 +1,308 @@
+"""The ONNX operators that face networks are made of, as torch functions.
+
+Each takes the node's attributes and its inputs (None for one left out) and returns the first output, as the ONNX
+operator specification defines it for opsets 9 to 21. Integer tensors are shapes and stay on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Attributes = dict[str, Any]
+Operator = Callable[..., Tensor]
+
+# The element types of ONNX (TensorProto.DataType) that a shape or an activation can have.
+ELEMENT_TYPES = {
+    1: torch.float32,
+    2: torch.uint8,
+    3: torch.int8,
+    6: torch.int32,
+    7: torch.int64,
+    9: torch.bool,
+    10: torch.float16,
+    11: torch.float64,
+    16: torch.bfloat16,
+}
+
+
+class UnsupportedOperator(ValueError):
+    """The graph needs an operator, or a mode of one, that is not in this table; the message names it."""
+
+
+def _same(attributes: Attributes, size: list[int], kernel: list[int]) -> list[int]:
+    """Padding for auto_pad SAME_UPPER and SAME_LOWER, in ONNX order: all beginnings, then all ends."""
+    mode = attributes.get("auto_pad", b"NOTSET")
+    if mode in (b"NOTSET", b"", b"VALID"):
+        return list(attributes.get("pads", [0] * 2 * len(kernel)))
+    strides = attributes.get("strides", [1] * len(kernel))
+    dilations = attributes.get("dilations", [1] * len(kernel))
+    begins, ends = [], []
+    for length, k, stride, dilation in zip(size, kernel, strides, dilations, strict=True):
+        total = max(0, (-(-length // stride) - 1) * stride + (k - 1) * dilation + 1 - length)
+        small, large = total // 2, total - total // 2
+        begins.append(small if mode == b"SAME_UPPER" else large)
+        ends.append(large if mode == b"SAME_UPPER" else small)
+    return begins + ends
+
+
+def _pad(x: Tensor, pads: list[int], value: float = 0.0) -> tuple[Tensor, list[int]]:
+    """Symmetric padding is left to the operator that follows, anything else is done here."""
+    half = len(pads) // 2
+    if pads[:half] == pads[half:]:
+        return x, pads[:half]
+    flat = [p for i in reversed(range(half)) for p in (pads[i], pads[half + i])]
+    return F.pad(x, flat, value=value), [0] * half
+
+
+def conv(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    dimensions = weight.dim() - 2
+    if dimensions not in (1, 2):
+        raise UnsupportedOperator(f"Conv over {dimensions} dimensions is not supported, only over 1 or 2.")
+    x, padding = _pad(x, _same(attributes, list(x.shape[2:]), list(weight.shape[2:])))
+    strides = attributes.get("strides", [1] * dimensions)
+    dilations = attributes.get("dilations", [1] * dimensions)
+    function = F.conv2d if dimensions == 2 else F.conv1d
+    return function(x, weight, bias, strides, padding, dilations, attributes.get("group", 1))
+
+
+def batch_normalization(
+    attributes: Attributes, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
+) -> Tensor:
+    return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, attributes.get("epsilon", 1e-5))
+
+
+def scale_shift(attributes: Attributes, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """A batch normalisation with its four vectors folded into two, both already of a shape that broadcasts."""
+    return torch.addcmul(shift, x, scale)
+
+
+def prelu(attributes: Attributes, x: Tensor, slope: Tensor) -> Tensor:
+    return F.prelu(x, slope.reshape(-1))
+
+
+def clip(attributes: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    least = attributes.get("min") if low is None else float(low)
+    most = attributes.get("max") if high is None else float(high)
+    return x if least is None and most is None else x.clamp(least, most)
+
+
+def divide(attributes: Attributes, x: Tensor, y: Tensor) -> Tensor:
+    return x / y if x.is_floating_point() else torch.div(x, y, rounding_mode="trunc")
+
+
+def max_pool(attributes: Attributes, x: Tensor) -> Tensor:
+    kernel = list(attributes["kernel_shape"])
+    x, padding = _pad(x, _same(attributes, list(x.shape[2:]), kernel), float("-inf"))
+    strides, ceil = attributes.get("strides", [1] * len(kernel)), bool(attributes.get("ceil_mode", 0))
+    return F.max_pool2d(x, kernel, strides, padding, attributes.get("dilations", 1), ceil)
+
+
+def average_pool(attributes: Attributes, x: Tensor) -> Tensor:
+    kernel, counts = list(attributes["kernel_shape"]), bool(attributes.get("count_include_pad", 0))
+    pads = _same(attributes, list(x.shape[2:]), kernel)
+    half = len(pads) // 2
+    if pads[:half] != pads[half:] and not counts:
+        raise UnsupportedOperator("AveragePool with uneven padding that is not counted is not supported.")
+    x, padding = _pad(x, pads)
+    strides, ceil = attributes.get("strides", [1] * len(kernel)), bool(attributes.get("ceil_mode", 0))
+    return F.avg_pool2d(x, kernel, strides, padding, ceil, counts)
+
+
+def shape(attributes: Attributes, x: Tensor) -> Tensor:
+    return torch.tensor(x.shape[attributes.get("start", 0) : attributes.get("end")], dtype=torch.int64)
+
+
+def gather(attributes: Attributes, x: Tensor, indices: Tensor) -> Tensor:
+    axis = attributes.get("axis", 0) % x.dim()
+    flat = indices.reshape(-1)
+    flat = torch.where(flat < 0, flat + x.shape[axis], flat).to(x.device)
+    return x.index_select(axis, flat).reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
+
+
+def _axes(attributes: Attributes, axes: Tensor | None) -> list[int] | None:
+    return attributes.get("axes") if axes is None else [int(a) for a in axes]
+
+
+def unsqueeze(attributes: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    given = _axes(attributes, axes) or []
+    for axis in sorted(a % (x.dim() + len(given)) for a in given):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def squeeze(attributes: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+    given = _axes(attributes, axes)
+    return x.squeeze() if given is None else x.squeeze(tuple(given))
+
+
+def cast(attributes: Attributes, x: Tensor) -> Tensor:
+    wanted = ELEMENT_TYPES.get(attributes["to"])
+    if wanted is None:
+        raise UnsupportedOperator(f"Cast to ONNX element type {attributes['to']} is not supported.")
+    # An activation keeps the precision the network was given: a graph's own "to float" must not undo fp16.
+    return x if wanted.is_floating_point and x.is_floating_point() else x.to(wanted)
+
+
+def slice_(
+    attributes: Attributes,
+    x: Tensor,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    axes: Tensor | None = None,
+    steps: Tensor | None = None,
+) -> Tensor:
+    begin = attributes["starts"] if starts is None else starts.tolist()
+    end = attributes["ends"] if ends is None else ends.tolist()
+    along = attributes.get("axes", range(len(begin))) if axes is None else axes.tolist()
+    stride = [1] * len(begin) if steps is None else steps.tolist()
+    if any(s < 1 for s in stride):
+        raise UnsupportedOperator("Slice with a step below 1 is not supported.")
+    for b, e, axis, s in zip(begin, end, along, stride, strict=True):
+        cut: list[slice] = [slice(None)] * x.dim()
+        cut[axis] = slice(b, e, s)
+        x = x[tuple(cut)]
+    return x
+
+
+def resize(
+    attributes: Attributes,
+    x: Tensor,
+    roi: Tensor | None = None,
+    scales: Tensor | None = None,
+    sizes: Tensor | None = None,
+) -> Tensor:
+    mode = attributes.get("mode", b"nearest").decode()
+    if sizes is not None and sizes.numel():
+        target = [int(v) for v in sizes.tolist()[2:]]
+    elif scales is not None and scales.numel():
+        target = [int(n * s) for n, s in zip(x.shape[2:], scales.tolist()[2:], strict=True)]
+    else:
+        raise UnsupportedOperator("Resize without sizes or scales is not supported.")
+    if mode == "nearest":
+        # Every coordinate mode of ONNX agrees with torch's when the factor is whole, which is all a pyramid needs.
+        if any(t % n for t, n in zip(target, x.shape[2:], strict=True)):
+            raise UnsupportedOperator(f"Resize by a factor that is not whole ({list(x.shape[2:])} to {target}).")
+        return F.interpolate(x, size=target, mode="nearest")
+    where = attributes.get("coordinate_transformation_mode", b"half_pixel").decode()
+    if mode == "linear" and where in ("half_pixel", "pytorch_half_pixel", "align_corners"):
+        return F.interpolate(x, size=target, mode="bilinear", align_corners=where == "align_corners")
+    raise UnsupportedOperator(f"Resize in mode {mode} with {where} is not supported.")
+
+
+def upsample(attributes: Attributes, x: Tensor, scales: Tensor | None = None) -> Tensor:
+    factors = torch.tensor(attributes["scales"]) if scales is None else scales
+    return resize({"mode": attributes.get("mode", b"nearest")}, x, None, factors)
+
+
+def reshape(attributes: Attributes, x: Tensor, target: Tensor) -> Tensor:
+    return x.reshape([x.shape[i] if n == 0 else int(n) for i, n in enumerate(target.tolist())])
+
+
+def flatten(attributes: Attributes, x: Tensor) -> Tensor:
+    axis = attributes.get("axis", 1)
+    axis = axis + x.dim() if axis < 0 else axis
+    return x.reshape(int(torch.tensor(x.shape[:axis]).prod()) if axis else 1, -1)
+
+
+def gemm(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x = x.t() if attributes.get("transA", 0) else x
+    weight = weight if attributes.get("transB", 0) else weight.t()
+    alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
+    if alpha == 1.0 and (bias is None or (beta == 1.0 and bias.dim() == 1)):
+        return F.linear(x, weight, bias)
+    product = alpha * F.linear(x, weight)
+    return product if bias is None else product + beta * bias
+
+
+def _reduce(function: Callable[..., Tensor]) -> Operator:
+    def reduced(attributes: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
+        given = _axes(attributes, axes)
+        return function(
+            x, tuple(range(x.dim())) if given is None else tuple(given), bool(attributes.get("keepdims", 1))
+        )
+
+    return reduced
+
+
+def pad(attributes: Attributes, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None) -> Tensor:
+    mode = attributes.get("mode", b"constant").decode()
+    if mode != "constant":
+        raise UnsupportedOperator(f"Pad in mode {mode} is not supported, only constant.")
+    widths = list(attributes["pads"]) if pads is None else [int(p) for p in pads.tolist()]
+    half = len(widths) // 2
+    flat = [p for i in reversed(range(half)) for p in (widths[i], widths[half + i])]
+    return F.pad(x, flat, value=float(value) if value is not None else attributes.get("value", 0.0))
+
+
+def constant_of_shape(attributes: Attributes, size: Tensor) -> Tensor:
+    value = attributes.get("value")
+    if value is None:
+        return torch.zeros(size.tolist())
+    return torch.full(size.tolist(), value.item(), dtype=value.dtype)
+
+
+def softmax(attributes: Attributes, x: Tensor) -> Tensor:
+    return F.softmax(x, dim=attributes.get("axis", -1))
+
+
+def l2_normalize(attributes: Attributes, x: Tensor) -> Tensor:
+    return F.normalize(x, p=attributes.get("p", 2), dim=attributes.get("axis", -1))
+
+
+OPERATORS: dict[str, Operator] = {
+    "Abs": lambda a, x: x.abs(),
+    "Add": lambda a, x, y: x + y,
+    "AveragePool": average_pool,
+    "BatchNormalization": batch_normalization,
+    "Cast": cast,
+    "Clip": clip,
+    "Concat": lambda a, *x: torch.cat(x, a["axis"]),
+    "ConstantOfShape": constant_of_shape,
+    "Conv": conv,
+    "Div": divide,
+    "Dropout": lambda a, x, *ignored: x,
+    "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
+    "Exp": lambda a, x: x.exp(),
+    "Expand": lambda a, x, size: x * torch.ones(size.tolist(), dtype=x.dtype, device=x.device),
+    "Flatten": flatten,
+    "Floor": lambda a, x: x.floor(),
+    "Gather": gather,
+    "Gemm": gemm,
+    "GlobalAveragePool": lambda a, x: x.mean(tuple(range(2, x.dim())), keepdim=True),
+    "HardSigmoid": lambda a, x: (x * a.get("alpha", 0.2) + a.get("beta", 0.5)).clamp(0, 1),
+    "HardSwish": lambda a, x: F.hardswish(x),
+    "Identity": lambda a, x: x,
+    "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
+    "LpNormalization": l2_normalize,
+    "MatMul": lambda a, x, y: x @ y,
+    "Max": lambda a, x, y: torch.maximum(x, y),
+    "MaxPool": max_pool,
+    "Min": lambda a, x, y: torch.minimum(x, y),
+    "Mul": lambda a, x, y: x * y,
+    "Neg": lambda a, x: -x,
+    "PRelu": prelu,
+    "Pad": pad,
+    "Pow": lambda a, x, y: x**y,
+    "ReduceL2": _reduce(lambda x, axes, keep: torch.linalg.vector_norm(x, dim=axes, keepdim=keep)),
+    "ReduceMean": _reduce(lambda x, axes, keep: x.mean(axes, keepdim=keep)),
+    "ReduceSum": _reduce(lambda x, axes, keep: x.sum(axes, keepdim=keep)),
+    "Relu": lambda a, x: F.relu(x),
+    "Reshape": reshape,
+    "Resize": resize,
+    "Shape": shape,
+    "Sigmoid": lambda a, x: torch.sigmoid(x),
+    "Slice": slice_,
+    "Softmax": softmax,
+    "Sqrt": lambda a, x: x.sqrt(),
+    "Squeeze": squeeze,
+    "Sub": lambda a, x, y: x - y,
+    "Tanh": lambda a, x: x.tanh(),
+    "Transpose": lambda a, x: x.permute(a.get("perm", list(reversed(range(x.dim()))))),
+    "Unsqueeze": unsqueeze,
+    "Upsample": upsample,
+}

@@ -1,0 +1,162 @@
+"""Pictures as the networks take them: 8-bit RGB, grouped by size, and letterboxed exactly as the reference does.
+
+The reference packs truncate floats to bytes and shrink with cv2's INTER_LINEAR, which works with 11-bit weights in
+integers. `letterbox` computes those integers, so a score does not depend on who resized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .faces import FaceError
+
+WEIGHT_BITS = 11
+WEIGHT_ONE = 1 << WEIGHT_BITS
+
+
+@dataclass(frozen=True)
+class PictureGroup:
+    """Pictures of one size."""
+
+    pixels: Tensor  # [n, H, W, 3] uint8 RGB
+    positions: tuple[int, ...]  # where each stood in the call
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return int(self.pixels.shape[1]), int(self.pixels.shape[2])
+
+    def take(self, rows: Sequence[int]) -> PictureGroup:
+        """Some of the pictures; without a copy when it is all of them or a run of them."""
+        rows = list(rows)
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            pixels = self.pixels[rows[0] : rows[0] + len(rows)]
+        else:
+            pixels = self.pixels[torch.tensor(rows, device=self.pixels.device)]
+        return PictureGroup(pixels, tuple(self.positions[r] for r in rows))
+
+    def to(self, device: torch.device) -> PictureGroup:
+        return PictureGroup(self.pixels.to(device, non_blocking=True), self.positions)
+
+
+def group_pictures(images: Tensor | Sequence[Tensor]) -> list[PictureGroup]:
+    """8-bit pictures by size, from [B, H, W, C] or a list of [H, W, C]: uint8, or float in 0..1; C of 1, 3 or 4.
+
+    Floats are truncated (x * 255, clamped, floor), a missing axis of a single picture is added, grey is repeated and
+    alpha dropped. Raises FaceError for no pictures, pictures without pixels, other shapes, and NaN.
+    """
+    if isinstance(images, Tensor):
+        batch = images[None] if images.dim() == 3 else images
+        if batch.dim() == 4 and batch.shape[0] > 0:
+            return [PictureGroup(_to_bytes(batch, 0), tuple(range(batch.shape[0])))]
+        if batch.dim() != 4:
+            raise FaceError(f"Pictures are a tensor of [B, H, W, C], not of {list(images.shape)}.")
+    if len(images) == 0:
+        raise FaceError("There are no pictures to look for faces in: the image batch is empty.")
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    pictures: list[Tensor] = []
+    for position, picture in enumerate(images):
+        if picture.dim() == 4 and picture.shape[0] == 1:
+            picture = picture[0]
+        if picture.dim() != 3:
+            raise FaceError(f"Picture {position} has the shape {list(picture.shape)} where [H, W, C] is needed.")
+        pictures.append(_to_bytes(picture[None], position))
+        by_size.setdefault(tuple(pictures[-1].shape[1:]), []).append(position)
+    return [
+        PictureGroup(torch.cat([pictures[p] for p in positions]), tuple(positions)) for positions in by_size.values()
+    ]
+
+
+def _to_bytes(batch: Tensor, position: int) -> Tensor:
+    count, height, width, channels = batch.shape
+    if height < 1 or width < 1:
+        raise FaceError(f"Picture {position} has no pixels ({width} x {height}).")
+    if channels not in (1, 3, 4):
+        raise FaceError(f"Picture {position} has {channels} channels; grey (1), RGB (3) and RGBA (4) can be looked at.")
+    batch = batch.detach()[..., :3]
+    if batch.dtype != torch.uint8:
+        # One pass over the pixels: a sum is NaN or infinite as soon as one pixel is.
+        sums = batch.float().sum(dim=(1, 2, 3))
+        if not bool(torch.isfinite(sums).all()):
+            broken = position + int(torch.nonzero(~torch.isfinite(sums))[0])
+            raise FaceError(f"Picture {broken} holds NaN or infinity, so it cannot be looked at; check what made it.")
+        batch = batch.float().mul(255.0).clamp_(0, 255).to(torch.uint8)
+    return batch.expand(count, height, width, 3) if channels == 1 else batch
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture lies in its canvas: top left, `height` x `width`; canvas pixels per picture pixel is `scale`."""
+
+    height: int
+    width: int
+    scale: float
+
+
+def placement(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
+    """The largest fit of a picture (height, width) in the canvas (height, width), sides truncated to whole pixels."""
+    ratio = size[0] / size[1]
+    if ratio > canvas[0] / canvas[1]:
+        height, width = canvas[0], int(canvas[0] / ratio)
+    else:
+        height, width = int(canvas[1] * ratio), canvas[1]
+    # The reference fails on pictures so narrow that a side becomes 0; one pixel is the least that can hold anything.
+    height, width = max(height, 1), max(width, 1)
+    return Placement(height, width, height / size[0])
+
+
+@lru_cache(maxsize=64)
+def _taps(
+    source: int, target: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+    """Per target pixel of one axis: its two source pixels and their integer weights, as cv2 computes them."""
+    step = 1.0 / (target / source)
+    at = ((np.arange(target, dtype=np.float64) + 0.5) * step - 0.5).astype(np.float32)
+    first = np.floor(at).astype(np.int64)
+    part = at - first.astype(np.float32)
+    outside = (first < 0) | (first >= source - 1)
+    first = first.clip(0, source - 1)
+    part[outside] = 0.0
+    second = np.minimum(first + 1, source - 1)
+    return (
+        first,
+        second,
+        np.rint((np.float32(1) - part) * np.float32(WEIGHT_ONE)).astype(np.int32),
+        np.rint(part * np.float32(WEIGHT_ONE)).astype(np.int32),
+    )
+
+
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """[n, H, W, 3] uint8 to [n, height, width, 3] int32 in 0..255, as cv2.resize with INTER_LINEAR does."""
+    if (height, width) == tuple(pixels.shape[1:3]):
+        return pixels.to(torch.int32)
+    if (2 * height, 2 * width) == tuple(pixels.shape[1:3]):
+        # cv2 takes the plain average of four for exactly half the size.
+        wide = pixels.to(torch.int32)
+        rows = wide[:, 0::2] + wide[:, 1::2]
+        return (rows[:, :, 0::2] + rows[:, :, 1::2] + 2) >> 2
+    y0, y1, b0, b1 = (torch.from_numpy(v).to(pixels.device) for v in _taps(pixels.shape[1], height))
+    x0, x1, a0, a1 = (torch.from_numpy(v).to(pixels.device) for v in _taps(pixels.shape[2], width))
+    a0, a1, b0, b1 = a0[:, None], a1[:, None], b0[:, None, None], b1[:, None, None]
+
+    def blended(row: Tensor) -> Tensor:
+        lines = pixels.index_select(1, row)
+        left, right = lines.index_select(2, x0), lines.index_select(2, x1)
+        return (left * a0 + right * a1) >> 4
+
+    # The two shifts before the sum and the rounding after it are cv2's.
+    return (((blended(y0) * b0) >> 16) + ((blended(y1) * b1) >> 16) + 2) >> 2
+
+
+def letterbox(pixels: Tensor, canvas: tuple[int, int]) -> tuple[Tensor, Placement]:
+    """[n, H, W, 3] uint8 to the detector's input [n, 3, h, w] float32, (x - 127.5) / 128, padded with black."""
+    place = placement((int(pixels.shape[1]), int(pixels.shape[2])), canvas)
+    small = resize(pixels, place.height, place.width).permute(0, 3, 1, 2).float()
+    padded = torch.nn.functional.pad(small, (0, canvas[1] - place.width, 0, canvas[0] - place.height))
+    return padded.sub_(127.5).div_(128.0), place
