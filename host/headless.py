@@ -100,6 +100,9 @@ class HeadlessHost:
     def model_files(self, kind: str, suffixes: Sequence[str] = ()) -> list[str]:
         return model_paths.list_files(self.model_folders(kind), suffixes or MODEL_SUFFIXES)
 
+    def announce_models(self, kind: str) -> None:
+        """Nobody else in this process looks for models."""
+
     def model_path(self, kind: str, name: str) -> Path:
         return model_paths.find_file(kind, self.model_folders(kind), name)
 
@@ -160,6 +163,10 @@ class HeadlessHost:
     def stop(self) -> None:
         """Ask whatever runs to stop at its next check; what a Ctrl-C handler calls."""
         self._stop.set()
+
+    def clear_stop(self) -> None:
+        """Forget a request that nothing answered, so that the next run does not stop at its start."""
+        self._stop.clear()
 
     def check_interrupt(self) -> None:
         if self._stop.is_set():

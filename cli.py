@@ -1,0 +1,143 @@
+"""The `hotpath` command line: options here, what the commands do in `commands/`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import __version__
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="hotpath",
+        description="Runs Hotpath's ComfyUI workflows with and without ComfyUI, and looks after its model files.",
+        epilog="`hotpath COMMAND --help` tells more about a command.",
+    )
+    top.add_argument("--version", action="version", version=f"hotpath {__version__}")
+    top.add_argument("-v", "--verbose", action="store_true", help="show log messages, and the traceback of an error")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_run(commands)
+    _add_demo(commands)
+    _add_doctor(commands)
+    _add_models(commands)
+    _add_selftest(commands)
+    return top
+
+
+def _add_run(commands: Commands) -> None:
+    run = commands.add_parser(
+        "run",
+        help="run a workflow in API format",
+        description="Runs a workflow in API format (in ComfyUI: Workflow > Export (API)). Without --server it runs "
+        "in this process when all its nodes exist here, else in a ComfyUI that is found and started for it.",
+    )
+    run.add_argument("workflow", type=Path, help="the JSON file")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--server", metavar="URL", help="queue it on the ComfyUI at URL, such as http://127.0.0.1:8188")
+    where.add_argument("--comfyui", metavar="FOLDER", type=Path, help="start the ComfyUI in FOLDER and run it there")
+    where.add_argument("--headless", action="store_true", help="never start a ComfyUI; refuse what needs one")
+    run.add_argument(
+        "--set",
+        metavar="NODE.INPUT=VALUE",
+        action="append",
+        help="change a value; NODE is an id, a title or a class (may be repeated)",
+    )
+    run.add_argument("--input-folder", type=Path, metavar="DIR", help="pictures and videos to load (default: here)")
+    run.add_argument("--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output")
+    _add_models_folder(run)
+    run.add_argument("--device", help="such as cpu or cuda:1; only for a run in this process")
+    run.add_argument("-q", "--quiet", action="store_true", help="say only what came out")
+
+
+def _add_demo(commands: Commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="run the example workflows on small models and show the results",
+        description="Runs the example workflows on the demo pictures with the small demo models, in ComfyUI where "
+        "one is found, else without, and writes the results and a page that shows them.",
+    )
+    demo.add_argument("--output-folder", type=Path, metavar="DIR", default=Path("demo_output"), help="./demo_output")
+    demo.add_argument("--only", metavar="NAME", action="append", help="run only workflows with NAME in their name")
+    where = demo.add_mutually_exclusive_group()
+    where.add_argument("--comfyui", metavar="FOLDER", type=Path, help="use this ComfyUI")
+    where.add_argument("--headless", action="store_true", help="use no ComfyUI, even if one is found")
+
+
+def _add_doctor(commands: Commands) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what works here, what does not, and why",
+        description="Shows Python, torch, devices, every backend with its version or the reason it cannot be used, "
+        "node families, caches and model files. Exit code 1 when a node family could not be loaded.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print everything as JSON")
+    _add_models_folder(doctor)
+
+
+def _add_models(commands: Commands) -> None:
+    models = commands.add_parser("models", help="list, check and download model files")
+    actions = models.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="every known model file, where it belongs and where it comes from")
+    listing.add_argument("--json", action="store_true", help="print as JSON")
+    _add_models_folder(listing)
+    verify = actions.add_parser("verify", help="check the files that are here: complete, readable, right checksum")
+    verify.add_argument("names", nargs="*", metavar="NAME", help="default: all that are here")
+    _add_models_folder(verify)
+    download = actions.add_parser("download", help="download model files; an interrupted download is continued")
+    download.add_argument("names", nargs="+", metavar="NAME", help="names or families from `hotpath models list`")
+    download.add_argument("--dry-run", action="store_true", help="say what would be downloaded, and do nothing")
+    download.add_argument("--accept-licence", action="store_true", help="accept the licences that ask for it")
+    _add_models_folder(download)
+
+
+def _add_selftest(commands: Commands) -> None:
+    selftest = commands.add_parser(
+        "selftest",
+        help="load your own model files, run them, compare the fast paths with the reference",
+        description="For every family whose model files are here: loads them, runs them, compares each fast path "
+        "with its reference path and measures the time. Exit code 1 when a check fails.",
+    )
+    selftest.add_argument("names", nargs="*", metavar="NAME", help="only checks with NAME in their name")
+    selftest.add_argument("--json", action="store_true", help="print as JSON")
+    selftest.add_argument("--device", help="such as cpu or cuda:1")
+    _add_models_folder(selftest)
+
+
+def _add_models_folder(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--models",
+        type=Path,
+        metavar="DIR",
+        help="the models folder (default: HOTPATH_MODELS, else the models folder of a ComfyUI that is found)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv` (default: the program's own); returns the exit code."""
+    options = parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    command = import_module(f".commands.{options.command}", __package__)
+    try:
+        return int(command.run(options))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `hotpath models list | head`
+        sys.stderr.close()
+        return 141
+    except Exception as error:
+        if options.verbose:
+            raise
+        sys.stderr.write(f"hotpath: {type(error).__name__}: {error}\n(run with --verbose for the traceback)\n")
+        return 1

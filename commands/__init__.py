@@ -1,0 +1,1 @@
+"""What each `hotpath` command does; the options are declared in `cli`."""

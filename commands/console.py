@@ -1,0 +1,42 @@
+"""Writes for the person at the terminal: results to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TextIO
+
+STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """One line of result."""
+    _write(sys.stdout, text, style)
+
+
+def note(text: str = "", style: str | None = None) -> None:
+    """One line about what happens; not part of a result that is piped on."""
+    _write(sys.stderr, text, style)
+
+
+def complain(text: str) -> None:
+    """An error, for the person."""
+    _write(sys.stderr, f"hotpath: {text}", "red")
+
+
+def _write(stream: TextIO, text: str, style: str | None) -> None:
+    if style is not None and stream.isatty() and "NO_COLOR" not in os.environ:
+        text = f"\033[{STYLES[style]}m{text}\033[0m"
+    encoding = stream.encoding or "utf-8"
+    # A console that cannot show a letter must not end the program.
+    stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+    stream.flush()
+
+
+def table(rows: Iterable[Sequence[object]], headings: Sequence[str]) -> str:
+    """Columns as wide as their widest cell; the last one is not padded."""
+    cells = [list(headings), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

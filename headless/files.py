@@ -1,0 +1,88 @@
+"""File names in workflows: inputs with an optional "[output]" mark, and numbered outputs, as ComfyUI names them."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import host
+
+MARK = re.compile(r"^(?P<name>.*?)\s*\[(?P<folder>input|output|temp)\]$")
+
+
+def input_file(name: str) -> Path:
+    """The file a workflow names: in the input folder, or the one named in a mark such as "me.png [output]".
+
+    Raises ValueError for a name outside the folder and FileNotFoundError for a file that is not there.
+    """
+    here = host.current()
+    folder, marked = here.input_folder(), MARK.match(name)
+    if marked is not None:
+        name = marked["name"]
+        folders = {"input": here.input_folder, "output": here.output_folder, "temp": here.temp_folder}
+        folder = folders[marked["folder"]]()
+    path = inside(folder, name)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {name!r} in {folder}; choose the folder with --input-folder.")
+    return path
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder/name`, resolved; ValueError when that lies outside `folder`, also through a symbolic link."""
+    if not name.strip() or "\0" in name:
+        raise ValueError("No file is named.")
+    base = folder.resolve()
+    path = (base / name.replace("\\", "/")).resolve()
+    if not path.is_relative_to(base) or path == base:
+        raise ValueError(f"{name!r} lies outside the folder {folder}, so it is not touched.")
+    return path
+
+
+def listed(suffixes: tuple[str, ...]) -> list[str]:
+    """Files right in the input folder that end in one of `suffixes`, sorted."""
+    folder = host.current().input_folder()
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in suffixes and p.is_file())
+
+
+@dataclass(frozen=True)
+class OutputName:
+    """Where a numbered output goes: folder/stem_00001_.suffix and so on."""
+
+    folder: Path
+    subfolder: str
+    stem: str
+    counter: int
+
+    def path(self, suffix: str, offset: int = 0) -> Path:
+        stem = self.stem.replace("%batch_num%", str(offset))
+        return self.folder / f"{stem}_{self.counter + offset:05}_{suffix}"
+
+
+def output_name(root: Path, prefix: str, width: int, height: int) -> OutputName:
+    """The next free number for `prefix`, which may name a subfolder and hold %width%, %height%, %year% ... %second%.
+
+    Makes the folder. Raises ValueError for a prefix that leaves `root`.
+    """
+    now = time.localtime()
+    for mark, value in {
+        "%width%": str(width),
+        "%height%": str(height),
+        "%year%": str(now.tm_year),
+        "%month%": f"{now.tm_mon:02}",
+        "%day%": f"{now.tm_mday:02}",
+        "%hour%": f"{now.tm_hour:02}",
+        "%minute%": f"{now.tm_min:02}",
+        "%second%": f"{now.tm_sec:02}",
+    }.items():
+        prefix = prefix.replace(mark, value)
+    root.mkdir(parents=True, exist_ok=True)
+    path = inside(root, prefix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbered = re.compile(re.escape(path.name).replace(r"%batch_num%", r"\d+") + r"_(\d+)_?\.[^.]+$", re.IGNORECASE)
+    taken = [int(m[1]) for p in path.parent.iterdir() if (m := numbered.match(p.name))]
+    subfolder = path.parent.relative_to(root.resolve()).as_posix()
+    return OutputName(path.parent, "" if subfolder == "." else subfolder, path.name, max(taken, default=0) + 1)

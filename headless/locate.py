@@ -1,0 +1,61 @@
+"""Finds a ComfyUI on this machine and the Python that runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+PACK = Path(__file__).resolve().parent.parent
+# What ComfyUI's main.py cannot start without; enough to tell an environment made for it.
+NEEDED = ("torch", "aiohttp", "yaml", "safetensors", "sqlalchemy", "alembic", "comfyui_frontend_package")
+
+
+def is_comfyui(folder: Path) -> bool:
+    return (folder / "main.py").is_file() and (folder / "comfy_api").is_dir()
+
+
+def find_comfyui(explicit: Path | None = None) -> Path | None:
+    """`explicit`, else COMFYUI_PATH, else the folders above this checkout, else ~/ComfyUI; None when there is none.
+
+    Raises FileNotFoundError when a folder was named, here or in COMFYUI_PATH, and is not a ComfyUI.
+    """
+    configured = explicit or (Path(os.environ["COMFYUI_PATH"]) if os.environ.get("COMFYUI_PATH") else None)
+    if configured is not None:
+        folder = configured.expanduser().resolve()
+        if not is_comfyui(folder):
+            raise FileNotFoundError(f"{folder} is not a ComfyUI folder: there is no main.py beside a comfy_api folder.")
+        return folder
+    # Also as it was called: custom_nodes/<pack> is often a symbolic link.
+    called = Path(__file__).absolute().parent.parent
+    places = [*PACK.parents, *called.parents, *Path.cwd().parents, Path.home() / "ComfyUI"]
+    return next((place for place in places if is_comfyui(place)), None)
+
+
+def python_for(comfyui: Path) -> tuple[Path, str | None]:
+    """The Python to start `comfyui` with, and what it lacks (None when nothing is known to be missing).
+
+    COMFYUI_PYTHON decides; else this Python when it has what ComfyUI needs; else the environment beside ComfyUI.
+    """
+    if configured := os.environ.get("COMFYUI_PYTHON"):
+        return Path(configured), None
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if not missing:
+        return Path(sys.executable), None
+    for place in (
+        comfyui / ".venv/bin/python",
+        comfyui / "venv/bin/python",
+        comfyui / ".venv/Scripts/python.exe",
+        comfyui / "venv/Scripts/python.exe",
+        comfyui.parent / "python_embeded/python.exe",
+    ):
+        if place.is_file():
+            return place, None
+    return Path(sys.executable), ", ".join(missing)
+
+
+def carries_pack(comfyui: Path) -> bool:
+    """Whether this checkout already lies in, or is linked into, the custom_nodes of `comfyui`."""
+    folder = comfyui / "custom_nodes"
+    return folder.is_dir() and any(entry.resolve() == PACK for entry in folder.iterdir())
