@@ -1,0 +1,128 @@
+"""Attention of every place to the window of places around it in another map, without unfolding that map.
+
+ColorMNet's short-term memory uses it with a 15x15 window: an unfolded value would be 225 times the value. Three ways
+to the same numbers: `local_window_reference` unfolds (for tests), `local_window_banded` multiplies row by row and
+reads the window as a diagonal band (portable), and a Triton kernel keeps everything in registers.
+
+Offsets run row by row: offset i of a window of side s is (i // s - s // 2, i % s - s // 2).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+log = logging.getLogger("hotpath.attention")
+
+VALUE_SLICE = 128  # channels of the value that one program of the kernel accumulates
+QUERY_TILE = 16
+
+
+def local_window_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int) -> Tensor:
+    """softmax over the window of (query . key + bias), times value. Places outside the map take no part.
+
+    query: [T, C, H, W], already scaled; key: [1, C, H, W]; value: [1, V, H, W]; bias: [T, window^2, H, W]; query, key
+    and bias float32, value of any float dtype. Returns [T, V, H, W] in the value's dtype.
+    """
+    implementation, _ = select_local_window(query.device)
+    return implementation(query, key, value, bias, window)
+
+
+def select_local_window(device: torch.device) -> tuple[Any, str]:
+    """The implementation for `device` and why it was chosen."""
+    reason = triton_unavailable(device)
+    if reason is None:
+        return local_window_triton, "triton: fused kernel"
+    return local_window_banded, f"banded: {reason}"
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why the Triton kernel cannot run on `device`; None when it can."""
+    if device.type != "cuda":
+        return f"the fused kernel needs CUDA, this is {device.type}"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed"
+    return None
+
+
+def local_window_reference(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int) -> Tensor:
+    """The definition, with the window unfolded: window^2 copies of key and value."""
+    frames, channels, height, width = query.shape
+    places, radius = height * width, window // 2
+    inside = F.unfold(query.new_ones(1, 1, height, width), window, padding=radius)
+    keys = F.unfold(key, window, padding=radius).view(channels, window * window, places)
+    values = F.unfold(value.float(), window, padding=radius).view(value.shape[1], window * window, places)
+    logits = torch.einsum("tcn,cwn->twn", query.flatten(2), keys) + bias.flatten(2)
+    weights = logits.masked_fill(inside == 0, float("-inf")).softmax(dim=1)
+    out = torch.einsum("twn,vwn->tvn", weights, values)
+    return out.view(frames, -1, height, width).to(value.dtype)
+
+
+def local_window_banded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int) -> Tensor:
+    """One row of the window at a time: the products of a row of queries with a row of keys, of which a diagonal band
+    lies inside the window, are one batched matrix product; the band is read, and for the values written, in place
+    through strides. Peak memory: window^2 logits per place and window rows of W x (W + window - 1) products.
+    """
+    frames, channels, height, width = query.shape
+    radius = window // 2
+    wide = width + 2 * radius
+    q = query.permute(0, 2, 3, 1)  # [T, H, W, C]
+    k = F.pad(key[0], (radius, radius, radius, radius)).permute(1, 2, 0)  # [H', W', C]
+    v = F.pad(value[0], (radius, radius, radius, radius)).permute(1, 2, 0)
+    inside = F.pad(query.new_ones(height, width), (radius, radius, radius, radius))
+    band = bias.permute(0, 2, 3, 1).reshape(frames, height, width, window, window).clone()
+    for row in range(window):
+        products = torch.matmul(q, k[row : row + height].transpose(1, 2))  # [T, H, W, W']
+        band[..., row, :] += _diagonals(products, window)
+        outside = inside[row : row + height].unfold(1, window, 1) == 0  # [H, W, window]
+        band[..., row, :].masked_fill_(outside, float("-inf"))
+    weights = band.flatten(3).softmax(dim=-1).view_as(band).to(value.dtype)
+    out: Tensor | None = None
+    spread = value.new_zeros(frames, height, width, wide)
+    for row in range(window):
+        _diagonals(spread, window).copy_(weights[..., row, :])
+        part = torch.matmul(spread, v[row : row + height])
+        out = part if out is None else out.add_(part)
+    assert out is not None
+    return out.permute(0, 3, 1, 2)
+
+
+def _diagonals(products: Tensor, window: int) -> Tensor:
+    """View of contiguous [T, H, W, W + window - 1] as [T, H, W, window]: entry (x, i) is column x + i of row x."""
+    frames, height, width, wide = products.shape
+    strides = products.stride()
+    return products.as_strided((frames, height, width, window), (strides[0], strides[1], wide + 1, 1))
+
+
+def local_window_triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int) -> Tensor:
+    """The fused kernel: for a tile of queries of one row, all window rows in turn with a running softmax (Dao et al.
+    2022), the value in slices of channels. Nothing of size window^2 but the bias is read, nothing of it is written.
+    """
+    import triton
+
+    frames, channels, height, width = query.shape
+    q = query.permute(0, 2, 3, 1).contiguous()
+    k = key[0].permute(1, 2, 0).contiguous()
+    v = value[0].permute(1, 2, 0).contiguous()
+    b = bias.permute(0, 2, 3, 1).contiguous()
+    out = torch.empty(frames, height, width, v.shape[-1], dtype=value.dtype, device=value.device)
+    reach = triton.next_power_of_2(QUERY_TILE + window - 1)
+    grid = (triton.cdiv(width, QUERY_TILE), frames * height, triton.cdiv(v.shape[-1], VALUE_SLICE))
+    _kernel()[grid](
+        q, k, v, b, out, height, width, channels, v.shape[-1],
+        WINDOW=window, TILE=QUERY_TILE, REACH=reach, CHANNELS=max(16, triton.next_power_of_2(channels)),
+        SLICE=VALUE_SLICE,
+    )  # fmt: skip
+    return out.permute(0, 3, 1, 2)
+
+
+def _kernel() -> Any:
+    from .local_window_kernel import local_window_kernel
+
+    return local_window_kernel

@@ -1,0 +1,73 @@
+"""A batch that halves itself when the device runs out of memory, and remembers that it did."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+log = logging.getLogger("hotpath.colorization")
+
+Result = TypeVar("Result")
+
+# torch 2.4 has the first name only; both are RuntimeErrors.
+OutOfMemory: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, the CPU included, has no memory left."""
+    if isinstance(error, OutOfMemory | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+    )
+
+
+class BatchSize:
+    """How many items of `what` go through the device together; at least `smallest`."""
+
+    def __init__(self, size: int, what: str, smallest: int = 1) -> None:
+        self.size = max(smallest, size)
+        self.what = what
+        self.smallest = smallest
+        self.notes: list[str] = []
+
+    def run(self, compute: Callable[[int], Result]) -> Result:
+        """`compute(size)`, again with half the size while it runs out of memory. It must not have changed anything."""
+        while True:
+            try:
+                return compute(self.size)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.size <= self.smallest:
+                    raise
+            # Outside the handler: the traceback of the error keeps the tensors of its frames alive.
+            self._halve()
+
+    def map(self, items: Sequence[int], compute: Callable[[Sequence[int]], Result]) -> list[Result]:
+        """`compute` over consecutive parts of `items`, each of at most `size`; a part that does not fit is halved."""
+        results: list[Result] = []
+        done = 0
+        while done < len(items):
+            start = done
+
+            def part(size: int, start: int = start) -> tuple[Result, int]:
+                chosen = items[start : start + size]
+                return compute(chosen), len(chosen)
+
+            result, count = self.run(part)
+            results.append(result)
+            done += count
+        return results
+
+    def _halve(self) -> None:
+        before, self.size = self.size, max(self.smallest, self.size // 2)
+        note = f"out of memory: {self.what} halved from {before} to {self.size}"
+        log.warning("%s", note)
+        self.notes.append(note)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

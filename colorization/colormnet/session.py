@@ -1,0 +1,227 @@
+"""Colouring a film with ColorMNet: what happens from frame to frame.
+
+A session takes frames in any portions and remembers. Between two memory frames the memories do not change, so their
+frames are encoded, matched and fused together; only the decoder's recurrent rest runs frame by frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...attention.local_window import select_local_window
+from ...attention.topk_memory import QUERY_TILE
+from ..batch_size import BatchSize
+from ..colour_space import CHROMA_SCALE, normalise_luminance
+from ..stage_times import StageTimes
+from .decoder import DecoderContext
+from .feature_fusion import PLANES
+from .memory import FrameMemory, SensoryMemory
+from .network import PATCH, ColorMNet, FrameKeys
+from .settings import ColorMNetSettings
+
+
+@dataclass(frozen=True)
+class Coloured:
+    """Frames in colour: chroma [T, 2, H, W] in Lab units; confidence [T, 1, h, w] in 0..1, how near the memory had
+    something alike, at the network's own resolution."""
+
+    chroma: Tensor
+    confidence: Tensor
+
+
+class ColorMNetSession:
+    """One film, or one shot of it.
+
+    height, width: of the frames and references this session will see.
+    references: Lab pictures [3, H, W], examples of colours, kept in memory for good. Without any, frame 0 must be
+    given (see `colorize`).
+    """
+
+    def __init__(
+        self,
+        network: ColorMNet,
+        settings: ColorMNetSettings,
+        height: int,
+        width: int,
+        references: Sequence[Tensor] = (),
+        batch: int = 8,
+        times: StageTimes | None = None,
+    ) -> None:
+        self.network = network
+        self.settings = settings
+        self.size = (height, width)
+        self.padding = padding_to(height, width, PATCH)
+        self.times = times or StageTimes(network.device)
+        self.frames_together = BatchSize(batch, "frames per batch")
+        self.queries_together = BatchSize(QUERY_TILE, "queries per tile", smallest=64)
+        self.time = 0  # index of the next frame
+        self.last_memory = 0
+        left, right, top, bottom = self.padding
+        rows, columns = (height + top + bottom) // 16, (width + left + right) // 16
+        widths = network.widths
+        self.memory = FrameMemory(
+            settings, rows * columns, len(references), widths.key, widths.values.value, network.dtype, network.device
+        )
+        self.sensory = SensoryMemory(widths.values.hidden, rows, columns, network.device)
+        self.position = network.position_embedding(rows * 16, columns * 16)
+        self._references = [self._checked(reference) for reference in references]
+
+    def colorize(self, luminance: Tensor, given: Mapping[int, Tensor] | None = None, last: bool = False) -> Coloured:
+        """The next frames. luminance: [T, 1, H, W], L in 0..100, on the network's device.
+
+        given: chroma [2, H, W] in Lab units of frames whose colours are known, by their index in the whole session;
+        they are returned as they are and remembered. last: the film ends here, nothing need be remembered of its last
+        frame; it changes no colours.
+        """
+        if tuple(luminance.shape[-2:]) != self.size:
+            raise ValueError(f"This session colours {self.size} frames, not {tuple(luminance.shape[-2:])}.")
+        given = given or {}
+        if self.time == 0 and not self._references and 0 not in given:
+            raise ValueError("ColorMNet needs a reference picture, or the colours of frame 0.")
+        normal = F.pad(normalise_luminance(luminance), self.padding)
+        if self.time == 0 and self.memory.work == 0:
+            for reference in self._references:
+                self._remember_reference(reference)
+        parts: list[Coloured] = []
+        end = self.time + len(luminance)
+        while self.time < end:
+            first = len(luminance) - (end - self.time)
+            count, memory_frame = self._next_group(end, given)
+            is_last = last and self.time + count == end
+            group = normal[first : first + count]
+            known = given.get(self.time + count - 1)
+            remember = memory_frame and not is_last
+            parts.append(self._colour_group(group, remember, is_last, known))
+            self.time += count
+            if remember:
+                self.last_memory = self.time - 1
+        left, right, top, bottom = self.padding
+        chroma = torch.cat([p.chroma for p in parts]) * CHROMA_SCALE
+        height, width = self.size
+        chroma = chroma[..., top : top + height, left : left + width]
+        return Coloured(chroma, torch.cat([p.confidence for p in parts]))
+
+    def _next_group(self, end: int, given: Mapping[int, Tensor]) -> tuple[int, bool]:
+        """How many frames can be coloured before the memory changes, and whether the last of them is remembered."""
+        if self.time == 0 or self.time in given:
+            return 1, True
+        due = max(self.time, self.last_memory + self.settings.memory_every)
+        known = min((index for index in given if index > self.time), default=end)
+        stop = min(due + 1, known, end, self.time + max(1, self.frames_together.size))
+        return stop - self.time, stop - 1 == due
+
+    def _colour_group(self, luminance: Tensor, remember: bool, is_last: bool, known: Tensor | None) -> Coloured:
+        with self.times.stage("key encoder"):
+            keys = self._encode(luminance)
+        places = keys.key.shape[-2:]
+        if known is not None:
+            # Only single frames are given; memory and decoder have nothing to add.
+            chroma = F.pad(known[None].to(luminance) / CHROMA_SCALE, self.padding)
+            confidence = chroma.new_ones(1, 1, *places)
+            if remember:
+                self._remember(keys, luminance, chroma, deep=True)
+            return Coloured(chroma, confidence)
+        exemplar_only = self.time == 0
+        with self.times.stage("memory read"):
+            readout, confidence = self._read(keys, local=not exemplar_only)
+        with self.times.stage("decoder"):
+            context = self.network.decoder.add_readout(keys.context, readout)
+            frames: list[Tensor] = []
+            for index in range(len(luminance)):
+                closing = index == len(luminance) - 1
+                update = not (closing and (remember or is_last))
+                colours, self.sensory.hidden = self.network.decode(context.frame(index), self.sensory.hidden, update)
+                frames.append(colours)
+        chroma = torch.cat(frames)
+        if remember:
+            # Frame 0 next to an exemplar leaves the sensory state at zero.
+            self._remember(keys.last(), luminance[-1:], chroma[-1:], deep=not exemplar_only)
+        return Coloured(chroma, confidence)
+
+    def _encode(self, luminance: Tensor) -> FrameKeys:
+        """The key encoder over all frames of a group, in as many batches as memory asks for."""
+        indices = range(len(luminance))
+        parts = self.frames_together.map(
+            indices, lambda chosen: self.network.encode_keys(luminance[chosen[0] : chosen[-1] + 1], self.position)
+        )
+        if len(parts) == 1:
+            return parts[0]
+        context = DecoderContext(
+            *(torch.cat([getattr(p.context, n) for p in parts]) for n in ("entry", "skip", "skip8", "skip4"))
+        )
+        key, shrinkage, selection, f16 = (
+            torch.cat([getattr(p, n) for p in parts]) for n in ("key", "shrinkage", "selection", "f16")
+        )
+        return FrameKeys(key, shrinkage, selection, f16, context)
+
+    def _read(self, keys: FrameKeys, local: bool) -> tuple[Tensor, Tensor]:
+        """What the memories say of a group: [T * 2, value, h, w], and how near they came, [T, 1, h, w]."""
+        frames, _, rows, columns = keys.key.shape
+        reading = self.queries_together.run(lambda tile: self.memory.read(keys.key, keys.selection, tile))
+        readout = reading.readout.view(frames, rows * columns, PLANES, -1).permute(0, 2, 3, 1)
+        readout = readout.reshape(frames * PLANES, -1, rows, columns)
+        confidence = reading.nearest.exp().view(frames, 1, rows, columns)
+        key, value = self.sensory.last_key, self.sensory.last_value
+        if local and key is not None and value is not None:
+            near = self.network.short_term_attn(keys.key, key, value)
+            readout = readout + near.reshape(readout.shape)
+        return readout, confidence
+
+    def _remember(self, keys: FrameKeys, luminance: Tensor, chroma: Tensor, deep: bool) -> None:
+        """Put one frame and its colours, both padded and normalised, into the memories."""
+        with self.times.stage("value encoder"):
+            value = self.network.encode_value(luminance, chroma, keys.f16)
+            self.memory.add(keys.key[0], keys.shrinkage[0], keys.selection[0], value)
+            self.sensory.look_at(keys.key, value)
+            if deep:
+                self.sensory.hidden = self.network.reinforce(value, self.sensory.hidden)
+
+    def _remember_reference(self, lab: Tensor) -> None:
+        picture = lab[None].to(self.network.device)
+        luminance = F.pad(normalise_luminance(picture[:, :1]), self.padding)
+        chroma = F.pad(picture[:, 1:] / CHROMA_SCALE, self.padding)
+        self._remember(self.network.encode_keys(luminance, self.position), luminance, chroma, deep=False)
+
+    def _checked(self, reference: Tensor) -> Tensor:
+        if tuple(reference.shape) != (3, *self.size):
+            raise ValueError(f"A reference must be Lab of {(3, *self.size)}, not {tuple(reference.shape)}.")
+        return reference
+
+    def engines(self) -> dict[str, str]:
+        """Which implementation of each kernel runs here, and why."""
+        return {
+            "local attention": select_local_window(self.network.device)[1],
+            "memory read": f"tiled top-{self.settings.top_k}, {self.queries_together.size} queries at a time",
+        }
+
+    def notes(self) -> list[str]:
+        return [*self.frames_together.notes, *self.queries_together.notes]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next frames depend on, as tensors on the CPU; see `load`."""
+        return {
+            "time": torch.tensor([self.time, self.last_memory]),
+            **{f"memory.{name}": tensor for name, tensor in self.memory.state().items()},
+            **{f"sensory.{name}": tensor for name, tensor in self.sensory.state().items()},
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state` was taken, by a session of the same network, settings, size and references."""
+        self.time, self.last_memory = (int(n) for n in state["time"])
+        self.memory.load(_under("memory.", state))
+        self.sensory.load(_under("sensory.", state))
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def padding_to(height: int, width: int, multiple: int) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) that bring a picture to multiples of `multiple`, the smaller half first."""
+    across, down = -width % multiple, -height % multiple
+    return across // 2, across - across // 2, down // 2, down - down // 2

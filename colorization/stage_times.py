@@ -1,0 +1,50 @@
+"""Time per stage of a job, without stopping the device to read the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class StageTimes:
+    """Seconds by stage name. On CUDA pairs of events are recorded and read when asked, so nothing waits for them."""
+
+    MOST_PENDING = 4096  # event pairs; older ones have long happened and are summed up then
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._pending: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if self._events:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            stop.record()
+            self._pending.append((name, start, stop))
+            if len(self._pending) > self.MOST_PENDING:
+                self._settle()
+            return
+        before = time.perf_counter()
+        yield
+        self._add(name, time.perf_counter() - before)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds so far by stage, in the order the stages first ran. Waits for the device."""
+        self._settle()
+        return dict(self._seconds)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def _settle(self) -> None:
+        for name, start, stop in self._pending:
+            stop.synchronize()
+            self._add(name, start.elapsed_time(stop) / 1000)
+        self._pending.clear()
