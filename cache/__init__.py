@@ -1,7 +1,7 @@
 """Content keys and bounded stores, shared by every family.
 
 `keys` turns parameters, tensors and files into MD5 keys; `bounded.BoundedCache` is an LRU in memory with a byte limit
-and statistics; Every cache is listed in `registry`, so that one
+and statistics; `disk.DiskCache` keeps tensors across restarts. Every cache is listed in `registry`, so that one
 node and one command can show and clear them all.
 """
 

@@ -1,0 +1,162 @@
+"""Tensors on disk by content key: safetensors files in a folder with a byte limit, the least recently used go first.
+
+The second tier of a cache that must outlive the process. Files appear whole or not at all, every read checks that the
+file holds exactly the entry that was asked for, and what fails the check is deleted and reported as a miss.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .keys import content_key
+
+log = logging.getLogger("hotpath.cache")
+
+SUFFIX = ".safetensors"
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class DiskEntry:
+    """What one file holds: named tensors on the CPU, and the small facts that were stored with them."""
+
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, str]
+
+
+class DiskCache:
+    """A folder of tensors by key.
+
+    description: the whole content that a key was made of, in words. It is stored and compared on every read, so that
+    two contents whose keys are equal by accident, or by intent, never answer for each other.
+    Safe to use from several threads and from several processes on one folder.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._lock = threading.Lock()
+        self.hits = self.misses = self.dropped = 0
+
+    def _path(self, key: str) -> Path:
+        if not key or not all(c.isalnum() or c in "-_" for c in key):
+            raise ValueError(f"{key!r} is no cache key: it must be made of letters, digits, - and _.")
+        return self.folder / f"{key}{SUFFIX}"
+
+    def get(self, key: str, description: str = "") -> DiskEntry | None:
+        """The entry, now the most recently used; None when it is missing, damaged or about something else."""
+        from safetensors import safe_open
+
+        path = self._path(key)
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                stored = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            self.misses += 1
+            return None
+        except Exception as error:  # safetensors raises its own type, the file system any OSError
+            self._refuse(path, f"{type(error).__name__}: {error}")
+            return None
+        if stored.get("format") != FORMAT or stored.get("key") != key:
+            self._refuse(path, "it was written for another key")
+            return None
+        if stored.get("checksum") != content_key(tensors):
+            self._refuse(path, "its tensors do not match their checksum")
+            return None
+        if stored.get("description") != description:
+            self.misses += 1
+            log.info("cache: %s holds another content under the same key; it is not used", path.name)
+            return None
+        try:
+            os.utime(path)
+        except OSError:
+            log.debug("cache: the time of %s could not be set", path.name)
+        self.hits += 1
+        return DiskEntry(tensors, json.loads(stored.get("facts", "{}")))
+
+    def _refuse(self, path: Path, why: str) -> None:
+        log.warning("cache: %s is dropped, because %s", path.name, why)
+        path.unlink(missing_ok=True)
+        self.misses += 1
+        self.dropped += 1
+
+    def put(
+        self,
+        key: str,
+        tensors: Mapping[str, torch.Tensor],
+        facts: Mapping[str, str] | None = None,
+        description: str = "",
+    ) -> bool:
+        """Write an entry; False when it alone is over the limit or the disk refuses (which is logged, not raised)."""
+        from safetensors.torch import save
+
+        path = self._path(key)
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if sum(t.nbytes for t in whole.values()) > self.limit:
+            return False
+        stored = {
+            "format": FORMAT,
+            "key": key,
+            "description": description,
+            "checksum": content_key(whole),
+            "facts": json.dumps(dict(facts or {})),
+        }
+        payload = save(whole, metadata=stored)
+        temporary: str | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
+            with os.fdopen(handle, "wb") as file:
+                file.write(payload)
+            Path(temporary).replace(path)
+        except OSError as error:
+            log.warning("cache: %s was not written, because %s", path.name, error)
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+            return False
+        self.trim()
+        return path.exists()
+
+    def entries(self) -> list[Path]:
+        """The files, least recently used first."""
+        found: list[tuple[float, Path]] = []
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            try:
+                found.append((path.stat().st_mtime, path))
+            except FileNotFoundError:  # another process trimmed it
+                continue
+        return [path for _, path in sorted(found)]
+
+    def nbytes(self) -> int:
+        return sum(path.stat().st_size for path in self.entries() if path.exists())
+
+    def trim(self) -> int:
+        """Delete the least recently used files until the folder is within its limit; returns how many went."""
+        with self._lock:
+            files = self.entries()
+            sizes = {path: path.stat().st_size for path in files if path.exists()}
+            total, gone = sum(sizes.values()), 0
+            for path in files:
+                if total <= self.limit:
+                    break
+                path.unlink(missing_ok=True)
+                total -= sizes.get(path, 0)
+                gone += 1
+            return gone
+
+    def clear(self) -> int:
+        """Delete every entry; returns how many there were."""
+        files = self.entries()
+        for path in files:
+            path.unlink(missing_ok=True)
+        return len(files)

@@ -1,0 +1,245 @@
+"""One call from questions to answers: look up or encode the pictures, prefill, write, and report what ran and why.
+
+`answer` is what every node and the captioner call. Several questions are answered as one left-padded batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .. import host
+from . import answers
+from .budgets import PRESETS, Budget
+from .embeddings import EmbeddingCache, VisualItem, encode, look_up
+from .generation import beam_search, choose_path, decode, runner
+from .loading import MODELS, LoadedModel
+from .prefill import prefill
+from .prompts import Prompt, Question, build
+from .sampling import Sampler, Sampling
+from .timing import Timing
+
+log = logging.getLogger("hotpath.vision_language")
+
+SHOWN_EVERY = 0.1  # seconds between two looks at the text while it is written
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How an answer is made.
+
+    answers: how many to each question (one question only). cache_images: use and fill the cache of vision features;
+    cache_on_disk: its tier on disk as well. reuse_prefix: keep the keys and values of the pictures for the next
+    question. decode: one of generation.DECODE_PATHS. keep_loaded: leave the weights on the device afterwards.
+    encode_jointly: show the tower all pictures of a batch at once. node_id: where the growing text is shown.
+    """
+
+    max_new_tokens: int = 512
+    budget: Budget = PRESETS["balanced"]
+    answers: int = 1
+    cache_images: bool = True
+    cache_on_disk: bool = False
+    reuse_prefix: bool = True
+    decode: str = "auto"
+    keep_loaded: bool = True
+    encode_jointly: bool = False
+    stream: bool = True
+    node_id: str | None = None
+
+
+@dataclass
+class Answer:
+    """One answer: its text, the thoughts before it, and how it came about. report is the same for a whole call."""
+
+    text: str
+    thoughts: str
+    tokens: int
+    finished: bool
+    report: str = ""
+    items: list[VisualItem] = field(default_factory=list)
+    timing: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Run:
+    """The facts of one call, for its report."""
+
+    notes: list[str]
+    timing: Timing
+    items: list[VisualItem]
+    prompt_tokens: int = 0
+    reused: int = 0
+    path: str = ""
+    encoded: int = 0
+
+
+def answer(
+    model: LoadedModel, questions: Sequence[Question], sampling: Sampling, options: AnswerOptions = AnswerOptions()
+) -> list[Answer]:
+    """Answers in the order of `questions`; with options.answers = n, n answers to the one question.
+
+    When the device runs out of memory the pictures are tried once more with half their budget, which the report tells.
+    """
+    if not questions:
+        return []
+    if options.answers > 1 and len(questions) > 1:
+        raise ValueError("Several answers can be asked for one question at a time: ask them one by one.")
+    for question in questions:
+        if model.processor is None and (question.pictures or question.clips):
+            raise ValueError(f"{model.folder.name} is a text-only model: choose a -VL model to ask about pictures.")
+        if not question.prompt.strip() and not question.pictures and not question.clips:
+            raise ValueError("There is nothing to answer: give a prompt, a picture, or both.")
+    sampling = sampling.resolved(model.network.generation_config)
+    notes = list(model.notes)
+    try:
+        return _answer(model, questions, sampling, options, notes)
+    except torch.OutOfMemoryError:
+        if not any(question.pictures or question.clips for question in questions):
+            raise
+    # Out of the handler first: the traceback holds the tensors that filled the device.
+    model.drop_device_state()
+    smaller = options.budget.halved(model.image_sizes)
+    host.current().make_room(model.cache_bytes(4096), model.device)
+    notes.append(f"the device ran out of memory; tried again with {smaller.most} visual tokens a picture")
+    log.warning("%s: %s", model.folder.name, notes[-1])
+    return _answer(model, questions, sampling, replace(options, budget=smaller), notes)
+
+
+def _answer(
+    model: LoadedModel, questions: Sequence[Question], sampling: Sampling, options: AnswerOptions, notes: list[str]
+) -> list[Answer]:
+    run = _Run(notes, Timing(model.device), [])
+    cache = EmbeddingCache(options.cache_images, options.cache_on_disk)
+    prompts: list[Prompt] = []
+    for question in questions:
+        items = look_up(model, question.pictures, question.clips, options.budget, cache, run.timing)
+        prompts.append(build(model, question, items))
+        run.items += items
+    run.prompt_tokens = max(prompt.length for prompt in prompts)
+    most = min(options.max_new_tokens, model.context_length - run.prompt_tokens)
+    if most < options.max_new_tokens:
+        notes.append(f"the answer may have {most:,} tokens, because the context of {model.context_length:,} ends there")
+    rows = len(prompts) * options.answers
+    if options.keep_loaded:
+        MODELS.keep(model, True)
+    try:
+        with model.resident(run.prompt_tokens + most, rows):
+            run.encoded = encode(model, run.items, cache, run.timing, options.encode_jointly)
+            written = _write(model, prompts, sampling, options, most, run)
+    finally:
+        if not options.keep_loaded:
+            MODELS.keep(model, False)
+    texts = model.tokenizer.batch_decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    seconds = run.timing.seconds()
+    report = _report(model, run, sampling, written, most, seconds)
+    made: list[Answer] = []
+    for row, (text, tokens) in enumerate(zip(texts, written, strict=True)):
+        prompt = prompts[row if options.answers == 1 else 0]
+        thoughts, said = answers.split_thoughts(text, prompt.opens_thinking)
+        made.append(Answer(said, thoughts, len(tokens), len(tokens) < most, report, prompt.items, seconds))
+    return made
+
+
+def _write(
+    model: LoadedModel, prompts: list[Prompt], sampling: Sampling, options: AnswerOptions, most: int, run: _Run
+) -> list[list[int]]:
+    """Token lists, one a row; the network is resident."""
+    if sampling.beams > 1:
+        run.path = f"{sampling.beams} beams, by the library"
+        with run.timing.stage("decode", on_device=True):
+            return [row for prompt in prompts for row in beam_search(model, prompt, sampling, most, options.answers)]
+    path = choose_path(model, options.decode)
+    run.path = path.note
+    with run.timing.stage("prefill", on_device=True):
+        # A cache of pictures that is switched off leaves nothing of them behind, here neither.
+        filled = prefill(model, prompts, options.reuse_prefix and options.cache_images)
+    run.reused = filled.reused
+    filled = filled.repeated(options.answers)
+    with run.timing.stage("compile"):
+        runs = runner(model, path, filled, most)
+    rows = len(prompts) * options.answers
+    seeds = [sampling.seed + row for row in range(rows)] if options.answers > 1 else [sampling.seed] * rows
+    prompt_ids = prompts[0].ids if len(prompts) == 1 else _padded(prompts, model)
+    sampler = Sampler(
+        sampling, prompt_ids.to(model.device).expand(rows, -1), filled.logits.shape[-1], seeds
+    )  # fmt: skip
+    with host.tracked(host.current(), most, "answer") as bar, run.timing.stage("decode", on_device=True):
+        stream = TextStream(model, options.node_id) if options.stream else None
+        done = 0
+
+        def on_tokens(rows_so_far: list[list[int]]) -> None:
+            nonlocal done
+            longest = max(map(len, rows_so_far))
+            bar.update(longest - done)
+            done = longest
+            if stream is not None:
+                stream.show(rows_so_far[0])
+
+        return decode(runs, sampler, filled.logits, most, model.stop_ids, on_tokens)
+
+
+def _padded(prompts: list[Prompt], model: LoadedModel) -> torch.Tensor:
+    """[B, T] ids, each row padded with its own first token, so that a padding never counts as a repetition."""
+    longest = max(prompt.length for prompt in prompts)
+    return torch.cat(
+        [torch.cat((p.ids[:, :1].expand(1, longest - p.length), p.ids), dim=1) for p in prompts]
+    )  # fmt: skip
+
+
+class TextStream:
+    """The growing text under the node, decoded from where it was last whole, a few times a second."""
+
+    def __init__(self, model: LoadedModel, node_id: str | None) -> None:
+        self.tokenizer, self.node_id = model.tokenizer, node_id
+        self._text, self._from, self._shown = "", 0, 0.0
+
+    def show(self, tokens: list[int]) -> None:
+        now = time.monotonic()
+        if now - self._shown < SHOWN_EVERY:
+            return
+        self._shown = now
+        tail = self.tokenizer.decode(tokens[self._from :], skip_special_tokens=True)
+        host.current().show_text(self._text + tail, self.node_id)
+        if tail.endswith("\n"):
+            # A line that is over decodes the same for ever; what follows is decoded without it.
+            self._text, self._from = self._text + tail, len(tokens)
+
+
+def _report(
+    model: LoadedModel, run: _Run, sampling: Sampling, written: list[list[int]], most: int, seconds: dict[str, float]
+) -> str:
+    merge = 0 if model.processor is None else int(model.config.vision_config.spatial_merge_size)
+    dtype = str(model.dtype).removeprefix("torch.")
+    lines = [f"{model.folder.name}: {model.model_type}, {dtype} on {model.device}, quantization {model.quantization}"]
+    lines += run.notes
+    if run.items:
+        visual = sum(item.tokens(merge) for item in run.items)
+        hits = [item.found for item in run.items if item.found]
+        where = f", {len(hits)} from the cache ({', '.join(sorted(set(hits)))})" if hits else ""
+        lines.append(f"pictures: {len(run.items)}, {visual:,} visual tokens, {run.encoded} encoded{where}")
+    reused = f", {run.reused:,} of them reused" if run.reused else ""
+    lines.append(f"prompt: {run.prompt_tokens:,} tokens{reused}")
+    count = sum(map(len, written))
+    rate = f", {count / seconds['decode']:.1f} tokens/s" if seconds.get("decode") and count else ""
+    lines.append(f"answer: {count:,} tokens{rate}; decode: {run.path}; {sampling}")
+    if any(len(row) >= most for row in written):
+        lines.append(f"an answer was cut off at max_new_tokens = {most:,}")
+    lines.append("time: " + ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items()))
+    if tip := _tip(run, seconds):
+        lines.append(tip)
+    return "\n".join(lines)
+
+
+def _tip(run: _Run, seconds: dict[str, float]) -> str:
+    """One sentence when the numbers of this call support it, else ''."""
+    total = sum(seconds.values())
+    looking = seconds.get("processor", 0.0) + seconds.get("transfer", 0.0) + seconds.get("tower", 0.0)
+    if run.encoded and looking > 0.5 * total and looking > 0.5:
+        return f"tip: looking took {looking:.1f} of {total:.1f} s; a smaller token budget shortens it"
+    if seconds.get("prefill", 0.0) > 0.5 * total and not run.reused and seconds["prefill"] > 0.5:
+        return f"tip: prefill took {seconds['prefill']:.1f} of {total:.1f} s; fewer visual tokens shorten it"
+    return ""

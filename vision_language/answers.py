@@ -1,0 +1,118 @@
+"""What an answer is made of: thoughts and text, JSON in it, boxes in it, and the picture they are drawn on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+THINK_END = "</think>"
+FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box")
+BOX_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
+RELATIVE = 1000  # Qwen3-VL counts both edges of any picture to 1000
+
+
+@dataclass(frozen=True)
+class Box:
+    """left, top, right, bottom in pixels of the picture that was asked about."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    label: str
+
+
+def split_thoughts(text: str, opened: bool = False) -> tuple[str, str]:
+    """(thoughts, answer). opened: the template itself opened the thoughts, so a text without an end is all thoughts."""
+    head, mark, tail = text.rpartition(THINK_END)
+    if mark:
+        return head.replace("<think>", "").strip(), tail.strip()
+    if opened or text.lstrip().startswith("<think>"):
+        return text.replace("<think>", "").strip(), ""
+    return "", text.strip()
+
+
+def find_json(text: str) -> Any:
+    """The first JSON value in `text`: fenced, bare, or inside prose; None when there is none.
+
+    A list that was cut off by the token limit is read up to its last whole entry.
+    """
+    for candidate in (*FENCE.findall(text), text):
+        start = next((i for i, c in enumerate(candidate) if c in "[{"), None)
+        while start is not None:
+            try:
+                return json.JSONDecoder().raw_decode(candidate[start:])[0]
+            except ValueError:
+                if candidate[start] == "[" and (found := whole_entries(candidate[start + 1 :])):
+                    return found
+            start = next((i for i in range(start + 1, len(candidate)) if candidate[i] in "[{"), None)
+    return None
+
+
+def whole_entries(text: str) -> list[Any]:
+    """The entries of a list without its end, as far as they are whole."""
+    entries: list[Any] = []
+    decoder = json.JSONDecoder()
+    rest = text.lstrip()
+    while rest:
+        try:
+            value, end = decoder.raw_decode(rest)
+        except ValueError:
+            break
+        entries.append(value)
+        rest = rest[end:].lstrip()
+        if not rest.startswith(","):
+            break
+        rest = rest[1:].lstrip()
+    return entries
+
+
+def find_boxes(value: Any, height: int, width: int, seen: tuple[int, int] | None) -> list[Box]:
+    """Boxes in a parsed answer, in pixels of the picture of `height` x `width`.
+
+    seen: (height, width) as the model saw it, for models that answer in its pixels (Qwen2.5-VL); None for models that
+    count both edges to 1000 (Qwen3-VL, Qwen2-VL).
+    """
+    down, across = (RELATIVE, RELATIVE) if seen is None else seen
+    entries = value if isinstance(value, list) else [value]
+    if len(entries) == 4 and all(isinstance(v, int | float) for v in entries):
+        entries = [{"bbox_2d": entries}]
+    boxes: list[Box] = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            continue
+        corners = next((entry[key] for key in BOX_KEYS if key in entry), None)
+        if not isinstance(corners, list) or len(corners) != 4:
+            continue
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in corners):
+            continue
+        xs = sorted(min(max(v * width / across, 0.0), float(width)) for v in (corners[0], corners[2]))
+        ys = sorted(min(max(v * height / down, 0.0), float(height)) for v in (corners[1], corners[3]))
+        label = str(entry.get("label") or entry.get("text") or entry.get("name") or "")
+        boxes.append(Box(xs[0], ys[0], xs[1], ys[1], label))
+    return boxes
+
+
+def draw_boxes(pixels: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.uint8]:
+    """A copy of the picture [H, W, 3] uint8 with every box outlined and named."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.fromarray(pixels.copy())
+    canvas = ImageDraw.Draw(picture)
+    line = max(1, round(min(picture.size) / 200))
+    font = ImageFont.load_default(size=max(10, round(min(picture.size) / 32)))
+    for index, box in enumerate(boxes):
+        colour = BOX_COLOURS[index % len(BOX_COLOURS)]
+        canvas.rectangle((box.left, box.top, box.right, box.bottom), outline=colour, width=line)
+        if box.label:
+            left, top, right, bottom = canvas.textbbox((box.left + line, box.top + line), box.label, font=font)
+            canvas.rectangle((left - line, top - line, right + line, bottom + line), fill=colour)
+            canvas.text((box.left + line, box.top + line), box.label, fill="white", font=font)
+    return np.asarray(picture, dtype=np.uint8)

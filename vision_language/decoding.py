@@ -1,0 +1,196 @@
+"""The decode step of a dense Qwen decoder over a static key/value cache: one token in, logits out, nothing allocated.
+
+The library's forward pass prefills; this step continues from its keys and values. While text is written all three
+rotary axes of a Qwen-VL model advance together, so the multimodal rotary embedding (Qwen2-VL, section 2.1) is the plain
+one here. Buffers keep their addresses, so that the whole step is one CUDA graph; its layers share one compiled kernel
+set. Cache lengths come in buckets: a longer prompt of the same bucket compiles and captures nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+log = logging.getLogger("hotpath.vision_language")
+
+DENSE_MODELS = ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+BUCKETS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 131072, 262144)
+GRAPH_WARMUP = 3  # runs before a capture, so that kernels are chosen and compiled outside of it
+
+
+def bucket_length(tokens: int) -> int:
+    """The cache length for a prompt and an answer of `tokens` together."""
+    return next((length for length in BUCKETS if length >= tokens), -(-tokens // BUCKETS[0]) * BUCKETS[0])
+
+
+def text_decoder(network: Any) -> Any:
+    """The module with `embed_tokens`, `layers` and `norm` inside a vision-language or text model."""
+    model = network.model
+    return getattr(model, "language_model", model)
+
+
+def unsupported(network: Any) -> str:
+    """Why `network` cannot take the static decode step; '' when it can."""
+    decoder = text_decoder(network)
+    config = decoder.config
+    if network.config.model_type not in DENSE_MODELS:
+        return f"{network.config.model_type} is not one of the dense Qwen decoders"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"its activation is {config.hidden_act}"
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return "some of its layers use a sliding window"
+    first = decoder.layers[0]
+    if not hasattr(first.self_attn, "qkv_proj") or not hasattr(first.mlp, "gate_up_proj"):
+        return "its projections are packed by another library"
+    rope = getattr(decoder.rotary_emb, "rope_type", "default")
+    return "" if rope in ("default", "mrope", "yarn", "linear", "llama3") else f"its rotary embedding is {rope}"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: [B, heads, n, D]; cos, sin: [B, 1, 1, D]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+class DecodeLayer(nn.Module):
+    """One decoder layer for one new token of each row, over its static cache."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv, self.out = attention.qkv_proj, attention.o_proj
+        self.gate_up, self.down = mlp.gate_up_proj, mlp.down_proj
+        self.norm_in, self.norm_mid = layer.input_layernorm, layer.post_attention_layernorm
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.head_dim = int(attention.head_dim)
+        self.groups = int(attention.num_key_value_groups)
+        self.heads = (attention.k_proj.stop - attention.k_proj.start) // self.head_dim  # key/value heads
+        self.eps = float(layer.input_layernorm.variance_epsilon)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, bias: Tensor
+    ) -> Tensor:
+        """x: [B, hidden]; keys, values: [B, heads, length, D], written at `slot` [1]; bias: [B, 1, 1, length]."""
+        rows, heads, groups, dim = x.shape[0], self.heads, self.groups, self.head_dim
+        qkv = self.qkv(rms_norm(x, self.norm_in.weight, self.eps))
+        q, k, v = qkv.split((heads * groups * dim, heads * dim, heads * dim), dim=-1)
+        # The query heads that share a key head stand side by side: they are that head's queries.
+        q, k = q.view(rows, heads, groups, dim), k.view(rows, heads, 1, dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, self.q_norm.weight, self.eps)
+            k = rms_norm(k, self.k_norm.weight, self.eps)
+        keys.index_copy_(2, slot, rotate(k, cos, sin))
+        values.index_copy_(2, slot, v.view(rows, heads, 1, dim))
+        seen = F.scaled_dot_product_attention(rotate(q, cos, sin), keys, values, attn_mask=bias)
+        x = x + self.out(seen.reshape(rows, heads * groups * dim))
+        gate, up = self.gate_up(rms_norm(x, self.norm_mid.weight, self.eps)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class DecodeStep(nn.Module):
+    """The decoder's layers for one token, sharing the weights of `network`."""
+
+    def __init__(self, network: Any, compile_layer: Callable[[Any], Any] | None = None) -> None:
+        super().__init__()
+        decoder = text_decoder(network)
+        self.layers = nn.ModuleList(DecodeLayer(layer) for layer in decoder.layers)
+        # In a tuple: these are shared, and moving them is the network's business.
+        self._shared = (decoder.embed_tokens, decoder.norm, network.lm_head, decoder.rotary_emb)
+        self._run = [layer if compile_layer is None else compile_layer(layer) for layer in self.layers]
+        self.compiled = compile_layer is not None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        slot: Tensor,
+        bias: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+    ) -> Tensor:
+        """tokens, positions: [B]; slot: [1]; returns logits [B, vocabulary]."""
+        embed, norm, head, rotary = self._shared
+        x = F.embedding(tokens, embed.weight)
+        angles = positions.float().unsqueeze(-1) * rotary.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        cos = (angles.cos() * rotary.attention_scaling).to(x.dtype)
+        sin = (angles.sin() * rotary.attention_scaling).to(x.dtype)
+        for layer, k, v in zip(self._run, keys, values, strict=True):
+            x = layer(x, cos, sin, k, v, slot, bias)
+        return head(rms_norm(x, norm.weight, float(norm.variance_epsilon)))
+
+
+class Workspace:
+    """The buffers of one batch size and one cache length, and on CUDA the graph that runs the step over them."""
+
+    def __init__(self, step: DecodeStep, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.step, self.rows, self.length = step, rows, length
+        first: Any = step.layers[0]
+        shape = (rows, first.heads, length, first.head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in step.layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in step.layers]
+        self.bias = torch.full((rows, 1, 1, length), float("-inf"), device=device, dtype=dtype)
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self.positions = torch.zeros(rows, dtype=torch.long, device=device)
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)
+        self._zero = torch.zeros((rows, 1, 1, 1), device=device, dtype=dtype)
+        self.logits: Tensor | None = None
+        self.graph: Any = None
+
+    def nbytes(self) -> int:
+        return 2 * len(self.keys) * self.keys[0].nbytes
+
+    def begin(self, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, positions: Tensor) -> None:
+        """Continue after a prefill. keys, values: per layer [B or 1, heads, T, D]; mask: [B, T] of 0/1 (left padding).
+
+        positions: [B] rotary position of the next token.
+        """
+        filled = mask.shape[1]
+        for mine, theirs in zip((*self.keys, *self.values), (*keys, *values), strict=True):
+            mine[:, :, :filled].copy_(theirs)
+        self.bias.fill_(float("-inf"))
+        self.bias[:, 0, 0, :filled].masked_fill_(mask.bool(), 0.0)
+        self.positions.copy_(positions)
+        self.slot.fill_(filled)
+
+    def _advance(self) -> Tensor:
+        self.bias.index_copy_(3, self.slot, self._zero)
+        logits = self.step(self.tokens, self.positions, self.slot, self.bias, self.keys, self.values)
+        self.positions.add_(1)
+        self.slot.add_(1)
+        return logits
+
+    def capture(self) -> None:
+        """Record the step as a CUDA graph. Overwrites the buffers, so call it before `begin`."""
+        stream: Any = torch.cuda.Stream(device=self.tokens.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.tokens.device))
+        with torch.cuda.stream(stream):
+            for _ in range(GRAPH_WARMUP):
+                self.slot.zero_()
+                self._advance()
+        torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
+        self.slot.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self._advance()
+        self.graph = graph
+
+    def run(self, tokens: Tensor) -> Tensor:
+        """The logits after `tokens` [B]. On CUDA they are overwritten by the next run."""
+        self.tokens.copy_(tokens)
+        if self.graph is None:
+            return self._advance()
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits

@@ -1,0 +1,292 @@
+"""Vision features by content: what the tower makes of a picture or a clip, computed once and kept.
+
+The key holds everything that the features depend on and nothing else: exact pixels, effective sizes, the processor's
+constants, the library version, the weights as loaded. Prompt, sampling, order and frame rate are not in it. Entries
+live in CPU memory (bounded, shared by all models, they survive an unload) and, when asked for, on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import host
+from ..cache import BoundedCache, content_key, named_cache
+from ..cache.disk import DiskCache
+from .budgets import Budget, fitted
+from .loading import LoadedModel
+from .pictures import Clip, Picture
+from .timing import Timing
+
+log = logging.getLogger("hotpath.vision_language")
+
+MEMORY_LIMIT = 2 << 30
+DISK_LIMIT = 8 << 30
+CLIP_TOKENS = 16384  # all frames of a clip together
+
+
+@dataclass(frozen=True)
+class VisualFeatures:
+    """What the tower says about one picture or clip.
+
+    grid: patches in time, height and width; stored with the features, because a wrong grid of the right size runs and
+    gives other answers. pooled: [tokens, D]; deep: further levels of the same shape (Qwen3-VL's deepstack), maybe none.
+    """
+
+    pooled: Tensor
+    deep: tuple[Tensor, ...]
+    grid: tuple[int, int, int]
+
+
+@dataclass
+class VisualItem:
+    """One picture or clip on its way through an answer.
+
+    features is None until they were found or computed; then `patches` is what the tower must look at.
+    seconds: the time of every temporal patch (clips); step: seconds between two of them.
+    """
+
+    kind: str  # "image" or "video"
+    grid: tuple[int, int, int]
+    key: str = ""
+    description: str = ""
+    features: VisualFeatures | None = None
+    patches: Tensor | None = None
+    seconds: tuple[float, ...] = ()
+    step: float = 1.0
+    found: str = ""  # "memory" or "disk" on a hit
+
+    def tokens(self, merge: int) -> int:
+        time, height, width = self.grid
+        return time * height * width // merge**2
+
+
+class EmbeddingCache:
+    """The two tiers. enabled=False bypasses both: nothing is read and nothing is written."""
+
+    def __init__(self, enabled: bool = True, disk: bool = False, memory_limit: int = MEMORY_LIMIT) -> None:
+        self.enabled = enabled
+        self.memory: BoundedCache[VisualFeatures] = named_cache("image embeddings", memory_limit)
+        folder = host.current().cache_folder() / "image_embeddings"
+        self.disk = DiskCache(folder, DISK_LIMIT) if disk and enabled else None
+
+    def get(self, key: str, description: str) -> tuple[VisualFeatures | None, str]:
+        """(features, tier) or (None, '')."""
+        if not self.enabled:
+            return None, ""
+        if (found := self.memory.get(key)) is not None:
+            return found, "memory"
+        entry = self.disk.get(key, description) if self.disk is not None else None
+        if entry is None or "pooled" not in entry.tensors or "grid" not in entry.facts:
+            return None, ""
+        time, height, width = (int(v) for v in json.loads(entry.facts["grid"]))
+        deep = tuple(entry.tensors[f"deep.{i}"] for i in range(len(entry.tensors) - 1))
+        return self.memory.put(key, VisualFeatures(entry.tensors["pooled"], deep, (time, height, width))), "disk"
+
+    def put(self, key: str, description: str, features: VisualFeatures) -> None:
+        if not self.enabled:
+            return
+        kept = VisualFeatures(
+            features.pooled.cpu().clone(), tuple(level.cpu().clone() for level in features.deep), features.grid
+        )
+        self.memory.put(key, kept)
+        if self.disk is not None:
+            tensors = {"pooled": kept.pooled} | {f"deep.{i}": level for i, level in enumerate(kept.deep)}
+            self.disk.put(key, tensors, {"grid": json.dumps(kept.grid)}, description)
+
+
+def constants(processor: Any) -> dict[str, Any]:
+    """The constants of an image or video processor that its output depends on."""
+    names = ("patch_size", "temporal_patch_size", "merge_size", "do_rescale", "rescale_factor", "do_normalize")
+    found: dict[str, Any] = {name: getattr(processor, name, None) for name in names}
+    found["resample"] = str(getattr(processor, "resample", None))
+    for name in ("image_mean", "image_std"):
+        value = getattr(processor, name, None)
+        found[name] = None if value is None else [float(v) for v in np.atleast_1d(value)]
+    return found | {"class": type(processor).__name__}
+
+
+def describe(model: LoadedModel, pixels: Any, kind: str, processor: Any, size: Sequence[int]) -> str:
+    """The whole content of a key, as text: the pixels by hash, everything else by value."""
+    import transformers
+
+    parts = {
+        "kind": kind,
+        "pixels": content_key(pixels),
+        "shape": list(pixels.shape),
+        "size": [int(v) for v in size],
+        "processor": constants(processor),
+        "transformers": transformers.__version__,
+        "model": model.identity,
+        "model_type": model.model_type,
+        "tower": [str(model.dtype), model.quantization, model.attention],
+    }
+    return json.dumps(parts, sort_keys=True)
+
+
+def look_up(
+    model: LoadedModel,
+    pictures: Sequence[Picture],
+    clips: Sequence[Clip],
+    budget: Budget,
+    cache: EmbeddingCache,
+    timing: Timing,
+) -> list[VisualItem]:
+    """An item for each picture and each clip: from the cache, else with the patches the tower needs.
+
+    The processors run only for what is not cached; the same picture twice is one entry.
+    """  # fmt: skip
+    items: list[VisualItem] = []
+    fresh: dict[str, VisualItem] = {}
+    every: list[Picture | Clip] = [*pictures, *clips]
+    for media in every:
+        with timing.stage("processor"):
+            if isinstance(media, Picture):
+                size: tuple[int, ...] = budget.edges(model.image_sizes)
+                kind, pixels, worker = "image", media.pixels, model.processor.image_processor
+            else:
+                size = clip_size(model, media, budget)
+                kind, pixels, worker = "video", media.frames, model.processor.video_processor
+            description = describe(model, pixels, kind, worker, size)
+            key = content_key(description)
+            features, tier = cache.get(key, description)
+            if features is not None:
+                item = VisualItem(kind, features.grid, key, description, features, found=tier)
+            elif key in fresh:
+                item = fresh[key]
+            elif isinstance(media, Picture):
+                item = fresh[key] = process_picture(model, media, size, key, description)
+            else:
+                item = fresh[key] = process_clip(model, media, size, key, description)
+            if isinstance(media, Clip):
+                # A clip shown twice may have two sets of times; the features are the same object either way.
+                item = replace(item, **clip_times(model, media))
+            items.append(item)
+    return items
+
+
+def process_picture(
+    model: LoadedModel, picture: Picture, size: Sequence[int], key: str, description: str
+) -> VisualItem:
+    from PIL import Image
+
+    processed = model.processor.image_processor(
+        images=[Image.fromarray(picture.pixels)],
+        return_tensors="pt",
+        size={"shortest_edge": int(size[0]), "longest_edge": int(size[1])},
+    )
+    return VisualItem(
+        "image", as_grid(processed["image_grid_thw"][0]), key, description, None, processed["pixel_values"]
+    )
+
+
+def clip_size(model: LoadedModel, clip: Clip, budget: Budget) -> tuple[int, int]:
+    """(height, width) that every frame is resized to: the picture's budget, less when the clip as a whole is long."""
+    sizes = model.image_sizes
+    pairs = -(-len(clip.frames) // int(model.processor.video_processor.temporal_patch_size))
+    ceiling = max(4, min(CLIP_TOKENS, model.context_length // 2) // pairs)
+    most = ceiling if budget.most is None else min(ceiling, budget.most)
+    shortest, longest = replace(budget, most=most, least=min(budget.least or 0, most)).edges(sizes)
+    return fitted(clip.frames.shape[1], clip.frames.shape[2], sizes.side, shortest, longest)
+
+
+def process_clip(model: LoadedModel, clip: Clip, size: Sequence[int], key: str, description: str) -> VisualItem:
+    from torchvision.transforms.v2 import functional as vision
+    from torchvision.transforms.v2.functional import InterpolationMode
+
+    frames = torch.from_numpy(np.ascontiguousarray(clip.frames)).permute(0, 3, 1, 2)
+    # Resized here, because the video processors of different versions count their limits in different things.
+    frames = vision.resize(frames, [int(v) for v in size], InterpolationMode.BICUBIC, antialias=True)
+    processed = model.processor.video_processor(
+        videos=[frames], do_resize=False, do_sample_frames=False, return_tensors="pt"
+    )
+    grid = as_grid(processed["video_grid_thw"][0])
+    return VisualItem("video", grid, key, description, None, processed["pixel_values_videos"])
+
+
+def clip_times(model: LoadedModel, clip: Clip) -> dict[str, Any]:
+    """`seconds` and `step` of an item: the middle of every temporal patch, the last frame repeated to fill its own."""
+    patch = int(model.processor.video_processor.temporal_patch_size)
+    shown = list(clip.seconds())
+    shown += [shown[-1]] * (-len(shown) % patch)
+    middles = tuple((shown[i] + shown[i + patch - 1]) / 2 for i in range(0, len(shown), patch))
+    span = shown[len(clip.frames) - 1] - shown[0]
+    interval = span / (len(clip.frames) - 1) if len(clip.frames) > 1 else 1.0 / clip.fps
+    return {"seconds": middles, "step": patch * interval}
+
+
+def as_grid(grid: Tensor) -> tuple[int, int, int]:
+    time, height, width = (int(v) for v in grid)
+    return time, height, width
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """On CUDA through pinned memory, so that the copy really runs beside the host's work."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def encode(
+    model: LoadedModel, items: Sequence[VisualItem], cache: EmbeddingCache, timing: Timing, jointly: bool = False
+) -> int:
+    """Run the tower for every item without features (the network is resident); returns how many pictures it saw.
+
+    jointly=True shows it all pictures at once, which is faster for many small ones; one by one a picture's features do
+    not depend on its company to the last bit.
+    """
+    waiting: dict[str, list[VisualItem]] = {}
+    for item in items:
+        if item.features is None:
+            waiting.setdefault(item.key, []).append(item)
+    for kind in ("image", "video"):
+        groups = [group for group in waiting.values() if group[0].kind == kind]
+        for part in [groups] if jointly and groups else [[group] for group in groups]:
+            made = tower(model, kind, [group[0] for group in part], timing)
+            for group, features in zip(part, made, strict=True):
+                cache.put(group[0].key, group[0].description, features)
+                for item in group:
+                    item.features, item.patches = features, None
+    return len(waiting)
+
+
+def tower(model: LoadedModel, kind: str, items: Sequence[VisualItem], timing: Timing) -> list[VisualFeatures]:
+    """The vision tower's features of `items`, all of one kind, in one run."""
+    with timing.stage("transfer", on_device=True):
+        patches = to_device(torch.cat([item.patches for item in items if item.patches is not None]), model.device)
+        grids = torch.tensor([item.grid for item in items], device=model.device)
+    with timing.stage("tower", on_device=True), torch.no_grad():
+        inner = model.network.model
+        method = inner.get_image_features if kind == "image" else inner.get_video_features
+        pooled, deep = split(method(patches, grids), len(items), items, model)
+    return [VisualFeatures(pooled[i], tuple(level[i] for level in deep), item.grid) for i, item in enumerate(items)]
+
+
+def split(
+    result: Any, count: int, items: Sequence[VisualItem], model: LoadedModel
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The parts of what get_image_features returned, per picture: 4.57 gives tuples, later versions objects."""
+    if hasattr(result, "pooler_output"):
+        pooled, deep = result.pooler_output, getattr(result, "deepstack_features", None) or []
+    elif isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], list):
+        pooled, deep = result
+    else:
+        pooled, deep = result, []
+    merge = int(model.config.vision_config.spatial_merge_size)
+    sizes = [item.tokens(merge) for item in items]
+
+    def parts(value: Any) -> list[Tensor]:
+        if isinstance(value, Tensor):
+            return list(torch.split(value, sizes))
+        pieces = list(value)
+        # Some versions split a clip by its frames.
+        return pieces if len(pieces) == count else list(torch.split(torch.cat(pieces), sizes))
+
+    return parts(pooled), [parts(level) for level in deep]

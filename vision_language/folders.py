@@ -1,0 +1,180 @@
+"""Model folders: what lies under the LLM paths the host knows, which name means which folder, and what it lacks.
+
+A widget value names a folder under any LLM path, else a known repository, else `owner/name`. A folder counts as a model
+when its config.json names a model type; whether its weights are whole is read from the files, before anything loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import host
+
+KINDS = ("LLM", "llm", "prompt_generator")
+# Packs keep their models one or two folders down: LLM/Qwen-VL/<name>, LLM/<owner>/<name>.
+DEPTH = 3
+
+VISION_MODELS = (
+    "Qwen2.5-VL-3B-Instruct",
+    "Qwen2.5-VL-7B-Instruct",
+    *(f"Qwen3-VL-{size}-{kind}" for size in ("2B", "4B", "8B", "32B") for kind in ("Thinking", "Instruct")),
+    "SkyCaptioner-V1",
+)
+OLD_VISION_MODELS = ("Qwen2-VL-2B-Instruct", "Qwen2-VL-7B-Instruct")
+TEXT_MODELS = (
+    *(f"Qwen2.5-{size}-Instruct" for size in ("3B", "7B", "14B", "32B")),
+    "Qwen3-4B-Thinking-2507",
+    "Qwen3-4B-Instruct-2507",
+)
+# Names whose repository is not Qwen/<name>.
+REPOSITORIES = {
+    "SkyCaptioner-V1": "Skywork/SkyCaptioner-V1",
+    "qwen3-4b-Z-Image-Engineer": "BennyDaBall/qwen3-4b-Z-Image-Engineer",
+}
+
+
+class UnusableModel(ValueError):
+    """A model folder that cannot be used; the message names the folder, what is wrong and the cure."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local model folder.
+
+    name: how a widget calls it, relative to the LLM path it was found under.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model has a vision tower."""
+        return "vision_config" in self.config or "thinker_config" in self.config
+
+
+def roots() -> list[Path]:
+    """The LLM paths, the one to download into first."""
+    return list(dict.fromkeys(path for kind in KINDS for path in host.current().model_folders(kind)))
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The folder's config.json when it is a model's, else None."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and "model_type" in config else None
+
+
+def scan() -> list[ModelFolder]:
+    """Every model folder under the LLM paths, sorted by name; links are followed, hidden folders are not."""
+    found: dict[Path, ModelFolder] = {}
+    for root in roots():
+        for where, subfolders, files in os.walk(root, followlinks=True):
+            path = Path(where)
+            depth = len(path.relative_to(root).parts)
+            subfolders[:] = [] if depth >= DEPTH else sorted(s for s in subfolders if not s.startswith("."))
+            if depth and "config.json" in files and (config := read_config(path)) is not None:
+                found.setdefault(path.resolve(), ModelFolder(path, path.relative_to(root).as_posix(), config))
+                subfolders.clear()
+    return sorted(found.values(), key=lambda folder: folder.name.lower())
+
+
+def choices(known: Iterable[str], sees: bool | None) -> list[str]:
+    """Names for a widget: the known ones, then what lies on the disk (with a vision tower, without one, or both)."""
+    names = list(known)
+    for folder in scan():
+        if (sees is None or folder.sees == sees) and folder.path.name not in names and folder.name not in names:
+            names.append(folder.name)
+    return names
+
+
+def find(name: str) -> ModelFolder | None:
+    """The local folder that `name` means, or None: by its path under an LLM path, else by the folder's own name.
+
+    Raises UnusableModel for a name that is empty or points outside the folders.
+    """
+    wanted = name.strip().replace("\\", "/").rstrip("/")
+    parts = wanted.split("/")
+    if not wanted:
+        raise UnusableModel(f"No model is chosen: pick one, or put a model folder into {roots()[0]}.")
+    if wanted.startswith("/") or ".." in parts or ":" in wanted:
+        raise UnusableModel(f"{name!r} is not a folder inside the LLM paths nor a repository, so it is not opened.")
+    for root in roots():
+        for candidate in (root / wanted, root / "Qwen-VL" / wanted):
+            if (config := read_config(candidate)) is not None:
+                return ModelFolder(candidate, candidate.relative_to(root).as_posix(), config)
+    # A download of `owner/name` by another pack is a folder `name`; a deep folder may be called by its last part.
+    found = [folder for folder in scan() if folder.path.name.lower() == parts[-1].lower()]
+    return found[0] if found else None
+
+
+def repository(name: str) -> str:
+    """The hub repository that `name` means when no local folder has it: known, `owner/name`, else Qwen/<name>."""
+    wanted = name.strip().replace("\\", "/")
+    if wanted.count("/") == 1:
+        return wanted
+    short = wanted.rsplit("/", 1)[-1]
+    return REPOSITORIES.get(short, f"Qwen/{short}")
+
+
+def missing_weights(path: Path) -> list[str]:
+    """What keeps the folder's weights from being whole, one phrase per file; empty when nothing does."""
+    indexes = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.bin.index.json"))
+    if indexes:
+        try:
+            shards = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            return [f"{indexes[0].name} (unreadable)"]
+        absent = [shard for shard in shards if not (path / shard).is_file()]
+        present = [path / shard for shard in shards if (path / shard).is_file()]
+    else:
+        present = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        absent = [] if present else ["model.safetensors"]
+    return absent + [problem for file in present if (problem := truncated(file))]
+
+
+def truncated(file: Path) -> str:
+    """A phrase when a safetensors file is shorter than its header says (an interrupted download), else ''."""
+    if file.suffix != ".safetensors":
+        return "" if file.stat().st_size else f"{file.name} (empty)"
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length)) if length < size else {}
+        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (ValueError, struct.error, KeyError, TypeError):
+        return f"{file.name} (damaged)"
+    expected = 8 + length + end
+    return "" if size >= expected else f"{file.name} ({size:,} of {expected:,} bytes)"
+
+
+def check(folder: ModelFolder, must_see: bool) -> ModelFolder:
+    """`folder` itself when it can be loaded. Raises UnusableModel with the missing files, or for a text-only model."""
+    if missing := missing_weights(folder.path):
+        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise UnusableModel(
+            f"The model folder {folder.path} is not whole, missing: {shown}. Download these files into it, or delete "
+            "the folder so that it is fetched again."
+        )
+    if not (folder.path / "tokenizer.json").is_file() and not (folder.path / "vocab.json").is_file():
+        raise UnusableModel(f"The model folder {folder.path} has no tokenizer: put tokenizer.json beside config.json.")
+    if must_see and not folder.sees:
+        raise UnusableModel(
+            f"{folder.name} is a text-only model ({folder.model_type}) and cannot look at pictures: choose a -VL model, or "
+            "use a text node."
+        )
+    return folder

@@ -1,0 +1,262 @@
+"""Writing the answer token by token: which decode path runs, the loop around it, and the text while it grows.
+
+The plain path is the library's forward pass with its own cache; the static path is `decoding.DecodeStep`. Both are fed
+by the same loop, which reads tokens one step behind the device, so that the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import host
+from . import decoding
+from .encoder_outputs import given
+from .loading import LoadedModel
+from .prefill import Prefilled, left_padded
+from .prompts import Prompt
+from .sampling import Sampler, Sampling
+
+log = logging.getLogger("hotpath.vision_language")
+
+DECODE_PATHS = ("auto", "compiled", "graph", "static", "plain")
+WORKSPACES = 2  # decode buffers kept per model: the last batch sizes and buckets
+OnTokens = Callable[[list[list[int]]], None]
+
+
+@dataclass(frozen=True)
+class DecodePath:
+    """Which path runs and why; `note` is for the report."""
+
+    name: str
+    note: str
+
+
+def choose_path(model: LoadedModel, asked: str) -> DecodePath:
+    """The decode path for `asked`, one of DECODE_PATHS.
+
+    auto: compiled on CUDA with Triton, a CUDA graph without it, the plain path elsewhere.
+    """
+    if asked not in DECODE_PATHS:
+        raise ValueError(f"{asked!r} is no decode path: choose one of {', '.join(DECODE_PATHS)}.")
+    if asked == "plain":
+        return DecodePath("plain", "plain, as asked")
+    if reason := decoding.unsupported(model.network):
+        return DecodePath("plain", f"plain, because {reason}")
+    cuda = model.device.type == "cuda"
+    if asked == "auto" and not cuda:
+        return DecodePath("plain", f"plain, because there are no CUDA graphs on {model.device.type}")
+    triton = importlib.util.find_spec("triton") is not None
+    if asked == "auto":
+        if triton:
+            return DecodePath("compiled", "static cache, compiled layers, one CUDA graph")
+        return DecodePath("graph", "static cache, one CUDA graph; not compiled, because Triton is missing")
+    if asked == "graph" and not cuda:
+        return DecodePath("static", f"static cache; no graph, because there are no CUDA graphs on {model.device.type}")
+    if asked == "compiled" and cuda and not triton:
+        return DecodePath("graph", "static cache, one CUDA graph; not compiled, because Triton is missing")
+    return DecodePath(asked, {"compiled": "static cache, compiled layers", "graph": "static cache, one CUDA graph",
+                              "static": "static cache"}[asked])  # fmt: skip
+
+
+class Runner(Protocol):
+    def run(self, tokens: Tensor) -> Tensor:
+        """The logits [B, V] after `tokens` [B]."""
+
+
+class PlainRunner:
+    """The library's forward pass, one token at a time over its own cache: the reference for every other path."""
+
+    def __init__(self, model: LoadedModel, prefilled: Prefilled) -> None:
+        self.network, self.cache = model.network, prefilled.cache
+        self.mask, self.positions = prefilled.mask, prefilled.positions.clone()
+        self.axes = model.processor is not None
+        self.text_positions = prefilled.mask.sum(-1)
+
+    def run(self, tokens: Tensor) -> Tensor:
+        self.mask = torch.cat((self.mask, self.mask.new_ones(len(tokens), 1)), dim=1)
+        positions = self.positions.unsqueeze(1)
+        if self.axes:
+            positions = torch.stack((self.text_positions.unsqueeze(1), positions, positions, positions))
+        result = self.network(
+            input_ids=tokens.unsqueeze(1),
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.positions += 1
+        self.text_positions = self.text_positions + 1
+        return result.logits[:, -1]
+
+
+def compiler(backend: str | Callable[..., Any] | None = None) -> Callable[[Any], Any]:
+    """How a decode layer is compiled: once for all layers, anew only for another batch size or bucket."""
+
+    def compile_layer(layer: Any) -> Any:
+        settings: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        return (
+            torch.compile(layer, **settings) if backend is None else torch.compile(layer, backend=backend, **settings)
+        )
+
+    return compile_layer
+
+
+def workspace(
+    model: LoadedModel, path: DecodePath, rows: int, tokens: int, backend: str | Callable[..., Any] | None = None
+) -> decoding.Workspace:
+    """The buffers for `rows` answers of up to `tokens` positions, those of an earlier call when the bucket is the same.
+
+    On CUDA a new one compiles and captures here, before anything is written into it.
+    """
+    length = decoding.bucket_length(tokens)
+    kept: dict[tuple[str, int, int], decoding.Workspace] = model.device_state.setdefault("workspaces", {})
+    key = (path.name, rows, length)
+    if key in kept:
+        kept[key] = kept.pop(key)  # now the most recently used
+        return kept[key]
+    steps: dict[str, decoding.DecodeStep] = model.device_state.setdefault("steps", {})
+    style = "compiled" if path.name == "compiled" else "plain"
+    if style not in steps:
+        steps[style] = decoding.DecodeStep(model.network, compiler(backend) if style == "compiled" else None)
+    while len(kept) >= WORKSPACES:
+        kept.pop(next(iter(kept)))
+    made = decoding.Workspace(steps[style], rows, length, model.device, model.dtype)
+    if model.device.type == "cuda" and path.name in ("compiled", "graph"):
+        host.current().show_text(f"Preparing fast decoding for {length:,} tokens (once) ...")
+        with torch.no_grad():
+            made.capture()
+    kept[key] = made
+    return made
+
+
+def runner(model: LoadedModel, path: DecodePath, prefilled: Prefilled, new_tokens: int) -> Runner:
+    """The runner of `path`, continuing after `prefilled`."""
+    if path.name == "plain":
+        return PlainRunner(model, prefilled)
+    rows, filled = prefilled.mask.shape
+    buffers = workspace(model, path, rows, filled + new_tokens)
+    buffers.begin(*prefilled.layers(), prefilled.mask, prefilled.positions)
+    return buffers
+
+
+class TokenReader:
+    """Tokens of the device on the host, without waiting for the step that is running."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.behind = 1 if device.type == "cuda" else 0
+        self._waiting: deque[tuple[Tensor, Any]] = deque()
+        self._staging: list[Tensor] = []
+        if self.behind:
+            self._staging = [torch.empty(rows, dtype=torch.long, pin_memory=True) for _ in range(self.behind + 2)]
+        self._turn = 0
+
+    def push(self, tokens: Tensor) -> None:
+        if not self.behind:
+            self._waiting.append((tokens, None))
+            return
+        staged = self._staging[self._turn % len(self._staging)]
+        self._turn += 1
+        staged.copy_(tokens, non_blocking=True)
+        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        self._waiting.append((staged, done))
+
+    def pop(self, all_of_them: bool = False) -> list[list[int]]:
+        """Tokens [B] of each step that is ready to be read, oldest first."""
+        ready: list[list[int]] = []
+        while len(self._waiting) > (0 if all_of_them else self.behind):
+            tokens, done = self._waiting.popleft()
+            if done is not None:
+                done.synchronize()
+            ready.append(tokens.tolist())
+        return ready
+
+
+def decode(
+    runner: Runner,
+    sampler: Sampler,
+    logits: Tensor,
+    most: int,
+    stop_ids: frozenset[int],
+    on_tokens: OnTokens | None = None,
+) -> list[list[int]]:
+    """Up to `most` tokens for every row, each ended by (and without) a stop token.
+
+    Checks for an interrupt at every token. on_tokens gets all rows whenever they grew.
+    """
+    rows = logits.shape[0]
+    written: list[list[int]] = [[] for _ in range(rows)]
+    ended = [False] * rows
+    reader = TokenReader(rows, logits.device)
+
+    def read(steps: list[list[int]]) -> bool:
+        for step in steps:
+            for row, token in enumerate(step):
+                ended[row] = ended[row] or token in stop_ids
+                if not ended[row]:
+                    written[row].append(token)
+        if steps and on_tokens is not None:
+            on_tokens(written)
+        return all(ended)
+
+    here = host.current()
+    with torch.no_grad():
+        for index in range(most):
+            here.check_interrupt()
+            tokens = sampler(logits)
+            reader.push(tokens)
+            if read(reader.pop()) or index + 1 == most:
+                break
+            logits = runner.run(tokens)
+        if not all(ended):
+            read(reader.pop(all_of_them=True))
+    return written
+
+
+def beam_search(model: LoadedModel, prompt: Prompt, sampling: Sampling, most: int, rows: int) -> list[list[int]]:
+    """The library's beam search over one prompt; `rows` best answers. Checks for an interrupt at every token."""
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    here = host.current()
+
+    class Interruptible(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            here.check_interrupt()
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    ids, mask, kinds = (part.to(model.device) for part in left_padded([prompt], model.pad_id))
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    steps = [item.step for item in prompt.items if item.kind == "video"]
+    if prompt.items and "mm_token_type_ids" in model.tower_signature:
+        arguments["mm_token_type_ids"] = kinds.int()
+    if steps and "second_per_grid_ts" in model.tower_signature:
+        arguments["second_per_grid_ts"] = torch.tensor(steps, device=model.device)
+    with torch.no_grad(), given(model, prompt.items) as seen:
+        made = model.network.generate(
+            **arguments,
+            **seen,
+            max_new_tokens=most,
+            do_sample=False,
+            num_beams=sampling.beams,
+            num_return_sequences=min(rows, sampling.beams),
+            repetition_penalty=sampling.repetition_penalty,
+            stopping_criteria=StoppingCriteriaList([Interruptible()]),
+            pad_token_id=model.pad_id,
+        )
+    # What the library remembers of this call must not reach the next one.
+    if hasattr(getattr(model.network, "model", None), "rope_deltas"):
+        model.network.model.rope_deltas = None
+    return [until_stop(row, model.stop_ids) for row in made[:, ids.shape[1] :].tolist()]
+
+
+def until_stop(tokens: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    return list(tokens[:end])

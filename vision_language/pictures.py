@@ -1,0 +1,120 @@
+"""Pictures and clips as a question holds them: exact 8-bit pixels, with the conversions from ComfyUI and from files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+DEFAULT_FPS = 24.0  # what the processors assume of frames that come without a rate
+
+
+@dataclass(frozen=True)
+class Picture:
+    """pixels: [H, W, 3] uint8 RGB."""
+
+    pixels: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """frames: [T, H, W, 3] uint8 RGB. times: seconds of each frame since the start, rising; None: even, at `fps`."""
+
+    frames: NDArray[np.uint8]
+    fps: float = DEFAULT_FPS
+    times: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.fps > 0:
+            raise ValueError(f"A clip cannot have {self.fps} frames a second: give a number above 0.")
+
+    def seconds(self) -> tuple[float, ...]:
+        return self.times if self.times is not None else tuple(i / self.fps for i in range(len(self.frames)))
+
+    def sampled(self, count: int) -> Clip:
+        """At most `count` frames, evenly spread from the first to the last, with their own times."""
+        if len(self.frames) <= count:
+            return self
+        index = np.linspace(0, len(self.frames) - 1, count, dtype=int)
+        times = self.seconds()
+        return Clip(self.frames[index], self.fps, tuple(times[i] for i in index))
+
+
+def to_bytes(images: torch.Tensor) -> NDArray[np.uint8]:
+    """[B, H, W, C] float 0..1 (C of 1, 3 or 4) -> [B, H, W, 3] uint8, the bytes that LoadImage read."""
+    if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"An IMAGE has the shape [pictures, height, width, 3], this one is {list(images.shape)}.")
+    images = images[..., :3] if images.shape[-1] == 4 else images.expand(*images.shape[:3], 3)
+    whole = images.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round()
+    return whole.to(torch.uint8).cpu().contiguous().numpy()
+
+
+def from_images(images: torch.Tensor | None) -> list[Picture]:
+    """One picture for each of a ComfyUI IMAGE batch; none for None."""
+    return [] if images is None else [Picture(pixels) for pixels in to_bytes(images)]
+
+
+def from_frames(frames: torch.Tensor | None, fps: float, most: int) -> list[Clip]:
+    """A clip of at most `most` frames of a ComfyUI IMAGE batch; none for None."""
+    if frames is None:
+        return []
+    index = np.linspace(0, len(frames) - 1, min(most, len(frames)), dtype=int)
+    # Only the frames that are looked at are converted: 300 frames in float are gigabytes.
+    times = tuple(float(i) / fps for i in index)
+    return [Clip(to_bytes(frames[torch.from_numpy(index)]), fps, times)]
+
+
+def read_picture(path: Path) -> Picture:
+    """A picture file, turned as its EXIF says, transparency over white, the first frame of an animation."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        upright = ImageOps.exif_transpose(file)
+        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+            upright = upright.convert("RGBA")
+            ground = Image.new("RGBA", upright.size, "white")
+            upright = Image.alpha_composite(ground, upright)
+        elif upright.mode.startswith("I;16") or upright.mode == "I":
+            wide = np.asarray(upright, dtype=np.float32)
+            return Picture(np.repeat((wide / 257).clip(0, 255).round().astype(np.uint8)[..., None], 3, axis=2))
+        return Picture(np.asarray(upright.convert("RGB"), dtype=np.uint8))
+
+
+def read_clip(path: Path, fps: float = 1.0, most: int = 64) -> Clip:
+    """Frames of a video file, about `fps` of each second and at most `most`, with the times they were shown at."""
+    import av
+
+    if not path.is_file():
+        raise FileNotFoundError(f"The video {path} is not there: check video_path.")
+    frames: list[NDArray[np.uint8]] = []
+    times: list[float] = []
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError(f"{path.name} has no video stream.")
+        stream = container.streams.video[0]
+        length = float(container.duration / av.time_base) if container.duration else 0.0
+        # A long video is looked at less often, so that its end is seen as well.
+        interval = max(1.0 / fps, length / most) if length else 1.0 / fps
+        due = 0.0
+        for frame in container.decode(stream):
+            shown = float(frame.time) if frame.time is not None else len(times) * interval
+            if shown + 1e-6 < due or len(frames) >= most:
+                continue
+            frames.append(frame.to_ndarray(format="rgb24"))
+            times.append(shown)
+            due = shown + interval
+            if len(frames) >= most:
+                break
+    if not frames:
+        raise ValueError(f"{path.name} has no frame that could be decoded.")
+    return Clip(np.stack(frames), 1.0 / interval, tuple(times))
+
+
+def of_pil(images: Iterable[Any]) -> Sequence[Picture]:
+    """Pictures of PIL images."""
+    return [Picture(np.asarray(image.convert("RGB"), dtype=np.uint8)) for image in images]

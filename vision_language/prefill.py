@@ -1,0 +1,165 @@
+"""Prefill: the question through the decoder once, giving the first logits and the keys and values to continue from.
+
+Positions are always passed explicitly, so that nothing depends on what the library remembers of an earlier call. The
+keys and values of a question's pictures (system message included) are kept per model: another question about the same
+pictures computes only its own words.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cache import BoundedCache, content_key
+from . import decoding
+from .embeddings import VisualItem
+from .encoder_outputs import given, grids
+from .loading import LoadedModel
+from .prompts import Prompt
+
+PREFIX_LIMIT = 1 << 30  # bytes of the device, per model
+
+
+@dataclass
+class Prefilled:
+    """logits: [B, V] after the last token; cache: the library's; mask: [B, T]; positions: [B] of the next token."""
+
+    logits: Tensor
+    cache: Any
+    mask: Tensor
+    positions: Tensor
+    reused: int = 0  # tokens whose keys and values came from the prefix cache
+
+    def layers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values per layer, [B, heads, T, D]."""
+        return [layer.keys for layer in self.cache.layers], [layer.values for layer in self.cache.layers]
+
+    def repeated(self, rows: int) -> Prefilled:
+        """The same question `rows` times, for several answers to it."""
+        if rows == 1:
+            return self
+        self.cache.batch_repeat_interleave(rows)
+        return Prefilled(
+            self.logits.repeat_interleave(rows, 0),
+            self.cache,
+            self.mask.repeat_interleave(rows, 0),
+            self.positions.repeat_interleave(rows, 0),
+            self.reused,
+        )
+
+
+@dataclass(frozen=True)
+class PrefixState:
+    """Keys and values of the first `length` positions, per layer."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    length: int
+
+
+def left_padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, mask, kinds), each [B, T], shorter prompts padded at their left."""
+    longest = max(prompt.length for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad, dtype=torch.long)
+    mask, kinds = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - prompt.length :] = prompt.ids[0]
+        kinds[row, longest - prompt.length :] = prompt.kinds[0]
+        mask[row, longest - prompt.length :] = 1
+    return ids, mask, kinds
+
+
+def rotary_positions(
+    model: LoadedModel, ids: Tensor, mask: Tensor, kinds: Tensor, items: Sequence[VisualItem]
+) -> tuple[Tensor, Tensor]:
+    """(positions of every token, positions [B] of the next one).
+
+    Vision models: [4, B, T], the text position and the three rotary axes. Text models: [B, T].
+    """
+    plain = (mask.cumsum(-1) - 1).clamp_min(0)
+    if model.processor is None:
+        return plain, plain[:, -1] + 1
+    if not items:
+        return plain.unsqueeze(0).expand(4, -1, -1), plain[:, -1] + 1
+    method = model.network.model.get_rope_index
+    cpu = torch.device("cpu")
+    steps = [item.step for item in items if item.kind == "video"]
+    offered: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "mm_token_type_ids": kinds.int(),
+        "image_grid_thw": grids(items, "image", cpu),
+        "video_grid_thw": grids(items, "video", cpu),
+        "second_per_grid_ts": torch.tensor(steps) if steps else None,
+    }
+    known = inspect.signature(method).parameters
+    axes, _ = method(**{name: value for name, value in offered.items() if name in known and value is not None})
+    axes = axes.long()
+    following = axes.amax(dim=(0, 2)) + 1
+    return torch.cat((plain.unsqueeze(0), axes)), following
+
+
+def prefix_cache(model: LoadedModel) -> BoundedCache[PrefixState]:
+    return model.device_state.setdefault("prefix", BoundedCache("image prefixes", PREFIX_LIMIT))
+
+
+def prefix_key(prompt: Prompt) -> str:
+    """Everything the keys and values of the prefix depend on; '' when the prompt has no pictures."""
+    if not prompt.prefix or not all(item.key for item in prompt.items):
+        return ""
+    seen = [[item.key, list(item.grid), item.step] for item in prompt.items]
+    return content_key(prompt.ids[:, : prompt.prefix], seen)
+
+
+def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = True) -> Prefilled:
+    """Run the decoder over `prompts` (the network is resident), left-padded when there are several.
+
+    use_prefix: look for, and keep, the keys and values of the pictures; only for one prompt, and only for decoders
+    whose cache holds every position.
+    """
+    from transformers import DynamicCache
+
+    items = [item for prompt in prompts for item in prompt.items]
+    ids, mask, kinds = left_padded(prompts, model.pad_id)
+    positions, following = rotary_positions(model, ids, mask, kinds, items)
+    device = model.device
+    ids, mask, kinds = ids.to(device), mask.to(device), kinds.to(device)
+    positions, following = positions.to(device), following.to(device)
+    key = ""
+    if use_prefix and len(prompts) == 1 and model.model_type in decoding.DENSE_MODELS:
+        key = prefix_key(prompts[0])
+    known = prefix_cache(model).get(key) if key else None
+    cache = DynamicCache(config=model.config)
+    start = 0
+    if known is not None:
+        for layer, (keys, values) in enumerate(zip(known.keys, known.values, strict=True)):
+            cache.update(keys, values, layer)
+        start = known.length
+    arguments: dict[str, Any] = {
+        "input_ids": ids[:, start:],
+        "attention_mask": mask,
+        "position_ids": positions[..., start:],
+        "past_key_values": cache,
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
+    if items and "mm_token_type_ids" in model.tower_signature:
+        arguments["mm_token_type_ids"] = kinds[:, start:]
+    with torch.no_grad(), given(model, items if known is None else ()) as seen:
+        logits = model.network(**arguments, **seen).logits[:, -1]
+    if key and known is None:
+        length = prompts[0].prefix
+        prefix_cache(model).put(
+            key,
+            PrefixState(
+                tuple(layer.keys[:, :, :length].clone() for layer in cache.layers),
+                tuple(layer.values[:, :, :length].clone() for layer in cache.layers),
+                length,
+            ),
+        )
+    return Prefilled(logits, cache, mask, following, start)

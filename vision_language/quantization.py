@@ -1,0 +1,133 @@
+"""Weight-only quantisation of the decoder's linear layers: int8 per row, int4 in groups, float8 per row.
+
+Written in plain torch, so that a quantised model moves between devices, compiles, and needs no extra package. The
+vision tower, the embeddings and the output head stay in full precision. bitsandbytes is offered beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INT4_GROUP = 64  # inputs that share one scale and one zero point
+
+QUANTIZATIONS = ("none", "int8", "int4", "float8", "bitsandbytes 8-bit", "bitsandbytes 4-bit")
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What was asked for and what will be done about it; `note` is for the report."""
+
+    method: str
+    note: str
+
+
+def plan(asked: str, device: torch.device) -> QuantizationPlan:
+    """The method for `asked`, one of QUANTIZATIONS or a word of an older node ("4bit", "8-bit (Balanced)", ...).
+
+    Raises ValueError for a word that is not known, and for bitsandbytes where it cannot run.
+    """
+    word = asked.strip().lower()
+    if word in ("none", "", "none (fp16)"):
+        return QuantizationPlan("none", "weights as stored")
+    if word.startswith(("8bit", "8-bit")):
+        return QuantizationPlan("int8", f"{asked}: int8 weights, one scale a row")
+    if word.startswith(("4bit", "4-bit")):
+        if device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None:
+            return QuantizationPlan("bitsandbytes 4-bit", f"{asked}: bitsandbytes NF4; decode cannot use CUDA graphs")
+        return QuantizationPlan("int4", f"{asked}: int4 weights in groups of {INT4_GROUP} (bitsandbytes is not usable)")
+    if word not in QUANTIZATIONS:
+        raise ValueError(f"{asked!r} is no quantization: choose one of {', '.join(QUANTIZATIONS)}.")
+    if word.startswith("bitsandbytes"):
+        if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(
+                f"{asked} needs the bitsandbytes package and an NVIDIA device: choose int4 or int8, which need neither."
+            )
+        return QuantizationPlan(word, f"{asked}: saves memory; decode cannot use CUDA graphs")
+    notes = {
+        "int8": "int8 weights, one scale a row",
+        "int4": f"int4 weights in groups of {INT4_GROUP}",
+        "float8": "float8 (e4m3) weights, one scale a row",
+    }
+    return QuantizationPlan(word, notes[word])
+
+
+class ScaledLinear(nn.Module):
+    """int8 or float8 weights [out, in] with one scale per output: y = (x W^T) * scale + bias."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        dense = linear.weight.detach().float()
+        top = 127.0 if dtype == torch.int8 else float(torch.finfo(dtype).max)
+        scale = dense.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / top
+        packed = dense / scale
+        packed = packed.round().clamp(-127, 127) if dtype == torch.int8 else packed
+        self.register_buffer("weight", packed.to(dtype))
+        self.register_buffer("scale", scale.squeeze(1).to(linear.weight.dtype))
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x, 0, self.out_features)
+
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        # Scaling the outputs instead of the weights keeps the weights' traffic at one byte each once this is compiled.
+        y = F.linear(x, self.weight[start:stop].to(x.dtype)) * self.scale[start:stop].to(x.dtype)
+        return y if self.bias is None else y + self.bias[start:stop]
+
+
+class Int4Linear(nn.Module):
+    """4-bit weights, two to a byte, with a scale and a smallest value for each group of inputs of each output."""
+
+    weight: Tensor
+    scale: Tensor
+    low: Tensor
+
+    def __init__(self, linear: nn.Linear, group: int = INT4_GROUP) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.group = group
+        dense = F.pad(linear.weight.detach().float(), (0, -self.in_features % group))
+        dense = dense.view(self.out_features, -1, group)
+        low, high = dense.amin(dim=2, keepdim=True), dense.amax(dim=2, keepdim=True)
+        scale = ((high - low) / 15).clamp_min(1e-8)
+        codes = ((dense - low) / scale).round().clamp(0, 15).to(torch.uint8).view(self.out_features, -1)
+        self.register_buffer("weight", codes[:, 0::2] | (codes[:, 1::2] << 4))
+        self.register_buffer("scale", scale.squeeze(2).to(linear.weight.dtype))
+        self.register_buffer("low", low.squeeze(2).to(linear.weight.dtype))
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x, 0, self.out_features)
+
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        packed = self.weight[start:stop]
+        codes = torch.stack((packed & 15, packed >> 4), dim=2).view(stop - start, -1, self.group).to(x.dtype)
+        scale, low = self.scale[start:stop].to(x.dtype), self.low[start:stop].to(x.dtype)
+        dense = (codes * scale.unsqueeze(2) + low.unsqueeze(2)).view(stop - start, -1)[:, : self.in_features]
+        return F.linear(x, dense, None if self.bias is None else self.bias[start:stop])
+
+
+def pack(linear: nn.Linear, method: str) -> ScaledLinear | Int4Linear:
+    """The packed form of one layer; `method` is int8, int4 or float8."""
+    if method == "int4":
+        return Int4Linear(linear)
+    return ScaledLinear(linear, torch.int8 if method == "int8" else torch.float8_e4m3fn)
+
+
+def quantize(decoder: nn.Module, method: str) -> int:
+    """Replace every nn.Linear below `decoder` by its packed form, in place; returns how many."""
+    count = 0
+    for parent in list(decoder.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, pack(child, method))
+                count += 1
+    return count
