@@ -175,7 +175,7 @@ class ServerRun:
             case "executing" if data.get("node") is not None:
                 self._begin(str(data["node"]))
             case "executing" if "prompt_id" in data:
-                return True
+                return True  # nothing runs any more, and the results are in the history
             case "progress" if self.observer is not None and str(data.get("node")) in self.graph.nodes:
                 node = self.graph.nodes[str(data["node"])]
                 self.observer.progress(node, float(data.get("value", 0)), float(data.get("max", 1)))
@@ -184,8 +184,6 @@ class ServerRun:
                 raise ServerError(failure(data, self.graph))
             case "execution_interrupted":
                 raise ServerError("The run was interrupted on the server.")
-            case "execution_success":
-                return True
         return False
 
     def _binary(self, data: bytes) -> None:
