@@ -1,0 +1,292 @@
+"""Downloads over HTTPS that can be continued: to `<name>.part`, checked, then renamed into place.
+
+A name never reaches outside its folder, nothing unchecked gets a model's name, and what the server sends instead of
+the file (an error page, another length) is not taken for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import ipaddress
+import shutil
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from .model_files import sha256_of
+
+CHUNK = 1 << 20
+TIMEOUT = 30.0
+ATTEMPTS = 5
+PAUSE = 1.0  # seconds before the second attempt, doubled for each further one
+STAGING = ".hotpath-download"
+AGENT = "hotpath"
+# What a model folder needs; not the same weights again in another format.
+REPOSITORY_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
+
+ProgressCallback = Callable[[int, int | None], None]
+
+
+class DownloadError(RuntimeError):
+    """The file was not downloaded; the message says why and what to do."""
+
+
+def safe_target(folder: Path, name: str) -> Path:
+    """`folder/name`. Raises DownloadError for a name that is absolute, climbs up, or hides a drive or a backslash."""
+    parts = PurePosixPath(name).parts
+    if (
+        not parts
+        or name.startswith("/")
+        or ".." in parts
+        or "\\" in name
+        or "\0" in name
+        or PureWindowsPath(name).drive
+    ):
+        raise DownloadError(f"{name!r} is not a file name inside {folder}, so nothing is written there.")
+    target = folder.joinpath(*parts)
+    if not target.resolve().is_relative_to(folder.resolve()):
+        raise DownloadError(f"{name!r} leads out of {folder} through a link, so nothing is written there.")
+    return target
+
+
+def fetch(
+    url: str,
+    target: Path,
+    size: int | None = None,
+    sha256: str | None = None,
+    progress: ProgressCallback | None = None,
+    pause: float = PAUSE,
+) -> Path:
+    """Download `url` to `target`, going on where an earlier attempt stopped.
+
+    size: exact bytes, sha256: hex digits, all or the first few; both are checked before the file gets its name.
+    progress: called with bytes so far and bytes in all. Raises DownloadError.
+    """
+    _check_address(url)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    for attempt in range(ATTEMPTS):
+        try:
+            if _receive(url, part, size, progress):
+                break
+            reason = "the connection ended early"
+        except urllib.error.HTTPError as error:
+            if error.code < 500 and error.code != 429:
+                raise DownloadError(f"{url} answers {error.code} {error.reason}; the file is not there.") from None
+            reason = f"{error.code} {error.reason}"
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DownloadError(_disk_full(part, target)) from None
+            reason = str(getattr(error, "reason", error)) or type(error).__name__
+        except http.client.HTTPException as error:
+            reason = str(error) or type(error).__name__
+        if attempt + 1 < ATTEMPTS:
+            time.sleep(pause * 2**attempt)
+    else:
+        kept = f" {part.stat().st_size} bytes are kept in {part.name};" if part.is_file() else ""
+        raise DownloadError(f"{url}: {reason}.{kept} run the same command again to go on.")
+    check(part, url, size, sha256)
+    part.replace(target)
+    _tag_of(part).unlink(missing_ok=True)
+    return target
+
+
+def check(path: Path, source: str, size: int | None, sha256: str | None) -> None:
+    """Compare with what is known; a file that differs is removed. Raises DownloadError."""
+    found = path.stat().st_size
+    if size is not None and found != size:
+        _discard(path)
+        raise DownloadError(f"{source} gave {found} bytes instead of {size}; it was removed. Try again later.")
+    if sha256 is not None and not (digest := sha256_of(path)).startswith(sha256.lower()):
+        _discard(path)
+        raise DownloadError(
+            f"{source} has the checksum {digest[: len(sha256)]} instead of {sha256}; it was removed, because it is "
+            "damaged or not the file it should be."
+        )
+
+
+def _receive(url: str, part: Path, size: int | None, progress: ProgressCallback | None) -> bool:
+    """Append to `part` what is missing; True when all is there."""
+    have = part.stat().st_size if part.is_file() else 0
+    tag = _tag_of(part)
+    headers = {"User-Agent": AGENT, "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if tag.is_file():
+            # Without the same tag the server sends the whole file: ours began as another version of it.
+            headers["If-Range"] = tag.read_text(encoding="ascii", errors="replace").strip()
+    opener = urllib.request.build_opener(_SecureRedirects)
+    try:
+        answer = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        total = (error.headers.get("Content-Range") or "").rpartition("/")[2]
+        if total == str(have):
+            return True
+        _discard(part)
+        return False
+    with answer:
+        resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT and _starts_at(answer.headers, have)
+        if not resumed:
+            have = 0
+        length = answer.headers.get("Content-Length")
+        total_bytes = have + int(length) if length is not None else size
+        _check_space(part, total_bytes, have)
+        etag = answer.headers.get("ETag")
+        if etag and not etag.startswith("W/"):
+            tag.write_text(etag, encoding="ascii", errors="replace")
+        else:
+            tag.unlink(missing_ok=True)
+        with part.open("ab" if resumed else "wb") as file:
+            while chunk := answer.read(CHUNK):
+                file.write(chunk)
+                have += len(chunk)
+                if progress is not None:
+                    progress(have, total_bytes)
+    return total_bytes is None or have >= total_bytes
+
+
+def _starts_at(headers: Mapping[str, str], offset: int) -> bool:
+    return (headers.get("Content-Range") or "").startswith(f"bytes {offset}-")
+
+
+def _tag_of(part: Path) -> Path:
+    return part.with_name(part.name + ".etag")
+
+
+def _discard(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    _tag_of(path).unlink(missing_ok=True)
+
+
+def _check_space(part: Path, total: int | None, have: int) -> None:
+    free = shutil.disk_usage(part.parent).free
+    if total is not None and total - have > free:
+        raise DownloadError(
+            f"{part.parent} has {free / 1e9:.2f} GB free, and {(total - have) / 1e9:.2f} GB are needed for "
+            f"{part.name.removesuffix('.part')}. Free some space, or choose another folder with --models."
+        )
+
+
+def _disk_full(part: Path, target: Path) -> str:
+    kept = part.stat().st_size if part.is_file() else 0
+    return (
+        f"The disk with {part.parent} is full. {kept} bytes of {target.name} are kept in {part.name}; free some space "
+        "and run the same command again to go on, or delete that file."
+    )
+
+
+def _check_address(url: str) -> None:
+    address = urlsplit(url)
+    if address.scheme == "https" or (address.scheme == "http" and _is_loopback(address.hostname or "")):
+        return
+    raise DownloadError(f"{url} is not an https address, so it is not downloaded.")
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
+
+
+class _SecureRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https only (and, from this machine, to this machine)."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        _check_address(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def unpack(archive: Path, wanted: Mapping[str, Path]) -> list[Path]:
+    """Take the members called `wanted` (by their last name) out of a zip. Raises DownloadError when one is missing."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = {PurePosixPath(m.filename).name: m for m in opened.infolist() if not m.is_dir()}
+            if missing := [name for name in wanted if name not in members]:
+                raise DownloadError(f"{archive.name} does not hold {', '.join(missing)}; it has: {', '.join(members)}.")
+            for name, target in wanted.items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = target.with_name(target.name + ".part")
+                try:
+                    # Reading to the end also compares the member's own checksum.
+                    with opened.open(members[name]) as source, part.open("wb") as file:
+                        shutil.copyfileobj(source, file, CHUNK)
+                except OSError as error:
+                    part.unlink(missing_ok=True)
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        raise DownloadError(_disk_full(part, target)) from None
+                    raise
+                part.replace(target)
+    except zipfile.BadZipFile as error:
+        raise DownloadError(f"{archive.name} is damaged ({error}); delete it and download it again.") from None
+    return list(wanted.values())
+
+
+def fetch_from_hub(repo: str, path: str, target: Path) -> Path:
+    """Download one file of a Hugging Face repository and compare the checksum that the hub states."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    staging = target.parent / STAGING / target.name
+    with _hub_errors(f"{repo}/{path}"):
+        stated = get_hf_file_metadata(hf_hub_url(repo, path))
+        got = Path(hf_hub_download(repo, path, local_dir=staging))
+    # A file in large-file storage has its SHA-256 as tag; a small one has a git hash, which says nothing here.
+    digest = stated.etag if stated.etag is not None and len(stated.etag) == 64 else None
+    check(got, f"{repo}/{path}", stated.size, digest)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    got.replace(target)
+    _clear_staging(staging)
+    return target
+
+
+def fetch_repository(repo: str, target: Path, patterns: Iterable[str] = REPOSITORY_FILES) -> Path:
+    """Download a model repository into the folder `target`, which gets its name only when all of it is there."""
+    from huggingface_hub import snapshot_download
+
+    staging = target.parent / STAGING / target.name
+    with _hub_errors(repo):
+        snapshot_download(repo, local_dir=staging, allow_patterns=list(patterns))
+    shutil.rmtree(staging / ".cache", ignore_errors=True)
+    if target.exists():
+        raise DownloadError(f"{target} is there already; move it away to download {repo} again.")
+    staging.replace(target)
+    _clear_staging(staging)
+    return target
+
+
+def _clear_staging(staging: Path) -> None:
+    shutil.rmtree(staging, ignore_errors=True)
+    if staging.parent.is_dir() and not any(staging.parent.iterdir()):
+        staging.parent.rmdir()
+
+
+class _hub_errors:
+    """Turns what huggingface_hub raises into a DownloadError with a cure."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+        if isinstance(error, GatedRepoError):
+            raise DownloadError(
+                f"{self.what} is behind a licence on huggingface.co: accept it there, log in with `hf auth login`, "
+                "then run the same command again."
+            ) from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DownloadError(f"The disk is full; free some space and download {self.what} again.") from None
+        if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError | TimeoutError):
+            raise DownloadError(
+                f"{self.what} could not be downloaded: {error}. Run the same command again to go on."
+            ) from error
