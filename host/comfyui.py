@@ -5,6 +5,7 @@ ComfyUI is imported inside the methods only, so that this module can be imported
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,11 +167,12 @@ class ComfyUIHost:
 
     def show_text(self, text: str, node_id: str | None = None) -> None:
         from comfy_execution.utils import get_executing_context
-        from server import PromptServer
 
         if node_id is None:
             context = get_executing_context()
             node_id = context.node_id if context is not None else None
-        server = getattr(PromptServer, "instance", None)
+        # Without a server (ComfyUI used as a library) there is nobody to show it to.
+        prompt_server = getattr(sys.modules.get("server"), "PromptServer", None)
+        server = getattr(prompt_server, "instance", None)
         if server is not None and node_id is not None:
             server.send_progress_text(text, node_id, server.client_id)

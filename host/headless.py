@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ class HeadlessHost:
     """Paths, devices and progress for a plain Python process.
 
     models: the folder that holds `instantid/`, `insightface/` and the others; default HOTPATH_MODELS, else a
-    `models` folder in the platform's data folder. `extra_models` are searched after it.
+    `models` folder in the platform's data folder. `extra_models` are searched after it, then `kind_folders`: folders
+    by kind, as a ComfyUI's extra_model_paths.yaml names them.
     """
 
     name = "headless"
@@ -78,12 +79,14 @@ class HeadlessHost:
         device: str | torch.device | None = None,
         extra_models: Sequence[Path] = (),
         show_progress: bool = True,
+        kind_folders: Mapping[str, Sequence[Path]] | None = None,
     ) -> None:
         import platformdirs
 
         data = Path(platformdirs.user_data_dir("hotpath", appauthor=False))
         configured = os.environ.get("HOTPATH_MODELS")
         self._models = [models or (Path(configured) if configured else data / "models"), *extra_models]
+        self._kind_folders = dict(kind_folders or {})
         self._input = input_folder or Path.cwd()
         self._output = output_folder or Path.cwd() / "output"
         self._cache = Path(platformdirs.user_cache_dir("hotpath", appauthor=False))
@@ -95,7 +98,7 @@ class HeadlessHost:
         self.node_id: str | None = None
 
     def model_folders(self, kind: str) -> list[Path]:
-        return [root / kind for root in self._models]
+        return list(dict.fromkeys([*(root / kind for root in self._models), *self._kind_folders.get(kind, ())]))
 
     def model_files(self, kind: str, suffixes: Sequence[str] = ()) -> list[str]:
         return model_paths.list_files(self.model_folders(kind), suffixes or MODEL_SUFFIXES)

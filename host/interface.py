@@ -67,6 +67,9 @@ class Host(Protocol):
     def model_files(self, kind: str, suffixes: Sequence[str] = ()) -> list[str]:
         """File names under the folders of `kind`, relative to them, sorted; sub-folders included."""
 
+    def announce_models(self, kind: str) -> None:
+        """Make the folders of `kind` known to the program around us, so that other packs list the same files."""
+
     def model_path(self, kind: str, name: str) -> Path:
         """The file `name` of `kind`. Raises ModelNotFound, also for names that point outside the folders."""
 

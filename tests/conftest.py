@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+# Workers share the cores; torch's own threads would only wait for each other.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "hotpath"
@@ -29,19 +33,25 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve()
 
 if COMFYUI is not None:
     sys.path.insert(0, str(COMFYUI))
-    # ComfyUI parses its options at import; pytest's are not for it.
-    import torch
     from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()
-    # ComfyUI warns about the tokenizers and kernels a test never uses.
-    args.disable_dynamic_vram = True
 
 if NAME not in sys.modules:
     spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     assert spec is not None and spec.loader is not None
     sys.modules[NAME] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[NAME])
+
+
+TINY = "hotpath_demo"
+if COMFYUI is not None and TINY not in sys.modules:
+    # The demo's ComfyUI nodes: a tiny SDXL and what goes with it.
+    folder = ROOT / "demo" / "comfy_nodes" / TINY
+    spec = importlib.util.spec_from_file_location(TINY, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    assert spec is not None and spec.loader is not None
+    sys.modules[TINY] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[TINY])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,428 @@
+"""The seven InstantID nodes of shared workflows: same ids, inputs, order and results as the pack they come from.
+
+What changes pictures there stays the default here and gets a switch at the end of the inputs; what crashed, leaked or
+misled is mended. The nodes with the right defaults are in `identity.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import face, host
+from ..face import FaceAnalyser
+from ..identity import COMBINE_MODES, InstantIDAdapter, adopt_adapter, load_adapter
+from ..patches.identity_conditioning import IdentityNet, apply_identity_net
+from ..patches.instantid import (
+    AttentionSettings,
+    attach_identity,
+    describe_faces,
+    draw_aligned,
+    draw_poses,
+    find_poses,
+    prepare_identity,
+    read_faces,
+)
+
+CATEGORY = "InstantID"
+FOLDER = "instantid"
+ADAPTER_PARAMETERS = 423_000_000
+
+INSTANTID = ("INSTANTID", {"tooltip": "The InstantID adapter, from Load InstantID Model."})
+INSIGHTFACE = ("FACEANALYSIS", {"tooltip": "The face models, from InstantID Face Analysis. Other packs' work too."})
+CONTROL_NET = (
+    "CONTROL_NET",
+    {"tooltip": "InstantID's IdentityNet: its diffusion_pytorch_model, from Load ControlNet Model."},
+)
+FACE_IMAGE = ("IMAGE", {"tooltip": "The person. A batch of pictures of one person makes a steadier identity."})
+MODEL = ("MODEL", {"tooltip": "An SDXL model. It is cloned; the one you connect stays as it is."})
+POSITIVE = ("CONDITIONING", {"tooltip": "The prompt."})
+NEGATIVE = ("CONDITIONING", {"tooltip": "The negative prompt."})
+IMAGE_KPS = (
+    "IMAGE",
+    {
+        "tooltip": "Sets the pose: a photo with a face, or a finished key point drawing. Without it, the pose is the face's own."
+    },
+)
+MASK = ("MASK", {"tooltip": "Where the identity acts. Any size; one mask, or one per picture of the batch."})
+START_AT = (
+    "FLOAT",
+    {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "Part of the schedule at which it starts."},
+)
+END_AT = (
+    "FLOAT",
+    {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "Part of the schedule at which it ends."},
+)
+MIDDLE_BLOCK = (
+    "BOOLEAN",
+    {
+        "default": False,
+        "tooltip": "Also patch the ten attention blocks in the middle of the UNet. The pack this node comes from meant to, "
+        "but missed them since September 2024: off gives the pictures of shared workflows, on the stronger identity.",
+    },
+)
+HIDDEN = {"unique_id": "UNIQUE_ID"}
+
+
+def _noise(default: float) -> tuple[str, dict[str, Any]]:
+    return (
+        "FLOAT",
+        {
+            "default": default,
+            "min": 0.0,
+            "max": 1.0,
+            "step": 0.1,
+            "tooltip": "Noise instead of zeros as the negative identity. More gives stronger contrast to it; try 0.35.",
+        },
+    )
+
+
+class InstantIDModelLoader:
+    DISPLAY_NAME = "Load InstantID Model"
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Loads InstantID's ip-adapter (.bin or .safetensors) from models/instantid."
+    SEARCH_ALIASES = ["ip-adapter", "identity", "face adapter"]
+    RETURN_TYPES = ("INSTANTID",)
+    OUTPUT_TOOLTIPS = ("The adapter. It takes GPU memory only for the moment in which a new face is prepared.",)
+    FUNCTION = "load_model"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        here = host.current()
+        here.announce_models(FOLDER)
+        files = here.model_files(FOLDER)
+        return {"required": {"instantid_file": (files, {"tooltip": "A file in models/instantid."})}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, instantid_file: Any) -> bool:
+        # A name from somebody else's workflow is reported when the node runs, with the folders that were searched.
+        return True
+
+    def load_model(self, instantid_file: str) -> tuple[InstantIDAdapter]:
+        here = host.current()
+        path = here.model_path(FOLDER, instantid_file or "")
+        return (load_adapter(path, here.compute_dtype(ADAPTER_PARAMETERS)),)
+
+
+class InstantIDFaceAnalysis:
+    DISPLAY_NAME = "InstantID Face Analysis"
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Loads the face detector and recogniser (antelopev2) from models/insightface/models/antelopev2."
+    SEARCH_ALIASES = ["insightface", "antelopev2", "face detection"]
+    RETURN_TYPES = ("FACEANALYSIS",)
+    OUTPUT_TOOLTIPS = ("The face models; other packs' nodes can use them as insightface's FaceAnalysis.",)
+    FUNCTION = "load_insight_face"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        tooltip = "CPU, or the graphics card of this machine (CUDA, ROCM and CoreML each mean the one that is there)."
+        return {
+            "required": {"provider": (["CPU", "CUDA", "ROCM", "CoreML"], {"default": "CPU", "tooltip": tooltip})},
+            "hidden": HIDDEN,
+        }
+
+    def load_insight_face(self, provider: str, unique_id: str | None = None) -> tuple[FaceAnalyser]:
+        here = host.current()
+        device = torch.device("cpu") if provider == "CPU" else here.device()
+        analyser = face.load_analyser(here.model_folders("insightface"), name="antelopev2", device=device)
+        line = analyser.report()
+        if provider != "CPU" and device.type == "cpu":
+            line = f"{provider} was asked for, but torch sees no graphics card here, so the CPU is used. {line}"
+        here.show_text(line, unique_id)
+        return (analyser,)
+
+
+class FaceKeypointsPreprocessor:
+    DISPLAY_NAME = "Face Keypoints Preprocessor"
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Draws the five key points of the largest face of each picture, as the IdentityNet expects them. "
+        "A picture without a face gives a black drawing, so that batches stay aligned."
+    )
+    SEARCH_ALIASES = ["kps", "landmarks", "pose"]
+    RETURN_TYPES = ("IMAGE",)
+    OUTPUT_TOOLTIPS = ("One drawing per picture.",)
+    FUNCTION = "preprocess_image"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"faceanalysis": INSIGHTFACE, "image": ("IMAGE", {"tooltip": "Pictures with a face."})},
+            "hidden": HIDDEN,
+        }
+
+    def preprocess_image(
+        self, faceanalysis: Any, image: torch.Tensor, unique_id: str | None = None
+    ) -> tuple[torch.Tensor]:
+        found = find_poses(face.adapt(faceanalysis), image)
+        missing = sum(1 for f in found if not len(f))
+        if missing:
+            host.current().show_text(f"No face in {missing} of {len(found)} pictures: drawn black.", unique_id)
+        return (draw_aligned(found),)
+
+
+class ApplyInstantID:
+    DISPLAY_NAME = "Apply InstantID"
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Puts a person's face into an SDXL generation: attention patch and IdentityNet in one node."
+    SEARCH_ALIASES = ["face", "identity", "portrait", "ip-adapter", "likeness"]
+    RETURN_TYPES = ("MODEL", "CONDITIONING", "CONDITIONING")
+    RETURN_NAMES = ("MODEL", "positive", "negative")
+    OUTPUT_TOOLTIPS = ("The model with the identity.", "The prompt with IdentityNet.", "The negative with IdentityNet.")
+    FUNCTION = "apply_instantid"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "instantid": INSTANTID,
+                "insightface": INSIGHTFACE,
+                "control_net": CONTROL_NET,
+                "image": FACE_IMAGE,
+                "model": MODEL,
+                "positive": POSITIVE,
+                "negative": NEGATIVE,
+                "weight": (
+                    "FLOAT",
+                    {
+                        "default": 0.8,
+                        "min": 0.0,
+                        "max": 5.0,
+                        "step": 0.01,
+                        "tooltip": "Strength of the identity, in attention and IdentityNet alike.",
+                    },
+                ),
+                "start_at": START_AT,
+                "end_at": END_AT,
+            },
+            "optional": {"image_kps": IMAGE_KPS, "mask": MASK, "middle_block": MIDDLE_BLOCK},
+            "hidden": HIDDEN,
+        }
+
+    def apply_instantid(
+        self,
+        instantid: Any,
+        insightface: Any,
+        control_net: Any,
+        image: torch.Tensor,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        start_at: float,
+        end_at: float,
+        weight: float = 0.8,
+        ip_weight: float | None = None,
+        cn_strength: float | None = None,
+        noise: float = 0.35,
+        image_kps: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        combine_embeds: str = "average",
+        middle_block: bool = False,
+        unique_id: str | None = None,
+    ) -> tuple[Any, Any, Any]:
+        adapter, analyser = adopt_adapter(instantid), face.adapt(insightface)
+        reading = read_faces(analyser, image)
+        poses = find_poses(analyser, image_kps) if image_kps is not None else reading.faces[:1]
+        notes = [describe_faces(reading)]
+        drawing = draw_poses(poses)
+        if drawing is None:
+            notes.append(
+                "no face in image_kps, which is used as drawn" if image_kps is not None else "no pose was found"
+            )
+            drawing = image_kps if image_kps is not None else torch.zeros_like(image)
+        elif drawing.shape[0] < len(poses):
+            notes.append(f"{len(poses) - drawing.shape[0]} pictures of image_kps had no face and were left out")
+
+        prepared = prepare_identity(adapter, reading.embeddings, combine_embeds, noise)
+        settings = AttentionSettings(
+            weight if ip_weight is None else ip_weight, start_at, end_at, middle_block=middle_block
+        )
+        patched, line = attach_identity(model, adapter, prepared, settings, mask)
+        strength = weight if cn_strength is None else cn_strength
+        tokens = (prepared.cond.to(drawing.dtype), prepared.uncond.to(drawing.dtype))
+        identity_net = IdentityNet(control_net, drawing, strength, (start_at, end_at), tokens)
+        positive, negative = apply_identity_net(positive, negative, identity_net, mask)
+        host.current().show_text("\n".join([*notes, line]), unique_id)
+        return patched, positive, negative
+
+
+class ApplyInstantIDAdvanced(ApplyInstantID):
+    DISPLAY_NAME = "Apply InstantID Advanced"
+    DESCRIPTION = (
+        "Apply InstantID with separate strengths for attention and IdentityNet, noise, and ways to combine pictures."
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "instantid": INSTANTID,
+                "insightface": INSIGHTFACE,
+                "control_net": CONTROL_NET,
+                "image": FACE_IMAGE,
+                "model": MODEL,
+                "positive": POSITIVE,
+                "negative": NEGATIVE,
+                "ip_weight": (
+                    "FLOAT",
+                    {
+                        "default": 0.8,
+                        "min": 0.0,
+                        "max": 3.0,
+                        "step": 0.01,
+                        "tooltip": "Strength in attention: likeness.",
+                    },
+                ),
+                "cn_strength": (
+                    "FLOAT",
+                    {
+                        "default": 0.8,
+                        "min": 0.0,
+                        "max": 10.0,
+                        "step": 0.01,
+                        "tooltip": "Strength of IdentityNet: pose and shape.",
+                    },
+                ),
+                "start_at": START_AT,
+                "end_at": END_AT,
+                "noise": _noise(0.0),
+                "combine_embeds": (
+                    list(COMBINE_MODES),
+                    {
+                        "default": "average",
+                        "tooltip": "Several pictures of the person: their mean, their mean after weighing each feature by "
+                        "its size in all pictures, or 16 tokens for each picture.",
+                    },
+                ),
+            },
+            "optional": {"image_kps": IMAGE_KPS, "mask": MASK, "middle_block": MIDDLE_BLOCK},
+            "hidden": HIDDEN,
+        }
+
+
+class InstantIDAttentionPatch:
+    DISPLAY_NAME = "InstantID Patch Attention"
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Only the attention half of InstantID, on all 70 blocks of SDXL."
+    SEARCH_ALIASES = ["face", "identity", "ip-adapter"]
+    RETURN_TYPES = ("MODEL", "FACE_EMBEDS")
+    OUTPUT_TOOLTIPS = ("The model with the identity.", "The face tokens, for InstantID Apply ControlNet.")
+    FUNCTION = "patch_attention"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "instantid": INSTANTID,
+                "insightface": INSIGHTFACE,
+                "image": FACE_IMAGE,
+                "model": MODEL,
+                "weight": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": -1.0,
+                        "max": 3.0,
+                        "step": 0.01,
+                        "tooltip": "Strength of the identity; below 0 it is pushed away.",
+                    },
+                ),
+                "start_at": START_AT,
+                "end_at": END_AT,
+                "noise": _noise(0.0),
+            },
+            "optional": {"mask": MASK},
+            "hidden": HIDDEN,
+        }
+
+    def patch_attention(
+        self,
+        instantid: Any,
+        insightface: Any,
+        image: torch.Tensor,
+        model: Any,
+        weight: float,
+        start_at: float,
+        end_at: float,
+        noise: float = 0.0,
+        mask: torch.Tensor | None = None,
+        unique_id: str | None = None,
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        adapter = adopt_adapter(instantid)
+        reading = read_faces(face.adapt(insightface), image)
+        prepared = prepare_identity(adapter, reading.embeddings, "average", noise)
+        face_embeds = {"cond": prepared.cond, "uncond": prepared.uncond}
+        if weight == 0:
+            return model, face_embeds
+        patched, line = attach_identity(model, adapter, prepared, AttentionSettings(weight, start_at, end_at), mask)
+        host.current().show_text(f"{describe_faces(reading)}\n{line}", unique_id)
+        return patched, face_embeds
+
+
+class ApplyInstantIDControlNet:
+    DISPLAY_NAME = "InstantID Apply ControlNet"
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Only the IdentityNet half of InstantID, with a key point drawing of your own."
+    SEARCH_ALIASES = ["identitynet", "kps", "pose"]
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
+    RETURN_NAMES = ("positive", "negative")
+    OUTPUT_TOOLTIPS = ("The prompt with IdentityNet.", "The negative prompt with IdentityNet.")
+    FUNCTION = "apply_controlnet"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "face_embeds": ("FACE_EMBEDS", {"tooltip": "From InstantID Patch Attention."}),
+                "control_net": CONTROL_NET,
+                "image_kps": (
+                    "IMAGE",
+                    {"tooltip": "A key point drawing, from Face Keypoints Preprocessor; used as it is."},
+                ),
+                "positive": POSITIVE,
+                "negative": NEGATIVE,
+                "strength": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": 0.0,
+                        "max": 10.0,
+                        "step": 0.01,
+                        "tooltip": "Strength of IdentityNet; 0 leaves it out.",
+                    },
+                ),
+                "start_at": START_AT,
+                "end_at": END_AT,
+            },
+            "optional": {"mask": MASK},
+        }
+
+    def apply_controlnet(
+        self,
+        face_embeds: dict[str, torch.Tensor],
+        control_net: Any,
+        image_kps: torch.Tensor,
+        positive: Any,
+        negative: Any,
+        strength: float,
+        start_at: float,
+        end_at: float,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[Any, Any]:
+        if strength == 0:
+            return positive, negative
+        tokens = (face_embeds["cond"], face_embeds["uncond"])
+        identity_net = IdentityNet(control_net, image_kps, strength, (start_at, end_at), tokens)
+        return apply_identity_net(positive, negative, identity_net, mask)
+
+
+NODES: dict[str, type[Any]] = {
+    "InstantIDModelLoader": InstantIDModelLoader,
+    "InstantIDFaceAnalysis": InstantIDFaceAnalysis,
+    "ApplyInstantID": ApplyInstantID,
+    "ApplyInstantIDAdvanced": ApplyInstantIDAdvanced,
+    "FaceKeypointsPreprocessor": FaceKeypointsPreprocessor,
+    "InstantIDAttentionPatch": InstantIDAttentionPatch,
+    "ApplyInstantIDControlNet": ApplyInstantIDControlNet,
+}

@@ -1,0 +1,147 @@
+"""InstantID on a MODEL and its conditionings: faces to tokens, tokens to attention and to the IdentityNet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..face import FaceAnalyser, FaceChoice, Faces, draw_keypoints
+from ..identity import Identity, InstantIDAdapter, PreparedIdentity, prepare
+from ..identity.blocks import Block
+from .identity_attention import PatchSettings, add_identity
+from .sdxl_layout import choose_blocks, patchable_blocks
+
+NO_FACE = (
+    "No face was found in the reference picture: use one where the face is seen from the front, is larger than about 40 "
+    "pixels and is not cut off."
+)
+
+
+class NoFace(ValueError):
+    """There is no face where one is needed."""
+
+
+@dataclass(frozen=True)
+class FaceReading:
+    """What the faces of a batch of pictures give: embeddings [N, 1, D] and, per picture, the chosen face."""
+
+    embeddings: Tensor
+    faces: tuple[Faces, ...]
+
+    @property
+    def missing(self) -> int:
+        """Pictures without a face."""
+        return sum(1 for face in self.faces if not len(face))
+
+
+def read_faces(analyser: FaceAnalyser, images: Tensor, choice: FaceChoice | None = None) -> FaceReading:
+    """Embed one face of each picture [B, H, W, C]; pictures without one are left out. Raises NoFace when all lack one."""
+    if images.ndim != 4 or images.shape[0] == 0:
+        raise NoFace("The picture input is an empty batch: connect at least one picture of a face.")
+    faces = tuple(analyser.analyse(images, choose=choice or FaceChoice.largest(), embed=True))
+    found = [face.embeddings for face in faces if len(face) and face.embeddings is not None]
+    if not found:
+        raise NoFace(NO_FACE)
+    return FaceReading(torch.stack([e[:1] for e in found]), faces)
+
+
+def draw_poses(faces: Sequence[Faces]) -> Tensor | None:
+    """One key point drawing per face found, [N, H, W, 3]; None when none was found.
+
+    Pictures without a face are left out, so that the drawings close up: what the field's Apply nodes do.
+    """
+    found = [face for face in faces if len(face)]
+    return draw_aligned(found) if found else None
+
+
+def draw_aligned(faces: Sequence[Faces]) -> Tensor:
+    """One key point drawing per picture of a batch, [B, H, W, 3]; black where there is no face."""
+    drawn = [
+        draw_keypoints(*face.size, face.keypoints[0]) if len(face) else torch.zeros(*face.size, 3) for face in faces
+    ]
+    # Channels first in memory: convolutions round differently for the other order, and goldens are bit for bit.
+    return torch.stack([d.movedim(-1, 0).contiguous() for d in drawn]).movedim(1, -1)
+
+
+def find_poses(analyser: FaceAnalyser, images: Tensor) -> tuple[Faces, ...]:
+    """The largest face of each picture, without its embedding."""
+    return tuple(analyser.analyse(images, choose=FaceChoice.largest(), embed=False))
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """How an identity acts in the UNet. start_at, end_at: parts of the schedule in 0..1."""
+
+    weight: float
+    start_at: float = 0.0
+    end_at: float = 1.0
+    patch_mode: str = "full"
+    custom_blocks: str = ""
+    middle_block: bool = True
+
+
+def prepare_identity(
+    adapter: InstantIDAdapter, embeddings: Tensor, combine: str = "average", noise: float = 0.0
+) -> PreparedIdentity:
+    """Tokens and keys and values, in the dtype the adapter was loaded in; see `identity.prepare`."""
+    dtype = next(adapter.parameters()).dtype
+    return prepare(adapter, adapter.managed, embeddings, combine, noise, dtype)
+
+
+def blocks_for(model: Any, adapter: InstantIDAdapter, settings: AttentionSettings) -> tuple[tuple[Block, ...], str]:
+    """The blocks to patch and a line about them. Raises UnsupportedModel when the adapter does not fit."""
+    available = patchable_blocks(model, adapter)
+    blocks, line = choose_blocks(available, settings.patch_mode, settings.custom_blocks)
+    if not settings.middle_block:
+        blocks = tuple(block for block in blocks if block[0] != "middle")
+        line = (
+            f"{len(blocks)} of {len(available)} blocks patched (the middle block is left out; switch middle_block on)"
+        )
+    return blocks, line
+
+
+def attach_identity(
+    model: Any,
+    adapter: InstantIDAdapter,
+    prepared: PreparedIdentity,
+    settings: AttentionSettings,
+    mask: Tensor | None = None,
+) -> tuple[Any, str]:
+    """A clone of `model` with the identity in its attention, and a line for the report."""
+    blocks, line = blocks_for(model, adapter, settings)
+    patched = model.clone()
+    sampling = model.get_model_object("model_sampling")
+    add_identity(
+        patched,
+        prepared,
+        PatchSettings(
+            settings.weight, sampling.percent_to_sigma(settings.start_at), sampling.percent_to_sigma(settings.end_at)
+        ),
+        mask,
+        blocks,
+    )
+    if settings.start_at > settings.end_at:
+        line += "; start_at lies after end_at, so the identity never acts"
+    if settings.weight == 0:
+        line = "weight is 0: the model is unchanged"
+    return patched, line
+
+
+def describe_faces(reading: FaceReading) -> str:
+    """Such as "1 face, 212x280 px"; with the number of pictures that had none."""
+    found = [face for face in reading.faces if len(face)]
+    x0, y0, x1, y1 = (float(v) for v in found[0].boxes[0])
+    line = f"{len(found)} face{'s' if len(found) > 1 else ''}, the first {x1 - x0:.0f}x{y1 - y0:.0f} px"
+    if reading.missing:
+        line += f"; {reading.missing} of {len(reading.faces)} pictures had no face and were left out"
+    return line
+
+
+def identity_from(reading: FaceReading, name: str, recogniser: str) -> Identity:
+    """An identity that travels: all embeddings, and the pose of the first face."""
+    first = next(face for face in reading.faces if len(face))
+    return Identity(reading.embeddings, name or "identity", recogniser, first.keypoints[0].clone(), first.size)

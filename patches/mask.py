@@ -1,0 +1,68 @@
+"""An attention mask at the resolution of each block, for the frames of each call; resized once per shape."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .model_call import ModelCall
+
+MAX_SHAPES = 64  # a run uses a handful: resolutions of the UNet times window positions
+
+
+def fit_batch(source: Tensor, size: int) -> Tensor:
+    """`source` with `size` rows: the last one repeated, or the first ones kept."""
+    if source.shape[0] < size:
+        return torch.cat((source, source[-1:].expand(size - source.shape[0], *source.shape[1:])))
+    return source[:size]
+
+
+class AttentionMask:
+    """A mask [M, H, W] in 0..1, asked for per block. Keeps what it made until `drop_copies`."""
+
+    def __init__(self, mask: Tensor) -> None:
+        if mask.ndim == 2:
+            mask = mask[None]
+        self._mask = mask.detach().float().cpu()
+        self._made: dict[tuple[object, ...], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def at(self, call: ModelCall, batch: int, length: int, device: torch.device) -> Tensor:
+        """[batch, length, 1] float32 for a block of `length` tokens whose call has `batch` samples."""
+        chunk = batch // len(call.roles)
+        key = (call.height, call.width, length, chunk, len(call.roles), call.window, device)
+        with self._lock:
+            made = self._made.get(key)
+            if made is None:
+                if len(self._made) >= MAX_SHAPES:
+                    self._made.clear()
+                made = self._make(call, chunk, length).to(device).repeat(len(call.roles), 1, 1)
+                self._made[key] = made
+        return made
+
+    def _make(self, call: ModelCall, chunk: int, length: int) -> Tensor:
+        mask = self._mask
+        if mask.shape[0] > 1 and call.window is not None and call.full_length is not None:
+            mask = fit_batch(mask, call.full_length)[list(call.window)]
+        # The block's own height is not known here: it follows from the aspect ratio, rounded up when uneven.
+        height = int(call.height / math.sqrt(call.height * call.width / length))
+        height += int(length % height != 0)
+        width = length // height
+        mask = F.interpolate(mask[:, None], size=(height, width), mode="bilinear")[:, 0]
+        mask = fit_batch(mask, chunk).flatten(1)
+        # Extreme aspect ratios round to another number of tokens.
+        missing = length - mask.shape[1]
+        if missing > 0:
+            mask = F.pad(mask, (missing // 2, missing - missing // 2))
+        elif missing < 0:
+            start = -missing // 2
+            mask = mask[:, start : start + length]
+        return mask[:, :, None]
+
+    def drop_copies(self) -> None:
+        with self._lock:
+            self._made.clear()

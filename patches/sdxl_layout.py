@@ -1,0 +1,80 @@
+"""Which cross-attention blocks a MODEL has, and whether an InstantID adapter fits it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..identity.adapter import InstantIDAdapter
+from ..identity.blocks import INDEX, SDXL_BLOCKS, Block, describe, select_blocks
+
+ONLY_SDXL = "InstantID has published weights for SDXL only"
+
+
+class UnsupportedModel(ValueError):
+    """The MODEL is not one the adapter can be attached to."""
+
+
+def cross_attention_blocks(model: Any) -> dict[Block, Any]:
+    """The cross-attention modules of a ComfyUI UNet by the name patches use for them; empty for another architecture."""
+    unet: Any = getattr(model.model, "diffusion_model", None)
+    if not all(hasattr(unet, part) for part in ("input_blocks", "middle_block", "output_blocks")):
+        return {}
+    found: dict[Block, Any] = {}
+    groups = [("input", i, block) for i, block in enumerate(unet.input_blocks)]
+    groups += [("middle", 0, unet.middle_block)] if unet.middle_block is not None else []
+    groups += [("output", i, block) for i, block in enumerate(unet.output_blocks)]
+    for kind, number, group in groups:
+        index = 0  # counts on over several transformers in one group, as ComfyUI does
+        for layer in group:
+            for transformer in getattr(layer, "transformer_blocks", ()):
+                if getattr(transformer, "attn2", None) is not None:
+                    found[(kind, number, index)] = transformer.attn2
+                index += 1
+    return found
+
+
+def patchable_blocks(model: Any, adapter: InstantIDAdapter) -> tuple[Block, ...]:
+    """The blocks of `model` the adapter has keys and values for, in the adapter's order.
+
+    Raises UnsupportedModel, saying what the model is, when it is no SDXL UNet or the widths differ.
+    """
+    name = type(model.model).__name__
+    found = cross_attention_blocks(model)
+    if not found:
+        raise UnsupportedModel(f"{ONLY_SDXL}, and this model ({name}) is no UNet. Load an SDXL checkpoint.")
+    strange = [block for block in found if block not in INDEX]
+    if strange:
+        raise UnsupportedModel(
+            f"{ONLY_SDXL}, and this model ({name}) has cross-attention at {strange[0]}, where SDXL has none. "
+            "Load an SDXL checkpoint."
+        )
+    blocks = tuple(block for block in SDXL_BLOCKS if block in found)
+    for block in blocks:
+        attention = found[block]
+        if INDEX[block] >= len(adapter.numbers):
+            raise UnsupportedModel(
+                f"{adapter.name} has keys and values for {len(adapter.numbers)} blocks; this model needs number "
+                f"{INDEX[block] + 1} for {block}. Use InstantID's ip-adapter.bin with an SDXL checkpoint."
+            )
+        context, width = attention.to_k.in_features, attention.to_k.out_features
+        if (context, width) != (adapter.context_dim, adapter.block_width(INDEX[block])):
+            raise UnsupportedModel(
+                f"{ONLY_SDXL}: block {block} of this model ({name}) is {width} wide with a context of {context}, "
+                f"{adapter.name} is made for {adapter.block_width(INDEX[block])} and {adapter.context_dim}."
+            )
+    return blocks
+
+
+def choose_blocks(available: tuple[Block, ...], mode: str, custom: str = "") -> tuple[tuple[Block, ...], str]:
+    """The blocks of patch mode `mode` among `available`, and a line that says what was chosen and why.
+
+    A layout other than SDXL's 70 blocks is patched in full, because the selections are names of SDXL's blocks.
+    """
+    wanted = select_blocks(mode, custom)
+    if len(available) != len(SDXL_BLOCKS) and mode not in ("full", "custom"):
+        return available, (
+            f"this UNet has {len(available)} of SDXL's {len(SDXL_BLOCKS)} cross-attention blocks, so patch_mode {mode} is "
+            f"not defined for it: all {len(available)} are patched"
+        )
+    chosen = tuple(block for block in available if block in wanted)
+    return chosen, f"{len(chosen)} of {len(available)} blocks patched ({describe(chosen)})"
