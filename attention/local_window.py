@@ -69,7 +69,7 @@ def local_window_banded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
     lies inside the window, are one batched matrix product; the band is read, and for the values written, in place
     through strides. Peak memory: window^2 logits per place and window rows of W x (W + window - 1) products.
     """
-    frames, channels, height, width = query.shape
+    frames, _, height, width = query.shape
     radius = window // 2
     wide = width + 2 * radius
     q = query.permute(0, 2, 3, 1)  # [T, H, W, C]

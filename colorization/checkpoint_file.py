@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,7 +91,7 @@ def folded_batch_norms(network: Network) -> Network:
         pairs: list[tuple[str, str]]
         if isinstance(module, nn.Sequential):
             names = list(children)
-            pairs = list(zip(names, names[1:], strict=False))
+            pairs = list(pairwise(names))
         else:
             pairs = [(name.replace("bn", "conv"), name) for name in children if name.startswith("bn")]
         for conv_name, norm_name in pairs:

@@ -23,7 +23,8 @@ class StageTimes:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         if self._events:
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            event: Any = torch.cuda.Event
+            start, stop = event(enable_timing=True), event(enable_timing=True)
             start.record()
             yield
             stop.record()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -84,8 +84,8 @@ def widths_of(state: Mapping[str, Tensor]) -> ColorMNetWidths:
     return ColorMNetWidths(encoder, values, decoder, rows("key_proj.key_proj.weight"), window)
 
 
-def _three(values: object) -> tuple[int, int, int]:
-    first, second, third = values  # type: ignore[misc]
+def _three(values: Iterable[int]) -> tuple[int, int, int]:
+    first, second, third = values
     return first, second, third
 
 

@@ -65,16 +65,18 @@ class CrossChannelAttention(nn.Module):
         v = self.to_v_dw(self.to_v(features)).flatten(2)
         attention = ((q @ k.transpose(-2, -1)).float() * self.temperature.float()).softmax(dim=-1)
         # Out = projection . attention . v: the two small matrices first, so v is read once.
-        out = self.to_out[0]
-        projection = out.weight.flatten(1).unflatten(1, (self.heads, -1)).transpose(0, 1).to(attention.dtype)
+        weight, bias = self.to_out[0].get_parameter("weight"), self.to_out[0].get_parameter("bias")
+        projection = weight.reshape(len(weight), self.heads, -1).transpose(0, 1).to(attention.dtype)
         mixing = (projection @ attention).transpose(1, 2).flatten(2)
-        y = torch.baddbmm(out.bias.view(1, -1, 1), mixing.to(v.dtype), v)
-        return y.unflatten(2, guide.shape[-2:])
+        y = torch.baddbmm(bias.view(1, -1, 1), mixing.to(v.dtype), v)
+        return y.view(guide.shape)
 
     def _normalised(self, x: Tensor) -> Tensor:
-        """[B, heads, C / heads, H * W], unit length over the image; squares of half-precision maps overflow."""
-        flat = x.flatten(2).unflatten(1, (self.heads, -1))
-        return F.normalize(flat.float(), dim=-1).to(x.dtype)
+        """[B, heads, C / heads, H * W], unit length over the image. The squares of half-precision maps overflow, so
+        the norm is summed in float32, without a float32 copy of the map."""
+        flat = x.reshape(len(x), self.heads, -1, x.shape[-2] * x.shape[-1])
+        norm = torch.linalg.vector_norm(flat, dim=-1, keepdim=True, dtype=torch.float32)
+        return flat * norm.clamp_min(1e-12).reciprocal().to(flat.dtype)
 
 
 class GuidedFusion(nn.Module):

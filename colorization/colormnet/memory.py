@@ -77,7 +77,8 @@ class FrameMemory:
             self._compress()
 
     def read(self, query: Tensor, selection: Tensor, query_tile: int = QUERY_TILE) -> MemoryReading:
-        """query, selection: [T, C, h, w]; query_tile: places matched at a time. The readout is [T * places, 2 * V], rows frame by frame.
+        """query, selection: [T, C, h, w]; query_tile: places matched at a time. The readout is [T * places, 2 * V],
+        rows frame by frame.
 
         Counts how much each element was used. Frames that read the same memory may be read together: their counts
         add up.

@@ -49,6 +49,15 @@ class FrameKeys:
         return FrameKeys(self.key[-1:], self.shrinkage[-1:], self.selection[-1:], self.f16[-1:], last)
 
 
+class Depthwise(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 5, padding=2, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
 class LocalAttention(nn.Module):
     """Attention of every place to the 15x15 places around it in the last remembered frame (section 3.3)."""
 
@@ -56,8 +65,7 @@ class LocalAttention(nn.Module):
         super().__init__()
         self.window = window
         self.relative_emb_k = nn.Conv2d(key, window * window, 1)
-        self.dw_conv = nn.Module()
-        self.dw_conv.conv = nn.Conv2d(value, value, 5, padding=2, groups=value, bias=False)
+        self.dw_conv = Depthwise(value)
         self.projection = nn.Linear(value, value)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -66,7 +74,7 @@ class LocalAttention(nn.Module):
         weight, bias = self.relative_emb_k.weight.float(), self.relative_emb_k.bias
         position = F.conv2d(query, weight, None if bias is None else bias.float())
         y = local_window_attention(query * query.shape[1] ** -0.5, key, value, position, self.window)
-        y = self.dw_conv.conv(y.to(self.projection.weight.dtype))
+        y = self.dw_conv(y.to(self.projection.weight.dtype))
         return self.projection(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

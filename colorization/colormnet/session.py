@@ -17,6 +17,7 @@ from ...attention.local_window import select_local_window
 from ...attention.topk_memory import QUERY_TILE
 from ..batch_size import BatchSize
 from ..colour_space import CHROMA_SCALE, normalise_luminance
+from ..compilation import MaybeCompiled
 from ..stage_times import StageTimes
 from .decoder import DecoderContext
 from .feature_fusion import PLANES
@@ -51,8 +52,11 @@ class ColorMNetSession:
         references: Sequence[Tensor] = (),
         batch: int = 8,
         times: StageTimes | None = None,
+        compile: bool = False,
     ) -> None:
         self.network = network
+        self.encode_keys = MaybeCompiled(network.encode_keys, compile, "key encoder")
+        self.decode = MaybeCompiled(network.decode, compile, "decoder")
         self.settings = settings
         self.size = (height, width)
         self.padding = padding_to(height, width, PATCH)
@@ -100,11 +104,35 @@ class ColorMNetSession:
             self.time += count
             if remember:
                 self.last_memory = self.time - 1
-        left, right, top, bottom = self.padding
-        chroma = torch.cat([p.chroma for p in parts]) * CHROMA_SCALE
+        return self._cut_out(parts)
+
+    def colorize_stills(self, luminance: Tensor) -> Coloured:
+        """Pictures that have nothing to do with one another, each as frame 0 of a film of its own. [T, 1, H, W]."""
+        if self.memory.work == 0:
+            if not self._references:
+                raise ValueError("ColorMNet needs a reference picture.")
+            for reference in self._references:
+                self._remember_reference(reference)
+        normal = F.pad(normalise_luminance(luminance), self.padding)
+
+        def part(chosen: Sequence[int]) -> Coloured:
+            keys = self.encode_keys(normal[chosen[0] : chosen[-1] + 1], self.position)
+            readout, confidence = self._read(keys, local=False)
+            context = self.network.decoder.add_readout(keys.context, readout)
+            rest = torch.zeros_like(self.sensory.hidden)
+            frames = [self.decode(context.frame(i), rest, False)[0] for i in range(len(chosen))]
+            return Coloured(torch.cat(frames), confidence)
+
+        with self.times.stage("stills"):
+            parts = self.frames_together.map(range(len(luminance)), part)
+        return self._cut_out(parts)
+
+    def _cut_out(self, parts: Sequence[Coloured]) -> Coloured:
+        """The frames without their padding, chroma in Lab units."""
+        left, _, top, _ = self.padding
         height, width = self.size
-        chroma = chroma[..., top : top + height, left : left + width]
-        return Coloured(chroma, torch.cat([p.confidence for p in parts]))
+        chroma = torch.cat([p.chroma for p in parts])[..., top : top + height, left : left + width]
+        return Coloured(chroma * CHROMA_SCALE, torch.cat([p.confidence for p in parts]))
 
     def _next_group(self, end: int, given: Mapping[int, Tensor]) -> tuple[int, bool]:
         """How many frames can be coloured before the memory changes, and whether the last of them is remembered."""
@@ -135,7 +163,7 @@ class ColorMNetSession:
             for index in range(len(luminance)):
                 closing = index == len(luminance) - 1
                 update = not (closing and (remember or is_last))
-                colours, self.sensory.hidden = self.network.decode(context.frame(index), self.sensory.hidden, update)
+                colours, self.sensory.hidden = self.decode(context.frame(index), self.sensory.hidden, update)
                 frames.append(colours)
         chroma = torch.cat(frames)
         if remember:
@@ -147,7 +175,7 @@ class ColorMNetSession:
         """The key encoder over all frames of a group, in as many batches as memory asks for."""
         indices = range(len(luminance))
         parts = self.frames_together.map(
-            indices, lambda chosen: self.network.encode_keys(luminance[chosen[0] : chosen[-1] + 1], self.position)
+            indices, lambda chosen: self.encode_keys(luminance[chosen[0] : chosen[-1] + 1], self.position)
         )
         if len(parts) == 1:
             return parts[0]
@@ -185,7 +213,7 @@ class ColorMNetSession:
         picture = lab[None].to(self.network.device)
         luminance = F.pad(normalise_luminance(picture[:, :1]), self.padding)
         chroma = F.pad(picture[:, 1:] / CHROMA_SCALE, self.padding)
-        self._remember(self.network.encode_keys(luminance, self.position), luminance, chroma, deep=False)
+        self._remember(self.encode_keys(luminance, self.position), luminance, chroma, deep=False)
 
     def _checked(self, reference: Tensor) -> Tensor:
         if tuple(reference.shape) != (3, *self.size):
@@ -196,6 +224,7 @@ class ColorMNetSession:
         """Which implementation of each kernel runs here, and why."""
         return {
             "local attention": select_local_window(self.network.device)[1],
+            "torch.compile": f"key encoder {self.encode_keys.status}; decoder {self.decode.status}",
             "memory read": f"tiled top-{self.settings.top_k}, {self.queries_together.size} queries at a time",
         }
 

@@ -32,7 +32,7 @@ def cover_and_crop(pictures: Tensor, height: int, width: int) -> Tensor:
 
 
 def resampling_matrix(inputs: int, outputs: int) -> Tensor:
-    """[outputs, inputs] float64: scikit-image's `resize` along one axis, with order 1, anti-aliasing and mode "reflect".
+    """[outputs, inputs] float64: scikit-image's `resize` along one axis (order 1, anti-aliasing, mode "reflect").
 
     A Gaussian of (inputs / outputs - 1) / 2 pixels when it shrinks, cut at four sigma, then linear interpolation
     between pixel centres; both mirror the picture about its border pixels' centres.

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ...attention.best_match import best_match, best_match_prefiltered
 from ..batch_size import BatchSize
 from ..colour_space import LUMINANCE_CENTRE, lab_to_rgb
+from ..compilation import MaybeCompiled
 from ..stage_times import StageTimes
 from .color_net import ColorVidNet
 from .vgg import VGG19
@@ -82,8 +83,11 @@ class DeepExemplarSession:
         last: Tensor | None = None,
         batch: int = 8,
         times: StageTimes | None = None,
+        compile: bool = False,
     ) -> None:
         self.networks = networks
+        self.vgg = MaybeCompiled(networks.vgg, compile, "VGG")
+        self.color_net = MaybeCompiled(networks.color_net, compile, "colour network")
         self.size = (height, width)
         self.padding = _padding(height, width)
         self.propagate = propagate
@@ -122,8 +126,7 @@ class DeepExemplarSession:
 
     def _colour(self, known: Tensor, luminance: Tensor) -> Tensor:
         last = torch.zeros_like(known[:, :3]) if self.last is None else self.last
-        network = self.networks.color_net
-        chroma: Tensor = network(torch.cat((known, last), dim=1).to(self.networks.dtype))
+        chroma: Tensor = self.color_net(torch.cat((known, last), dim=1).to(self.networks.dtype))
         if self.propagate:
             self.last = torch.cat((luminance, chroma), dim=1)
         return chroma
@@ -132,7 +135,7 @@ class DeepExemplarSession:
         """Correspondence of frames with the reference. luminance: [T, 1, H, W] padded, L in 0..100."""
         with self.times.stage("features"):
             grey = (luminance / 100).expand(-1, 3, -1, -1)
-            features = self.networks.warp.frame_features(self.networks.vgg(grey))
+            features = self.networks.warp.frame_features(self.vgg(grey))
         with self.times.stage("match"):
             frames, channels, rows, columns = features.shape
             theta = features.flatten(2).transpose(1, 2).reshape(-1, channels)
@@ -146,15 +149,18 @@ class DeepExemplarSession:
         picture = reference[None].to(self.networks.device)
         picture = _padded(picture, _padding(*picture.shape[-2:]))
         with self.times.stage("reference"):
-            features = self.networks.warp.reference_features(self.networks.vgg(lab_to_rgb(picture)))
+            features = self.networks.warp.reference_features(self.vgg(lab_to_rgb(picture)))
             colours = F.avg_pool2d(picture, CELL)
         return ReferenceColours(features[0].flatten(1).T.contiguous(), colours[0].flatten(1).T.contiguous())
 
     def engines(self) -> dict[str, str]:
         """Which implementation of each kernel runs here, and why."""
-        if self.networks.device.type == "cuda":
-            return {"match": "half-precision candidates, float32 decision, exact"}
-        return {"match": f"tiled float32: the candidate search pays on CUDA, this is {self.networks.device.type}"}
+        kind = self.networks.device.type
+        match = f"tiled float32: the half-precision candidate search is for CUDA, this is {kind}"
+        if kind == "cuda":
+            match = "half-precision candidates, float32 decision, exact"
+        compiled = f"VGG {self.vgg.status}; colour network {self.color_net.status}"
+        return {"match": match, "torch.compile": compiled}
 
     def notes(self) -> list[str]:
         return list(self.frames_together.notes)

@@ -1,0 +1,163 @@
+"""The compatible nodes' jobs: ColorMNet and Deep Exemplar on whole batches, with the sizes, crops and rounding that
+shared workflows expect. Our own nodes' job is `film`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import host
+from .colormnet.session import ColorMNetSession
+from .colormnet.settings import ColorMNetSettings
+from .colour_space import rgb_to_lab, with_luminance
+from .deep_exemplar.framing import cover_and_crop
+from .deep_exemplar.session import DeepExemplarSession
+from .frame_budget import colormnet_batch, deep_exemplar_batch
+from .networks import COLORMNET_LICENCE, LoadedNetwork
+from .pictures import as_frames, is_grey, resized, to_channels_first
+from .report import JobReport
+from .stage_times import StageTimes
+
+PORTION = 16  # frames between two looks at the interrupt
+# Deep Exemplar's programs enlarge half-size chroma with this factor.
+HALF_SIZE_GAIN = 1.25
+GREY_REFERENCE = "The reference has next to no colour, so the result has none either."
+
+
+@dataclass(frozen=True)
+class ColorMNetJob:
+    """height, width: what the network sees. original_luminance: put the colours on the frames' own luminance instead
+    of returning the network-sized picture enlarged. stills: pictures that have nothing to do with one another.
+    notes: sentences for the report."""
+
+    height: int
+    width: int
+    memory_mode: str = "balanced"
+    original_luminance: bool = False
+    stills: bool = False
+    compile: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job: ColorMNetJob) -> tuple[Tensor, str]:
+    """images [T, H, W, C] and references [R, H, W, C], each reference an example of colours.
+
+    Returns float [T, H, W, 3] on the CPU, of the images' size, and the report.
+    """
+    frames, references = as_frames(images, "the frames"), as_frames(references, "the reference")
+    count, height, width = frames.shape[:3]
+    device = loaded.managed.device
+    report = JobReport("ColorMNet", device)
+    report.fact("checkpoint", loaded.names)
+    report.fact("size", f"{job.width}x{job.height} in the network, {width}x{height} out")
+    report.fact("precision", loaded.precision.reason)
+    times = StageTimes(device)
+    batch, needed = colormnet_batch(job.height, job.width, loaded.precision.dtype, device, job.memory_mode)
+    result = torch.empty(count, height, width, 3)
+    with loaded.resident(needed) as network:
+        examples = [_lab(r[None], device, job.height, job.width)[0] for r in references]
+        if all(is_grey(example) for example in examples):
+            report.note(GREY_REFERENCE)
+        settings = ColorMNetSettings.for_mode(job.memory_mode)
+        session = ColorMNetSession(
+            network, settings, job.height, job.width, examples, batch, times, compile=job.compile
+        )
+        for portion in _portions(count, "ColorMNet"):
+            with times.stage("colour space in"):
+                full = rgb_to_lab(to_channels_first(frames[portion], device))
+                lab = resized(full, job.height, job.width, antialias=False)
+            if job.stills:
+                chroma = session.colorize_stills(lab[:, :1]).chroma
+            else:
+                chroma = session.colorize(lab[:, :1], last=portion.stop == count).chroma
+            with times.stage("colour space out"):
+                if job.original_luminance:
+                    rgb = with_luminance(full[:, :1], resized(chroma, height, width, antialias=False))
+                else:
+                    rgb = resized(with_luminance(lab[:, :1], chroma), height, width, antialias=False)
+                result[portion] = rgb.permute(0, 2, 3, 1).cpu()
+        report.fact("memory", f"{session.memory.nbytes / 2**20:.1f} MiB of remembered frames at the fullest")
+    report.frames = count
+    report.note(COLORMNET_LICENCE)
+    return result, report.text(times, session.engines(), [*session.notes(), *job.notes])
+
+
+@dataclass(frozen=True)
+class DeepExemplarJob:
+    """height, width: of the result; frames and reference are scaled to cover it and cropped. half: the network sees
+    half of that. propagate: each frame sees the last one's colours. notes: sentences for the report."""
+
+    height: int
+    width: int
+    half: bool = True
+    propagate: bool = True
+    compile: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def run_deep_exemplar(
+    loaded: LoadedNetwork, images: Tensor, reference: Tensor, job: DeepExemplarJob
+) -> tuple[Tensor, str]:
+    """images [T, H, W, C], reference [1, H, W, C]. Returns float [T, height, width, 3] in steps of 1/255 on the CPU."""
+    frames, reference = as_frames(images, "the frames"), as_frames(reference, "the reference")
+    device = loaded.managed.device
+    report = JobReport("Deep Exemplar", device)
+    report.fact("checkpoints", loaded.names)
+    small = (job.height // 2, job.width // 2) if job.half else (job.height, job.width)
+    report.fact("size", f"{small[1]}x{small[0]} in the networks, {job.width}x{job.height} out")
+    report.fact("precision", f"matching in float32; {loaded.precision.reason}")
+    if len(reference) > 1:
+        report.note("Deep Exemplar matches one reference at a time; the first of the batch is used.")
+    times = StageTimes(device)
+    batch, needed = deep_exemplar_batch(*small, device)
+    count = len(frames)
+    result = torch.empty(count, job.height, job.width, 3)
+    with loaded.resident(needed) as networks:
+        example = _halved(_framed(reference[:1], device, job), small)[0]
+        if is_grey(example):
+            report.note(GREY_REFERENCE)
+        session = DeepExemplarSession(
+            networks, *small, example, job.propagate, batch=batch, times=times, compile=job.compile
+        )
+        for portion in _portions(count, "Deep Exemplar"):
+            with times.stage("colour space in"):
+                lab = _framed(frames[portion], device, job)
+            chroma = session.colorize(_halved(lab, small)[:, :1]).chroma
+            with times.stage("colour space out"):
+                if job.half:
+                    chroma = resized(chroma, job.height, job.width, antialias=False) * HALF_SIZE_GAIN
+                rgb = with_luminance(lab[:, :1], chroma)
+                result[portion] = ((rgb * 255).floor() / 255).permute(0, 2, 3, 1).cpu()
+    report.frames = count
+    return result, report.text(times, session.engines(), [*session.notes(), *job.notes])
+
+
+def _lab(images: Tensor, device: torch.device, height: int, width: int) -> Tensor:
+    return resized(rgb_to_lab(to_channels_first(images, device)), height, width, antialias=False)
+
+
+def _framed(images: Tensor, device: torch.device, job: DeepExemplarJob) -> Tensor:
+    """8-bit pictures covering the target, cropped, in Lab."""
+    # Half a step of float32 below a whole number must not lose the whole step.
+    eight_bits = (to_channels_first(images, device) * 255 + 1e-3).floor()
+    return rgb_to_lab(cover_and_crop(eight_bits, job.height, job.width) / 255)
+
+
+def _halved(lab: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear by one half: the mean of 2x2 pixels; an odd last row or column is left out."""
+    if tuple(lab.shape[-2:]) == size:
+        return lab
+    return torch.nn.functional.avg_pool2d(lab, 2)
+
+
+def _portions(count: int, label: str) -> Iterator[slice]:
+    """Parts of 0..count; every step moves the progress bar, which also looks whether the user wants to stop."""
+    with host.tracked(host.current(), count, label) as bar:
+        for first in range(0, count, PORTION):
+            stop = min(first + PORTION, count)
+            yield slice(first, stop)
+            bar.update(stop - first)

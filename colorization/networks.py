@@ -1,0 +1,189 @@
+"""The colorizers' networks as the host keeps them: found in the model folders, loaded once, shared by all jobs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import host
+from ..cache import content_key, file_fingerprint, named_cache
+from .checkpoint_file import SUFFIXES, WrongCheckpoint, key_names, load_network
+from .colormnet import checkpoint as colormnet_checkpoint
+from .colormnet.network import ColorMNet
+from .deep_exemplar import checkpoint as deep_exemplar_checkpoint
+from .deep_exemplar.session import DeepExemplar
+
+log = logging.getLogger("hotpath.colorization")
+
+AUTOMATIC = "automatic"
+PRECISIONS = ("automatic", "float32", "float16", "bfloat16")
+COLORMNET_LICENCE = (
+    "ColorMNet's weights are licensed CC BY-NC-SA 4.0: for non-commercial use only. The licence of the code that runs "
+    "them here does not change that."
+)
+_CACHE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a network computes in and why."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+class LoadedNetwork:
+    """A network in the host's memory management, the files it came from and what it computes in."""
+
+    def __init__(self, network: torch.nn.Module, files: tuple[Path, ...], precision: Precision) -> None:
+        self.managed: Any = host.current().manage(network)
+        self.files = files
+        self.precision = precision
+        self.nbytes = sum(parameter.nbytes for parameter in network.parameters())
+
+    @property
+    def names(self) -> str:
+        return ", ".join(path.name for path in self.files)
+
+    @contextmanager
+    def resident(self, extra_bytes: int = 0) -> Iterator[Any]:
+        """The network on its device, with inference mode on and float32 meaning float32: convolutions and products
+        use TF32 only where a caller of this process asked for half precision anyway."""
+        with self.managed.resident(extra_bytes) as network, torch.inference_mode():
+            if network.device.type != "cuda":
+                yield network
+                return
+            flags = torch.backends.cudnn.flags
+            with flags(enabled=True, benchmark=False, allow_tf32=False):
+                yield network
+
+
+def choose_precision(name: str) -> Precision:
+    """The dtype for `name` of PRECISIONS on the host's device."""
+    device = host.current().device()
+    if name == "float32":
+        return Precision(torch.float32, "float32 was asked for")
+    if device.type == "cpu":
+        asked = "" if name == AUTOMATIC else f" instead of {name}"
+        return Precision(torch.float32, f"float32{asked}: half precision is slower and less exact on a CPU")
+    if name == AUTOMATIC:
+        dtype = host.current().compute_dtype()
+        return Precision(dtype, f"{str(dtype).removeprefix('torch.')}: the host's choice for {device.type}")
+    if name not in PRECISIONS:
+        raise ValueError(f"There is no precision {name!r}; choose one of {', '.join(PRECISIONS)}.")
+    return Precision(getattr(torch, name), f"{name} was asked for")
+
+
+def colormnet_files() -> list[str]:
+    """What a ColorMNet node offers: automatic, then every file in models/colormnet."""
+    return [AUTOMATIC, *host.current().model_files(colormnet_checkpoint.FOLDER, SUFFIXES)]
+
+
+def load_colormnet(name: str = AUTOMATIC, precision: str = AUTOMATIC) -> LoadedNetwork:
+    """ColorMNet from models/colormnet. Raises ModelNotFound or WrongCheckpoint with what to do about it."""
+    path = _colormnet_path(name)
+    chosen = choose_precision(precision)
+    key = content_key("colormnet", file_fingerprint(path), chosen.dtype, str(host.current().device()))
+
+    def load() -> LoadedNetwork:
+        network = load_network(path, "a ColorMNet checkpoint", colormnet_checkpoint.build).to(chosen.dtype)
+        return LoadedNetwork(_laid_out(network), (path,), chosen)
+
+    return _networks().get_or_compute(key, load)
+
+
+def load_deep_exemplar(precision: str = AUTOMATIC) -> LoadedNetwork:
+    """Deep Exemplar's three networks from models/deep_exemplar.
+
+    Matching stays in float32: `precision` is what the colour network computes in.
+    """
+    paths = _deep_exemplar_paths()
+    chosen = choose_precision(precision)
+    prints = [file_fingerprint(path) for path in paths.values()]
+    key = content_key("deep exemplar", prints, chosen.dtype, str(host.current().device()))
+
+    def load() -> LoadedNetwork:
+        checkpoint = deep_exemplar_checkpoint
+        vgg = load_network(paths["vgg"], "Deep Exemplar's VGG-19 (vgg19_conv)", checkpoint.build_vgg)
+        warp = load_network(paths["nonlocal_net"], "Deep Exemplar's nonlocal_net", checkpoint.build_warp)
+        color_net = load_network(paths["colornet"], "Deep Exemplar's colornet", checkpoint.build_color_net)
+        network = DeepExemplar(vgg, warp, color_net.to(chosen.dtype))
+        return LoadedNetwork(_laid_out(network), tuple(paths.values()), chosen)
+
+    return _networks().get_or_compute(key, load)
+
+
+def _networks() -> Any:
+    return named_cache("colorizers", _CACHE_BYTES)
+
+
+def _laid_out(network: Any) -> Any:
+    """Convolutions want channels last on CUDA; elsewhere the plain layout is as fast."""
+    if host.current().device().type == "cuda":
+        return network.to(memory_format=torch.channels_last)
+    return network
+
+
+def _colormnet_path(name: str) -> Path:
+    here, checkpoint = host.current(), colormnet_checkpoint
+    if name != AUTOMATIC:
+        return here.model_path(checkpoint.FOLDER, name)
+    files = here.model_files(checkpoint.FOLDER, SUFFIXES)
+    for file in sorted(files, key=lambda file: Path(file).stem != checkpoint.FILE):
+        path = here.model_path(checkpoint.FOLDER, file)
+        # The published name needs no look inside; loading will tell.
+        if path.stem == checkpoint.FILE or checkpoint.matches(key_names(path)):
+            return path
+    if len(files) == 1:
+        return here.model_path(checkpoint.FOLDER, files[0])
+    raise host.ModelNotFound(
+        f"No ColorMNet checkpoint was found. Download {checkpoint.FILE}.pth from {checkpoint.SOURCE} into "
+        f"{here.model_folders(checkpoint.FOLDER)[0]} and press R. {COLORMNET_LICENCE}"
+    )
+
+
+def _deep_exemplar_paths() -> dict[str, Path]:
+    """The file of each of the three networks: by its published name, else by what is in it."""
+    here, checkpoint = host.current(), deep_exemplar_checkpoint
+    files = here.model_files(checkpoint.FOLDER, SUFFIXES)
+    found: dict[str, Path] = {}
+    for kind, stem in checkpoint.FILES.items():
+        named = next((file for file in files if Path(file).stem == stem), None)
+        if named is not None:
+            found[kind] = here.model_path(checkpoint.FOLDER, named)
+    others = [file for file in files if Path(file).stem not in checkpoint.FILES.values()]
+    if len(found) < len(checkpoint.FILES):
+        for file in others:
+            path = here.model_path(checkpoint.FOLDER, file)
+            other_kind = checkpoint.kind_of(key_names(path))
+            if other_kind is not None:
+                found.setdefault(other_kind, path)
+    missing = [f"{checkpoint.FILES[kind]}.pth" for kind in checkpoint.FILES if kind not in found]
+    if missing:
+        raise host.ModelNotFound(
+            f"Deep Exemplar needs {', '.join(missing)} in {here.model_folders(checkpoint.FOLDER)[0]}. They are in "
+            f"colorization_checkpoint.zip at {checkpoint.SOURCE}; unpack it, move the files there and press R."
+        )
+    return found
+
+
+__all__ = [
+    "AUTOMATIC",
+    "COLORMNET_LICENCE",
+    "PRECISIONS",
+    "ColorMNet",
+    "DeepExemplar",
+    "LoadedNetwork",
+    "Precision",
+    "WrongCheckpoint",
+    "choose_precision",
+    "colormnet_files",
+    "load_colormnet",
+    "load_deep_exemplar",
+]
