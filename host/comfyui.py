@@ -96,6 +96,14 @@ class ComfyUIHost:
             self.model_folders(kind), suffixes or sorted(folder_paths.supported_pt_extensions)
         )
 
+    def announce_models(self, kind: str) -> None:
+        import folder_paths
+
+        folders = [str(folder) for folder in self.model_folders(kind)]
+        known = folder_paths.folder_names_and_paths.get(kind)
+        if known is None or not known[1]:
+            folder_paths.folder_names_and_paths[kind] = (folders, set(folder_paths.supported_pt_extensions))
+
     def model_path(self, kind: str, name: str) -> Path:
         return model_paths.find_file(kind, self.model_folders(kind), name)
 

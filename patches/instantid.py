@@ -145,3 +145,14 @@ def identity_from(reading: FaceReading, name: str, recogniser: str) -> Identity:
     """An identity that travels: all embeddings, and the pose of the first face."""
     first = next(face for face in reading.faces if len(face))
     return Identity(reading.embeddings, name or "identity", recogniser, first.keypoints[0].clone(), first.size)
+
+
+def identity_of_faces(faces: Sequence[Faces], name: str) -> Identity:
+    """An identity of faces that were found before, the first of each picture. Raises NoFace when there is none."""
+    found = [face for face in faces if len(face)]
+    if not found:
+        raise NoFace("The faces input holds no face: look at what the face node found.")
+    if any(face.embeddings is None for face in found):
+        raise NoFace("The faces carry no embeddings: find them with embeddings switched on.")
+    embeddings = torch.stack([face.embeddings[:1] for face in found if face.embeddings is not None])
+    return Identity(embeddings, name or "identity", "unknown", found[0].keypoints[0].clone(), found[0].size)

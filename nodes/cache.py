@@ -1,0 +1,100 @@
+"""What the pack remembers between runs: shown, limited and cleared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import host
+from ..cache import all_caches, clear_all
+from .instantid import HIDDEN
+
+ALL = "all"
+KEEP = "nothing"
+
+
+class AnyType(str):
+    """A socket type that fits every other."""
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+ANY = AnyType("*")
+
+
+class HotpathCache:
+    DISPLAY_NAME = "Hotpath Cache"
+    CATEGORY = "Hotpath"
+    DESCRIPTION = "Shows what Hotpath remembers (faces, identities, image embeddings), and clears it when asked."
+    SEARCH_ALIASES = ["memory", "clear", "statistics"]
+    RETURN_TYPES = ("STRING", ANY)
+    RETURN_NAMES = ("report", "passthrough")
+    OUTPUT_TOOLTIPS = ("Entries, bytes, hits and misses of each cache.", "What was connected to passthrough.")
+    OUTPUT_NODE = True
+    FUNCTION = "manage"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "clear": ([KEEP, ALL], {"default": KEEP, "tooltip": "Clear every cache before the report."}),
+            },
+            "optional": {
+                "passthrough": (ANY, {"tooltip": "Makes this node run at that point of the graph."}),
+                "limit_mib": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 1 << 20,
+                        "tooltip": "New limit for each cache in MiB; 0 leaves the limits.",
+                    },
+                ),
+            },
+            "hidden": HIDDEN,
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> float:
+        return float("nan")  # statistics are never up to date
+
+    def manage(
+        self, clear: str, passthrough: Any = None, limit_mib: int = 0, unique_id: str | None = None
+    ) -> tuple[str, Any]:
+        gone = clear_all() if clear == ALL else 0
+        if limit_mib:
+            for cache in all_caches():
+                cache.resize(limit_mib << 20)
+        lines = [str(cache.statistics()) for cache in all_caches()] or ["nothing is remembered yet"]
+        if clear == ALL:
+            lines.insert(0, f"{gone} entries cleared")
+        report = "\n".join(lines)
+        host.current().show_text(report, unique_id)
+        return report, passthrough
+
+
+class InstantIDCacheManager:
+    """The cache node of a branch of the InstantID pack, for graphs that were saved with it."""
+
+    DISPLAY_NAME = "InstantID Cache Manager"
+    CATEGORY = "InstantID"
+    DESCRIPTION = "Kept for older graphs; Hotpath Cache shows more."
+    DEPRECATED = True
+    RETURN_TYPES = ("STRING", ANY)
+    RETURN_NAMES = ("cache_stats", "passthrough")
+    OUTPUT_TOOLTIPS = HotpathCache.OUTPUT_TOOLTIPS
+    OUTPUT_NODE = True
+    FUNCTION = "manage_cache"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"clear_cache": (["false", "true"], {"tooltip": "Clear every cache before the report."})},
+            "optional": {"passthrough": (ANY, {"tooltip": "Makes this node run at that point of the graph."})},
+        }
+
+    def manage_cache(self, clear_cache: str, passthrough: Any = None) -> tuple[str, Any]:
+        return HotpathCache().manage(ALL if clear_cache == "true" else KEEP, passthrough)
+
+
+NODES: dict[str, type[Any]] = {"HotpathCache": HotpathCache, "InstantIDCacheManager": InstantIDCacheManager}
