@@ -13,8 +13,8 @@ from ..headless.locate import find_comfyui
 from ..headless.outcome import outcome_of
 from ..headless.server import ServerError, ServerStopped, run_on_server
 from ..headless.validation import NeedsComfyUI
-from ..host.headless import HeadlessHost
 from .console import complain, note
+from .models_folder import headless_host
 from .progress import TerminalObserver, report
 
 INTERRUPTED = 130  # what a shell expects of a program ended by Ctrl-C
@@ -54,8 +54,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_here(graph: Graph, options: argparse.Namespace, observer: TerminalObserver) -> int:
-    host = HeadlessHost(
-        models=options.models,
+    host = headless_host(
+        options.models,
         input_folder=options.input_folder or Path.cwd(),
         output_folder=options.output_folder,
         device=options.device,

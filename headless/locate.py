@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
+
+log = logging.getLogger("hotpath.headless")
 
 PACK = Path(__file__).resolve().parent.parent
 # What ComfyUI's main.py cannot start without; enough to tell an environment made for it.
@@ -59,3 +62,26 @@ def carries_pack(comfyui: Path) -> bool:
     """Whether this checkout already lies in, or is linked into, the custom_nodes of `comfyui`."""
     folder = comfyui / "custom_nodes"
     return folder.is_dir() and any(entry.resolve() == PACK for entry in folder.iterdir())
+
+
+def model_folders(comfyui: Path) -> tuple[Path, dict[str, list[Path]]]:
+    """The models folder of `comfyui`, and the further folders by kind that its extra_model_paths.yaml names."""
+    import yaml
+
+    config = comfyui / "extra_model_paths.yaml"
+    kinds: dict[str, list[Path]] = {}
+    try:
+        sections = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
+    except (OSError, yaml.YAMLError) as error:
+        log.warning("%s cannot be read, so the folders it names are not searched: %s", config, error)
+        sections = None
+    for section in (sections or {}).values():
+        if not isinstance(section, dict):
+            continue
+        base = Path(os.path.expandvars(str(section.get("base_path", "")))).expanduser()
+        for kind, folders in section.items():
+            if kind in ("base_path", "is_default", "custom_nodes") or not isinstance(folders, str):
+                continue
+            # Relative folders start at base_path, and that at the file.
+            kinds.setdefault(kind, []).extend(comfyui / base / line for line in folders.split("\n") if line)
+    return comfyui / "models", kinds

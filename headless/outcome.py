@@ -10,8 +10,8 @@ from ..host.headless import HeadlessHost
 from .executor import RunResult
 from .graph import Node
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".gif"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"}
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif"}
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,12 @@ class OutputFile:
 
     @property
     def kind(self) -> str:
+        return self.kind_of(self.path)
+
+    @staticmethod
+    def kind_of(path: Path) -> str:
         """image, video or file."""
-        suffix = self.path.suffix.lower()
+        suffix = path.suffix.lower()
         return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in IMAGE_SUFFIXES else "file"
 
 

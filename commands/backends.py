@@ -1,0 +1,135 @@
+"""Which optional libraries can be used here, in which version, and if not, why."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One optional library. `detail` is what it offers, or the reason why it cannot be used, with the cure."""
+
+    name: str
+    used_for: str
+    available: bool
+    version: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Library:
+    module: str
+    used_for: str
+    cure: str
+    distributions: tuple[str, ...] = ()
+    look: Callable[[Any], str] | None = None
+
+
+def _onnxruntime(module: Any) -> str:
+    # A GPU build lists its providers even where it cannot load them, so this is only what the build could use.
+    return "providers of this build: " + ", ".join(module.get_available_providers())
+
+
+def _cv2(module: Any) -> str:
+    return "with ximgproc" if hasattr(module, "ximgproc") else ""
+
+
+LIBRARIES = (
+    _Library(
+        "triton",
+        "fused kernels on NVIDIA and AMD",
+        "it comes with torch on Linux; on Windows `pip install triton-windows`",
+    ),
+    _Library("sageattention", "optional attention kernels", "pip install comfyui-hotpath[sage]"),
+    _Library(
+        "flash_attn", "optional attention kernels", "pip install flash-attn --no-build-isolation", ("flash-attn",)
+    ),
+    _Library("xformers", "optional attention kernels", "pip install xformers"),
+    _Library("onnx", "reads face models", "pip install onnx"),
+    _Library(
+        "onnxruntime",
+        "optional face engine",
+        "pip install onnxruntime-gpu, or onnxruntime where there is no NVIDIA GPU; never both",
+        ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-migraphx"),
+        _onnxruntime,
+    ),
+    _Library("insightface", "optional face engine", "pip install comfyui-hotpath[insightface]"),
+    _Library("transformers", "Qwen-VL", "pip install comfyui-hotpath[vision-language]"),
+    _Library(
+        "cv2",
+        "optional edge filter of Deep Exemplar",
+        "pip install opencv-contrib-python-headless",
+        (
+            "opencv-python",
+            "opencv-python-headless",
+            "opencv-contrib-python",
+            "opencv-contrib-python-headless",
+        ),
+        _cv2,
+    ),
+    _Library("av", "video files", "pip install av"),
+    _Library("spatial_correlation_sampler", "optional ColorMNet backend", "pip install comfyui-hotpath[correlation]"),
+    _Library("ray", "many GPUs and machines", "pip install comfyui-hotpath[distributed]"),
+)
+
+
+def look_at_backends() -> list[Backend]:
+    """Import each library and see. Takes seconds when heavy ones are installed."""
+    return [_look(library) for library in LIBRARIES]
+
+
+def _look(library: _Library) -> Backend:
+    installed = _installed(library.distributions or (library.module.replace("_", "-"), library.module))
+    version = ", ".join(f"{name} {number}" for name, number in installed.items())
+    try:
+        module = importlib.import_module(library.module)
+    except ModuleNotFoundError as error:
+        if error.name == library.module and not installed:
+            return Backend(library.module, library.used_for, False, "", f"not installed; {library.cure}")
+        return Backend(
+            library.module, library.used_for, False, version, f"it needs {error.name}; pip install {error.name}"
+        )
+    except Exception as error:  # a library built for another torch or CUDA may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return Backend(library.module, library.used_for, False, version, f"its import fails: {reason}")
+    version = version or str(getattr(module, "__version__", ""))
+    detail = library.look(module) if library.look else ""
+    if len(installed) > 1:
+        names = " and ".join(installed)
+        clash = f"{names} share one folder and overwrite each other: uninstall all of them, then install one"
+        detail = "; ".join(filter(None, (clash, detail)))
+    return Backend(library.module, library.used_for, True, version, detail)
+
+
+def _installed(names: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            found[importlib.metadata.metadata(name)["Name"]] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def unmet_requirements(lines: list[str]) -> list[str]:
+    """Requirement lines that this environment does not meet, with what it has instead."""
+    unmet = []
+    for line in lines:
+        try:
+            requirement = Requirement(line.partition("#")[0].strip())
+        except InvalidRequirement:
+            continue
+        try:
+            have = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            unmet.append(f"{requirement} (not installed)")
+            continue
+        if not requirement.specifier.contains(have, prereleases=True):
+            unmet.append(f"{requirement} (installed: {have})")
+    return unmet

@@ -1,0 +1,191 @@
+"""The demo: every example workflow in API format, run on small models of our own, shown on one page.
+
+Where a ComfyUI is found all of them run in it, isolated from its own models and nodes; else those run here whose nodes
+exist without ComfyUI, and the others are listed with the reason why not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..host.headless import HeadlessHost
+from .contact_sheet import Sheet, write_sheet
+from .executor import Executor, NodeFailed
+from .graph import Graph, Link, WorkflowError
+from .interrupts import stopped_by_ctrl_c
+from .launcher import LaunchError, LaunchOptions, RunningServer, launched
+from .locate import PACK
+from .outcome import Outcome, OutputFile, outcome_of
+from .server import ServerError, run_on_server
+from .validation import NeedsComfyUI
+
+MARK = ".hotpath-demo"  # in a folder that the demo made and may empty again
+SUFFIX = ".api.json"
+
+
+class DemoError(RuntimeError):
+    """The demo cannot begin."""
+
+
+@dataclass(frozen=True)
+class DemoFiles:
+    """What the demo runs: workflows and what they load."""
+
+    workflows: Path = PACK / "example_workflows"
+    inputs: Path = PACK / "demo" / "inputs"
+    models: Path = PACK / "demo" / "models"
+    comfy_nodes: Path = PACK / "demo" / "comfy_nodes"
+
+    def graphs(self, only: list[str] | None = None) -> list[Path]:
+        """The workflow files, sorted; `only` keeps those with one of the words in their name."""
+        found = sorted(self.workflows.glob(f"*{SUFFIX}")) if self.workflows.is_dir() else []
+        return [path for path in found if not only or any(word in path.name for word in only)]
+
+    def extra_nodes(self) -> list[Path]:
+        if not self.comfy_nodes.is_dir():
+            return []
+        return sorted(p for p in self.comfy_nodes.iterdir() if (p / "__init__.py").is_file() or p.suffix == ".py")
+
+
+@dataclass
+class DemoResult:
+    """What became of one workflow. `state` is done, failed or skipped; `reason` says why in the last two."""
+
+    name: str
+    state: str
+    outcome: Outcome
+    reason: str = ""
+    inputs: list[Path] = field(default_factory=list)
+
+
+Announce = Callable[[str], None]
+
+
+def run_demo(
+    output: Path, files: DemoFiles, comfyui: Path | None, announce: Announce, only: list[str] | None = None
+) -> list[DemoResult]:
+    """Run every workflow into `output`/<name>, write `output`/index.html and results.json. Raises DemoError."""
+    workflows = files.graphs(only)
+    if not workflows:
+        raise DemoError(f"there is no workflow (*{SUFFIX}) to run in {files.workflows}.")
+    _prepare(output)
+    results: list[DemoResult] = []
+    started = time.time()
+    where = "headless"
+    with contextlib.ExitStack() as stack:
+        server: RunningServer | None = None
+        if comfyui is not None:
+            where = f"ComfyUI in {comfyui}"
+            announce(f"Starting {where} ...")
+            try:
+                server = stack.enter_context(launched(comfyui, _launch_options(files)))
+            except LaunchError as error:
+                announce(f"{error}")
+                reason = f"It did not start, so the others ran without it: {error}"
+                results.append(DemoResult("ComfyUI", "failed", Outcome(where), reason))
+                where = "headless"
+        for path in workflows:
+            name = path.name.removesuffix(SUFFIX)
+            announce(f"{name} ...")
+            result = _run_one(name, path, output / name, files, server)
+            announce(f"  {result.state}{': ' + result.reason if result.reason else ''}")
+            results.append(result)
+    write_sheet(output, Sheet(where, started, results))
+    (output / "results.json").write_text(json.dumps(_as_data(results, output), indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def _prepare(output: Path) -> None:
+    """An empty folder; only one that the demo made is emptied."""
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / MARK).is_file():
+            raise DemoError(f"{output} holds files that the demo did not make; choose another --output-folder.")
+        for entry in output.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).write_text("Made by `hotpath demo`, which empties this folder when it runs again.\n")
+
+
+def _launch_options(files: DemoFiles) -> LaunchOptions:
+    return LaunchOptions(models=files.models, custom_nodes=files.extra_nodes(), isolated=True)
+
+
+def _run_one(name: str, path: Path, output: Path, files: DemoFiles, server: RunningServer | None) -> DemoResult:
+    outcome = Outcome("ComfyUI" if server is not None else "headless")
+    inputs: list[Path] = []
+    try:
+        graph = Graph.load(path)
+        inputs = [_copied(file, output / "input") for file in _input_files(graph, files.inputs)]
+        if server is not None:
+            outcome = run_on_server(server.url, graph, output, files.inputs)
+            outcome.where = "ComfyUI"
+        else:
+            outcome = _run_here(graph, output, files)
+    except NeedsComfyUI as error:
+        missing = ", ".join(dict.fromkeys(node.class_type for node in error.missing))
+        return DemoResult(name, "skipped", outcome, f"it needs a ComfyUI for {missing}", inputs)
+    except (WorkflowError, ServerError, NodeFailed, OSError) as error:
+        if isinstance(error, NodeFailed):
+            outcome.times = outcome_of(error.finished, HeadlessHost(output_folder=output, device="cpu")).times
+        return DemoResult(name, "failed", outcome, str(error), inputs)
+    return DemoResult(name, "done", outcome, "", inputs)
+
+
+def _run_here(graph: Graph, output: Path, files: DemoFiles) -> Outcome:
+    host = HeadlessHost(models=files.models, input_folder=files.inputs, output_folder=output, show_progress=False)
+    with stopped_by_ctrl_c(host):
+        outcome = outcome_of(Executor(host, keep=False).run(graph), host)
+    # Previews lie in a temporary folder; the page needs them beside it.
+    outcome.files = [
+        OutputFile(file.node, _copied(file.path, output / "preview"), True) if file.temporary else file
+        for file in outcome.files
+    ]
+    return outcome
+
+
+def _input_files(graph: Graph, folder: Path) -> Iterator[Path]:
+    seen: set[Path] = set()
+    for node in graph.nodes.values():
+        for value in node.inputs.values():
+            if isinstance(value, str) and not isinstance(value, Link) and value and Path(value).name == value:
+                path = folder / value
+                if path.is_file() and path not in seen:
+                    seen.add(path)
+                    yield path
+
+
+def _copied(source: Path, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy2(source, folder / source.name))
+
+
+def _as_data(results: list[DemoResult], output: Path) -> list[dict[str, object]]:
+    return [
+        {
+            "workflow": result.name,
+            "state": result.state,
+            "reason": result.reason,
+            "where": result.outcome.where,
+            "seconds": round(result.outcome.seconds, 3),
+            "nodes": [
+                {
+                    "id": t.node.id,
+                    "class": t.node.class_type,
+                    "seconds": None if t.seconds is None else round(t.seconds, 4),
+                }
+                for t in result.outcome.times
+            ],
+            "files": [
+                str(f.path.relative_to(output.resolve()) if f.path.is_relative_to(output.resolve()) else f.path)
+                for f in result.outcome.files
+            ],
+            "texts": [{"id": node.id, "class": node.class_type, "text": text} for node, text in result.outcome.texts],
+        }
+        for result in results
+    ]
