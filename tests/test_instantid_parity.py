@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from instantid_bench import shared_bench
 from instantid_scenarios import SCENARIOS, Bench
 from safetensors.torch import load_file
 
@@ -23,13 +24,7 @@ LIMIT = 1e-4
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    from hotpath.identity.adapter import InstantIDAdapter
-    from hotpath.nodes import NODE_CLASS_MAPPINGS
-    from hotpath_demo import tiny_sdxl
-
-    state = tiny_sdxl.make_adapter_state(dim=20 * 64, depth=4)
-    adapter = InstantIDAdapter(state["image_proj"], state["ip_adapter"], "tiny.bin", "tiny")
-    return Bench(NODE_CLASS_MAPPINGS, adapter, tiny_sdxl, tiny_sdxl.make_sdxl(), tiny_sdxl.make_identity_net())
+    return shared_bench()
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ UNET_CONFIG: dict[str, Any] = {
     "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
     "transformer_depth_middle": 10,
     "num_heads": -1,
-    "num_head_channels": 16,
+    "num_head_channels": 64,
     "context_dim": CONTEXT,
     "adm_in_channels": 2816,
     "num_classes": "sequential",

@@ -1,0 +1,398 @@
+"""Nothing upstream is ever mutated, guiders and compilers are understood, and other packs' patches are good neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from instantid_bench import attention_patches, callback_counts, shared_bench, tiny_adapter
+from instantid_scenarios import Bench, mask, photo, sample
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return shared_bench()
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+class ForeignAttention:
+    """What IPAdapter and its relatives leave on a model: open to additions, done in place."""
+
+    def __init__(self, callback: Any, **kwargs: Any) -> None:
+        self.callback = [callback]
+        self.kwargs = [kwargs]
+        self.per_device: dict[str, list[Any]] = {"cpu": [kwargs]}
+
+    def add(self, callback: Any, **kwargs: Any) -> None:
+        self.callback.append(callback)
+        self.kwargs.append(kwargs)
+
+    def __call__(self, q: Any, k: Any, v: Any, extra_options: dict[str, Any]) -> Any:
+        from comfy.ldm.modules.attention import optimized_attention
+
+        out = optimized_attention(q, k, v, extra_options["n_heads"])
+        sigma = extra_options["sigmas"][0].item()
+        for callback, kwargs in zip(self.callback, self.kwargs, strict=True):
+            if kwargs["sigma_end"] <= sigma <= kwargs["sigma_start"]:
+                out = out + callback(out, q, k, v, extra_options, **kwargs)
+        return out
+
+
+def tenth_of_q(out: Any, q: Any, k: Any, v: Any, extra_options: Any, **kwargs: Any) -> Any:
+    return 0.1 * kwargs.get("strength", 1.0) * q
+
+
+ALWAYS = {"sigma_start": 999999999.9, "sigma_end": 0.0}
+
+
+def with_foreign(bench: Bench) -> Any:
+    model = bench.model.clone()
+    for block in attention_patches(bench.patch()[0]):
+        model.set_model_attn2_replace(ForeignAttention(tenth_of_q, **ALWAYS), *block)
+    return model
+
+
+def test_apply_leaves_its_model_alone_and_patches_60_blocks(bench: Bench) -> None:
+    patched = bench.apply()[0]
+    assert attention_patches(bench.model) == {}
+    assert callback_counts(patched) == [1] * 60
+    assert callback_counts(bench.apply(middle_block=True)[0]) == [1] * 70
+    assert callback_counts(bench.patch()[0]) == [1] * 70
+
+
+def test_a_node_that_runs_again_does_not_pile_up_patches(bench: Bench) -> None:
+    first = bench.apply(mask=mask(1))[0]
+    before = sample(first, bench.positive, bench.negative)
+    for _ in range(4):
+        second = bench.apply(image=photo(2), model=first, mask=1 - mask(1))[0]
+    assert callback_counts(first) == [1] * 60
+    assert callback_counts(second) == [2] * 60
+    assert torch.equal(sample(first, bench.positive, bench.negative), before)
+
+
+def test_two_hundred_reapplies_hold_no_more_memory_than_one(bench: Bench) -> None:
+    import gc
+
+    from hotpath.patches.identity_attention import IdentityAttention
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(o, IdentityAttention) for o in gc.get_objects())
+
+    model = bench.patch()[0]
+    before = alive()
+    for step in range(200):
+        model = bench.patch(weight=0.5 + step / 1000)[0]
+    assert alive() <= before
+    assert callback_counts(model) == [1] * 70
+
+
+def test_a_pack_that_adds_in_place_to_its_clone_does_not_reach_upstream(bench: Bench) -> None:
+    upstream = bench.apply()[0]
+    before = sample(upstream, bench.positive, bench.negative)
+    downstream = upstream.clone()
+    for patch in attention_patches(downstream).values():
+        patch.add(tenth_of_q, **ALWAYS)
+    assert callback_counts(upstream) == [1] * 60
+    assert torch.equal(sample(upstream, bench.positive, bench.negative), before)
+    assert not torch.equal(sample(downstream, bench.positive, bench.negative), before)
+
+
+def test_ours_on_top_of_a_foreign_patch(bench: Bench) -> None:
+    """The foreign objects stay as they were, and the result is what adding to them in place would have given."""
+    foreign = with_foreign(bench)
+    held = dict(attention_patches(foreign))
+    stacked = bench.patch(model=foreign, weight=0.9)[0]
+    assert all(patch.callback == [tenth_of_q] for patch in held.values())
+    assert attention_patches(foreign) == held
+    assert all(type(patch) is ForeignAttention for patch in attention_patches(stacked).values())
+
+    in_place = with_foreign(bench)
+    ours = attention_patches(bench.patch(weight=0.9)[0])
+    for block, patch in attention_patches(in_place).items():
+        patch.add(ours[block].callback[0], **ALWAYS)
+    expected = sample(in_place, bench.positive, bench.negative)
+    assert torch.equal(sample(stacked, bench.positive, bench.negative), expected)
+    assert not torch.equal(expected, sample(foreign, bench.positive, bench.negative))
+
+
+def test_a_foreign_patch_is_copied_without_its_stale_device_copies(bench: Bench) -> None:
+    foreign = with_foreign(bench)
+    stacked = bench.patch(model=foreign)[0]
+    assert all(patch.per_device == {} for patch in attention_patches(stacked).values())
+    assert all(len(patch.per_device["cpu"]) == 1 for patch in attention_patches(foreign).values())
+
+
+def test_a_foreign_patch_on_top_of_ours(bench: Bench) -> None:
+    ours = bench.patch(weight=0.9)[0]
+    stacked = ours.clone()
+    for patch in attention_patches(stacked).values():
+        patch.add(tenth_of_q, strength=0.5, **ALWAYS)
+    result = sample(stacked, bench.positive, bench.negative)
+    assert not torch.equal(result, sample(ours, bench.positive, bench.negative))
+    late = ours.clone()
+    for patch in attention_patches(late).values():
+        patch.add(tenth_of_q, strength=0.5, sigma_start=0.01, sigma_end=0.0)  # after the last step
+    assert torch.equal(sample(late, bench.positive, bench.negative), sample(ours, bench.positive, bench.negative))
+
+
+def test_a_closed_foreign_patch_becomes_the_base(bench: Bench) -> None:
+    from comfy.ldm.modules.attention import optimized_attention
+
+    calls = []
+
+    def doubled(q: Any, k: Any, v: Any, extra_options: dict[str, Any]) -> Any:
+        calls.append(1)
+        return 2 * optimized_attention(q, k, v, extra_options["n_heads"])
+
+    model = bench.model.clone()
+    model.set_model_attn2_replace(doubled, "output", 0)  # the whole block, as some packs do
+    model.set_model_attn2_replace(doubled, "input", 7, 3)
+    only_foreign = sample(model, bench.positive, bench.negative)
+    count = len(calls)
+    stacked = bench.patch(model=model)[0]
+    assert not torch.equal(sample(stacked, bench.positive, bench.negative), only_foreign)
+    assert len(calls) == 2 * count
+
+
+def test_removing_the_identity_is_bypassing_the_node(bench: Bench) -> None:
+    plain = sample(bench.model, bench.positive, bench.negative)
+    assert torch.equal(sample(bench.apply(weight=0.0)[0], bench.positive, bench.negative), plain)
+    assert bench.patch(weight=0)[0] is bench.model
+
+
+def test_conditioning_that_came_in_is_not_changed(bench: Bench) -> None:
+    before = [dict(options) for _, options in bench.positive]
+    _, positive, negative = bench.apply(mask=mask(1))
+    assert [options.keys() for options in before] == [options.keys() for _, options in bench.positive]
+    assert positive[0][1]["control"] is negative[0][1]["control"], "one batch for both needs one object"
+    assert "mask" in positive[0][1]
+    assert "mask" not in negative[0][1]
+
+
+def roles_seen(model: Any, run: Any) -> dict[int, int]:
+    """Role by index of conditioning, as identity attention sees it while `run` samples."""
+    from comfy.patcher_extension import WrappersMP
+    from hotpath.patches import model_call
+
+    seen: dict[int, int] = {}
+
+    def spy(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        options = args[3]
+        call = model_call.current_call({"original_shape": x.shape, **options})
+        seen.update(zip(options["cond_or_uncond"], call.roles, strict=True))
+        return executor(x, t, *args, **kwargs)
+
+    watched = model.clone()
+    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", spy)
+    run(watched)
+    return seen
+
+
+def run_guider(guider: Any) -> None:
+    import comfy.samplers
+
+    latent = torch.zeros(1, 4, 8, 8)
+    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "normal", 2)
+    guider.sample(torch.randn(1, 4, 8, 8), latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True)
+
+
+def test_dual_cfg_gives_the_positive_tokens_to_the_positive(bench: Bench) -> None:
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    model, positive, negative = bench.apply()
+
+    def run(watched: Any) -> None:
+        guider = Guider_DualCFG(watched)
+        guider.set_conds(positive, bench.positive, negative)  # positive, middle, negative
+        guider.set_cfg(4.0, 2.0)
+        run_guider(guider)
+
+    assert roles_seen(model, run) == {0: 1, 1: 1, 2: 0}  # its order is negative, middle, positive
+
+
+def test_perp_neg_runs_with_three_conditionings(bench: Bench) -> None:
+    from comfy_extras.nodes_perpneg import Guider_PerpNeg
+
+    model, positive, negative = bench.apply()
+
+    def run(watched: Any) -> None:
+        guider = Guider_PerpNeg(watched)
+        guider.set_conds(positive, negative, bench.negative)
+        guider.set_cfg(4.0, 1.0)
+        run_guider(guider)
+
+    assert roles_seen(model, run) == {0: 0, 1: 1, 2: 1}
+
+
+def test_marked_conditioning_runs_on_an_unpatched_model(bench: Bench) -> None:
+    _, positive, negative = bench.apply()
+    assert torch.isfinite(sample(bench.model, positive, negative)).all()
+
+
+def test_interrupt_leaves_nothing_behind(bench: Bench) -> None:
+    import comfy.model_management
+    import comfy.sample
+    from hotpath.patches.identity_attention import IdentityDelta
+
+    model, positive, negative = bench.apply(mask=mask(1))
+    expected = sample(model, positive, negative)
+
+    def stop(step: int, *_: Any) -> None:
+        comfy.model_management.interrupt_current_processing()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    noise = torch.randn(1, 4, 16, 16)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        comfy.sample.sample(
+            model, noise, 3, 4.0, "euler", "normal", positive, negative, torch.zeros_like(noise),
+            callback=stop, disable_pbar=True, seed=1,
+        )  # fmt: skip
+    deltas = [c for p in attention_patches(model).values() for c in p.callback if isinstance(c, IdentityDelta)]
+    assert len(deltas) == 60
+    assert all(not d.prepared._copies and not d.mask._made for d in deltas)
+    adapter = tiny_adapter()
+    loaded = [m.model for m in comfy.model_management.current_loaded_models]
+    assert all(getattr(m, "model", None) is not adapter for m in loaded)
+    assert torch.equal(sample(model, positive, negative), expected)
+
+
+def test_half_precision_models_get_keys_and_values_in_their_dtype() -> None:
+    from hotpath_demo import tiny_sdxl
+
+    bench = shared_bench()
+    model = tiny_sdxl.make_sdxl(dtype=torch.bfloat16)
+    patched = bench.patch(model=model)[0]
+    result = sample(patched, bench.positive, bench.negative)
+    assert torch.isfinite(result).all()
+    assert not torch.equal(result, sample(model, bench.positive, bench.negative))
+
+
+SMALL = {
+    "transformer_depth": [0, 0, 1, 1, 1, 1],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+}
+
+
+def test_compiled_models_follow_weight_identity_and_mask(bench: Bench) -> None:
+    """torch.compile bakes in what it sees while tracing; patches must not be seen."""
+    from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
+    from hotpath_demo import tiny_sdxl
+
+    model = tiny_sdxl.make_sdxl(**SMALL)
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager", dynamic=False)
+    settings: list[dict[str, Any]] = [
+        {"weight": 0.8},
+        {"weight": 0.2},
+        {"weight": 0.8, "image": photo(2)},
+        {"weight": 0.8, "mask": mask(4)},
+        {"weight": 0.8, "start_at": 0.5},
+    ]
+    for changes in settings:
+        expected = sample(bench.patch(model=model, **changes)[0], bench.positive, bench.negative)
+        result = sample(bench.patch(model=compiled, **changes)[0], bench.positive, bench.negative)
+        assert torch.allclose(result, expected, atol=1e-3), changes
+
+
+def test_masks_follow_context_windows() -> None:
+    from hotpath.patches.mask import AttentionMask
+    from hotpath.patches.model_call import ModelCall
+
+    frames = torch.linspace(0, 1, 6)[:, None, None].expand(6, 8, 8)
+    call = ModelCall((0, 1), 16, 16, None, (3, 4), 6)
+    made = AttentionMask(frames).at(call, 4, 256, torch.device("cpu"))
+    assert made.shape == (4, 256, 1)
+    assert torch.allclose(made[:, 0, 0], torch.tensor([0.6, 0.8, 0.6, 0.8]))
+    short = AttentionMask(frames[:4]).at(call, 4, 256, torch.device("cpu"))  # the last one is repeated
+    assert torch.allclose(short[:2, 0, 0], torch.tensor([0.6, 0.6]))
+
+
+def test_comfyuis_own_context_windows(bench: Bench) -> None:
+    """Windows over a batch of frames: each frame keeps its own mask, so sampling in one window or two agrees."""
+    import comfy.context_windows as windows
+    from comfy.patcher_extension import WrappersMP
+    from hotpath.patches import model_call
+
+    seen = []
+
+    def spy(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(model_call.current_call({"original_shape": x.shape, **args[3]}).window)
+        return executor(x, t, *args, **kwargs)
+
+    model = bench.patch(mask=mask(4, count=6))[0]
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", spy)
+    model.model_options["context_handler"] = windows.IndexListContextHandler(
+        context_schedule=windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD),
+        fuse_method=windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID),
+        context_length=4,
+        context_overlap=2,
+        dim=0,
+    )
+    result = sample(model, bench.positive, bench.negative, batch=6, size=(8, 8))
+    assert result.shape[0] == 6
+    assert {(0, 1, 2, 3), (2, 3, 4, 5)} <= set(seen)
+
+
+def test_animatediff_windows_are_read() -> None:
+    from hotpath.patches.model_call import current_call
+
+    options = {
+        "original_shape": [2, 4, 8, 8],
+        "cond_or_uncond": [1, 0],
+        "ad_params": {"sub_idxs": [2, 3], "full_length": 8},
+    }
+    call = current_call(options)
+    assert (call.window, call.full_length, call.roles) == ((2, 3), 8, (1, 0))
+
+
+def test_other_models_are_refused(bench: Bench) -> None:
+    import comfy.model_patcher
+    from hotpath.patches.sdxl_layout import UnsupportedModel
+    from hotpath_demo import tiny_sdxl
+
+    # SD 1.5 has cross-attention at the first resolution too, where SDXL has none.
+    sd15 = tiny_sdxl.make_sdxl(
+        model_channels=64, transformer_depth=[1] * 6, transformer_depth_output=[1] * 9, transformer_depth_middle=1
+    )
+    with pytest.raises(UnsupportedModel, match=r"InstantID has published weights for SDXL only.*input"):
+        bench.apply(model=sd15)
+    wide = tiny_sdxl.make_sdxl(context_dim=96)
+    with pytest.raises(UnsupportedModel, match="context of 96"):
+        bench.apply(model=wide)
+
+    class Flux(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.diffusion_model = torch.nn.Linear(2, 2)
+
+    transformer = comfy.model_patcher.ModelPatcher(Flux(), torch.device("cpu"), torch.device("cpu"))
+    with pytest.raises(UnsupportedModel, match=r"SDXL only, and this model \(Flux\) is no UNet"):
+        bench.patch(model=transformer)
+
+
+def test_no_face_is_one_sentence(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="No face was found in the reference picture"):
+        bench.apply(image=torch.zeros(2, 64, 64, 3))
+    with pytest.raises(ValueError, match="empty batch"):
+        bench.apply(image=torch.zeros(0, 64, 64, 3))
+
+
+def test_pictures_without_a_face_are_left_out(bench: Bench) -> None:
+    some = torch.cat((torch.zeros(1, 96, 80, 3), photo(1)))
+    expected = sample(*bench.advanced())
+    both = sample(*bench.advanced(image=some, image_kps=photo(1)))
+    assert torch.allclose(both, expected, atol=1e-3)
+    drawn = bench.call("FaceKeypointsPreprocessor", faceanalysis=bench.faces, image=some)[0]
+    assert drawn.shape == some.shape
+    assert drawn[0].max() == 0
+    assert drawn[1].max() == 1
