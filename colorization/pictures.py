@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-log = logging.getLogger("hotpath.colorization")
 
 GREY_CHROMA = 2.0  # mean |ab| of a reference under which it has no colours to give
 
@@ -60,3 +59,11 @@ def network_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 def is_grey(lab: Tensor) -> bool:
     """Whether a Lab picture [3, H, W] has next to no colour."""
     return bool(lab[1:].abs().mean() < GREY_CHROMA)
+
+
+def from_pil(image: Any) -> Tensor:
+    """A PIL image, upright and without alpha, as float [H, W, 3] in 0..1."""
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image).convert("RGB")
+    return torch.from_numpy(np.array(upright)).float() / 255

@@ -13,7 +13,7 @@ from typing import Any
 
 log = logging.getLogger("hotpath")
 
-FAMILIES: tuple[str, ...] = ("instantid", "identity", "cache", "colormnet", "deep_exemplar")
+FAMILIES: tuple[str, ...] = ("instantid", "identity", "cache", "colormnet", "deep_exemplar", "colorize")
 
 NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}

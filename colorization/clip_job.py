@@ -1,0 +1,144 @@
+"""A whole clip in memory, from IMAGE to IMAGE, with progress, preview and report; the job of our nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import host
+from .film import FilmOptions, FilmSession, Reference, activations
+from .film_state import FilmState
+from .networks import AUTOMATIC, COLORMNET_LICENCE, LoadedNetwork, load_colormnet, load_deep_exemplar
+from .pictures import as_frames, is_grey, network_size
+from .report import JobReport
+
+# Frames between two looks at the interrupt: whole windows between memory frames, after the first frame of a film.
+PORTION = 20
+PREVIEW_SIDE = 512
+GREY_REFERENCE = "has next to no colour, so it gives the film none; connect a picture in colour."
+
+
+@dataclass(frozen=True)
+class ColouredClip:
+    """pictures: [T, H, W, 3] float; confidence: [T, H, W] in 0..1; state: where the film can go on."""
+
+    pictures: Tensor
+    confidence: Tensor
+    state: FilmState
+    report: str
+
+
+def load_method(options: FilmOptions, checkpoint: str = AUTOMATIC, precision: str = AUTOMATIC) -> LoadedNetwork:
+    """The networks of the options' method."""
+    if options.method == "Deep Exemplar":
+        return load_deep_exemplar(precision)
+    return load_colormnet(checkpoint, precision)
+
+
+def colorize_clip(
+    loaded: LoadedNetwork,
+    images: Tensor,
+    references: Sequence[Reference],
+    options: FilmOptions,
+    state: FilmState | None = None,
+) -> ColouredClip:
+    """images: [T, H, W, C]. With a state, they are the frames that follow those it was taken after."""
+    frames = as_frames(images, "the frames")
+    count, height, width = frames.shape[:3]
+    report = start_report(loaded, references, options, height, width)
+    pictures = torch.empty(count, height, width, 3)
+    confidence = torch.empty(count, height, width)
+    with loaded.resident(room_for(loaded, options, height, width)) as network:
+        film = FilmSession(network, loaded, options, references, height, width)
+        if state is not None:
+            film.load(state)
+            report.fact("continued", f"from frame {film.frame}")
+        for portion, shown in portions(count, options.method):
+            done = film.colorize(_floating(frames[portion]))
+            pictures[portion] = done.pictures
+            shown(preview_of(done.pictures[-1]))
+            confidence[portion] = F.interpolate(done.confidence[:, None], (height, width), mode="bilinear")[:, 0]
+        after = film.state()
+        finish_report(report, film, count)
+    return ColouredClip(pictures, confidence, after, report.text(film.times, film.engines(), film.notes()))
+
+
+def colorize_stills(
+    loaded: LoadedNetwork, images: Tensor, references: Sequence[Reference], options: FilmOptions
+) -> tuple[Tensor, str]:
+    """Pictures that have nothing to do with one another, [T, H, W, C]. Returns [T, H, W, 3] float and the report."""
+    frames = as_frames(images, "the pictures")
+    count, height, width = frames.shape[:3]
+    report = start_report(loaded, references, options, height, width)
+    pictures = torch.empty(count, height, width, 3)
+    with loaded.resident(room_for(loaded, options, height, width)) as network:
+        film = FilmSession(network, loaded, options, references, height, width, stills=True)
+        for portion, _ in portions(count, options.method):
+            pictures[portion] = film.colorize(_floating(frames[portion])).pictures
+        finish_report(report, film, count)
+    return pictures, report.text(film.times, film.engines(), film.notes())
+
+
+def room_for(loaded: LoadedNetwork, options: FilmOptions, height: int, width: int) -> int:
+    """Bytes of activations to ask the host for."""
+    small = network_size(height, width, options.colour_size)
+    return activations(options, small, loaded.precision.dtype, loaded.managed.device)[1]
+
+
+def start_report(
+    loaded: LoadedNetwork, references: Sequence[Reference], options: FilmOptions, height: int, width: int
+) -> JobReport:
+    report = JobReport(f"{options.method}, coloured by Hotpath", loaded.managed.device)
+    report.fact("checkpoint", loaded.names)
+    small = network_size(height, width, options.colour_size)
+    report.fact("size", f"colours at {small[1]}x{small[0]}, luminance at {width}x{height}")
+    matching = "matching in float32; " if options.method == "Deep Exemplar" else ""
+    report.fact("precision", matching + loaded.precision.reason)
+    for index, reference in enumerate(references):
+        if is_grey(reference.lab):
+            report.note(f"Reference {index + 1} {GREY_REFERENCE}")
+    if options.method == "ColorMNet":
+        report.note(COLORMNET_LICENCE)
+    return report
+
+
+def finish_report(report: JobReport, film: FilmSession, frames: int) -> None:
+    report.frames = frames
+    report.fact("remembered", f"{film.remembered_bytes() / 2**20:.1f} MiB after the last frame")
+    if film.detector is not None:
+        cuts = ", ".join(map(str, film.cuts[:20])) + (", ..." if len(film.cuts) > 20 else "")
+        report.fact("shots", f"{film.shot + 1}; cuts at {cuts}" if film.cuts else "1, no cut found")
+
+
+def portions(count: int, label: str) -> Iterator[tuple[slice, Callable[[Any], None]]]:
+    """Parts of 0..count, the first with a frame more, each with a function that takes a preview of it.
+
+    Every step moves the bar and looks for an interrupt.
+    """
+    with host.tracked(host.current(), count, label) as bar:
+        first = 0
+        while first < count:
+            stop = min(count, first + PORTION + (first == 0))
+            previews: list[Any] = []
+            yield slice(first, stop), previews.append
+            bar.update(stop - first, previews[-1] if previews else None)
+            first = stop
+
+
+def preview_of(picture: Tensor) -> Any:
+    """A small PIL image of [H, W, 3], float or uint8."""
+    from PIL import Image
+
+    levels = picture if picture.dtype == torch.uint8 else (picture.clamp(0, 1) * 255).to(torch.uint8)
+    image = Image.fromarray(levels.numpy())
+    image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    return image
+
+
+def _floating(frames: Tensor) -> Tensor:
+    return frames.float() / 255 if frames.dtype == torch.uint8 else frames

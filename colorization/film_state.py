@@ -1,0 +1,73 @@
+"""The state of a film between two portions, in memory and as a safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint_file import WrongCheckpoint
+
+MARK = "hotpath_film_state"
+
+
+@dataclass(frozen=True)
+class FilmState:
+    """tensors: what the next frames depend on, on the CPU. description: the film and options it belongs to."""
+
+    tensors: Mapping[str, Tensor]
+    description: Mapping[str, Any]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
+
+    @property
+    def frame(self) -> int:
+        """Index of the next frame of the film."""
+        return int(self.tensors["film"][0])
+
+
+def check_state(state: FilmState, expected: Mapping[str, Any]) -> None:
+    """Raises ValueError naming everything in which the state differs from what it is to be continued with."""
+    differing = [
+        f"{name} {state.description.get(name)!r} there, {value!r} here"
+        for name, value in expected.items()
+        if state.description.get(name) != value
+    ]
+    if differing:
+        raise ValueError(f"This state cannot be continued here: {'; '.join(differing)}.")
+
+
+def save_state(state: FilmState, path: Path) -> None:
+    """Write a .safetensors file; a file that is there stays whole until the new one is."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
+        save_file(tensors, unfinished, metadata={MARK: json.dumps(dict(state.description))})
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_state(path: Path) -> FilmState:
+    """Raises WrongCheckpoint for a file that `save_state` did not write."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return FilmState(tensors, json.loads(metadata[MARK]))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise WrongCheckpoint(
+            f"{path.name} is not a colour state that can be read ({type(error).__name__}); start the film anew."
+        ) from error

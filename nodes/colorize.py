@@ -1,0 +1,427 @@
+"""Our colour nodes: films, video files, pictures, chroma transfer, and the state between portions of a film."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import host
+from ..cache import file_fingerprint
+from ..colorization.chroma_transfer import transfer_chroma
+from ..colorization.clip_job import colorize_clip, colorize_stills, load_method
+from ..colorization.colormnet.settings import MODES
+from ..colorization.edge_filter import FILTERS
+from ..colorization.file_job import FileJob, colorize_file
+from ..colorization.file_names import VIDEO_SUFFIXES, inside, videos_in
+from ..colorization.film import METHODS, SHOTS, FilmOptions, Reference, read_references
+from ..colorization.film_state import FilmState, load_state, save_state
+from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, PRECISIONS, colormnet_files
+from ..colorization.pictures import as_frames
+
+CATEGORY = "Hotpath/colorization"
+STATE = "HOTPATH_COLOR_STATE"
+STATES_FOLDER = "color_states"
+ALIASES = ["colorize", "colourise", "black and white", "ColorMNet", "Deep Exemplar", "restore film"]
+
+METHOD = (
+    list(METHODS),
+    {
+        "default": METHODS[0],
+        "tooltip": "ColorMNet remembers the whole film and is the steadier one; its weights are for non-commercial use. "
+        "Deep Exemplar matches every frame with the reference alone, and is lighter.",
+    },
+)
+REFERENCE = (
+    "IMAGE",
+    {"tooltip": "A picture in the colours you want, any size. A batch counts as several references."},
+)
+COLOUR_SIZE = (
+    "INT",
+    {
+        "default": 432,
+        "min": 0,
+        "max": 2160,
+        "step": 16,
+        "tooltip": "Short side at which colours are computed; they go onto the frames' own luminance at full size. "
+        "0: the frames' size. Larger is slower and seldom better.",
+    },
+)
+STRENGTH = (
+    "FLOAT",
+    {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "Factor on the chroma: 0 is grey."},
+)
+EDGE_FILTER = (
+    list(FILTERS),
+    {
+        "default": "guided",
+        "tooltip": "Keeps enlarged colours from spilling over edges of the picture. guided is fast; the fast global "
+        "smoother is what Deep Exemplar's own programs use, and smooths more.",
+    },
+)
+SHOT_THRESHOLD = (
+    "FLOAT",
+    {"default": 27.0, "min": 1.0, "max": 255.0, "step": 0.5, "tooltip": "Change of brightness that counts as a cut."},
+)
+PRECISION = (
+    list(PRECISIONS),
+    {
+        "default": AUTOMATIC,
+        "tooltip": "What the networks compute in. Matching, memory keys and the recurrent state are float32 always.",
+    },
+)
+COMPILE = (
+    "BOOLEAN",
+    {"default": False, "tooltip": "torch.compile: a minute or more at the first run of a size, then faster."},
+)
+REPORT_TOOLTIP = "Frames, speed, time per stage, which engine ran and why, memory."
+
+
+def _checkpoint() -> tuple[list[str], dict[str, Any]]:
+    tooltip = f"ColorMNet's file in models/colormnet; Deep Exemplar finds its three by itself. {COLORMNET_LICENCE}"
+    return (colormnet_files(), {"default": AUTOMATIC, "tooltip": tooltip})
+
+
+def _film_inputs() -> dict[str, Any]:
+    """What films in memory and in files have in common."""
+    return {
+        "more_references": ("IMAGE", {"tooltip": "Further references, of another size than the first."}),
+        "reference_frames": (
+            "STRING",
+            {
+                "default": "",
+                "tooltip": "Which frame of the film each reference is, by commas, or - for a mere example. "
+                "0, 250, - : the first is frame 0 in colour, the second frame 250, the third is an example.",
+            },
+        ),
+        "colour_size": COLOUR_SIZE,
+        "memory_mode": (
+            list(MODES),
+            {"default": MODES[0], "tooltip": "How much ColorMNet remembers. The report gives the bytes."},
+        ),
+        "strength": STRENGTH,
+        "edge_filter": EDGE_FILTER,
+        "temporal_smoothing": (
+            "FLOAT",
+            {
+                "default": 0.0,
+                "min": 0.0,
+                "max": 0.95,
+                "step": 0.05,
+                "tooltip": "How much of the last frame's colour stays where the picture does not change.",
+            },
+        ),
+        "shots": (
+            list(SHOTS),
+            {
+                "default": SHOTS[0],
+                "tooltip": "At every cut (found by PySceneDetect) forget what came before; reference per shot also takes "
+                "the next reference there.",
+            },
+        ),
+        "shot_threshold": SHOT_THRESHOLD,
+        "propagate": (
+            "BOOLEAN",
+            {"default": True, "tooltip": "Deep Exemplar: each frame sees the colours of the one before."},
+        ),
+        "precision": PRECISION,
+        "use_torch_compile": COMPILE,
+        "checkpoint": _checkpoint(),
+    }
+
+
+def _references(first: torch.Tensor, more: torch.Tensor | None, frames: str) -> list[Reference]:
+    pictures = [*as_frames(first, "the reference")]
+    if more is not None:
+        pictures += [*as_frames(more, "more_references")]
+    return read_references(pictures, frames)
+
+
+def _options(method: str, settings: dict[str, Any]) -> FilmOptions:
+    """FilmOptions from the widgets that are options; the others are read by the node."""
+    names = {"colour_size", "memory_mode", "strength", "edge_filter", "temporal_smoothing", "shots", "shot_threshold"}
+    chosen = {name: value for name, value in settings.items() if name in names | {"propagate"}}
+    return FilmOptions(method=method, compile=settings.get("use_torch_compile", False), **chosen)
+
+
+class HotpathColorizeVideo:
+    DISPLAY_NAME = "Colorize Video (Hotpath)"
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Colours a film after reference pictures, at any size and without cropping: colours at network size on the "
+        f"frames' own luminance. Long films go in portions through the state. {COLORMNET_LICENCE}"
+    )
+    SEARCH_ALIASES = ALIASES
+    RETURN_TYPES = ("IMAGE", "MASK", STATE, "STRING")
+    RETURN_NAMES = ("frames", "confidence", "state", "report")
+    OUTPUT_TOOLTIPS = (
+        "The frames in colour, of their own size.",
+        "How near every place came to something known: memory for ColorMNet, the reference for Deep Exemplar.",
+        "What the next portion of the film needs to go on.",
+        REPORT_TOOLTIP,
+    )
+    FUNCTION = "colorize"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        state = (STATE, {"tooltip": "From the portion of the film before this one."})
+        return {
+            "required": {
+                "frames": ("IMAGE", {"tooltip": "The frames. Only their luminance is looked at."}),
+                "reference": REFERENCE,
+                "method": METHOD,
+            },
+            "optional": {**_film_inputs(), "state": state},
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, checkpoint: Any = AUTOMATIC) -> bool:
+        # A name from somebody else's workflow is reported when the node runs, with the folders that were searched.
+        return True
+
+    def colorize(
+        self,
+        frames: torch.Tensor,
+        reference: torch.Tensor,
+        method: str,
+        more_references: torch.Tensor | None = None,
+        reference_frames: str = "",
+        precision: str = AUTOMATIC,
+        checkpoint: str = AUTOMATIC,
+        state: FilmState | None = None,
+        unique_id: str | None = None,
+        **settings: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, FilmState, str]:
+        options = _options(method, settings)
+        references = _references(reference, more_references, reference_frames)
+        done = colorize_clip(load_method(options, checkpoint, precision), frames, references, options, state)
+        host.current().show_text(done.report, unique_id)
+        return done.pictures, done.confidence, done.state, done.report
+
+
+class HotpathColorizeFile:
+    DISPLAY_NAME = "Colorize Video File (Hotpath)"
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Colours a video file into a video file: never whole in memory, sound and timing kept. After a crash or an "
+        f"interrupt the same workflow goes on where it stopped. {COLORMNET_LICENCE}"
+    )
+    SEARCH_ALIASES = ALIASES
+    RETURN_TYPES = ("STRING", "STRING")
+    RETURN_NAMES = ("file", "report")
+    OUTPUT_TOOLTIPS = ("Path of the coloured video.", REPORT_TOOLTIP)
+    FUNCTION = "colorize"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        videos = videos_in(host.current().input_folder())
+        return {
+            "required": {
+                "video": (videos, {"video_upload": True, "tooltip": "A video file in the input folder."}),
+                "reference": REFERENCE,
+                "method": METHOD,
+                "output": (
+                    "STRING",
+                    {
+                        "default": "colorized.mp4",
+                        "tooltip": "Name in the output folder; its ending chooses the container.",
+                    },
+                ),
+            },
+            "optional": {
+                **_film_inputs(),
+                "quality": (
+                    "INT",
+                    {"default": 16, "min": 0, "max": 51, "tooltip": "x264's rate factor: lower is better and larger."},
+                ),
+                "resume": (
+                    "BOOLEAN",
+                    {"default": True, "tooltip": "Go on from the parts an unfinished run left. Off: start anew."},
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, video: Any = "", checkpoint: Any = AUTOMATIC) -> bool:
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, video: str, output: str, **settings: Any) -> str:
+        here = host.current()
+        source, target = inside(here.input_folder(), video), inside(here.output_folder(), output)
+        # Also when the result was deleted.
+        return f"{file_fingerprint(source) if source.is_file() else ''} {target.is_file()}"
+
+    def colorize(
+        self,
+        video: str,
+        reference: torch.Tensor,
+        method: str,
+        output: str,
+        more_references: torch.Tensor | None = None,
+        reference_frames: str = "",
+        precision: str = AUTOMATIC,
+        checkpoint: str = AUTOMATIC,
+        quality: int = 16,
+        resume: bool = True,
+        unique_id: str | None = None,
+        **settings: Any,
+    ) -> tuple[str, str]:
+        here = host.current()
+        job = FileJob(
+            inside(here.input_folder(), video),
+            inside(here.output_folder(), output, VIDEO_SUFFIXES),
+            _options(method, settings),
+            quality=quality,
+            checkpoint=checkpoint,
+            precision=precision,
+            resume=resume,
+        )
+        references = _references(reference, more_references, reference_frames)
+        report = colorize_file(job, references, lambda line: here.show_text(line, unique_id))
+        here.show_text(report, unique_id)
+        return str(job.output), report
+
+
+class HotpathColorizeImage:
+    DISPLAY_NAME = "Colorize Images (Hotpath)"
+    CATEGORY = CATEGORY
+    DESCRIPTION = f"Colours pictures after reference pictures, each on its own. {COLORMNET_LICENCE}"
+    SEARCH_ALIASES = ALIASES
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("images", "report")
+    OUTPUT_TOOLTIPS = ("The pictures in colour, of their own size.", REPORT_TOOLTIP)
+    FUNCTION = "colorize"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "images": ("IMAGE", {"tooltip": "One picture or a batch."}),
+                "reference": REFERENCE,
+                "method": METHOD,
+            },
+            "optional": {
+                "more_references": ("IMAGE", {"tooltip": "Further references for ColorMNet, of another size."}),
+                "colour_size": COLOUR_SIZE,
+                "strength": STRENGTH,
+                "edge_filter": EDGE_FILTER,
+                "precision": PRECISION,
+                "use_torch_compile": COMPILE,
+                "checkpoint": _checkpoint(),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, checkpoint: Any = AUTOMATIC) -> bool:
+        return True
+
+    def colorize(
+        self,
+        images: torch.Tensor,
+        reference: torch.Tensor,
+        method: str,
+        more_references: torch.Tensor | None = None,
+        precision: str = AUTOMATIC,
+        checkpoint: str = AUTOMATIC,
+        unique_id: str | None = None,
+        **settings: Any,
+    ) -> tuple[torch.Tensor, str]:
+        options = _options(method, settings)
+        references = _references(reference, more_references, "")
+        pictures, report = colorize_stills(load_method(options, checkpoint, precision), images, references, options)
+        host.current().show_text(report, unique_id)
+        return pictures, report
+
+
+class HotpathColorTransfer:
+    DISPLAY_NAME = "Color Transfer (Hotpath)"
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "The chroma of one picture on the luminance of another of the same scene: full-size detail under colours that "
+        "were painted or computed small. No model."
+    )
+    SEARCH_ALIASES = ["chroma", "luminance", "Lab", "color match"]
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("images",)
+    OUTPUT_TOOLTIPS = ("Pictures of the luminance's size.",)
+    FUNCTION = "transfer"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "luminance": ("IMAGE", {"tooltip": "Where the light and the size come from."}),
+                "colours": ("IMAGE", {"tooltip": "Where the chroma comes from: one picture, or as many."}),
+            },
+            "optional": {"strength": STRENGTH, "edge_filter": EDGE_FILTER},
+        }
+
+    def transfer(
+        self, luminance: torch.Tensor, colours: torch.Tensor, strength: float = 1.0, edge_filter: str = "guided"
+    ) -> tuple[torch.Tensor]:
+        return (transfer_chroma(luminance, colours, strength, edge_filter, host.current().device()),)
+
+
+class HotpathSaveColorState:
+    DISPLAY_NAME = "Save Color State (Hotpath)"
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Keeps the state of an unfinished film as a safetensors file in the output folder."
+    SEARCH_ALIASES = ["resume", "continue film"]
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("file",)
+    OUTPUT_TOOLTIPS = ("Path of the file.",)
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        name = ("STRING", {"default": "film", "tooltip": "Name of the file, without its ending."})
+        return {"required": {"state": (STATE, {"tooltip": "From Colorize Video."}), "name": name}}
+
+    def save(self, state: FilmState, name: str) -> tuple[str]:
+        path = inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
+        save_state(state, path)
+        return (str(path),)
+
+
+class HotpathLoadColorState:
+    DISPLAY_NAME = "Load Color State (Hotpath)"
+    CATEGORY = CATEGORY
+    DESCRIPTION = "Reads what Save Color State wrote, for Colorize Video to go on with the film."
+    SEARCH_ALIASES = ["resume", "continue film"]
+    RETURN_TYPES = (STATE, "INT")
+    RETURN_NAMES = ("state", "next_frame")
+    OUTPUT_TOOLTIPS = ("For Colorize Video.", "Index of the frame the film goes on with.")
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        name = ("STRING", {"default": "film", "tooltip": "Name of the file, without its ending."})
+        return {"required": {"name": name}}
+
+    @classmethod
+    def IS_CHANGED(cls, name: str) -> str:
+        path = inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
+        return file_fingerprint(path) if path.is_file() else ""
+
+    def load(self, name: str) -> tuple[FilmState, int]:
+        path = inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no color state {path}; save one first.")
+        state = load_state(path)
+        return state, state.frame
+
+
+NODES: dict[str, type[Any]] = {
+    "HotpathColorizeVideo": HotpathColorizeVideo,
+    "HotpathColorizeFile": HotpathColorizeFile,
+    "HotpathColorizeImage": HotpathColorizeImage,
+    "HotpathColorTransfer": HotpathColorTransfer,
+    "HotpathSaveColorState": HotpathSaveColorState,
+    "HotpathLoadColorState": HotpathLoadColorState,
+}
