@@ -8,6 +8,7 @@ theirs. Nothing that came in is mutated, so a node that re-runs never piles up p
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,15 @@ class IdentityDelta:
         return self.add_to(torch.zeros_like(q), q, extra_options["n_heads"], current_call(extra_options))
 
 
+@functools.cache
+def _keep_out_of_compiled_graphs() -> None:
+    """Without this, torch.compile bakes weights and identities into its graph (see model_call).
+
+    Done with the first patch and not by a decorator, because it imports torch's compiler, which takes seconds.
+    """
+    IdentityAttention.__call__ = torch.compiler.disable(IdentityAttention.__call__)  # type: ignore[method-assign]
+
+
 class IdentityAttention:
     """A block's attention with identities, and other packs' callbacks, added to it in the order they came.
 
@@ -70,6 +80,7 @@ class IdentityAttention:
     """
 
     def __init__(self, base: Callable[..., Tensor] | None = None) -> None:
+        _keep_out_of_compiled_graphs()
         self.base = base
         self.callback: list[Callable[..., Any]] = []
         self.kwargs: list[dict[str, Any]] = []
@@ -84,8 +95,6 @@ class IdentityAttention:
         made.callback, made.kwargs = list(self.callback), [dict(k) for k in self.kwargs]
         return made
 
-    # Without this, torch.compile bakes weights and identities into its graph (see model_call).
-    @torch.compiler.disable
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         dtype = q.dtype
         heads = extra_options["n_heads"]
