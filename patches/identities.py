@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..face import FaceAnalyser, Faces, draw_keypoints
+from ..face import FaceAnalyser, Faces
 from ..identity import Identity, InstantIDAdapter, PreparedIdentity
 from .identity_attention import PatchSettings, add_identity
 from .identity_conditioning import (
@@ -27,7 +27,7 @@ from .identity_conditioning import (
     mark_roles,
     mask_positive,
 )
-from .instantid import AttentionSettings, blocks_for, draw_aligned, find_poses, prepare_identity
+from .instantid import AttentionSettings, blocks_for, draw_aligned, draw_pose, find_poses, prepare_identity
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _own_pose(identity: Identity) -> Pose:
         raise ValueError(
             f"{identity.name!r} remembers no pose: connect image_kps (a photo or a key point drawing), or switch pose off."
         )
-    return Pose(draw_keypoints(*identity.size, identity.keypoints)[None], "the pose is that of the identity's picture")
+    return Pose(draw_pose(identity.size, identity.keypoints), "the pose is that of the identity's picture")
 
 
 def poses_in(people: Sequence[Person], image: Tensor, analyser: FaceAnalyser) -> list[Pose]:

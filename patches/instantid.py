@@ -61,10 +61,17 @@ def draw_poses(faces: Sequence[Faces]) -> Tensor | None:
 def draw_aligned(faces: Sequence[Faces]) -> Tensor:
     """One key point drawing per picture of a batch, [B, H, W, 3]; black where there is no face."""
     drawn = [
-        draw_keypoints(*face.size, face.keypoints[0]) if len(face) else torch.zeros(*face.size, 3) for face in faces
+        draw_pose(face.size, face.keypoints[0]) if len(face) else torch.zeros(1, 3, *face.size).movedim(1, -1)
+        for face in faces
     ]
+    return torch.cat([d.movedim(-1, 1) for d in drawn]).movedim(1, -1)
+
+
+def draw_pose(size: tuple[int, int], keypoints: Tensor) -> Tensor:
+    """The drawing [1, H, W, 3] of key points [5, 2] in a picture of `size` (height, width)."""
+    drawn = draw_keypoints(*size, keypoints)
     # Channels first in memory: convolutions round differently for the other order, and goldens are bit for bit.
-    return torch.stack([d.movedim(-1, 0).contiguous() for d in drawn]).movedim(1, -1)
+    return drawn.movedim(-1, 0).contiguous()[None].movedim(1, -1)
 
 
 def find_poses(analyser: FaceAnalyser, images: Tensor) -> tuple[Faces, ...]:

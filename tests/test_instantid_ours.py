@@ -1,0 +1,222 @@
+"""Our InstantID nodes: the same pictures as the compatible ones where settings match, and what only ours can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from foreign_faces import ForeignFaceAnalysis
+from instantid_bench import attention_patches, callback_counts, shared_bench
+from instantid_scenarios import Bench, mask, photo, sample
+
+pytestmark = pytest.mark.comfy
+
+DEFAULTS: dict[str, Any] = {
+    "weight": 0.7,
+    "cn_strength": 0.5,
+    "start_at": 0.0,
+    "end_at": 1.0,
+    "noise": 0.2,
+    "combine_embeds": "average",
+    "pose": True,
+    "face_tokens_for": "IdentityNet only",
+    "patch_mode": "full",
+    "custom_blocks": "",
+}
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return shared_bench()
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def identity(bench: Bench, seed: int = 1) -> Any:
+    return bench.call("HotpathIdentity", insightface=bench.faces, image=photo(seed), name=f"person {seed}")[0]
+
+
+def apply(bench: Bench, **changes: Any) -> Any:
+    inputs = {
+        "instantid": bench.instantid,
+        "identity": identity(bench),
+        "model": bench.model,
+        "positive": bench.positive,
+        "negative": bench.negative,
+        "control_net": bench.control_net,
+        **DEFAULTS,
+    }
+    return bench.call("HotpathInstantID", **{**inputs, **changes})
+
+
+def several(bench: Bench, **changes: Any) -> Any:
+    inputs = {k: v for k, v in DEFAULTS.items() if k not in ("weight", "face_tokens_for")} | {
+        "instantid": bench.instantid,
+        "identity_1": identity(bench, 1),
+        "identity_2": identity(bench, 2),
+        "mask_1": mask(3),
+        "mask_2": 1 - mask(3),
+        "model": bench.model,
+        "positive": bench.positive,
+        "negative": bench.negative,
+        "control_net": bench.control_net,
+    }
+    return bench.call("HotpathIdentities", **{**inputs, **changes})
+
+
+def test_equal_settings_give_the_pictures_of_the_compatible_node(bench: Bench) -> None:
+    for changes in ({}, {"mask": mask(4)}, {"image_kps": photo(12)}):
+        theirs = bench.advanced(middle_block=True, **changes)
+        if "image_kps" in changes:
+            changes = {**changes, "insightface": bench.faces}
+        *ours, report = apply(bench, face_tokens_for="every ControlNet", **changes)
+        assert torch.equal(sample(*ours), sample(*theirs)), changes
+        assert "70 of 70 blocks" in report
+
+
+def test_identity_tokens_reach_identity_net_either_way(bench: Bench) -> None:
+    """With IdentityNet alone in the chain, giving it the tokens privately must change nothing."""
+    *legacy, _ = apply(bench, face_tokens_for="every ControlNet")
+    *private, _ = apply(bench)
+    assert torch.allclose(sample(*legacy), sample(*private), atol=1e-3)
+    *masked_legacy, _ = apply(bench, face_tokens_for="every ControlNet", mask=mask(4))
+    *masked, _ = apply(bench, mask=mask(4))
+    assert torch.allclose(sample(*masked_legacy), sample(*masked), atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("seen_by", "expected"), [("IdentityNet only", 77), ("every ControlNet", 16)])
+def test_other_control_nets_keep_the_prompt(bench: Bench, seen_by: str, expected: int) -> None:
+    seen: list[int] = []
+    depth_net = bench.control_net.copy().set_cond_hint(torch.rand(1, 3, 128, 128), 0.4, (0.0, 1.0))
+    inner = depth_net.control_model
+
+    class Spy(torch.nn.Module):
+        dtype = inner.dtype
+
+        def forward(self, **kwargs: Any) -> Any:
+            seen.append(kwargs["context"].shape[1])
+            return inner(**kwargs)
+
+    depth_net.control_model = Spy()
+    positive = [[c, {**o, "control": depth_net}] for c, o in bench.positive]
+    negative = [[c, {**o, "control": depth_net}] for c, o in bench.negative]
+    *result, _ = apply(bench, positive=positive, negative=negative, face_tokens_for=seen_by)
+    assert torch.isfinite(sample(*result)).all()
+    assert set(seen) == {expected}
+
+
+@pytest.mark.parametrize(
+    ("mode", "count"), [("full", 70), ("balanced", 55), ("fast", 20), ("output_only", 36), ("custom", 7)]
+)
+def test_patch_modes_keep_absolute_keys_and_values(bench: Bench, mode: str, count: int) -> None:
+    full = attention_patches(apply(bench)[0])
+    model, _, _, report = apply(bench, patch_mode=mode, custom_blocks="input.4, output.1.0-2, 68 69")
+    chosen = attention_patches(model)
+    assert len(chosen) == count
+    assert f"{count} of 70 blocks" in report
+    for block, patch in chosen.items():
+        assert patch.callback[0].index == full[block].callback[0].index
+
+
+def test_a_custom_list_that_names_nothing_is_refused(bench: Bench) -> None:
+    with pytest.raises(ValueError, match=r"'output.9' names no SDXL block"):
+        apply(bench, patch_mode="custom", custom_blocks="output.9")
+
+
+def test_an_unknown_layout_is_patched_in_full_with_a_message(bench: Bench) -> None:
+    from hotpath_demo import tiny_sdxl
+
+    small = tiny_sdxl.make_sdxl(
+        transformer_depth=[0, 0, 1, 1, 2, 2],
+        transformer_depth_output=[0, 0, 0, 1, 1, 1, 2, 2, 2],
+        transformer_depth_middle=2,
+    )
+    model, _, _, report = apply(bench, model=small, patch_mode="fast", pose=False)
+    assert callback_counts(model) == [1] * 17
+    assert "patch_mode fast is not defined for it: all 17 are patched" in report
+
+
+def test_without_pose_identity_net_is_left_out(bench: Bench) -> None:
+    for changes in ({"pose": False}, {"cn_strength": 0.0}, {"control_net": None}):
+        _, positive, negative, report = apply(bench, **changes)
+        assert "control" not in positive[0][1]
+        assert "control" not in negative[0][1]
+        assert "IdentityNet is left out" in report
+
+
+def test_a_saved_identity_gives_the_same_picture_without_its_photo(bench: Bench, tmp_path: Any) -> None:
+    from hotpath.identity import load_identity, save_identity
+
+    person = identity(bench)
+    travelled = load_identity(save_identity(person, tmp_path / "person.safetensors"))
+    assert torch.equal(sample(*apply(bench, identity=travelled)[:3]), sample(*apply(bench, identity=person)[:3]))
+
+
+def count_rows(model: Any, run: Any) -> int:
+    from comfy.patcher_extension import WrappersMP
+
+    rows = 0
+
+    def spy(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal rows
+        rows += x.shape[0]
+        return executor(x, *args, **kwargs)
+
+    watched = model.clone()
+    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", spy)
+    run(watched)
+    return rows
+
+
+def test_two_people_cost_one_pass(bench: Bench) -> None:
+    model, positive, negative, report = several(bench)
+    assert callback_counts(model) == [2] * 70
+    assert "person 1" in report
+    assert "person 2" in report
+    one_pass = count_rows(model, lambda m: sample(m, positive, negative))
+    chained, pos1, neg1 = bench.apply(mask=mask(3))
+    chained, pos2, neg2 = bench.apply(image=photo(2), model=chained, mask=1 - mask(3))
+    two_passes = count_rows(chained, lambda m: sample(m, pos1 + pos2, neg1 + neg2))
+    assert two_passes == 2 * one_pass
+
+
+def test_people_stay_in_their_masks(bench: Bench) -> None:
+    """A mask of zeros switches a person off, attention and IdentityNet alike."""
+    nowhere = torch.zeros(1, 32, 32)
+    everywhere = torch.ones(1, 32, 32)
+    with_ghost = sample(*several(bench, mask_1=everywhere, mask_2=nowhere)[:3])
+    alone = sample(*several(bench, mask_1=everywhere, identity_2=None, mask_2=None)[:3])
+    assert torch.allclose(with_ghost, alone, atol=1e-2)
+    other = sample(*several(bench, mask_1=nowhere, mask_2=everywhere)[:3])
+    assert not torch.allclose(with_ghost, other, atol=1.0)
+
+
+def test_faces_go_to_the_people_whose_masks_cover_them(bench: Bench) -> None:
+    from hotpath.face import Faces
+    from hotpath.patches.identities import Person, _assign
+
+    boxes = torch.tensor([[60.0, 10, 90, 40], [5, 10, 35, 40]])
+    found = Faces(boxes, torch.zeros(2, 5, 2), torch.ones(2), None, (50, 100), 640)
+    left = torch.zeros(1, 50, 100)
+    left[..., :50] = 1
+    person = identity(bench)
+    assert _assign([Person(person, 1.0, 1 - left), Person(person, 1.0, left)], found) == [0, 1]
+    assert _assign([Person(person, 1.0), Person(person, 1.0)], found) == [1, 0]  # left to right
+    assert _assign([Person(person, 1.0), Person(person, 1.0, left)], found) == [0, 1]
+
+
+def test_too_few_faces_for_the_people_is_one_sentence(bench: Bench) -> None:
+    with pytest.raises(ValueError, match="shows 0 faces for 2 identities"):
+        several(bench, image_kps=torch.zeros(1, 64, 64, 3), insightface=ForeignFaceAnalysis())
+
+
+def test_a_mask_with_nan_is_refused(bench: Bench) -> None:
+    broken = mask(1)
+    broken[0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="mask holds values that are not finite"):
+        apply(bench, mask=broken)
