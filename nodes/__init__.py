@@ -13,7 +13,17 @@ from typing import Any
 
 log = logging.getLogger("hotpath")
 
-FAMILIES: tuple[str, ...] = ("instantid", "identity", "cache", "colormnet", "deep_exemplar", "colorize")
+FAMILIES: tuple[str, ...] = (
+    "instantid",
+    "identity",
+    "cache",
+    "colormnet",
+    "deep_exemplar",
+    "colorize",
+    "qwen_vl",
+    "ailab_qwen_vl",
+    "vision_language",
+)
 
 NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {}
 NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}

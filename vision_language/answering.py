@@ -53,9 +53,13 @@ class AnswerOptions:
 
 @dataclass
 class Answer:
-    """One answer: its text, the thoughts before it, and how it came about. report is the same for a whole call."""
+    """One answer and how it came about: text without the thoughts before it, raw with them as they were written.
+
+    finished: the model ended it, not the limit. report is the same for all answers of a call.
+    """
 
     text: str
+    raw: str
     thoughts: str
     tokens: int
     finished: bool
@@ -78,10 +82,15 @@ class _Run:
 
 
 def answer(
-    model: LoadedModel, questions: Sequence[Question], sampling: Sampling, options: AnswerOptions = AnswerOptions()
+    model: LoadedModel,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    options: AnswerOptions = AnswerOptions(),
+    looked_up: Sequence[list[VisualItem]] | None = None,
 ) -> list[Answer]:
     """Answers in the order of `questions`; with options.answers = n, n answers to the one question.
 
+    looked_up: what `embeddings.look_up` gave for each question, when it was called ahead.
     When the device runs out of memory the pictures are tried once more with half their budget, which the report tells.
     """
     if not questions:
@@ -96,7 +105,7 @@ def answer(
     sampling = sampling.resolved(model.network.generation_config)
     notes = list(model.notes)
     try:
-        return _answer(model, questions, sampling, options, notes)
+        return _answer(model, questions, sampling, options, notes, looked_up)
     except torch.OutOfMemoryError:
         if not any(question.pictures or question.clips for question in questions):
             raise
@@ -110,13 +119,21 @@ def answer(
 
 
 def _answer(
-    model: LoadedModel, questions: Sequence[Question], sampling: Sampling, options: AnswerOptions, notes: list[str]
+    model: LoadedModel,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    options: AnswerOptions,
+    notes: list[str],
+    looked_up: Sequence[list[VisualItem]] | None = None,
 ) -> list[Answer]:
     run = _Run(notes, Timing(model.device), [])
     cache = EmbeddingCache(options.cache_images, options.cache_on_disk)
     prompts: list[Prompt] = []
-    for question in questions:
-        items = look_up(model, question.pictures, question.clips, options.budget, cache, run.timing)
+    for index, question in enumerate(questions):
+        if looked_up is not None:
+            items = looked_up[index]
+        else:
+            items = look_up(model, question.pictures, question.clips, options.budget, cache, run.timing)
         prompts.append(build(model, question, items))
         run.items += items
     run.prompt_tokens = max(prompt.length for prompt in prompts)
@@ -140,7 +157,9 @@ def _answer(
     for row, (text, tokens) in enumerate(zip(texts, written, strict=True)):
         prompt = prompts[row if options.answers == 1 else 0]
         thoughts, said = answers.split_thoughts(text, prompt.opens_thinking)
-        made.append(Answer(said, thoughts, len(tokens), len(tokens) < most, report, prompt.items, seconds))
+        made.append(
+            Answer(said, text.strip(), thoughts, len(tokens), len(tokens) < most, report, prompt.items, seconds)
+        )
     return made
 
 

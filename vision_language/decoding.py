@@ -173,7 +173,7 @@ class Workspace:
 
     def capture(self) -> None:
         """Record the step as a CUDA graph. Overwrites the buffers, so call it before `begin`."""
-        stream: Any = torch.cuda.Stream(device=self.tokens.device)  # type: ignore[no-untyped-call]
+        stream: Any = torch.cuda.Stream(device=self.tokens.device)
         stream.wait_stream(torch.cuda.current_stream(self.tokens.device))
         with torch.cuda.stream(stream):
             for _ in range(GRAPH_WARMUP):

@@ -136,7 +136,7 @@ def missing_weights(path: Path) -> list[str]:
     if indexes:
         try:
             shards = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             return [f"{indexes[0].name} (unreadable)"]
         absent = [shard for shard in shards if not (path / shard).is_file()]
         present = [path / shard for shard in shards if (path / shard).is_file()]
@@ -174,7 +174,7 @@ def check(folder: ModelFolder, must_see: bool) -> ModelFolder:
         raise UnusableModel(f"The model folder {folder.path} has no tokenizer: put tokenizer.json beside config.json.")
     if must_see and not folder.sees:
         raise UnusableModel(
-            f"{folder.name} is a text-only model ({folder.model_type}) and cannot look at pictures: choose a -VL model, or "
-            "use a text node."
+            f"{folder.name} is a text-only model ({folder.model_type}), which cannot look at pictures: choose a -VL one, "
+            "or use a text node."
         )
     return folder

@@ -165,7 +165,7 @@ class TokenReader:
         staged = self._staging[self._turn % len(self._staging)]
         self._turn += 1
         staged.copy_(tokens, non_blocking=True)
-        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done: Any = torch.cuda.Event()
         done.record()
         self._waiting.append((staged, done))
 

@@ -61,8 +61,8 @@ class NetworkHolder(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         target = kwargs.get("device", args[0] if args else None)
         owner = self._owner() if self._owner is not None else None
-        moves = isinstance(target, str | torch.device)
-        if owner is not None and moves and torch.device(target).type != owner.device.type:
+        device = torch.device(target) if isinstance(target, str | torch.device) else None
+        if owner is not None and device is not None and device.type != owner.device.type:
             owner.drop_device_state()
         return super().to(*args, **kwargs)
 
@@ -141,15 +141,17 @@ class LoadedModel:
     def deepstack_in_parts(self) -> bool:
         """Whether the library's feature objects hold the deeper levels split by picture, or joined (some 5.x versions).
 
-        Asked once, of the smallest picture there is.
+        Asked once, when the model is loaded, of the smallest picture there is.
         """
         vision = self.config.vision_config
         side = int(vision.spatial_merge_size)
         width = int(getattr(vision, "in_channels", 3)) * int(vision.temporal_patch_size) * int(vision.patch_size) ** 2
         with torch.no_grad():
-            pixels = torch.zeros(side * side, width, device=self.device, dtype=self.dtype)
-            made = self.network.model.get_image_features(pixels, torch.tensor([[1, side, side]], device=self.device))
-        return not isinstance(made.deepstack_features[0], torch.Tensor)
+            here = self.network.get_input_embeddings().weight.device
+            pixels = torch.zeros(side * side, width, device=here, dtype=self.dtype)
+            made = self.network.model.get_image_features(pixels, torch.tensor([[1, side, side]], device=here))
+        levels = getattr(made, "deepstack_features", None)
+        return bool(levels) and not isinstance(levels[0], torch.Tensor)
 
     @cached_property
     def image_sizes(self) -> TokenPixels:
@@ -285,6 +287,8 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
     network.hotpath_quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
     model = LoadedModel(folder, options, network, notes)
+    if folder.sees and not model.takes_encoder_outputs:
+        log.debug("deeper levels come %s", "split by picture" if model.deepstack_in_parts else "joined")
     log.info("%s loaded in %.1f s (%s, %s)", folder.name, time.perf_counter() - start, dtype, attention)
     return model
 

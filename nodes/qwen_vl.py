@@ -1,0 +1,360 @@
+"""The Qwen nodes of shared workflows: QwenVL, Qwen2.5VL, Qwen2VL, Qwen and Qwen2.5, with their ids, inputs and order.
+
+Inputs that older layouts of these ids do not have are optional here, so that a prompt of any layout runs; graphs of the
+browser are migrated by web/qwen_vl_migration.js, API prompts by the handler below. The nodes with more are in
+`vision_language.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import host
+from ..vision_language import folders
+from ..vision_language.answering import AnswerOptions, answer
+from ..vision_language.budgets import OLD_PRESETS, PRESETS
+from ..vision_language.loading import MODELS, LoadOptions
+from ..vision_language.migration import migrate_prompt
+from ..vision_language.pictures import Clip, from_images, read_clip
+from ..vision_language.prompts import Question
+from ..vision_language.sampling import Sampling
+
+CATEGORY = "Comfyui_QwenVL"
+SYSTEM = "You are a helpful assistant."
+QUANTIZATION = (
+    ["none", "4bit", "8bit"],
+    {
+        "default": "none",
+        "tooltip": "8bit: int8 weights. 4bit: bitsandbytes where it is installed, else int4. Both save memory; none is "
+        "the fastest where the weights fit.",
+    },
+)
+ATTENTION = (
+    ["auto", "flash_attention_2", "sdpa", "eager"],
+    {"default": "auto", "tooltip": "auto is sdpa. What ran, and why, is told under the node."},
+)
+KEEP = (
+    "BOOLEAN",
+    {"default": False, "tooltip": "Off: the weights leave the device when the answer is there. On: they stay until "
+     "ComfyUI needs the room."},
+)  # fmt: skip
+SEED = (
+    "INT",
+    {"default": -1, "min": -1, "max": 0xFFFFFFFFFFFFFFFF,
+     "tooltip": "The same seed gives the same text. -1 draws a new one at every run."},
+)  # fmt: skip
+SAMPLING: dict[str, Any] = {
+    "do_sample": ("BOOLEAN", {"default": True, "tooltip": "Off: always the likeliest token, whatever the seed."}),
+    "temperature": (
+        "FLOAT",
+        {"default": 0.7, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "0 is the same as do_sample off."},
+    ),
+    "top_p": (
+        "FLOAT",
+        {"default": 0.9, "min": 0.0, "max": 1.0, "step": 0.05,
+         "tooltip": "Only the likeliest tokens that together have this probability."},
+    ),
+    "top_k": ("INT", {"default": 50, "min": 0, "max": 200, "step": 1, "tooltip": "Only so many tokens; 0 is all."}),
+    "min_p": (
+        "FLOAT",
+        {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.05,
+         "tooltip": "Only tokens at least this likely, as a fraction of the likeliest."},
+    ),
+    "repetition_penalty": (
+        "FLOAT",
+        {"default": 1.0, "min": 1.0, "max": 2.0, "step": 0.05, "tooltip": "Over 1: used tokens become less likely."},
+    ),
+    "max_new_tokens": (
+        "INT", {"default": 512, "min": 1, "max": 32768, "step": 1, "tooltip": "The longest answer, in tokens."},
+    ),
+    "seed": SEED,
+}  # fmt: skip
+STRIP = (
+    "BOOLEAN",
+    {"default": False, "tooltip": "Leave out what a thinking model writes before its answer."},
+)
+
+
+def multiline(default: str, tooltip: str) -> tuple[str, dict[str, Any]]:
+    return ("STRING", {"default": default, "multiline": True, "tooltip": tooltip})
+
+
+def model_choice(known: tuple[str, ...], sees: bool, default: str) -> tuple[list[str], dict[str, Any]]:
+    return (
+        folders.choices(known, sees),
+        {"default": default, "tooltip": "A folder under models/LLM, or a model that is fetched when it is missing."},
+    )
+
+
+def first_picture(image: torch.Tensor | None) -> torch.Tensor | None:
+    """These nodes always looked at the first picture of a batch only; `HotpathVLM` looks at all."""
+    return None if image is None else image[:1]
+
+
+class _QwenNode:
+    """What the five nodes share: category, output, and when they run again."""
+
+    CATEGORY = CATEGORY
+    FUNCTION = "inference"
+    RETURN_TYPES: tuple[str, ...] = ("STRING",)
+    RETURN_NAMES: tuple[str, ...] = ("text",)
+    OUTPUT_TOOLTIPS = ("What the model answered.",)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, model: str = "") -> bool:
+        # Naming the input takes it out of ComfyUI's check of the list: names of other machines are looked up at run time.
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, seed: int = -1, **inputs: Any) -> Any:
+        return float("nan") if seed < 0 else seed
+
+
+def run(
+    model: str, question: Question, load: LoadOptions, sampling: Sampling, options: AnswerOptions, strip: bool
+) -> tuple[str]:
+    """One answer as these nodes give it, with the report under the node."""
+    needs_sight = bool(question.pictures or question.clips)
+    made = answer(MODELS.get(model, load, needs_sight), [question], sampling, options)[0]
+    text = made.text if strip else made.raw
+    host.current().show_text(f"{text}\n\n{made.report}", options.node_id)
+    return (text,)
+
+
+class QwenVLNode(_QwenNode):
+    DISPLAY_NAME = "QwenVL (Vision-Language)"
+    DESCRIPTION = "Ask a Qwen vision-language model about up to four pictures and a video."
+    SEARCH_ALIASES = ["qwen vl", "caption", "describe image", "vlm", "image to text"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        picture = ("IMAGE", {"tooltip": "A picture; the first one of a batch."})
+        return {
+            "required": {},
+            "optional": {
+                "system": multiline(SYSTEM, "How the model should behave."),
+                "text": multiline("", "What to ask about the pictures."),
+                "model": model_choice(folders.VISION_MODELS, True, "Qwen3-VL-4B-Instruct"),
+                "quantization": QUANTIZATION,
+                "attention_mode": ATTENTION,
+                "image_quality": (
+                    ["fast", "balanced", "high", "ultra"],
+                    {"default": "balanced", "tooltip": "How much of a picture the model sees; see token_budget."},
+                ),
+                "enable_image_cache": (
+                    "BOOLEAN",
+                    {"default": True, "tooltip": "Keep what the model saw in a picture: asking again skips looking."},
+                ),
+                "keep_model_loaded": KEEP,
+                "bypass": ("BOOLEAN", {"default": False, "tooltip": "Pass the text on instead of asking the model."}),
+                **SAMPLING,
+                **{f"image{i}": picture for i in (1, 2, 3, 4)},
+                "video_path": ("STRING", {"default": "", "tooltip": "A video file; one frame a second is looked at."}),
+                "image": ("IMAGE", {"tooltip": "The same as image1, as older graphs call it."}),
+                "token_budget": (
+                    ["pixels (as before)", "tokens"],
+                    {
+                        "default": "pixels (as before)",
+                        "tooltip": "pixels: image_quality counts 28x28 pixels, which is a quarter fewer tokens on "
+                        "Qwen3-VL, and small pictures are enlarged. tokens: 256, 512, 768 or 1024 tokens on any model.",
+                    },
+                ),
+                "strip_thoughts": STRIP,
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def inference(
+        self,
+        system: str = SYSTEM,
+        text: str = "",
+        model: str = "Qwen3-VL-4B-Instruct",
+        quantization: str = "none",
+        attention_mode: str = "auto",
+        image_quality: str = "balanced",
+        enable_image_cache: bool = True,
+        keep_model_loaded: bool = False,
+        bypass: bool = False,
+        do_sample: bool = True,
+        temperature: float = 0.7,
+        top_p: float = 0.9,
+        top_k: int = 50,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        max_new_tokens: int = 512,
+        seed: int = -1,
+        image1: torch.Tensor | None = None,
+        image2: torch.Tensor | None = None,
+        image3: torch.Tensor | None = None,
+        image4: torch.Tensor | None = None,
+        video_path: str = "",
+        image: torch.Tensor | None = None,
+        token_budget: str = "pixels (as before)",
+        strip_thoughts: bool = False,
+        unique_id: str | None = None,
+    ) -> tuple[str]:
+        if bypass:
+            return (text,)
+        shown = [image if image1 is None else image1, image2, image3, image4]
+        pictures = [picture for batch in shown for picture in from_images(first_picture(batch))]
+        clips: list[Clip] = [read_clip(Path(video_path.strip()))] if video_path.strip() else []
+        return run(
+            model,
+            Question(text, system, tuple(pictures), tuple(clips)),
+            LoadOptions(quantization=quantization, attention=attention_mode),
+            Sampling(do_sample, temperature, top_p, top_k, min_p, repetition_penalty, seed=seed),
+            AnswerOptions(
+                max_new_tokens,
+                (PRESETS if token_budget == "tokens" else OLD_PRESETS)[image_quality],
+                cache_images=enable_image_cache,
+                keep_loaded=keep_model_loaded,
+                node_id=unique_id,
+            ),
+            strip_thoughts,
+        )
+
+
+class Qwen25VLNode(QwenVLNode):
+    DISPLAY_NAME = "Qwen2.5-VL (Vision-Language)"
+
+
+class QwenTextNode(_QwenNode):
+    DISPLAY_NAME = "Qwen (Text)"
+    DESCRIPTION = "Ask a Qwen text model."
+    SEARCH_ALIASES = ["qwen", "llm", "prompt enhancer"]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {},
+            "optional": {
+                "system": multiline(SYSTEM, "How the model should behave."),
+                "prompt": multiline("", "What to ask."),
+                "model": model_choice(folders.TEXT_MODELS, False, "Qwen3-4B-Instruct-2507"),
+                "quantization": QUANTIZATION,
+                "attention_mode": ATTENTION,
+                "keep_model_loaded": KEEP,
+                "bypass": ("BOOLEAN", {"default": False, "tooltip": "Pass the prompt on instead of asking the model."}),
+                **SAMPLING,
+                "strip_thoughts": STRIP,
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def inference(
+        self,
+        system: str = SYSTEM,
+        prompt: str = "",
+        model: str = "Qwen3-4B-Instruct-2507",
+        quantization: str = "none",
+        attention_mode: str = "auto",
+        keep_model_loaded: bool = False,
+        bypass: bool = False,
+        do_sample: bool = True,
+        temperature: float = 0.7,
+        top_p: float = 0.9,
+        top_k: int = 50,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        max_new_tokens: int = 512,
+        seed: int = -1,
+        strip_thoughts: bool = False,
+        unique_id: str | None = None,
+    ) -> tuple[str]:
+        if bypass:
+            return (prompt,)
+        return run(
+            model,
+            Question(prompt, system),
+            LoadOptions(quantization=quantization, attention=attention_mode),
+            Sampling(do_sample, temperature, top_p, top_k, min_p, repetition_penalty, seed=seed),
+            AnswerOptions(max_new_tokens, keep_loaded=keep_model_loaded, node_id=unique_id),
+            strip_thoughts,
+        )
+
+
+class Qwen25TextNode(QwenTextNode):
+    DISPLAY_NAME = "Qwen2.5 (Text)"
+
+
+class Qwen2VLNode(_QwenNode):
+    DISPLAY_NAME = "Qwen2VL"
+    DESCRIPTION = "Ask a Qwen2-VL model about a picture; the first of the Qwen nodes, as its graphs have it."
+    SEARCH_ALIASES = ["qwen2 vl", "caption"]
+    RETURN_NAMES = ("STRING",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "text": multiline("", "What to ask about the picture."),
+                "model": model_choice(folders.OLD_VISION_MODELS, True, "Qwen2-VL-7B-Instruct"),
+                "quantization": QUANTIZATION,
+                "keep_model_loaded": KEEP,
+                "temperature": (
+                    "FLOAT",
+                    {"default": 0.7, "min": 0, "max": 1, "step": 0.1, "tooltip": "0: always the likeliest token."},
+                ),
+                "max_new_tokens": (
+                    "INT",
+                    {"default": 512, "min": 1, "max": 32768, "step": 1, "tooltip": "The longest answer, in tokens."},
+                ),
+                "seed": SEED,
+            },
+            "optional": {"image": ("IMAGE", {"tooltip": "A picture; the first one of a batch."})},
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    def inference(
+        self,
+        text: str,
+        model: str,
+        quantization: str,
+        keep_model_loaded: bool,
+        temperature: float,
+        max_new_tokens: int,
+        seed: int,
+        image: torch.Tensor | None = None,
+        unique_id: str | None = None,
+    ) -> tuple[str]:
+        return run(
+            model,
+            Question(text, "", tuple(from_images(first_picture(image)))),
+            LoadOptions(quantization=quantization),
+            # Everything but the temperature is the model folder's own, as it always was here.
+            Sampling(None, temperature, None, None, None, None, seed=seed),
+            AnswerOptions(
+                max_new_tokens, OLD_PRESETS["ultra"], keep_loaded=keep_model_loaded, node_id=unique_id
+            ),
+            False,
+        )  # fmt: skip
+
+
+def register_migration() -> bool:
+    """Have ComfyUI's server rewrite API prompts of older layouts before it checks them; False without a server."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is None:
+        return False
+
+    def migrate(data: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(data.get("prompt"), dict):
+            data["prompt"] = migrate_prompt(data["prompt"])
+        return data
+
+    server.add_on_prompt_handler(migrate)
+    return True
+
+
+register_migration()
+
+NODES = {
+    "Qwen2.5VL": Qwen25VLNode,
+    "QwenVL": QwenVLNode,
+    "Qwen2.5": Qwen25TextNode,
+    "Qwen": QwenTextNode,
+    "Qwen2VL": Qwen2VLNode,
+}

@@ -1,0 +1,128 @@
+"""Thoughts, JSON and boxes in an answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hotpath.vision_language import answers
+from hotpath.vision_language.budgets import OLD_PRESETS, PRESETS, PROCESSOR, TokenPixels, fitted, preset
+
+QWEN3 = TokenPixels(32, 65536, 16777216)
+QWEN25 = TokenPixels(28, 3136, 12845056)
+
+
+@pytest.mark.parametrize(
+    ("text", "opened", "wanted"),
+    [
+        ("Hello.", False, ("", "Hello.")),
+        ("<think>hm</think>\n\nHello.", False, ("hm", "Hello.")),
+        ("hm\n</think>\n\nHello.", True, ("hm", "Hello.")),
+        ("a</think>b</think>c", True, ("a</think>b", "c")),
+        ("never ends", True, ("never ends", "")),
+        ("<think>never ends", False, ("never ends", "")),
+        ("", False, ("", "")),
+    ],
+)
+def test_thoughts(text, opened, wanted):
+    assert answers.split_thoughts(text, opened) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        ('Sure:\n```json\n[{"a": 1}]\n```\nDone.', [{"a": 1}]),
+        ('```\n{"a": [1, 2]}\n```', {"a": [1, 2]}),
+        ('The answer is {"a": "}"} as you see', {"a": "}"}),
+        ("a set {x} and then [1, 2]", [1, 2]),
+        ('[{"a": 1}, {"a": 2}, {"a": ', [{"a": 1}, {"a": 2}]),
+        ('```json\n[{"a": 1},\n{"b"', [{"a": 1}]),
+        ("no json at all", None),
+        ("", None),
+        ("[", None),
+    ],
+)
+def test_json(text, wanted):
+    assert answers.find_json(text) == wanted
+
+
+def test_boxes_of_both_conventions():
+    value = [{"bbox_2d": [100, 200, 500, 1000], "label": "cat"}]
+    (box,) = answers.find_boxes(value, 400, 800, None)
+    assert (box.left, box.top, box.right, box.bottom, box.label) == (80, 80, 400, 400, "cat")
+    (box,) = answers.find_boxes(value, 1000, 1000, (500, 500))
+    assert (box.left, box.top, box.right, box.bottom) == (200, 400, 1000, 1000)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "x",
+        5,
+        [],
+        {},
+        [1, 2, 3],
+        [{"bbox_2d": [1, 2, 3]}],
+        [{"bbox_2d": "no"}],
+        [{"bbox_2d": [1, 2, None, 4]}],
+        [[]],
+    ],
+)
+def test_what_is_no_box_is_left_out(value):
+    assert answers.find_boxes(value, 10, 10, None) == []
+
+
+def test_boxes_are_ordered_and_kept_inside():
+    (box,) = answers.find_boxes([900, 2000, -50, 100], 100, 100, None)
+    assert (box.left, box.top, box.right, box.bottom) == (0, 10, 90, 100)
+
+
+def test_drawing_touches_only_a_copy():
+    pixels = np.zeros((60, 80, 3), dtype=np.uint8)
+    drawn = answers.draw_boxes(pixels, [answers.Box(10, 20, 70, 50, "Ä 猫")])
+    assert pixels.sum() == 0
+    assert drawn[20, 40].tolist() == [0xE6, 0x19, 0x4B]
+    assert drawn[35, 65].sum() == 0
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("fast", 256), ("balanced", 512), ("high", 768), ("ultra", 1024)])
+@pytest.mark.parametrize("sizes", [QWEN3, QWEN25])
+def test_presets_count_tokens_of_the_loaded_model(name, tokens, sizes):
+    shortest, longest = preset(name).edges(sizes)
+    assert longest == tokens * sizes.side**2
+    for height, width in ((1024, 1024), (1080, 1920), (2160, 3840), (4320, 7680)):
+        tall, wide = fitted(height, width, sizes.side, shortest, longest)
+        spent = tall * wide // sizes.side**2
+        assert 0.9 * tokens <= spent <= tokens or (height, width) == (1024, 1024)
+        assert spent <= tokens
+    # No enlarging: a small picture costs what it has.
+    tall, wide = fitted(256, 256, sizes.side, shortest, longest)
+    assert tall * wide <= 270 * 270
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("fast", (196, 180)), ("balanced", (361, 364)), ("high", (576, 576)), ("ultra", (784, 777))]
+)
+def test_old_presets_count_old_pixels(name, wanted):
+    """The tokens a Qwen3-VL spends on 1024 x 1024 and on 1080p when a token is counted as 28 x 28 pixels."""
+    edges = OLD_PRESETS[name].edges(QWEN3)
+    spent = [np.prod(fitted(h, w, 32, *edges)) // 1024 for h, w in ((1024, 1024), (1080, 1920))]
+    assert tuple(spent) == wanted
+    assert OLD_PRESETS[name].edges(QWEN25) == OLD_PRESETS[name].edges(QWEN3)
+
+
+def test_native_and_untouched_budgets():
+    assert PRESETS["native"].edges(QWEN3) == (1024, 16777216)
+    assert PROCESSOR.edges(QWEN3) == (65536, 16777216)
+    assert PRESETS["native"].halved(QWEN3).most == 8192
+    assert preset("fast").halved(QWEN3).edges(QWEN3)[1] == 128 * 1024
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="too narrow"):
+        fitted(1, 1000, 32, 1024, 1 << 20)
+    with pytest.raises(ValueError, match="no token budget"):
+        preset("huge")
+    assert fitted(3, 5, 32, 1024, 1 << 20) == (32, 32)

@@ -1,0 +1,242 @@
+"""Folders of pictures: batches, resuming, failures; and the demo captioner, which really names what is drawn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hotpath.demo import train_captioner
+from hotpath.vision_language.answering import AnswerOptions
+from hotpath.vision_language.budgets import PRESETS
+from hotpath.vision_language.captioning import CaptionJob, FolderCaptioner
+from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.pictures import Clip, from_frames, from_images, read_clip, read_picture, to_bytes
+from hotpath.vision_language.sampling import Sampling
+
+GREEDY = Sampling(sample=False)
+DEMO = Path(train_captioner.__file__).parent / "captioner"
+OPTIONS = AnswerOptions(16, PRESETS["fast"])
+
+
+@pytest.fixture
+def captioner(llm):
+    shutil.copytree(DEMO, llm / "captioner")
+    return MODELS.get("captioner", LoadOptions())
+
+
+@pytest.fixture
+def drawings(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    made = {}
+    for index in range(5):
+        drawing = train_captioner.draw(np.random.default_rng(777_000 + index))
+        drawing.picture.save(folder / f"p{index}.png")
+        made[folder / f"p{index}.png"] = drawing.caption
+    return made
+
+
+def test_the_demo_captioner_names_what_is_drawn(captioner, tmp_path):
+    """Held-out pictures, through the loading, processing, batching and decoding that any model goes through."""
+    folder = tmp_path / "held-out"
+    folder.mkdir()
+    wanted = {}
+    for index in range(60):
+        drawing = train_captioner.draw(np.random.default_rng(555_000 + index))
+        drawing.picture.save(folder / f"{index:03}.png")
+        wanted[folder / f"{index:03}.png"] = drawing.caption
+    job = CaptionJob(folder, "Describe this image.", train_captioner.SYSTEM, batch_size=20)
+    summary = FolderCaptioner(captioner, job, GREEDY, AnswerOptions(16, PRESETS["fast"], decode="static")).run()
+    right = sum(summary.captions[path] == caption for path, caption in wanted.items())
+    assert right >= 57, f"{right} of 60"
+    assert sum(f.stat().st_size for f in DEMO.iterdir()) < 6 * 2**20
+
+
+def test_captions_lie_beside_the_pictures_and_a_second_run_does_nothing(captioner, drawings):
+    folder = next(iter(drawings)).parent
+    job = CaptionJob(folder, "Caption this picture.", batch_size=2, before="shapes, ")
+    summary = FolderCaptioner(captioner, job, GREEDY, OPTIONS).run()
+    for path, caption in drawings.items():
+        assert path.with_suffix(".txt").read_text(encoding="utf-8") == f"shapes, {caption}"
+    assert len(summary.captions) == 5 and not summary.failed
+    again = FolderCaptioner(captioner, job, GREEDY, OPTIONS).run()
+    assert again.skipped == 5 and not again.captions
+    one = next(iter(drawings)).with_suffix(".txt")
+    one.unlink()
+    assert list(FolderCaptioner(captioner, job, GREEDY, OPTIONS).run().captions) == [one.with_suffix(".png")]
+    assert not list(folder.glob(".*"))
+
+
+def test_jsonl_resumes_after_a_cut_line(captioner, drawings):
+    folder = next(iter(drawings)).parent
+    first, second = list(drawings)[:2]
+    (folder / "captions.jsonl").write_text(
+        json.dumps({"file": first.name, "caption": "kept"}) + "\n" + json.dumps({"file": second.name, "error": "x"})
+        + "\n" + '{"file": "p3.png", "capt\n'
+    )  # fmt: skip
+    job = CaptionJob(folder, "Caption this picture.", output="jsonl")
+    summary = FolderCaptioner(captioner, job, GREEDY, OPTIONS).run()
+    assert summary.skipped == 1 and len(summary.captions) == 4
+    lines = [
+        json.loads(line)
+        for line in (folder / "captions.jsonl").read_text().splitlines()
+        if "capt\n" not in line and line.endswith("}")
+    ]
+    found = {line["file"]: line["caption"] for line in lines if "caption" in line}
+    assert found == {path.name: caption for path, caption in drawings.items()} | {first.name: "kept"}
+    assert not list(folder.glob("*.txt"))
+
+
+def test_a_bad_picture_is_recorded_and_the_others_go_on(captioner, drawings):
+    folder = next(iter(drawings)).parent
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "thin.png").write_bytes(b"")
+    Image.new("RGB", (2000, 2)).save(folder / "narrow.png")
+    Image.new("RGB", (96, 96)).save(folder / "p0.jpg")
+    job = CaptionJob(folder, "Caption this picture.", output="both", batch_size=3)
+    summary = FolderCaptioner(captioner, job, GREEDY, OPTIONS).run()
+    assert {path.name for path in summary.failed} == {"broken.png", "thin.png", "narrow.png", "p0.png"}
+    assert "same caption file p0.txt" in summary.failed[folder / "p0.png"]
+    assert len(summary.captions) == 5
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    assert {line["file"] for line in lines if "error" in line} >= {"broken.png", "thin.png", "narrow.png"}
+    assert "broken.png: UnidentifiedImageError" in summary.report()
+
+
+def test_a_batch_that_fails_is_tried_one_by_one(captioner, drawings, monkeypatch):
+    from hotpath.vision_language import captioning
+
+    real, sizes = captioning.answer, []
+
+    def picky(model, questions, *rest):
+        sizes.append(len(questions))
+        if len(questions) > 1 or len(sizes) == 2:
+            raise RuntimeError("the device is full")
+        return real(model, questions, *rest)
+
+    monkeypatch.setattr(captioning, "answer", picky)
+    folder = next(iter(drawings)).parent
+    summary = FolderCaptioner(captioner, CaptionJob(folder, "Caption this picture."), GREEDY, OPTIONS).run()
+    assert sizes == [5, 1, 1, 1, 1, 1]
+    assert len(summary.captions) == 4 and "device is full" in next(iter(summary.failed.values()))
+
+
+def test_an_interrupted_job_keeps_what_was_written(captioner, drawings, headless_host, monkeypatch):
+    from hotpath.host import Interrupted
+
+    folder = next(iter(drawings)).parent
+    job = CaptionJob(folder, "Caption this picture.", batch_size=2)
+    work = FolderCaptioner(captioner, job, GREEDY, OPTIONS)
+    write = work._write
+
+    def stopping(path, caption, summary):
+        write(path, caption, summary)
+        headless_host.stop()
+
+    monkeypatch.setattr(work, "_write", stopping)
+    with pytest.raises(Interrupted):
+        work.run()
+    assert len(list(folder.glob("*.txt"))) == 2
+    headless_host.clear_stop()
+    assert FolderCaptioner(captioner, job, GREEDY, OPTIONS).run().skipped == 2
+
+
+def test_jobs_that_cannot_start(captioner, tmp_path):
+    for job, words in (
+        (CaptionJob(tmp_path / "absent", "x"), "no folder"),
+        (CaptionJob(tmp_path, "x", output="xml"), "no output"),
+        (CaptionJob(tmp_path, "x", batch_size=0), "batch size"),
+        (CaptionJob(tmp_path, " "), "prompt is empty"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            FolderCaptioner(captioner, job, GREEDY, OPTIONS).run()
+    assert FolderCaptioner(captioner, CaptionJob(tmp_path, "x"), GREEDY, OPTIONS).run().captions == {}
+
+
+def test_picture_files(tmp_path):
+    clear = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert read_picture(tmp_path / "clear.png").pixels.min() == 255
+    turned = Image.new("RGB", (4, 2))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_picture(tmp_path / "turned.jpg").pixels.shape == (4, 2, 3)
+    Image.fromarray(np.full((2, 3), 65535, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_picture(tmp_path / "deep.png").pixels.tolist() == np.full((2, 3, 3), 255).tolist()
+    Image.new("P", (3, 3)).save(tmp_path / "indexed.gif")
+    assert read_picture(tmp_path / "indexed.gif").pixels.shape == (3, 3, 3)
+
+
+def test_every_byte_survives_the_way_through_comfyui():
+    import torch
+
+    values = torch.arange(256, dtype=torch.uint8)
+    image = (values.float() / 255).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    assert torch.equal(torch.from_numpy(to_bytes(image)[0, ..., 0]).flatten(), values)
+    assert to_bytes(torch.full((1, 2, 2, 4), float("nan"))).max() == 0
+    assert len(from_images(torch.rand(3, 4, 5, 3))) == 3 and from_images(None) == []
+    with pytest.raises(ValueError, match="IMAGE has the shape"):
+        to_bytes(torch.rand(4, 5, 3))
+
+
+def test_frames_keep_their_times():
+    import torch
+
+    (clip,) = from_frames(torch.rand(300, 4, 4, 3), 30.0, 4)
+    assert len(clip.frames) == 4
+    assert clip.seconds() == pytest.approx((0.0, 99 / 30, 199 / 30, 299 / 30))
+    with pytest.raises(ValueError, match="frames a second"):
+        Clip(clip.frames, 0.0)
+    assert clip.sampled(2).seconds() == pytest.approx((0.0, 299 / 30))
+
+
+def test_video_files(tmp_path):
+    import av
+
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for index in range(35):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), index * 7, dtype=np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    clip = read_clip(path, 1.0)
+    assert clip.seconds() == pytest.approx((0, 1, 2, 3), abs=0.11)
+    assert [int(f.mean()) // 7 for f in clip.frames] == pytest.approx([0, 10, 20, 30], abs=1)
+    assert len(read_clip(path, 10.0, most=5).frames) == 5
+    with pytest.raises(FileNotFoundError, match="video_path"):
+        read_clip(tmp_path / "absent.mp4")
+
+
+def test_a_long_clip_stays_within_its_budget(load, ask):
+    from hotpath.vision_language.embeddings import clip_size
+    from hotpath.vision_language.prompts import Question
+
+    model = load("qwen3_vl")
+    clip = Clip(np.random.default_rng(0).integers(0, 255, (300, 40, 60, 3), dtype=np.uint8), 30.0)
+    made = ask(model, Question("What happens?", "", (), (clip,)), budget=PRESETS["native"], max_new_tokens=2)
+    item = made.items[0]
+    assert item.grid[0] == 150
+    assert item.tokens(2) <= model.context_length // 2
+    huge = np.broadcast_to(np.zeros(1, dtype=np.uint8), (300, 4320, 7680, 3))
+    tall, wide = clip_size(model, Clip(huge, 30.0), PRESETS["native"])
+    assert tall * wide * 150 // 1024 <= model.context_length // 2
+
+
+def test_an_8k_picture_costs_its_budget(load, ask):
+    from hotpath.vision_language.pictures import Picture
+    from hotpath.vision_language.prompts import Question
+
+    picture = Picture(
+        np.random.default_rng(0).integers(0, 255, (432, 768, 3), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+    )
+    made = ask(load("qwen3_vl"), Question("x", "", (picture,)), max_new_tokens=2)
+    assert 200 <= made.items[0].tokens(2) <= 256
+    assert "visual tokens" in made.report

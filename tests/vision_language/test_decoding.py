@@ -1,0 +1,227 @@
+"""The static decode step against the plain one, its buckets, its compilations, and packed weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hotpath.vision_language import decoding, generation, projections
+from hotpath.vision_language.answering import AnswerOptions, answer
+from hotpath.vision_language.budgets import PRESETS
+from hotpath.vision_language.generation import DecodePath, PlainRunner, choose_path, workspace
+from hotpath.vision_language.prefill import prefill
+from hotpath.vision_language.prompts import Question, build
+from hotpath.vision_language.quantization import Int4Linear, ScaledLinear, pack, plan
+from hotpath.vision_language.sampling import Sampling
+
+GREEDY = Sampling(sample=False)
+STATIC = DecodePath("static", "")
+KINDS = ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def prompts(model, pictures):
+    """Two questions of different length, with pictures where the model sees."""
+    from hotpath.vision_language.embeddings import EmbeddingCache, encode, look_up
+    from hotpath.vision_language.timing import Timing
+
+    timing, cache, made = Timing(model.device), EmbeddingCache(), []
+    shown = ([pictures.a], [pictures.b, pictures.c]) if model.processor is not None else ([], [])
+    for text, seen in zip(("Describe.", "Tell me more about it."), shown, strict=True):
+        items = look_up(model, seen, [], PRESETS["fast"], cache, timing)
+        encode(model, items, cache, timing)
+        made.append(build(model, Question(text, "", tuple(seen)), items))
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_the_plain_paths(load, pictures, kind):
+    model = load(kind)
+    asked = prompts(model, pictures)
+    filled = prefill(model, asked)
+    buffers = workspace(model, STATIC, 2, filled.mask.shape[1] + 20)
+    buffers.begin(*filled.layers(), filled.mask, filled.positions)
+    plain = PlainRunner(model, filled)
+    tokens = torch.tensor([5, 77])
+    with torch.no_grad():
+        for _ in range(6):
+            wanted = plain.run(tokens)
+            torch.testing.assert_close(buffers.run(tokens), wanted, atol=2e-4, rtol=1e-4)
+            tokens = wanted.argmax(-1)
+
+
+def test_half_precision_follows_too(load, pictures):
+    model = load("qwen3_vl", dtype="bfloat16")
+    filled = prefill(model, prompts(model, pictures))
+    buffers = workspace(model, STATIC, 2, 600)
+    buffers.begin(*filled.layers(), filled.mask, filled.positions)
+    with torch.no_grad():
+        tokens = torch.tensor([5, 77])
+        wanted, found = PlainRunner(model, filled).run(tokens).float(), buffers.run(tokens).float()
+    # bfloat16 keeps 8 bits; the logits of these random weights are of the order of ten.
+    assert (wanted - found).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_buckets():
+    assert decoding.bucket_length(1) == 512
+    assert decoding.bucket_length(512) == 512
+    assert decoding.bucket_length(513) == 768
+    assert decoding.bucket_length(300_000) >= 300_000
+    assert list(decoding.BUCKETS) == sorted(decoding.BUCKETS)
+
+
+class CountingBackend:
+    """A compiler that changes nothing and counts the graphs it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+def test_compiled_once_for_all_layers_and_calls_of_a_bucket(load, pictures, reference):
+    model = load("qwen3_vl")
+    backend = CountingBackend()
+    path = DecodePath("compiled", "")
+    torch._dynamo.reset()
+
+    def run(rows, length, asked):
+        filled = prefill(model, asked).repeated(rows)
+        buffers = workspace(model, path, rows, length, backend)
+        buffers.begin(*filled.layers(), filled.mask, filled.positions)
+        with torch.no_grad():
+            for token in (3, 4, 5):
+                logits = buffers.run(torch.full((rows,), token))
+        return buffers, logits
+
+    first, second = prompts(model, pictures)
+    buffers, _ = run(1, 400, [first])
+    assert backend.graphs == 1  # four layers, one graph
+    again, _ = run(1, 510, [second])
+    assert again is buffers
+    assert backend.graphs == 1  # another prompt of another length
+    run(1, 700, [first])
+    assert backend.graphs == 2  # another bucket
+    run(3, 400, [first])
+    assert backend.graphs == 3  # another batch size
+    run(1, 400, [second])
+    run(1, 700, [second])
+    assert backend.graphs == 3  # back again
+    model.release()
+    buffers, logits = run(1, 400, [first])
+    plain = PlainRunner(model, prefill(model, [first]))
+    with torch.no_grad():
+        for token in (3, 4, 5):
+            wanted = plain.run(torch.tensor([token]))
+    torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=1e-4)
+
+
+def test_buffers_are_kept_for_the_last_two_shapes(load, pictures):
+    model = load("qwen3_vl")
+    for length in (400, 700, 1000):
+        workspace(model, STATIC, 1, length)
+    assert [key[2] for key in model.device_state["workspaces"]] == [768, 1024]
+    one = next(iter(model.device_state["workspaces"].values()))
+    assert one.nbytes() == model.cache_bytes(700)
+
+
+def test_the_path_is_chosen_with_a_reason(load):
+    model = load("qwen3_vl")
+    assert choose_path(model, "auto").name == "plain"
+    assert "no CUDA graphs on cpu" in choose_path(model, "auto").note
+    assert choose_path(model, "static").name == "static"
+    assert choose_path(model, "graph").name == "static"
+    with pytest.raises(ValueError, match="no decode path"):
+        choose_path(model, "magic")
+    model.network.config.model_type = "qwen3_5"
+    assert "not one of the dense" in choose_path(model, "static").note
+
+
+def test_merged_projections_are_the_same_weights():
+    owner = nn.Module()
+    for name, width in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4)):
+        setattr(owner, name, nn.Linear(16, width))
+    x = torch.randn(3, 16)
+    wanted = [getattr(owner, name)(x) for name in ("q_proj", "k_proj", "v_proj")]
+    count = sum(p.numel() for p in owner.parameters())
+    assert projections.merge(owner, ("q_proj", "k_proj", "v_proj"), "qkv_proj")
+    assert sum(p.numel() for p in owner.parameters()) == count
+    for name, want in zip(("q_proj", "k_proj", "v_proj"), wanted, strict=True):
+        torch.testing.assert_close(getattr(owner, name)(x), want)
+    torch.testing.assert_close(owner.qkv_proj(x), torch.cat(wanted, -1))
+    owner.to(torch.float64)
+    assert owner.k_proj(x.double()).dtype == torch.float64
+    assert not projections.merge(owner, ("q_proj", "k_proj"), "again")
+
+
+@pytest.mark.parametrize(("method", "limit"), [("int8", 0.01), ("float8", 0.04), ("int4", 0.12)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_are_close_and_small(method, limit, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(200, 48, bias=bias)
+    packed = pack(linear, method)
+    x = torch.randn(5, 200)
+    wanted = linear(x)
+    error = (packed(x) - wanted).norm() / wanted.norm()
+    assert error < limit
+    torch.testing.assert_close(packed.rows(x, 16, 40), packed(x)[:, 16:40])
+    stored = sum(t.nbytes for t in packed.buffers())
+    full = linear.weight.nbytes
+    assert stored < full * (0.36 if method != "int4" else 0.26)
+    assert isinstance(packed, Int4Linear if method == "int4" else ScaledLinear)
+
+
+def test_int8_and_int4_of_degenerate_rows():
+    for method in ("int8", "int4"):
+        linear = nn.Linear(64, 2, bias=False)
+        with torch.no_grad():
+            linear.weight[0] = 0
+            linear.weight[1] = 3.0
+        torch.testing.assert_close(
+            pack(linear, method)(torch.ones(1, 64)), torch.tensor([[0.0, 192.0]]), rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "float8"])
+def test_quantised_models_answer_the_same_on_both_paths(load, pictures, method):
+    model = load("qwen3_vl", quantization=method)
+    assert f"quantization {method}" in answer(model, [Question("x")], GREEDY, AnswerOptions(2))[0].report
+    kept = [name for name, m in model.network.named_modules() if type(m) is nn.Linear]
+    assert all("visual" in name or name == "lm_head" for name in kept)
+    question = Question("Describe.", "", (pictures.a,))
+    texts = {
+        path: answer(model, [question], GREEDY, AnswerOptions(12, PRESETS["fast"], decode=path))[0].raw
+        for path in ("plain", "static")
+    }
+    assert texts["plain"] == texts["static"]
+    torch._dynamo.reset()
+    backend = CountingBackend()
+    workspace(model, DecodePath("compiled", ""), 1, 100, backend)._advance()
+    assert backend.graphs == 1
+
+
+def test_quantization_words():
+    cpu = torch.device("cpu")
+    assert plan("none", cpu).method == "none"
+    assert plan("None (FP16)", cpu).method == "none"
+    assert plan("8bit", cpu).method == "int8"
+    assert plan("8-bit (Balanced)", cpu).method == "int8"
+    found = plan("4bit", cpu)
+    assert found.method == "int4" and "bitsandbytes is not usable" in found.note
+    with pytest.raises(ValueError, match="choose int4 or int8"):
+        plan("bitsandbytes 4-bit", cpu)
+    with pytest.raises(ValueError, match="no quantization"):
+        plan("3bit", cpu)
+
+
+def test_a_batch_over_two_buckets_of_text(load, reference):
+    """A prompt that fills its bucket to the last token, and one token more."""
+    model = load("qwen3")
+    for length in (500, 501):
+        question = Question("y" * (length - build(model, Question(""), []).length))
+        assert build(model, question, []).length == length
+        made = answer(model, [question], GREEDY, AnswerOptions(12, decode="static"))[0]
+        assert made.raw == reference(model, question)
+        assert generation.workspace(model, STATIC, 1, length + 12).length == (512 if length == 500 else 768)

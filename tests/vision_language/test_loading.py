@@ -1,0 +1,241 @@
+"""Finding, checking, fetching and sharing model folders."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+
+from hotpath.demo.captioner_model import write_folder
+from hotpath.vision_language import download, folders
+from hotpath.vision_language.folders import UnusableModel
+from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.prompts import Question
+
+
+def test_every_llm_path_is_scanned(llm, headless_host, tiny_folders):
+    base = llm.parent
+    for place in ("LLM/Qwen-VL/deep", "llm/small", "prompt_generator/enhancer", "LLM/owner/named"):
+        target = base / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(tiny_folders["qwen3_vl"], target)
+    (llm / ".hidden").mkdir()
+    (llm / "not-a-model").mkdir()
+    (llm / "not-a-model" / "config.json").write_text("{}")
+    names = [folder.name for folder in folders.scan()]
+    assert names == sorted(names, key=str.lower)
+    assert {"Qwen-VL/deep", "small", "enhancer", "owner/named", "qwen3_vl", "qwen3"} <= set(names)
+    assert "not-a-model" not in names
+    assert folders.find("deep").path == llm / "Qwen-VL" / "deep"
+    assert folders.find("Qwen-VL\\deep").path == llm / "Qwen-VL" / "deep"
+    assert folders.find("anybody/named").name == "owner/named"
+    assert folders.find("small").path == base / "llm" / "small"
+    assert folders.find("absent") is None
+
+
+def test_choices_list_known_names_and_what_is_there(llm):
+    offered = folders.choices(("Qwen3-VL-4B-Instruct",), True)
+    assert offered[0] == "Qwen3-VL-4B-Instruct"
+    assert "qwen3_vl" in offered and "qwen3" not in offered
+    assert "qwen3" in folders.choices((), False)
+    assert {"qwen3", "qwen3_vl"} <= set(folders.choices((), None))
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc", "a/../../b", "C:\\models", "hf://x"])
+def test_names_cannot_leave_the_folders(llm, name):
+    with pytest.raises(UnusableModel, match="not opened"):
+        folders.find(name)
+
+
+def test_an_empty_name_says_what_to_do(llm):
+    with pytest.raises(UnusableModel, match="No model is chosen"):
+        folders.find("  ")
+
+
+def test_repositories():
+    assert folders.repository("Qwen3-VL-4B-Instruct") == "Qwen/Qwen3-VL-4B-Instruct"
+    assert folders.repository("SkyCaptioner-V1") == "Skywork/SkyCaptioner-V1"
+    assert folders.repository("unsloth/Qwen3.5-4B") == "unsloth/Qwen3.5-4B"
+
+
+@pytest.fixture
+def sharded(llm, tmp_path):
+    return write_folder(llm / "sharded", "qwen3_vl", shards=3)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    def refuse(repository, **settings):
+        calls.append((repository, settings))
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    return calls
+
+
+def test_shards_load(sharded, load):
+    assert load("sharded").model_type == "qwen3_vl"
+
+
+def test_missing_and_partial_shards_are_named(sharded, offline):
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    whole = (sharded / "model-00003-of-00003.safetensors").read_bytes()
+    (sharded / "model-00003-of-00003.safetensors").write_bytes(whole[:-10])
+    with pytest.raises(UnusableModel) as error:
+        download.locate("sharded")
+    message = str(error.value)
+    assert "model-00002-of-00003.safetensors," in message
+    assert f"model-00003-of-00003.safetensors ({len(whole) - 10:,} of {len(whole):,} bytes)" in message
+    assert "model-00001" not in message
+    assert "cannot reach the hub" in message
+    # The download goes on in the same folder.
+    assert offline[0][1]["local_dir"] == sharded
+
+
+def test_a_completed_download_is_used(sharded, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    shard = sharded / "model-00002-of-00003.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    asked = []
+
+    def finish(repository, **settings):
+        asked.append((repository, settings["allow_patterns"]))
+        shard.write_bytes(whole)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", finish)
+    assert download.locate("sharded").path == sharded
+    assert asked[0][0] == "Qwen/sharded"
+    assert not any(pattern.endswith(".py") or pattern == "*" for pattern in asked[0][1])
+
+
+def test_an_unknown_model_offline_says_both(llm, offline):
+    with pytest.raises(UnusableModel, match=r"Qwen/Absent-VL could not be fetched \(cannot reach the hub\)"):
+        download.locate("Absent-VL")
+    assert not (llm / "Absent-VL").exists()
+
+
+def test_a_revision_has_a_folder_of_its_own(llm, offline):
+    with pytest.raises(UnusableModel):
+        download.locate("qwen3_vl", "v1/x")
+    assert offline[0][1]["revision"] == "v1/x"
+    assert offline[0][1]["local_dir"] == llm / "qwen3_vl@v1-x"
+
+
+def test_an_interrupt_stops_a_download(llm, headless_host, monkeypatch):
+    import huggingface_hub
+
+    from hotpath.host import Interrupted
+
+    def fetch(repository, tqdm_class, **settings):
+        bar = tqdm_class(total=10, disable=True)
+        headless_host.stop()
+        bar.update(1)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(Interrupted):
+        download.locate("Absent-VL")
+
+
+def test_damaged_folders(llm, tiny_folders, offline):
+    for name in ("no-weights", "no-tokenizer", "bad-index", "bad-config", "wrong-type"):
+        shutil.copytree(tiny_folders["qwen3_vl"], llm / name)
+    (llm / "no-weights" / "model.safetensors").unlink()
+    with pytest.raises(UnusableModel, match=r"missing: model\.safetensors"):
+        download.locate("no-weights")
+    (llm / "no-tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UnusableModel, match="no tokenizer"):
+        download.locate("no-tokenizer")
+    (llm / "bad-index" / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UnusableModel, match="unreadable"):
+        download.locate("bad-index")
+    config = json.loads((llm / "wrong-type" / "config.json").read_text())
+    (llm / "wrong-type" / "config.json").write_text(json.dumps(config | {"model_type": "qwen99"}))
+    with pytest.raises(UnusableModel, match="could not be loaded as qwen99"):
+        MODELS.get("wrong-type", LoadOptions())
+    (llm / "bad-config" / "config.json").write_text("{")
+    with pytest.raises(UnusableModel, match="could not be fetched"):
+        download.locate("bad-config")
+
+
+def test_a_text_model_in_a_vision_node(llm):
+    with pytest.raises(UnusableModel, match=r"text-only model \(qwen3\)"):
+        MODELS.get("qwen3", LoadOptions(), must_see=True)
+
+
+def test_one_copy_for_all_who_ask(load):
+    model = load("qwen3_vl")
+    assert load("qwen3_vl") is model
+    assert load("qwen3_vl", dtype="bfloat16") is not model
+    assert load("qwen3_vl", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_model_is_freed_with_its_last_holder(load, ask):
+    model = load("qwen3")
+    ask(model, Question("x"), keep_loaded=True)
+    watched = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watched() is not None
+    model = load("qwen3")
+    assert model is watched()
+    ask(model, Question("x"), keep_loaded=False)
+    assert watched() is model
+    del model
+    gc.collect()
+    assert watched() is None
+
+
+def test_two_nodes_with_and_without_keep_share_and_release(load, ask):
+    model = load("qwen3_vl")
+    for keep in (True, False, True):
+        assert ask(model, Question("x"), keep_loaded=keep).tokens
+    assert load("qwen3_vl") is model
+
+
+def test_float32_on_the_cpu(load):
+    assert load("qwen3_vl").dtype == torch.float32
+    assert load("qwen3_vl", device="cpu").device.type == "cpu"
+    with pytest.raises(UnusableModel, match="is not there"):
+        MODELS.get("qwen3_vl", LoadOptions(device="cuda:99"))
+
+
+def test_attention_that_cannot_run_says_so(load, ask):
+    from transformers.utils import is_flash_attn_2_available
+
+    report = ask(load("qwen3_vl", attention="sage"), Question("x")).report
+    assert "attention: sdpa, because SageAttention" in report
+    if not is_flash_attn_2_available():
+        report = ask(load("qwen3_vl", attention="flash_attention_2"), Question("x")).report
+        assert "sdpa, because the flash_attn package is not installed" in report
+
+
+def test_the_context_and_cache_sizes_come_from_the_config(load):
+    model = load("qwen3_vl")
+    assert model.context_length == 4096
+    # 4 layers, 2 key/value heads of 16, keys and values, 4 bytes, for a bucket of 768.
+    assert model.cache_bytes(600) == 4 * 2 * 16 * 2 * 4 * 768
+    assert model.image_sizes.side == 32 and load("qwen2_5_vl").image_sizes.side == 28
+
+
+def test_room_is_asked_for_keys_values_and_activations(load, ask, monkeypatch):
+    model = load("qwen3_vl")
+    asked = []
+    resident = type(model.managed).resident
+
+    def watched(self, extra_bytes=0, keep=True):
+        asked.append(extra_bytes)
+        return resident(self, extra_bytes, keep)
+
+    monkeypatch.setattr(type(model.managed), "resident", watched)
+    ask(model, Question("x"), max_new_tokens=700)
+    assert asked[0] > 2 * model.cache_bytes(700)

@@ -1,0 +1,369 @@
+"""The nodes: contracts, saved graphs of every layout, and whole runs of each class on tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from hotpath.nodes import FAILED_FAMILIES, NODE_CLASS_MAPPINGS
+from hotpath.vision_language import migration, presets
+
+ROOT = Path(__file__).parents[2]
+CONTRACT = json.loads((ROOT / "tests" / "data" / "contracts" / "qwen_vl.json").read_text(encoding="utf-8"))
+IMAGE = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(0))
+
+
+def declared(node_class):
+    found = {}
+    for section in ("required", "optional"):
+        for name, spec in node_class.INPUT_TYPES().get(section, {}).items():
+            found[name] = (section, spec)
+    return found
+
+
+def is_socket(spec):
+    return isinstance(spec[0], str) and spec[0] not in ("INT", "FLOAT", "STRING", "BOOLEAN")
+
+
+@pytest.mark.parametrize("node_id", list(CONTRACT["nodes"]))
+def test_contract(llm, node_id):
+    """Ids, function, inputs with order, defaults and ranges, outputs: as the older packs had them, or wider."""
+    wanted, node_class = CONTRACT["nodes"][node_id], NODE_CLASS_MAPPINGS[node_id]
+    assert node_class.FUNCTION == wanted["function"] and callable(getattr(node_class(), wanted["function"]))
+    assert [o["type"] for o in wanted["outputs"]] == list(node_class.RETURN_TYPES)
+    assert node_class.DISPLAY_NAME == wanted["display_name"] and node_class.CATEGORY == wanted["category"]
+    ours = declared(node_class)
+    names = [entry["name"] for entry in wanted["inputs"]]
+    assert [name for name in ours if name in names] == names
+    for sockets in (True, False):
+        order = [name for name, (_, spec) in ours.items() if is_socket(spec) == sockets]
+        old = [name for name in order if name in names]
+        assert order[: len(old)] == old, "what is new stands after what was there"
+    for entry in wanted["inputs"]:
+        section, spec = ours[entry["name"]]
+        options = spec[1] if len(spec) > 1 else {}
+        assert section in (entry["section"], "optional")
+        if entry["type"] == "COMBO":
+            assert set(entry["options"]) <= set(spec[0])
+        else:
+            assert spec[0] == entry["type"]
+        if "default" in entry:
+            assert options["default"] == entry["default"]
+        if "min" in entry:
+            assert options["min"] <= entry["min"] and options["max"] >= entry["max"]
+        if "step" in entry:
+            assert options.get("step", 1) <= entry["step"]
+    for name, (section, _) in ours.items():
+        assert name in names or section == "optional"
+
+
+@pytest.mark.parametrize("node_id", [*CONTRACT["nodes"], "HotpathVLMLoader", "HotpathVLM", "HotpathCaptionFolder"])
+def test_every_input_is_explained(llm, node_id):
+    node_class = NODE_CLASS_MAPPINGS[node_id]
+    assert not FAILED_FAMILIES
+    assert node_class.DESCRIPTION and node_class.SEARCH_ALIASES and node_class.OUTPUT_TOOLTIPS
+    assert len(node_class.OUTPUT_TOOLTIPS) == len(node_class.RETURN_TYPES)
+    for name, (_, spec) in declared(node_class).items():
+        assert spec[1].get("tooltip"), name
+
+
+def test_models_of_other_machines_pass_validation(llm):
+    for node_id in CONTRACT["nodes"]:
+        node_class = NODE_CLASS_MAPPINGS[node_id]
+        name = "model_name" if node_id.startswith("AILab") else "model"
+        assert node_class.VALIDATE_INPUTS(**{name: "somebody/Unknown-9B (Q4)"}) is True
+
+
+SCG = dict(
+    model="qwen3_vl", quantization="none", attention_mode="auto", keep_model_loaded=True, bypass=False, do_sample=False,
+    temperature=0.7, top_p=0.9, top_k=50, min_p=0.0, repetition_penalty=1.0, max_new_tokens=8, seed=5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("node_id", ["QwenVL", "Qwen2.5VL"])
+def test_the_vision_nodes_answer(llm, headless_host, node_id):
+    node = NODE_CLASS_MAPPINGS[node_id]()
+    settings = SCG | {"system": "Be brief.", "text": "Describe.", "image_quality": "fast", "enable_image_cache": True}
+    (first,) = node.inference(**settings, image1=IMAGE, image3=IMAGE[:, :32], unique_id="4")
+    assert isinstance(first, str) and first
+    assert headless_host.texts[-1][0] == "4" and "visual tokens" in headless_host.texts[-1][1]
+    assert node.inference(**settings, image1=IMAGE, image3=IMAGE[:, :32]) == (first,)
+    assert node.inference(**settings, image=IMAGE, image3=IMAGE[:, :32]) == (first,)
+    assert node.inference(**settings, image1=torch.cat((IMAGE, 1 - IMAGE)), image3=IMAGE[:, :32]) == (first,)
+    # A 64 x 96 picture is enlarged to 128 old tokens by the old meaning, and has 6 of its own.
+    node.inference(**settings, image1=IMAGE, token_budget="tokens")
+    assert "1, 6 visual tokens" in headless_host.texts[-1][1]
+    node.inference(**settings, image1=IMAGE)
+    tokens = int(headless_host.texts[-1][1].split("pictures: 1, ")[1].split(" visual")[0])
+    assert 96 <= tokens <= 130
+
+
+def test_bypass_passes_the_text_on(llm):
+    assert NODE_CLASS_MAPPINGS["QwenVL"]().inference(text="as it is", bypass=True) == ("as it is",)
+    assert NODE_CLASS_MAPPINGS["Qwen"]().inference(prompt="as it is", bypass=True) == ("as it is",)
+
+
+def test_video_path(llm, headless_host, tmp_path):
+    import av
+    import numpy as np
+
+    path = tmp_path / "clip.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for index in range(8):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), index * 30, dtype=np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    node = NODE_CLASS_MAPPINGS["QwenVL"]()
+    (text,) = node.inference(**SCG, text="What?", video_path=str(path))
+    assert text and "pictures: 1" in headless_host.texts[-1][1]
+    with pytest.raises(FileNotFoundError, match="video_path"):
+        node.inference(**SCG, text="What?", video_path=str(tmp_path / "absent.mp4"))
+
+
+@pytest.mark.parametrize("node_id", ["Qwen", "Qwen2.5"])
+def test_the_text_nodes_answer(llm, node_id):
+    node = NODE_CLASS_MAPPINGS[node_id]()
+    settings = SCG | {"model": "qwen3", "do_sample": True, "temperature": 1.0}
+    (first,) = node.inference(prompt="Hello", **settings)
+    assert node.inference(prompt="Hello", **settings) == (first,)
+    assert node.inference(prompt="Hello", **(settings | {"seed": 6})) != (first,)
+
+
+def test_qwen2vl_answers_with_and_without_a_picture(llm, headless_host):
+    node = NODE_CLASS_MAPPINGS["Qwen2VL"]()
+    for picture in (IMAGE, None):
+        (text,) = node.inference("Describe this image", "qwen2_vl", "none", False, 0.0, 8, 1558, picture)
+        assert isinstance(text, str)
+    assert node.IS_CHANGED(seed=3, text="x") == 3
+    assert math.isnan(node.IS_CHANGED(seed=-1))
+
+
+def test_the_ailab_nodes_answer(llm, headless_host):
+    basic = NODE_CLASS_MAPPINGS["AILab_QwenVL"]()
+    (text,) = basic.process(
+        "qwen3_vl", "None (FP16)", "🖼️ Tags", "", "auto", 8, True, 1, image=IMAGE, video=IMAGE.expand(40, -1, -1, -1)
+    )
+    assert isinstance(text, str)
+    assert "pictures: 2" in headless_host.texts[-1][1] and "temperature 0.6" in headless_host.texts[-1][1]
+    advanced = NODE_CLASS_MAPPINGS["AILab_QwenVL_Advanced"]()
+    order = ["qwen3_vl", "8-bit (Balanced)", "sage", False, "cpu", "🖼️ Tags", "Say it.", 8, 0.6, 0.9, 2, 1.2, 4, True, 1]
+    assert isinstance(advanced.process(*order, image=IMAGE, token_budget="fast")[0], str)
+    assert "2 beams" in headless_host.texts[-1][1] and "int8" in headless_host.texts[-1][1]
+    enhancer = NODE_CLASS_MAPPINGS["AILab_QwenVL_PromptEnhancer"]()
+    for model in ("qwen3", "qwen3_vl"):
+        order = [model, "None (FP16)", "auto", False, "auto", "a cat", "📝 Enhance", "", 8, 0.7, 0.9, 1.1, True, 1]
+        assert isinstance(enhancer.process(*order)[0], str)
+
+
+def test_every_preset_has_words_of_its_own():
+    for words in (presets.DESCRIPTIONS, presets.STYLES):
+        assert len(set(words.values())) == len(words) and all(len(text) > 20 for text in words.values())
+
+
+class TestOwnNodes:
+    @pytest.fixture
+    def model(self, llm):
+        loaded, report = NODE_CLASS_MAPPINGS["HotpathVLMLoader"]().load("qwen3_vl")
+        assert "qwen3_vl" in report
+        return loaded
+
+    def ask(self, model, prompt, **settings):
+        node = NODE_CLASS_MAPPINGS["HotpathVLM"]()
+        shared = {"max_new_tokens": [8], "token_budget": ["fast"]}
+        return node.ask([model], [prompt], **(shared | settings))
+
+    def test_any_number_of_pictures_of_any_size(self, model):
+        pictures = [torch.rand(2, 64, 64, 3), torch.rand(1, 96, 40, 3), torch.rand(3, 33, 70, 3)]
+        answer, answers, thoughts, found, shown, report = self.ask(model, "Compare.", images=pictures)
+        assert answers == [answer] and thoughts == "" and found == "[]"
+        assert "pictures: 6" in report
+        assert [list(picture.shape) for picture in shown][2] == [1, 96, 40, 3]
+
+    def test_one_answer_for_each_picture_is_what_it_would_be_alone(self, model):
+        pictures = [torch.rand(3, 64, 64, 3), torch.rand(1, 96, 40, 3)]
+        _, answers, *_ = self.ask(model, "x", images=pictures, one_answer_each=[True], batch_size=[3])
+        singles = [self.ask(model, "x", images=[p[None]])[0] for batch in pictures for p in batch]
+        assert answers == singles and len(answers) == 4
+        with pytest.raises(ValueError, match="do not go together"):
+            self.ask(model, "x", images=pictures, one_answer_each=[True], answers=[2])
+
+    def test_several_answers_video_and_no_picture(self, model):
+        _, answers, *_ = self.ask(model, "x", answers=[3], temperature=[1.0], seed=[2])
+        assert len(set(answers)) == 3
+        *_, shown, report = self.ask(model, "x", video=[torch.rand(50, 32, 32, 3)], fps=[25.0], max_frames=[6])
+        assert "pictures: 1" in report and list(shown[0].shape) == [1, 64, 64, 3]
+
+    def test_boxes_are_drawn_and_json_is_read(self, model, monkeypatch):
+        from hotpath.vision_language import asking
+
+        real = asking.answer
+
+        def says(*arguments):
+            made = real(*arguments)
+            for part in made:
+                part.text = '```json\n[{"bbox_2d": [0, 0, 500, 500], "label": "cat"}]\n```'
+            return made
+
+        monkeypatch.setattr(asking, "answer", says)
+        black = torch.zeros(1, 100, 100, 3)
+        _, _, _, found, shown, _ = self.ask(model, "Find cats.", images=[black], answer_format=["boxes"])
+        assert json.loads(found) == [{"bbox_2d": [0, 0, 500, 500], "label": "cat"}]
+        assert shown[0][0, 50, 20].sum() > 0 and shown[0][0, 70, 70].sum() == 0
+        _, _, _, found, shown, _ = self.ask(model, "Find cats.", images=[black], answer_format=["json"])
+        assert json.loads(found)[0]["label"] == "cat" and shown[0].sum() == 0
+
+    def test_an_answer_without_json_says_so(self, model):
+        *_, report = self.ask(model, "x", images=[IMAGE], answer_format=["json"])
+        assert "1 of 1 answers hold no JSON" in report
+
+    def test_the_caption_node(self, model, headless_host):
+        from PIL import Image
+
+        folder = headless_host.input_folder() / "set"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+        node = NODE_CLASS_MAPPINGS["HotpathCaptionFolder"]()
+        made = node.caption(model, "set", "Describe.", max_new_tokens=6, before="x ")
+        captions, files, report = made["result"]
+        assert captions == [(folder / "a.txt").read_text(encoding="utf-8")] and captions[0].startswith("x ")
+        assert files == [str(folder / "a.png")] and "1 captioned" in report
+        assert "1 skipped" in node.caption(model, "set", "Describe.", max_new_tokens=6)["result"][2]
+
+
+SPEC = ["sys", "ask", "Qwen3-VL-4B-Instruct", "none", "auto", "high", True, False, False, True, 0.7, 0.9, 50, 0.0, 1.0, 512, 7,
+        "randomize", "v.mp4"]  # fmt: skip
+HEAD = ["sys", "ask", "Qwen3-VL-4B-Instruct", "none", "auto", False, False, True, 0.7, 0.9, 50, 0, 1, 512, 7, "fixed",
+        "high (768x28x28)", "v.mp4"]  # fmt: skip
+FIRST = ["ask", "Qwen2.5-VL-7B-Instruct", "8bit", False, 0.7, 512, 7, "randomize", "v.mp4"]
+
+
+class TestMigration:
+    @pytest.mark.parametrize("node_id", ["QwenVL", "Qwen2.5VL"])
+    def test_all_three_vision_layouts(self, node_id):
+        spec, head, first = (migration.widget_values(node_id, values) for values in (SPEC, HEAD, FIRST))
+        assert spec["image_quality"] == head["image_quality"] == "high"
+        assert spec["system"] == head["system"] == "sys" and "system" not in first
+        for found in (spec, head, first):
+            assert (found["text"], found["seed"], found["max_new_tokens"]) == ("ask", 7, 512)
+            assert found["video_path"] == "v.mp4" and "control_after_generate" not in found
+        assert first["quantization"] == "8bit" and first["temperature"] == 0.7
+
+    def test_values_without_the_browsers_own_entry_and_without_video(self):
+        assert migration.widget_values("QwenVL", SPEC[:17])["seed"] == 7
+        assert migration.widget_values("QwenVL", [*SPEC, "tokens", True])["strip_thoughts"] is True
+        assert migration.widget_values("QwenVL", FIRST[:-1])["max_new_tokens"] == 512
+
+    def test_both_text_layouts(self):
+        old = ["sys", "ask", "Qwen2.5-7B-Instruct", "8bit", False, 0.7, 512, 1158, "randomize"]
+        new = [
+            "sys",
+            "ask",
+            "Qwen3-4B-Instruct-2507",
+            "none",
+            "auto",
+            False,
+            False,
+            True,
+            0.7,
+            0.9,
+            50,
+            0,
+            1,
+            512,
+            3,
+            "fixed",
+        ]
+        for node_id in ("Qwen", "Qwen2.5"):
+            assert migration.widget_values(node_id, old)["seed"] == 1158
+            assert migration.widget_values(node_id, new)["seed"] == 3
+
+    def test_what_fits_nothing_is_left_alone(self):
+        assert migration.widget_values("QwenVL", [1, 2, 3]) is None
+        assert migration.widget_values("QwenVL", SPEC[:5]) is None
+        assert migration.widget_values("KSampler", SPEC) is None
+
+    def test_our_widgets_are_the_first_layout(self, llm):
+        """The table's first layout is what the node declares now, in its order."""
+        for node_id, layouts in migration.table()["layouts"].items():
+            ours = [name for name, (_, spec) in declared(NODE_CLASS_MAPPINGS[node_id]).items() if not is_socket(spec)]
+            assert [widget["name"] for widget in layouts[0]] == ours
+
+    def test_api_prompts(self):
+        prompt = {
+            "1": {
+                "class_type": "QwenVL",
+                "inputs": {"text": "x", "image": ["2", 0], "image_resolution": "low (256x28x28)"},
+            },
+            "2": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+        }
+        found = migration.migrate_prompt(prompt)
+        assert found["1"]["inputs"] == {"text": "x", "image1": ["2", 0], "image_quality": "fast"}
+        assert found["2"] == prompt["2"] and "image" in prompt["1"]["inputs"]
+        both = {"1": {"class_type": "QwenVL", "inputs": {"image": ["2", 0], "image1": ["3", 0]}}}
+        assert migration.migrate_prompt(both)["1"]["inputs"] == both["1"]["inputs"]
+
+    def test_an_api_prompt_of_the_first_layout_has_all_it_needs(self, llm):
+        """Nothing is required that an older layout lacks, and what it lacks has a default in the function."""
+        required = NODE_CLASS_MAPPINGS["QwenVL"].INPUT_TYPES()["required"]
+        assert set(required) <= {
+            "text",
+            "model",
+            "quantization",
+            "keep_model_loaded",
+            "temperature",
+            "max_new_tokens",
+            "seed",
+        }
+        node = NODE_CLASS_MAPPINGS["QwenVL"]()
+        assert node.inference(text="x", model="qwen3_vl", max_new_tokens=4, seed=1, image=IMAGE)
+
+    def test_the_browsers_half_agrees(self, tmp_path):
+        """The same saved values through web/qwen_vl_migration.js, when node is there to run it."""
+        import shutil
+        import subprocess
+
+        if shutil.which("node") is None:
+            pytest.skip("node is not installed")
+        source = (ROOT / "web" / "qwen_vl_migration.js").read_text(encoding="utf-8")
+        source = source.replace(
+            'import { app } from "../../scripts/app.js";', "const app = { registerExtension() {} };"
+        )
+        (tmp_path / "migration.mjs").write_text(source, encoding="utf-8")
+        cases = [["QwenVL", SPEC], ["QwenVL", HEAD], ["Qwen2.5VL", FIRST], ["QwenVL", [1, 2]]]
+        table = (ROOT / "web" / "qwen_vl_layouts.json").read_text(encoding="utf-8")
+        (tmp_path / "run.mjs").write_text(
+            "import { named, present, migrated } from './migration.mjs';\n"
+            f"const table = {table}; const cases = {json.dumps(cases)};\n"
+            "const widgets = table.layouts.QwenVL[0].flatMap((w) => w.name === 'seed' ? [w, {name: 'control_after_generate'}]"
+            " : [w]).map((w) => ({ name: w.name, value: 'default' }));\n"
+            "console.log(JSON.stringify(cases.map(([id, values]) => migrated(table, id, values, widgets))));\n"
+        )
+        made = subprocess.run(["node", "run.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+        present, head, first, nothing = json.loads(made.stdout)
+        assert present is None and nothing is None
+        assert head[5] == "high" and head[17] == "fixed" and head[18] == "v.mp4" and head[6] == "default"
+        assert first[:4] == ["default", "ask", "Qwen2.5-VL-7B-Instruct", "8bit"] and first[15:19] == [
+            512,
+            7,
+            "randomize",
+            "v.mp4",
+        ]
+
+
+def test_the_first_shared_workflow(llm):
+    """A graph of September 2024: every value finds its widget."""
+    graph = json.loads(
+        (ROOT / "tests" / "data" / "vision_language" / "QwenVL_Qwen2VL.json").read_text(encoding="utf-8")
+    )
+    order = [name for name, (_, spec) in declared(NODE_CLASS_MAPPINGS["Qwen2VL"]).items() if not is_socket(spec)]
+    for node in graph["nodes"]:
+        if node["type"] == "Qwen2VL":
+            values = dict(zip([*order, "control_after_generate"], node["widgets_values"], strict=True))
+            assert values["model"] == "Qwen2-VL-7B-Instruct" and values["max_new_tokens"] == 512
+            assert node["inputs"][0]["name"] == "image"
