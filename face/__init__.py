@@ -4,6 +4,19 @@ analyser = load_analyser(host.current().model_folders("insightface"))
 faces = analyser.analyse(images, choose=FaceChoice.largest())
 """
 
+from .areas import SHAPES, mark_faces
+from .batches import (
+    Match,
+    average_identity,
+    cut_faces,
+    describe,
+    draw_faces,
+    mask_faces,
+    match_faces,
+    require_faces,
+)
+from .crops import CropPlaces, paste
+from .engine_diagnosis import diagnose
 from .faces import (
     CHOICES,
     LADDER,
@@ -18,6 +31,7 @@ from .foreign import adapt
 from .keypoints import draw_keypoints
 from .loading import ENGINES, load_analyser
 from .model_folder import model_names
+from .onnxruntime_engine import PROVIDERS
 from .runner import PRECISIONS
 
 __all__ = [
@@ -25,14 +39,28 @@ __all__ = [
     "ENGINES",
     "LADDER",
     "PRECISIONS",
+    "PROVIDERS",
+    "SHAPES",
+    "CropPlaces",
     "DetectionOptions",
     "FaceAnalyser",
     "FaceChoice",
     "FaceError",
     "Faces",
+    "Match",
     "adapt",
+    "average_identity",
     "choose_face",
+    "cut_faces",
+    "describe",
+    "diagnose",
+    "draw_faces",
     "draw_keypoints",
     "load_analyser",
+    "mark_faces",
+    "mask_faces",
+    "match_faces",
     "model_names",
+    "paste",
+    "require_faces",
 ]

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import host
-from ..cache import content_key, named_cache
 from .alignment import invert, similarity, template, warp
 from .detection import Detector, merge_overlapping
 from .faces import DetectionOptions, FaceChoice, FaceError, Faces
 from .model_folder import ModelFolder
 from .pictures import PictureGroup, group_pictures, letterbox
 from .recognition import Recogniser
+from .remembering import analyse_in_parts, picture_keys
 from .runner import ACTIVATION_BYTES_PER_PIXEL
 
 PICTURES_AT_ONCE = 32
-RESULTS_LIMIT = 64 << 20  # bytes of remembered faces
 
 
 class PictureAnalyser:
@@ -38,10 +36,11 @@ class PictureAnalyser:
         detector: Detector,
         load_recogniser: Callable[[], Recogniser],
         fingerprint: str,
-        why: str,
+        why: list[str],
         remember: bool = True,
     ) -> None:
-        """`fingerprint` names files, engine and precision, for the cache; `why` says how the engine was chosen."""
+        """`fingerprint` names files, engine and precision, for the cache; `why` collects what there is to say
+        about the engine; a recogniser that is loaded later may add to it."""
         self.folder = folder
         self.detector = detector
         self.why = why
@@ -83,42 +82,15 @@ class PictureAnalyser:
         began = time.perf_counter()
         embed = embed or (choose is not None and choose.needs_embeddings)
         groups = group_pictures(images)
-        count = sum(len(group.positions) for group in groups)
-        found: list[Faces | None] = [None] * count
-        cache = named_cache("faces", RESULTS_LIMIT)
-        keys: dict[int, str] = {}
-        if self.remember:
-            keys = self._keys(groups, choose, embed, options)
-            found = [cache.get(keys[i]) for i in range(count)]
-        remembered = sum(faces is not None for faces in found)
-        with host.tracked(host.current(), count, "faces") as bar:
-            for group in groups:
-                open_rows = [row for row, position in enumerate(group.positions) if found[position] is None]
-                bar.update(len(group.positions) - len(open_rows))
-                step = self._pictures_at_once(options)
-                for start in range(0, len(open_rows), step):
-                    part = group.take(open_rows[start : start + step]).to(self.device)
-                    for position, faces in zip(
-                        part.positions, self._analyse_group(part, choose, embed, options), strict=True
-                    ):
-                        found[position] = faces
-                        if self.remember:
-                            cache.put(keys[position], faces)
-                    bar.update(len(part.positions))
-        result = [faces for faces in found if faces is not None]
+        keys = picture_keys(self._fingerprint, groups, choose, embed, options) if self.remember else {}
+        result, remembered = analyse_in_parts(
+            groups,
+            keys,
+            self._pictures_at_once(options),
+            lambda group: self._analyse_group(group.to(self.device), choose, embed, options),
+        )
         self._note(result, remembered, options, time.perf_counter() - began)
         return result
-
-    def _keys(
-        self, groups: list[PictureGroup], choose: FaceChoice | None, embed: bool, options: DetectionOptions
-    ) -> dict[int, str]:
-        choice = None if choose is None else (choose.kind, choose.position, choose.identity)
-        settings = content_key(self._fingerprint, choice, embed, options.threshold, options.overlap, options.sizes)
-        entries = [(p, picture) for group in groups for p, picture in zip(group.positions, group.pixels, strict=True)]
-        # hashlib lets go of the interpreter while it reads, so pictures are hashed side by side.
-        with ThreadPoolExecutor(max_workers=min(8, len(entries))) as pool:
-            digests = pool.map(lambda entry: content_key(settings, entry[1]), entries)
-            return {position: digest for (position, _), digest in zip(entries, digests, strict=True)}
 
     def _pictures_at_once(self, options: DetectionOptions) -> int:
         side = max(self._sizes(options), key=lambda s: s[0] * s[1])
@@ -182,7 +154,7 @@ class PictureAnalyser:
             rows = torch.tensor([row for row, n in enumerate(counts) for _ in range(n)])
             crops = self.aligned(group.pixels, rows, torch.cat([one.keypoints for one in faces]))
             vectors = self.recogniser.embed(crops).cpu()
-        parts = vectors.split(counts)
+        parts = torch.split(vectors, counts)
         return [
             Faces(one.boxes, one.keypoints, one.scores, part.clone(), one.size, one.detector_size)
             for one, part in zip(faces, parts, strict=True)
@@ -216,11 +188,10 @@ class PictureAnalyser:
     def report(self) -> str:
         """Engine, device, precision, the last call, and how the engine was chosen."""
         runner = self.detector.runner
-        notes = "".join(f" {note}" for note in self.folder.notes)
-        recogniser = (
-            "" if self.folder.recogniser is not None else " No recogniser file: faces can be found, not identified."
-        )
-        return f"Faces by {runner.engine} ({runner.where}), {self.folder.name}: {self._last}. {self.why}{recogniser}{notes}"
+        said = [f"Faces by {runner.engine} ({runner.where}), {self.folder.name}: {self._last}.", *self.why]
+        if self.folder.recogniser is None:
+            said.append("No recogniser file: faces can be found, not identified.")
+        return " ".join(part for part in (*said, *self.folder.notes) if part)
 
     def release(self) -> None:
         """Give the device memory of both networks back."""

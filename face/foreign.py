@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .faces import DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces
-from .pictures import group_pictures
+from .pictures import PictureGroup, group_pictures
+from .remembering import analyse_in_parts, picture_keys
 
 
 class ForeignAnalyser:
@@ -22,8 +23,9 @@ class ForeignAnalyser:
     An object with neither decides on the size itself and is asked once.
     """
 
-    def __init__(self, analysis: Any, why: str = "") -> None:
-        """Raises FaceError when the object has no `get`."""
+    def __init__(self, analysis: Any, why: str = "", fingerprint: str = "") -> None:
+        """`fingerprint` names its files and settings, for the cache; without one nothing is remembered, because the
+        content of a foreign object is not known. Raises FaceError when the object has no `get`."""
         if not callable(getattr(analysis, "get", None)) or isinstance(analysis, Mapping):
             raise FaceError(
                 f"A {type(analysis).__name__} is no face analysis (it has no get(image)); connect the output of a "
@@ -31,6 +33,7 @@ class ForeignAnalyser:
             )
         self.analysis = analysis
         self.why = why
+        self._fingerprint = fingerprint
         self._last = "nothing analysed yet"
 
     def analyse(
@@ -42,16 +45,28 @@ class ForeignAnalyser:
         options: DetectionOptions = DetectionOptions(),  # noqa: B008 - frozen
     ) -> list[Faces]:
         """See `FaceAnalyser.analyse`. The object embeds every face whatever `embed` says; then that is left out."""
-        groups = group_pictures(images)
-        found: dict[int, Faces] = {}
-        for group in groups:
-            for position, picture in zip(group.positions, group.pixels, strict=True):
+        embed = embed or (choose is not None and choose.needs_embeddings)
+
+        def compute(group: PictureGroup) -> list[Faces]:
+            found = []
+            for picture in group.pixels:
                 bgr = np.ascontiguousarray(picture.cpu().numpy()[:, :, ::-1])
                 faces = self._look(bgr, options, embed)
-                found[position] = faces if choose is None else choose.apply(faces)
-        result = [found[i] for i in range(len(found))]
-        self._last = f"{len(result)} pictures, {sum(map(len, result))} faces"
+                found.append(faces if choose is None else choose.apply(faces))
+            return found
+
+        groups = group_pictures(images)
+        keys = picture_keys(self._fingerprint, groups, choose, embed, options) if self._fingerprint else {}
+        result, remembered = analyse_in_parts(groups, keys, 1, compute)
+        again = f", {remembered} remembered" if remembered else ""
+        self._last = f"{len(result)} pictures, {sum(map(len, result))} faces{again}"
         return result
+
+    def __getattr__(self, name: str) -> Any:
+        """What else other packs ask of a FACEANALYSIS (`get`, `prepare`, `det_model`, `models`) is the object's own."""
+        if name.startswith("__") or name == "analysis":
+            raise AttributeError(name)
+        return getattr(self.analysis, name)
 
     def _look(self, bgr: NDArray[np.uint8], options: DetectionOptions, embed: bool) -> Faces:
         for size in options.sizes:
@@ -97,7 +112,7 @@ class ForeignAnalyser:
 
     def report(self) -> str:
         providers = ""
-        session = getattr(getattr(self.analysis, "det_model", None), "session", None)
+        session: Any = getattr(getattr(self.analysis, "det_model", None), "session", None)
         if callable(getattr(session, "get_providers", None)):
             providers = f", sessions on {', '.join(session.get_providers())}"
         kind = f"{type(self.analysis).__module__}.{type(self.analysis).__name__}"

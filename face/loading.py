@@ -16,11 +16,14 @@ from .. import host
 from ..cache import file_fingerprint
 from ..host import Managed
 from .detection import Detector
+from .engine_diagnosis import why_no_insightface, why_not
 from .faces import FaceError
+from .foreign import ForeignAnalyser
 from .insightface_api import CompatibleAnalyser
 from .model_folder import ModelFolder, find_model_folder
 from .onnx_graph import OnnxNetwork
 from .onnx_outline import Outline
+from .onnxruntime_engine import PROVIDERS, OnnxRuntimeRunner, Provider, UnverifiedProvider, long_name, provider_for
 from .recognition import Recogniser
 from .runner import PRECISIONS, TorchRunner
 
@@ -58,20 +61,81 @@ def load_analyser(
     manage: Manage | None = None,
     precision: str = "fp32",
     remember: bool = True,
-) -> CompatibleAnalyser:
+    provider: str = "auto",
+) -> CompatibleAnalyser | ForeignAnalyser:
     """The face analyser `name` from the first of the insightface `folders` that has it.
 
-    device: default the host's. manage: puts a network under memory management, default the host's on the host's device.
-    precision: fp32, or fp16 and bf16 where the weights stand it. remember: keep results by content.
+    engine: "torch"; "onnxruntime"; "insightface" (the library itself); "auto" is torch on an accelerator, and on the CPU
+    onnxruntime where it is installed, else torch. An engine that cannot run falls back to torch, and `report()` says why
+    and what to do. device: default the host's. manage: puts a network under memory management, default the host's.
+    precision: fp32, or fp16 and bf16 where the weights stand it (torch only). remember: keep results by content.
+    provider: of onnxruntime, one of PROVIDERS; "auto" is the one for the device.
     Raises FaceError, in one sentence with the cure, for what is missing or broken.
     """
     if engine not in ENGINES:
         raise FaceError(f"{engine!r} is no face engine; it is one of: {', '.join(ENGINES)}.")
     if precision not in PRECISIONS:
         raise FaceError(f"{precision!r} is no precision; it is one of: {', '.join(PRECISIONS)}.")
+    if provider != "auto" and provider not in PROVIDERS:
+        raise FaceError(f"{provider!r} is no onnxruntime provider; it is one of: auto, {', '.join(PROVIDERS)}.")
     folder = find_model_folder(folders, name)
     device = device or host.current().device()
-    return _load_torch(folder, device, manage or _manage_for(device), precision, remember, "Asked for.")
+    manage = manage or _manage_for(device)
+    chosen = PROVIDERS[provider] if provider != "auto" else provider_for(device)
+    why = ""
+    if engine == "insightface":
+        if (reason := why_no_insightface()) is None:
+            return _load_insightface(folder, chosen, remember)
+        why = f"insightface was asked for, but {reason}."
+    elif engine == "onnxruntime" or (engine == "auto" and device.type == "cpu" and precision == "fp32"):
+        reason = why_not(chosen)
+        if reason is None:
+            try:
+                said = "" if engine == "onnxruntime" else "Chosen because it is faster than torch on a CPU."
+                if precision != "fp32":
+                    said = f"{precision} is for the torch engine; onnxruntime computes in fp32."
+                return _load_onnxruntime(folder, chosen, device, remember, said)
+            except UnverifiedProvider as error:
+                reason = f"{error}; `hotpath doctor` says what is installed"
+        if engine == "onnxruntime":
+            why = f"onnxruntime {chosen.name} was asked for, but {reason}."
+    if why:
+        log.warning("Faces run on torch: %s", why)
+    return _load_torch(folder, device, manage, precision, remember, why)
+
+
+def _load_onnxruntime(
+    folder: ModelFolder, provider: Provider, device: torch.device, remember: bool, why: str
+) -> CompatibleAnalyser:
+    detector = Detector(OnnxRuntimeRunner(folder.detector, provider, device), folder.detector)
+    recogniser = folder.recogniser
+
+    def load_recogniser() -> Recogniser:
+        assert recogniser is not None
+        return Recogniser(OnnxRuntimeRunner(recogniser, provider, device), recogniser)
+
+    key = fingerprint(folder, "onnxruntime", provider.name)
+    return CompatibleAnalyser(folder, detector, load_recogniser, key, [why] if why else [], remember)
+
+
+def _load_insightface(folder: ModelFolder, provider: Provider, remember: bool) -> ForeignAnalyser:
+    from insightface.app import FaceAnalysis
+
+    names = [long_name(provider)] + (["CPUExecutionProvider"] if provider.name != "CPU" else [])
+    modules = ["detection"] + (["recognition"] if folder.recogniser is not None else [])
+    # By its path: a name would make the library look elsewhere, and download.
+    analysis = FaceAnalysis(name=str(folder.path), allowed_modules=modules, providers=names)
+    analysis.prepare(ctx_id=0, det_size=(640, 640))
+    why = ""
+    if provider.name != "CPU":
+        actual = analysis.det_model.session.get_providers()[0]
+        reason = why_not(provider)
+        if actual != long_name(provider):
+            why = f"{provider.name} was asked for, but runs on {actual}" + (f": {reason}." if reason else ".")
+        else:
+            why = f"{provider.name} is what the session lists; insightface does not let it be verified."
+    key = fingerprint(folder, "insightface", provider.name) if remember else ""
+    return ForeignAnalyser(analysis, why, key)
 
 
 def _manage_for(device: torch.device) -> Manage:
@@ -83,13 +147,17 @@ def _manage_for(device: torch.device) -> Manage:
 def _load_torch(
     folder: ModelFolder, device: torch.device, manage: Manage, precision: str, remember: bool, why: str
 ) -> CompatibleAnalyser:
+    said = [why] if why else []
+
     def runner(file: Outline) -> TorchRunner:
         network = OnnxNetwork(file.path)
         kept = precision
         if precision != "fp32":
             cosine = agreement(network, file, device, PRECISIONS[precision])
             log.info("%s: cosine %.5f between fp32 and %s", file.path.name, cosine, precision)
-            kept = precision if cosine >= SAME_DIRECTION else "fp32"
+            if not cosine >= SAME_DIRECTION:
+                kept = "fp32"
+                said.append(f"{file.path.name} stays in fp32: in {precision} its outputs turn (cosine {cosine:.4f}).")
         return TorchRunner(network.to(PRECISIONS[kept]), manage(network), device, kept)
 
     detector = Detector(runner(folder.detector), folder.detector)
@@ -99,9 +167,8 @@ def _load_torch(
         assert recogniser is not None
         return Recogniser(runner(recogniser), recogniser)
 
-    return CompatibleAnalyser(
-        folder, detector, load_recogniser, fingerprint(folder, "torch", str(device), precision), why, remember
-    )
+    key = fingerprint(folder, "torch", str(device), precision)
+    return CompatibleAnalyser(folder, detector, load_recogniser, key, said, remember)
 
 
 def fingerprint(folder: ModelFolder, *settings: Any) -> str:

@@ -112,7 +112,10 @@ def outline(path: Path) -> Outline:
         f"{path} is no whole ONNX file ({path.stat().st_size:,} bytes): it is truncated or of another kind; copy or "
         "download it again."
     )
-    inputs, outputs, nodes, stored = [], [], [], set()
+    inputs: list[tuple[str, tuple[int | None, ...]]] = []
+    outputs: list[tuple[str, tuple[int | None, ...]]] = []
+    nodes: list[str] = []
+    stored: set[str] = set()
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for field, wire, start, stop in _fields(data, 0, len(data)):

@@ -98,7 +98,7 @@ def draw_line(canvas: Canvas, a: Point, b: Point, colour: Colour) -> None:
 
 
 def fill_convex_polygon(canvas: Canvas, outline: list[Point], colour: Colour) -> None:
-    """Fill a convex polygon in place: its outline as lines, then rows between the two edges that go down from the top."""
+    """Fill a convex polygon in place: its outline as lines, then rows between the two edges down from the top."""
     height, width = canvas.shape[:2]
     xs, ys = [p[0] for p in outline], [p[1] for p in outline]
     if max(xs) < 0 or max(ys) < 0 or min(xs) >= width or min(ys) >= height:

@@ -42,4 +42,4 @@ class Recogniser:
         """[F, D] raw embeddings on the device, of crops [F, size, size, 3] float RGB in 0..255."""
         x = crops.permute(0, 3, 1, 2).sub(self.mean).mul(1.0 / self.deviation)
         step = BATCH if self.batches else 1
-        return torch.cat([self.runner.run(part)[0] for part in x.split(step)])
+        return torch.cat([self.runner.run(part)[0] for part in torch.split(x, step)])

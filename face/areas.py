@@ -1,0 +1,82 @@
+"""Faces as areas of their pictures: masks, and pictures with the faces marked."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .faces import FaceError, Faces
+
+SHAPES = ("oval", "box")
+MARKS = ((80, 220, 100), (255, 170, 40), (90, 160, 255), (240, 90, 200))
+POINT_COLOURS = ((255, 70, 70), (70, 255, 70), (70, 70, 255), (255, 255, 70), (255, 70, 255))
+
+
+def face_mask(faces: Faces, height: int, width: int, shape: str, grow: float, feather: float) -> Tensor:
+    """[height, width] in 0..1, 1 on every face; black without one.
+
+    shape: "oval" follows the tilt of the eyes, "box" is the detector's. grow: added on each side, in parts of the
+    box's extent. feather: width of the soft edge in pixels, outside of the shape.
+    """
+    if shape not in SHAPES:
+        raise FaceError(f"{shape!r} is no mask shape; it is one of: {', '.join(SHAPES)}.")
+    mask = torch.zeros(height, width)
+    scale = torch.tensor([width / faces.size[1], height / faces.size[0]])
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    for box, points in zip(faces.boxes, faces.keypoints, strict=True):
+        low, high = box[:2] * scale, box[2:] * scale
+        centre, half = (low + high) / 2, ((high - low) / 2 * (1 + 2 * grow)).clamp(min=0.5)
+        dx, dy = x - centre[0], y - centre[1]
+        if shape == "oval":
+            eyes = (points[1] - points[0]) * scale
+            tilt = math.atan2(float(eyes[1]), float(eyes[0])) if float(eyes.abs().sum()) > 0 else 0.0
+            across, along = (
+                dx * math.cos(tilt) + dy * math.sin(tilt),
+                -dx * math.sin(tilt) + dy * math.cos(tilt),
+            )
+            # Distance to the edge, exact on the axes, which is all a soft edge needs.
+            distance = (torch.hypot(across / half[0], along / half[1]) - 1) * float(half.min())
+        else:
+            distance = torch.maximum(dx.abs() - half[0], dy.abs() - half[1])
+        inside = 1 - (distance / max(feather, 1.0)).clamp(0, 1)
+        mask = torch.maximum(mask, inside)
+    return mask
+
+
+def mark_faces(picture: Tensor, faces: Faces) -> Tensor:
+    """[H, W, 3] float RGB: the picture [H, W, C] in 0..1 with each face's box, key points, index and score drawn."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    rgb = picture[..., :3] if picture.shape[-1] >= 3 else picture[..., :1].expand(*picture.shape[:2], 3)
+    image = Image.fromarray((rgb.detach().cpu().clamp(0, 1).numpy() * 255).astype(np.uint8))
+    ink = ImageDraw.Draw(image)
+    thick = max(1, round(max(image.size) / 400))
+    font = ImageFont.load_default(max(10, max(image.size) // 40))
+    for i, (box, points) in enumerate(zip(faces.boxes.tolist(), faces.keypoints.tolist(), strict=True)):
+        colour = MARKS[i % len(MARKS)]
+        ink.rectangle(box, outline=colour, width=thick)
+        for (px, py), point_colour in zip(points, POINT_COLOURS, strict=True):
+            ink.ellipse((px - 1.5 * thick, py - 1.5 * thick, px + 1.5 * thick, py + 1.5 * thick), fill=point_colour)
+        label = f"{i}  {float(faces.scores[i]):.2f}"
+        left, top, right, bottom = ink.textbbox((0, 0), label, font=font)
+        tall = bottom - top + 2 * thick
+        # Above the box, or inside it at the top of the picture.
+        at = (box[0], box[1] - tall if box[1] >= tall else box[1])
+        ink.rectangle((at[0], at[1], at[0] + right - left + 2 * thick, at[1] + tall), fill=colour)
+        ink.text((at[0] + thick - left, at[1] + thick - top), label, fill=(0, 0, 0), font=font)
+    return torch.from_numpy(np.array(image)).float() / 255.0
+
+
+def fit_keypoints(faces: Faces, height: int, width: int, fit: str) -> Tensor:
+    """[N, 5, 2] the key points in a picture of another size: "stretch", "contain" (all of it) or "cover" (filled)."""
+    sx, sy = width / faces.size[1], height / faces.size[0]
+    if fit == "stretch":
+        return faces.keypoints * torch.tensor([sx, sy])
+    if fit not in ("contain", "cover"):
+        raise FaceError(f"{fit!r} is no way to fit a drawing; it is one of: stretch, contain, cover.")
+    scale = min(sx, sy) if fit == "contain" else max(sx, sy)
+    shift = torch.tensor([width - faces.size[1] * scale, height - faces.size[0] * scale]) / 2
+    return faces.keypoints * scale + shift

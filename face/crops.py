@@ -1,0 +1,138 @@
+"""Crops around faces, and crops put back: the second pass over a face, at the size a model likes.
+
+A crop is a rotation, one scale and a shift of its picture, so what was changed in it lands where it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from .alignment import TEMPLATE, TEMPLATE_SIZE, invert, similarity, warp
+from .faces import FaceError, Faces
+
+FINEST = 8  # largest number of samples per crop pixel and axis when a crop shrinks its face
+
+
+@dataclass(frozen=True)
+class CropPlaces:
+    """Where crops came from: crop F shows picture `rows[F]` through `inverse[F]`, from crop pixels to its pixels."""
+
+    inverse: NDArray[np.float64]  # [F, 2, 3]
+    rows: tuple[int, ...]
+    side: int
+    pictures: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def crop_places(faces: Sequence[Faces], side: int, margin: float, upright: bool) -> CropPlaces:
+    """One square crop per face, picture by picture.
+
+    margin: room around the face on each side, in parts of the face's extent. upright=False turns the crop so that the
+    eyes are level (ArcFace's template); True keeps the picture's angle and centres the box.
+    """
+    if side < 8:
+        raise FaceError(f"A crop of {side} pixels is too small to hold a face; use at least 8.")
+    matrices, rows = [], []
+    room = 1 + 2 * margin
+    for row, found in enumerate(faces):
+        for box, keypoints in zip(found.boxes.numpy(), found.keypoints.numpy(), strict=True):
+            rows.append(row)
+            if upright:
+                extent = max(float(box[2] - box[0]), float(box[3] - box[1]), 1.0) * room
+                x, y = (box[0] + box[2]) / 2 - extent / 2, (box[1] + box[3]) / 2 - extent / 2
+                step = extent / side
+                # Pixel centres: crop pixel i covers [i, i + 1).
+                matrices.append([[step, 0, x + step / 2 - 0.5], [0, step, y + step / 2 - 0.5]])
+            else:
+                target = (TEMPLATE / TEMPLATE_SIZE - 0.5) / room + 0.5
+                matrices.append(invert(similarity(keypoints[None], (target * side).astype(np.float32)))[0])
+    inverse = np.array(matrices, np.float64).reshape(-1, 2, 3)
+    return CropPlaces(inverse, tuple(rows), side, len(faces))
+
+
+def cut(pictures: Tensor, places: CropPlaces) -> Tensor:
+    """[F, side, side, C] crops of `pictures` [B, H, W, C], black outside; averaged where a crop shrinks its face."""
+    _same_batch(pictures, places)
+    crops = []
+    for inverse, row in zip(places.inverse, places.rows, strict=True):
+        step = float(np.hypot(inverse[0, 0], inverse[1, 0]))
+        fine = min(FINEST, max(1, int(np.ceil(step - 1e-6))))
+        shift = (1 - fine) / (2 * fine)
+        finer = inverse.copy()
+        finer[:, 2] += inverse[:, :2] @ np.array([shift, shift])
+        finer[:, :2] /= fine
+        matrix = torch.from_numpy(finer[None].astype(np.float32)).to(pictures.device)
+        which = torch.tensor([row], device=pictures.device)
+        crop = warp(pictures, which, matrix, places.side * fine, places.side * fine)
+        crops.append(F.avg_pool2d(crop.permute(0, 3, 1, 2), fine).permute(0, 2, 3, 1))
+    if not crops:
+        return pictures.new_zeros(0, places.side, places.side, pictures.shape[-1])
+    return torch.cat(crops)
+
+
+def edge_weight(side: int, feather: float) -> Tensor:
+    """[side, side] in 0..1: 0 at the border, 1 from `feather` (part of half the side) inwards, smooth between."""
+    across = torch.minimum(torch.arange(side) + 0.5, side - torch.arange(side) - 0.5) / (side / 2)
+    inside = (across / max(feather, 1e-6)).clamp(0, 1)
+    inside = inside * inside * (3 - 2 * inside)
+    return inside[:, None] * inside[None, :]
+
+
+def paste(
+    pictures: Tensor, crops: Tensor, places: CropPlaces, feather: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The pictures [B, H, W, C] with the crops [F, S, S, C] put back, and where [B, H, W] in 0..1.
+
+    feather: width of the soft border, in parts of half the crop. mask: [F or 1, s, s], what of each crop counts; any
+    size. Crops may have another side than they were cut with. Raises FaceError when their number differs.
+    """
+    _same_batch(pictures, places)
+    if crops.shape[0] != len(places):
+        raise FaceError(
+            f"{crops.shape[0]} crops cannot be pasted into {len(places)} places; paste what Face Crop gave."
+        )
+    out, touched = pictures.clone(), pictures.new_zeros(pictures.shape[:3])
+    height, width, channels = pictures.shape[1:]
+    for i, row in enumerate(places.rows):
+        crop = crops[i].to(pictures)[..., :channels]
+        side = crop.shape[0]
+        weight = edge_weight(side, feather).to(pictures)
+        if mask is not None:
+            own = mask[min(i, mask.shape[0] - 1)].to(pictures)
+            weight = weight * F.interpolate(own[None, None], size=(side, side), mode="bilinear")[0, 0]
+        inverse = places.inverse[i].copy()
+        ratio = places.side / side
+        inverse[:, 2] += inverse[:, :2] @ np.full(2, (ratio - 1) / 2)
+        inverse[:, :2] *= ratio
+        corners = np.array([[-1, -1, 1], [side, -1, 1], [-1, side, 1], [side, side, 1]]) @ inverse.T
+        x0, y0 = (max(0, int(v)) for v in np.floor(corners.min(0)))
+        x1, y1 = (min(limit, int(v) + 1) for limit, v in zip((width, height), np.ceil(corners.max(0)), strict=True))
+        if x0 >= x1 or y0 >= y1:
+            continue
+        forward = invert(inverse[None])
+        forward[0, :, 2] += forward[0, :, :2] @ np.array([x0, y0])
+        layers = torch.cat([crop, weight[..., None]], -1)[None]
+        matrix = torch.from_numpy(forward.astype(np.float32)).to(pictures.device)
+        first = torch.zeros(1, dtype=torch.long, device=pictures.device)
+        back = warp(layers.contiguous(), first, matrix, y1 - y0, x1 - x0)[0]
+        alpha = back[..., -1:]
+        out[row, y0:y1, x0:x1] = torch.lerp(out[row, y0:y1, x0:x1], back[..., :-1], alpha)
+        region = touched[row, y0:y1, x0:x1]
+        touched[row, y0:y1, x0:x1] = torch.maximum(region, alpha[..., 0])
+    return out, touched
+
+
+def _same_batch(pictures: Tensor, places: CropPlaces) -> None:
+    if pictures.shape[0] != places.pictures:
+        raise FaceError(
+            f"The faces are of {places.pictures} pictures and {pictures.shape[0]} are connected: connect the same batch."
+        )

@@ -1,0 +1,94 @@
+"""Why an engine or an onnxruntime provider is not used here, and the exact cure. Nothing is installed or started."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import torch
+
+from .onnxruntime_engine import PROVIDERS, Provider, long_name
+
+FLAVOURS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-migraphx",
+    "onnxruntime-rocm",
+)
+# The last onnxruntime-gpu for each CUDA that torch may bring; newer ones want the next.
+LAST_FOR_CUDA = {11: "onnxruntime-gpu<1.19", 12: "onnxruntime-gpu<1.27"}
+
+
+def installed_flavours() -> dict[str, str]:
+    """The onnxruntime packages of this environment, with versions. All of them share one folder."""
+    found = {}
+    for name in FLAVOURS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cuda_of_onnxruntime() -> int | None:
+    """The CUDA major version this onnxruntime was built for; None when it does not say or was built for none."""
+    import onnxruntime
+
+    version = str(getattr(onnxruntime, "cuda_version", "") or "")
+    return int(version.split(".")[0]) if version.split(".")[0].isdigit() else None
+
+
+def why_not(provider: Provider) -> str | None:
+    """What keeps `provider` from being used, as a sentence with the cure; None when nothing is known to."""
+    flavours = installed_flavours()
+    if importlib.util.find_spec("onnxruntime") is None:
+        return f"onnxruntime is not installed: pip install {provider.package}"
+    if provider.name == "CPU":
+        return None
+    if len(flavours) > 1:
+        listed = ", ".join(f"{name} {version}" for name, version in flavours.items())
+        return (
+            f"two onnxruntime packages overwrite each other in one folder ({listed}): "
+            f"pip uninstall -y {' '.join(flavours)} && pip install {provider.package}"
+        )
+    import onnxruntime
+
+    if long_name(provider) not in onnxruntime.get_available_providers():
+        present = ", ".join(flavours) or "this build"
+        return (
+            f"{long_name(provider)} is not in {present} {onnxruntime.__version__}: "
+            f"pip uninstall -y {' '.join(flavours) or 'onnxruntime'} && pip install {provider.package}"
+        )
+    if provider.memory != "cuda":
+        return None
+    if not torch.cuda.is_available():
+        return (
+            "torch sees no GPU, so the driver is missing or hidden: install the driver, or unset CUDA_VISIBLE_DEVICES"
+        )
+    ours, theirs = torch.version.cuda, cuda_of_onnxruntime()
+    if ours is not None and theirs is not None and int(ours.split(".")[0]) != theirs:
+        package = LAST_FOR_CUDA.get(int(ours.split(".")[0]), "onnxruntime-gpu")
+        return (
+            f"onnxruntime {onnxruntime.__version__} needs CUDA {theirs} and this torch has CUDA {ours}: "
+            f"pip install '{package}'"
+        )
+    return None
+
+
+def why_no_insightface() -> str | None:
+    if importlib.util.find_spec("insightface") is None:
+        return "insightface is not installed: pip install insightface"
+    return why_not(PROVIDERS["CPU"])
+
+
+def diagnose() -> list[str]:
+    """One line per engine and provider: ready, or why not and what to do. For `hotpath doctor`."""
+    lines = ["torch: ready"]
+    for provider in PROVIDERS.values():
+        reason = why_not(provider)
+        verified = "ready" if provider.name == "CPU" else "installed; verified when a model is loaded"
+        lines.append(f"onnxruntime {provider.name}: {verified if reason is None else reason}")
+    lines.append(f"insightface: {why_no_insightface() or 'ready'}")
+    return lines

@@ -1,0 +1,200 @@
+"""The onnxruntime engine: any of its execution providers, believed only after the graph was seen to run there.
+
+`get_available_providers()` lists CUDA on machines without a driver, and sessions fall back to the CPU without an error.
+So a session is asked where it put its convolutions and matrix products; a provider that did not get all of them, or an
+onnxruntime that cannot say, is not called by that provider's name.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+
+from .faces import FaceError
+from .onnx_graph import read_model
+from .onnx_outline import Outline
+
+log = logging.getLogger("hotpath.face")
+
+HEAVY = ("Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "NhwcFusedConv")
+SESSIONS_KEPT = 2  # per network, on providers that want fixed sizes
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider: its name in onnxruntime, the package that has it, and the memory it reads."""
+
+    name: str
+    package: str
+    memory: str  # device type of torch tensors it can be bound to
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def long_name(self) -> str:
+        return f"{self.name}ExecutionProvider"
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider("CPU", "onnxruntime", "cpu"),
+        # HEURISTIC: the exhaustive search for an algorithm takes seconds for every new input size.
+        Provider("CUDA", "onnxruntime-gpu", "cuda", (("cudnn_conv_algo_search", "HEURISTIC"),)),
+        Provider("TensorRT", "onnxruntime-gpu", "cuda"),
+        Provider("MIGraphX", "onnxruntime-migraphx", "cuda"),
+        Provider("CoreML", "onnxruntime", "cpu"),
+        Provider("DirectML", "onnxruntime-directml", "cpu"),
+        Provider("OpenVINO", "onnxruntime-openvino", "cpu"),
+    )
+}
+# onnxruntime's own spellings where they are not the name with "ExecutionProvider".
+LONG_NAMES = {"TensorRT": "TensorrtExecutionProvider", "DirectML": "DmlExecutionProvider"}
+
+
+def long_name(provider: Provider) -> str:
+    return LONG_NAMES.get(provider.name, provider.long_name)
+
+
+def provider_for(device: torch.device) -> Provider:
+    """The provider that computes where torch does on `device`."""
+    if device.type == "cuda":
+        return PROVIDERS["MIGraphX" if torch.version.hip else "CUDA"]
+    if device.type == "mps":
+        return PROVIDERS["CoreML"]
+    if device.type == "xpu":
+        return PROVIDERS["OpenVINO"]
+    return PROVIDERS["DirectML"] if device.type == "privateuseone" else PROVIDERS["CPU"]
+
+
+def heavy_share(session: Any, provider: Provider) -> float | None:
+    """The part of the heavy nodes that runs on `provider`; None when this onnxruntime cannot say."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return None
+    here = total = 0
+    for group in session.get_provider_graph_assignment_info():
+        heavy = sum(node.op_type in HEAVY for node in group.get_nodes())
+        total += heavy
+        here += heavy if group.ep_name == long_name(provider) else 0
+    return here / total if total else None
+
+
+class UnverifiedProvider(RuntimeError):
+    """The session was made, but does not run where it was asked to; the message says where it does."""
+
+
+def open_batch(path: Path) -> bytes:
+    """The file with its batch, height and width named and open, whatever its header said.
+
+    Published detectors declare a batch of one which nothing in their graph needs.
+    """
+    graph = (model := read_model(path)).graph
+    stored = {t.name for t in graph.initializer}
+    given = next(value for value in graph.input if value.name not in stored)
+    dims = given.type.tensor_type.shape.dim
+    dims[0].ClearField("dim_value")
+    dims[0].dim_param = "batch"
+    for dim, name in zip(dims[2:], ("height", "width"), strict=False):
+        if dim.dim_value <= 0:
+            dim.dim_param = name
+    for output in graph.output:
+        for axis, dim in enumerate(output.type.tensor_type.shape.dim):
+            dim.ClearField("dim_value")
+            dim.dim_param = f"{output.name}_{axis}"
+    # Shapes that were inferred for a batch of one contradict the new header.
+    del graph.value_info[:]
+    data: bytes = model.SerializeToString()
+    return data
+
+
+class OnnxRuntimeRunner:
+    """A network in onnxruntime, reading and writing torch's memory."""
+
+    engine = "onnxruntime"
+
+    def __init__(self, file: Outline, provider: Provider, device: torch.device) -> None:
+        """`device` is torch's. Raises UnverifiedProvider when the provider does not get the heavy nodes."""
+        self.file = file
+        self.provider = provider
+        self.device = device if provider.memory == device.type else torch.device("cpu")
+        self.where = f"{long_name(provider)} fp32"
+        self._model = open_batch(file.path)
+        self._sessions: dict[tuple[int, int], Any] = {}
+        self._open = tuple(n is None for n in file.inputs[0][1][2:])
+        height, width = (n or 640 for n in file.inputs[0][1][2:])
+        self._check(self._session(height, width))
+
+    def _session(self, height: int, width: int) -> Any:
+        # Fixed sizes let a provider fold the shape arithmetic away instead of sending it to the CPU; the CPU does not care.
+        fixed = self.provider.name != "CPU" and any(self._open)
+        key = (height, width) if fixed else (0, 0)
+        if key in self._sessions:
+            return self._sessions[key]
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if fixed:
+            options.add_free_dimension_override_by_name("height", height)
+            options.add_free_dimension_override_by_name("width", width)
+        settings = dict(self.provider.options)
+        if self.provider.memory == "cuda":
+            if hasattr(onnxruntime, "preload_dlls"):
+                onnxruntime.preload_dlls()  # finds the CUDA libraries torch brought
+            settings["device_id"] = str(self.device.index or 0)
+        providers: list[Any] = [(long_name(self.provider), settings)]
+        if self.provider.name != "CPU":
+            providers.append("CPUExecutionProvider")
+        session = onnxruntime.InferenceSession(self._model, options, providers=providers)
+        while len(self._sessions) >= SESSIONS_KEPT:
+            del self._sessions[next(iter(self._sessions))]
+        self._sessions[key] = session
+        return session
+
+    def _check(self, session: Any) -> None:
+        first = session.get_inputs()[0]
+        if first.type != "tensor(float)":
+            raise FaceError(f"{self.file.path} takes {first.type} where float pictures are needed; use the fp32 file.")
+        if self.provider.name == "CPU":
+            return
+        if (actual := session.get_providers()[0]) != long_name(self.provider):
+            raise UnverifiedProvider(f"the session was made on {actual} instead of {long_name(self.provider)}")
+        share = heavy_share(session, self.provider)
+        if share is None:
+            raise UnverifiedProvider(
+                "this onnxruntime cannot say where its nodes run, so the provider cannot be verified (1.24 and later can)"
+            )
+        if share < 1.0:
+            raise UnverifiedProvider(f"{long_name(self.provider)} runs only {share:.0%} of the convolutions")
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        x = x.contiguous()
+        session = self._session(int(x.shape[2]), int(x.shape[3]))
+        place, index = self.device.type, self.device.index or 0
+        binding = session.io_binding()
+        binding.bind_input(session.get_inputs()[0].name, place, index, np.float32, tuple(x.shape), x.data_ptr())
+        for output in session.get_outputs():
+            binding.bind_output(output.name, place, index)
+        if place == "cuda":
+            # onnxruntime works on a stream of its own and takes torch's default stream for "none given".
+            torch.cuda.current_stream(self.device).synchronize()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return [_to_torch(value, self.device) for value in binding.get_outputs()]
+
+    def release(self) -> None:
+        """Close the sessions; the next run opens them again."""
+        self._sessions.clear()
+
+
+def _to_torch(value: Any, device: torch.device) -> Tensor:
+    if hasattr(value, "__dlpack__"):
+        return torch.utils.dlpack.from_dlpack(value)
+    return torch.from_numpy(value.numpy()).to(device)

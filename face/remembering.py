@@ -1,0 +1,57 @@
+"""Results by content: a picture that was looked at with the same settings is not looked at again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from .. import host
+from ..cache import content_key, named_cache
+from .faces import DetectionOptions, FaceChoice, Faces
+from .pictures import PictureGroup
+
+RESULTS_LIMIT = 64 << 20  # bytes
+HASHING_THREADS = 8
+
+
+def picture_keys(
+    fingerprint: str,
+    groups: list[PictureGroup],
+    choose: FaceChoice | None,
+    embed: bool,
+    options: DetectionOptions,
+) -> dict[int, str]:
+    """MD5 of each picture's pixels and every setting, by the picture's position in the call."""
+    choice = None if choose is None else (choose.kind, choose.position, choose.identity)
+    settings = content_key(fingerprint, choice, embed, options.threshold, options.overlap, options.sizes)
+    entries = [(p, picture) for group in groups for p, picture in zip(group.positions, group.pixels, strict=True)]
+    # hashlib lets go of the interpreter while it reads, so pictures are hashed side by side.
+    with ThreadPoolExecutor(max_workers=min(HASHING_THREADS, len(entries))) as pool:
+        digests = pool.map(lambda entry: content_key(settings, entry[1]), entries)
+        return {position: digest for (position, _), digest in zip(entries, digests, strict=True)}
+
+
+def analyse_in_parts(
+    groups: list[PictureGroup],
+    keys: dict[int, str],
+    at_once: int,
+    compute: Callable[[PictureGroup], list[Faces]],
+) -> tuple[list[Faces], int]:
+    """The faces of all pictures in order, `at_once` pictures computed together, and how many were remembered.
+
+    `keys` is empty when nothing is to be remembered. Checks for an interrupt between the parts.
+    """
+    count = sum(len(group.positions) for group in groups)
+    cache = named_cache("faces", RESULTS_LIMIT)
+    found: list[Faces | None] = [cache.get(keys[i]) if keys else None for i in range(count)]
+    remembered = sum(faces is not None for faces in found)
+    with host.tracked(host.current(), count, "faces") as bar:
+        for group in groups:
+            rows = [row for row, position in enumerate(group.positions) if found[position] is None]
+            bar.update(len(group.positions) - len(rows))
+            for start in range(0, len(rows), at_once):
+                part = group.take(rows[start : start + at_once])
+                for position, faces in zip(part.positions, compute(part), strict=True):
+                    found[position] = cache.put(keys[position], faces) if keys else faces
+                bar.update(len(part.positions))
+    return [faces for faces in found if faces is not None], remembered
