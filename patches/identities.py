@@ -102,10 +102,7 @@ def poses_in(people: Sequence[Person], image: Tensor, analyser: FaceAnalyser) ->
             "connect fewer identities."
         )
     order = _assign(people, found)
-    return [
-        Pose(draw_keypoints(*found.size, found.keypoints[face])[None], f"face {face + 1} of image_kps")
-        for face in order
-    ]
+    return [Pose(draw_pose(found.size, found.keypoints[face]), f"face {face + 1} of image_kps") for face in order]
 
 
 def _assign(people: Sequence[Person], found: Faces) -> list[int]:
