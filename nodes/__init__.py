@@ -16,6 +16,7 @@ log = logging.getLogger("hotpath")
 FAMILIES: tuple[str, ...] = (
     "instantid",
     "identity",
+    "faces",
     "cache",
     "colormnet",
     "deep_exemplar",
