@@ -7,7 +7,7 @@ node and one command can show and clear them all.
 
 from .bounded import BoundedCache, CacheStatistics
 from .keys import content_key, file_fingerprint
-from .registry import all_caches, clear_all, named_cache
+from .registry import all_caches, clear_all, limit_all, named_cache
 
 __all__ = [
     "BoundedCache",
@@ -16,5 +16,6 @@ __all__ = [
     "clear_all",
     "content_key",
     "file_fingerprint",
+    "limit_all",
     "named_cache",
 ]

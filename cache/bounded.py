@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from cachetools import LRUCache
 
@@ -58,6 +59,10 @@ def _size_of(value: Any, seen: set[int]) -> int:
         return sum(_size_of(v, seen) for v in value)
     if is_dataclass(value) and not isinstance(value, type):
         return sum(_size_of(getattr(value, f.name), seen) for f in fields(value))
+    if isinstance(value, np.ndarray):
+        while isinstance(value.base, np.ndarray):  # as with tensors: a view keeps the whole array alive
+            value = value.base
+        return int(value.nbytes)
     if hasattr(value, "nbytes"):
         return int(value.nbytes)
     return sys.getsizeof(value)
@@ -83,13 +88,17 @@ class BoundedCache(Generic[Value]):
 
     def get(self, key: str) -> Value | None:
         """The value, now the most recently used; None when it is not there."""
+        entry = self._entry(key)
+        return entry[0] if entry is not None else None
+
+    def _entry(self, key: str) -> tuple[Value, int] | None:
         with self._lock:
             entry = self._store.get(key)
             if entry is None:
                 self._misses += 1
-                return None
-            self._hits += 1
-            return entry[0]
+            else:
+                self._hits += 1
+            return entry
 
     def put(self, key: str, value: Value) -> Value:
         """Keep `value` unless it alone is over the limit; returns what the cache now holds for `key`."""
@@ -105,8 +114,9 @@ class BoundedCache(Generic[Value]):
             return value
 
     def get_or_compute(self, key: str, compute: Callable[[], Value]) -> Value:
-        found = self.get(key)
-        return found if found is not None else self.put(key, compute())
+        """The value for `key`, computed when it is not there. A None that was computed is remembered like any value."""
+        entry = self._entry(key)
+        return entry[0] if entry is not None else self.put(key, compute())
 
     def __contains__(self, key: str) -> bool:
         with self._lock:
@@ -123,13 +133,14 @@ class BoundedCache(Generic[Value]):
     def resize(self, limit: int) -> None:
         """Change the byte limit; what no longer fits goes, oldest use first."""
         with self._lock:
-            kept = [(key, self._store[key]) for key in list(self._store)]
-            order = LRUCache[str, tuple[Value, int]](limit, getsizeof=lambda entry: entry[1])
-            for key, entry in kept:
+            before = len(self._store)
+            resized = LRUCache[str, tuple[Value, int]](limit, getsizeof=lambda entry: entry[1])
+            while self._store:
+                key, entry = self._store.popitem()  # the least recently used first
                 if entry[1] <= limit:
-                    order[key] = entry
-            self._evictions += len(kept) - len(order)
-            self._store = order
+                    resized[key] = entry
+            self._evictions += before - len(resized)
+            self._store = resized
 
     def clear(self) -> None:
         with self._lock:

@@ -9,13 +9,24 @@ from .bounded import BoundedCache
 
 _caches: dict[str, BoundedCache[Any]] = {}
 _lock = threading.Lock()
+_limit: int | None = None
+
+
+def limit_all(limit: int | None) -> None:
+    """Give every cache `limit` bytes, also those that are made later; None: those that are made later get their own."""
+    global _limit
+    with _lock:
+        _limit = limit
+    if limit is not None:
+        for cache in all_caches():
+            cache.resize(limit)
 
 
 def named_cache(name: str, limit: int) -> BoundedCache[Any]:
-    """The cache called `name`, made with `limit` bytes the first time it is asked for."""
+    """The cache called `name`, made the first time it is asked for, with `limit` bytes unless `limit_all` said more."""
     with _lock:
         if name not in _caches:
-            _caches[name] = BoundedCache(name, limit)
+            _caches[name] = BoundedCache(name, limit if _limit is None else _limit)
         return _caches[name]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .. import host
-from ..cache import all_caches, clear_all
-from .instantid import HIDDEN
+from ..cache import all_caches, clear_all, limit_all
+from .sockets import HIDDEN
 
 ALL = "all"
 KEEP = "nothing"
@@ -63,8 +63,7 @@ class HotpathCache:
     ) -> tuple[str, Any]:
         gone = clear_all() if clear == ALL else 0
         if limit_mib:
-            for cache in all_caches():
-                cache.resize(limit_mib << 20)
+            limit_all(limit_mib << 20)
         lines = [str(cache.statistics()) for cache in all_caches()] or ["nothing is remembered yet"]
         if clear == ALL:
             lines.insert(0, f"{gone} entries cleared")

@@ -1,0 +1,506 @@
+"""Content keys and the bounded store: what decides whether a picture is computed again, and whether it is the right one."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hotpath.cache import BoundedCache, all_caches, clear_all, content_key, file_fingerprint, limit_all, named_cache
+from hotpath.cache import registry as registry_module
+from hotpath.cache.bounded import size_of
+
+KIB = 1024
+
+# ---------------------------------------------------------------- content_key
+
+DIFFERENT = {
+    "strings joined": ("ab", "c"),
+    "strings joined elsewhere": ("a", "bc"),
+    "one string": ("abc",),
+    "nested": (("ab", "c"),),
+    "deeper": ((("ab",), "c"),),
+    "int": (1,),
+    "float": (1.0,),
+    "bool": (True,),
+    "string of a digit": ("1",),
+    "bytes of a digit": (b"1",),
+    "path": (Path("1"),),
+    "none": (None,),
+    "nothing": (),
+    "empty string": ("",),
+    "empty bytes": (b"",),
+    "empty list": ([],),
+    "two empty lists": ([], []),
+    "an empty list in a list": ([[]],),
+    "empty mapping": ({},),
+    "zero": (0,),
+    "float zero": (0.0,),
+    "false": (False,),
+    "big int": (2**70,),
+    "mapping": ({"a": 1, "b": 2},),
+    "mapping as pairs": ([("a", 1), ("b", 2)],),
+    "mapping, values swapped": ({"a": 2, "b": 1},),
+    "dtype": (torch.float32,),
+    "dtype's name": ("torch.float32",),
+    "2x3": (torch.arange(6.0).reshape(2, 3),),
+    "3x2": (torch.arange(6.0).reshape(3, 2),),
+    "6": (torch.arange(6.0),),
+    "2x3 as array": (np.arange(6, dtype=np.float32).reshape(2, 3),),
+    "3x2 as array": (np.arange(6, dtype=np.float32).reshape(3, 2),),
+    "2x3 as list": (torch.arange(6.0).reshape(2, 3).tolist(),),
+    "scalar tensor": (torch.tensor(1.0),),
+    "one element": (torch.tensor([1.0]),),
+    "empty tensor": (torch.empty(0),),
+    "empty 0x3": (torch.empty(0, 3),),
+    "empty 3x0": (torch.empty(3, 0),),
+    "empty array": (np.empty(0, np.float32),),
+    "half": (torch.ones(4, dtype=torch.float16),),
+    "bfloat16": (torch.ones(4, dtype=torch.bfloat16),),
+    "fp8 e4m3": (torch.ones(4).to(torch.float8_e4m3fn),),
+    "fp8 e5m2": (torch.ones(4).to(torch.float8_e5m2),),
+    "uint8": (torch.zeros(4, dtype=torch.uint8),),
+    "int8": (torch.zeros(4, dtype=torch.int8),),
+    "bool tensor": (torch.zeros(4, dtype=torch.bool),),
+    "int32": (torch.zeros(4, dtype=torch.int32),),
+    "float32 zeros": (torch.zeros(4),),
+    "negative zeros": (-torch.zeros(4),),
+    "complex": (torch.ones(2, dtype=torch.complex64),),
+}
+
+
+def test_everything_that_differs_has_another_key() -> None:
+    keys = {name: content_key(*parts) for name, parts in DIFFERENT.items()}
+    by_key: dict[str, list[str]] = {}
+    for name, key in keys.items():
+        by_key.setdefault(key, []).append(name)
+    assert [names for names in by_key.values() if len(names) > 1] == []
+    assert all(len(key) == 32 and int(key, 16) >= 0 for key in keys.values())
+
+
+def test_a_key_is_of_the_content_and_not_of_the_object() -> None:
+    picture = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(1))
+    same = content_key(picture)
+    assert content_key(picture.clone()) == same
+    assert content_key(picture.clone().requires_grad_(True)) == same
+    assert content_key(torch.nn.Parameter(picture.clone())) == same
+    assert content_key(("x", picture)) == content_key(["x", picture])
+    changed = picture.clone()
+    changed[-1, -1, -1] += 1e-7
+    assert content_key(changed) != same
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.bool, torch.int64]
+)
+def test_layout_in_memory_does_not_matter(dtype: torch.dtype) -> None:
+    source = (torch.rand(4, 6, generator=torch.Generator().manual_seed(2)) * 9).to(dtype)
+    turned = source.t().contiguous().t()
+    assert not turned.is_contiguous()
+    assert content_key(turned) == content_key(source)
+    wide = torch.zeros(4, 12).to(dtype)
+    wide[:, ::2] = source
+    assert content_key(wide[:, ::2]) == content_key(source)
+    expanded = source[:1].expand(3, 6)
+    assert content_key(expanded) == content_key(expanded.clone())
+
+
+def test_layout_of_arrays_does_not_matter_but_byte_order_is_content() -> None:
+    source = np.arange(24, dtype=np.float32).reshape(4, 6)
+    assert content_key(np.asfortranarray(source)) == content_key(source)
+    assert content_key(np.repeat(source, 2, axis=1)[:, ::2]) == content_key(source)
+    assert content_key(source.astype(">f4")) != content_key(source)
+    assert content_key(np.array(3.0)) != content_key(np.array([3.0]))
+
+
+def test_order_of_a_mapping_does_not_matter() -> None:
+    one = {"weight": 0.8, "name": "ann", "nested": {"b": 1, "a": [2, None]}}
+    other = {"nested": {"a": [2, None], "b": 1}, "name": "ann", "weight": 0.8}
+    assert list(one) != list(other)
+    assert content_key(one) == content_key(other)
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        object(),
+        SimpleNamespace(a=1),
+        torch.nn.Linear(1, 1),
+        {1, 2},
+        (i for i in range(3)),
+        np.array([object()]),
+        [1, {"deep": object()}],
+        lambda: 0,
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_object_of_unknown_content_makes_no_key(unknown: object) -> None:
+    with pytest.raises(TypeError):
+        content_key("prefix", unknown)
+
+
+def test_same_key_in_another_process() -> None:
+    """A key made of addresses, or of Python's salted hash, would differ."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import conftest, torch, numpy as np\n"
+        "from pathlib import Path\n"
+        "from hotpath.cache import content_key\n"
+        "print(content_key('ann', 0.35, {'b': 1, 'a': None}, torch.arange(7).to(torch.bfloat16), np.ones((2, 2)),"
+        " Path('x/y'), torch.float16))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "77", "COMFYUI_PATH": os.devnull}
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    here = content_key(
+        "ann",
+        0.35,
+        {"a": None, "b": 1},
+        torch.arange(7).to(torch.bfloat16),
+        np.ones((2, 2)),
+        Path("x/y"),
+        torch.float16,
+    )
+    assert run.stdout.split()[-1] == here
+
+
+# ---------------------------------------------------------------- file_fingerprint
+
+
+def test_a_small_file_is_known_by_its_bytes_alone(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.bin", tmp_path / "b.bin"
+    first.write_bytes(b"weights" * 100)
+    second.write_bytes(b"weights" * 100)
+    os.utime(second, ns=(1, 1))
+    assert file_fingerprint(first) == file_fingerprint(second)
+    second.write_bytes(b"weights" * 99 + b"Weights")
+    assert file_fingerprint(first) != file_fingerprint(second)
+
+
+def test_a_changed_file_has_another_fingerprint(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"one")
+    before = file_fingerprint(path)
+    assert file_fingerprint(path) == before
+    path.write_bytes(b"two")
+    os.utime(path, ns=(10**18, 10**18))  # the clock of a file system may be too coarse to see the edit
+    after = file_fingerprint(path)
+    assert after != before
+    path.write_bytes(b"two!")
+    assert file_fingerprint(path) not in (before, after)
+
+
+def test_every_edit_of_a_large_file_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "large.bin"
+    size = 20 << 20
+    with path.open("wb") as file:
+        file.truncate(size)
+    os.utime(path, ns=(10**18, 10**18))
+    seen = {file_fingerprint(path)}
+    for step, offset in enumerate((0, size - 1, (1 << 20) + 5000, size // 2), start=1):  # some lie between the samples
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(b"x")
+        os.utime(path, ns=(10**18 + step, 10**18 + step))
+        seen.add(file_fingerprint(path))
+    assert len(seen) == 5
+
+
+def test_fingerprint_of_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        file_fingerprint(tmp_path / "none.bin")
+
+
+# ---------------------------------------------------------------- size_of
+
+
+def test_size_of_counts_what_is_kept_alive() -> None:
+    whole = torch.zeros(1000)
+    assert size_of(whole) == 4000
+    assert size_of(whole[:1]) == 4000, "a view keeps its whole storage alive"
+    assert size_of([whole, whole[10:], whole.view(10, 100)]) == 4000, "a shared storage is counted once"
+    assert size_of([whole, whole.clone()]) == 8000
+    assert size_of(torch.zeros(10, dtype=torch.bfloat16)) == 20
+    array = np.zeros(1000, np.float32)
+    assert size_of(array) == 4000
+    assert size_of(array[:1][:1]) == 4000
+
+
+def test_size_of_looks_into_containers_and_objects() -> None:
+    @dataclass(frozen=True)
+    class Faces:
+        boxes: torch.Tensor
+        more: dict[str, torch.Tensor]
+
+    faces = Faces(torch.zeros(10), {"x": torch.zeros(100)})
+    assert 440 <= size_of(faces) < 440 + 100
+    assert size_of([faces, faces]) < 2 * 440
+    assert size_of(SimpleNamespace(nbytes=12345)) == 12345
+    assert 1000 <= size_of("x" * 1000) < 1100
+    assert size_of({}) == size_of([]) == 0
+
+
+def test_size_of_a_prepared_identity_is_its_tensors() -> None:
+    from hotpath.identity import PreparedIdentity
+
+    blocks = [(torch.zeros(2, 16, 8), torch.zeros(2, 16, 8)) for _ in range(3)]
+    prepared = PreparedIdentity(torch.zeros(1, 16, 4), torch.zeros(1, 16, 4), blocks)
+    assert size_of(prepared) == prepared.nbytes == 4 * (3 * 2 * 2 * 16 * 8 + 2 * 16 * 4)
+
+
+# ---------------------------------------------------------------- BoundedCache
+
+
+def kib(count: int) -> torch.Tensor:
+    return torch.zeros(count * KIB, dtype=torch.uint8)
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    cache: BoundedCache[torch.Tensor] = BoundedCache("test", 3 * KIB)
+    for key in "abc":
+        cache.put(key, kib(1))
+    assert cache.get("a") is not None  # now b is the oldest
+    cache.put("d", kib(1))
+    assert [key in cache for key in "abcd"] == [True, False, True, True]
+    cache.put("e", kib(2))
+    assert [key in cache for key in "acde"] == [False, False, True, True]
+    assert cache.statistics().evictions == 3
+
+
+def test_putting_what_is_there_keeps_the_first_and_counts_as_use() -> None:
+    cache: BoundedCache[torch.Tensor] = BoundedCache("test", 2 * KIB)
+    first = cache.put("a", kib(1))
+    cache.put("b", kib(1))
+    assert cache.put("a", kib(1)) is first
+    cache.put("c", kib(1))
+    assert "a" in cache
+    assert "b" not in cache
+
+
+def test_a_value_over_the_limit_is_given_back_but_not_kept() -> None:
+    cache: BoundedCache[torch.Tensor] = BoundedCache("test", 2 * KIB)
+    cache.put("small", kib(1))
+    large = kib(3)
+    assert cache.put("large", large) is large
+    assert "large" not in cache
+    assert "small" in cache, "what does not fit must not push out what does"
+    assert cache.put("exact", kib(2)).nbytes == 2 * KIB
+    assert "exact" in cache
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_against_a_plain_model_of_an_lru(seed: int) -> None:
+    """A thousand random operations: never over the limit, and the same entries as the obvious implementation."""
+    rng = random.Random(seed)
+    limit = 8 * KIB
+    cache: BoundedCache[torch.Tensor] = BoundedCache("test", limit)
+    model: OrderedDict[str, int] = OrderedDict()
+    hits = misses = evictions = 0
+
+    def shrink() -> int:
+        gone = 0
+        while sum(model.values()) > limit:
+            model.popitem(last=False)
+            gone += 1
+        return gone
+
+    for _ in range(1000):
+        key = f"k{rng.randrange(12)}"
+        action = rng.random()
+        if action < 0.45:
+            size = rng.randrange(1, 10)
+            cache.put(key, kib(size))
+            if key in model:
+                model.move_to_end(key)
+            elif size * KIB <= limit:
+                model[key] = size * KIB
+                evictions += shrink()
+        elif action < 0.9:
+            found = cache.get(key)
+            assert (found is not None) == (key in model)
+            if found is not None:
+                assert found.nbytes == model[key]
+                model.move_to_end(key)
+                hits += 1
+            else:
+                misses += 1
+        elif action < 0.95:
+            cache.drop(key)
+            model.pop(key, None)
+        else:
+            limit = rng.randrange(1, 16) * KIB
+            cache.resize(limit)
+            for large in [k for k, size in model.items() if size > limit]:
+                del model[large]
+                evictions += 1
+            evictions += shrink()
+        statistics = cache.statistics()
+        assert statistics.nbytes <= statistics.limit == limit
+        assert statistics.nbytes == sum(model.values())
+        assert statistics.entries == len(cache) == len(model)
+        assert all(k in cache for k in model)
+    assert (statistics.hits, statistics.misses, statistics.evictions) == (hits, misses, evictions)
+
+
+def test_resize_drops_the_least_recently_used() -> None:
+    cache: BoundedCache[torch.Tensor] = BoundedCache("test", 4 * KIB)
+    for key in "abcd":
+        cache.put(key, kib(1))
+    cache.get("a")
+    cache.resize(2 * KIB)
+    assert [key in cache for key in "abcd"] == [True, False, False, True]
+    cache.put("e", kib(1))
+    assert [key in cache for key in "ade"] == [True, False, True], "the order of use survives a resize"
+    cache.resize(10 * KIB)
+    assert len(cache) == 2
+    assert cache.limit == 10 * KIB
+
+
+def test_statistics_and_clear() -> None:
+    cache: BoundedCache[torch.Tensor] = BoundedCache("faces", 1 << 20)
+    assert cache.statistics().hit_rate == 0
+    cache.get_or_compute("a", lambda: kib(512))
+    cache.get_or_compute("a", lambda: kib(512))
+    cache.get_or_compute("a", lambda: kib(512))
+    statistics = cache.statistics()
+    assert (statistics.entries, statistics.hits, statistics.misses, statistics.nbytes) == (1, 2, 1, 512 * KIB)
+    assert statistics.hit_rate == pytest.approx(2 / 3)
+    text = str(statistics)
+    assert text.startswith("faces: 1 entries, 0.5 of 1 MiB")
+    assert "67%" in text
+    cache.clear()
+    statistics = cache.statistics()
+    assert (statistics.entries, statistics.hits, statistics.misses, statistics.nbytes) == (0, 0, 0, 0)
+
+
+def test_none_is_a_result_like_any_other() -> None:
+    cache: BoundedCache[torch.Tensor | None] = BoundedCache("test", KIB)
+    calls: list[int] = []
+
+    def nothing_found() -> None:
+        calls.append(1)
+
+    assert cache.get_or_compute("a", nothing_found) is None
+    assert cache.get_or_compute("a", nothing_found) is None
+    assert len(calls) == 1
+    assert "a" in cache
+
+
+def test_a_failing_computation_leaves_no_entry() -> None:
+    cache: BoundedCache[torch.Tensor] = BoundedCache("test", KIB)
+
+    def fails() -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache.get_or_compute("a", fails)
+    assert "a" not in cache
+    assert cache.get_or_compute("a", lambda: kib(1)).nbytes == KIB
+
+
+def test_computing_may_use_the_cache_itself() -> None:
+    cache: BoundedCache[torch.Tensor] = BoundedCache("test", 8 * KIB)
+    value = cache.get_or_compute("outer", lambda: cache.get_or_compute("inner", lambda: kib(1)).clone())
+    assert value.nbytes == KIB
+    assert len(cache) == 2
+
+
+def test_many_threads_stay_within_the_limit_and_agree() -> None:
+    limit = 16 * KIB
+    cache: BoundedCache[torch.Tensor] = BoundedCache("test", limit)
+    start = threading.Barrier(8)
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        start.wait()
+        for _ in range(400):
+            number = rng.randrange(30)
+            value = cache.get_or_compute(str(number), lambda n=number: torch.full((KIB,), n, dtype=torch.uint8))
+            if int(value[0]) != number:
+                wrong.append(f"{number}: {int(value[0])}")
+            if cache.statistics().nbytes > limit:
+                wrong.append("over the limit")
+            if rng.random() < 0.02:
+                cache.resize(limit)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+    statistics = cache.statistics()
+    assert statistics.hits + statistics.misses == 8 * 400
+
+
+def test_two_threads_that_miss_the_same_key_get_one_value() -> None:
+    cache: BoundedCache[torch.Tensor] = BoundedCache("test", KIB)
+    both = threading.Barrier(2, timeout=30)
+    results: list[torch.Tensor] = []
+
+    def compute() -> torch.Tensor:
+        both.wait()  # passes only if neither holds a lock while it computes
+        return kib(1)
+
+    threads = [threading.Thread(target=lambda: results.append(cache.get_or_compute("a", compute))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(results) == 2
+    assert results[0] is results[1]
+
+
+# ---------------------------------------------------------------- registry
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No caches of others, and none of ours left for them."""
+    monkeypatch.setattr(registry_module, "_caches", {})
+    monkeypatch.setattr(registry_module, "_limit", None)
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_named_cache_is_made_once() -> None:
+    cache = named_cache("b", 100 * KIB)
+    assert named_cache("b", 5) is cache
+    assert cache.limit == 100 * KIB
+    named_cache("a", KIB)
+    assert [c.name for c in all_caches()] == ["a", "b"]
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_clearing_one_cache_or_all() -> None:
+    for name in "ab":
+        for number in range(3):
+            named_cache(name, 100 * KIB).put(str(number), kib(1))
+    assert clear_all("a") == 3
+    assert (len(named_cache("a", 0)), len(named_cache("b", 0))) == (0, 3)
+    assert clear_all() == 3
+    assert clear_all("unknown") == 0
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_limit_for_all_holds_for_later_caches_too() -> None:
+    early = named_cache("early", 100 * KIB)
+    for number in range(10):
+        early.put(str(number), kib(1))
+    limit_all(2 * KIB)
+    assert early.limit == 2 * KIB
+    assert early.statistics().nbytes == 2 * KIB
+    assert named_cache("late", 100 * KIB).limit == 2 * KIB
+    limit_all(None)
+    assert named_cache("later", 100 * KIB).limit == 100 * KIB
