@@ -46,7 +46,7 @@ class InstantIDAdapter(nn.Module):
             raise UnsupportedCheckpoint(
                 f"{name}: the resampler has no {error.args[0]}; the file is incomplete."
             ) from error
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UnsupportedCheckpoint(f"{name}: the resampler's weights do not fit together: {reason}") from error
         self.numbers = _block_numbers(ip_adapter, self.image_proj_model.output_dim, name)
@@ -93,7 +93,7 @@ class InstantIDAdapter(nn.Module):
 
 def _block_numbers(state: State, context_dim: int, name: str) -> tuple[int, ...]:
     """The blocks the file has keys and values for, counted from 0, checked for gaps and widths."""
-    found: dict[int, set[str]] = {}
+    found: dict[int, dict[str, int]] = {}
     for key, weight in state.items():
         match = KV_KEY.fullmatch(key)
         assert match is not None  # split_adapter refused others
@@ -102,14 +102,20 @@ def _block_numbers(state: State, context_dim: int, name: str) -> tuple[int, ...]
                 f"{name}: ip_adapter.{key} has the shape {tuple(weight.shape)}; expected [width, {context_dim}], because "
                 f"the resampler gives tokens {context_dim} wide."
             )
-        found.setdefault(int(match[1]), set()).add(match[2])
+        found.setdefault(int(match[1]), {})[match[2]] = weight.shape[0]
     numbers = sorted(found)
     expected = [2 * i + 1 for i in range(len(numbers))]
-    incomplete = [n for n in numbers if found[n] != {"k", "v"}]
+    incomplete = [n for n in numbers if found[n].keys() != {"k", "v"}]
     if not numbers or numbers != expected or incomplete:
         what = f"block {incomplete[0]} lacks one of them" if incomplete else f"found blocks {numbers[:4]}..."
         raise UnsupportedCheckpoint(
             f"{name}: keys and values must be numbered 1, 3, 5, ... without gaps, one pair per block; {what}."
+        )
+    uneven = [n for n in numbers if found[n]["k"] != found[n]["v"]]
+    if uneven:
+        widths = found[uneven[0]]
+        raise UnsupportedCheckpoint(
+            f"{name}: block {uneven[0]} has keys {widths['k']} wide and values {widths['v']} wide; they must be the same."
         )
     return tuple(range(len(numbers)))
 
@@ -144,13 +150,13 @@ def adopt_adapter(foreign: Any) -> InstantIDAdapter:
         )
     state: dict[str, Any] = {f"image_proj.{k}": v for k, v in resampler.state_dict().items()}
     for key, weight in layers.state_dict().items():
-        number, rest = key.split("_", 1)
-        state[f"ip_adapter.{number}.{rest}"] = weight
+        state[f"ip_adapter.{key.replace('_', '.', 1)}"] = weight
+    parts = split_adapter(state, "the adapter")
     sample = {key: _sample(value) for key, value in state.items()}
-    _adopted[foreign] = InstantIDAdapter(
-        *split_adapter(state, "the adapter"), "the adapter", content_key("adopted", sample)
-    )
-    return _adopted[foreign]
+    adapter = InstantIDAdapter(*parts, "the adapter", content_key("adopted", sample))
+    if isinstance(foreign, nn.Module):
+        _adopted[foreign] = adapter
+    return adapter
 
 
 def _sample(weight: Tensor) -> tuple[str, list[int], Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 PARTS = ("image_proj", "ip_adapter")
-KV_KEY = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
+KV_KEY = re.compile(r"([1-9][0-9]*)\.to_([kv])_ip\.weight")
 EXPECTED = (
     "expected InstantID's ip-adapter.bin: a resampler (image_proj.latents, image_proj.layers.*) and "
     "ip_adapter.1.to_k_ip.weight, ip_adapter.1.to_v_ip.weight and so on"
@@ -46,20 +47,19 @@ def _read(path: Path) -> Mapping[str, Any]:
                 f"{path.name} is not a whole safetensors file ({error}); download it again."
             ) from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         # mmap needs the zip format; older files are plain pickles.
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as refused:
-            raise UnsupportedCheckpoint(
-                f"{path.name} was not opened: it is no plain weights file (it holds code, or is not a torch file). "
-                "Download it again from a source you trust, or use a .safetensors file."
-            ) from refused
-        except (RuntimeError, EOFError, ValueError, KeyError) as again:
-            raise UnsupportedCheckpoint(
-                f"{path.name} is not a whole torch file ({type(error).__name__}); download it again."
-            ) from again
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except pickle.UnpicklingError as refused:
+        raise UnsupportedCheckpoint(
+            f"{path.name} was not opened: it is no plain weights file (it holds code, or is not a torch file). "
+            "Download it again from a source you trust, or use a .safetensors file."
+        ) from refused
+    except Exception as damaged:  # a damaged pickle ends in any exception, depending on where the damage is
+        raise UnsupportedCheckpoint(
+            f"{path.name} is not a whole torch file ({type(damaged).__name__}); download it again."
+        ) from damaged
     if not isinstance(loaded, Mapping):
         raise UnsupportedCheckpoint(f"{path.name} holds a {type(loaded).__name__}, not weights; {EXPECTED}.")
     return loaded
@@ -68,10 +68,10 @@ def _read(path: Path) -> Mapping[str, Any]:
 def split_adapter(loaded: Mapping[str, Any], name: str) -> tuple[State, State]:
     """Separate and check the two parts of a loaded adapter. `name` is the file's, for messages."""
     if set(PARTS) <= loaded.keys() and all(isinstance(loaded[part], Mapping) for part in PARTS):
-        parts = {part: dict(loaded[part]) for part in PARTS}
+        parts = {part: {str(key): value for key, value in loaded[part].items()} for part in PARTS}
     else:
         parts = {
-            part: {key[len(part) + 1 :]: value for key, value in loaded.items() if key.startswith(part + ".")}
+            part: {key[len(part) + 1 :]: v for key, v in loaded.items() if str(key).startswith(part + ".")}
             for part in PARTS
         }
     image_proj, ip_adapter = parts["image_proj"], parts["ip_adapter"]
@@ -89,6 +89,10 @@ def split_adapter(loaded: Mapping[str, Any], name: str) -> tuple[State, State]:
         for key, value in state.items():
             if not isinstance(value, Tensor):
                 raise UnsupportedCheckpoint(f"{name}: {part}.{key} is a {type(value).__name__}, not a tensor.")
+            if not value.is_floating_point():
+                raise UnsupportedCheckpoint(
+                    f"{name}: {part}.{key} holds {value.dtype}, not floating-point weights; quantised adapters are not read."
+                )
     return image_proj, ip_adapter
 
 

@@ -22,7 +22,8 @@ def combine_embeddings(embeddings: Tensor, mode: str = "average") -> Tensor:
     if embeddings.shape[0] == 1 or mode == "concat":
         return embeddings
     if mode == "norm average":
-        embeddings = embeddings / torch.norm(embeddings, dim=0, keepdim=True)
+        norm = torch.norm(embeddings, dim=0, keepdim=True)
+        embeddings = embeddings / norm.where(norm > 0, 1)  # a feature that is 0 in every picture stays 0
     return embeddings.mean(dim=0, keepdim=True)
 
 

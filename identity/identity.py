@@ -13,6 +13,7 @@ from torch import Tensor
 from ..cache import content_key
 
 FORMAT = "hotpath.identity.1"
+MAX_PIXELS = 1 << 28  # a file from elsewhere must not ask for a drawing that fills the memory
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Identity:
             raise ValueError(f"an identity needs embeddings [N, 1, D] with N >= 1, not {shape}")
         if not torch.isfinite(self.embeddings).all():
             raise ValueError(f"the embeddings of {self.name!r} are not finite; use another picture of the face")
+        if self.keypoints is not None and tuple(self.keypoints.shape) != (5, 2):
+            raise ValueError(f"an identity needs key points [5, 2], not {tuple(self.keypoints.shape)}")
+        if self.size is not None and not 0 < self.size[0] * self.size[1] <= MAX_PIXELS:
+            raise ValueError(f"an identity's picture has 1 to {MAX_PIXELS} pixels, not {self.size[0]} x {self.size[1]}")
 
     @property
     def key(self) -> str:
@@ -50,7 +55,8 @@ class Identity:
                 f"{self.name!r} was made with {self.recogniser} and {other.name!r} with {other.recogniser}: embeddings "
                 "of different recognisers cannot be averaged. Make both with the same face model."
             )
-        return replace(self, embeddings=torch.cat((self.embeddings, other.embeddings)))
+        recogniser = self.recogniser if self.recogniser != "unknown" else other.recogniser
+        return replace(self, embeddings=torch.cat((self.embeddings, other.embeddings)), recogniser=recogniser)
 
     def similarity(self, embeddings: Tensor) -> Tensor:
         """Cosine of each embedding [M, D] with the mean of this identity's, [M]."""
@@ -93,10 +99,14 @@ def load_identity(path: Path) -> Identity:
     if metadata.get("format") != FORMAT or "embeddings" not in tensors:
         raise ValueError(f"{path.name} is no saved identity: it holds {', '.join(sorted(tensors)[:3]) or 'nothing'}.")
     height, _, width = metadata.get("size", "").partition("x")
-    return Identity(
-        tensors["embeddings"],
-        metadata.get("name", path.stem),
-        metadata.get("recogniser", "unknown"),
-        tensors.get("keypoints"),
-        (int(height), int(width)) if height.isdigit() and width.isdigit() else None,
-    )
+    keypoints = tensors.get("keypoints")
+    try:
+        return Identity(
+            tensors["embeddings"].float(),
+            metadata.get("name", path.stem),
+            metadata.get("recogniser", "unknown"),
+            keypoints.float() if keypoints is not None else None,
+            (int(height), int(width)) if height.isdecimal() and width.isdecimal() else None,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no usable identity: {error}.") from error

@@ -96,7 +96,10 @@ def prepare(
             f"The face embeddings are {embeddings.shape[-1]} wide, {adapter.name} takes {adapter.embedding_dim}: use the "
             "face model the adapter was trained with (antelopev2 for InstantID)."
         )
-    key = content_key("instantid", adapter.fingerprint, embeddings, combine, float(noise), dtype)
+    if not torch.isfinite(embeddings).all():
+        raise ValueError("The face embeddings hold values that are not finite (NaN); use another picture of the face.")
+    computed_in = next(adapter.parameters()).dtype
+    key = content_key("instantid", adapter.fingerprint, computed_in, embeddings, combine, float(noise), dtype)
     cache = named_cache("InstantID identities", CACHE_BYTES)
     return cache.get_or_compute(key, lambda: _compute(adapter, managed, embeddings, combine, noise, dtype))
 

@@ -68,8 +68,12 @@ class Resampler(nn.Module):
 
         Raises KeyError for a missing key and RuntimeError for keys or shapes that do not fit.
         """
+        if state["latents"].ndim != 3 or state["proj_in.weight"].ndim != 2:
+            found = {key: tuple(state[key].shape) for key in ("latents", "proj_in.weight")}
+            raise RuntimeError(f"latents must be [1, queries, dim] and proj_in.weight [dim, embedding], not {found}")
         _, queries, dim = state["latents"].shape
-        depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("layers.")), default=-1)
+        # Counted, not taken from the highest number: a gap is then a missing key, and a huge number costs nothing.
+        depth = len({key.split(".")[1] for key in state if key.startswith("layers.")})
         with torch.device("meta"):
             net = cls(
                 dim=dim,
