@@ -37,7 +37,9 @@ class ComfyUIManaged:
     def resident(self, extra_bytes: int = 0, keep: bool = True) -> Iterator[nn.Module]:
         import comfy.model_management as management
 
-        management.load_models_gpu([self.patcher], memory_required=extra_bytes)
+        management.load_models_gpu([self.patcher], memory_required=extra_bytes, force_full_load=True)
+        # ComfyUI's low-memory modes leave behind what is not one of its own layers, and count on those to cast.
+        self.module.to(self.device)
         try:
             yield self.module
         finally:
@@ -48,6 +50,8 @@ class ComfyUIManaged:
         import comfy.model_management as management
 
         management.unload_model_and_clones(self.patcher, unload_additional_models=False)
+        # With dynamic VRAM, parameters beside sub-modules would stay behind on the device.
+        self.module.to(self.patcher.offload_device)
 
 
 class ComfyUIProgress:

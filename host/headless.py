@@ -31,8 +31,8 @@ class HeadlessManaged:
     @contextmanager
     def resident(self, extra_bytes: int = 0, keep: bool = True) -> Iterator[nn.Module]:
         with self._lock:
-            self.module.to(self.device)
             try:
+                self.module.to(self.device)
                 yield self.module
             finally:
                 if not keep:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .interface import ModelNotFound
@@ -12,21 +12,31 @@ from .interface import ModelNotFound
 def list_files(folders: Iterable[Path], suffixes: Sequence[str]) -> list[str]:
     """Names of the files below `folders`, relative, with forward slashes, sorted, each once; links are followed."""
     wanted = tuple(s.lower() for s in suffixes)
-    found: set[str] = set()
-    for folder in folders:
-        seen: set[str] = set()
-        for where, subfolders, names in os.walk(folder, followlinks=True):
-            real = os.path.realpath(where)
-            if real in seen:  # a link that points upwards
-                subfolders.clear()
-                continue
-            seen.add(real)
-            subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-            for name in names:
-                if name.startswith(".") or (wanted and not name.lower().endswith(wanted)):
-                    continue
-                found.add((Path(where) / name).relative_to(folder).as_posix())
-    return sorted(found, key=str.lower)
+    found = {
+        file.relative_to(folder).as_posix()
+        for folder in folders
+        for file in _walk(folder, frozenset())
+        if not wanted or file.name.lower().endswith(wanted)
+    }
+    return sorted(found, key=lambda name: (name.lower(), name))
+
+
+def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+    """The files below `folder` that are not hidden. above: real paths of the folders it was reached through."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link that points upwards
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:  # missing, or not ours to read
+        return
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(folder / entry.name, above | {real})
+        elif entry.is_file():
+            yield folder / entry.name
 
 
 def find_file(kind: str, folders: Sequence[Path], name: str) -> Path:
