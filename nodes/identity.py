@@ -23,7 +23,7 @@ from ..patches.identities import (
 )
 from ..patches.identity_conditioning import ALL_NETS, ONLY_IDENTITY_NET
 from ..patches.instantid import describe_faces, identity_from, identity_of_faces, read_faces
-from .instantid import END_AT, HIDDEN, INSIGHTFACE, INSTANTID, MODEL, NEGATIVE, POSITIVE, START_AT
+from .sockets import END_AT, HIDDEN, INSIGHTFACE, INSTANTID, MODEL, NEGATIVE, POSITIVE, START_AT
 
 CATEGORY = "Hotpath/InstantID"
 IDENTITY = "HOTPATH_IDENTITY"

@@ -1,0 +1,41 @@
+"""Inputs that several InstantID nodes declare alike, and the hidden input of every node that shows a report.
+
+A family does not import another one: each must register when the others cannot.
+"""
+
+from __future__ import annotations
+
+INSTANTID = ("INSTANTID", {"tooltip": "The InstantID adapter, from Load InstantID Model."})
+INSIGHTFACE = ("FACEANALYSIS", {"tooltip": "The face models, from InstantID Face Analysis. Other packs' work too."})
+CONTROL_NET = (
+    "CONTROL_NET",
+    {"tooltip": "InstantID's IdentityNet: its diffusion_pytorch_model, from Load ControlNet Model."},
+)
+FACE_IMAGE = ("IMAGE", {"tooltip": "The person. A batch of pictures of one person makes a steadier identity."})
+MODEL = ("MODEL", {"tooltip": "An SDXL model. It is cloned; the one you connect stays as it is."})
+POSITIVE = ("CONDITIONING", {"tooltip": "The prompt."})
+NEGATIVE = ("CONDITIONING", {"tooltip": "The negative prompt."})
+IMAGE_KPS = (
+    "IMAGE",
+    {
+        "tooltip": "Sets the pose: a photo with a face, or a finished key point drawing. Without it, the pose is the face's own."
+    },
+)
+MASK = ("MASK", {"tooltip": "Where the identity acts. Any size; one mask, or one per picture of the batch."})
+START_AT = (
+    "FLOAT",
+    {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "Part of the schedule at which it starts."},
+)
+END_AT = (
+    "FLOAT",
+    {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "Part of the schedule at which it ends."},
+)
+MIDDLE_BLOCK = (
+    "BOOLEAN",
+    {
+        "default": False,
+        "tooltip": "Also patch the ten attention blocks in the middle of the UNet. The pack this node comes from meant to, "
+        "but missed them since September 2024: off gives the pictures of shared workflows, on the stronger identity.",
+    },
+)
+HIDDEN = {"unique_id": "UNIQUE_ID"}
