@@ -151,7 +151,7 @@ class LoadedModel:
             pixels = torch.zeros(side * side, width, device=here, dtype=self.dtype)
             made = self.network.model.get_image_features(pixels, torch.tensor([[1, side, side]], device=here))
         levels = getattr(made, "deepstack_features", None)
-        return bool(levels) and not isinstance(levels[0], torch.Tensor)
+        return levels is not None and len(levels) > 0 and not isinstance(levels[0], torch.Tensor)
 
     @cached_property
     def image_sizes(self) -> TokenPixels:

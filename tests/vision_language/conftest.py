@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from hotpath.cache import clear_all
 from hotpath.demo.captioner_model import TEXT_KINDS, VISION_KINDS, write_folder
 from hotpath.vision_language.answering import Answer, AnswerOptions, answer
@@ -105,10 +104,9 @@ def question(request: pytest.FixtureRequest) -> Question:
 
 def library_inputs(processor: Any, model: LoadedModel, question: Question, budget: Any) -> dict[str, Any]:
     """What the library's own processor makes of a question, with the same budget."""
+    from hotpath.vision_language.embeddings import clip_size
     from PIL import Image
     from torchvision.transforms.v2 import functional as vision
-
-    from hotpath.vision_language.embeddings import clip_size
 
     text = render(model, question)
     if model.processor is None:

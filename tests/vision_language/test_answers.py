@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from hotpath.vision_language import answers
 from hotpath.vision_language.budgets import OLD_PRESETS, PRESETS, PROCESSOR, TokenPixels, fitted, preset
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from hotpath.demo import train_captioner
 from hotpath.vision_language.answering import AnswerOptions
 from hotpath.vision_language.budgets import PRESETS
@@ -17,6 +15,7 @@ from hotpath.vision_language.captioning import CaptionJob, FolderCaptioner
 from hotpath.vision_language.loading import MODELS, LoadOptions
 from hotpath.vision_language.pictures import Clip, from_frames, from_images, read_clip, read_picture, to_bytes
 from hotpath.vision_language.sampling import Sampling
+from PIL import Image
 
 GREEDY = Sampling(sample=False)
 DEMO = Path(train_captioner.__file__).parent / "captioner"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
 from hotpath.vision_language import decoding, generation, projections
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
@@ -14,6 +12,7 @@ from hotpath.vision_language.prefill import prefill
 from hotpath.vision_language.prompts import Question, build
 from hotpath.vision_language.quantization import Int4Linear, ScaledLinear, pack, plan
 from hotpath.vision_language.sampling import Sampling
+from torch import nn
 
 GREEDY = Sampling(sample=False)
 STATIC = DecodePath("static", "")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import pytest
 import torch
-
 from hotpath.host import Interrupted
 from hotpath.vision_language import generation
 from hotpath.vision_language.answering import AnswerOptions, answer
@@ -208,7 +210,7 @@ def test_text_streams_under_the_node(load, ask, headless_host, pictures, monkeyp
     made = ask(model, Question("Describe.", "", (pictures.a,)), node_id="9")
     shown = [text for node, text in headless_host.texts if node == "9"]
     assert len(shown) == 12
-    assert all(len(a) <= len(b) for a, b in zip(shown, shown[1:], strict=False))
+    assert all(len(a) <= len(b) for a, b in itertools.pairwise(shown))
     assert shown[-1].strip() == made.raw
 
 
@@ -301,6 +303,7 @@ def test_out_of_memory_tries_half_the_budget_once(load, ask, pictures, monkeypat
     original = type(model.network.model).get_image_features
     tokens = []
 
+    @functools.wraps(original)
     def tight(self, pixels, grid, *args, **kwargs):
         tokens.append(int(grid.prod()) // 4)
         if tokens[-1] > 20:

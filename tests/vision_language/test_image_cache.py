@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
 from hotpath.cache import all_caches, clear_all
 from hotpath.vision_language import embeddings
 from hotpath.vision_language.answering import AnswerOptions, answer

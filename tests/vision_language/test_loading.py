@@ -9,7 +9,6 @@ import weakref
 
 import pytest
 import torch
-
 from hotpath.demo.captioner_model import write_folder
 from hotpath.vision_language import download, folders
 from hotpath.vision_language.folders import UnusableModel
@@ -133,7 +132,6 @@ def test_a_revision_has_a_folder_of_its_own(llm, offline):
 
 def test_an_interrupt_stops_a_download(llm, headless_host, monkeypatch):
     import huggingface_hub
-
     from hotpath.host import Interrupted
 
     def fetch(repository, tqdm_class, **settings):

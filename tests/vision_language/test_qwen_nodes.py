@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from hotpath.nodes import FAILED_FAMILIES, NODE_CLASS_MAPPINGS
 from hotpath.vision_language import migration, presets
 
@@ -33,9 +32,9 @@ def is_socket(spec):
 def test_contract(llm, node_id):
     """Ids, function, inputs with order, defaults and ranges, outputs: as the older packs had them, or wider."""
     wanted, node_class = CONTRACT["nodes"][node_id], NODE_CLASS_MAPPINGS[node_id]
-    assert node_class.FUNCTION == wanted["function"] and callable(getattr(node_class(), wanted["function"]))
+    assert wanted["function"] == node_class.FUNCTION and callable(getattr(node_class(), wanted["function"]))
     assert [o["type"] for o in wanted["outputs"]] == list(node_class.RETURN_TYPES)
-    assert node_class.DISPLAY_NAME == wanted["display_name"] and node_class.CATEGORY == wanted["category"]
+    assert wanted["display_name"] == node_class.DISPLAY_NAME and wanted["category"] == node_class.CATEGORY
     ours = declared(node_class)
     names = [entry["name"] for entry in wanted["inputs"]]
     assert [name for name in ours if name in names] == names

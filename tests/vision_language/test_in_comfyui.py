@@ -1,0 +1,126 @@
+"""The models under ComfyUI's memory management, and the nodes in ComfyUI's own executor tables."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from hotpath import host
+from hotpath.demo.captioner_model import write_folder
+from hotpath.vision_language.answering import AnswerOptions, answer
+from hotpath.vision_language.budgets import PRESETS
+from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.prompts import Question
+from hotpath.vision_language.sampling import Sampling
+
+pytestmark = pytest.mark.comfy
+GREEDY = Sampling(sample=False)
+
+
+@pytest.fixture
+def comfyui(tmp_path, monkeypatch):
+    """ComfyUI as the host, with one tiny model in its LLM folder and empty memory management."""
+    import comfy.model_management as management
+    import folder_paths
+
+    from hotpath.host.comfyui import ComfyUIHost
+
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    write_folder(tmp_path / "models" / "LLM" / "Qwen-VL" / "tiny", "qwen3_vl")
+    monkeypatch.setattr(ComfyUIHost, "cache_folder", lambda self: tmp_path / "cache")
+    management.unload_all_models()
+    before = host.use(ComfyUIHost())
+    yield management
+    MODELS.clear()
+    management.unload_all_models()
+    host.use(before)
+
+
+def text(model, picture, **options):
+    settings = {"max_new_tokens": 10, "budget": PRESETS["fast"]} | options
+    return answer(model, [Question("Describe.", "", (picture,))], GREEDY, AnswerOptions(**settings))[0].raw
+
+
+def patcher(model):
+    return model.managed.patcher
+
+
+def test_an_answer_is_the_same_and_the_weights_are_comfyuis(comfyui, pictures):
+    model = MODELS.get("tiny", LoadOptions())
+    assert type(model.managed).__name__ == "ComfyUIManaged"
+    first = text(model, pictures.a)
+    assert any(loaded.model is patcher(model) for loaded in comfyui.current_loaded_models)
+    assert text(model, pictures.a, decode="static") == first
+    comfyui.unload_all_models()
+    assert not comfyui.current_loaded_models
+    assert text(model, pictures.a) == first
+
+
+def test_not_kept_leaves_at_once(comfyui, pictures):
+    model = MODELS.get("tiny", LoadOptions())
+    text(model, pictures.a, keep_loaded=False)
+    assert not any(loaded.model is patcher(model) for loaded in comfyui.current_loaded_models)
+    assert not model.device_state
+
+
+def test_keys_values_and_activations_are_asked_for(comfyui, pictures, monkeypatch):
+    model = MODELS.get("tiny", LoadOptions())
+    asked = []
+    load = comfyui.load_models_gpu
+
+    def watched(models, memory_required=0, **settings):
+        asked.append(memory_required)
+        return load(models, memory_required=memory_required, **settings)
+
+    monkeypatch.setattr(comfyui, "load_models_gpu", watched)
+    text(model, pictures.a)
+    assert asked and asked[0] >= model.cache_bytes(600)
+
+
+def test_interrupt_is_comfyuis(comfyui, pictures, monkeypatch):
+    import comfy.model_management as management
+
+    model = MODELS.get("tiny", LoadOptions())
+    wanted = text(model, pictures.a)
+    steps = []
+    check = management.throw_exception_if_processing_interrupted
+
+    def stop_at_fourth():
+        steps.append(1)
+        if len(steps) == 4:
+            management.interrupt_current_processing()
+        check()
+
+    for decode in ("plain", "static"):
+        steps.clear()
+        monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", stop_at_fourth)
+        with pytest.raises(management.InterruptProcessingException):
+            text(model, pictures.a, decode=decode, max_new_tokens=400)
+        assert len(steps) == 4
+        monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", check)
+        assert text(model, pictures.a) == wanted
+
+
+def test_two_nodes_share_one_copy_in_comfyuis_list(comfyui, pictures):
+    from hotpath.nodes import NODE_CLASS_MAPPINGS
+
+    (model, _) = NODE_CLASS_MAPPINGS["HotpathVLMLoader"]().load("tiny")
+    image = torch.rand(1, 64, 64, 3)
+    node = NODE_CLASS_MAPPINGS["QwenVL"]()
+    node.inference(text="x", model="Qwen-VL/tiny", do_sample=False, max_new_tokens=4, keep_model_loaded=True, image1=image)
+    NODE_CLASS_MAPPINGS["HotpathVLM"]().ask([model], ["x"], images=[image], max_new_tokens=[4])
+    ours = [loaded for loaded in comfyui.current_loaded_models if loaded.model is patcher(model)]
+    assert len(comfyui.current_loaded_models) == len(ours) == 1
+
+
+def test_a_dropped_model_leaves_no_weights(comfyui, pictures):
+    import weakref
+
+    model = MODELS.get("tiny", LoadOptions())
+    text(model, pictures.a, keep_loaded=False)
+    weights = weakref.ref(model.network)
+    del model
+    gc.collect()
+    assert weights() is None
