@@ -1,0 +1,45 @@
+"""A workflow as the front end saves it, turned into the API prompt the front end would queue.
+
+Widget values are assigned in the order the server declares inputs in (`/object_info`), with one extra value after a seed,
+which is what makes an inserted or reordered input visible.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
+def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """Raises KeyError for a node the server does not have, AssertionError for values that do not fit its widgets."""
+    links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in ("Note", "MarkdownNote", "Reroute"):
+            continue
+        info = object_info[node["type"]]
+        inputs: dict[str, Any] = {}
+        connected = {i["name"]: i["link"] for i in node.get("inputs", ()) if i.get("link") is not None}
+        values = list(node.get("widgets_values") or [])
+        for section in ("required", "optional"):
+            for name, (kind, *rest) in info["input"].get(section, {}).items():
+                options = rest[0] if rest else {}
+                is_widget = isinstance(kind, list) or (kind in WIDGETS and not options.get("forceInput"))
+                if is_widget and values:
+                    inputs[name] = values.pop(0)
+                    if name in ("seed", "noise_seed") or options.get("control_after_generate"):
+                        assert values.pop(0) in ("fixed", "randomize", "increment", "decrement")
+                    if options.get("image_upload"):
+                        assert values.pop(0) == "image"
+                elif is_widget and section == "required":
+                    inputs[name] = options.get("default", kind[0] if isinstance(kind, list) and kind else None)
+                if name in connected:
+                    inputs[name] = list(links[connected[name]])
+        assert not values, f"{node['type']} has widget values left over: {values}"
+        declared = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        assert connected.keys() <= declared.keys(), (
+            f"{node['type']} lost the inputs {connected.keys() - declared.keys()}"
+        )
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
