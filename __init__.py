@@ -1,4 +1,4 @@
-"""Hotpath for ComfyUI: InstantID, face tools, video colorization, vision-language and acceleration nodes.
+"""Hotpath for ComfyUI: InstantID, face tools, film colorization and vision-language nodes.
 
 ComfyUI imports this file and reads the mappings below. They are built on first access, so that importing the
 package from a bare checkout (tests, type checkers, the command line) costs nothing and needs nothing.
