@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_models(commands)
     _add_selftest(commands)
+    _add_caption(commands)
     return top
 
 
@@ -111,6 +112,35 @@ def _add_selftest(commands: Commands) -> None:
     selftest.add_argument("--json", action="store_true", help="print as JSON")
     selftest.add_argument("--device", help="such as cpu or cuda:1")
     _add_models_folder(selftest)
+
+
+def _add_caption(commands: Commands) -> None:
+    caption = commands.add_parser(
+        "caption",
+        help="write a caption beside every picture of a folder",
+        description="Describes every picture of a folder with a Qwen-VL model, in batches. A picture that has its "
+        "caption is skipped, so the same command goes on where it was stopped.",
+    )
+    caption.add_argument("folder", type=Path, help="the folder of pictures")
+    caption.add_argument("--model", default="Qwen3-VL-4B-Instruct", help="a folder under models/LLM, or a repository")
+    caption.add_argument("--prompt", default="🖼️ Detailed Description", help="what to ask, or the name of a preset")
+    caption.add_argument("--system", default="", help="how the model should behave")
+    caption.add_argument("--format", choices=("txt", "jsonl", "both"), default="txt", help="what is written")
+    caption.add_argument("--captions-to", type=Path, metavar="DIR", help="where to (default: beside the pictures)")
+    caption.add_argument("--recursive", action="store_true", help="also the folders in the folder")
+    caption.add_argument("--overwrite", action="store_true", help="also pictures that have a caption")
+    caption.add_argument("--before", default="", help="written before every caption, such as a trigger word")
+    caption.add_argument("--after", default="", help="written after every caption")
+    caption.add_argument("--batch-size", type=int, default=8, help="pictures at a time")
+    budgets = ("fast", "balanced", "high", "ultra", "native")
+    caption.add_argument("--token-budget", choices=budgets, default="balanced", help="visual tokens a picture may cost")
+    caption.add_argument("--max-new-tokens", type=int, default=256, help="the longest caption")
+    caption.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    caption.add_argument("--seed", type=int, default=0)
+    caption.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    caption.add_argument("--quantization", default="none", help="none, int8, int4 or float8")
+    caption.add_argument("--device", help="such as cpu or cuda:1")
+    _add_models_folder(caption)
 
 
 def _add_models_folder(command: argparse.ArgumentParser) -> None:
