@@ -28,6 +28,9 @@ def local_window_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tens
     query: [T, C, H, W], already scaled; key: [1, C, H, W]; value: [1, V, H, W]; bias: [T, window^2, H, W]; query, key
     and bias float32, value of any float dtype. Returns [T, V, H, W] in the value's dtype.
     """
+    if torch.is_grad_enabled() and (query.requires_grad or value.requires_grad):
+        # Training: the other two write in place, or have no backward pass.
+        return local_window_reference(query, key, value, bias, window)
     implementation, _ = select_local_window(query.device)
     return implementation(query, key, value, bias, window)
 

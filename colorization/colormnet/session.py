@@ -193,7 +193,8 @@ class ColorMNetSession:
         reading = self.queries_together.run(lambda tile: self.memory.read(keys.key, keys.selection, tile))
         readout = reading.readout.view(frames, rows * columns, PLANES, -1).permute(0, 2, 3, 1)
         readout = readout.reshape(frames * PLANES, -1, rows, columns)
-        confidence = reading.nearest.exp().view(frames, 1, rows, columns)
+        # Rounding can put a key that is the query itself a little above 0.
+        confidence = reading.nearest.clamp_max(0).exp().view(frames, 1, rows, columns)
         key, value = self.sensory.last_key, self.sensory.last_value
         if local and key is not None and value is not None:
             near = self.network.short_term_attn(keys.key, key, value)

@@ -1,0 +1,188 @@
+"""Trains the demo's two small colorizers on camera moves over photographs and drawn scenes, on one CPU core.
+
+python -m hotpath.demo.train_colorizers colormnet --minutes 15
+python -m hotpath.demo.train_colorizers deep_exemplar --minutes 10
+
+The networks are the published architectures at a fraction of their widths. What they learn is to match places of two
+pictures by their luminance and to carry chroma over; a photograph that training never saw is the measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..colorization.colormnet.decoder import DecoderWidths
+from ..colorization.colormnet.key_encoder import EncoderWidths
+from ..colorization.colormnet.network import ColorMNet, ColorMNetWidths
+from ..colorization.colormnet.value_encoder import ValueWidths
+from ..colorization.colour_space import lab_to_rgb, rgb_to_lab
+from ..colorization.deep_exemplar.color_net import ColorVidNet
+from ..colorization.deep_exemplar.session import DeepExemplar
+from ..colorization.deep_exemplar.vgg import VGG19
+from ..colorization.deep_exemplar.warp import WarpNet
+from ..colorization.film import HALF_SIZE_GAIN
+from .colorize_scenes import TRAINING_PHOTOS, camera_move, drawn_scene, photograph
+
+MODELS = Path(__file__).parent / "colorize_models"
+SIDE = 112
+FRAMES = 3
+
+WIDTHS = ColorMNetWidths(
+    EncoderWidths(
+        stem=12, planes=(8, 12, 16), outputs=(24, 32, 64), depths=(1, 1, 2), vit_width=32, vit_depth=4, vit_hidden=64,
+        vit_grid=8, heads=4, fused=(64, 32, 24),
+    ),
+    ValueWidths(stem=12, outputs=(12, 24, 32), depths=(1, 1, 1), value=48, reduced=8, hidden=16),
+    DecoderWidths(fused=64, reduced=8, up8=32, up4=24, middle=24),
+    key=24,
+)  # fmt: skip
+
+
+class Scenes:
+    """An endless supply of clips: Lab, [frames, 3, side, side]."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+        self.photos = [photograph(name) for name in TRAINING_PHOTOS]
+
+    def clip(self, frames: int, side: int) -> Tensor:
+        choice = int(torch.randint(0, 2 * len(self.photos), (1,), generator=self.random))
+        picture = self.photos[choice] if choice < len(self.photos) else drawn_scene(self.random)
+        if choice < len(self.photos):
+            # Other colours for the same shapes, or colours would be learnt by heart.
+            order = torch.randperm(3, generator=self.random)
+            picture = picture[order]
+            picture = picture ** (0.6 + 0.8 * torch.rand(3, 1, 1, generator=self.random))
+            if float(torch.rand(1, generator=self.random)) < 0.5:
+                picture = picture.flip(-1)
+        return rgb_to_lab(camera_move(picture, frames, side, side, self.random))
+
+
+def colormnet_loss(network: ColorMNet, lab: Tensor) -> Tensor:
+    """The first frame is the exemplar; the others are coloured in turn, each remembered with its predicted colours."""
+    luminance = (lab[:, :1] - 50) / 50
+    truth = lab[:, 1:] / 110
+    keys = network.encode_keys(luminance)
+    rows, columns = keys.key.shape[-2:]
+    places = rows * columns
+    hidden = torch.zeros(2, network.widths.values.hidden, rows, columns)
+    values = [network.encode_value(luminance[:1], truth[:1], keys.f16[:1])]
+    loss = torch.zeros(())
+    for index in range(1, len(lab)):
+        query, selection = keys.key[index].flatten(1).T, keys.selection[index].flatten(1).T
+        remembered = torch.cat([keys.key[i].flatten(1).T for i in range(index)])
+        shrinkage = torch.cat([keys.shrinkage[i].flatten() for i in range(index)])
+        distance = (
+            (selection @ remembered.square().T) - 2 * (query * selection) @ remembered.T
+            + (selection * query.square()).sum(1, keepdim=True)
+        )  # fmt: skip
+        affinity = (-distance * shrinkage / query.shape[1] ** 0.5).softmax(1)
+        memory = torch.cat([value.flatten(0, 1).flatten(1).T for value in values])
+        readout = (affinity @ memory).T.reshape(2, -1, rows, columns)
+        if index > 1:
+            last = values[-1].flatten(0, 1)[None]
+            readout = readout + network.short_term_attn(keys.key[index : index + 1], keys.key[index - 1][None], last)[
+                0
+            ].view_as(readout)
+        context = network.decoder.add_readout(keys.context.frame(index), readout)
+        chroma, hidden = network.decode(context, hidden, index > 1)
+        loss = loss + F.smooth_l1_loss(chroma, truth[index : index + 1], beta=0.05)
+        # What the exemplar's truth looks like where the memory points: teaches matching directly.
+        small = F.avg_pool2d(truth[: len(values)], 16).flatten(2).permute(0, 2, 1).reshape(-1, 2)
+        wanted = F.avg_pool2d(truth[index : index + 1], 16).flatten(2)[0].T
+        loss = loss + 0.5 * F.smooth_l1_loss(affinity[:, : len(small)] @ small, wanted, beta=0.05)
+        if index < len(lab) - 1:
+            values.append(network.encode_value(luminance[index : index + 1], chroma, keys.f16[index : index + 1]))
+    assert places == affinity.shape[0]
+    return loss / (len(lab) - 1)
+
+
+def deep_exemplar_loss(networks: DeepExemplar, lab: Tensor) -> Tensor:
+    """The first frame is the reference; a soft match stands in for the argmax, which has no gradient."""
+    reference, frames = lab[:1], lab[1:]
+    phi = networks.warp.reference_features(networks.vgg(lab_to_rgb(reference)))[0].flatten(1)
+    theta = networks.warp.frame_features(networks.vgg((frames[:, :1] / 100).expand(-1, 3, -1, -1))).flatten(2)
+    correlation = theta.transpose(1, 2) @ phi
+    colours = F.avg_pool2d(reference, 4)[0, 1:].flatten(1)
+    soft = (correlation / 0.02).softmax(-1) @ colours.T
+    wanted = F.avg_pool2d(frames[:, 1:], 4).flatten(2).transpose(1, 2)
+    loss = F.smooth_l1_loss(soft / 110, wanted / 110, beta=0.05)
+    size = (frames.shape[-2] // 4, frames.shape[-1] // 4)
+    with torch.no_grad():
+        score, index = correlation.max(-1)
+        matched = colours.T[index].transpose(1, 2).unflatten(2, size)
+        known = torch.cat((matched, score.unflatten(1, size)[:, None]), dim=1)
+        known = F.interpolate(known, scale_factor=4, mode="nearest")
+    last = torch.zeros_like(lab[:1])
+    for number in range(len(frames)):
+        centred = frames[number : number + 1, :1] - 50
+        chroma = networks.color_net(torch.cat((centred, known[number : number + 1], last), dim=1))
+        target = frames[number : number + 1, 1:] / HALF_SIZE_GAIN
+        loss = loss + F.smooth_l1_loss(chroma / 110, target / 110, beta=0.05)
+        last = torch.cat((centred, chroma.detach()), dim=1)
+    return loss
+
+
+def train(network: nn.Module, loss_of: object, side: int, minutes: float, seed: int) -> None:
+    """Adam with a cosine schedule over wall time."""
+    scenes = Scenes(seed)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-4)
+    start, steps, shown = time.monotonic(), 0, 0.0
+    network.eval()  # batch norms stay at their initial statistics: batches of one clip have none worth keeping
+    while (spent := (time.monotonic() - start) / 60) < minutes:
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * (0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * spent / minutes)).item()) + 1e-5
+        loss: Tensor = loss_of(network, scenes.clip(FRAMES, side))  # type: ignore[operator]
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        steps += 1
+        shown += loss.item()
+        if steps % 100 == 0:
+            print(f"{spent:5.1f} min, step {steps}: loss {shown / 100:.4f}", flush=True)
+            shown = 0.0
+
+
+def save(network: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in network.state_dict().items()
+    }
+    save_file(state, path)
+    print(f"{path}: {path.stat().st_size / 2**20:.2f} MiB")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("method", choices=("colormnet", "deep_exemplar"))
+    arguments.add_argument("--minutes", type=float, default=15)
+    arguments.add_argument("--seed", type=int, default=1)
+    chosen = arguments.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(chosen.seed)
+    if chosen.method == "colormnet":
+        network = ColorMNet(WIDTHS)
+        train(network, colormnet_loss, SIDE, chosen.minutes, chosen.seed)
+        save(network, MODELS / "colormnet" / "demo_colormnet.safetensors")
+        return
+    networks = DeepExemplar(
+        VGG19((12, 16, 24, 32, 32)),
+        WarpNet((16, 24, 32, 32), (24, 24, 32, 32), 16, 48),
+        ColorVidNet(12, (16, 24, 32, 40), 24),
+    )
+    train(networks, deep_exemplar_loss, SIDE - SIDE % 16, chosen.minutes, chosen.seed)
+    for name, part in (("vgg", networks.vgg), ("nonlocal_net", networks.warp), ("colornet", networks.color_net)):
+        save(part, MODELS / "deep_exemplar" / f"demo_{name}.safetensors")
+
+
+if __name__ == "__main__":
+    main()

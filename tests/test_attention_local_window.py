@@ -1,0 +1,183 @@
+"""The window attention's three ways, the memory read and the best match: all equal to their definitions."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hotpath.attention import best_match as matching
+from hotpath.attention import local_window, topk_memory
+from torch import Tensor
+
+SHAPES = [(2, 8, 5, 7, 20, 5), (1, 64, 9, 20, 40, 15), (3, 16, 17, 33, 24, 15), (1, 4, 1, 1, 6, 15)]
+
+
+def window_inputs(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    frames, channels, height, width, values, window = shape
+    random = torch.Generator().manual_seed(seed)
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random)
+
+    query, key = noise(frames, channels, height, width), noise(1, channels, height, width)
+    bias = noise(frames, window * window, height, width)
+    return query, key, noise(1, values, height, width), bias, window
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_banded_equals_definition(shape: tuple[int, ...]) -> None:
+    inputs = window_inputs(shape)
+    expected = local_window.local_window_reference(*inputs)
+    torch.testing.assert_close(local_window.local_window_banded(*inputs), expected, atol=2e-5, rtol=0)
+
+
+def test_definition_is_attention_over_the_window() -> None:
+    query, key, value, bias, window = window_inputs((1, 3, 4, 5, 2, 3))
+    out = local_window.local_window_reference(query, key, value, bias, window)
+    # Place (0, 4), a corner: four of the nine places exist.
+    places = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if 0 <= dy <= 3 and 0 <= 4 + dx <= 4]
+    logits = torch.stack(
+        [query[0, :, 0, 4] @ key[0, :, dy, 4 + dx] + bias[0, (dy + 1) * 3 + dx + 1, 0, 4] for dy, dx in places]
+    )
+    expected = sum(w * value[0, :, dy, 4 + dx] for w, (dy, dx) in zip(logits.softmax(0), places, strict=True))
+    assert len(places) == 4
+    torch.testing.assert_close(out[0, :, 0, 4], expected)
+
+
+def test_half_precision_values_keep_float32_weights() -> None:
+    query, key, value, bias, window = window_inputs((1, 8, 6, 9, 16, 5))
+    half = local_window.local_window_banded(query, key, value.bfloat16(), bias, window)
+    full = local_window.local_window_banded(query, key, value, bias, window)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0)
+
+
+def test_gradients_take_the_definition() -> None:
+    query, key, value, bias, window = window_inputs((1, 4, 3, 4, 5, 3))
+    query.requires_grad_(True)
+    local_window.local_window_attention(query, key, value, bias, window).sum().backward()
+    assert query.grad is not None and query.grad.abs().sum() > 0
+
+
+def test_choice_names_its_reason() -> None:
+    _, reason = local_window.select_local_window(torch.device("cpu"))
+    assert reason == "banded: the fused kernel needs CUDA, this is cpu"
+
+
+INTERPRETED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest, torch
+from test_attention_local_window import SHAPES, window_inputs
+from hotpath.attention import local_window
+for shape in SHAPES[:3]:
+    inputs = window_inputs(shape)
+    out = local_window.local_window_triton(*inputs)
+    worst = (out - local_window.local_window_reference(*inputs)).abs().max().item()
+    assert worst < 2e-5, (shape, worst)
+    assert out.isfinite().all()
+print("equal")
+"""
+
+
+def test_kernel_equals_definition_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("shape", [*SHAPES, (5, 64, 28, 49, 1024, 15)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_kernel_equals_definition_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    query, key, value, bias, window = window_inputs(shape)
+    expected = local_window.local_window_reference(query, key, value, bias, window)
+    on_gpu = [tensor.cuda() for tensor in (query, key, value.to(dtype), bias)]
+    out = local_window.local_window_triton(on_gpu[0], on_gpu[1], on_gpu[2], on_gpu[3], window)
+    tolerance = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
+    torch.testing.assert_close(out.float().cpu(), expected, atol=tolerance, rtol=0)
+
+
+def memory_inputs(queries: int, keys: int, channels: int = 16, values: int = 10) -> tuple[Tensor, ...]:
+    random = torch.Generator().manual_seed(queries * 1000 + keys)
+    query, key = torch.randn(queries, channels, generator=random), torch.randn(keys, channels, generator=random)
+    selection = torch.rand(queries, channels, generator=random)
+    shrinkage = 1 + torch.rand(keys, generator=random)
+    return query, selection, key, shrinkage, torch.randn(keys, values, generator=random)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(7, 500), (130, 64), (33, 20), (1, 1)])
+@pytest.mark.parametrize("tiles", [(2048, 8192), (16, 50), (5, 31)])
+def test_tiled_memory_read_equals_definition(queries: int, keys: int, tiles: tuple[int, int]) -> None:
+    inputs = memory_inputs(queries, keys)
+    tiled = topk_memory.read_top_k(*inputs, 30, *tiles)
+    expected = topk_memory.read_top_k_reference(*inputs, 30)
+    torch.testing.assert_close(tiled.readout, expected.readout, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tiled.usage, expected.usage, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tiled.nearest, expected.nearest, atol=1e-5, rtol=1e-5)
+    assert abs(tiled.usage.sum().item() - queries) < 1e-3
+
+
+def test_far_keys_still_weigh_one() -> None:
+    query, selection, key, shrinkage, values = memory_inputs(4, 50)
+    reading = topk_memory.read_top_k(query, selection, key + 1000, shrinkage, values, 30)
+    assert reading.readout.isfinite().all()
+    assert abs(reading.usage.sum().item() - 4) < 1e-4
+
+
+def test_empty_memory_is_refused() -> None:
+    query, selection, key, shrinkage, values = memory_inputs(4, 5)
+    with pytest.raises(ValueError, match="memory is empty"):
+        topk_memory.read_top_k(query, selection, key[:0], shrinkage[:0], values[:0], 30)
+
+
+def unit_rows(count: int, channels: int, seed: int) -> Tensor:
+    rows = torch.randn(count, channels, generator=torch.Generator().manual_seed(seed))
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("tiles", [(4096, 8192), (50, 70), (1, 1000)])
+def test_tiled_match_equals_definition(tiles: tuple[int, int]) -> None:
+    theta, phi = unit_rows(333, 32, 1), unit_rows(777, 32, 2)
+    score, index = matching.best_match(theta, phi, *tiles)
+    expected_score, expected_index = matching.best_match_reference(theta, phi)
+    assert torch.equal(index, expected_index)
+    torch.testing.assert_close(score, expected_score, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prefiltered_match_is_exact_where_half_precision_is_wrong(dtype: torch.dtype) -> None:
+    theta = unit_rows(400, 64, 3)
+    # Near ties: products that differ by less than half precision resolves, and by far more than float32 does.
+    phi = torch.cat([theta + 0.03 * unit_rows(400, 64, seed) for seed in (4, 5, 6)])
+    phi = phi / phi.norm(dim=1, keepdim=True)
+    products = theta.double() @ phi.double().T
+    best = products.max(1).values
+
+    def missed(index: Tensor) -> float:
+        return (best - products.gather(1, index[:, None])[:, 0]).max().item()
+
+    naive = (theta.to(dtype) @ phi.to(dtype).T).float().argmax(1)
+    assert missed(naive) > 1e-5, "half precision alone must be wrong here, or this proves nothing"
+    # As near as float32 products can tell.
+    assert missed(matching.best_match_prefiltered(theta, phi, dtype)[1]) < 1e-6
+
+
+def test_prefiltered_match_repeats_what_stays_in_doubt() -> None:
+    # More equal candidates than are kept: only the float32 search can tell the first.
+    theta = unit_rows(3, 16, 7)
+    phi = torch.cat([unit_rows(5, 16, 8), theta[:1].repeat(40, 1)])
+    score, index = matching.best_match_prefiltered(theta, phi)
+    assert torch.equal(index, matching.best_match(theta, phi)[1])
+    assert index[0] == 5 and abs(score[0].item() - 1) < 1e-6
