@@ -24,6 +24,7 @@ from .captioner_model import new_model, save_weights, write_folder
 
 log = logging.getLogger("hotpath.demo.captioner")
 
+FOLDER = Path(__file__).parent / "models" / "LLM" / "hotpath-captioner"
 SIDE = 96  # pixels: 6 x 6 patches, 3 x 3 visual tokens
 COLOURS = {
     "red": (214, 40, 40),
@@ -213,7 +214,7 @@ def train(folder: Path, minutes: float, size: int = 48, seed: int = 1) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo captioner.")
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "captioner")
+    parser.add_argument("--output", type=Path, default=FOLDER)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = parser.parse_args()
     score = train(options.output, options.minutes)

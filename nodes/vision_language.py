@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..vision_language.answering import AnswerOptions
 from ..vision_language.asking import FORMATS as ANSWER_FORMATS
 from ..vision_language.asking import Request, ask
 from ..vision_language.budgets import PRESETS, preset
-from ..vision_language.captioning import FORMATS, CaptionJob, FolderCaptioner
+from ..vision_language.captioning import FORMATS, CaptionJob, FolderCaptioner, place
 from ..vision_language.generation import DECODE_PATHS
 from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS, LoadedModel, LoadOptions
 from ..vision_language.pictures import from_frames, from_images
@@ -93,6 +92,16 @@ class HotpathVLMLoader:
                     "STRING",
                     {"default": "", "tooltip": "A branch, tag or commit to fetch; kept in a folder of its own."},
                 ),
+                "stream_layers": (
+                    "INT",
+                    {
+                        "default": -1,
+                        "min": -1,
+                        "max": 256,
+                        "tooltip": "Decoder layers that stay in CPU memory, for models larger than the device; slow. "
+                        "-1: as many as do not fit.",
+                    },
+                ),
             },
         }
 
@@ -102,9 +111,16 @@ class HotpathVLMLoader:
         return True
 
     def load(
-        self, model: str, dtype: str = "auto", quantization: str = "none", attention: str = "auto", revision: str = ""
+        self,
+        model: str,
+        dtype: str = "auto",
+        quantization: str = "none",
+        attention: str = "auto",
+        revision: str = "",
+        stream_layers: int = -1,
     ) -> tuple[LoadedModel, str]:
-        loaded = MODELS.get(model, LoadOptions(dtype, quantization, attention, "auto", revision.strip()), False)
+        options = LoadOptions(dtype, quantization, attention, "auto", revision.strip(), stream_layers)
+        loaded = MODELS.get(model, options, False)
         report = "\n".join([f"{loaded.folder.name}: {loaded.model_type}, {loaded.dtype}", *loaded.notes])
         return loaded, report
 
@@ -126,6 +142,7 @@ class HotpathVLM:
         "What ran and why, tokens, and where the time went.",
     )
     FUNCTION = "ask"
+    OUTPUT_NODE = True
     # Pictures of different sizes come as a list; all of them stand in the question.
     INPUT_IS_LIST = True
 
@@ -201,7 +218,7 @@ class HotpathVLM:
         images: list[torch.Tensor] | None = None,
         video: list[torch.Tensor] | None = None,
         **settings: list[Any],
-    ) -> tuple[str, list[str], str, str, list[torch.Tensor], str]:
+    ) -> dict[str, Any]:
         # With INPUT_IS_LIST every widget comes as a list of one.
         declared = self.INPUT_TYPES()["optional"]
         chosen = {name: spec[1].get("default") for name, spec in declared.items()}
@@ -240,7 +257,11 @@ class HotpathVLM:
         reply = ask(model[0], request, sampling, options)
         texts = [part.text for part in reply.answers]
         host.current().show_text(f"{texts[0]}\n\n{reply.report}", options.node_id)
-        return texts[0], texts, reply.answers[0].thoughts, reply.json(), reply.images(), reply.report  # fmt: skip
+        thoughts = reply.answers[0].thoughts
+        return {
+            "ui": {"text": texts},
+            "result": (texts[0], texts, thoughts, reply.json(), reply.images(), reply.report),
+        }
 
 
 class HotpathCaptionFolder:
@@ -289,6 +310,11 @@ class HotpathCaptionFolder:
                 "image_cache": (CACHE[0], {**CACHE[1], "default": "off"}),
                 "decode": DECODE,
                 "keep_model_loaded": KEEP,
+                "captions_to": (
+                    "STRING",
+                    {"default": "", "tooltip": "A folder for the captions; a name lies in the output folder. Empty: beside "
+                     "the pictures."},
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }  # fmt: skip
@@ -317,11 +343,12 @@ class HotpathCaptionFolder:
         image_cache: str = "off",
         decode: str = "auto",
         keep_model_loaded: bool = True,
+        captions_to: str = "",
         unique_id: str | None = None,
     ) -> dict[str, Any]:
-        place = Path(folder.strip()) if folder.strip() else host.current().input_folder()
+        here = host.current()
         job = CaptionJob(
-            place if place.is_absolute() else host.current().input_folder() / place,
+            place(here.input_folder(), folder),
             prompt,
             system,
             output,
@@ -330,6 +357,7 @@ class HotpathCaptionFolder:
             batch_size,
             before,
             after,
+            place(here.output_folder(), captions_to) if captions_to.strip() else None,
         )
         options = AnswerOptions(
             max_new_tokens,

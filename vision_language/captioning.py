@@ -38,6 +38,7 @@ class CaptionJob:
 
     output: txt (one file beside each picture), jsonl (one line a picture in captions.jsonl) or both. overwrite=False
     skips pictures that have their caption. before, after: written around every caption, such as a trigger word.
+    target: where the captions go, with the same sub-folders; None is beside the pictures.
     """
 
     folder: Path
@@ -49,6 +50,14 @@ class CaptionJob:
     batch_size: int = 8
     before: str = ""
     after: str = ""
+    target: Path | None = None
+
+    @property
+    def captions(self) -> Path:
+        return self.target if self.target is not None else self.folder
+
+    def text_file(self, picture: Path) -> Path:
+        return (self.captions / picture.relative_to(self.folder)).with_suffix(".txt")
 
 
 @dataclass
@@ -69,6 +78,14 @@ class CaptionSummary:
         ]
         lines += [f"{path.name}: {why}" for path, why in self.failed.items()]
         return "\n".join([*lines, self.notes] if self.notes else lines)
+
+
+def place(base: Path, name: str) -> Path:
+    """The folder `name` means: absolute as it is, else inside `base`. Raises ValueError for one that leaves `base`."""
+    folder = Path(name.strip())
+    if not folder.is_absolute() and ".." in folder.parts:
+        raise ValueError(f"{name!r} leads out of {base}: give a folder inside it, or the whole path.")
+    return base / folder
 
 
 def pictures_in(folder: Path, recursive: bool) -> list[Path]:
@@ -99,6 +116,7 @@ def already_listed(folder: Path) -> set[str]:
 
 
 def write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
@@ -120,11 +138,11 @@ class FolderCaptioner:
     def waiting(self, summary: CaptionSummary) -> list[Path]:
         """The pictures that need a caption; counts the others."""
         job = self.job
-        listed = already_listed(job.folder) if job.output != "txt" else set()
+        listed = already_listed(job.captions) if job.output != "txt" else set()
         targets: dict[Path, Path] = {}
         waiting: list[Path] = []
         for path in pictures_in(job.folder, job.recursive):
-            target = path.with_suffix(".txt")
+            target = job.text_file(path)
             if job.output != "jsonl" and target in targets:
                 summary.failed[path] = f"{targets[target].name} has the same caption file {target.name}"
                 continue
@@ -220,7 +238,7 @@ class FolderCaptioner:
             return
         text = f"{self.job.before}{caption}{self.job.after}"
         if self.job.output != "jsonl":
-            write_whole(path.with_suffix(".txt"), text)
+            write_whole(self.job.text_file(path), text)
         if self.job.output != "txt":
             self._append({"file": path.relative_to(self.job.folder).as_posix(), "caption": text})
         summary.captions[path] = text
@@ -230,5 +248,6 @@ class FolderCaptioner:
             self._append({"file": path.relative_to(self.job.folder).as_posix(), "error": why})
 
     def _append(self, entry: dict[str, str]) -> None:
-        with (self.job.folder / LIST_NAME).open("a", encoding="utf-8") as file:
+        self.job.captions.mkdir(parents=True, exist_ok=True)
+        with (self.job.captions / LIST_NAME).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .offloading import StreamedLayer
+
 log = logging.getLogger("hotpath.vision_language")
 
 DENSE_MODELS = ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -44,11 +46,18 @@ def unsupported(network: Any) -> str:
         return f"its activation is {config.hidden_act}"
     if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
         return "some of its layers use a sliding window"
+    if any(isinstance(layer, StreamedLayer) for layer in decoder.layers):
+        return "some of its layers are streamed from CPU memory"
     first = decoder.layers[0]
     if not hasattr(first.self_attn, "qkv_proj") or not hasattr(first.mlp, "gate_up_proj"):
         return "its projections are packed by another library"
     rope = getattr(decoder.rotary_emb, "rope_type", "default")
     return "" if rope in ("default", "mrope", "yarn", "linear", "llama3") else f"its rotary embedding is {rope}"
+
+
+def weight_addresses(network: Any) -> tuple[int, ...]:
+    """Where the decoder's weights are now. A CUDA graph reads these addresses, whoever lives there."""
+    return tuple(parameter.data_ptr() for parameter in (*text_decoder(network).parameters(), network.lm_head.weight))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

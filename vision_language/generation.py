@@ -117,6 +117,12 @@ def workspace(
     On CUDA a new one compiles and captures here, before anything is written into it.
     """
     length = decoding.bucket_length(tokens)
+    places = decoding.weight_addresses(model.network)
+    if model.device_state.get("addresses", places) != places:
+        # The host moved weights out and in again without telling: what points at them is void.
+        model.device_state.pop("workspaces", None)
+        log.info("%s: its weights moved; decode buffers are made anew", model.folder.name)
+    model.device_state["addresses"] = places
     kept: dict[tuple[str, int, int], decoding.Workspace] = model.device_state.setdefault("workspaces", {})
     key = (path.name, rows, length)
     if key in kept:

@@ -23,7 +23,7 @@ from torch import nn
 from .. import host
 from ..cache import content_key, file_fingerprint
 from ..host import Managed
-from . import decoding, download, projections
+from . import decoding, download, offloading, projections
 from .budgets import TokenPixels
 from .folders import ModelFolder, UnusableModel
 from .quantization import QuantizationPlan, plan, quantize
@@ -41,6 +41,7 @@ class LoadOptions:
 
     dtype: auto, bfloat16, float16 or float32 (auto is float32 on the CPU). device: auto, cpu or a torch device.
     quantization, attention: what a widget says; what ran instead, and why, is in `LoadedModel.notes`.
+    stream_layers: decoder layers that stay in CPU memory; -1 leaves it to the room there is on the device.
     """
 
     dtype: str = "auto"
@@ -48,6 +49,7 @@ class LoadOptions:
     attention: str = "auto"
     device: str = "auto"
     revision: str = ""
+    stream_layers: int = -1
 
 
 class NetworkHolder(nn.Module):
@@ -285,12 +287,31 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
     if packing.method in ("int8", "int4", "float8"):
         count = quantize(decoding.text_decoder(network).layers, packing.method)
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
+    if note := stream_layers(network, device, options.stream_layers):
+        notes.append(note)
     network.hotpath_quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
     model = LoadedModel(folder, options, network, notes)
     if folder.sees and not model.takes_encoder_outputs:
         log.debug("deeper levels come %s", "split by picture" if model.deepstack_in_parts else "joined")
     log.info("%s loaded in %.1f s (%s, %s)", folder.name, time.perf_counter() - start, dtype, attention)
     return model
+
+
+def stream_layers(network: Any, device: torch.device, asked: int) -> str:
+    """Keep `asked` decoder layers in CPU memory (-1: as many as do not fit on `device`); returns a note, or ''."""
+    layers = decoding.text_decoder(network).layers
+    count = asked
+    if asked < 0:
+        if device.type == "cpu" or next(network.parameters()).device.type != "cpu":
+            return ""
+        whole = sum(parameter.nbytes for parameter in network.parameters()) + offloading.RESERVE
+        host.current().make_room(whole, device)
+        count = offloading.layers_to_stream(network, layers, host.current().free_memory(device))
+    count = min(count, len(layers))
+    if not count:
+        return ""
+    offloading.stream(layers, count)
+    return f"{count} of {len(layers)} decoder layers are streamed from CPU memory"
 
 
 def decoding_refusal(network: Any) -> str:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hotpath.demo import train_captioner
 from hotpath.vision_language.answering import AnswerOptions
 from hotpath.vision_language.budgets import PRESETS
-from hotpath.vision_language.captioning import CaptionJob, FolderCaptioner
+from hotpath.vision_language.captioning import CaptionJob, FolderCaptioner, place
 from hotpath.vision_language.loading import MODELS, LoadOptions
 from hotpath.vision_language.pictures import Clip, from_frames, from_images, read_clip, read_picture, to_bytes
 from hotpath.vision_language.sampling import Sampling
 from PIL import Image
 
 GREEDY = Sampling(sample=False)
-DEMO = Path(train_captioner.__file__).parent / "captioner"
+DEMO = train_captioner.FOLDER
 OPTIONS = AnswerOptions(16, PRESETS["fast"])
 
 
 @pytest.fixture
 def captioner(llm):
-    shutil.copytree(DEMO, llm / "captioner")
-    return MODELS.get("captioner", LoadOptions())
+    shutil.copytree(DEMO, llm / "hotpath-captioner")
+    return MODELS.get("hotpath-captioner", LoadOptions())
 
 
 @pytest.fixture
@@ -143,6 +142,26 @@ def test_an_interrupted_job_keeps_what_was_written(captioner, drawings, headless
     assert len(list(folder.glob("*.txt"))) == 2
     headless_host.clear_stop()
     assert FolderCaptioner(captioner, job, GREEDY, OPTIONS).run().skipped == 2
+
+
+def test_where_folders_lie(tmp_path):
+    assert place(tmp_path, " set ") == tmp_path / "set"
+    assert place(tmp_path, str(tmp_path / "other")) == tmp_path / "other"
+    assert place(tmp_path, "") == tmp_path
+    with pytest.raises(ValueError, match="leads out of"):
+        place(tmp_path, "a/../../b")
+
+
+def test_captions_can_go_elsewhere(captioner, drawings, tmp_path):
+    folder = next(iter(drawings)).parent
+    (folder / "deep").mkdir()
+    (folder / "p0.png").rename(folder / "deep" / "p0.png")
+    job = CaptionJob(folder, "Caption this picture.", output="both", recursive=True, target=tmp_path / "captions")
+    assert len(FolderCaptioner(captioner, job, GREEDY, OPTIONS).run().captions) == 5
+    assert (tmp_path / "captions" / "deep" / "p0.txt").read_text() == drawings[folder / "p0.png"]
+    assert (tmp_path / "captions" / "captions.jsonl").is_file()
+    assert not list(folder.rglob("*.txt"))
+    assert FolderCaptioner(captioner, job, GREEDY, OPTIONS).run().skipped == 5
 
 
 def test_jobs_that_cannot_start(captioner, tmp_path):

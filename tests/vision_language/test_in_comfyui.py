@@ -6,7 +6,6 @@ import gc
 
 import pytest
 import torch
-
 from hotpath import host
 from hotpath.demo.captioner_model import write_folder
 from hotpath.vision_language.answering import AnswerOptions, answer
@@ -24,7 +23,6 @@ def comfyui(tmp_path, monkeypatch):
     """ComfyUI as the host, with one tiny model in its LLM folder and empty memory management."""
     import comfy.model_management as management
     import folder_paths
-
     from hotpath.host.comfyui import ComfyUIHost
 
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
@@ -109,7 +107,9 @@ def test_two_nodes_share_one_copy_in_comfyuis_list(comfyui, pictures):
     (model, _) = NODE_CLASS_MAPPINGS["HotpathVLMLoader"]().load("tiny")
     image = torch.rand(1, 64, 64, 3)
     node = NODE_CLASS_MAPPINGS["QwenVL"]()
-    node.inference(text="x", model="Qwen-VL/tiny", do_sample=False, max_new_tokens=4, keep_model_loaded=True, image1=image)
+    node.inference(
+        text="x", model="Qwen-VL/tiny", do_sample=False, max_new_tokens=4, keep_model_loaded=True, image1=image
+    )
     NODE_CLASS_MAPPINGS["HotpathVLM"]().ask([model], ["x"], images=[image], max_new_tokens=[4])
     ours = [loaded for loaded in comfyui.current_loaded_models if loaded.model is patcher(model)]
     assert len(comfyui.current_loaded_models) == len(ours) == 1

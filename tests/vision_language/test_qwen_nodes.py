@@ -175,7 +175,7 @@ class TestOwnNodes:
     def ask(self, model, prompt, **settings):
         node = NODE_CLASS_MAPPINGS["HotpathVLM"]()
         shared = {"max_new_tokens": [8], "token_budget": ["fast"]}
-        return node.ask([model], [prompt], **(shared | settings))
+        return node.ask([model], [prompt], **(shared | settings))["result"]
 
     def test_any_number_of_pictures_of_any_size(self, model):
         pictures = [torch.rand(2, 64, 64, 3), torch.rand(1, 96, 40, 3), torch.rand(3, 33, 70, 3)]

@@ -1,0 +1,130 @@
+"""The disk tier: whole entries or none, for the key that was asked and nothing else, within its limit."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hotpath.cache.disk import DiskCache
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path / "store", limit=1 << 20)
+
+
+def test_round_trip_of_every_dtype(cache: DiskCache) -> None:
+    tensors = {
+        "bf16": torch.randn(3, 4).bfloat16(),
+        "f16": torch.randn(2).half(),
+        "i64": torch.arange(5),
+        "empty": torch.zeros(0, 3),
+        "view": torch.arange(24).view(4, 6).t()[1:3],
+    }
+    assert cache.put("k", tensors, {"grid": "[1, 2]"}, "all of it")
+    found = DiskCache(cache.folder, cache.limit).get("k", "all of it")
+    assert found is not None and found.facts == {"grid": "[1, 2]"}
+    assert set(found.tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype and torch.equal(found.tensors[name], tensor)
+
+
+def test_a_missing_key_is_a_miss(cache: DiskCache) -> None:
+    assert cache.get("absent") is None and cache.misses == 1
+
+
+def test_another_content_under_the_same_key_is_a_miss_and_stays(cache: DiskCache) -> None:
+    cache.put("k", {"a": torch.ones(2)}, description="one")
+    assert cache.get("k", "two") is None
+    assert cache.get("k", "one") is not None
+
+
+def test_a_file_that_was_renamed_to_another_key_is_refused(cache: DiskCache) -> None:
+    cache.put("k", {"a": torch.ones(2)})
+    (cache.folder / "k.safetensors").rename(cache.folder / "other.safetensors")
+    assert cache.get("other") is None
+    assert not (cache.folder / "other.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "foreign"])
+def test_damage_is_found_and_dropped(cache: DiskCache, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    cache.put("k", {"a": torch.randn(100)})
+    path = cache.folder / "k.safetensors"
+    whole = path.read_bytes()
+    if damage == "foreign":
+        from safetensors.torch import save_file
+
+        save_file({"a": torch.ones(1)}, path)
+    else:
+        path.write_bytes(
+            {"cut": whole[:-4], "flip": whole[:-1] + bytes([whole[-1] ^ 4]), "empty": b"", "text": b"hello" * 9}[damage]
+        )
+    assert cache.get("k") is None
+    assert not path.exists() and cache.dropped == 1
+    assert "is dropped, because" in caplog.text
+    assert cache.put("k", {"a": torch.randn(100)}) and cache.get("k") is not None
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    entry = {"a": torch.zeros(1000)}
+    cache = DiskCache(tmp_path, limit=3 * 4700)
+    for index, key in enumerate(("one", "two", "three")):
+        cache.put(key, entry)
+        os.utime(tmp_path / f"{key}.safetensors", (index, index))
+    assert cache.get("one") is not None
+    cache.put("four", entry)
+    assert [key for key in ("one", "two", "three", "four") if cache.get(key) is not None] == ["one", "three", "four"]
+    assert cache.nbytes() <= cache.limit
+
+
+def test_an_entry_over_the_limit_is_not_written(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "small", limit=100)
+    assert not cache.put("k", {"a": torch.zeros(1000)})
+    assert cache.get("k") is None
+
+
+def test_nothing_half_written_is_left_when_the_disk_refuses(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put("first", {"a": torch.ones(1)})
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert not cache.put("k", {"a": torch.ones(1)})
+    assert sorted(path.name for path in cache.folder.iterdir()) == ["first.safetensors"]
+
+
+@pytest.mark.parametrize("key", ["", "../k", "a/b", "a.b", "k\0"])
+def test_keys_cannot_leave_the_folder(cache: DiskCache, key: str) -> None:
+    with pytest.raises(ValueError, match="no cache key"):
+        cache.get(key)
+    with pytest.raises(ValueError, match="no cache key"):
+        cache.put(key, {})
+
+
+def test_writers_and_readers_at_once_see_whole_entries(cache: DiskCache) -> None:
+    values = [torch.full((500,), float(i)) for i in range(4)]
+    for value in values:
+        cache.put("k", {"a": value})
+    wrong: list[object] = []
+
+    def write() -> None:
+        for value in values * 5:
+            cache.put("k", {"a": value})
+
+    def read() -> None:
+        for _ in range(40):
+            found = cache.get("k")
+            if found is None or found.tensors["a"].unique().numel() != 1:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=work) for work in (write, write, read, read)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert cache.clear() == 1 and cache.entries() == []
