@@ -1,0 +1,492 @@
+"""Model files: the table, downloads that break off and go on, checks of what is there, the command line over it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import struct
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hotpath import cli
+from hotpath.host import downloads
+from hotpath.host.downloads import DownloadError, fetch, safe_target, unpack
+from hotpath.host.known_models import KNOWN_MODELS, HubFile, HubRepository, KnownModel, WebFile, ZipMember, select
+from hotpath.host.model_files import verify
+from safetensors.torch import save_file
+
+CONTENT = bytes(range(256)) * 4096  # 1 MiB
+SHA = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves `files`; `behaviour` says what goes wrong."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    behaviour: ClassVar[dict[str, Any]] = {}
+    requests: ClassVar[list[dict[str, str]]] = []
+
+    def do_GET(self):
+        Handler.requests.append(dict(self.headers))
+        behaviour = Handler.behaviour
+        if redirect := behaviour.get("redirect"):
+            self.send_response(302)
+            self.send_header("Location", redirect)
+            self.end_headers()
+            return
+        if behaviour.get("errors", 0) > 0:
+            behaviour["errors"] -= 1
+            self.send_error(503)
+            return
+        content = Handler.files.get(self.path)
+        if content is None:
+            self.send_error(404)
+            return
+        start, etag = 0, behaviour.get("etag", '"v1"')
+        wanted = self.headers.get("Range")
+        if wanted and not behaviour.get("no_ranges") and self.headers.get("If-Range", etag) == etag:
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("ETag", etag)
+        self.end_headers()
+        cuts = behaviour.get("cut_after", [])
+        stop = cuts.pop(0) if cuts else len(content)
+        self.wfile.write(content[start : start + stop])
+        if start + stop < len(content):
+            self.wfile.flush()
+            self.connection.close()
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def server():
+    Handler.files, Handler.behaviour, Handler.requests = {"/model.bin": CONTENT}, {}, []
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=web.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{web.server_port}"
+    web.shutdown()
+    web.server_close()
+
+
+def get(server: str, folder: Path, **options: Any) -> Path:
+    return fetch(f"{server}/model.bin", folder / "m" / "model.bin", pause=0, **options)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_file_arrives_whole(server, tmp_path):
+    steps: list[tuple[int, int | None]] = []
+    path = get(server, tmp_path, size=len(CONTENT), sha256=SHA, progress=lambda *s: steps.append(s))
+    assert path.read_bytes() == CONTENT
+    assert leftovers(tmp_path) == ["model.bin"]
+    assert steps[-1] == (len(CONTENT), len(CONTENT))
+
+
+def test_a_broken_transfer_is_continued_where_it_stopped(server, tmp_path):
+    Handler.behaviour["cut_after"] = [300_000, 200_000]
+    assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
+    assert [r.get("Range") for r in Handler.requests] == [None, "bytes=300000-", "bytes=500000-"]
+    assert Handler.requests[1]["If-Range"] == '"v1"'
+    assert leftovers(tmp_path) == ["model.bin"]
+
+
+def test_a_later_command_goes_on(server, tmp_path):
+    Handler.behaviour["cut_after"] = [100_000] * downloads.ATTEMPTS
+    with pytest.raises(DownloadError, match=r"500000 bytes are kept in model\.bin\.part; run the same command again"):
+        get(server, tmp_path)
+    assert not (tmp_path / "m" / "model.bin").exists()
+    Handler.requests.clear()
+    assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
+    assert [r.get("Range") for r in Handler.requests] == ["bytes=500000-"]
+
+
+def test_a_file_that_changed_meanwhile_starts_anew(server, tmp_path):
+    Handler.behaviour["cut_after"] = [100_000] * downloads.ATTEMPTS
+    with pytest.raises(DownloadError):
+        get(server, tmp_path)
+    other = CONTENT[::-1]
+    Handler.files["/model.bin"] = other
+    Handler.behaviour.update(etag='"v2"')
+    assert get(server, tmp_path).read_bytes() == other
+
+
+def test_a_server_without_ranges(server, tmp_path):
+    Handler.behaviour.update(no_ranges=True, cut_after=[300_000])
+    assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
+
+
+def test_everything_was_there_but_the_name(server, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.bin.part").write_bytes(CONTENT)
+    assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
+
+
+def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.bin.part").write_bytes(CONTENT + b"x")
+    assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
+
+
+def test_a_server_that_is_busy_is_asked_again(server, tmp_path):
+    Handler.behaviour["errors"] = 2
+    assert get(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_server_that_stays_busy(server, tmp_path):
+    Handler.behaviour["errors"] = 99
+    with pytest.raises(DownloadError, match="503"):
+        get(server, tmp_path)
+
+
+def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
+    with pytest.raises(DownloadError, match=f"checksum {SHA[:8]} instead of 01234567"):
+        get(server, tmp_path, sha256="01234567")
+    assert leftovers(tmp_path) == []
+
+
+def test_the_first_digits_of_a_checksum_are_enough(server, tmp_path):
+    assert get(server, tmp_path, sha256=SHA[:8].upper()).is_file()
+
+
+def test_a_wrong_size_leaves_nothing(server, tmp_path):
+    with pytest.raises(DownloadError, match="1048576 bytes instead of 5"):
+        get(server, tmp_path, size=5)
+    assert leftovers(tmp_path) == []
+
+
+def test_what_is_not_there(server, tmp_path):
+    with pytest.raises(DownloadError, match="404"):
+        fetch(f"{server}/other.bin", tmp_path / "other.bin", pause=0)
+    assert len(Handler.requests) == 1  # asking again would not help
+    assert leftovers(tmp_path) == []
+
+
+def test_nobody_answers(tmp_path):
+    with pytest.raises(DownloadError, match="run the same command again"):
+        fetch("http://127.0.0.1:9/x", tmp_path / "x", pause=0)
+
+
+def test_too_little_space_is_seen_before(server, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DownloadError, match="Free some space"):
+        get(server, tmp_path)
+    assert leftovers(tmp_path) == []
+
+
+class FullDisk:
+    """A file that takes 1000 bytes and then says that the disk is full."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write(self, data: bytes) -> int:
+        self.file.write(data[:1000])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+
+def test_a_disk_that_fills_up_keeps_what_came(server, tmp_path, monkeypatch):
+    opened = Path.open
+
+    def open_full(self, mode="r", *args, **kwargs):
+        file = opened(self, mode, *args, **kwargs)
+        return FullDisk(file) if self.suffix == ".part" and mode in ("wb", "ab") else file
+
+    monkeypatch.setattr(Path, "open", open_full)
+    with pytest.raises(DownloadError, match=r"is full\. 1000 bytes of model\.bin are kept"):
+        get(server, tmp_path)
+    monkeypatch.setattr(Path, "open", opened)
+    assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
+    assert Handler.requests[-1]["Range"] == "bytes=1000-"
+
+
+@pytest.mark.parametrize("url", ["http://example.com/a", "ftp://127.0.0.1/a", "file:///etc/passwd", "example.com/a"])
+def test_only_https(url, tmp_path):
+    with pytest.raises(DownloadError, match="https"):
+        fetch(url, tmp_path / "a")
+
+
+def test_a_redirect_to_plain_http_is_refused(server, tmp_path):
+    Handler.behaviour["redirect"] = "http://example.com/a"
+    with pytest.raises(DownloadError, match="not an https address"):
+        get(server, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", "..\\a", "C:a", "C:\\a", "", "a\0b"])
+def test_names_that_leave_the_folder(name, tmp_path):
+    with pytest.raises(DownloadError, match="nothing is written"):
+        safe_target(tmp_path, name)
+
+
+def test_a_link_that_leaves_the_folder(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "out").symlink_to(tmp_path)
+    with pytest.raises(DownloadError, match="through a link"):
+        safe_target(tmp_path / "models", "out/a")
+
+
+def archive(path: Path, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as out:
+        for name, content in members.items():
+            out.writestr(name, content)
+    return path
+
+
+def test_members_are_found_in_whatever_folder(tmp_path):
+    packed = archive(tmp_path / "a.zip", **{"antelopev2/antelopev2/x.onnx": b"x", "../../y.onnx": b"y", "z": b"z"})
+    unpack(packed, {"x.onnx": tmp_path / "m" / "x.onnx", "y.onnx": tmp_path / "m" / "y.onnx"})
+    assert (tmp_path / "m" / "x.onnx").read_bytes() == b"x"
+    assert leftovers(tmp_path) == ["a.zip", "x.onnx", "y.onnx"]
+
+
+def test_archives_that_cannot_be_used(tmp_path):
+    packed = archive(tmp_path / "a.zip", other=b"x")
+    with pytest.raises(DownloadError, match=r"does not hold x\.onnx; it has: other"):
+        unpack(packed, {"x.onnx": tmp_path / "x.onnx"})
+    packed.write_bytes(packed.read_bytes()[:-30])
+    with pytest.raises(DownloadError, match="damaged"):
+        unpack(packed, {"other": tmp_path / "other"})
+
+
+def test_a_damaged_member_does_not_get_its_name(tmp_path):
+    packed = archive(tmp_path / "a.zip", model=b"abcdefgh" * 100)
+    data = bytearray(packed.read_bytes())
+    data[100] ^= 1
+    packed.write_bytes(bytes(data))
+    with pytest.raises(DownloadError, match="damaged"):
+        unpack(packed, {"model": tmp_path / "model"})
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_hub_file_is_compared_with_the_hubs_own_checksum(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def download(repo: str, path: str, local_dir: Path) -> str:
+        target = Path(local_dir) / path
+        target.parent.mkdir(parents=True)
+        target.write_bytes(CONTENT)
+        return str(target)
+
+    stated = type("Metadata", (), {"etag": SHA, "size": len(CONTENT)})
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: stated)
+    target = tmp_path / "controlnet" / "instantid" / "model.safetensors"
+    assert downloads.fetch_from_hub("a/b", "Net/model.safetensors", target).read_bytes() == CONTENT
+    assert leftovers(tmp_path) == ["model.safetensors"] and not (target.parent / downloads.STAGING).exists()
+    stated.etag = "0" * 64
+    target.unlink()
+    with pytest.raises(DownloadError, match="checksum"):
+        downloads.fetch_from_hub("a/b", "Net/model.safetensors", target)
+    assert not target.exists()
+
+
+def test_a_repository_gets_its_name_when_all_of_it_is_there(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def download(repo: str, local_dir: Path, allow_patterns: list[str], fail: bool = False) -> str:
+        Path(local_dir, ".cache").mkdir(parents=True, exist_ok=True)
+        Path(local_dir, "config.json").write_text("{}")
+        if fail:
+            raise ConnectionError("gone")
+        Path(local_dir, "model.safetensors").write_bytes(b"x")
+        return str(local_dir)
+
+    target = tmp_path / "LLM" / "Tiny"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: download(*a, **k, fail=True))
+    with pytest.raises(DownloadError, match="again to go on"):
+        downloads.fetch_repository("a/Tiny", target)
+    assert not target.exists()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    downloads.fetch_repository("a/Tiny", target)
+    assert leftovers(tmp_path) == ["config.json", "model.safetensors"]
+
+
+def test_structures(tmp_path):
+    save_file({"a": torch.zeros(4)}, tmp_path / "good.safetensors")
+    torch.save({"a": torch.zeros(4)}, tmp_path / "good.pth")
+    torch.save({"a": torch.zeros(4)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("good.safetensors", "good.pth", "old.pth"):
+        assert verify(tmp_path / name).status == "unverified", name
+        data = (tmp_path / name).read_bytes()
+        assert verify(tmp_path / name, size=len(data)).status == "verified"
+        assert verify(tmp_path / name, sha256=hashlib.sha256(data).hexdigest()[:8]).status == "verified"
+        assert verify(tmp_path / name, sha256="00000000").status == "damaged"
+        assert verify(tmp_path / name, size=len(data) + 1).status == "damaged"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.bin", b"", "empty"),
+        ("a.bin", b"<!DOCTYPE html><html>", "web page"),
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "git-lfs"),
+        ("a.safetensors", b"\x01", "does not begin"),
+        ("a.safetensors", struct.pack("<Q", 10) + b"not json!!", "cannot be read"),
+        ("a.pth", b"hello", "does not begin"),
+        ("a.onnx", b"\x08\x07\x12garbage", "ONNX|no network"),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    verdict = verify(tmp_path / name)
+    assert verdict.status == "damaged"
+    assert any(word in verdict.detail for word in words.split("|"))
+
+
+def test_files_that_were_cut_off(tmp_path):
+    save_file({"a": torch.zeros(4000)}, tmp_path / "a.safetensors")
+    torch.save({"a": torch.zeros(4000)}, tmp_path / "a.pth")
+    for path in list(tmp_path.iterdir()):
+        path.write_bytes(path.read_bytes()[:-100])
+        assert verify(path).status == "damaged", path.name
+
+
+def test_model_folders(tmp_path):
+    assert verify(tmp_path).status == "damaged"
+    (tmp_path / "config.json").write_text("{}")
+    assert "no weights" in verify(tmp_path).detail
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"a": torch.zeros(4)}, tmp_path / "one.safetensors")
+    assert "1 of 2 weight files are missing: two.safetensors" in verify(tmp_path).detail
+    save_file({"b": torch.zeros(4)}, tmp_path / "two.safetensors")
+    assert verify(tmp_path).status == "unverified"
+
+
+def test_the_table_is_sound(tmp_path):
+    assert len({m.name for m in KNOWN_MODELS}) == len(KNOWN_MODELS)
+    for model in KNOWN_MODELS:
+        safe_target(tmp_path / model.kind, model.file)
+        assert str(model.source).startswith("https://"), model.name
+        assert model.licence and model.about
+        assert model.sha256 is None or len(model.sha256) >= 8
+        if "non-commercial" in model.licence.lower():
+            assert model.non_commercial, f"{model.name} must ask before it is downloaded"
+        if isinstance(model.source, HubRepository):
+            assert model.file == model.source.repo.partition("/")[2]
+        if isinstance(model.source, HubFile | WebFile | ZipMember):
+            assert Path(model.file).suffix
+
+
+def test_selection_by_name_and_family():
+    assert [m.name for m in select(["INSTANTID"])] == ["instantid-adapter", "instantid-controlnet"]
+    assert [m.name for m in select(["colormnet", "colormnet"])] == ["colormnet"]
+    with pytest.raises(KeyError, match="no model called 'x'"):
+        select(["x"])
+
+
+@pytest.fixture
+def small_table(server, monkeypatch):
+    """Three small models on the local server, in place of the real table."""
+    from hotpath.commands import models
+    from hotpath.host import known_models
+
+    packed = WebFile(f"{server}/pack.zip")
+    table = (
+        KnownModel("free", "one", "one", "sub/model.bin", WebFile(f"{server}/model.bin", sha256=SHA), "MIT", "a file"),
+        KnownModel(
+            "bound", "two", "two", "x.onnx", ZipMember(packed, "x.onnx"), "non-commercial", "a", non_commercial=True
+        ),
+        KnownModel("gone", "three", "three", "y.bin", WebFile(f"{server}/nothing"), "MIT", "not there"),
+    )
+    monkeypatch.setattr(known_models, "KNOWN_MODELS", table)
+    monkeypatch.setattr(models, "KNOWN_MODELS", table)
+    monkeypatch.setattr(downloads, "PAUSE", 0)
+    return table
+
+
+def command(capsys, tmp_path: Path, *words: str) -> tuple[int, str, str]:
+    code = cli.main(["models", *words, "--models", str(tmp_path / "models")])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_download_from_the_command_line(small_table, capsys, tmp_path):
+    code, out, _ = command(capsys, tmp_path, "download", "free")
+    path = tmp_path / "models" / "one" / "sub" / "model.bin"
+    assert code == 0 and out.strip() == str(path) and path.read_bytes() == CONTENT
+    Handler.requests.clear()
+    code, _, err = command(capsys, tmp_path, "download", "free")
+    assert code == 0 and "here already" in err and Handler.requests == []
+
+
+def test_a_dry_run_does_nothing(small_table, capsys, tmp_path):
+    code, out, _ = command(capsys, tmp_path, "download", "free", "bound", "--dry-run")
+    assert code == 0 and "pack.zip" in out and str(tmp_path / "models" / "two" / "x.onnx") in out
+    assert Handler.requests == [] and not (tmp_path / "models").exists()
+
+
+def test_a_licence_must_be_accepted(small_table, capsys, tmp_path, monkeypatch):
+    import io
+
+    Handler.files["/pack.zip"] = archive(tmp_path / "p.zip", **{"inner/x.onnx": b"model"}).read_bytes()
+    code, _, err = command(capsys, tmp_path, "download", "two")
+    assert code == 2 and "--accept-licence" in err and "non-commercial" in err and Handler.requests == []
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    assert command(capsys, tmp_path, "download", "two")[0] == 2 and Handler.requests == []
+    monkeypatch.setattr("sys.stdin", Terminal("yes\n"))
+    code, out, _ = command(capsys, tmp_path, "download", "two")
+    path = tmp_path / "models" / "two" / "x.onnx"
+    assert code == 0 and out.strip() == str(path) and path.read_bytes() == b"model"
+    assert leftovers(tmp_path / "models") == ["x.onnx"]  # the archive is gone
+    path.unlink()
+    assert command(capsys, tmp_path, "download", "two", "--accept-licence")[0] == 0
+
+
+def test_one_failure_does_not_stop_the_others(small_table, capsys, tmp_path):
+    code, out, err = command(capsys, tmp_path, "download", "gone", "free")
+    assert code == 1 and "gone: " in err and "404" in err and "model.bin" in out
+
+
+def test_unknown_names(small_table, capsys, tmp_path):
+    code, _, err = command(capsys, tmp_path, "download", "nonsense")
+    assert code == 2 and "families are: one, two, three" in err
+
+
+def test_list_and_verify(small_table, capsys, tmp_path):
+    command(capsys, tmp_path, "download", "free")
+    entries = json.loads(command(capsys, tmp_path, "list", "--json")[1])
+    assert [bool(e["found"]) for e in entries] == [True, False, False]
+    assert entries[1]["belongs"] == str(tmp_path / "models" / "two" / "x.onnx")
+    _, out, _ = command(capsys, tmp_path, "list")
+    assert "free   here" in out and "bound  missing" in out
+    assert command(capsys, tmp_path, "verify")[0] == 1  # bytes that are no torch file
+    code, out, _ = command(capsys, tmp_path, "verify", "bound")
+    assert code == 1 and "missing" in out
+
+
+def test_verify_with_nothing_there(small_table, capsys, tmp_path):
+    code, _, err = command(capsys, tmp_path, "verify")
+    assert code == 0 and "None of the known model files" in err
