@@ -1,37 +1,45 @@
 """The one door to ComfyUI: paths, devices, memory, progress, interrupt; and its stand-in when there is none.
 
-from .. import host
-with host.current().progress(len(frames)) as bar: ...
+    from .. import host
+    with host.tracked(host.current(), len(frames)) as bar: ...
 """
 
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 from .interface import Host, Interrupted, Managed, ModelNotFound, Progress, tracked
 
 __all__ = ["Host", "Interrupted", "Managed", "ModelNotFound", "Progress", "current", "tracked", "use"]
 
-_current: Host | None = None
+_chosen: Host | None = None
 
 
 def current() -> Host:
-    """The host we run in. ComfyUI's when ComfyUI is loaded in this process, else the headless one."""
-    global _current
-    if _current is None:
-        if "comfy.model_management" in sys.modules:
-            from .comfyui import ComfyUIHost
+    """The host we run in: the one given to `use`, else ComfyUI's when ComfyUI is loaded in this process, else headless."""
+    if _chosen is not None:
+        return _chosen
+    # Looked up every time: a program may import this pack first and ComfyUI later.
+    return _comfyui() if "comfy.model_management" in sys.modules else _headless()
 
-            _current = ComfyUIHost()
-        else:
-            from .headless import HeadlessHost
 
-            _current = HeadlessHost()
-    return _current
+@cache
+def _comfyui() -> Host:
+    from .comfyui import ComfyUIHost
+
+    return ComfyUIHost()
+
+
+@cache
+def _headless() -> Host:
+    from .headless import HeadlessHost
+
+    return HeadlessHost()
 
 
 def use(host: Host | None) -> Host | None:
-    """Make `host` the current one (None: find out again at the next question) and return the one before."""
-    global _current
-    before, _current = _current, host
+    """Make `host` the current one (None: find out at each question) and return the one that was chosen before."""
+    global _chosen
+    before, _chosen = _chosen, host
     return before
