@@ -77,7 +77,7 @@ class Person:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DrawnFace:
     box: NDArray[np.float32]  # [4] x0 y0 x1 y1
     keypoints: NDArray[np.float32]  # [5, 2]

@@ -52,11 +52,12 @@ def invert(matrices: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([linear, -linear @ matrices[:, :, 2:]], 2)
 
 
-def warp(pixels: Tensor, rows: Tensor, inverse: Tensor, height: int, width: int) -> Tensor:
-    """[F, height, width, C] float32: crops by bilinear sampling with zeros outside, integer coordinates on pixels.
+def warp(pixels: Tensor, rows: Tensor, inverse: Tensor, height: int, width: int, repeat_edge: bool = False) -> Tensor:
+    """[F, height, width, C] float32: crops by bilinear sampling, integer coordinates on pixels.
 
     pixels: [n, H, W, C] of any dtype; rows: [F] which picture each crop comes from; inverse: [F, 2, 3] float32 from
-    crop to picture. Four gathers, so no picture is copied once per face.
+    crop to picture. Outside of the picture is black, or its edge repeated. Four gathers, so no picture is copied once
+    per face.
     """
     count, source_height, source_width, channels = pixels.shape
     y, x = torch.meshgrid(
@@ -76,8 +77,10 @@ def warp(pixels: Tensor, rows: Tensor, inverse: Tensor, height: int, width: int)
     base = (rows * (source_height * source_width))[:, None, None]
 
     def sample(ys: Tensor, xs: Tensor) -> Tensor:
-        inside = (ys >= 0) & (ys < source_height) & (xs >= 0) & (xs < source_width)
         index = base + ys.clamp(0, source_height - 1) * source_width + xs.clamp(0, source_width - 1)
+        if repeat_edge:
+            return flat[index].float()
+        inside = (ys >= 0) & (ys < source_height) & (xs >= 0) & (xs < source_width)
         return flat[index].float() * inside[..., None]
 
     upper = torch.lerp(sample(top, left), sample(top, left + 1), part_x)

@@ -82,17 +82,19 @@ def cut_faces(
         )
     places = crop_places([f if len(f) else _nowhere(f) for f in faces], side, margin, upright)
     crops = cut(pictures, places)
-    if when_none == "pass through":
-        for i, row in enumerate(places.rows):
-            if not len(faces[row]):
-                whole = pictures[row : row + 1].permute(0, 3, 1, 2)
-                small = F.interpolate(whole, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
-                crops[i] = small[0].permute(1, 2, 0)
+    for i, row in enumerate(places.rows):
+        if len(faces[row]):
+            continue
+        crops[i] = 0
+        if when_none == "pass through":
+            whole = pictures[row : row + 1].permute(0, 3, 1, 2)
+            small = F.interpolate(whole, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+            crops[i] = small[0].permute(1, 2, 0)
     return crops, places
 
 
 def _nowhere(faces: Faces) -> Faces:
-    """One face far outside of the picture, so that its crop is black and is pasted nowhere."""
+    """One face far outside of the picture, so that its crop is pasted nowhere."""
     corner = -1e6
     box = torch.tensor([[corner, corner, corner + 100, corner + 100]])
     points = torch.tensor(TEMPLATE)[None] + corner

@@ -60,7 +60,10 @@ def crop_places(faces: Sequence[Faces], side: int, margin: float, upright: bool)
 
 
 def cut(pictures: Tensor, places: CropPlaces) -> Tensor:
-    """[F, side, side, C] crops of `pictures` [B, H, W, C], black outside; averaged where a crop shrinks its face."""
+    """[F, side, side, C] crops of `pictures` [B, H, W, C], averaged where a crop shrinks its face.
+
+    Outside of its picture a crop repeats the edge: black would bleed into the border when it is pasted back.
+    """
     _same_batch(pictures, places)
     crops = []
     for inverse, row in zip(places.inverse, places.rows, strict=True):
@@ -72,7 +75,7 @@ def cut(pictures: Tensor, places: CropPlaces) -> Tensor:
         finer[:, :2] /= fine
         matrix = torch.from_numpy(finer[None].astype(np.float32)).to(pictures.device)
         which = torch.tensor([row], device=pictures.device)
-        crop = warp(pictures, which, matrix, places.side * fine, places.side * fine)
+        crop = warp(pictures, which, matrix, places.side * fine, places.side * fine, repeat_edge=True)
         crops.append(F.avg_pool2d(crop.permute(0, 3, 1, 2), fine).permute(0, 2, 3, 1))
     if not crops:
         return pictures.new_zeros(0, places.side, places.side, pictures.shape[-1])

@@ -19,7 +19,7 @@ class FaceError(ValueError):
     """A picture, a file or a setting the face engine cannot work with; the message says which, and the cure."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no single truth to compare by
 class Faces:
     """The faces of one picture. All tensors are float32 on the CPU; pixel coordinates are of that picture."""
 
@@ -77,7 +77,7 @@ class Faces:
 CHOICES = ("largest", "highest score", "left to right", "centre", "index", "best match")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FaceChoice:
     """Which face of a picture is kept. Make one with the class methods."""
 

@@ -194,14 +194,6 @@ class OnnxNetwork(nn.Module):
                 node.function = _relu_in_place
         self.nodes = nodes
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: the network's input, of the dtype and on the device of its weights."""
         if x.dim() == 4:

@@ -1,0 +1,169 @@
+"""Model folders as people have them: every fault told apart, in one sentence, with the cure."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hotpath import demo, face
+from hotpath.face import FaceError
+from hotpath.face.model_folder import find_model_folder
+
+DEMO = Path(demo.__file__).parent / "models" / "insightface" / "models" / "antelopev2"
+DETECTOR, RECOGNISER = DEMO / "scrfd_10g_bnkps.onnx", DEMO / "glintr100.onnx"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "models" / "antelopev2").mkdir(parents=True)
+    return tmp_path
+
+
+def put(root, source, name=None, folder="antelopev2"):
+    target = root / "models" / folder / (name or source.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
+    return target
+
+
+def refused(root, name="antelopev2"):
+    with pytest.raises(FaceError) as error:
+        find_model_folder([root], name)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_missing_folder_is_named_with_the_files_it_needs(tmp_path):
+    said = refused(tmp_path)
+    assert str(tmp_path / "models" / "antelopev2") in said
+    assert "scrfd_10g_bnkps.onnx and glintr100.onnx" in said and "was not found" in said
+
+
+def test_an_empty_folder_is_told_from_a_missing_one(root):
+    assert "holds no .onnx file: put scrfd_10g_bnkps.onnx and glintr100.onnx there" in refused(root)
+
+
+def test_a_zip_that_was_not_unpacked_is_recognised(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "antelopev2.zip").write_bytes(b"PK")
+    assert "antelopev2.zip is there but not unpacked" in refused(tmp_path)
+
+
+def test_a_folder_nested_by_unpacking_works_and_is_mentioned(root):
+    put(root, DETECTOR, folder="antelopev2/antelopev2")
+    put(root, RECOGNISER, folder="antelopev2/antelopev2")
+    analyser = face.load_analyser([root], device=CPU)
+    assert "one folder too deep" in analyser.report()
+    assert len(analyser.recogniser.embed(torch.zeros(1, 112, 112, 3))[0]) == 512
+
+
+def test_without_a_detector_what_is_there_is_listed(root):
+    put(root, RECOGNISER)
+    said = refused(root)
+    assert "no face detector with key points: put scrfd_10g_bnkps.onnx there (glintr100.onnx is a recogniser)" in said
+
+
+def test_without_a_recogniser_faces_are_found_but_not_identified(root):
+    put(root, DETECTOR)
+    analyser = face.load_analyser([root], device=CPU, remember=False)
+    assert "No recogniser file" in analyser.report()
+    picture = torch.full((64, 64, 3), 0.5)
+    assert analyser.analyse([picture], embed=False)[0].embeddings is None
+    with pytest.raises(FaceError, match=r"no recogniser, .* put glintr100\.onnx of antelopev2 there"):
+        analyser.analyse([picture])
+    assert list(analyser.models) == ["detection"]
+
+
+@pytest.mark.parametrize("victim", [DETECTOR, RECOGNISER])
+def test_a_truncated_file_is_named(root, victim):
+    put(root, DETECTOR)
+    put(root, RECOGNISER)
+    path = root / "models" / "antelopev2" / victim.name
+    path.write_bytes(victim.read_bytes()[:500_000])
+    if victim is DETECTOR:
+        assert f"{path} is no whole ONNX file (500,000 bytes)" in refused(root)
+        return
+    analyser = face.load_analyser([root], device=CPU, remember=False)
+    with pytest.raises(FaceError, match=r"glintr100\.onnx is no whole ONNX file \(500,000 bytes\)"):
+        analyser.analyse([torch.full((64, 64, 3), 0.5)])
+
+
+def test_a_wrong_model_under_the_right_name_is_no_matter_of_names(root):
+    put(root, DETECTOR, "glintr100.onnx")
+    put(root, RECOGNISER, "scrfd_10g_bnkps.onnx")
+    found = find_model_folder([root], "antelopev2")
+    assert found.detector.path.name == "glintr100.onnx" and found.recogniser.path.name == "scrfd_10g_bnkps.onnx"
+
+
+def test_a_network_with_a_detectors_outline_but_not_its_rows_is_refused(root):
+    import onnx
+
+    path = put(root, DETECTOR)
+    model = onnx.load(str(path))
+    outputs = list(model.graph.output)
+    # Boxes before scores: nine outputs still, and none of them what it should be.
+    del model.graph.output[:]
+    model.graph.output.extend(outputs[3:6] + outputs[:3] + outputs[6:])
+    onnx.save(model, str(path))
+    with pytest.raises(FaceError, match="is no SCRFD detector with key points"):
+        face.load_analyser([root], engine="torch", device=CPU)
+
+
+def test_a_complete_folder_further_down_the_list_is_preferred(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    put(first, DETECTOR)
+    put(second, DETECTOR)
+    put(second, RECOGNISER)
+    assert find_model_folder([first, second], "antelopev2").path == second / "models" / "antelopev2"
+    assert find_model_folder([first, tmp_path / "c"], "antelopev2").recogniser is None
+    assert face.model_names([first, second, tmp_path / "c"]) == ["antelopev2"]
+
+
+@pytest.mark.parametrize("name", ["", "..", "../models", "a/b", "a\\b", "C:x", " antelopev2"])
+def test_names_that_are_no_folder_names_are_refused(root, name):
+    with pytest.raises(FaceError, match="not the name of a face model"):
+        find_model_folder([root], name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"engine": "tensorflow"}, "no face engine"),
+        ({"precision": "int4"}, "no precision"),
+        ({"provider": "ROCM"}, "no onnxruntime provider"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(settings, words):
+    with pytest.raises(FaceError, match=words):
+        face.load_analyser([DEMO.parent.parent], device=CPU, **settings)
+
+
+def test_every_engine_has_a_line_in_the_diagnosis():
+    lines = face.diagnose()
+    assert lines[0] == "torch: ready" and len(lines) == 2 + len(face.PROVIDERS)
+    assert all(line.endswith("ready") or "pip" in line or "GPU" in line or "verified" in line for line in lines)
+
+
+def test_two_onnxruntime_packages_and_a_cuda_mismatch_have_their_cures(monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from hotpath.face import engine_diagnosis as diagnosis
+    from hotpath.face.onnxruntime_engine import PROVIDERS
+
+    both = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr(diagnosis, "installed_flavours", lambda: both)
+    said = diagnosis.why_not(PROVIDERS["CUDA"])
+    assert "overwrite each other" in said
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu" in said
+    monkeypatch.setattr(diagnosis, "installed_flavours", lambda: {"onnxruntime-gpu": "1.31.1"})
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "install the driver" in diagnosis.why_not(PROVIDERS["CUDA"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(diagnosis, "cuda_of_onnxruntime", lambda: 13)
+    assert "needs CUDA 13 and this torch has CUDA 12.8: pip install 'onnxruntime-gpu<1.27'" in diagnosis.why_not(
+        PROVIDERS["CUDA"]
+    )

@@ -1,0 +1,282 @@
+"""The face nodes over the demo models, foreign FACEANALYSIS objects, choices, crops and masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hotpath import demo, face
+from hotpath.face import FaceChoice, FaceError, Faces
+from hotpath.face.crops import crop_places, cut, edge_weight, paste
+from hotpath.face.foreign import ForeignAnalyser
+from hotpath.host.headless import HeadlessHost
+from hotpath.nodes import faces as nodes
+from PIL import Image
+
+pytestmark = pytest.mark.xdist_group("face_nodes")
+ROOT = Path(demo.__file__).parent
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    from hotpath import host
+
+    mine = HeadlessHost(models=ROOT / "models", input_folder=tmp_path, device="cpu", show_progress=False)
+    before = host.use(mine)
+    yield nodes.HotpathFaceLoader().load("antelopev2", "torch", "fp32")[0]
+    host.use(before)
+
+
+@pytest.fixture(scope="module")
+def three():
+    return torch.from_numpy(np.array(Image.open(ROOT / "inputs" / "faces_drawn_three.png"))).float()[None] / 255
+
+
+def some_faces():
+    boxes = torch.tensor([[10.0, 10, 30, 40], [60, 20, 100, 80], [5, 60, 25, 90], [60, 30, 100, 90]])
+    points = torch.stack([(b[:2] + b[2:]) / 2 + torch.randn(5, 2) for b in boxes])
+    vectors = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 3], [1, 1, 0]])
+    return Faces(boxes, points, torch.tensor([0.9, 0.8, 0.95, 0.6]), vectors, (100, 120), 640)
+
+
+@pytest.mark.parametrize(
+    ("choice", "index"),
+    [
+        (FaceChoice.largest(), 3),  # as large as number 1: the last of equals, as the reference pack has it
+        (FaceChoice.highest_score(), 2),
+        (FaceChoice.left_to_right(0), 2),
+        (FaceChoice.left_to_right(-1), 3),
+        (FaceChoice.centre(), 1),
+        (FaceChoice.index(1), 1),
+        (FaceChoice.index(-4), 0),
+        (FaceChoice.best_match(torch.tensor([0.0, 0.0, 5.0])), 2),
+    ],
+)
+def test_choices(choice, index):
+    faces = some_faces()
+    assert choice.apply(faces).boxes.tolist() == faces.boxes[[index]].tolist()
+
+
+def test_a_position_that_does_not_exist_is_no_face_and_not_an_error():
+    assert len(FaceChoice.index(4).apply(some_faces())) == 0
+    assert len(FaceChoice.left_to_right(-5).apply(some_faces())) == 0
+    assert len(FaceChoice.largest().apply(Faces.none((9, 9), 192))) == 0
+
+
+def test_a_match_needs_an_identity_of_the_same_width():
+    with pytest.raises(FaceError, match="needs an identity"):
+        face.choose_face("best match")
+    with pytest.raises(FaceError, match="has 4 numbers and this recogniser makes 3"):
+        FaceChoice.best_match(torch.zeros(4)).apply(some_faces())
+    with pytest.raises(FaceError, match="no embeddings"):
+        Faces.none((9, 9), 192).similarity(torch.zeros(3))
+
+
+def test_the_nodes_are_registered_with_what_a_person_reads():
+    from hotpath.nodes import NODE_CLASS_MAPPINGS
+
+    for name, node in nodes.NODES.items():
+        assert NODE_CLASS_MAPPINGS[name] is node
+        assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES) and node.DESCRIPTION and node.DISPLAY_NAME
+        sections = node.INPUT_TYPES()
+        for section in ("required", "optional"):
+            for entry in sections.get(section, {}).values():
+                assert entry[1]["tooltip"].endswith(".")
+
+
+def test_a_batch_goes_through_all_nodes(loaded, three):
+    batch = torch.cat([three, torch.full_like(three, 0.4)])
+    found, marked, report, count = nodes.HotpathFaces().find(loaded, batch, "all", 0, 0.5, True, "skip")
+    assert [len(f) for f in found] == [3, 0] and count == 3
+    assert marked.shape == batch.shape and not torch.equal(marked[0], batch[0]) and "no face" in report
+    picked, pictures = nodes.HotpathFacePick().pick(found, "left to right", 1, "skip")
+    assert pictures == 1 and 300 < float(picked[0].boxes[0, :2].mean()) * 2 < 600
+    drawing = nodes.HotpathFaceKeypoints().draw(found, 320, 224, "stretch")[0]
+    assert drawing.shape == (2, 224, 320, 3) and drawing[0].max() == 1 and drawing[1].max() == 0
+    mask = nodes.HotpathFaceMask().mask(found, "oval", 0.0, 0, 0, 0)[0]
+    assert mask.shape == (2, 448, 640) and mask[1].max() == 0
+    for box in found[0].boxes.long().tolist():
+        assert mask[0, (box[1] + box[3]) // 2, (box[0] + box[2]) // 2] == 1
+    best, similarity, matches, text = nodes.HotpathFaceMatch().match(found, picked, 0.9)
+    assert torch.equal(best[0].boxes, picked[0].boxes) and abs(similarity - 0.5) < 1e-4 and not matches
+    assert text.startswith("Mean of the best cosines 0.500")
+    with pytest.raises(FaceError, match="No face in picture 1 of 2"):
+        nodes.HotpathFaces().find(loaded, batch, "all", 0, 0.5, False, "error")
+
+
+def test_the_same_drawn_person_is_picked_out_of_three(loaded, three):
+    one = torch.from_numpy(np.array(Image.open(ROOT / "inputs" / "faces_drawn_one.png"))).float()[None] / 255
+    person = nodes.HotpathFaces().find(loaded, one, "largest", 0, 0.5, True, "error")[0]
+    found = nodes.HotpathFaces().find(loaded, three, "best match", 0, 0.5, True, "error", identity=person)[0]
+    centre = float(found[0].boxes[0, [0, 2]].mean())
+    assert 300 < centre < 360, "the person in the middle is the one of the other picture"
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_crops_that_nobody_changed_paste_back_without_a_trace(loaded, three, align):
+    # Crops much finer than the picture, and a picture without detail finer than two pixels, or resampling shows.
+    smooth = torch.nn.functional.avg_pool2d(three.permute(0, 3, 1, 2), 9, 1, 4).permute(0, 2, 3, 1)
+    found = nodes.HotpathFaces().find(loaded, three, "all", 0, 0.5, False, "error")[0]
+    crops, places, count = nodes.HotpathFaceCrop().crop(smooth, found, 768, 0.3, align, "error")
+    assert crops.shape == (3, 768, 768, 3) and count == 3
+    back, where = nodes.HotpathFacePaste().paste(smooth, crops, places, 0.2)
+    assert (back - smooth).abs().max() < 0.02
+    assert where.shape == (1, 448, 640) and where.max() > 0.99
+    red = torch.zeros_like(crops)
+    red[..., 0] = 1
+    painted, where = nodes.HotpathFacePaste().paste(smooth, red, places, 0.2)
+    for box in found[0].boxes.long().tolist():
+        middle = painted[0, (box[1] + box[3]) // 2, (box[0] + box[2]) // 2]
+        assert middle[0] > 0.98 and middle[1] < 0.02
+    assert torch.equal(painted[where == 0], smooth[where == 0])
+
+
+def test_crops_may_come_back_in_another_size(loaded, three):
+    found = nodes.HotpathFaces().find(loaded, three, "largest", 0, 0.5, False, "error")[0]
+    crops, places, _ = nodes.HotpathFaceCrop().crop(three, found, 256, 0.5, True, "error")
+    larger = torch.nn.functional.interpolate(crops.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear")
+    back, _ = paste(three, larger.permute(0, 2, 3, 1), places, 0.3)
+    same, _ = paste(three, crops, places, 0.3)
+    assert (back - same).abs().mean() < 0.003
+    with pytest.raises(FaceError, match="2 crops cannot be pasted into 1 places"):
+        paste(three, torch.cat([crops, crops]), places, 0.3)
+    with pytest.raises(FaceError, match="of 1 pictures and 2 are connected"):
+        paste(torch.cat([three, three]), crops, places, 0.3)
+
+
+def test_an_aligned_crop_has_its_eyes_level(loaded, three):
+    found = nodes.HotpathFaces().find(loaded, three, "left to right", 0, 0.5, False, "error")[0]
+    places = crop_places(found, 400, 0.0, upright=False)
+    from hotpath.face.alignment import TEMPLATE, invert
+
+    forward = invert(places.inverse)[0]
+    points = found[0].keypoints[0].numpy() @ forward[:, :2].T + forward[:, 2]
+    assert abs(points[0, 1] - points[1, 1]) < 8
+    assert np.abs(points - TEMPLATE / 112 * 400).max() < 40
+
+
+def test_a_picture_without_a_face_keeps_the_batch_aligned(loaded, three):
+    batch = torch.cat([torch.full_like(three, 0.4), three])
+    found = nodes.HotpathFaces().find(loaded, batch, "largest", 0, 0.5, False, "skip")[0]
+    for when_none, value in (("skip", 0.0), ("pass through", 0.4)):
+        crops, places, count = nodes.HotpathFaceCrop().crop(batch, found, 64, 0.5, True, when_none)
+        assert count == 2 and torch.allclose(crops[0], torch.full_like(crops[0], value), atol=1e-6)
+        back, where = paste(batch, torch.ones_like(crops), places, 0.2)
+        assert torch.equal(back[0], batch[0]) and where[0].max() == 0 and where[1].max() > 0.9
+    with pytest.raises(FaceError, match="No face in picture 0"):
+        nodes.HotpathFaceCrop().crop(batch, found, 64, 0.5, True, "error")
+
+
+def test_a_crop_that_shrinks_its_face_is_averaged(three):
+    stripes = torch.zeros(1, 256, 256, 3)
+    stripes[:, :, ::2] = 1.0
+    box = torch.tensor([[0.0, 0, 256, 256]])
+    faces = [Faces(box, torch.rand(1, 5, 2), torch.ones(1), None, (256, 256), 640)]
+    crop = cut(stripes, crop_places(faces, 32, 0.0, upright=True))
+    assert (crop[:, 2:-2, 2:-2] - 0.5).abs().max() < 0.01
+
+
+def test_the_soft_border_is_smooth_and_whole_inside():
+    weight = edge_weight(64, 0.5)
+    assert weight[32, 32] == 1 and weight[0, 32] < 0.01 and (weight.diff(dim=0).abs() < 0.12).all()
+    assert edge_weight(64, 0.0).min() == 1
+
+
+def test_masks_have_the_shape_and_the_soft_edge_that_was_asked_for():
+    faces = some_faces().select([1])
+    box = face.mask_faces([faces], 0, 0, "box", 0.0, 0.0)[0]
+    assert box[50, 80] == 1 and box[50, 50] == 0 and abs(float((box > 0.5).sum()) - 40 * 60) < 150
+    oval = face.mask_faces([faces], 0, 0, "oval", 0.0, 0.0)[0]
+    assert 0.7 < float((oval > 0.5).sum()) / (40 * 60) < 0.86, "an ellipse fills pi / 4 of its box"
+    soft = face.mask_faces([faces], 0, 0, "box", 0.0, 10.0)[0]
+    assert 0.3 < soft[50, 105] < 0.7
+    assert (face.mask_faces([faces], 0, 0, "box", 0.25, 0.0) >= box).all()
+
+
+class Recorder:
+    """A FACEANALYSIS of another pack: finds one face, in pictures over which its detector is small enough."""
+
+    def __init__(self, finds_at, prepare=True, det_model=True, embedding=True):
+        self.finds_at, self.embedding, self.sizes = finds_at, embedding, []
+        self.size = 640
+        if prepare:
+            self.prepare = self._prepare
+        if det_model:
+            self.det_model = type("Detector", (), {"input_size": (640, 640)})()
+
+    def _prepare(self, ctx_id=0, det_thresh=0.5, det_size=None):
+        self.size = det_size[0]
+
+    def get(self, picture):
+        assert picture.dtype == np.uint8 and picture.shape == (50, 60, 3)
+        self.colour = picture[0, 0].tolist()
+        if hasattr(self, "det_model") and not hasattr(self, "prepare"):
+            self.size = self.det_model.input_size[0]
+        self.sizes.append(self.size)
+        if self.size > self.finds_at:
+            return []
+        one = {"bbox": np.array([1, 2, 30, 40.0]), "kps": np.arange(10.0).reshape(5, 2), "det_score": 0.8}
+        return [one | ({"embedding": np.arange(7.0)} if self.embedding else {})]
+
+
+PICTURE = torch.tensor([0.2, 0.5, 0.9]).expand(1, 50, 60, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({}, [640, 576, 512, 448]),
+        ({"prepare": False}, [640, 576, 512, 448]),
+        ({"det_model": False}, [640, 576, 512, 448]),
+    ],
+)
+def test_foreign_objects_are_asked_down_the_ladder(settings, sizes):
+    foreign = Recorder(448, **settings)
+    found = face.adapt(foreign).analyse(PICTURE)[0]
+    assert foreign.sizes == sizes and found.detector_size == 448
+    assert found.boxes.tolist() == [[1, 2, 30, 40]] and found.embeddings.shape == (1, 7)
+    assert foreign.colour == [229, 127, 51], "BGR, truncated"
+
+
+def test_a_foreign_object_that_sets_its_own_size_is_asked_once():
+    foreign = Recorder(0, prepare=False, det_model=False)
+    assert len(face.adapt(foreign).analyse(PICTURE)[0]) == 0 and foreign.sizes == [640]
+
+
+def test_foreign_objects_without_embeddings_or_get_are_answered_in_a_sentence():
+    with pytest.raises(FaceError, match="no embeddings"):
+        face.adapt(Recorder(640, embedding=False)).analyse(PICTURE)
+    assert len(face.adapt(Recorder(640, embedding=False)).analyse(PICTURE, embed=False)[0]) == 1
+    with pytest.raises(FaceError, match="connect the output of a face analysis loader"):
+        face.adapt(object())
+    with pytest.raises(FaceError, match="A dict is no face analysis"):
+        face.adapt({})
+
+
+def test_our_own_objects_pass_unchanged(loaded):
+    assert face.adapt(loaded) is loaded
+    wrapped = ForeignAnalyser(Recorder(640))
+    assert face.adapt(wrapped) is wrapped and wrapped.size == 640
+
+
+@pytest.mark.comfy
+def test_weights_go_through_comfyuis_memory_management_and_back(monkeypatch):
+    import comfy.model_management as management
+    from hotpath import host
+    from hotpath.host.comfyui import ComfyUIHost
+
+    before = host.use(ComfyUIHost())
+    try:
+        analyser = face.load_analyser([ROOT / "models" / "insightface"], engine="torch", remember=False)
+        known = [m.model.model for m in management.current_loaded_models]
+        assert analyser.detector.runner.network in known
+        picture = torch.from_numpy(np.array(Image.open(ROOT / "inputs" / "astronaut.png"))).float()[None] / 255
+        first = analyser.analyse(picture)[0]
+        management.unload_all_models()
+        assert analyser.detector.runner.network not in [m.model.model for m in management.current_loaded_models]
+        again = analyser.analyse(picture)[0]
+        assert torch.allclose(first.embeddings, again.embeddings, atol=1e-4)
+    finally:
+        host.use(before)

@@ -1,0 +1,210 @@
+"""ONNX files as torch modules: every operator against onnxruntime, folding, refusals, outlines without weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hotpath.face import FaceError
+from hotpath.face.onnx_graph import OnnxNetwork
+from hotpath.face.onnx_operators import UnsupportedOperator
+from hotpath.face.onnx_outline import outline
+from onnx import TensorProto, helper, numpy_helper
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+def write(path, nodes, constants=(), shape=("N", 4, 8, 8), outputs=("y",), opset=13):
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))
+    made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    stored = [numpy_helper.from_array(value, name) for name, value in dict(constants).items()]
+    graph = helper.make_graph(list(nodes), "g", [given], made, stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8), str(path))
+    return path
+
+
+def floats(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def ints(*values):
+    return np.array(values, np.int64)
+
+
+def node(kind, inputs="x", output="y", **attributes):
+    return helper.make_node(kind, inputs.split(), [output], **attributes)
+
+
+GRAPHS = {
+    "conv uneven pads": ([node("Conv", "x w b", pads=[0, 1, 2, 1], strides=[2, 2])], {"w": floats(6, 4, 3, 3), "b": floats(6)}),
+    "conv groups dilated": ([node("Conv", "x w", group=4, dilations=[2, 2], pads=[2] * 4)], {"w": floats(4, 1, 3, 3)}),
+    "conv same upper": ([node("Conv", "x w", auto_pad="SAME_UPPER", strides=[3, 3])], {"w": floats(5, 4, 4, 4)}),
+    "conv same lower": ([node("Conv", "x w", auto_pad="SAME_LOWER", strides=[2, 2])], {"w": floats(5, 4, 3, 3)}),
+    "max pool": ([node("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 0, 1, 1])], {}),
+    "max pool ceil": ([node("MaxPool", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)], {}),
+    "average pool": ([node("AveragePool", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)], {}),
+    "average pool counted": ([node("AveragePool", kernel_shape=[2, 2], pads=[1, 0, 0, 1], count_include_pad=1)], {}),
+    "global average": ([node("GlobalAveragePool")], {}),
+    "prelu": ([node("PRelu", "x s")], {"s": floats(4, 1, 1)}),
+    "leaky, clip, sigmoid": (
+        [node("LeakyRelu", "x", "a", alpha=0.2), node("Clip", "a lo hi", "b"), node("Sigmoid", "b")],
+        {"lo": np.float32(-0.1), "hi": np.float32(0.6)},
+    ),
+    "hard swish by parts": ([node("HardSigmoid", "x", "a", alpha=1 / 6, beta=0.5), node("Mul", "a x")], {}),
+    "elu, tanh, exp, abs": (
+        [node("Elu", "x", "a"), node("Tanh", "a", "b"), node("Exp", "b", "c"), node("Abs", "c")],
+        {},
+    ),
+    "resize by scales": (
+        [node("Resize", "x r s", mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")],
+        {"r": floats(0), "s": np.array([1, 1, 2, 2], np.float32)},
+    ),
+    "resize linear": (
+        [node("Resize", "x r s", mode="linear", coordinate_transformation_mode="half_pixel")],
+        {"r": floats(0), "s": np.array([1, 1, 2, 2], np.float32)},
+    ),
+    "reduce": ([node("ReduceMean", "x", "a", axes=[2, 3], keepdims=1), node("ReduceL2", "a", axes=[1], keepdims=1)], {}),
+    "pad": ([node("Pad", "x p v")], {"p": ints(0, 0, 1, 2, 0, 0, 3, 0), "v": np.float32(1.5)}),
+    "slice": (
+        [node("Slice", "x a b c d")],
+        {"a": ints(1, -6), "b": ints(9999, -1), "c": ints(1, 3), "d": ints(1, 2)},
+    ),
+    "flatten, gemm": (
+        [node("Flatten", "x", "a"), node("Gemm", "a w b", transB=1, alpha=0.5, beta=2.0)],
+        {"w": floats(7, 256), "b": floats(7)},
+    ),
+    "gemm untransposed with norm": (
+        [
+            node("Flatten", "x", "a"),
+            node("Gemm", "a w b", "c"),
+            node("BatchNormalization", "c g h m v"),
+        ],
+        {"w": floats(256, 7), "b": floats(7), "g": floats(7), "h": floats(7, seed=1), "m": floats(7, seed=2),
+         "v": np.abs(floats(7, seed=3)) + 0.1},
+    ),
+    "shape arithmetic": (
+        [
+            node("Shape", "x", "s"), node("Gather", "s zero", "n"), node("Unsqueeze", "n axis", "u"),
+            node("Concat", "u rest", "t", axis=0), node("Transpose", "x", "p", perm=[2, 3, 0, 1]),
+            node("Transpose", "p", "q", perm=[2, 3, 0, 1]), node("Reshape", "q t"),
+        ],
+        {"zero": np.int64(0), "axis": ints(0), "rest": ints(-1)},
+    ),
+    "softmax, sqrt, pow": (
+        [node("Softmax", "x", "a", axis=1), node("Sqrt", "a", "b"), node("Pow", "b e", "c"), node("Neg", "c")],
+        {"e": np.float32(3)},
+    ),
+    "division and min, max": (
+        [node("Div", "x k", "a"), node("Min", "a k", "b"), node("Max", "b j", "c"), node("Sub", "c k", "d"), node("Floor", "d")],
+        {"k": np.float32(0.3), "j": np.float32(-0.4)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(GRAPHS))
+def test_operators_agree_with_onnxruntime(tmp_path, name):
+    nodes, constants = GRAPHS[name]
+    path = write(tmp_path / "m.onnx", nodes, constants)
+    x = floats(2, 4, 8, 8, seed=9)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    wanted = session.run(None, {"x": x})[0]
+    before = torch.from_numpy(x.copy())
+    got = OnnxNetwork(path)(before)[0]
+    assert got.shape == wanted.shape
+    assert torch.allclose(got, torch.from_numpy(wanted), atol=1e-5, rtol=1e-5)
+    assert np.array_equal(before.numpy(), x), "the input was written to"
+
+
+def normed(extra=()):
+    constants = {"w": floats(6, 4, 3, 3), "g": floats(6), "h": floats(6, seed=1), "m": floats(6, seed=2),
+                 "v": np.abs(floats(6, seed=3)) + 0.1}  # fmt: skip
+    nodes = [node("Conv", "x w", "a", pads=[1] * 4), node("BatchNormalization", "a g h m v", "b"), *extra]
+    return nodes, constants
+
+
+def agree(path, seed=4):
+    x = floats(3, 4, 8, 8, seed=seed)
+    wanted = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    for got, want in zip(OnnxNetwork(path)(torch.from_numpy(x)), wanted, strict=True):
+        assert torch.allclose(got, torch.from_numpy(want), atol=1e-4, rtol=1e-4)
+
+
+def test_normalisation_disappears_into_the_convolution(tmp_path):
+    nodes, constants = normed([node("Relu", "b")])
+    path = write(tmp_path / "m.onnx", nodes, constants)
+    agree(path)
+    assert [n.kind for n in OnnxNetwork(path).nodes] == ["Conv", "Relu"]
+
+
+def test_normalisation_stays_when_somebody_else_reads_the_convolution(tmp_path):
+    nodes, constants = normed([node("Add", "a b")])
+    path = write(tmp_path / "m.onnx", nodes, constants)
+    agree(path)
+    assert [n.kind for n in OnnxNetwork(path).nodes] == ["Conv", "ScaleShift", "Add"]
+
+
+def test_normalisation_stays_when_the_convolution_is_an_output(tmp_path):
+    nodes, constants = normed()
+    agree(write(tmp_path / "m.onnx", nodes, constants, outputs=("a", "b")))
+
+
+def test_weights_shared_by_two_convolutions_are_folded_for_one_only(tmp_path):
+    nodes, constants = normed([node("Conv", "x w", "c", pads=[1] * 4), node("Add", "b c")])
+    agree(write(tmp_path / "m.onnx", nodes, constants))
+
+
+def test_relu_never_writes_into_a_value_that_is_read_again(tmp_path):
+    nodes, constants = normed([node("Relu", "b", "r"), node("Add", "r b")])
+    agree(write(tmp_path / "m.onnx", nodes, constants))
+
+
+def test_normalisation_first_and_alone(tmp_path):
+    constants = {"g": floats(4), "h": floats(4, seed=1), "m": floats(4, seed=2), "v": np.abs(floats(4, seed=3)) + 0.1}
+    agree(write(tmp_path / "m.onnx", [node("BatchNormalization", "x g h m v")], constants))
+
+
+def test_an_unknown_operator_is_refused_by_name(tmp_path):
+    path = write(tmp_path / "odd.onnx", [node("Hardmax", "x")])
+    with pytest.raises(UnsupportedOperator, match=r"odd\.onnx uses the operator Hardmax"):
+        OnnxNetwork(path)
+
+
+def test_weights_are_a_modules_own_and_half_precision_is_a_cast(tmp_path):
+    nodes, constants = normed([node("Relu", "b")])
+    network = OnnxNetwork(write(tmp_path / "m.onnx", nodes, constants))
+    assert sum(p.numel() for p in network.parameters()) == 6 * 4 * 9 + 6
+    assert not any(p.requires_grad for p in network.parameters())
+    x = torch.from_numpy(floats(1, 4, 8, 8))
+    full = network(x)[0]
+    half = network.to(torch.bfloat16)(x.bfloat16())[0]
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), full, atol=0.1, rtol=0.05)
+
+
+def test_the_outline_tells_files_apart_without_their_weights(tmp_path):
+    nodes, constants = normed()
+    path = write(tmp_path / "m.onnx", nodes, constants, shape=(1, 3, 112, 112), outputs=("b",))
+    found = outline(path)
+    assert found.inputs == (("x", (1, 3, 112, 112)),) and found.outputs[0][0] == "b"
+    assert found.kind == "recognition"
+    wide = write(tmp_path / "w.onnx", nodes, constants, shape=(1, 3, 192, 192), outputs=("b",))
+    assert outline(wide).kind == "landmarks"
+
+
+@pytest.mark.parametrize("part", [0, 1, 60, 0.5, 0.97])
+def test_a_file_that_ends_early_is_refused_with_its_name(tmp_path, part):
+    nodes, constants = normed()
+    whole = write(tmp_path / "m.onnx", nodes, constants).read_bytes()
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(whole[: int(len(whole) * part) if isinstance(part, float) else part])
+    with pytest.raises(FaceError, match=r"cut\.onnx is no whole ONNX file .* copy or download it again"):
+        outline(cut)
+
+
+def test_another_kind_of_file_is_refused(tmp_path):
+    page = tmp_path / "page.onnx"
+    page.write_text("<html><body>404 not found, and long enough to have fields of every wire type</body></html>")
+    with pytest.raises(FaceError, match="no whole ONNX file"):
+        outline(page)
+    with pytest.raises(FaceError, match="no readable ONNX file"):
+        OnnxNetwork(page)
