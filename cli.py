@@ -127,6 +127,7 @@ def _add_caption(commands: Commands) -> None:
     caption.add_argument("--system", default="", help="how the model should behave")
     caption.add_argument("--format", choices=("txt", "jsonl", "both"), default="txt", help="what is written")
     caption.add_argument("--captions-to", type=Path, metavar="DIR", help="where to (default: beside the pictures)")
+    caption.add_argument("--pattern", default="", help="only file names that fit, such as 'portrait_*'")
     caption.add_argument("--recursive", action="store_true", help="also the folders in the folder")
     caption.add_argument("--overwrite", action="store_true", help="also pictures that have a caption")
     caption.add_argument("--before", default="", help="written before every caption, such as a trigger word")

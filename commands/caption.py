@@ -50,6 +50,7 @@ def _caption(options: argparse.Namespace) -> int:
         options.before,
         options.after,
         options.captions_to,
+        options.pattern,
     )
     answering = AnswerOptions(options.max_new_tokens, preset(options.token_budget), cache_images=False)
     sampling = Sampling(options.temperature > 0, options.temperature, seed=options.seed)

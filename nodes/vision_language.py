@@ -310,6 +310,7 @@ class HotpathCaptionFolder:
                 "image_cache": (CACHE[0], {**CACHE[1], "default": "off"}),
                 "decode": DECODE,
                 "keep_model_loaded": KEEP,
+                "pattern": ("STRING", {"default": "", "tooltip": "Only file names that fit, such as portrait_*."}),
                 "captions_to": (
                     "STRING",
                     {"default": "", "tooltip": "A folder for the captions; a name lies in the output folder. Empty: beside "
@@ -343,6 +344,7 @@ class HotpathCaptionFolder:
         image_cache: str = "off",
         decode: str = "auto",
         keep_model_loaded: bool = True,
+        pattern: str = "",
         captions_to: str = "",
         unique_id: str | None = None,
     ) -> dict[str, Any]:
@@ -358,6 +360,7 @@ class HotpathCaptionFolder:
             before,
             after,
             place(here.output_folder(), captions_to) if captions_to.strip() else None,
+            pattern,
         )
         options = AnswerOptions(
             max_new_tokens,

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ class CaptionJob:
 
     output: txt (one file beside each picture), jsonl (one line a picture in captions.jsonl) or both. overwrite=False
     skips pictures that have their caption. before, after: written around every caption, such as a trigger word.
-    target: where the captions go, with the same sub-folders; None is beside the pictures.
+    target: where the captions go, with the same sub-folders; None is beside the pictures. pattern: only files whose
+    name fits it, such as "portrait_*"; "" is all.
     """
 
     folder: Path
@@ -51,6 +53,7 @@ class CaptionJob:
     before: str = ""
     after: str = ""
     target: Path | None = None
+    pattern: str = ""
 
     @property
     def captions(self) -> Path:
@@ -88,15 +91,18 @@ def place(base: Path, name: str) -> Path:
     return base / folder
 
 
-def pictures_in(folder: Path, recursive: bool) -> list[Path]:
-    """Picture files, sorted by name; hidden files are left out."""
+def pictures_in(folder: Path, recursive: bool, pattern: str = "") -> list[Path]:
+    """Picture files whose name fits `pattern`, sorted by path; hidden files are left out."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: give the folder of the pictures.")
     found = folder.rglob("*") if recursive else folder.iterdir()
     return sorted(
         path
         for path in found
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file() and not path.name.startswith(".")
+        if path.suffix.lower() in PICTURE_SUFFIXES
+        and fnmatch(path.name, pattern or "*")
+        and path.is_file()
+        and not path.name.startswith(".")
     )
 
 
@@ -141,7 +147,7 @@ class FolderCaptioner:
         listed = already_listed(job.captions) if job.output != "txt" else set()
         targets: dict[Path, Path] = {}
         waiting: list[Path] = []
-        for path in pictures_in(job.folder, job.recursive):
+        for path in pictures_in(job.folder, job.recursive, job.pattern.strip()):
             target = job.text_file(path)
             if job.output != "jsonl" and target in targets:
                 summary.failed[path] = f"{targets[target].name} has the same caption file {target.name}"

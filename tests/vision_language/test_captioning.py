@@ -152,6 +152,15 @@ def test_where_folders_lie(tmp_path):
         place(tmp_path, "a/../../b")
 
 
+def test_only_names_that_fit(captioner, drawings):
+    folder = next(iter(drawings)).parent
+    job = CaptionJob(folder, "Caption this picture.", pattern="p[12].*")
+    assert [path.name for path in FolderCaptioner(captioner, job, GREEDY, OPTIONS).run().captions] == [
+        "p1.png",
+        "p2.png",
+    ]
+
+
 def test_captions_can_go_elsewhere(captioner, drawings, tmp_path):
     folder = next(iter(drawings)).parent
     (folder / "deep").mkdir()

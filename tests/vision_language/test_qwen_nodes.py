@@ -366,3 +366,30 @@ def test_the_first_shared_workflow(llm):
             values = dict(zip([*order, "control_after_generate"], node["widgets_values"], strict=True))
             assert values["model"] == "Qwen2-VL-7B-Instruct" and values["max_new_tokens"] == 512
             assert node["inputs"][0]["name"] == "image"
+
+
+@pytest.mark.parametrize("name", ["caption_pictures", "caption_qwenvl", "captions_of_a_folder"])
+def test_the_example_graphs_hold_what_the_nodes_declare(llm, name):
+    """The graph of the browser and its API twin: the same nodes, links and values, every widget in its place."""
+    folder = ROOT / "example_workflows"
+    graph = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    prompt = json.loads((folder / f"{name}.api.json").read_text(encoding="utf-8"))
+    links = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    assert {str(node["id"]): node["type"] for node in graph["nodes"]} == {k: n["class_type"] for k, n in prompt.items()}
+    checked = 0
+    for node in graph["nodes"]:
+        inputs = prompt[str(node["id"])]["inputs"]
+        linked = {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
+        assert linked == {key: value for key, value in inputs.items() if isinstance(value, list)}
+        if node["type"] not in NODE_CLASS_MAPPINGS:
+            continue
+        order = []
+        for key, (_, spec) in declared(NODE_CLASS_MAPPINGS[node["type"]]).items():
+            if not is_socket(spec):
+                order += [key, "control_after_generate"] if key == "seed" else [key]
+        values = dict(zip(order, node["widgets_values"], strict=True))
+        for key, value in inputs.items():
+            if not isinstance(value, list):
+                assert values[key] == value, key
+                checked += 1
+    assert checked > 3
