@@ -164,8 +164,10 @@ def _recogniser(analyser: Any) -> str:
 
 
 def _identity_file(name: str) -> Path:
-    safe = "".join(c if c.isalnum() or c in " ._-" else "_" for c in name).strip(" .") or "identity"
-    return host.current().model_folders(FOLDER)[0] / f"{safe.removesuffix('.safetensors')}.safetensors"
+    safe = "".join(c if c.isalnum() or c in " ._-" else "_" for c in name).strip(" .").removesuffix(".safetensors")
+    # File systems end names at 255 bytes; a temporary name beside it needs some of them.
+    short = safe.encode()[:200].decode(errors="ignore").strip(" .") or "identity"
+    return host.current().model_folders(FOLDER)[0] / f"{short}.safetensors"
 
 
 class HotpathIdentitySave:
@@ -193,7 +195,7 @@ class HotpathIdentitySave:
         }
 
     def save(self, identity: Identity, filename: str = "", unique_id: str | None = None) -> tuple[str]:
-        path = save_identity(identity, _identity_file(filename or identity.name))
+        path = save_identity(identity, _identity_file(filename.strip() or identity.name))
         host.current().show_text(f"Saved as {path.name} in models/{FOLDER}.", unique_id)
         return (str(path),)
 
