@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     Handler.files, Handler.behaviour, Handler.requests = {"/model.bin": CONTENT}, {}, []
     web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=web.serve_forever, daemon=True)
+    thread = threading.Thread(target=web.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{web.server_port}"
     web.shutdown()

@@ -1,0 +1,283 @@
+"""The command line: every way to start it, what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hotpath import cli
+from hotpath.commands import backends, doctor
+from hotpath.headless import locate
+from hotpath.headless.selftest import Absent, Finding, run_checks
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+COPY = {
+    "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "copy"}},
+}
+SAMPLE = {
+    "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "x"}},
+    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 2], "filename_prefix": "copy"}},
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a picture and two workflows, and no ComfyUI to be found."""
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "a.png")
+    (tmp_path / "copy.json").write_text(json.dumps(COPY))
+    (tmp_path / "sample.json").write_text(json.dumps(SAMPLE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(locate, "is_comfyui", lambda folder: (Path(folder) / "is_comfyui").is_file())
+    return tmp_path
+
+
+def run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def installed() -> bool:
+    import importlib.metadata
+
+    try:
+        importlib.metadata.version("comfyui-hotpath")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("command", [".", "hotpath", str(ROOT)])
+def test_every_way_to_start(command):
+    if command == "hotpath" and not installed():
+        pytest.skip("the pack is not installed in this environment")
+    words = ["-m", "hotpath"] if command == "hotpath" else [command]
+    done = subprocess.run([sys.executable, *words, "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("hotpath ")
+
+
+@pytest.mark.skipif(not installed(), reason="the pack is not installed in this environment")
+def test_the_console_script():
+    script = Path(sys.executable).with_name("hotpath")
+    done = subprocess.run([str(script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for command in ("run", "demo", "doctor", "models", "selftest"):
+        assert command in done.stdout
+
+
+def test_every_command_explains_itself(capsys):
+    for words in (["run"], ["demo"], ["doctor"], ["models"], ["models", "download"], ["selftest"]):
+        with pytest.raises(SystemExit) as left:
+            cli.main([*words, "--help"])
+        assert left.value.code == 0
+        assert len(capsys.readouterr().out) > 200
+
+
+def test_no_command_is_a_mistake_of_use(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([])
+    assert left.value.code == 2
+
+
+def test_a_workflow_runs_here(place, capsys):
+    assert run("run", "copy.json", "--headless") == 0
+    saved = place / "output" / "copy_00001_.png"
+    out, err = capsys.readouterr()
+    assert out.strip() == str(saved.relative_to(place)) or out.strip() == str(saved)
+    assert Image.open(saved).size == (6, 4)
+    assert "LoadImage (#1)" in err and "headless, " in err
+
+
+def test_values_can_be_set(place, capsys):
+    Image.new("RGB", (3, 3)).save(place / "b.png")
+    assert (
+        run("run", "copy.json", "--headless", "-q", "--set", "LoadImage.image=b.png", "--set", "2.filename_prefix=x/y")
+        == 0
+    )
+    assert Image.open(place / "output" / "x" / "y_00001_.png").size == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nothing.json"], "There is no file nothing.json"),
+        (["a.png"], "not JSON"),
+        (["copy.json", "--set", "1.image=c.png"], "LoadImage (#1): There is no file 'c.png'"),
+        (["copy.json", "--set", "7.image=c.png"], "no node called '7'"),
+        (["sample.json"], "CheckpointLoaderSimple (#1)"),
+        (["copy.json", "--comfyui", "."], "is not a ComfyUI folder"),
+    ],
+)
+def test_what_is_refused_before_it_runs(place, capsys, words, said):
+    assert run("run", *words, *(() if "--comfyui" in words else ("--headless",))) == 2
+    assert said in capsys.readouterr().err
+    assert not (place / "output").exists()
+
+
+def test_a_graph_that_needs_comfyui_says_how_to_get_one(place, capsys):
+    assert run("run", "sample.json") == 2
+    err = capsys.readouterr().err
+    assert "--server" in err and "COMFYUI_PATH" in err
+
+
+def test_a_node_that_fails(place, capsys):
+    (place / "a.png").write_text("no picture")
+    assert run("run", "copy.json", "--headless") == 1
+    err = capsys.readouterr().err
+    assert "LoadImage (#1): a.png is not a picture" in err and "Traceback" not in err
+
+
+def test_a_server_that_does_not_answer(place, capsys):
+    assert run("run", "copy.json", "--server", "http://127.0.0.1:9") == 1
+    assert "does not answer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "file:///etc/passwd", "http://"])
+def test_addresses_that_are_no_server(place, capsys, url):
+    assert run("run", "copy.json", "--server", url) == 1
+    assert "not the address of a server" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_is_one_line(place, capsys, monkeypatch):
+    from hotpath.commands import run as run_command
+
+    def broken(options: Any) -> int:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(run_command, "run", broken)
+    assert run("run", "copy.json") == 1
+    assert "RuntimeError: a bug" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        run("-v", "run", "copy.json")
+
+
+def test_doctor_shows_everything(place, capsys, monkeypatch):
+    monkeypatch.setenv("HOTPATH_MODELS", str(place / "models"))
+    code = run("doctor", "--json")
+    facts = json.loads(capsys.readouterr().out)
+    assert code == (1 if facts["failed_families"] or facts["unmet_requirements"] else 0)
+    assert facts["comfyui"] is None and facts["model_folders"] == [str(place / "models")]
+    assert {"triton", "onnxruntime", "insightface", "cv2", "transformers"} <= {b["name"] for b in facts["backends"]}
+    for backend in facts["backends"]:
+        assert backend["available"] or backend["detail"], backend
+    adapter = next(m for m in facts["models"] if m["name"] == "instantid-adapter")
+    assert adapter["found"] is None and adapter["belongs"] == str(place / "models" / "instantid" / "ip-adapter.bin")
+    assert "ApplyInstantID" in facts["families"]["instantid"]
+    monkeypatch.setattr(doctor, "examine", lambda host: facts)
+    run("doctor")
+    out = capsys.readouterr().out
+    for text in ("Backends", "Nodes", "Model files", "none found", str(adapter["belongs"]), adapter["source"]):
+        assert text in out
+
+
+def test_doctor_fails_when_a_family_does(place, capsys, monkeypatch):
+    from hotpath import nodes
+
+    monkeypatch.setattr(backends, "LIBRARIES", ())
+    monkeypatch.setitem(nodes.FAILED_FAMILIES, "instantid", "RuntimeError: a bug")
+    assert run("doctor") == 1
+    assert "instantid: failed, RuntimeError: a bug" in capsys.readouterr().out
+
+
+def test_a_library_that_is_missing_and_one_that_is_broken(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "library_that_raises.py").write_text("raise OSError('libcudart.so.12: cannot open')")
+    (tmp_path / "library_that_needs.py").write_text("import something_else_entirely")
+    missing, broken, needs = (
+        backends._look(backends._Library(name, "tests", "pip install it"))
+        for name in ("library_that_is_not", "library_that_raises", "library_that_needs")
+    )
+    assert not missing.available and missing.detail == "not installed; pip install it"
+    assert not broken.available and "libcudart.so.12" in broken.detail
+    assert not needs.available and "something_else_entirely" in needs.detail
+
+
+def test_two_wheels_in_one_folder_are_told(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "twice_over.py").write_text("")
+    for name in ("twice-over", "twice-over-gpu"):
+        info = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    found = backends._look(backends._Library("twice_over", "tests", "", ("twice-over", "twice-over-gpu")))
+    assert "twice-over and twice-over-gpu share one folder" in found.detail
+    assert found.version == "twice-over 1.0, twice-over-gpu 1.0"
+
+
+def test_requirements_that_are_not_met():
+    unmet = backends.unmet_requirements(["# a comment", "pip>=1", "torch>=99", "no-such-thing-here>=1"])
+    assert [line.partition(" ")[0] for line in unmet] == ["torch>=99", "no-such-thing-here>=1"]
+
+
+def test_a_comfyui_is_found_in_order(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        (folder / "comfy_api").mkdir(parents=True)
+        (folder / "main.py").touch()
+    monkeypatch.setenv("COMFYUI_PATH", str(second))
+    assert locate.find_comfyui() == second
+    assert locate.find_comfyui(first) == first
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "nothing"))
+    with pytest.raises(FileNotFoundError, match="not a ComfyUI folder"):
+        locate.find_comfyui()
+    monkeypatch.delenv("COMFYUI_PATH")
+    monkeypatch.setattr(locate, "PACK", first / "custom_nodes" / "pack")
+    assert locate.find_comfyui() == first
+
+
+def test_models_of_a_comfyui(tmp_path, monkeypatch):
+    comfyui = tmp_path / "ComfyUI"
+    (comfyui / "comfy_api").mkdir(parents=True)
+    (comfyui / "main.py").touch()
+    (comfyui / "extra_model_paths.yaml").write_text(
+        f"big:\n  base_path: {tmp_path}/big\n  is_default: true\n  insightface: face\n  LLM: |\n    a\n    b\n"
+        "other:\n  instantid: models/elsewhere\nempty:\n"
+    )
+    monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
+    monkeypatch.delenv("HOTPATH_MODELS", raising=False)
+    from hotpath.commands.models_folder import headless_host
+
+    host = headless_host(device="cpu")
+    assert host.model_folders("insightface") == [comfyui / "models" / "insightface", tmp_path / "big" / "face"]
+    assert host.model_folders("LLM")[1:] == [tmp_path / "big" / "a", tmp_path / "big" / "b"]
+    assert host.model_folders("instantid")[1:] == [comfyui / "models" / "elsewhere"]
+    assert headless_host(tmp_path, device="cpu").model_folders("LLM") == [tmp_path / "LLM"]
+
+
+def test_selftest_without_models(place, capsys):
+    assert run("selftest", "--models", place / "models", "--device", "cpu") == 3
+    out = capsys.readouterr().out
+    assert "skipped  faces" in out and "skipped  instantid" in out
+
+
+def test_selftest_with_an_unknown_name(place, capsys):
+    assert run("selftest", "nonsense", "--models", place) == 2
+    assert "faces" in capsys.readouterr().err
+
+
+def test_checks_stand_alone(headless_host):
+    def good(host):
+        yield Finding("a", 0.1, 0.2, seconds=0.001, reference_seconds=0.002)
+
+    def bad(host):
+        yield Finding("b", float("nan"), 0.2)
+
+    def broken(host):
+        yield Finding("c", 0, 0)
+        raise RuntimeError("a bug")
+
+    def absent(host):
+        raise Absent("no files")
+        yield
+
+    results = run_checks(headless_host, [("good", good), ("bad", bad), ("broken", broken), ("absent", absent)])
+    assert [r.passed for r in results] == [True, False, False, True]
+    assert results[2].failure == "RuntimeError: a bug" and len(results[2].findings) == 1
+    assert results[3].absent == "no files"
+    assert "1.0 ms (reference 2.0 ms)" in str(results[0].findings[0])
