@@ -1,0 +1,359 @@
+"""The nodes that make, save and load identities, and the cache node: what a person sees and what lands on the disk."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign_faces import ForeignFaceAnalysis
+from hotpath.cache import named_cache
+from hotpath.cache import registry as registry_module
+from hotpath.face import Faces, adapt
+from hotpath.host import ModelNotFound
+from hotpath.host.headless import HeadlessHost
+from hotpath.identity import Identity
+from hotpath.nodes import NODE_CLASS_MAPPINGS
+from safetensors.torch import save_file
+
+
+def picture(seed: int, count: int = 1, height: int = 96, width: int = 80) -> torch.Tensor:
+    return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+GREY = torch.full((1, 96, 80, 3), 0.5)
+
+
+def run(node: str, **inputs: Any) -> Any:
+    instance = NODE_CLASS_MAPPINGS[node]()
+    return getattr(instance, instance.FUNCTION)(**inputs)
+
+
+def someone(name: str = "ann", pictures: int = 1, recogniser: str = "antelopev2") -> Identity:
+    embeddings = torch.randn(pictures, 1, 512, generator=torch.Generator().manual_seed(len(name)))
+    return Identity(embeddings, name, recogniser)
+
+
+@pytest.fixture(autouse=True)
+def folders(headless_host: HeadlessHost, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The identities folder of an empty host, and no caches but those a test makes."""
+    monkeypatch.setattr(registry_module, "_caches", {})
+    monkeypatch.setattr(registry_module, "_limit", None)
+    return tmp_path / "models" / "identities"
+
+
+# ---------------------------------------------------------------- Identity from Faces
+
+
+def test_an_identity_of_pictures(headless_host: HeadlessHost) -> None:
+    faces = ForeignFaceAnalysis()
+    images = picture(1, count=3)
+    identity, report = run("HotpathIdentity", insightface=faces, image=images, name="ann", unique_id="5")
+    assert identity.embeddings.shape == (3, 1, 512)
+    found = adapt(ForeignFaceAnalysis()).analyse(images)
+    for n in range(3):
+        assert torch.equal(identity.embeddings[n, 0], found[n].embeddings[1]), "the largest face of each picture"
+    assert torch.equal(identity.keypoints, found[0].keypoints[1])
+    assert (identity.name, identity.size) == ("ann", (96, 80))
+    assert report.startswith("ann: 3 pictures; 3 faces, the first ")
+    assert headless_host.texts == [("5", report)]
+
+
+def test_pictures_without_a_face_are_left_out_and_counted() -> None:
+    images = torch.cat((GREY, picture(1), GREY))
+    identity, report = run("HotpathIdentity", insightface=ForeignFaceAnalysis(), image=images)
+    alone, _ = run("HotpathIdentity", insightface=ForeignFaceAnalysis(), image=picture(1))
+    assert torch.equal(identity.embeddings, alone.embeddings)
+    assert "2 of 3 pictures had no face and were left out" in report
+
+
+def test_which_face() -> None:
+    image = picture(2)
+    chosen = {
+        choice: run("HotpathIdentity", insightface=ForeignFaceAnalysis(), image=image, which_face=choice)[0]
+        for choice in NODE_CLASS_MAPPINGS["HotpathIdentity"].INPUT_TYPES()["optional"]["which_face"][0]
+    }
+    small, large = chosen["left to right"].embeddings, chosen["largest"].embeddings
+    assert torch.equal(small, -large), "the small face stands to the left"
+    assert torch.equal(chosen["centre"].embeddings, large)
+
+
+def test_an_identity_of_faces_found_before() -> None:
+    found = adapt(ForeignFaceAnalysis()).analyse(picture(1, count=2))
+    none = Faces.none((96, 80), 640, 512)
+    identity, report = run("HotpathIdentity", faces=[none, *found], name="bob")
+    assert identity.embeddings.shape == (2, 1, 512)
+    assert torch.equal(identity.embeddings[0, 0], found[0].embeddings[0]), "the first face of each picture"
+    assert report == "bob: 2 pictures; 2 faces that were found before"
+
+
+def test_several_sources_are_joined() -> None:
+    found = adapt(ForeignFaceAnalysis()).analyse(picture(3))
+    more = someone("older", pictures=2, recogniser="unknown")
+    identity, report = run(
+        "HotpathIdentity", insightface=ForeignFaceAnalysis(), image=picture(1), faces=found, identity=more, name="ann"
+    )
+    assert identity.embeddings.shape == (4, 1, 512)
+    assert torch.equal(identity.embeddings[2:], more.embeddings)
+    assert identity.name == "ann"
+    assert "joined with older (2 pictures)" in report
+    assert more.embeddings.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({}, r"Nothing to make an identity of: connect image \(with insightface\), faces or identity"),
+        ({"insightface": ForeignFaceAnalysis()}, "Nothing to make an identity of"),
+        ({"image": picture(1)}, "A picture is connected but no face model: connect insightface"),
+        ({"image": GREY, "insightface": ForeignFaceAnalysis()}, "No face was found in the reference picture"),
+        ({"image": torch.zeros(0, 8, 8, 3), "insightface": ForeignFaceAnalysis()}, "empty batch"),
+        ({"faces": [Faces.none((8, 8), 640, 512)]}, "The faces input holds no face"),
+        ({"faces": []}, "The faces input holds no face"),
+        (
+            {"faces": adapt(ForeignFaceAnalysis()).analyse(picture(1), embed=False)},
+            "The faces carry no embeddings: find them with embeddings switched on",
+        ),
+        ({"image": picture(1), "insightface": {"model": 1}}, "A dict is no face analysis"),
+        (
+            {"faces": adapt(ForeignFaceAnalysis(width=128)).analyse(picture(1)), "identity": someone()},
+            "different recognisers cannot be averaged",
+        ),
+    ],
+)
+def test_missing_and_wrong_inputs_have_their_sentence(inputs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        run("HotpathIdentity", **inputs)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- saving and loading
+
+
+def test_an_identity_travels_without_its_photo(folders: Path, headless_host: HeadlessHost) -> None:
+    ann, _ = run("HotpathIdentity", insightface=ForeignFaceAnalysis(), image=picture(1, count=2), name="ann")
+    (file,) = run("HotpathIdentitySave", identity=ann, filename="", unique_id="3")
+    assert Path(file) == folders / "ann.safetensors"
+    assert headless_host.texts[-1] == ("3", "Saved as ann.safetensors in models/identities.")
+    inputs = NODE_CLASS_MAPPINGS["HotpathIdentityLoad"].INPUT_TYPES()
+    assert inputs["required"]["file"][0] == ["ann.safetensors"]
+    (back,) = run("HotpathIdentityLoad", file="ann.safetensors")
+    assert torch.equal(back.embeddings, ann.embeddings)
+    assert torch.equal(back.keypoints, ann.keypoints)
+    assert (back.name, back.size, back.recogniser) == (ann.name, ann.size, ann.recogniser)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("ann", "ann.safetensors"),
+        ("ann.safetensors", "ann.safetensors"),
+        ("Ann Müller-2", "Ann Müller-2.safetensors"),
+        ("", "someone.safetensors"),
+        ("   ", "someone.safetensors"),
+        ("../../ann", "_.._ann.safetensors"),
+        ("..", "identity.safetensors"),
+        ("...", "identity.safetensors"),
+        ("/etc/passwd", "_etc_passwd.safetensors"),
+        ("C:\\Users\\ann", "C__Users_ann.safetensors"),
+        ("..\\ann", "_ann.safetensors"),
+        ("a/b", "a_b.safetensors"),
+        ("a\0b\nc", "a_b_c.safetensors"),
+        (".hidden", "hidden.safetensors"),
+        ("ann. . ", "ann.safetensors"),
+        ("who?*<>|\"'", "who_______.safetensors"),
+        ("\ud800", "_.safetensors"),
+        ("x" * 300, "x" * 200 + ".safetensors"),
+        ("ü" * 150, "ü" * 100 + ".safetensors"),
+    ],
+)
+def test_file_names_stay_inside_the_folder(name: str, file: str, folders: Path, tmp_path: Path) -> None:
+    (saved,) = run("HotpathIdentitySave", identity=someone("someone"), filename=name)
+    assert Path(saved) == folders / file
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [folders / file], "one file, and nothing elsewhere"
+    (back,) = run("HotpathIdentityLoad", file=file)
+    assert back.name == "someone"
+
+
+def test_an_identitys_own_name_is_no_path_either(folders: Path) -> None:
+    (saved,) = run("HotpathIdentitySave", identity=someone("../evil"), filename="")
+    assert Path(saved) == folders / "_evil.safetensors"
+
+
+def test_an_older_file_is_replaced(folders: Path) -> None:
+    for pictures in (1, 3):
+        run("HotpathIdentitySave", identity=someone("ann", pictures), filename="")
+    assert len(list(folders.iterdir())) == 1
+    assert run("HotpathIdentityLoad", file="ann.safetensors")[0].embeddings.shape[0] == 3
+
+
+def test_a_full_disk_is_reported_and_the_older_file_stays(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    run("HotpathIdentitySave", identity=someone("ann"), filename="")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("hotpath.identity.identity.tempfile.mkstemp", full)
+        run("HotpathIdentitySave", identity=someone("ann", 2), filename="")
+    assert run("HotpathIdentityLoad", file="ann.safetensors")[0].embeddings.shape[0] == 1
+
+
+@pytest.mark.parametrize("name", ["../ann.safetensors", "/etc/passwd", "C:\\ann.safetensors", "..\\ann.safetensors"])
+def test_loading_does_not_leave_the_folder(name: str, folders: Path) -> None:
+    run("HotpathIdentitySave", identity=someone("ann"), filename="")
+    (folders.parent / "ann.safetensors").write_bytes((folders / "ann.safetensors").read_bytes())
+    with pytest.raises(ModelNotFound, match="is not a file name inside"):
+        run("HotpathIdentityLoad", file=name)
+
+
+@pytest.mark.parametrize("name", ["", None])
+def test_no_file_chosen(name: Any) -> None:
+    with pytest.raises(ModelNotFound, match="No identities model is chosen"):
+        run("HotpathIdentityLoad", file=name)
+
+
+def test_a_missing_and_a_foreign_file(folders: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"'ann\.safetensors' was not found"):
+        run("HotpathIdentityLoad", file="ann.safetensors")
+    folders.mkdir(parents=True)
+    save_file({"lora_up": torch.zeros(1)}, folders / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"lora\.safetensors is no saved identity: it holds lora_up"):
+        run("HotpathIdentityLoad", file="lora.safetensors")
+
+
+def test_only_safetensors_are_offered(folders: Path) -> None:
+    run("HotpathIdentitySave", identity=someone("ann"), filename="")
+    (folders / "pickle.bin").write_bytes(b"x")
+    (folders / "half-written.part").write_bytes(b"x")
+    assert NODE_CLASS_MAPPINGS["HotpathIdentityLoad"].INPUT_TYPES()["required"]["file"][0] == ["ann.safetensors"]
+
+
+def test_a_file_of_the_same_run_is_allowed() -> None:
+    assert NODE_CLASS_MAPPINGS["HotpathIdentityLoad"].VALIDATE_INPUTS(file="not there yet.safetensors") is True
+
+
+def test_loading_runs_again_when_the_file_changed(folders: Path) -> None:
+    changed = NODE_CLASS_MAPPINGS["HotpathIdentityLoad"].IS_CHANGED
+    assert changed(file="ann.safetensors") == "missing"
+    run("HotpathIdentitySave", identity=someone("ann"), filename="")
+    first = changed(file="ann.safetensors")
+    assert first == changed(file="ann.safetensors") != "missing"
+    time.sleep(0.02)
+    run("HotpathIdentitySave", identity=someone("ann"), filename="")
+    assert changed(file="ann.safetensors") != first
+    assert changed(file="../ann.safetensors") == changed(file="") == "missing"
+
+
+@pytest.mark.comfy
+def test_inside_comfyui_identities_lie_in_its_models_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import folder_paths
+    from hotpath import host
+    from hotpath.host.comfyui import ComfyUIHost
+
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "comfy models"))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    folder_paths.folder_names_and_paths.pop("identities", None)
+    before = host.use(ComfyUIHost())
+    try:
+        (saved,) = run("HotpathIdentitySave", identity=someone("ann"), filename="")
+        assert Path(saved) == tmp_path / "comfy models" / "identities" / "ann.safetensors"
+        folder_paths.add_model_folder_path("identities", str(tmp_path / "shared"))
+        run("HotpathIdentitySave", identity=someone("bob"), filename="")
+        offered = NODE_CLASS_MAPPINGS["HotpathIdentityLoad"].INPUT_TYPES()["required"]["file"][0]
+        assert offered == ["ann.safetensors", "bob.safetensors"]
+        assert run("HotpathIdentityLoad", file="bob.safetensors")[0].name == "bob"
+    finally:
+        host.use(before)
+
+
+# ---------------------------------------------------------------- the cache nodes
+
+
+def fill(name: str = "faces", entries: int = 3) -> Any:
+    cache = named_cache(name, 64 << 20)
+    for n in range(entries):
+        cache.put(str(n), torch.zeros(1 << 20, dtype=torch.uint8))
+    return cache
+
+
+def test_the_report_lists_every_cache(headless_host: HeadlessHost) -> None:
+    faces, people = fill("faces", 3), fill("people", 2)
+    faces.get("0")
+    faces.get("none")
+    report, passed = run("HotpathCache", clear="nothing", passthrough="anything", unique_id="9")
+    assert report.split("\n") == [
+        "faces: 3 entries, 3.0 of 64 MiB, 1 hits, 1 misses (50%), 0 evicted",
+        "people: 2 entries, 2.0 of 64 MiB, 0 hits, 0 misses (0%), 0 evicted",
+    ]
+    assert passed == "anything"
+    assert (len(faces), len(people)) == (3, 2)
+    assert headless_host.texts == [("9", report)]
+
+
+def test_clearing_says_how_much_went() -> None:
+    faces, people = fill("faces", 3), fill("people", 2)
+    report, passed = run("HotpathCache", clear="all")
+    assert report.startswith("5 entries cleared\nfaces: 0 entries")
+    assert (len(faces), len(people), passed) == (0, 0, None)
+
+
+def test_a_limit_for_caches_of_now_and_later() -> None:
+    faces = fill("faces", 5)
+    report, _ = run("HotpathCache", clear="nothing", limit_mib=2)
+    assert "faces: 2 entries, 2.0 of 2 MiB" in report
+    assert "3 evicted" in report
+    assert fill("made later", 5).limit == 2 << 20
+    run("HotpathCache", clear="nothing", limit_mib=0)
+    assert faces.limit == 2 << 20, "0 leaves the limits as they are"
+
+
+def test_nothing_remembered_yet() -> None:
+    assert run("HotpathCache", clear="nothing")[0] == "nothing is remembered yet"
+
+
+def test_the_report_is_made_anew_on_every_run() -> None:
+    assert math.isnan(NODE_CLASS_MAPPINGS["HotpathCache"].IS_CHANGED(clear="nothing", passthrough=None, limit_mib=0))
+
+
+def test_passthrough_fits_every_socket() -> None:
+    node = NODE_CLASS_MAPPINGS["HotpathCache"]
+    anything = node.INPUT_TYPES()["optional"]["passthrough"][0]
+    for other in ("MODEL", "IMAGE", "*", "FACEANALYSIS"):
+        assert not anything != other  # noqa: SIM202 - ComfyUI compares with !=
+        assert not node.RETURN_TYPES[1] != other  # noqa: SIM202
+
+
+def test_the_older_cache_manager_still_works() -> None:
+    faces = fill("faces", 3)
+    stats, passed = run("InstantIDCacheManager", clear_cache="false", passthrough=7)
+    assert stats.startswith("faces: 3 entries")
+    assert passed == 7
+    assert len(faces) == 3
+    stats, _ = run("InstantIDCacheManager", clear_cache="true")
+    assert stats.startswith("3 entries cleared")
+    assert len(faces) == 0
+
+
+@pytest.mark.parametrize(
+    "node", ["HotpathIdentity", "HotpathIdentitySave", "HotpathIdentityLoad", "HotpathCache", "InstantIDCacheManager"]
+)
+def test_what_a_node_declares_is_what_it_takes_and_explains(node: str) -> None:
+    import inspect
+
+    node_class = NODE_CLASS_MAPPINGS[node]
+    inputs = node_class.INPUT_TYPES()
+    declared = {**inputs.get("required", {}), **inputs.get("optional", {})}
+    taken = inspect.signature(getattr(node_class, node_class.FUNCTION)).parameters
+    assert set(taken) - {"self"} == {*declared, *inputs.get("hidden", {})}
+    for name in inputs.get("optional", {}):
+        assert taken[name].default is not inspect.Parameter.empty, name
+    for name, (_, *options) in declared.items():
+        assert options and options[0].get("tooltip"), f"{name} has no tooltip"
+    assert len(node_class.RETURN_TYPES) == len(node_class.RETURN_NAMES) == len(node_class.OUTPUT_TOOLTIPS)
