@@ -258,7 +258,7 @@ def _leave_playable(job: FileJob, folder: Path, progress: Progress) -> None:
     if not progress.parts:
         return
     try:
-        assemble(_parts(folder, progress.parts), job.source, job.output)
+        assemble(_parts(folder, progress.parts), job.source, job.output, complete=False)
     except Exception as error:
         log.warning("The finished parts of %s stay in %s: %s", job.output.name, folder, error)
 

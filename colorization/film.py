@@ -20,7 +20,7 @@ from .edge_filter import FILTERS, apply_filter
 from .film_state import FilmState, check_state
 from .frame_budget import colormnet_batch, deep_exemplar_batch
 from .networks import LoadedNetwork
-from .pictures import network_size, resized, to_channels_first
+from .pictures import as_frames, network_size, resized, to_channels_first
 from .shots import ShotDetector
 from .smoothing import ChromaSmoother
 from .stage_times import StageTimes
@@ -287,7 +287,7 @@ def activations(
 
 
 def read_references(pictures: Sequence[Tensor], frames: str = "") -> list[Reference]:
-    """pictures: each [H, W, 3]. frames: the film's frame that each of them is, by commas; empty or "-" for none."""
+    """pictures: each [H, W, C]. frames: the film's frame that each of them is, by commas; empty or "-" for none."""
     written = [part.strip() for part in frames.split(",")] if frames.strip() else []
     if len(written) > len(pictures):
         raise ValueError(f"reference_frames names {len(written)} frames for {len(pictures)} reference pictures.")
@@ -301,5 +301,5 @@ def read_references(pictures: Sequence[Tensor], frames: str = "") -> list[Refere
             raise ValueError(f"reference_frames must be whole numbers by commas, or - for none; {part!r} is not one.")
     numbers += [None] * (len(pictures) - len(numbers))
     cpu = torch.device("cpu")
-    labs = [rgb_to_lab(to_channels_first(picture[None], cpu))[0] for picture in pictures]
+    labs = [rgb_to_lab(to_channels_first(as_frames(picture, "a reference"), cpu))[0] for picture in pictures]
     return [Reference(lab, frame) for lab, frame in zip(labs, numbers, strict=True)]

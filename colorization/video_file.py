@@ -133,8 +133,9 @@ class PartWriter:
             self._container.close()
 
 
-def assemble(parts: Sequence[Path], source: Path, output: Path) -> None:
-    """Put the parts' packets in a row, with the source's sound beside them as it is, cut where the pictures end.
+def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool = True) -> None:
+    """Put the parts' packets in a row, with the source's sound beside them as it is; of a film that is not complete,
+    as much sound as there are pictures.
 
     A file called `output` stays whole until the new one is.
     """
@@ -155,6 +156,9 @@ def assemble(parts: Sequence[Path], source: Path, output: Path) -> None:
                     waiting = next(heard, None)
                 packet.stream = video
                 target.mux(packet)
+            while complete and waiting is not None:
+                _mux(target, waiting, sounds)
+                waiting = next(heard, None)
         unfinished.replace(output)
     finally:
         unfinished.unlink(missing_ok=True)

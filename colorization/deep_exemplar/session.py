@@ -109,7 +109,7 @@ class DeepExemplarSession:
             raise ValueError(f"This session colours {self.size} frames, not {tuple(luminance.shape[-2:])}.")
         padded = _padded(luminance, self.padding)
         parts = self.frames_together.map(
-            range(len(padded)), lambda chosen: self._match(padded[chosen[0] : chosen[-1] + 1])
+            range(len(padded)), lambda chosen: self.match(padded[chosen[0] : chosen[-1] + 1])
         )
         matched_chroma = torch.cat([part.chroma for part in parts])
         similarity = torch.cat([part.similarity for part in parts])
@@ -131,7 +131,7 @@ class DeepExemplarSession:
             self.last = torch.cat((luminance, chroma), dim=1)
         return chroma
 
-    def _match(self, luminance: Tensor) -> Matched:
+    def match(self, luminance: Tensor) -> Matched:
         """Correspondence of frames with the reference. luminance: [T, 1, H, W] padded, L in 0..100."""
         with self.times.stage("features"):
             grey = (luminance / 100).expand(-1, 3, -1, -1)

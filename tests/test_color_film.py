@@ -1,0 +1,465 @@
+"""Films, files and nodes on tiny networks: sizes, references, shots, state, resume, interrupt, bad input."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hotpath import host
+from hotpath.colorization import clip_job, file_job, film, networks, video_file
+from hotpath.colorization.checkpoint_file import WrongCheckpoint
+from hotpath.colorization.colormnet.decoder import DecoderWidths
+from hotpath.colorization.colormnet.key_encoder import EncoderWidths
+from hotpath.colorization.colormnet.network import ColorMNet, ColorMNetWidths
+from hotpath.colorization.colormnet.value_encoder import ValueWidths
+from hotpath.colorization.colour_space import luminance_of
+from hotpath.colorization.deep_exemplar.color_net import ColorVidNet
+from hotpath.colorization.deep_exemplar.vgg import VGG19
+from hotpath.colorization.deep_exemplar.warp import WarpNet
+from hotpath.colorization.film import FilmOptions, read_references
+from hotpath.colorization.film_state import load_state, save_state
+from torch import Tensor
+from torch.nn import functional as F
+
+TINY = ColorMNetWidths(
+    EncoderWidths(
+        stem=4, planes=(2, 2, 4), outputs=(4, 8, 8), depths=(1, 1, 1), vit_width=8, vit_depth=4, vit_hidden=8,
+        vit_grid=4, heads=2, fused=(8, 8, 4),
+    ),
+    ValueWidths(stem=4, outputs=(4, 4, 8), depths=(1, 1, 1), value=8, reduced=2, hidden=4),
+    DecoderWidths(fused=8, reduced=2, up8=4, up4=4, middle=4),
+    key=4,
+    window=5,
+)  # fmt: skip
+METHODS = film.METHODS
+
+
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with tiny networks, under names nobody published."""
+    from safetensors.torch import save_file
+
+    models = tmp_path_factory.mktemp("models")
+    for folder in ("colormnet", "deep_exemplar"):
+        (models / folder).mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = ColorMNet(TINY).state_dict()
+        state["decoder.pred.weight"] *= 8
+        save_file(state, models / "colormnet" / "mine.safetensors")
+        parts = {
+            "a": VGG19((4, 6, 8, 8, 8)),
+            "b": WarpNet((6, 8, 8, 8), (4, 4, 6, 6), 4, 12),
+            "c": ColorVidNet(4, (4, 6, 8, 8), 6),
+        }
+        for name, part in parts.items():
+            torch.save(part.state_dict(), models / "deep_exemplar" / f"{name}.pth")
+    return models
+
+
+@pytest.fixture(autouse=True)
+def here(model_files: Path, headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(headless_host, "_models", [model_files])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield headless_host
+    torch.set_num_threads(threads)
+
+
+def frames(count: int, height: int = 40, width: int = 54, seed: int = 0) -> Tensor:
+    """[count, height, width, 3] in 0..1, slowly changing."""
+    random = torch.Generator().manual_seed(seed)
+    ends = torch.rand(2, 3, 4, 5, generator=random)
+    blend = torch.linspace(0, 1, count)[:, None, None, None]
+    coarse = ends[:1] * (1 - blend) + ends[1:] * blend
+    return F.interpolate(coarse, (height, width), mode="bilinear").permute(0, 2, 3, 1).clamp(0, 1)
+
+
+def run(images: Tensor, reference: Tensor, state: Any = None, where: str = "", **options: Any) -> Any:
+    chosen = FilmOptions(**options)
+    loaded = clip_job.load_method(chosen)
+    return clip_job.colorize_clip(loaded, images, read_references([*reference], where), chosen, state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [(40, 54), (101, 33), (1, 1), (200, 40)])
+def test_any_size_keeps_its_luminance(method: str, size: tuple[int, int]) -> None:
+    images = frames(3, *size)
+    done = run(images, frames(1, 30, 70, seed=1), method=method, colour_size=32)
+    assert done.pictures.shape == (3, *size, 3) and done.confidence.shape == (3, *size)
+    assert done.pictures.min() >= 0 and done.pictures.max() <= 1
+    assert done.confidence.min() >= 0 and done.confidence.max() <= 1.0001
+    wanted, found = (luminance_of(p.permute(0, 3, 1, 2))[:, 0] for p in (images, done.pictures))
+    in_gamut = ((done.pictures > 0.002) & (done.pictures < 0.998)).all(-1)
+    torch.testing.assert_close(found[in_gamut], wanted[in_gamut], atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_film_in_portions_equals_film_at_once(method: str, tmp_path: Path) -> None:
+    images, reference = frames(9), frames(1, seed=3)
+    options: dict[str, Any] = {"method": method, "colour_size": 0, "temporal_smoothing": 0.5}
+    whole = run(images, reference, **options).pictures
+    first = run(images[:4], reference, **options)
+    save_state(first.state, tmp_path / "film.safetensors")
+    state = load_state(tmp_path / "film.safetensors")
+    assert state.frame == 4
+    second = run(images[4:], reference, state, **options)
+    assert "continued: from frame 4" in second.report
+    # Deep Exemplar's portions are other batches, and rounding may move its matches between near ties.
+    torch.testing.assert_close(second.pictures, whole[4:], atol=1e-5 if method == "ColorMNet" else 0.2, rtol=0)
+
+
+def test_state_of_another_film_is_refused(tmp_path: Path) -> None:
+    state = run(frames(2), frames(1, seed=3), method="ColorMNet", colour_size=32).state
+    with pytest.raises(ValueError, match="height 40 there, 41 here"):
+        run(frames(2, 41), frames(1, seed=3), state, method="ColorMNet", colour_size=32)
+    (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(WrongCheckpoint, match="not a colour state"):
+        load_state(tmp_path / "broken.safetensors")
+
+
+def test_options_do_what_they_say() -> None:
+    images, reference = frames(4), frames(1, seed=5)
+    grey = run(images, reference, strength=0.0, colour_size=32).pictures
+    assert (grey.amax(-1) - grey.amin(-1)).max() < 0.01
+    plain = run(images, reference, colour_size=32).pictures
+    assert (plain.amax(-1) - plain.amin(-1)).max() > 0.05
+    for change in (
+        {"strength": 0.5}, {"edge_filter": "guided"}, {"edge_filter": "fast_global_smoother"},
+        {"temporal_smoothing": 0.9}, {"colour_size": 0}, {"memory_mode": "high_quality"},
+    ):  # fmt: skip
+        settings = {"colour_size": 32, **change}
+        many = frames(12)
+        assert (
+            run(many, reference, **settings).pictures - run(many, reference, colour_size=32).pictures
+        ).abs().max() > 1e-5, change
+    deep = {"method": "Deep Exemplar", "colour_size": 64}
+    fed, alone = (run(images, reference, propagate=p, **deep).pictures for p in (True, False))
+    assert (fed - alone).abs().max() > 1e-5
+    for wrong in ({"method": "DeOldify"}, {"edge_filter": "wls"}, {"shots": "all"}, {"temporal_smoothing": 1.0}):
+        with pytest.raises(ValueError):
+            FilmOptions(**wrong)
+
+
+def test_reference_that_is_a_frame_comes_back_as_it_is() -> None:
+    images = frames(6)
+    done = run(images, torch.stack((images[2], frames(1, seed=9)[0])), where="2,-", colour_size=0)
+    torch.testing.assert_close(done.pictures[2], images[2], atol=0.02, rtol=0)
+    assert (done.pictures[4] - images[4]).abs().max() > 0.02
+    # Deep Exemplar changes to the reference there.
+    deep: dict[str, Any] = {"method": "Deep Exemplar", "colour_size": 64, "propagate": False}
+    two = torch.stack((frames(1, seed=9)[0], images[2]))
+    switched, first = run(images, two, where="-,3", **deep), run(images, two[:1], **deep)
+    torch.testing.assert_close(switched.pictures[:3], first.pictures[:3], atol=0.2, rtol=0)
+    assert (switched.pictures[3:] - first.pictures[3:]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("wrong", ["1,2,3", "x", "-1", "1.5"])
+def test_wrong_reference_frames_are_refused(wrong: str) -> None:
+    with pytest.raises(ValueError, match="reference_frames"):
+        read_references([*frames(2)], wrong)
+
+
+def test_shots_reset_and_take_the_next_reference() -> None:
+    pytest.importorskip("scenedetect")
+    dark, bright = frames(16) * 0.2, frames(16, seed=4) * 0.3 + 0.7
+    images = torch.cat((dark, bright))
+    references = torch.cat((frames(1, seed=6), frames(1, seed=8)))
+    options: dict[str, Any] = {"shots": "reference per shot", "colour_size": 32}
+    done = run(images, references, **options)
+    assert "shots: 2; cuts at 16" in done.report
+    alone = run(bright, references[1:], colour_size=32)
+    torch.testing.assert_close(done.pictures[16:], alone.pictures, atol=2e-3, rtol=0)
+    never = run(images, references[:1], shots="off", colour_size=32)
+    assert (never.pictures[16:] - done.pictures[16:]).abs().max() > 1e-3
+
+
+def test_strange_pictures_go_through_and_wrong_ones_are_named() -> None:
+    images, reference = frames(2), frames(1, seed=3)
+    rgba = torch.cat((images, torch.rand(2, 40, 54, 1)), dim=-1)
+    expected = run(images, reference, colour_size=32).pictures
+    torch.testing.assert_close(run(rgba, reference, colour_size=32).pictures, expected)
+    torch.testing.assert_close(run(images, reference[0][None], colour_size=32).pictures, expected)
+    broken = images.clone()
+    broken[0, 3, 4] = float("nan")
+    assert run(broken, reference, colour_size=32).pictures.isfinite().all()
+    grey = run(images, reference.mean(-1, keepdim=True), colour_size=32)
+    assert "Reference 1 has next to no colour" in grey.report
+    with pytest.raises(ValueError, match="the frames must be pictures of shape"):
+        run(torch.zeros(2, 3, 40, 54), reference)
+    with pytest.raises(ValueError, match="is empty"):
+        run(images[:0], reference)
+
+
+def test_8k_width_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(film, "FULL_SIZE_PIXELS", 1 << 20)
+    done = run(frames(1, 620, 7680), frames(1), method="Deep Exemplar", colour_size=64, edge_filter="none")
+    assert done.pictures.shape == (1, 620, 7680, 3)
+
+
+def test_full_size_conversion_halves_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = film.with_luminance
+
+    def scarce(luminance: Tensor, chroma: Tensor) -> Tensor:
+        if len(luminance) > 2:
+            raise RuntimeError("CUDA out of memory.")
+        return original(luminance, chroma)
+
+    images, reference = frames(9), frames(1, seed=2)
+    expected = run(images, reference, colour_size=32).pictures
+    monkeypatch.setattr(film, "with_luminance", scarce)
+    done = run(images, reference, colour_size=32)
+    torch.testing.assert_close(done.pictures, expected)
+    assert "full-size frames at a time halved" in done.report
+
+
+def test_interrupt_stops_a_clip(here: Any) -> None:
+    here.stop()
+    with pytest.raises(host.Interrupted):
+        run(frames(30), frames(1), colour_size=32)
+
+
+def test_missing_models_say_where_they_come_from(here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(here, "_models", [tmp_path])
+    with pytest.raises(host.ModelNotFound, match=r"DINOv2FeatureV6_LocalAtten_s2_154000.pth from https://github.com"):
+        networks.load_colormnet()
+    with pytest.raises(host.ModelNotFound, match=r"colornet_iter_76000.pth, nonlocal_net_iter_76000.pth, vgg19_conv"):
+        networks.load_deep_exemplar()
+
+
+def test_networks_are_loaded_once() -> None:
+    assert networks.load_colormnet() is networks.load_colormnet("mine.safetensors")
+    assert networks.load_deep_exemplar("float32") is networks.load_deep_exemplar("float32")
+    assert "instead of float16" in networks.choose_precision("float16").reason
+
+
+# Video files
+
+
+def write_video(path: Path, pictures: Tensor, sound: bool = True, rate: int = 12) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": "10"})
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv444p"
+        voice: Any = container.add_stream("aac", rate=16000) if sound else None
+        for picture in (pictures * 255).to(torch.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+        if voice is not None:
+            wave = np.sin(np.arange(16000 * len(pictures) // rate) / 6).astype(np.float32)[None]
+            heard = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+            heard.sample_rate = 16000
+            for part in (heard, None):
+                container.mux(voice.encode(part))
+
+
+def read_video(path: Path) -> tuple[Tensor, list[Fraction], float]:
+    """Pictures, times in seconds, and the length of the sound (0 when there is none)."""
+    import av
+
+    with av.open(str(path)) as container:
+        decoded = list(container.decode(container.streams.video[0]))
+        pictures = torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in decoded])
+        times = [f.pts * f.time_base for f in decoded]
+    with av.open(str(path)) as container:
+        sound = container.streams.audio
+        samples = sum(f.samples for f in container.decode(sound[0])) / 16000 if sound else 0.0
+    return pictures, times, samples
+
+
+def file_task(folder: Path, **changes: Any) -> tuple[file_job.FileJob, list[film.Reference]]:
+    options = FilmOptions(colour_size=32, **changes)
+    return file_job.FileJob(folder / "in.mp4", folder / "out.mp4", options, quality=4), read_references([*frames(1)])
+
+
+def test_file_keeps_frames_times_and_sound(tmp_path: Path) -> None:
+    write_video(tmp_path / "in.mp4", frames(30))
+    lines: list[str] = []
+    job, references = file_task(tmp_path)
+    report = file_job.colorize_file(job, references, lines.append)
+    pictures, times, sound = read_video(job.output)
+    _, expected_times, expected_sound = read_video(job.source)
+    assert times == expected_times and len(pictures) == 30
+    assert sound == expected_sound > 2
+    colours = (pictures.float().amax(-1) - pictures.float().amin(-1)).mean()
+    assert colours > 2
+    assert "frames: 30 in" in report and lines and "left" in lines[-1]
+    assert not (tmp_path / "out.mp4.parts").exists()
+
+
+def test_interrupt_leaves_a_playable_file_and_resume_finishes_it(
+    tmp_path: Path, here: Any, model_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    write_video(tmp_path / "in.mp4", frames(70))
+    job, references = file_task(tmp_path)
+    file_job.colorize_file(job, references)
+    whole = read_video(job.output)
+    job.output.unlink()
+
+    stopped_at = 45
+    here.on_preview = None
+    update = type(here.progress(1)).update
+
+    def interrupt(self: Any, steps: int = 1, preview: Any = None) -> None:
+        update(self, steps, preview)
+        interrupt.seen += steps  # type: ignore[attr-defined]
+        if interrupt.seen > stopped_at:  # type: ignore[attr-defined]
+            raise host.Interrupted("stopped")
+
+    interrupt.seen = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(here.progress(1)), "update", interrupt)
+    with pytest.raises(host.Interrupted):
+        file_job.colorize_file(job, references)
+    part = read_video(job.output)
+    assert stopped_at < len(part[0]) < 70
+    assert 0 < part[2] <= float(part[1][-1]) + 0.2
+    monkeypatch.undo()
+    host.use(here)
+    monkeypatch.setattr(here, "_models", [model_files])
+    report = file_job.colorize_file(job, references)
+    assert f"continued: after {len(part[0])} frames" in report
+    again = read_video(job.output)
+    assert again[1:] == whole[1:]
+    assert (again[0].float() - whole[0].float()).abs().mean() < 1.0
+
+
+def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    write_video(tmp_path / "in.mp4", frames(66), sound=False)
+    job, references = file_task(tmp_path)
+    colorize = film.FilmSession.colorize
+    calls = [0]
+
+    def crash(self: film.FilmSession, images: Tensor) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise RuntimeError("the machine went away")
+        return colorize(self, images)
+
+    monkeypatch.setattr(film.FilmSession, "colorize", crash)
+    with pytest.raises(RuntimeError, match="went away"):
+        file_job.colorize_file(job, references)
+    plan = json.loads((tmp_path / "out.mp4.parts" / "plan.json").read_text())
+    assert plan["frames"] == 41 and len(read_video(job.output)[0]) == 41
+    report = file_job.colorize_file(job, references)
+    assert "continued: after 41 frames" in report
+    assert len(read_video(job.output)[0]) == 66
+    # Other options: nothing of the old work may be used.
+    calls[0] = 1
+    with pytest.raises(RuntimeError, match="went away"):
+        file_job.colorize_file(file_task(tmp_path)[0], references)
+    changed, _ = file_task(tmp_path, strength=0.0)
+    assert "continued" not in file_job.colorize_file(changed, references)
+    assert read_video(job.output)[0].float().std(-1).mean() < 3
+
+
+def test_full_disk_is_raised_and_the_old_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_video(tmp_path / "in.mp4", frames(6), sound=False)
+    job, references = file_task(tmp_path)
+    job.output.write_bytes(b"an older result")
+
+    def full(self: Any, pictures: Tensor, times: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(video_file.PartWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        file_job.colorize_file(job, references)
+    assert job.output.read_bytes() == b"an older result"
+
+
+def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
+    job, references = file_task(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"There is no video .*in\.mp4"):
+        file_job.colorize_file(job, references)
+    job.source.write_bytes(b"not a video at all" * 100)
+    with pytest.raises(video_file.VideoError, match=r"in\.mp4 cannot be opened"):
+        file_job.colorize_file(job, references)
+    write_video(tmp_path / "whole.mp4", frames(20))
+    job.source.write_bytes((tmp_path / "whole.mp4").read_bytes()[:600])
+    with pytest.raises((video_file.VideoError, FileNotFoundError)):
+        file_job.colorize_file(job, references)
+
+
+def test_odd_sizes_and_paths_from_the_command_line(tmp_path: Path) -> None:
+    from PIL import Image
+
+    write_video(tmp_path / "in.mp4", frames(3, 41, 53), sound=False)
+    Image.fromarray((frames(1)[0] * 255).to(torch.uint8).numpy()).save(tmp_path / "r.png")
+    file_job.colorize_file_by_path(
+        tmp_path / "in.mp4", tmp_path / "o.mkv", [tmp_path / "r.png"], FilmOptions(colour_size=32), "0", quality=10
+    )
+    assert read_video(tmp_path / "o.mkv")[0].shape == (3, 41, 53, 3)
+    with pytest.raises(FileNotFoundError, match="no reference picture"):
+        file_job.colorize_file_by_path(tmp_path / "in.mp4", tmp_path / "o.mkv", [tmp_path / "x.png"], FilmOptions())
+
+
+# Nodes
+
+
+def test_compatible_video_node(here: Any) -> None:
+    from hotpath.nodes.colormnet import ColorMNetImage, ColorMNetVideo
+
+    images, reference = frames(7, 48, 64), frames(1, 30, 30, seed=3)
+    same, report = ColorMNetVideo().colorize_video(images, reference, 64, 48)
+    assert same.shape == images.shape and "feature_encoder does nothing" in report and "CC BY-NC-SA" in report
+    assert here.texts[-1] == ("7", report) or here.texts[-1][1] == report
+    smaller, _ = ColorMNetVideo().colorize_video(images, reference, 32, 24)
+    sharp, _ = ColorMNetVideo().colorize_video(images, reference, 32, 24, original_luminance=True)
+    assert smaller.shape == sharp.shape == images.shape
+    grey = luminance_of(images.permute(0, 3, 1, 2))
+    errors = [(luminance_of(p.permute(0, 3, 1, 2)) - grey).abs().mean() for p in (smaller, sharp)]
+    assert errors[1] < errors[0]
+    _, report = ColorMNetVideo().colorize_video(images, reference, 64, 48, text_guidance="warm")
+    assert "text_guidance does nothing" in report
+    stills, _ = ColorMNetImage().colorize_image(images, reference, 64, 48)
+    torch.testing.assert_close(stills[:1], same[:1], atol=1e-3, rtol=0)
+
+
+def test_compatible_deep_exemplar_nodes() -> None:
+    from hotpath.nodes.deep_exemplar import DeepExColorImageNode, DeepExColorVideoNode
+
+    images, reference = frames(3, 50, 70), frames(2, 30, 30, seed=3)
+    out, report = DeepExColorVideoNode().colorize_video(images, reference, True, True, 96, 72, use_sage_attention=True)
+    assert out.shape == (3, 72, 96, 3) and "use_sage_attention does nothing" in report
+    assert "first of the batch is used" in report
+    torch.testing.assert_close(out * 255, (out * 255).round(), atol=1e-3, rtol=0)
+    full, _ = DeepExColorVideoNode().colorize_video(images, reference[:1], True, False, 96, 72)
+    assert (full - out).abs().max() > 1e-3
+    odd, report = DeepExColorImageNode().colorize_image(images, reference[:1], 71, 51)
+    assert odd.shape == (3, 51, 71, 3) and "use_sage_attention" not in report
+
+
+def test_our_nodes(here: Any) -> None:
+    from hotpath.nodes import colorize as nodes
+
+    here.input_folder().mkdir()
+    write_video(here.input_folder() / "film.mp4", frames(5), sound=False)
+    assert nodes.HotpathColorizeFile.INPUT_TYPES()["required"]["video"][0] == ["film.mp4"]
+    path, report = nodes.HotpathColorizeFile().colorize("film.mp4", frames(1), "ColorMNet", "o.mp4", colour_size=32)
+    assert Path(path).parent == here.output_folder() and "frames: 5" in report
+    assert any("left" in text for _, text in here.texts)
+    for name in ("../o.mp4", "/tmp/o.mp4", "", "o.exe"):
+        with pytest.raises(ValueError):
+            nodes.HotpathColorizeFile().colorize("film.mp4", frames(1), "ColorMNet", name)
+    with pytest.raises(ValueError, match="not a file name inside"):
+        nodes.HotpathColorizeFile().colorize("../film.mp4", frames(1), "ColorMNet", "o.mp4")
+    pictures, _ = nodes.HotpathColorizeImage().colorize(frames(3), frames(1), "Deep Exemplar", colour_size=32)
+    assert pictures.shape == (3, 40, 54, 3)
+    out, mask, state, _ = nodes.HotpathColorizeVideo().colorize(
+        frames(3), frames(1), "ColorMNet", more_references=frames(1, 20, 20), reference_frames="0,-", colour_size=32
+    )
+    assert out.shape == (3, 40, 54, 3) and mask.shape == (3, 40, 54)
+    nodes.HotpathSaveColorState().save(state, "reel")
+    again, following = nodes.HotpathLoadColorState().load("reel")
+    assert following == 3 and set(again.tensors) == set(state.tensors)
+    with pytest.raises(FileNotFoundError, match="no color state"):
+        nodes.HotpathLoadColorState().load("other")
+    (moved,) = nodes.HotpathColorTransfer().transfer(frames(2), frames(1, 10, 10))
+    assert moved.shape == (2, 40, 54, 3)
