@@ -46,7 +46,11 @@ class ServerObserver(Protocol):
 def server_url(text: str) -> str:
     """`text` as a base URL. Raises ServerError for anything but http and https."""
     url = urlsplit(text if "://" in text else f"http://{text}")
-    if url.scheme not in ("http", "https") or not url.hostname:
+    try:
+        right = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
+    except ValueError:  # a port that is no number
+        right = False
+    if not right:
         raise ServerError(f"{text!r} is not the address of a server; give one such as http://127.0.0.1:8188.")
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
 
