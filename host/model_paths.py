@@ -33,9 +33,13 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # a link to itself, or into a place that is closed to us
+            continue
+        if is_folder:
             yield from _walk(folder / entry.name, above | {real})
-        elif entry.is_file():
+        elif is_file:
             yield folder / entry.name
 
 

@@ -16,9 +16,9 @@ FORMAT = "hotpath.identity.1"
 MAX_PIXELS = 1 << 28  # a file from elsewhere must not ask for a drawing that fills the memory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Identity:
-    """Raw ArcFace embeddings of one person.
+    """Raw ArcFace embeddings of one person. Equal to itself only; `key` compares content.
 
     embeddings: [N, 1, D] float32 on the CPU, one per picture, not normalised.
     keypoints: [5, 2] pixels of the first face in a picture of `size` (height, width); None when unknown.

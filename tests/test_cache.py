@@ -26,6 +26,8 @@ KIB = 1024
 DIFFERENT = {
     "strings joined": ("ab", "c"),
     "strings joined elsewhere": ("a", "bc"),
+    "a string with a tag in it": ("aSb", "c"),
+    "a string with a tag elsewhere": ("a", "bSc"),
     "one string": ("abc",),
     "nested": (("ab", "c"),),
     "deeper": ((("ab",), "c"),),

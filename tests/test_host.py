@@ -311,6 +311,7 @@ def linked(tmp_path: Path) -> Path:
         (folder / "real" / "up").symlink_to(folder, target_is_directory=True)
         (folder / "linked").symlink_to(folder / "real", target_is_directory=True)
         (folder / "gone.bin").symlink_to(tmp_path / "nowhere.bin")
+        (folder / "itself.bin").symlink_to(folder / "itself.bin")
     except OSError:
         pytest.skip("links cannot be made here")
     return folder
