@@ -81,6 +81,8 @@ class _Run:
     encoded: int = 0
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def answer(
     model: LoadedModel,
     questions: Sequence[Question],

@@ -107,17 +107,30 @@ class DecodeLayer(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
+class DecodeHead(nn.Module):
+    """The last norm and the output head."""
+
+    def __init__(self, norm: Any, head: Any) -> None:
+        super().__init__()
+        self.norm, self.head = norm, head
+        self.eps = float(norm.variance_epsilon)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(rms_norm(x, self.norm.weight, self.eps))
+
+
 class DecodeStep(nn.Module):
     """The decoder's layers for one token, sharing the weights of `network`."""
 
-    def __init__(self, network: Any, compile_layer: Callable[[Any], Any] | None = None) -> None:
+    def __init__(self, network: Any, compile_part: Callable[[Any], Any] | None = None) -> None:
         super().__init__()
         decoder = text_decoder(network)
         self.layers = nn.ModuleList(DecodeLayer(layer) for layer in decoder.layers)
+        self.head = DecodeHead(decoder.norm, network.lm_head)
         # In a tuple: these are shared, and moving them is the network's business.
-        self._shared = (decoder.embed_tokens, decoder.norm, network.lm_head, decoder.rotary_emb)
-        self._run = [layer if compile_layer is None else compile_layer(layer) for layer in self.layers]
-        self.compiled = compile_layer is not None
+        self._shared = (decoder.embed_tokens, decoder.rotary_emb)
+        wrap = compile_part if compile_part is not None else lambda part: part
+        self._run, self._finish = [wrap(layer) for layer in self.layers], wrap(self.head)
 
     def forward(
         self,
@@ -129,7 +142,7 @@ class DecodeStep(nn.Module):
         values: Sequence[Tensor],
     ) -> Tensor:
         """tokens, positions: [B]; slot: [1]; returns logits [B, vocabulary]."""
-        embed, norm, head, rotary = self._shared
+        embed, rotary = self._shared
         x = F.embedding(tokens, embed.weight)
         angles = positions.float().unsqueeze(-1) * rotary.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)[:, None, None, :]
@@ -137,7 +150,7 @@ class DecodeStep(nn.Module):
         sin = (angles.sin() * rotary.attention_scaling).to(x.dtype)
         for layer, k, v in zip(self._run, keys, values, strict=True):
             x = layer(x, cos, sin, k, v, slot, bias)
-        return head(rms_norm(x, norm.weight, float(norm.variance_epsilon)))
+        return self._finish(x)
 
 
 class Workspace:
@@ -180,18 +193,23 @@ class Workspace:
         self.slot.add_(1)
         return logits
 
+    def warm_up(self) -> None:
+        """Run the step once, so that what must be compiled is. Overwrites the buffers, so call it before `begin`."""
+        self.slot.zero_()
+        self._advance()
+
     def capture(self) -> None:
         """Record the step as a CUDA graph. Overwrites the buffers, so call it before `begin`."""
         stream: Any = torch.cuda.Stream(device=self.tokens.device)
         stream.wait_stream(torch.cuda.current_stream(self.tokens.device))
         with torch.cuda.stream(stream):
             for _ in range(GRAPH_WARMUP):
-                self.slot.zero_()
-                self._advance()
+                self.warm_up()
         torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
         self.slot.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads of the host go on using the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.logits = self._advance()
         self.graph = graph
 

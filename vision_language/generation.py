@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from .sampling import Sampler, Sampling
 log = logging.getLogger("hotpath.vision_language")
 
 DECODE_PATHS = ("auto", "compiled", "graph", "static", "plain")
+COMPILED_SHAPES = 256  # versions of a decode layer: models, batch sizes and buckets together
 WORKSPACES = 2  # decode buffers kept per model: the last batch sizes and buckets
 OnTokens = Callable[[list[list[int]]], None]
 
@@ -98,15 +100,24 @@ class PlainRunner:
 
 
 def compiler(backend: str | Callable[..., Any] | None = None) -> Callable[[Any], Any]:
-    """How a decode layer is compiled: once for all layers, anew only for another batch size or bucket."""
+    """How a part of the step is compiled: once for all layers, anew only for another batch size or bucket."""
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+    if backend is None:
+        # A product with one row is written as a reduction then, which reads weights at the speed of the memory.
+        settings["options"] = {"coordinate_descent_tuning": True}
+    else:
+        settings["backend"] = backend
+    return lambda part: torch.compile(part, **settings)
 
-    def compile_layer(layer: Any) -> Any:
-        settings: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-        return (
-            torch.compile(layer, **settings) if backend is None else torch.compile(layer, backend=backend, **settings)
-        )
 
-    return compile_layer
+@contextmanager
+def many_shapes() -> Iterator[None]:
+    """Let the compiler keep a version for every batch size and bucket; by default it gives up after eight."""
+    from torch._dynamo import config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    with config.patch({name: COMPILED_SHAPES}):
+        yield
 
 
 def workspace(
@@ -135,10 +146,13 @@ def workspace(
     while len(kept) >= WORKSPACES:
         kept.pop(next(iter(kept)))
     made = decoding.Workspace(steps[style], rows, length, model.device, model.dtype)
-    if model.device.type == "cuda" and path.name in ("compiled", "graph"):
+    if path.name in ("compiled", "graph"):
         host.current().show_text(f"Preparing fast decoding for {length:,} tokens (once) ...")
-        with torch.no_grad():
-            made.capture()
+        with torch.no_grad(), many_shapes():
+            if model.device.type == "cuda":
+                made.capture()
+            else:
+                made.warm_up()
     kept[key] = made
     return made
 

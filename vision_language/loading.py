@@ -252,8 +252,12 @@ def choose_attention(asked: str) -> tuple[str, str]:
     raise ValueError(f"{asked!r} is no attention: choose one of {', '.join(ATTENTIONS)}.")
 
 
+@torch.inference_mode(False)
 def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
-    """Load `folder` anew. Raises UnusableModel for what the library refuses, with its reason."""
+    """Load `folder` anew, into ordinary tensors also where the host runs nodes in inference mode.
+
+    Raises UnusableModel for what the library refuses, with its reason.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     device = host.current().device() if options.device in ("auto", "") else torch.device(options.device)

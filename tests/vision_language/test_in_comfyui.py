@@ -56,6 +56,17 @@ def test_an_answer_is_the_same_and_the_weights_are_comfyuis(comfyui, pictures):
     assert text(model, pictures.a) == first
 
 
+def test_inference_mode_of_comfyui_is_left_and_entered_at_will(comfyui, pictures):
+    """ComfyUI runs nodes in inference mode, other threads do not; buffers of one must serve the other."""
+    with torch.inference_mode():
+        model = MODELS.get("tiny", LoadOptions())
+        first = text(model, pictures.a, decode="static")
+    assert not any(parameter.is_inference() for parameter in model.network.parameters())
+    assert text(model, pictures.a, decode="static") == first
+    with torch.inference_mode():
+        assert text(model, pictures.a, decode="plain") == first
+
+
 def test_not_kept_leaves_at_once(comfyui, pictures):
     model = MODELS.get("tiny", LoadOptions())
     text(model, pictures.a, keep_loaded=False)
