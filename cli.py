@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("-v", "--verbose", action="store_true", help="show log messages, and the traceback of an error")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
+    _add_colorize(commands)
     _add_demo(commands)
     _add_doctor(commands)
     _add_models(commands)
@@ -83,6 +84,34 @@ def _add_doctor(commands: Commands) -> None:
     )
     doctor.add_argument("--json", action="store_true", help="print everything as JSON")
     _add_models_folder(doctor)
+
+
+def _add_colorize(commands: Commands) -> None:
+    colorize = commands.add_parser(
+        "colorize",
+        help="colour a video file after reference pictures",
+        description="Colours a film; sound and timing are kept. Stopped or crashed, the same command goes on where it "
+        "was. ColorMNet's weights are for non-commercial use only.",
+    )
+    colorize.add_argument("video", type=Path, help="the film")
+    colorize.add_argument("-r", "--reference", type=Path, action="append", required=True, metavar="PICTURE")
+    colorize.add_argument("-o", "--output", type=Path, required=True, help="the coloured film, such as out.mp4")
+    colorize.add_argument("--method", choices=("colormnet", "deep-exemplar"), default="colormnet")
+    colorize.add_argument(
+        "--reference-frames", default="", metavar="N,...", help="the film's frame each reference is, - for an example"
+    )
+    colorize.add_argument("--colour-size", type=int, default=432, help="short side of the colours; 0: the film's own")
+    colorize.add_argument("--memory", choices=("balanced", "low-memory", "high-quality"), default="balanced")
+    colorize.add_argument("--strength", type=float, default=1.0, help="factor on the chroma")
+    colorize.add_argument("--edge-filter", choices=("none", "guided", "fast-global-smoother"), default="guided")
+    colorize.add_argument("--smoothing", type=float, default=0.0, help="0 to under 1: steadier colours")
+    colorize.add_argument("--shots", choices=("off", "reset", "reference-per-shot"), default="off")
+    colorize.add_argument("--quality", type=int, default=16, help="x264's rate factor, lower is better")
+    colorize.add_argument("--precision", choices=("automatic", "float32", "float16", "bfloat16"), default="automatic")
+    colorize.add_argument("--restart", action="store_true", help="forget what an unfinished run left")
+    colorize.add_argument("--device", help="such as cpu or cuda:1")
+    colorize.add_argument("-q", "--quiet", action="store_true", help="say only where the film is")
+    _add_models_folder(colorize)
 
 
 def _add_models(commands: Commands) -> None:

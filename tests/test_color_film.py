@@ -463,3 +463,27 @@ def test_our_nodes(here: Any) -> None:
         nodes.HotpathLoadColorState().load("other")
     (moved,) = nodes.HotpathColorTransfer().transfer(frames(2), frames(1, 10, 10))
     assert moved.shape == (2, 40, 54, 3)
+
+
+def test_command_line_colours_a_film(
+    tmp_path: Path, model_files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hotpath import cli
+    from PIL import Image
+
+    write_video(tmp_path / "film.mp4", frames(4))
+    Image.fromarray((frames(1)[0] * 255).to(torch.uint8).numpy()).save(tmp_path / "r.png")
+    film_options = ["--models", str(model_files), "--device", "cpu", "--colour-size", "32", "-q"]
+    call = ["colorize", str(tmp_path / "film.mp4"), "-r", str(tmp_path / "r.png"), "-o", str(tmp_path / "o.mp4")]
+    for method in ("colormnet", "deep-exemplar"):
+        assert cli.main([*call, *film_options, "--method", method]) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / "o.mp4")
+        assert len(read_video(tmp_path / "o.mp4")[0]) == 4
+    assert cli.main(["colorize", "none.mp4", *call[2:], *film_options]) == 2
+    assert "There is no video" in capsys.readouterr().err
+
+    def stopped(*_: Any) -> None:
+        raise host.Interrupted("stopped")
+
+    monkeypatch.setattr(film.FilmSession, "colorize", stopped)
+    assert cli.main([*call, *film_options]) == 130
