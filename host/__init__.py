@@ -1,7 +1,7 @@
 """The one door to ComfyUI: paths, devices, memory, progress, interrupt; and its stand-in when there is none.
 
-    from .. import host
-    with host.tracked(host.current(), len(frames)) as bar: ...
+from .. import host
+with host.tracked(host.current(), len(frames)) as bar: ...
 """
 
 from __future__ import annotations

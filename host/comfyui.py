@@ -30,8 +30,9 @@ class ComfyUIManaged:
         self.device: torch.device = management.get_torch_device()
         offload = management.unet_offload_device()
         module.to(offload)
-        # ComfyUI keeps the present device on the module itself and reads it as `model.device`.
-        self.patcher = comfy.model_patcher.CoreModelPatcher(module, load_device=self.device, offload_device=offload)
+        # Not CoreModelPatcher: with dynamic VRAM that one is for ComfyUI's own layers, and would upload every weight of
+        # ours again each time it is asked for. ComfyUI keeps the present device on the module, as `model.device`.
+        self.patcher = comfy.model_patcher.ModelPatcher(module, load_device=self.device, offload_device=offload)
 
     @contextmanager
     def resident(self, extra_bytes: int = 0, keep: bool = True) -> Iterator[nn.Module]:
@@ -50,7 +51,7 @@ class ComfyUIManaged:
         import comfy.model_management as management
 
         management.unload_model_and_clones(self.patcher, unload_additional_models=False)
-        # With dynamic VRAM, parameters beside sub-modules would stay behind on the device.
+        # What `resident` brought along is in nobody's books.
         self.module.to(self.patcher.offload_device)
 
 

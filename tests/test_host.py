@@ -522,6 +522,25 @@ def test_what_a_low_memory_mode_leaves_behind_is_brought_along(
 
 
 @pytest.mark.comfy
+def test_weights_are_moved_once_and_not_on_every_use(
+    comfy_host: Any, loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI's dynamic patcher, the default on NVIDIA cards, copies plain modules anew on every load."""
+    import comfy.model_patcher
+
+    def dynamic(*_: Any, **__: Any) -> None:
+        raise AssertionError("the patcher of the day was taken")
+
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", dynamic)
+    managed = comfy_host.manage(Network())
+    assert not managed.patcher.is_dynamic()
+    with managed.resident() as network:
+        places = [p.data_ptr() for p in network.parameters()]
+    with managed.resident() as network:
+        assert [p.data_ptr() for p in network.parameters()] == places
+
+
+@pytest.mark.comfy
 def test_a_network_nobody_holds_is_forgotten_by_comfyui(comfy_host: Any, loaded: Any) -> None:
     import gc
     import weakref
