@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
             result.state,
             result.outcome.where,
             f"{result.outcome.seconds:.2f} s" if result.state == "done" else "-",
-            result.reason or "; ".join(dict.fromkeys(text.splitlines()[0] for _, text in result.outcome.texts if text)),
+            result.reason or result.outcome.report(),
         )
         for result in results
     ]

@@ -31,6 +31,7 @@ main { max-width: 1180px; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { margin: 0; font-size: 1.9rem; letter-spacing: -.02em; } h1 b { color: var(--accent); }
 h2 { margin: 0; font-size: 1.15rem; }
 p.facts { margin: .3rem 0 1.8rem; color: var(--dim); }
+a { color: var(--accent); }
 table { width: 100%; border-collapse: collapse; font-size: .92rem; }
 th { text-align: left; font-weight: 600; color: var(--dim); }
 th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -98,7 +99,7 @@ good pictures get.</p>
 
 def _row(result: DemoResult) -> str:
     outcome = result.outcome
-    said = result.reason or "; ".join(dict.fromkeys(_first_line(text) for _, text in outcome.texts)) or "-"
+    said = result.reason or outcome.report() or "-"
     seconds = f"{outcome.seconds:.2f} s" if result.state == "done" else "-"
     return (
         f'<tr><td><a href="#{_text(result.name)}">{_text(result.name)}</a></td>'
@@ -149,10 +150,6 @@ def _times(outcome: Outcome) -> str:
         for t in outcome.times
     )
     return f"<details><summary>Time by node</summary><table>{rows}</table></details>"
-
-
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0] if text.strip() else ""
 
 
 def _text(value: str) -> str:

@@ -168,6 +168,31 @@ class SolidMask:
         return (torch.full((1, height, width), value),)
 
 
+class PreviewAny:
+    """Any value as text."""
+
+    DISPLAY_NAME = "Preview as Text"
+    DESCRIPTION = "Shows a value as text."
+    RETURN_TYPES = ("STRING",)
+    FUNCTION = "main"
+    OUTPUT_NODE = True
+    CATEGORY = "utilities"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"source": ("*", {})}}
+
+    def main(self, source: Any = None) -> dict[str, Any]:
+        if isinstance(source, str):
+            text = source
+        else:
+            try:
+                text = json.dumps(source, indent=4, ensure_ascii=False)
+            except (TypeError, ValueError):
+                text = str(source)
+        return {"ui": {"text": (text,)}, "result": (text,)}
+
+
 def read_image(name: str) -> tuple[Tensor, Tensor]:
     """Frames [N, H, W, 3] and masks [N, H, W] (or [N, 64, 64] zeros) of a file a workflow names.
 
@@ -243,4 +268,5 @@ NODES: dict[str, type[Any]] = {
     "PreviewImage": PreviewImage,
     "ImageBatch": ImageBatch,
     "SolidMask": SolidMask,
+    "PreviewAny": PreviewAny,
 }

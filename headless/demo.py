@@ -138,7 +138,14 @@ def _run_one(name: str, path: Path, output: Path, files: DemoFiles, server: Runn
 
 
 def _run_here(graph: Graph, output: Path, files: DemoFiles) -> Outcome:
-    host = HeadlessHost(models=files.models, input_folder=files.inputs, output_folder=output, show_progress=False)
+    host = HeadlessHost(
+        # What a workflow saves as a model must not land among ours.
+        models=output / "models",
+        extra_models=[files.models],
+        input_folder=files.inputs,
+        output_folder=output,
+        show_progress=False,
+    )
     with stopped_by_ctrl_c(host):
         outcome = outcome_of(Executor(host, keep=False).run(graph), host)
     # Previews lie in a temporary folder; the page needs them beside it.

@@ -51,6 +51,14 @@ class Outcome:
     files: list[OutputFile] = field(default_factory=list)
     texts: list[tuple[Node, str]] = field(default_factory=list)
 
+    def report(self) -> str:
+        """The first line that each node has to say, in one line."""
+        first: dict[str, str] = {}
+        for node, text in self.texts:
+            if text.strip():
+                first.setdefault(node.id, text.strip().splitlines()[0])
+        return "; ".join(dict.fromkeys(first.values()))
+
 
 def outcome_of(result: RunResult, host: HeadlessHost) -> Outcome:
     """The outcome of a headless run, also of one that ended early."""

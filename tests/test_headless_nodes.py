@@ -153,6 +153,13 @@ def test_batches_of_different_sizes():
     assert batch.shape == (2, 4, 4, 4) and batch[1, ..., 3].min() == 1
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [("a", "a"), (1.5, "1.5"), ([1, "b"], '[\n    1,\n    "b"\n]'), (None, "null")]
+)
+def test_any_value_as_text(value, text):
+    assert core_nodes.PreviewAny().main(value) == {"ui": {"text": (text,)}, "result": (text,)}
+
+
 def test_solid_mask():
     (mask,) = core_nodes.SolidMask().solid(0.25, 6, 4)
     assert mask.shape == (1, 4, 6) and mask.unique().item() == 0.25
@@ -249,11 +256,12 @@ def test_the_interface_is_comfyuis(node_id, comfyui_path):
     """Same inputs in the same order, same outputs, same FUNCTION where the class is a V1 one."""
     import asyncio
 
-    from comfy_extras import nodes_mask, nodes_video
+    from comfy_extras import nodes_mask, nodes_preview_any, nodes_video
 
     import nodes as comfyui_nodes
 
     theirs = {**comfyui_nodes.NODE_CLASS_MAPPINGS}
+    theirs.update(nodes_preview_any.NODE_CLASS_MAPPINGS)
     for module in (nodes_video, nodes_mask):
         for item in asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list()):
             theirs[item.GET_SCHEMA().node_id] = item

@@ -1,0 +1,125 @@
+"""The demo and its page: every workflow for itself, nothing of the user's emptied, everything escaped."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from hotpath import cli
+from hotpath.headless import demo
+from hotpath.headless.demo import DemoError, DemoFiles, run_demo
+from PIL import Image
+
+
+def node(class_type, **inputs):
+    return {"class_type": class_type, "inputs": inputs}
+
+
+COPY = {
+    "1": node("LoadImage", image="a b.png"),
+    "2": node("SaveImage", images=["1", 0], filename_prefix="sub/copy"),
+    "3": node("PreviewImage", images=["1", 0]),
+    "4": node("PreviewAny", source="<script>alert('x')</script> & so on"),
+    "5": node("CreateVideo", images=["1", 0], fps=4),
+    "6": node("SaveVideo", video=["5", 0], filename_prefix="clip", format="auto"),
+}
+FAILS = {"1": node("LoadImage", image="no.png"), "2": node("SaveImage", images=["1", 0], filename_prefix="x")}
+SAMPLES = {"1": node("KSampler"), "2": node("SaveImage", images=["1", 0], filename_prefix="x")}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> DemoFiles:
+    found = DemoFiles(tmp_path / "wf", tmp_path / "in", tmp_path / "models", tmp_path / "nodes")
+    for folder in (found.workflows, found.inputs, found.models, found.comfy_nodes):
+        folder.mkdir()
+    Image.new("RGB", (32, 16), "teal").save(found.inputs / "a b.png")
+    for name, graph in {"a_fails": FAILS, "b_copy": COPY, "c_samples": SAMPLES}.items():
+        (found.workflows / f"{name}.api.json").write_text(json.dumps(graph))
+    (found.workflows / "b_copy.json").write_text("{}")  # the editor's file beside it
+    return found
+
+
+class Links(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href") and value and not value.startswith("#"):
+                self.files.append(unquote(value))
+
+
+def test_every_workflow_for_itself(files, tmp_path):
+    said: list[str] = []
+    output = tmp_path / "out"
+    results = run_demo(output, files, None, said.append)
+    assert [(r.name, r.state) for r in results] == [("a_fails", "failed"), ("b_copy", "done"), ("c_samples", "skipped")]
+    assert "no file 'no.png'" in results[0].reason and results[2].reason == "it needs a ComfyUI for KSampler"
+    assert (output / "b_copy" / "sub" / "copy_00001_.png").is_file()
+    page = Links()
+    page.feed((output / "index.html").read_text("utf-8"))
+    assert page.files and all((output / name).is_file() for name in page.files), page.files
+    assert {"b_copy/input/a b.png", "b_copy/clip_00001_.mp4"} <= set(page.files)
+    assert "video" in page.tags and "script" not in page.tags
+    data = json.loads((output / "results.json").read_text())
+    assert data[1]["state"] == "done" and len(data[1]["nodes"]) == 6
+    assert not list(files.models.iterdir())
+
+
+def test_a_second_run_starts_clean(files, tmp_path):
+    output = tmp_path / "out"
+    run_demo(output, files, None, lambda _: None)
+    run_demo(output, files, None, lambda _: None, ["copy"])
+    assert sorted(p.name for p in output.iterdir()) == [demo.MARK, "b_copy", "index.html", "results.json"]
+    assert (output / "b_copy" / "sub" / "copy_00001_.png").is_file()
+
+
+def test_a_folder_of_the_users_is_left_alone(files, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    with pytest.raises(DemoError, match="did not make"):
+        run_demo(output, files, None, lambda _: None)
+    assert (output / "mine.txt").read_text() == "mine"
+
+
+def test_a_comfyui_that_does_not_start_fails_the_demo_and_the_rest_runs(files, tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setenv("COMFYUI_PYTHON", sys.executable)
+    broken = tmp_path / "ComfyUI"
+    (broken / "comfy_api").mkdir(parents=True)
+    (broken / "main.py").write_text("raise SystemExit('no way')")
+    results = run_demo(tmp_path / "out", files, broken, lambda _: None)
+    assert results[0].state == "failed" and "no way" in results[0].reason
+    assert results[2].state == "done" and results[2].outcome.where.startswith("headless")
+
+
+def test_the_command(files, tmp_path, capsys, monkeypatch):
+    from hotpath.commands import demo as command
+
+    monkeypatch.setattr(command, "DemoFiles", lambda: files)
+    output = tmp_path / "out"
+    assert cli.main(["demo", "--headless", "--output-folder", str(output)]) == 1
+    assert str(output / "index.html") in capsys.readouterr().out
+    assert cli.main(["demo", "--headless", "--output-folder", str(output), "--only", "copy", "--only", "samples"]) == 0
+    assert cli.main(["demo", "--headless", "--output-folder", str(output), "--only", "nothing_like_it"]) == 2
+    assert "no workflow" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", DemoFiles().graphs(), ids=lambda path: path.name)
+def test_shipped_workflows_name_files_that_are_shipped(path):
+    from hotpath.headless.graph import Graph
+
+    files = DemoFiles()
+    for entry in Graph.load(path).nodes.values():
+        if entry.class_type in ("LoadImage", "LoadImageMask"):
+            assert (files.inputs / entry.inputs["image"]).is_file()
+        if entry.class_type == "LoadVideo":
+            assert (files.inputs / entry.inputs["file"]).is_file()
