@@ -140,6 +140,7 @@ class OnnxRuntimeRunner:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if fixed:
             options.add_free_dimension_override_by_name("height", height)

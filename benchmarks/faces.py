@@ -1,0 +1,242 @@
+"""Speed and memory of the face engines against insightface, on random weights of the true sizes.
+
+    python benchmarks/faces.py [--pictures 1 6] [--rounds 5] [--threads 2] [--width 1.0 --depth 100] [--write]
+
+Peers run in the same process, in turn, round after round, so that they see the same machine: insightface on the CPU
+(`get(max_num=1)`, which embeds one face, with only detection and recognition loaded), with its CUDA provider where one
+is there, and this engine in torch and onnxruntime. Weights are random, so times and memory count, faces do not.
+--write appends the table to benchmarks/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Contestant:
+    name: str
+    run: Callable[[torch.Tensor], int]  # a ComfyUI IMAGE, [B, H, W, 3] float, to the number of faces embedded
+    wall: dict[int, list[float]] = field(default_factory=dict)
+    cpu: dict[int, list[float]] = field(default_factory=dict)
+    faces: dict[int, int] = field(default_factory=dict)
+    note: str = ""
+
+    def measure(self, pictures: torch.Tensor) -> None:
+        count = len(pictures)
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.faces[count] = self.run(pictures)
+        self.wall.setdefault(count, []).append(time.perf_counter() - wall)
+        self.cpu.setdefault(count, []).append(time.process_time() - cpu)
+
+
+def test_pictures(count: int, side: int) -> torch.Tensor:
+    """[count, side, side, 3] versions of one photo, so that a calibrated random detector finds something in each."""
+    import skimage.data
+    from PIL import Image
+
+    photo = Image.fromarray(skimage.data.astronaut()).resize((side, side))
+    pixels = np.stack([np.roll(np.array(photo), 8 * i, axis=1) for i in range(count)])
+    return torch.from_numpy(pixels).float().add_(0.25).div_(255)
+
+
+def with_insightface(root: Path, provider: str) -> Contestant | None:
+    try:
+        import onnxruntime
+        from insightface.app import FaceAnalysis
+    except ImportError as error:
+        print(f"insightface left out: {error}")
+        return None
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = torch.get_num_threads()
+    app = FaceAnalysis(
+        "antelopev2",
+        root=str(root),
+        allowed_modules=["detection", "recognition"],
+        providers=[provider],
+        sess_options=session_options,
+    )
+    app.prepare(0, det_size=(640, 640))
+    actual = app.det_model.session.get_providers()[0]
+    if actual != provider:
+        print(f"insightface with {provider} left out: it runs on {actual}")
+        return None
+
+    def run(pictures: torch.Tensor) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # As the packs that use it do: bytes, then BGR, picture by picture.
+            bgr = pictures.mul(255).clamp(0, 255).byte().numpy()[..., ::-1]
+            return sum(len(app.get(np.ascontiguousarray(p), max_num=1)) for p in bgr)
+
+    return Contestant(f"insightface, {provider.removesuffix('ExecutionProvider')}", run)
+
+
+def with_ours(root: Path, engine: str, device: torch.device, precision: str = "fp32") -> Contestant | None:
+    from hotpath import face
+
+    analyser = face.load_analyser([root], engine=engine, device=device, precision=precision, remember=False)
+    if analyser.detector.runner.engine != engine:
+        print(f"{engine} on {device} left out: {analyser.report()}")
+        return None
+    options = face.DetectionOptions(sizes=(640,))
+
+    def run(pictures: torch.Tensor) -> int:
+        return sum(map(len, analyser.analyse(pictures, choose=face.FaceChoice.largest(), options=options)))
+
+    return Contestant(f"Hotpath, {engine} {device.type} {precision}", run)
+
+
+def synchronisations(run: Callable[[], int]) -> int:
+    """How often one call waits for the GPU, counted by torch itself."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return sum("synchroniz" in str(w.message) for w in caught)
+
+
+def peak_memory(root: Path) -> str:
+    """Activation bytes per picture of the two networks in float32, by batch differences of the process's peak."""
+    import resource
+
+    from hotpath.face.onnx_graph import OnnxNetwork
+
+    lines = []
+    folder = root / "models" / "antelopev2"
+    for name, side, batches in (("scrfd_10g_bnkps.onnx", 640, (1, 4)), ("glintr100.onnx", 112, (1, 16))):
+        network = OnnxNetwork(folder / name)
+        peaks = []
+        for batch in batches:
+            gc.collect()
+            with torch.no_grad():
+                if torch.cuda.is_available():
+                    network.cuda()
+                    torch.cuda.reset_peak_memory_stats()
+                    network(torch.zeros(batch, 3, side, side, device="cuda"))
+                    peaks.append(torch.cuda.max_memory_allocated())
+                else:
+                    network(torch.zeros(batch, 3, side, side))
+                    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        each = (peaks[1] - peaks[0]) / (batches[1] - batches[0])
+        lines.append(f"{name}: {each / 2**20:.0f} MiB per picture, {each / side / side:.0f} bytes per input pixel")
+    return "\n".join(lines)
+
+
+def table(contestants: list[Contestant], counts: list[int]) -> str:
+    head = "| engine | " + " | ".join(f"{n} picture{'s' if n > 1 else ''}: wall, CPU" for n in counts) + " |"
+    lines = [head, "|---" * (len(counts) + 1) + "|"]
+    for c in contestants:
+        cells = [f"{min(c.wall[n]) * 1000:.0f} ms, {min(c.cpu[n]) * 1000:.0f} ms ({c.faces[n]} faces)" for n in counts]
+        lines.append(f"| {c.name}{c.note} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    return f"{model}, {os.cpu_count()} cores, no GPU"
+
+
+def versions() -> str:
+    found = [f"torch {torch.__version__}"]
+    for name in ("onnxruntime", "insightface"):
+        module = sys.modules.get(name)
+        if module is not None:
+            found.append(f"{name} {module.__version__}")
+    return ", ".join(found)
+
+
+def main() -> None:
+    if "hotpath" not in sys.modules:
+        sys.path.insert(0, str(ROOT / "tests"))
+        import conftest  # noqa: F401 - makes `import hotpath` work in a bare checkout
+
+    from hotpath.demo.face_networks import random_model_folder
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--pictures", type=int, nargs="+", default=[1, 6])
+    parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=0, help="of every engine on the CPU; 0 is one per core")
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--depth", type=int, default=100, choices=(18, 50, 100))
+    parser.add_argument("--memory", action="store_true", help="measure activations instead of time")
+    parser.add_argument("--write", action="store_true", help="append to benchmarks/RESULTS.md")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        shown = test_pictures(1, 640).permute(0, 3, 1, 2).mul(255)
+        random_model_folder(root, (shown - 127.5) / 128, width=options.width, depth=options.depth)
+        gc.collect()
+        if options.memory:
+            print(peak_memory(root))
+            return
+        cpu = torch.device("cpu")
+        made = [
+            with_insightface(root, "CPUExecutionProvider"),
+            with_ours(root, "torch", cpu),
+            with_ours(root, "onnxruntime", cpu),
+        ]
+        gpu: list[Contestant | None] = []
+        if torch.cuda.is_available():
+            cuda = torch.device("cuda", torch.cuda.current_device())
+            gpu = [with_ours(root, "torch", cuda, p) for p in ("fp32", "fp16", "bf16")]
+            made += [with_insightface(root, "CUDAExecutionProvider"), with_ours(root, "onnxruntime", cuda), *gpu]
+        contestants = [c for c in made if c is not None]
+        batches = {n: test_pictures(n, options.side) for n in options.pictures}
+        for contestant in contestants:  # warm up: allocate, tune, load the recogniser
+            for pictures in batches.values():
+                contestant.run(pictures)
+        for _ in range(options.rounds):
+            for pictures in batches.values():
+                for contestant in contestants:
+                    contestant.measure(pictures)
+        for contestant in filter(None, gpu):
+            largest = batches[max(options.pictures)]
+            waits = synchronisations(lambda c=contestant, p=largest: c.run(p))
+            contestant.note = f" ({waits} waits for the GPU per call)"
+        load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+        text = (
+            f"## Faces: detect and embed, pictures of {options.side}x{options.side}\n\n"
+            f"{date.today().isoformat()}, {machine()}{load}, {versions()}. Best of {options.rounds} rounds, warm; CPU is "
+            f"processor time over all threads ({torch.get_num_threads()} per engine).\n\n`python benchmarks/faces.py {' '.join(sys.argv[1:])}`\n\n"
+            f"{table(contestants, options.pictures)}\n"
+        )
+        print(text)
+        if options.write:
+            path = ROOT / "benchmarks" / "RESULTS.md"
+            before = path.read_text() if path.exists() else "# Measured\n"
+            path.write_text(f"{before.rstrip()}\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
