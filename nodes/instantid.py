@@ -332,7 +332,8 @@ class InstantIDAttentionPatch:
         adapter = adopt_adapter(instantid)
         reading = read_faces(face.adapt(insightface), image)
         prepared = prepare_identity(adapter, reading.embeddings, "average", noise)
-        face_embeds = {"cond": prepared.cond, "uncond": prepared.uncond}
+        # Copies: what other packs do to them must not reach the cache.
+        face_embeds = {"cond": prepared.cond.clone(), "uncond": prepared.uncond.clone()}
         if weight == 0:
             return model, face_embeds
         patched, line = attach_identity(model, adapter, prepared, AttentionSettings(weight, start_at, end_at), mask)

@@ -273,6 +273,46 @@ def test_inside_comfyui_identities_lie_in_its_models_folder(tmp_path: Path, monk
         host.use(before)
 
 
+# ---------------------------------------------------------------- what leaves the cache
+
+
+def test_face_embeds_changed_by_another_pack_stay_whole_in_the_cache() -> None:
+    from hotpath.identity import InstantIDAdapter
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+    dim, width = 8, 16
+    layer = {"0.to_q.weight": noise(64, dim), "0.to_kv.weight": noise(128, dim), "0.to_out.weight": noise(dim, 64)}
+    layer |= {"1.1.weight": noise(dim, dim), "1.3.weight": noise(dim, dim)}
+    norms = {"layers.0.0.norm1": dim, "layers.0.0.norm2": dim, "layers.0.1.0": dim, "norm_out": width}
+    resampler = {
+        "latents": noise(1, 16, dim),
+        "proj_in.weight": noise(dim, 512),
+        "proj_in.bias": noise(dim),
+        "proj_out.weight": noise(width, dim),
+        "proj_out.bias": noise(width),
+        **{f"layers.0.{key}": value for key, value in layer.items()},
+        **{f"{name}.{part}": noise(size) for name, size in norms.items() for part in ("weight", "bias")},
+    }
+    blocks = {"1.to_k_ip.weight": noise(4, width), "1.to_v_ip.weight": noise(4, width)}
+    adapter = InstantIDAdapter(resampler, blocks, "tiny.bin", "face embeds")
+
+    def embeds() -> dict[str, torch.Tensor]:
+        inputs = {"instantid": adapter, "insightface": ForeignFaceAnalysis(), "image": picture(1), "model": "a model"}
+        model, found = run("InstantIDAttentionPatch", **inputs, weight=0.0, start_at=0.0, end_at=1.0, noise=0.35)
+        assert model == "a model", "weight 0 gives the model back"
+        return found
+
+    first = embeds()
+    assert first["cond"].shape == first["uncond"].shape == (1, 16, width)
+    kept = {role: tokens.clone() for role, tokens in first.items()}
+    for tokens in first.values():
+        tokens.mul_(0)
+    again = embeds()
+    assert all(torch.equal(again[role], kept[role]) for role in kept)
+
+
 # ---------------------------------------------------------------- the cache nodes
 
 
