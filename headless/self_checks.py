@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,6 @@ from ..host import Host
 from .selftest import Absent, Check, Finding, relative_difference, timed
 
 ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-EMBEDDING = 512
 
 
 def check_instantid(host: Host) -> Iterator[Finding]:
@@ -23,22 +23,27 @@ def check_instantid(host: Host) -> Iterator[Finding]:
     names = host.model_files("instantid", (".bin", ".safetensors"))
     if not names:
         raise Absent(f"there is no adapter in {host.model_folders('instantid')[0]}")
+    dtype, device = host.compute_dtype(), host.device()
     for name in names:
-        adapter = identity.load_adapter(host.model_path("instantid", name))
-        embedding = torch.randn(1, 1, adapter.embedding_dim, generator=torch.Generator().manual_seed(0)) * 20
-        last = len(adapter.numbers) - 1
+        path = host.model_path("instantid", name)
+        exact = identity.load_adapter(path, torch.float32)
+        embedding = torch.randn(1, 1, exact.embedding_dim, generator=torch.Generator().manual_seed(0)) * 20
+        last = len(exact.numbers) - 1
         with torch.no_grad():
-            reference = adapter.image_proj_model.float()(embedding)
-            keys = adapter.project(last, reference)[0]
-        dtype = host.compute_dtype()
-        managed = host.manage(adapter)
-        prepared = identity.prepare(adapter, managed, embedding, dtype=dtype)
-        yield Finding(f"{name}: tokens as {dtype}", relative_difference(prepared.cond, reference), ROUNDING[dtype])
+            reference = exact.image_proj_model(embedding)
+            keys = exact.project(last, reference)[0]
+        adapter = identity.load_adapter(path, dtype)
+        started = time.perf_counter()
+        prepared = identity.prepare(adapter, host.manage(adapter), embedding, dtype=dtype)
+        seconds = time.perf_counter() - started
+        label = f"{name} on {device} as {str(dtype).removeprefix('torch.')}"
+        difference = relative_difference(prepared.cond, reference)
+        yield Finding(f"{label}: tokens", difference, ROUNDING[dtype])
         fast, _ = prepared.keys_values(last, torch.device("cpu"), dtype)
-        # [0] is the conditional half.
-        yield Finding(
-            f"{name}: keys of block {last + 1} of {last + 1}", relative_difference(fast[0], keys[0]), ROUNDING[dtype]
-        )
+        # Row 0 is the face's, row 1 the unconditional one.
+        difference = relative_difference(fast[0], keys[0])
+        what = f"{label}: keys of block {last + 1}; all {last + 1} blocks prepared"
+        yield Finding(what, difference, ROUNDING[dtype], seconds=seconds)
 
 
 def check_faces(host: Host) -> Iterator[Finding]:
@@ -60,7 +65,8 @@ def check_faces(host: Host) -> Iterator[Finding]:
                 outputs, seconds = timed(partial(network, on_device), device)
             label = f"{name}/{file.path.name}"
             difference = max(relative_difference(a, b) for a, b in zip(outputs, plain, strict=True))
-            yield Finding(f"{label}: {device} against cpu", difference, 1e-2, seconds=seconds)
+            what = "the same twice" if device.type == "cpu" else f"{device} against cpu"
+            yield Finding(f"{label}: {what}", difference, 1e-2, seconds=seconds)
             yield from _against_onnxruntime(label, file.path, noise, plain)
         analyser = face.load_analyser(folders, name=name, device=device, remember=False)
         pictures = torch.rand(2, 320, 320, 3, generator=torch.Generator().manual_seed(1))

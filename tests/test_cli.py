@@ -281,3 +281,21 @@ def test_checks_stand_alone(headless_host):
     assert results[2].failure == "RuntimeError: a bug" and len(results[2].findings) == 1
     assert results[3].absent == "no files"
     assert "1.0 ms (reference 2.0 ms)" in str(results[0].findings[0])
+
+
+@pytest.mark.skipif(not (ROOT / "demo" / "models" / "insightface").is_dir(), reason="no demo models")
+def test_the_demo_models_pass_the_selftest(place, capsys):
+    assert run("selftest", "--models", ROOT / "demo" / "models", "--device", "cpu", "--json") == 0
+    results = {r["name"]: r for r in json.loads(capsys.readouterr().out)}
+    assert results["faces"]["findings"] and results["instantid"]["findings"]
+
+
+def test_a_wrong_file_fails_the_selftest(place, capsys):
+    import torch
+
+    folder = place / "models" / "instantid"
+    folder.mkdir(parents=True)
+    torch.save({"something": torch.zeros(1)}, folder / "wrong.bin")
+    assert run("selftest", "instantid", "--models", place / "models", "--device", "cpu") == 1
+    out = capsys.readouterr().out
+    assert "FAILED" in out and "wrong.bin" in out
