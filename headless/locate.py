@@ -22,9 +22,13 @@ def is_comfyui(folder: Path) -> bool:
 def find_comfyui(explicit: Path | None = None) -> Path | None:
     """`explicit`, else COMFYUI_PATH, else the folders above this checkout, else ~/ComfyUI; None when there is none.
 
+    COMFYUI_PATH=none means that none is to be used.
     Raises FileNotFoundError when a folder was named, here or in COMFYUI_PATH, and is not a ComfyUI.
     """
-    configured = explicit or (Path(os.environ["COMFYUI_PATH"]) if os.environ.get("COMFYUI_PATH") else None)
+    named = os.environ.get("COMFYUI_PATH", "")
+    if explicit is None and named == "none":
+        return None
+    configured = explicit or (Path(named) if named else None)
     if configured is not None:
         folder = configured.expanduser().resolve()
         if not is_comfyui(folder):

@@ -223,6 +223,9 @@ def test_a_comfyui_is_found_in_order(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", str(second))
     assert locate.find_comfyui() == second
     assert locate.find_comfyui(first) == first
+    monkeypatch.setenv("COMFYUI_PATH", "none")
+    assert locate.find_comfyui() is None
+    assert locate.find_comfyui(first) == first
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / "nothing"))
     with pytest.raises(FileNotFoundError, match="not a ComfyUI folder"):
         locate.find_comfyui()
