@@ -171,23 +171,26 @@ def _write(
     """Token lists, one a row; the network is resident."""
     if sampling.beams > 1:
         run.path = f"{sampling.beams} beams, by the library"
+        if options.answers > sampling.beams:
+            run.notes.append(f"{sampling.beams} answers, because {sampling.beams} beams find no more")
         with run.timing.stage("decode", on_device=True):
             return [row for prompt in prompts for row in beam_search(model, prompt, sampling, most, options.answers)]
     path = choose_path(model, options.decode)
-    run.path = path.note
     with run.timing.stage("prefill", on_device=True):
         # A cache of pictures that is switched off leaves nothing of them behind, here neither.
         filled = prefill(model, prompts, options.reuse_prefix and options.cache_images)
     run.reused = filled.reused
     filled = filled.repeated(options.answers)
     with run.timing.stage("compile"):
-        runs = runner(model, path, filled, most)
+        runs, path = runner(model, path, filled, most)
+    run.path = path.note
     rows = len(prompts) * options.answers
     seeds = [sampling.seed + row for row in range(rows)] if options.answers > 1 else [sampling.seed] * rows
     prompt_ids = prompts[0].ids if len(prompts) == 1 else _padded(prompts, model)
-    sampler = Sampler(
-        sampling, prompt_ids.to(model.device).expand(rows, -1), filled.logits.shape[-1], seeds
-    )  # fmt: skip
+    logits = filled.logits
+    # The static path has its own copy of the keys and values; the plain path's runner holds these.
+    del filled
+    sampler = Sampler(sampling, prompt_ids.to(model.device).expand(rows, -1), logits.shape[-1], seeds)
     with host.tracked(host.current(), most, "answer") as bar, run.timing.stage("decode", on_device=True):
         stream = TextStream(model, options.node_id) if options.stream else None
         done = 0
@@ -200,7 +203,7 @@ def _write(
             if stream is not None:
                 stream.show(rows_so_far[0])
 
-        return decode(runs, sampler, filled.logits, most, model.stop_ids, on_tokens)
+        return decode(runs, sampler, logits, most, model.stop_ids, on_tokens)
 
 
 def _padded(prompts: list[Prompt], model: LoadedModel) -> torch.Tensor:

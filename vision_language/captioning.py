@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-import torch
-
 from .. import host
 from .answering import AnswerOptions, answer
 from .embeddings import EmbeddingCache, VisualItem, look_up
@@ -227,7 +225,10 @@ class FolderCaptioner:
                 self.options,
                 [ready[path][1] for path in paths],
             )
-        except (Exception, torch.OutOfMemoryError) as error:
+        except Exception as error:
+            # Older versions of ComfyUI interrupt with an ordinary exception.
+            if type(error).__name__ == "InterruptProcessingException":
+                raise
             if len(paths) == 1:
                 summary.failed[paths[0]] = f"{type(error).__name__}: {error}"
                 self._record_failure(paths[0], summary.failed[paths[0]])

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -157,14 +157,40 @@ def workspace(
     return made
 
 
-def runner(model: LoadedModel, path: DecodePath, prefilled: Prefilled, new_tokens: int) -> Runner:
-    """The runner of `path`, continuing after `prefilled`."""
-    if path.name == "plain":
-        return PlainRunner(model, prefilled)
+def runner(model: LoadedModel, path: DecodePath, prefilled: Prefilled, new_tokens: int) -> tuple[Runner, DecodePath]:
+    """The runner of `path`, continuing after `prefilled`, and the path that it took.
+
+    A path that cannot be prepared here (no compiler, a driver that refuses the graph) gives way to the next simpler
+    one; its note says why, and it is not tried again while the weights stay where they are.
+    """
     rows, filled = prefilled.mask.shape
-    buffers = workspace(model, path, rows, filled + new_tokens)
-    buffers.begin(*prefilled.layers(), prefilled.mask, prefilled.positions)
-    return buffers
+    failed: dict[str, str] = model.device_state.setdefault("failed paths", {})
+    why: list[str] = []
+    while path.name != "plain":
+        if path.name not in failed:
+            try:
+                buffers = workspace(model, path, rows, filled + new_tokens)
+                buffers.begin(*prefilled.layers(), prefilled.mask, prefilled.positions)
+                return buffers, replace(path, note="; ".join([path.note, *why]))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # what compilers and drivers raise, in all its forms
+                failed[path.name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                log.warning("%s: the %s decode path failed", model.folder.name, path.name, exc_info=True)
+        why.append(f"not {path.name}, because it failed here: {failed[path.name]}")
+        path = simpler(path, model.device)
+    return PlainRunner(model, prefilled), replace(path, note="; ".join([path.note, *why]))
+
+
+def simpler(path: DecodePath, device: torch.device) -> DecodePath:
+    """The path to take when `path` cannot be prepared."""
+    if path.name == "compiled":
+        return (
+            DecodePath("graph", "static cache, one CUDA graph")
+            if device.type == "cuda"
+            else DecodePath("static", "static cache")
+        )
+    return DecodePath("plain", "plain")
 
 
 class TokenReader:

@@ -218,10 +218,21 @@ def manage(holder: NetworkHolder, device: str) -> Managed:
         return host.current().manage(holder)
     from ..host.headless import HeadlessManaged
 
-    wanted = torch.device(device)
-    if wanted.type == "cuda" and (not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count()):
-        raise UnusableModel(f"The device {device} is not there: choose auto.")
-    return HeadlessManaged(holder, wanted, torch.device("cpu"))
+    return HeadlessManaged(holder, compute_device(device), torch.device("cpu"))
+
+
+def compute_device(asked: str) -> torch.device:
+    """The device `asked` means; auto is the host's. Raises UnusableModel for one that is not there."""
+    if asked in ("auto", ""):
+        return host.current().device()
+    wanted = torch.device(asked)
+    absent = {
+        "cuda": not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count(),
+        "mps": not torch.backends.mps.is_available(),
+    }
+    if absent.get(wanted.type, False):
+        raise UnusableModel(f"The device {asked} is not there: choose auto.")
+    return wanted
 
 
 def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
@@ -260,7 +271,7 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    device = host.current().device() if options.device in ("auto", "") else torch.device(options.device)
+    device = compute_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     attention, attention_note = choose_attention(options.attention)
     packing = plan(options.quantization, device)
@@ -354,13 +365,11 @@ class Registry:
         """keep=False takes the weights off the device at once and out of memory with the last node that holds them."""
         with self._lock:
             key = next((k for k, known in self._models.items() if known is model), None)
-            if key is None:
-                return
-            if keep:
-                self._kept[key] = model
-            else:
-                self._kept.pop(key, None)
+            if not keep:
+                self._kept.pop(key or "", None)
                 model.release()
+            elif key is not None:
+                self._kept[key] = model
 
     def loaded(self) -> list[LoadedModel]:
         with self._lock:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-STAGES = ("load", "processor", "transfer", "tower", "compile", "prefill", "decode")
+STAGES = ("processor", "transfer", "tower", "compile", "prefill", "decode")
 
 
 @dataclass

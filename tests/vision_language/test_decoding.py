@@ -141,6 +141,33 @@ def test_the_path_is_chosen_with_a_reason(load):
     assert "not one of the dense" in choose_path(model, "static").note
 
 
+def test_a_path_that_fails_gives_way_and_says_so(load, pictures, monkeypatch):
+    model = load("qwen3_vl")
+    question = Question("Describe.", "", (pictures.a,))
+    options = AnswerOptions(12, PRESETS["fast"], decode="compiled")
+    plain = answer(model, [question], GREEDY, AnswerOptions(12, PRESETS["fast"]))[0].raw
+    tries = []
+
+    def broken(self, *arguments):
+        tries.append(self)
+        raise RuntimeError("no C compiler\nand a long story")
+
+    monkeypatch.setattr(decoding.Workspace, "warm_up", broken)
+    for _ in range(2):
+        made = answer(model, [question], GREEDY, options)[0]
+        assert made.raw == plain
+        assert "decode: static cache; not compiled, because it failed here: no C compiler;" in made.report
+    assert len(tries) == 1
+    monkeypatch.setattr(decoding.Workspace, "begin", broken)
+    made = answer(model, [question], GREEDY, options)[0]
+    assert made.raw == plain and "decode: plain; not compiled" in made.report and "not static" in made.report
+    model.release()
+    monkeypatch.undo()
+    assert (
+        "failed" not in answer(model, [question], GREEDY, AnswerOptions(12, PRESETS["fast"], decode="static"))[0].report
+    )
+
+
 def test_merged_projections_are_the_same_weights():
     owner = nn.Module()
     for name, width in (("q_proj", 8), ("k_proj", 4), ("v_proj", 4)):
