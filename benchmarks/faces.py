@@ -225,10 +225,11 @@ def main() -> None:
             waits = synchronisations(lambda c=contestant, p=largest: c.run(p))
             contestant.note = f" ({waits} waits for the GPU per call)"
         load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+        command = f"python benchmarks/faces.py {' '.join(sys.argv[1:])}"
         text = (
             f"## Faces: detect and embed, pictures of {options.side}x{options.side}\n\n"
             f"{date.today().isoformat()}, {machine()}{load}, {versions()}. Best of {options.rounds} rounds, warm; CPU is "
-            f"processor time over all threads ({torch.get_num_threads()} per engine).\n\n`python benchmarks/faces.py {' '.join(sys.argv[1:])}`\n\n"
+            f"processor time over all threads ({torch.get_num_threads()} per engine).\n\n`{command}`\n\n"
             f"{table(contestants, options.pictures)}\n"
         )
         print(text)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import host
 from .alignment import invert, similarity, template, warp
 from .detection import Candidates, Detector, merge_overlapping
-from .faces import DetectionOptions, FaceChoice, FaceError, Faces
+from .faces import DetectionOptions, FaceChoice, FaceError, Faces, counted
 from .model_folder import ModelFolder
 from .pictures import PictureGroup, group_pictures, letterbox
 from .recognition import Recogniser
@@ -48,7 +48,7 @@ class PictureAnalyser:
         self._fingerprint = fingerprint
         self._load_recogniser = load_recogniser
         self._recogniser: Recogniser | None = None
-        self._last = "nothing analysed yet"
+        self._last = "ready"
 
     @property
     def device(self) -> torch.device:
@@ -172,8 +172,8 @@ class PictureAnalyser:
         retries = "".join(f", {n} only at {size}" for size, n in sorted(by_size.items(), reverse=True))
         without = sum(not len(faces) for faces in result)
         self._last = (
-            f"{len(result)} pictures at {max(sizes[0])}, {sum(map(len, result))} faces{retries}"
-            + (f", {without} pictures without a face" if without else "")
+            f"{counted(len(result), 'picture')} at {max(sizes[0])}, {counted(sum(map(len, result)), 'face')}{retries}"
+            + (f", {counted(without, 'picture')} without a face" if without else "")
             + (f", {remembered} remembered" if remembered else "")
             + f", {seconds * 1000:.0f} ms"
         )

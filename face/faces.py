@@ -168,6 +168,11 @@ class DetectionOptions:
     sizes: tuple[int, ...] = LADDER  # sides tried in order, each only on the pictures still without a face
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 face", "2 faces"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 @runtime_checkable
 class FaceAnalyser(Protocol):
     """Anything that finds faces: our engines, or a foreign FACEANALYSIS object behind `adapt`."""

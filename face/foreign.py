@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .faces import DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces
+from .faces import DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces, counted
 from .pictures import PictureGroup, group_pictures
 from .remembering import analyse_in_parts, picture_keys
 
@@ -34,7 +34,7 @@ class ForeignAnalyser:
         self.analysis = analysis
         self.why = why
         self._fingerprint = fingerprint
-        self._last = "nothing analysed yet"
+        self._last = "ready"
 
     def analyse(
         self,
@@ -59,7 +59,7 @@ class ForeignAnalyser:
         keys = picture_keys(self._fingerprint, groups, choose, embed, options) if self._fingerprint else {}
         result, remembered = analyse_in_parts(groups, keys, 1, compute)
         again = f", {remembered} remembered" if remembered else ""
-        self._last = f"{len(result)} pictures, {sum(map(len, result))} faces{again}"
+        self._last = f"{counted(len(result), 'picture')}, {counted(sum(map(len, result)), 'face')}{again}"
         return result
 
     def __getattr__(self, name: str) -> Any:
