@@ -54,7 +54,7 @@ def _add_run(commands: Commands) -> None:
         action="append",
         help="change a value; NODE is an id, a title or a class (may be repeated)",
     )
-    run.add_argument("--input-folder", type=Path, metavar="DIR", help="pictures and videos to load (default: here)")
+    run.add_argument("--input-folder", type=Path, metavar="DIR", help="pictures and videos to load")
     run.add_argument("--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output")
     _add_models_folder(run)
     run.add_argument("--device", help="such as cpu or cuda:1; only for a run in this process")

@@ -15,6 +15,7 @@ def headless_host(
     output_folder: Path | None = None,
     device: str | None = None,
     show_progress: bool = True,
+    temp_folder: Path | None = None,
 ) -> HeadlessHost:
     """A headless host; where no folder is named, the models of a ComfyUI on this machine are used as well."""
     extra: list[Path] = []
@@ -35,4 +36,5 @@ def headless_host(
         extra_models=extra,
         show_progress=show_progress,
         kind_folders=kinds,
+        temp_folder=temp_folder,
     )

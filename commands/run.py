@@ -11,7 +11,7 @@ from ..headless.interrupts import stopped_by_ctrl_c
 from ..headless.launcher import LaunchError, LaunchOptions, launched
 from ..headless.locate import find_comfyui
 from ..headless.outcome import outcome_of
-from ..headless.server import ServerError, ServerStopped, run_on_server
+from ..headless.server import PREVIEWS, ServerError, ServerStopped, run_on_server
 from ..headless.validation import NeedsComfyUI
 from .console import complain, note
 from .models_folder import headless_host
@@ -60,6 +60,7 @@ def _run_here(graph: Graph, options: argparse.Namespace, observer: TerminalObser
         output_folder=options.output_folder,
         device=options.device,
         show_progress=not options.quiet,
+        temp_folder=options.output_folder / PREVIEWS,
     )
     executor = Executor(host, observer=observer, keep=False)
     with stopped_by_ctrl_c(host):

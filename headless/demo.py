@@ -21,8 +21,8 @@ from .graph import Graph, Link, WorkflowError
 from .interrupts import stopped_by_ctrl_c
 from .launcher import LaunchError, LaunchOptions, RunningServer, launched
 from .locate import PACK
-from .outcome import Outcome, OutputFile, outcome_of
-from .server import ServerError, run_on_server
+from .outcome import Outcome, outcome_of
+from .server import PREVIEWS, ServerError, run_on_server
 from .validation import NeedsComfyUI
 
 MARK = ".hotpath-demo"  # in a folder that the demo made and may empty again
@@ -144,16 +144,11 @@ def _run_here(graph: Graph, output: Path, files: DemoFiles) -> Outcome:
         extra_models=[files.models],
         input_folder=files.inputs,
         output_folder=output,
+        temp_folder=output / PREVIEWS,
         show_progress=False,
     )
     with stopped_by_ctrl_c(host):
-        outcome = outcome_of(Executor(host, keep=False).run(graph), host)
-    # Previews lie in a temporary folder; the page needs them beside it.
-    outcome.files = [
-        OutputFile(file.node, _copied(file.path, output / "preview"), True) if file.temporary else file
-        for file in outcome.files
-    ]
-    return outcome
+        return outcome_of(Executor(host, keep=False).run(graph), host)
 
 
 def _input_files(graph: Graph, folder: Path) -> Iterator[Path]:

@@ -217,9 +217,10 @@ class _Run:
             results.append(outputs)
             for key, entries in shown.items():
                 ui.setdefault(key, []).extend(entries)
-        for node_id, text in host.texts[texts_before:]:
-            if node_id == node.id and text not in ui.get("text", []):
-                ui.setdefault("text", []).append(text)
+        # Under a node a text replaces the one before, so of an answer that grew word by word the last is meant.
+        last = next((text for node_id, text in reversed(host.texts[texts_before:]) if node_id == node.id), None)
+        if last is not None and last not in ui.get("text", []):
+            ui.setdefault("text", []).append(last)
         del host.texts[texts_before:]
         merged = calls.merge_outputs(results, executor.catalog[node.class_type])
         if executor.keep:

@@ -26,6 +26,7 @@ CONNECT_SECONDS = 15.0
 INTERRUPT_SECONDS = 60.0
 POLL_SECONDS = 1.0
 UPLOAD_FOLDER = "hotpath"
+PREVIEWS = "preview"  # sub-folder of the output folder for what a workflow only shows
 
 
 class ServerError(RuntimeError):
@@ -299,7 +300,7 @@ class ServerRun:
     async def _download(self, record: Mapping[str, Any]) -> Path:
         name, subfolder = str(record["filename"]), str(record.get("subfolder") or "")
         kind = str(record.get("type", "output"))
-        root = self.output_folder / "preview" if kind == "temp" else self.output_folder
+        root = self.output_folder / PREVIEWS if kind == "temp" else self.output_folder
         try:
             target = inside(root, f"{subfolder}/{name}" if subfolder else name)
         except ValueError as error:

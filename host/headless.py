@@ -80,6 +80,7 @@ class HeadlessHost:
         extra_models: Sequence[Path] = (),
         show_progress: bool = True,
         kind_folders: Mapping[str, Sequence[Path]] | None = None,
+        temp_folder: Path | None = None,
     ) -> None:
         import platformdirs
 
@@ -89,6 +90,7 @@ class HeadlessHost:
         self._kind_folders = dict(kind_folders or {})
         self._input = input_folder or Path.cwd()
         self._output = output_folder or Path.cwd() / "output"
+        self._temp = temp_folder
         self._cache = Path(platformdirs.user_cache_dir("hotpath", appauthor=False))
         self._device = torch.device(device) if device is not None else best_device()
         self._stop = threading.Event()
@@ -116,7 +118,7 @@ class HeadlessHost:
         return self._output
 
     def temp_folder(self) -> Path:
-        return self._cache / "temp"
+        return self._temp or self._cache / "temp"
 
     def cache_folder(self) -> Path:
         return self._cache

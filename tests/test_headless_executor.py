@@ -146,6 +146,7 @@ class Talks(Counted):
     def work(self, a):
         from hotpath import host
 
+        host.current().show_text("working")
         host.current().show_text(f"report {a}")
         return (a,)
 
