@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -146,7 +148,7 @@ def _answer(
     if options.keep_loaded:
         MODELS.keep(model, True)
     try:
-        with model.resident(run.prompt_tokens + most, rows):
+        with model.resident(run.prompt_tokens + most, rows), on(model.device):
             run.encoded = encode(model, run.items, cache, run.timing, options.encode_jointly)
             written = _write(model, prompts, sampling, options, most, run)
     finally:
@@ -163,6 +165,11 @@ def _answer(
             Answer(said, text.strip(), thoughts, len(tokens), len(tokens) < most, report, prompt.items, seconds)
         )
     return made
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Streams, events and graphs belong to the current device, which need not be the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _write(

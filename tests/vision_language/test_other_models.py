@@ -1,0 +1,91 @@
+"""Models of the same shape beside the three: hybrid and mixture-of-experts decoders take the plain path."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hotpath.demo.captioner_model import configuration, new_model, save_weights, write_processors, write_tokenizer
+from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.prompts import Question
+
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"] * 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.5,
+}  # fmt: skip
+
+
+def other_folder(folder, kind):
+    tokens = write_tokenizer(folder)
+    config = configuration("qwen3_vl", tokens)
+    config["model_type"] = kind
+    text, vision = config["text_config"], config["vision_config"]
+    text["model_type"], vision["model_type"] = f"{kind}_text", kind
+    if kind == "qwen3_vl_moe":
+        config["architectures"] = ["Qwen3VLMoeForConditionalGeneration"]
+        text.update(MOE)
+    else:
+        config["architectures"] = ["Qwen3_5ForConditionalGeneration"]
+        text.update(HYBRID)
+        del vision["deepstack_visual_indexes"], text["rope_scaling"]
+        text["rope_parameters"] = {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
+            "partial_rotary_factor": 0.5,
+        }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens["<|im_end|>"]}))
+    write_processors(folder, "qwen3_vl")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = new_model(folder)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1 and "conv1d" not in name:
+                    parameter.normal_(0, 0.3)
+    save_weights(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_5"])
+def test_they_answer_on_the_plain_path_from_the_cache(llm, ask, counter, pictures, kind):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    folder = other_folder(llm / kind, kind)
+    model = MODELS.get(kind, LoadOptions())
+    question = Question("Describe.", "Be brief.", (pictures.a, pictures.b))
+    first = ask(model, question, decode="static")
+    assert f"plain, because {kind} is not one of the dense" in first.report
+    calls = counter(model)
+    again = ask(model, question)
+    assert calls.take() == (0, 0, 0) and again.raw == first.raw
+    # Against the library on its own.
+    from hotpath.vision_language.budgets import PRESETS
+    from hotpath.vision_language.prompts import render
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    shortest, longest = PRESETS["fast"].edges(model.image_sizes)
+    inputs = processor(
+        text=[render(model, question)],
+        images=[Image.fromarray(picture.pixels) for picture in question.pictures],
+        images_kwargs={"size": {"shortest_edge": shortest, "longest_edge": longest}},
+        return_tensors="pt",
+    )
+    made = plain.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert (
+        first.raw
+        == processor.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    )
