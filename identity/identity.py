@@ -79,6 +79,7 @@ def save_identity(identity: Identity, path: Path) -> Path:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(save(tensors, metadata))
+        Path(temporary).chmod(0o644)  # mkstemp's files are readable by their maker alone
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

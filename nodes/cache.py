@@ -27,9 +27,9 @@ class HotpathCache:
     CATEGORY = "Hotpath"
     DESCRIPTION = "Shows what Hotpath remembers (faces, identities, image embeddings), and clears it when asked."
     SEARCH_ALIASES = ["memory", "clear", "statistics"]
-    RETURN_TYPES = ("STRING", ANY)
-    RETURN_NAMES = ("report", "passthrough")
-    OUTPUT_TOOLTIPS = ("Entries, bytes, hits and misses of each cache.", "What was connected to passthrough.")
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("report",)
+    OUTPUT_TOOLTIPS = ("Entries, bytes, hits and misses of each cache.",)
     OUTPUT_NODE = True
     FUNCTION = "manage"
 
@@ -40,7 +40,7 @@ class HotpathCache:
                 "clear": ([KEEP, ALL], {"default": KEEP, "tooltip": "Clear every cache before the report."}),
             },
             "optional": {
-                "passthrough": (ANY, {"tooltip": "Makes this node run at that point of the graph."}),
+                "after": (ANY, {"tooltip": "Runs once this is there."}),
                 "limit_mib": (
                     "INT",
                     {
@@ -58,9 +58,7 @@ class HotpathCache:
     def IS_CHANGED(cls, **_: Any) -> float:
         return float("nan")  # statistics are never up to date
 
-    def manage(
-        self, clear: str, passthrough: Any = None, limit_mib: int = 0, unique_id: str | None = None
-    ) -> tuple[str, Any]:
+    def manage(self, clear: str, after: Any = None, limit_mib: int = 0, unique_id: str | None = None) -> tuple[str]:
         gone = clear_all() if clear == ALL else 0
         if limit_mib:
             limit_all(limit_mib << 20)
@@ -69,7 +67,7 @@ class HotpathCache:
             lines.insert(0, f"{gone} entries cleared")
         report = "\n".join(lines)
         host.current().show_text(report, unique_id)
-        return report, passthrough
+        return (report,)
 
 
 class InstantIDCacheManager:
@@ -81,7 +79,7 @@ class InstantIDCacheManager:
     DEPRECATED = True
     RETURN_TYPES = ("STRING", ANY)
     RETURN_NAMES = ("cache_stats", "passthrough")
-    OUTPUT_TOOLTIPS = HotpathCache.OUTPUT_TOOLTIPS
+    OUTPUT_TOOLTIPS = (*HotpathCache.OUTPUT_TOOLTIPS, "What was connected to passthrough.")
     OUTPUT_NODE = True
     FUNCTION = "manage_cache"
 
@@ -93,7 +91,7 @@ class InstantIDCacheManager:
         }
 
     def manage_cache(self, clear_cache: str, passthrough: Any = None) -> tuple[str, Any]:
-        return HotpathCache().manage(ALL if clear_cache == "true" else KEEP, passthrough)
+        return *HotpathCache().manage(ALL if clear_cache == "true" else KEEP), passthrough
 
 
 NODES: dict[str, type[Any]] = {"HotpathCache": HotpathCache, "InstantIDCacheManager": InstantIDCacheManager}

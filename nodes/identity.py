@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ CATEGORY = "Hotpath/InstantID"
 IDENTITY = "HOTPATH_IDENTITY"
 FOLDER = "identities"
 PEOPLE = 4
+UNNAMED = "identity"
 
 CHOICES = {
     "largest": FaceChoice.largest,
@@ -114,7 +116,7 @@ class HotpathIdentity:
                     {"tooltip": "Faces that were found before, instead of pictures: the first of each picture."},
                 ),
                 "identity": (IDENTITY, {"tooltip": "More of the same person: joined with what is made here."}),
-                "name": ("STRING", {"default": "identity", "tooltip": "Shown in reports and used as file name."}),
+                "name": ("STRING", {"default": UNNAMED, "tooltip": "Shown in reports and used as file name."}),
                 "which_face": (
                     list(CHOICES),
                     {"default": "largest", "tooltip": "Which face of each picture is the person."},
@@ -129,7 +131,7 @@ class HotpathIdentity:
         image: torch.Tensor | None = None,
         faces: Sequence[Faces] | None = None,
         identity: Identity | None = None,
-        name: str = "identity",
+        name: str = UNNAMED,
         which_face: str = "largest",
         unique_id: str | None = None,
     ) -> tuple[Identity, str]:
@@ -153,6 +155,8 @@ class HotpathIdentity:
         if not made:
             raise ValueError("Nothing to make an identity of: connect image (with insightface), faces or identity.")
         person = merge_people(made[0], made[1:])
+        if name and name != UNNAMED:
+            person = replace(person, name=name)
         report = f"{person.name}: {person.embeddings.shape[0]} pictures; " + "; ".join(lines)
         host.current().show_text(report, unique_id)
         return person, report

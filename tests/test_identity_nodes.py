@@ -327,26 +327,25 @@ def test_the_report_lists_every_cache(headless_host: HeadlessHost) -> None:
     faces, people = fill("faces", 3), fill("people", 2)
     faces.get("0")
     faces.get("none")
-    report, passed = run("HotpathCache", clear="nothing", passthrough="anything", unique_id="9")
+    (report,) = run("HotpathCache", clear="nothing", after="anything", unique_id="9")
     assert report.split("\n") == [
         "faces: 3 entries, 3.0 of 64 MiB, 1 hits, 1 misses (50%), 0 evicted",
         "people: 2 entries, 2.0 of 64 MiB, 0 hits, 0 misses (0%), 0 evicted",
     ]
-    assert passed == "anything"
     assert (len(faces), len(people)) == (3, 2)
     assert headless_host.texts == [("9", report)]
 
 
 def test_clearing_says_how_much_went() -> None:
     faces, people = fill("faces", 3), fill("people", 2)
-    report, passed = run("HotpathCache", clear="all")
+    (report,) = run("HotpathCache", clear="all")
     assert report.startswith("5 entries cleared\nfaces: 0 entries")
-    assert (len(faces), len(people), passed) == (0, 0, None)
+    assert (len(faces), len(people)) == (0, 0)
 
 
 def test_a_limit_for_caches_of_now_and_later() -> None:
     faces = fill("faces", 5)
-    report, _ = run("HotpathCache", clear="nothing", limit_mib=2)
+    (report,) = run("HotpathCache", clear="nothing", limit_mib=2)
     assert "faces: 2 entries, 2.0 of 2 MiB" in report
     assert "3 evicted" in report
     assert fill("made later", 5).limit == 2 << 20
@@ -359,15 +358,15 @@ def test_nothing_remembered_yet() -> None:
 
 
 def test_the_report_is_made_anew_on_every_run() -> None:
-    assert math.isnan(NODE_CLASS_MAPPINGS["HotpathCache"].IS_CHANGED(clear="nothing", passthrough=None, limit_mib=0))
+    assert math.isnan(NODE_CLASS_MAPPINGS["HotpathCache"].IS_CHANGED(clear="nothing", after=None, limit_mib=0))
 
 
-def test_passthrough_fits_every_socket() -> None:
-    node = NODE_CLASS_MAPPINGS["HotpathCache"]
-    anything = node.INPUT_TYPES()["optional"]["passthrough"][0]
+def test_any_socket_can_be_waited_for_and_passed_on() -> None:
+    after = NODE_CLASS_MAPPINGS["HotpathCache"].INPUT_TYPES()["optional"]["after"][0]
+    passed_on = NODE_CLASS_MAPPINGS["InstantIDCacheManager"].RETURN_TYPES[1]
     for other in ("MODEL", "IMAGE", "*", "FACEANALYSIS"):
-        assert not anything != other  # noqa: SIM202 - ComfyUI compares with !=
-        assert not node.RETURN_TYPES[1] != other  # noqa: SIM202
+        assert not after != other  # noqa: SIM202 - ComfyUI compares with !=
+        assert not passed_on != other  # noqa: SIM202
 
 
 def test_the_older_cache_manager_still_works() -> None:
