@@ -269,8 +269,13 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
 
     Raises UnusableModel for what the library refuses, with its reason.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
+    try:
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    except ImportError as error:
+        raise UnusableModel(
+            f"Vision-language models need transformers 4.57 or newer ({error}): "
+            'install it with pip install "transformers>=4.57".'
+        ) from error
     device = compute_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     attention, attention_note = choose_attention(options.attention)

@@ -1,7 +1,8 @@
 """Graphs saved with another layout of the same node ids: recognised by the values, rewritten to the present layout.
 
-Saved widget values have no names. Three layouts share the ids QwenVL and Qwen2.5VL, two the ids Qwen and Qwen2.5; they
-differ in length and types. The table is a file that the browser's half reads as well: web/qwen_vl_layouts.json.
+Saved widget values have no names. Three layouts share the ids QwenVL and Qwen2.5VL, two the ids Qwen and Qwen2.5 and
+AILab_QwenVL_Advanced; they differ in length and types. The table is a file that the browser's half reads as well:
+web/qwen_vl_layouts.json.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 @lru_cache(maxsize=1)
 def table() -> dict[str, Any]:
-    """{"layouts": {id: [[widget, ...], ...]}, "rename": {old input: new input}, "values": {input: {old: new}}}."""
+    """{"layouts": {id: [[widget, ...], ...]}, "rename": {id: {old input: new input}}, "values": {input: {old: new}}}."""
     return dict(json.loads(TABLE.read_text(encoding="utf-8")))
 
 
@@ -56,19 +57,20 @@ def widget_values(node_id: str, values: Sequence[Any]) -> dict[str, Any] | None:
     """Inputs by their present names for the saved `widgets_values` of a node; None when no known layout fits."""
     for layout in table()["layouts"].get(node_id, []):
         if (found := named(layout, values)) is not None:
-            return present(found)
+            return present(node_id, found)
     return None
 
 
-def present(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs under their present names, with the words of older choices translated; what is gone is left out."""
+def present(node_id: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs of a `node_id` under their present names, with the words of older choices translated; what is gone is left out."""
     rules = table()
+    renamed = rules["rename"].get(node_id, {})
     result: dict[str, Any] = {}
     for name, value in inputs.items():
         if name in rules["dropped"]:
             continue
         words = rules["values"].get(name, {})
-        now = rules["rename"].get(name, name)
+        now = renamed.get(name, name)
         # An input that has its present name already is not overwritten by its older one.
         result[name if now in inputs else now] = words.get(value, value) if isinstance(value, str) else value
     return result
@@ -80,6 +82,6 @@ def migrate_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for key, node in prompt.items():
         if isinstance(node, Mapping) and node.get("class_type") in known:
-            node = {**node, "inputs": present(node.get("inputs", {}))}
+            node = {**node, "inputs": present(node["class_type"], node.get("inputs", {}))}
         changed[key] = node
     return changed

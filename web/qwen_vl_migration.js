@@ -27,11 +27,12 @@ export function named(layout, values) {
 }
 
 // Values under their present names, with the words of older choices translated.
-export function present(table, found) {
+export function present(table, type, found) {
   const result = {};
+  const renamed = table.rename[type] ?? {};
   for (const [name, value] of Object.entries(found)) {
     const words = table.values[name] ?? {};
-    result[table.rename[name] ?? name] = typeof value === "string" ? (words[value] ?? value) : value;
+    result[renamed[name] ?? name] = typeof value === "string" ? (words[value] ?? value) : value;
   }
   return result;
 }
@@ -43,7 +44,7 @@ export function migrated(table, type, values, widgets) {
   if (layouts === undefined || !Array.isArray(values)) return null;
   const index = layouts.findIndex((layout) => named(layout, values) !== null);
   if (index <= 0) return null;
-  const inputs = present(table, named(layouts[index], values));
+  const inputs = present(table, type, named(layouts[index], values));
   return widgets.map((widget) => (widget.name in inputs ? inputs[widget.name] : widget.value));
 }
 
@@ -67,7 +68,7 @@ app.registerExtension({
       // An older graph calls the first picture `image`; the link stays with its socket.
       const names = (info.inputs ?? []).map((input) => input.name);
       for (const input of info.inputs ?? []) {
-        const name = table.rename[input.name];
+        const name = table.rename[nodeData.name]?.[input.name];
         if (name !== undefined && !names.includes(name)) input.name = name;
       }
       return configure.call(this, info);

@@ -67,6 +67,14 @@ def test_inference_mode_of_comfyui_is_left_and_entered_at_will(comfyui, pictures
         assert text(model, pictures.a, decode="plain") == first
 
 
+def test_another_models_need_takes_the_room(comfyui, pictures):
+    model = MODELS.get("tiny", LoadOptions())
+    first = text(model, pictures.a)
+    comfyui.free_memory(1 << 60, torch.device("cpu"))
+    assert not any(loaded.model is patcher(model) for loaded in comfyui.current_loaded_models)
+    assert text(model, pictures.a) == first
+
+
 def test_not_kept_leaves_at_once(comfyui, pictures):
     model = MODELS.get("tiny", LoadOptions())
     text(model, pictures.a, keep_loaded=False)

@@ -170,6 +170,15 @@ def test_a_text_model_in_a_vision_node(llm):
         MODELS.get("qwen3", LoadOptions(), must_see=True)
 
 
+def test_an_older_library_is_named(llm, monkeypatch):
+    import sys
+    import types
+
+    monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
+    with pytest.raises(UnusableModel, match=r"need transformers 4\.57 or newer"):
+        MODELS.get("qwen3_vl", LoadOptions())
+
+
 def test_one_copy_for_all_who_ask(load):
     model = load("qwen3_vl")
     assert load("qwen3_vl") is model

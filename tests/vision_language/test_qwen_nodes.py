@@ -282,6 +282,13 @@ class TestMigration:
             assert migration.widget_values(node_id, old)["seed"] == 1158
             assert migration.widget_values(node_id, new)["seed"] == 3
 
+    def test_the_later_ailab_layout(self):
+        now = ["Qwen3-VL-2B-Instruct", "None (FP16)", "auto", False, "auto", "🖼️ Tags", "", 512, 0.6, 0.9, 1, 1.2, 16, True, 1,
+               "randomize"]  # fmt: skip
+        later = [*now[:13], "auto", *now[13:]]
+        first, second = (migration.widget_values("AILab_QwenVL_Advanced", values) for values in (now, later))
+        assert first == second and first["frame_count"] == 16 and first["keep_model_loaded"] is True
+
     def test_what_fits_nothing_is_left_alone(self):
         assert migration.widget_values("QwenVL", [1, 2, 3]) is None
         assert migration.widget_values("QwenVL", SPEC[:5]) is None
@@ -304,6 +311,10 @@ class TestMigration:
         found = migration.migrate_prompt(prompt)
         assert found["1"]["inputs"] == {"text": "x", "image1": ["2", 0], "image_quality": "fast"}
         assert found["2"] == prompt["2"] and "image" in prompt["1"]["inputs"]
+        other = {
+            "1": {"class_type": "AILab_QwenVL_Advanced", "inputs": {"image": ["2", 0], "video_frame_size": "auto"}}
+        }
+        assert migration.migrate_prompt(other)["1"]["inputs"] == {"image": ["2", 0]}
         both = {"1": {"class_type": "QwenVL", "inputs": {"image": ["2", 0], "image1": ["3", 0]}}}
         assert migration.migrate_prompt(both)["1"]["inputs"] == both["1"]["inputs"]
 
