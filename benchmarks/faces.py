@@ -14,6 +14,7 @@ import argparse
 import gc
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -116,30 +117,36 @@ def synchronisations(run: Callable[[], int]) -> int:
     return sum("synchroniz" in str(w.message) for w in caught)
 
 
-def peak_memory(root: Path) -> str:
-    """Activation bytes per picture of the two networks in float32, by batch differences of the process's peak."""
-    import resource
-
+def peak_of(file: Path, side: int, batch: int) -> int:
+    """Peak bytes of one run: of the GPU's allocator, or of this process, which must then be a fresh one."""
     from hotpath.face.onnx_graph import OnnxNetwork
 
+    network = OnnxNetwork(file)
+    with torch.no_grad():
+        if torch.cuda.is_available():
+            network.cuda()
+            torch.cuda.reset_peak_memory_stats()
+            network(torch.zeros(batch, 3, side, side, device="cuda"))
+            return torch.cuda.max_memory_allocated()
+        # Linux; VmHWM starts anew with a process, where getrusage's peak is inherited from its parent.
+        Path("/proc/self/clear_refs").write_text("5")
+        network(torch.zeros(batch, 3, side, side))
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def peak_memory(root: Path) -> str:
+    """Activation bytes per picture of the two networks in float32, from two batch sizes, each in its own process."""
     lines = []
     folder = root / "models" / "antelopev2"
-    for name, side, batches in (("scrfd_10g_bnkps.onnx", 640, (1, 4)), ("glintr100.onnx", 112, (1, 16))):
-        network = OnnxNetwork(folder / name)
+    for name, side, batches in (("scrfd_10g_bnkps.onnx", 640, (2, 6)), ("glintr100.onnx", 112, (16, 64))):
         peaks = []
         for batch in batches:
-            gc.collect()
-            with torch.no_grad():
-                if torch.cuda.is_available():
-                    network.cuda()
-                    torch.cuda.reset_peak_memory_stats()
-                    network(torch.zeros(batch, 3, side, side, device="cuda"))
-                    peaks.append(torch.cuda.max_memory_allocated())
-                else:
-                    network(torch.zeros(batch, 3, side, side))
-                    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            command = [sys.executable, __file__, "--peak", str(folder / name), str(side), str(batch)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks.append(int(done.stdout.split()[-1]))
         each = (peaks[1] - peaks[0]) / (batches[1] - batches[0])
-        lines.append(f"{name}: {each / 2**20:.0f} MiB per picture, {each / side / side:.0f} bytes per input pixel")
+        lines.append(f"{name}: {each / 2**20:.1f} MiB per picture, {each / side / side:.0f} bytes per input pixel")
     return "\n".join(lines)
 
 
@@ -188,7 +195,11 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=100, choices=(18, 50, 100))
     parser.add_argument("--memory", action="store_true", help="measure activations instead of time")
     parser.add_argument("--write", action="store_true", help="append to benchmarks/RESULTS.md")
+    parser.add_argument("--peak", nargs=3, metavar=("FILE", "SIDE", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.peak:
+        print(peak_of(Path(options.peak[0]), int(options.peak[1]), int(options.peak[2])))
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
 

@@ -22,7 +22,7 @@ from .model_folder import ModelFolder
 from .pictures import PictureGroup, group_pictures, letterbox
 from .recognition import Recogniser
 from .remembering import analyse_in_parts, picture_keys
-from .runner import ACTIVATION_BYTES_PER_PIXEL
+from .runner import DETECTOR_BYTES_PER_PIXEL
 
 PICTURES_AT_ONCE = 32
 
@@ -94,7 +94,7 @@ class PictureAnalyser:
 
     def _pictures_at_once(self, options: DetectionOptions) -> int:
         side = max(self._sizes(options), key=lambda s: s[0] * s[1])
-        each = side[0] * side[1] * ACTIVATION_BYTES_PER_PIXEL
+        each = side[0] * side[1] * DETECTOR_BYTES_PER_PIXEL
         free = host.current().free_memory(self.device)
         return max(1, min(PICTURES_AT_ONCE, free // 2 // each))
 

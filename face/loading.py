@@ -25,7 +25,7 @@ from .onnx_graph import OnnxNetwork
 from .onnx_outline import Outline
 from .onnxruntime_engine import PROVIDERS, OnnxRuntimeRunner, Provider, UnverifiedProvider, long_name, provider_for
 from .recognition import Recogniser
-from .runner import PRECISIONS, TorchRunner
+from .runner import DETECTOR_BYTES_PER_PIXEL, PRECISIONS, RECOGNISER_BYTES_PER_PIXEL, TorchRunner
 
 log = logging.getLogger("hotpath.face")
 
@@ -91,7 +91,7 @@ def load_analyser(
         reason = why_not(chosen)
         if reason is None:
             try:
-                said = "" if engine == "onnxruntime" else "Chosen because it is faster than torch on a CPU."
+                said = "" if engine == "onnxruntime" else "On the CPU it is preferred where it is installed."
                 if precision != "fp32":
                     said = f"{precision} is for the torch engine; onnxruntime computes in fp32."
                 return _load_onnxruntime(folder, chosen, device, remember, said)
@@ -158,7 +158,8 @@ def _load_torch(
             if not cosine >= SAME_DIRECTION:
                 kept = "fp32"
                 said.append(f"{file.path.name} stays in fp32: in {precision} its outputs turn (cosine {cosine:.4f}).")
-        return TorchRunner(network.to(PRECISIONS[kept]), manage(network), device, kept)
+        each = DETECTOR_BYTES_PER_PIXEL if file is folder.detector else RECOGNISER_BYTES_PER_PIXEL
+        return TorchRunner(network.to(PRECISIONS[kept]), manage(network), device, kept, each)
 
     detector = Detector(runner(folder.detector), folder.detector)
     recogniser = folder.recogniser
