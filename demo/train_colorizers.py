@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..colorization.checkpoint_file import read_tensors
 from ..colorization.colormnet.decoder import DecoderWidths
-from ..colorization.colormnet.key_encoder import EncoderWidths
+from ..colorization.colormnet.key_encoder import CrossChannelAttention, EncoderWidths
 from ..colorization.colormnet.network import ColorMNet, ColorMNetWidths
 from ..colorization.colormnet.value_encoder import ValueWidths
 from ..colorization.colour_space import lab_to_rgb, rgb_to_lab
@@ -31,6 +32,7 @@ from .colorize_scenes import TRAINING_PHOTOS, camera_move, drawn_scene, photogra
 
 MODELS = Path(__file__).parent / "colorize_models"
 SIDE = 112
+RATE = 2e-3
 FRAMES = 3
 
 WIDTHS = ColorMNetWidths(
@@ -49,18 +51,16 @@ class Scenes:
 
     def __init__(self, seed: int) -> None:
         self.random = torch.Generator().manual_seed(seed)
-        self.photos = [photograph(name) for name in TRAINING_PHOTOS]
+        drawn = [drawn_scene(self.random) for _ in range(24)]
+        self.pictures = [photograph(name) for name in TRAINING_PHOTOS] * 8 + drawn
 
     def clip(self, frames: int, side: int) -> Tensor:
-        choice = int(torch.randint(0, 2 * len(self.photos), (1,), generator=self.random))
-        picture = self.photos[choice] if choice < len(self.photos) else drawn_scene(self.random)
-        if choice < len(self.photos):
-            # Other colours for the same shapes, or colours would be learnt by heart.
-            order = torch.randperm(3, generator=self.random)
-            picture = picture[order]
-            picture = picture ** (0.6 + 0.8 * torch.rand(3, 1, 1, generator=self.random))
-            if float(torch.rand(1, generator=self.random)) < 0.5:
-                picture = picture.flip(-1)
+        picture = self.pictures[int(torch.randint(0, len(self.pictures), (1,), generator=self.random))]
+        # Other colours for the same shapes, or colours would be learnt by heart.
+        picture = picture[torch.randperm(3, generator=self.random)]
+        picture = picture ** (0.6 + 0.8 * torch.rand(3, 1, 1, generator=self.random))
+        if float(torch.rand(1, generator=self.random)) < 0.5:
+            picture = picture.flip(-1)
         return rgb_to_lab(camera_move(picture, frames, side, side, self.random))
 
 
@@ -96,7 +96,7 @@ def colormnet_loss(network: ColorMNet, lab: Tensor) -> Tensor:
         # What the exemplar's truth looks like where the memory points: teaches matching directly.
         small = F.avg_pool2d(truth[: len(values)], 16).flatten(2).permute(0, 2, 1).reshape(-1, 2)
         wanted = F.avg_pool2d(truth[index : index + 1], 16).flatten(2)[0].T
-        loss = loss + 0.5 * F.smooth_l1_loss(affinity[:, : len(small)] @ small, wanted, beta=0.05)
+        loss = loss + F.smooth_l1_loss(affinity[:, : len(small)] @ small, wanted, beta=0.05)
         if index < len(lab) - 1:
             values.append(network.encode_value(luminance[index : index + 1], chroma, keys.f16[index : index + 1]))
     assert places == affinity.shape[0]
@@ -129,15 +129,40 @@ def deep_exemplar_loss(networks: DeepExemplar, lab: Tensor) -> Tensor:
     return loss
 
 
-def train(network: nn.Module, loss_of: object, side: int, minutes: float, seed: int) -> None:
+def prepare(network: nn.Module, loss_of: object, scenes: Scenes, side: int) -> None:
+    """Weights that keep the size of signals through many layers, and batch norms with the statistics of some clips.
+
+    The norms then stay as they are: the few frames of a step have no statistics worth following.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if name.endswith(("pred", "conv10_ab")):
+                nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # a plain average
+        elif isinstance(module, CrossChannelAttention):
+            # At 1 the attention starts as the mean of all channels, and takes thousands of steps to leave it.
+            nn.init.constant_(module.temperature, 8.0)
+    network.train()
+    with torch.no_grad():
+        for _ in range(20):
+            loss_of(network, scenes.clip(FRAMES, side))  # type: ignore[operator]
+    network.eval()
+
+
+def train(network: nn.Module, loss_of: object, side: int, minutes: float, seed: int, fresh: bool) -> None:
     """Adam with a cosine schedule over wall time."""
     scenes = Scenes(seed)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-4)
+    if fresh:
+        prepare(network, loss_of, scenes, side)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4)
     start, steps, shown = time.monotonic(), 0, 0.0
-    network.eval()  # batch norms stay at their initial statistics: batches of one clip have none worth keeping
     while (spent := (time.monotonic() - start) / 60) < minutes:
         for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * (0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * spent / minutes)).item()) + 1e-5
+            group["lr"] = RATE * (0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * spent / minutes)).item()) + 1e-5
         loss: Tensor = loss_of(network, scenes.clip(FRAMES, side))  # type: ignore[operator]
         optimiser.zero_grad()
         loss.backward()
@@ -166,22 +191,31 @@ def main() -> None:
     arguments.add_argument("method", choices=("colormnet", "deep_exemplar"))
     arguments.add_argument("--minutes", type=float, default=15)
     arguments.add_argument("--seed", type=int, default=1)
+    arguments.add_argument("--continue", dest="more", action="store_true", help="from the files that are there")
     chosen = arguments.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(chosen.seed)
     if chosen.method == "colormnet":
         network = ColorMNet(WIDTHS)
-        train(network, colormnet_loss, SIDE, chosen.minutes, chosen.seed)
-        save(network, MODELS / "colormnet" / "demo_colormnet.safetensors")
+        path = MODELS / "colormnet" / "demo_colormnet.safetensors"
+        if chosen.more:
+            network.load_state_dict(read_tensors(path))
+        train(network.float(), colormnet_loss, SIDE, chosen.minutes, chosen.seed, not chosen.more)
+        save(network, path)
         return
     networks = DeepExemplar(
         VGG19((12, 16, 24, 32, 32)),
         WarpNet((16, 24, 32, 32), (24, 24, 32, 32), 16, 48),
         ColorVidNet(12, (16, 24, 32, 40), 24),
     )
-    train(networks, deep_exemplar_loss, SIDE - SIDE % 16, chosen.minutes, chosen.seed)
-    for name, part in (("vgg", networks.vgg), ("nonlocal_net", networks.warp), ("colornet", networks.color_net)):
-        save(part, MODELS / "deep_exemplar" / f"demo_{name}.safetensors")
+    parts = {"vgg": networks.vgg, "nonlocal_net": networks.warp, "colornet": networks.color_net}
+    paths = {name: MODELS / "deep_exemplar" / f"demo_{name}.safetensors" for name in parts}
+    if chosen.more:
+        for name, part in parts.items():
+            part.load_state_dict(read_tensors(paths[name]))
+    train(networks.float(), deep_exemplar_loss, SIDE, chosen.minutes, chosen.seed, not chosen.more)
+    for name, part in parts.items():
+        save(part, paths[name])
 
 
 if __name__ == "__main__":

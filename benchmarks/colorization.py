@@ -1,0 +1,280 @@
+"""Speed and memory of ColorMNet and Deep Exemplar against the original programs, on random weights of true sizes.
+
+    python benchmarks/colorization.py [--sizes 768x432 1920x1080] [--frames 60] [--peers DIR] [--long 10000] [--write]
+
+fps end to end go from uint8 frames to uint8 frames in memory; network alone from luminance on the device to chroma on
+the device. --peers: a folder with checkouts `colormnet`, `dinov2` and `deep_exemplar` of the originals, run in the same
+process round after round. --long simulates a film of that many frames and gives the time per frame along it. --write
+appends the table to benchmarks/RESULTS.md. Weights are random: times and memory count, colours do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("ColorMNet", "Deep Exemplar")
+
+
+def pack() -> Any:
+    """This checkout as `hotpath`, installed or not."""
+    if "hotpath" not in sys.modules:
+        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+        spec = importlib.util.spec_from_file_location(
+            "hotpath", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["hotpath"])
+    return sys.modules["hotpath"]
+
+
+@dataclass
+class Row:
+    method: str
+    contestant: str
+    size: str
+    film_fps: float
+    network_fps: float
+    allocated: float  # MiB at the peak; of the process on a CPU
+    reserved: float
+    note: str = ""
+
+
+def clip(frames: int, height: int, width: int) -> Tensor:
+    """[frames, H, W, 3] uint8, moving, the same on every machine."""
+    random = torch.Generator().manual_seed(1)
+    ends = torch.rand(2, 3, height // 24 + 2, width // 24 + 2, generator=random)
+    parts = []
+    for index in range(frames):
+        blend = index / max(frames - 1, 1)
+        picture = F.interpolate(ends[:1] * (1 - blend) + ends[1:] * blend, (height, width), mode="bicubic")
+        parts.append((picture.clamp(0, 1) * 255).to(torch.uint8)[0].permute(1, 2, 0))
+    return torch.stack(parts)
+
+
+def networks(method: str) -> Any:
+    pack()
+    from hotpath.colorization.colormnet.checkpoint import build
+    from hotpath.colorization.colormnet.network import ColorMNet
+    from hotpath.colorization.deep_exemplar.color_net import ColorVidNet
+    from hotpath.colorization.deep_exemplar.session import DeepExemplar
+    from hotpath.colorization.deep_exemplar.vgg import VGG19
+    from hotpath.colorization.deep_exemplar.warp import WarpNet
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if method == "ColorMNet":
+            state = ColorMNet().state_dict()
+            return state, build(state)
+        network = DeepExemplar(VGG19(), WarpNet(), ColorVidNet()).eval().requires_grad_(False)
+        return {name: getattr(network, name).state_dict() for name in ("vgg", "warp", "color_net")}, network
+
+
+def timed(work: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Median seconds of `rounds` after one round to warm up."""
+    spent = []
+    for index in range(rounds + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if index:
+            spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
+
+
+def peak(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
+    import resource
+
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 0.0
+
+
+class Ours:
+    """The pack's film session without a model folder: the networks are handed in."""
+
+    def __init__(self, method: str, network: Any, precision: str, compiled: bool) -> None:
+        from hotpath.colorization.networks import LoadedNetwork, Precision
+
+        self.method, self.compiled = method, compiled
+        dtype = getattr(torch, precision)
+        if method == "ColorMNet":
+            network = network.to(dtype)
+        else:
+            network.color_net.to(dtype)
+        self.loaded = LoadedNetwork(network, (), Precision(dtype, precision))
+
+    def _session(self, network: Any, height: int, width: int, short_side: int) -> Any:
+        from hotpath.colorization.film import FilmOptions, FilmSession, read_references
+
+        options = FilmOptions(method=self.method, colour_size=short_side, compile=self.compiled)
+        references = read_references([clip(1, height, width)[0]])
+        return FilmSession(network, self.loaded, options, references, height, width)
+
+    def film(self, frames: Tensor, portion: int = 20) -> None:
+        with self.loaded.resident() as network:
+            session = self._session(network, *frames.shape[1:3], 0)
+            for start in range(0, len(frames), portion):
+                session.colorize(frames[start : start + portion])
+
+    def network_only(self, frames: Tensor) -> Callable[[], object]:
+        """The sessions alone, on luminance that is on the device already."""
+        from hotpath.colorization.colour_space import luminance_of
+        from hotpath.colorization.pictures import resized, to_channels_first
+
+        with self.loaded.resident() as network:
+            session = self._session(network, *frames.shape[1:3], 0)
+            luminance = luminance_of(to_channels_first(frames, network.device))
+            small = resized(luminance, *session.small)
+
+        def run() -> None:
+            with self.loaded.resident() as network:
+                inner = self._session(network, *frames.shape[1:3], 0)._session
+                for start in range(0, len(small), 20):
+                    inner.colorize(small[start : start + 20])
+
+        return run
+
+    def long(self, frames: int, height: int, width: int) -> list[float]:
+        """Milliseconds per frame in each tenth of a film of `frames`."""
+        portion = clip(20, height, width)
+        tenths: list[float] = []
+        with self.loaded.resident() as network:
+            session = self._session(network, height, width, 0)
+            for _ in range(10):
+                start = time.perf_counter()
+                for _ in range(max(1, frames // 200)):
+                    session.colorize(portion)
+                tenths.append((time.perf_counter() - start) / (max(1, frames // 200) * 20) * 1000)
+        return tenths
+
+
+def contest(method: str, size: tuple[int, int], options: argparse.Namespace, device: torch.device) -> list[Row]:
+    width, height = size
+    frames = clip(options.frames, height, width)
+    name = f"{width}x{height}"
+    rows: list[Row] = []
+    for precision in options.precisions:
+        for compiled in (False, True) if options.compile else (False,):
+            _, network = networks(method)
+            ours = Ours(method, network, precision, compiled)
+            label = f"Hotpath {precision}{' compiled' if compiled else ''}"
+            alone = timed(ours.network_only(frames), device, options.rounds)
+            film = timed(lambda ours=ours: ours.film(frames), device, options.rounds)
+            memory = peak(lambda ours=ours: ours.film(frames), device)
+            rows.append(Row(method, label, name, len(frames) / film, len(frames) / alone, *memory))
+            print(rows[-1], flush=True)
+            if options.long and not compiled:
+                tenths = ours.long(options.long, height, width)
+                rows[-1].note = f"{options.long} frames, ms per frame by tenths: " + " ".join(
+                    f"{t:.1f}" for t in tenths
+                )
+            del ours, network
+    if options.peers is not None:
+        rows.append(peer_row(method, frames, options, device, name))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def peer_row(method: str, frames: Tensor, options: argparse.Namespace, device: torch.device, name: str) -> Row:
+    sys.path.insert(0, str(Path(__file__).parent))
+    import colorization_peers as peers
+
+    state, network = networks(method)
+    del network
+    arrays, reference = frames.numpy(), clip(1, *frames.shape[1:3])[0].numpy()
+    height, width = frames.shape[1:3]
+    luminance = (torch.rand(len(frames), 1, height, width) * 2 - 1).to(device)
+    if method == "ColorMNet":
+        original: Any = peers.OriginalColorMNet(options.peers, state, device, half=device.type == "cuda")
+        lab = torch.rand(3, height, width).to(device) * 2 - 1
+        alone = timed(lambda: original.network_only(luminance, lab), device, options.rounds)
+        label = "original" + (" fp16 autocast" if original.half else " float32")
+    else:
+        original = peers.OriginalDeepExemplar(options.peers, state, device)
+        half = torch.rand(len(frames), 3, height // 2, width // 2).to(device) * 50
+        alone = timed(lambda: original.network_only(half, half[:1]), device, options.rounds)
+        label = "original float32"
+    film = timed(lambda: original.film(arrays, reference), device, options.rounds)
+    memory = peak(lambda: original.film(arrays, reference), device)
+    return Row(method, label, name, len(frames) / film, len(frames) / alone, *memory)
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| method | contestant | size | end to end fps | network fps | peak allocated MiB | reserved MiB | note |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.method} | {r.contestant} | {r.size} | {r.film_fps:.2f} | {r.network_fps:.2f} | {r.allocated:.0f} | "
+            f"{r.reserved:.0f} | {r.note} |"
+        )
+    return "\n".join(lines)
+
+
+def machine(device: torch.device) -> str:
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    return (
+        f"{where}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=["768x432", "1920x1080"] if cuda else ["256x144"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--precisions", nargs="+", default=["float32", "float16", "bfloat16"] if cuda else ["float32"])
+    parser.add_argument("--frames", type=int, default=60 if cuda else 11)
+    parser.add_argument("--rounds", type=int, default=3 if cuda else 1)
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--peers", type=Path, help="folder of the originals' checkouts")
+    parser.add_argument("--long", type=int, default=0, help="frames of a long film to simulate")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="append to benchmarks/RESULTS.md")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    pack()
+    from hotpath import host
+    from hotpath.host.headless import HeadlessHost
+
+    device = torch.device("cuda") if cuda else torch.device("cpu")
+    host.use(HeadlessHost(device=device, show_progress=False))
+    rows: list[Row] = []
+    for size in options.sizes:
+        width, height = (int(n) for n in size.split("x"))
+        for method in options.methods:
+            rows += contest(method, (width, height), options, device)
+    text = f"\n## Colorization, {date.today()}\n\n{machine(device)}. `{' '.join(sys.argv)}`\n\n{table(rows)}\n"
+    print(text)
+    if options.write:
+        with (ROOT / "benchmarks" / "RESULTS.md").open("a") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    main()
