@@ -115,8 +115,13 @@ def _add_colorize(commands: Commands) -> None:
 
 
 def _add_models(commands: Commands) -> None:
-    models = commands.add_parser("models", help="list, check and download model files")
-    actions = models.add_subparsers(dest="action", metavar="ACTION", required=True)
+    models = commands.add_parser(
+        "models",
+        help="list, check and download model files",
+        description="Lists, checks and downloads model files; without an ACTION it lists them.",
+    )
+    models.set_defaults(action="list", json=False, models=None)
+    actions = models.add_subparsers(dest="action", metavar="ACTION")
     listing = actions.add_parser("list", help="every known model file, where it belongs and where it comes from")
     listing.add_argument("--json", action="store_true", help="print as JSON")
     _add_models_folder(listing)

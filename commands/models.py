@@ -23,13 +23,14 @@ FAILED, REFUSED = 1, 2
 def run(options: argparse.Namespace) -> int:
     """Exit code: 0 all right, 1 a file is damaged or did not come, 2 an unknown name or a licence not accepted."""
     host = headless_host(options.models)
+    action = options.action or "list"
     actions: dict[str, Callable[[HeadlessHost, argparse.Namespace], int]] = {
         "list": _list,
         "verify": _verify,
         "download": _download,
     }
     try:
-        return actions[options.action](host, options)
+        return actions[action](host, options)
     except KeyError as error:
         complain(str(error.args[0]))
         return REFUSED

@@ -100,4 +100,3 @@ def test_a_broken_family_leaves_the_others(copy: Path):
     said = [line for line in log.splitlines() if line.startswith("Hotpath:")]
     assert len(said) == 1 and "broken" in said[0] and "ModuleNotFoundError" in said[0]
     assert "Traceback (most recent call last)" in log
-

@@ -480,6 +480,8 @@ def test_list_and_verify(small_table, capsys, tmp_path):
     entries = json.loads(command(capsys, tmp_path, "list", "--json")[1])
     assert [bool(e["found"]) for e in entries] == [True, False, False]
     assert entries[1]["belongs"] == str(tmp_path / "models" / "two" / "x.onnx")
+    assert cli.main(["models"]) == 0  # lists, too
+    assert "free" in capsys.readouterr().out
     _, out, _ = command(capsys, tmp_path, "list")
     assert "free   here" in out and "bound  missing" in out
     assert command(capsys, tmp_path, "verify")[0] == 1  # bytes that are no torch file
