@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -111,19 +112,6 @@ class Detector:
         scores, sides, points = (torch.cat(outputs[i * levels : (i + 1) * levels], 1) for i in range(3))
         return scores[..., 0], sides, points
 
-    def _grid(self, size: tuple[int, int], device: torch.device) -> Tensor:
-        """[A, 3] x, y and stride of each anchor."""
-        levels = []
-        for stride in self.strides:
-            y, x = torch.meshgrid(
-                torch.arange(-(-size[0] // stride), device=device),
-                torch.arange(-(-size[1] // stride), device=device),
-                indexing="ij",
-            )
-            cell = torch.stack([x * stride, y * stride, torch.full_like(x, stride)], -1).reshape(-1, 1, 3)
-            levels.append(cell.expand(-1, self.anchors, -1).reshape(-1, 3))
-        return torch.cat(levels).float()
-
     def find(self, canvas: Tensor, threshold: float) -> list[Candidates]:
         """Everything with a score of at least `threshold` per picture of `canvas` [N, 3, H, W].
 
@@ -131,7 +119,7 @@ class Detector:
         over the threshold costs a second one.
         """
         scores, sides, points = self.predict(canvas)
-        grid = self._grid((int(canvas.shape[2]), int(canvas.shape[3])), canvas.device)
+        grid = _grid(self.strides, self.anchors, (int(canvas.shape[2]), int(canvas.shape[3])), canvas.device)
         passed = (scores >= threshold).sum(1)
         limit = min(CANDIDATES, scores.shape[1])
         packed = torch.cat([passed[:, None].float(), self._pack(scores, sides, points, grid, limit)], 1).cpu()
@@ -154,6 +142,21 @@ class Detector:
         box = torch.cat([centre - side[..., :2], centre + side[..., 2:]], -1)
         point = point + centre.repeat(1, 1, 5)
         return torch.cat([best[..., None], box, point], -1).flatten(1)
+
+
+@lru_cache(maxsize=16)
+def _grid(strides: tuple[int, ...], anchors: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    """[A, 3] x, y and stride of each anchor of a canvas (height, width)."""
+    levels = []
+    for stride in strides:
+        y, x = torch.meshgrid(
+            torch.arange(-(-size[0] // stride), device=device),
+            torch.arange(-(-size[1] // stride), device=device),
+            indexing="ij",
+        )
+        cell = torch.stack([x * stride, y * stride, torch.full_like(x, stride)], -1).reshape(-1, 1, 3)
+        levels.append(cell.expand(-1, anchors, -1).reshape(-1, 3))
+    return torch.cat(levels).float()
 
 
 def merge_overlapping(boxes: NDArray[np.float32], overlap: float) -> list[int]:

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from .faces import FaceError
 from .onnx_operators import OPERATORS, Attributes, UnsupportedOperator, scale_shift
 
+READS_NUMBERS = ("Clip", "Expand", "Pad", "Resize", "Slice", "Upsample")
+
 
 class Node:
     """One step of the graph: an operator with its attributes and the names of what it reads and writes."""
@@ -172,13 +174,15 @@ class OnnxNetwork(nn.Module):
 
     def _schedule(self, nodes: list[Node]) -> None:
         """Make the floating-point constants parameters, and note after which node each value is no longer needed."""
+        # What an operator reads as numbers, not as weights, stays on the CPU: reading it there makes nobody wait.
+        numbers = {i for node in nodes if node.kind in READS_NUMBERS for i in node.inputs[1:]}
         used = {name for node in nodes for name in node.inputs} | set(self.output_names)
         self._parameter_of: dict[str, str] = {}
         for name in list(self._constants):
             value = self._constants[name]
             if name not in used:
                 del self._constants[name]
-            elif value.is_floating_point() and value.dim() > 0 and value.numel() > 0:
+            elif value.is_floating_point() and value.dim() > 0 and value.numel() > 0 and name not in numbers:
                 own = f"w{len(self._parameter_of)}"
                 if value.dim() == 4:
                     value = value.contiguous(memory_format=torch.channels_last)

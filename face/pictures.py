@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .faces import FaceError
@@ -113,10 +112,11 @@ def placement(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
 
 
 @lru_cache(maxsize=64)
-def _taps(
-    source: int, target: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
-    """Per target pixel of one axis: its two source pixels and their integer weights, as cv2 computes them."""
+def _taps(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per target pixel of one axis: its two source pixels and their integer weights, as cv2 computes them.
+
+    Kept on the device, because sending them there makes the host wait.
+    """
     step = 1.0 / (target / source)
     at = ((np.arange(target, dtype=np.float64) + 0.5) * step - 0.5).astype(np.float32)
     first = np.floor(at).astype(np.int64)
@@ -125,12 +125,9 @@ def _taps(
     first = first.clip(0, source - 1)
     part[outside] = 0.0
     second = np.minimum(first + 1, source - 1)
-    return (
-        first,
-        second,
-        np.rint((np.float32(1) - part) * np.float32(WEIGHT_ONE)).astype(np.int32),
-        np.rint(part * np.float32(WEIGHT_ONE)).astype(np.int32),
-    )
+    weights = [np.rint(w * np.float32(WEIGHT_ONE)).astype(np.int32) for w in (np.float32(1) - part, part)]
+    y0, y1, w0, w1 = (torch.from_numpy(v).to(device) for v in (first, second, *weights))
+    return y0, y1, w0, w1
 
 
 def resize(pixels: Tensor, height: int, width: int) -> Tensor:
@@ -142,8 +139,8 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
         wide = pixels.to(torch.int32)
         rows = wide[:, 0::2] + wide[:, 1::2]
         return (rows[:, :, 0::2] + rows[:, :, 1::2] + 2) >> 2
-    y0, y1, b0, b1 = (torch.from_numpy(v).to(pixels.device) for v in _taps(pixels.shape[1], height))
-    x0, x1, a0, a1 = (torch.from_numpy(v).to(pixels.device) for v in _taps(pixels.shape[2], width))
+    y0, y1, b0, b1 = _taps(pixels.shape[1], height, pixels.device)
+    x0, x1, a0, a1 = _taps(pixels.shape[2], width, pixels.device)
     count, channels = pixels.shape[0], pixels.shape[3]
     # Rows as one axis of width * channels, and in place: three channels alone are too short a run to be quick.
     a0, a1 = a0.repeat_interleave(channels), a1.repeat_interleave(channels)

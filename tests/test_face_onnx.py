@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hotpath.demo.face_networks import Scrfd, export_detector, randomise
 from hotpath.face import FaceError
 from hotpath.face.onnx_graph import OnnxNetwork
 from hotpath.face.onnx_operators import UnsupportedOperator
@@ -179,6 +180,26 @@ def test_weights_are_a_modules_own_and_half_precision_is_a_cast(tmp_path):
     full = network(x)[0]
     half = network.to(torch.bfloat16)(x.bfloat16())[0]
     assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), full, atol=0.1, rtol=0.05)
+
+
+def test_numbers_stay_on_the_cpu_when_weights_leave_it(tmp_path):
+    """Resize reads its factors on the host: on a GPU that would be a wait in every call."""
+    nodes, constants = GRAPHS["resize by scales"]
+    network = OnnxNetwork(write(tmp_path / "m.onnx", nodes, constants))
+    assert not list(network.parameters())
+    assert network(torch.ones(1, 4, 8, 8))[0].shape == (1, 4, 16, 16)
+    network.to("meta")
+    assert network(torch.ones(1, 4, 8, 8, device="meta"))[0].shape == (1, 4, 16, 16)
+
+
+def test_no_step_of_a_detector_reads_a_value_off_the_device(tmp_path):
+    """On the meta device every value of an activation is out of reach: what runs there never waits for a GPU."""
+    detector = Scrfd(0.25)
+    randomise(detector)
+    export_detector(detector, tmp_path / "d.onnx")
+    network = OnnxNetwork(tmp_path / "d.onnx").to("meta")
+    rows = [o.shape[0] for o in network(torch.empty(3, 3, 320, 320, device="meta"))]
+    assert rows[:3] == [3 * 2 * 1600, 3 * 2 * 400, 3 * 2 * 100]
 
 
 def test_the_outline_tells_files_apart_without_their_weights(tmp_path):
