@@ -14,6 +14,7 @@ from ..face.model_folder import find_model_folder
 from ..face.onnx_graph import OnnxNetwork
 from ..host import Host
 from .selftest import Absent, Check, Finding, relative_difference, timed
+from .vision_language_check import check_vision_language
 
 ROUNDING = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -90,4 +91,5 @@ def _against_onnxruntime(label: str, path: Path, noise: torch.Tensor, ours: list
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("faces", check_faces),
     ("instantid", check_instantid),
+    ("vision-language", check_vision_language),
 )

@@ -216,9 +216,7 @@ def _write(
 def _padded(prompts: list[Prompt], model: LoadedModel) -> torch.Tensor:
     """[B, T] ids, each row padded with its own first token, so that a padding never counts as a repetition."""
     longest = max(prompt.length for prompt in prompts)
-    return torch.cat(
-        [torch.cat((p.ids[:, :1].expand(1, longest - p.length), p.ids), dim=1) for p in prompts]
-    )  # fmt: skip
+    return torch.cat([torch.cat((p.ids[:, :1].expand(1, longest - p.length), p.ids), dim=1) for p in prompts])
 
 
 class TextStream:

@@ -142,7 +142,7 @@ def look_up(
     """An item for each picture and each clip: from the cache, else with the patches the tower needs.
 
     The processors run only for what is not cached; the same picture twice is one entry.
-    """  # fmt: skip
+    """
     items: list[VisualItem] = []
     fresh: dict[str, VisualItem] = {}
     every: list[Picture | Clip] = [*pictures, *clips]

@@ -64,8 +64,12 @@ def choose_path(model: LoadedModel, asked: str) -> DecodePath:
         return DecodePath("static", f"static cache; no graph, because there are no CUDA graphs on {model.device.type}")
     if asked == "compiled" and cuda and not triton:
         return DecodePath("graph", "static cache, one CUDA graph; not compiled, because Triton is missing")
-    return DecodePath(asked, {"compiled": "static cache, compiled layers", "graph": "static cache, one CUDA graph",
-                              "static": "static cache"}[asked])  # fmt: skip
+    notes = {
+        "compiled": "static cache, compiled layers",
+        "graph": "static cache, one CUDA graph",
+        "static": "static cache",
+    }
+    return DecodePath(asked, notes[asked])
 
 
 class Runner(Protocol):

@@ -1,0 +1,74 @@
+"""`hotpath selftest` and `hotpath caption` on the demo captioner."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from hotpath.cli import main
+from hotpath.demo import train_captioner
+
+MODELS_FOLDER = train_captioner.FOLDER.parents[1]
+
+
+def test_the_demo_captioner_passes(capsys):
+    assert main(["selftest", "vision", "--models", str(MODELS_FOLDER), "--device", "cpu", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert len(result["findings"]) == 2
+
+
+def test_a_path_that_computes_something_else_fails(capsys, monkeypatch):
+    from hotpath.vision_language import decoding
+
+    monkeypatch.setattr(decoding, "rotate", lambda x, cos, sin: x)
+    assert main(["selftest", "vision", "--models", str(MODELS_FOLDER), "--device", "cpu"]) == 1
+
+
+def test_caption(tmp_path, capsys):
+    drawings = [train_captioner.draw(np.random.default_rng(600 + i)) for i in range(3)]
+    for index, drawing in enumerate(drawings):
+        drawing.picture.save(tmp_path / f"{index}.png")
+    command = [
+        "caption",
+        str(tmp_path),
+        "--model",
+        "hotpath-captioner",
+        "--models",
+        str(MODELS_FOLDER),
+        "--device",
+        "cpu",
+    ]
+    command += ["--prompt", "Describe this image.", "--max-new-tokens", "16", "--before", "toy, "]
+    assert main(command) == 0
+    assert [(tmp_path / f"{i}.txt").read_text() for i in range(3)] == [f"toy, {d.caption}" for d in drawings]
+    assert "3 captioned" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "3 skipped" in capsys.readouterr().out
+    (tmp_path / "broken.png").write_bytes(b"x")
+    assert main(command) == 1
+    assert "broken.png" in capsys.readouterr().out
+    assert main([*command[:1], str(tmp_path / "absent"), *command[2:]]) == 2
+    assert "no folder" in capsys.readouterr().err
+
+
+def test_the_server_migrates_prompts_before_it_checks_them(monkeypatch):
+    from hotpath.nodes.qwen_vl import register_migration
+
+    handlers = []
+    server = types.ModuleType("server")
+    server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(add_on_prompt_handler=handlers.append))
+    monkeypatch.setitem(sys.modules, "server", server)
+    assert register_migration()
+    data = {"prompt": {"1": {"class_type": "QwenVL", "inputs": {"image": ["2", 0]}}}, "client_id": "c"}
+    assert handlers[0](data)["prompt"]["1"]["inputs"] == {"image1": ["2", 0]}
+    assert handlers[0]({"client_id": "c"}) == {"client_id": "c"}
+    monkeypatch.delitem(sys.modules, "server")
+    assert not register_migration()
+
+
+@pytest.mark.parametrize("path", sorted(train_captioner.FOLDER.iterdir()), ids=lambda path: path.name)
+def test_the_demo_model_holds_no_path_of_a_machine(path):
+    assert b"/tmp/" not in path.read_bytes() and b"/root/" not in path.read_bytes()
