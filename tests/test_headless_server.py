@@ -317,6 +317,27 @@ def test_a_comfyui_that_hangs_is_stopped_with_all_it_started(tmp_path, monkeypat
     assert not processes_with(str(comfyui))
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_run_that_is_ended_takes_its_comfyui_with_it(tmp_path):
+    comfyui = fake_comfyui(tmp_path / "c", SLEEPS)
+    (tmp_path / "wf.json").write_text(json.dumps(COPY))
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT), "run", str(tmp_path / "wf.json"), "--comfyui", str(comfyui)],
+        env={**os.environ, "COMFYUI_PYTHON": sys.executable, "TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not any("main.py" in line for line in processes_with(str(comfyui))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not processes_with(str(comfyui))
+    assert not list(tmp_path.glob("hotpath-comfyui-*"))
+
+
 def processes_with(text: str) -> list[str]:
     found = []
     for folder in Path("/proc").iterdir():
