@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,8 @@ def load_analyser(
                 reason = f"{error}; `hotpath doctor` says what is installed"
         if engine == "onnxruntime":
             why = f"onnxruntime {chosen.name} was asked for, but {reason}."
+        elif importlib.util.find_spec("onnxruntime") is not None:
+            why = f"onnxruntime is installed, but {reason}."
     if why:
         log.warning("Faces run on torch: %s", why)
     return _load_torch(folder, device, manage, precision, remember, why)

@@ -86,7 +86,7 @@ def heavy_share(session: Any, provider: Provider) -> float | None:
 
 
 class UnverifiedProvider(RuntimeError):
-    """The session was made, but does not run where it was asked to; the message says where it does."""
+    """The session cannot be made, or does not run where it was asked to; the message says why or where."""
 
 
 def open_batch(path: Path) -> bytes:
@@ -155,7 +155,10 @@ class OnnxRuntimeRunner:
         providers: list[Any] = [(long_name(self.provider), settings)]
         if self.provider.name != "CPU":
             providers.append("CPUExecutionProvider")
-        session = onnxruntime.InferenceSession(self._model, options, providers=providers)
+        try:
+            session = onnxruntime.InferenceSession(self._model, options, providers=providers)
+        except Exception as error:  # onnxruntime's errors share no base class
+            raise UnverifiedProvider(f"onnxruntime cannot open {self.file.path.name} there ({error})") from error
         while len(self._sessions) >= SESSIONS_KEPT:
             del self._sessions[next(iter(self._sessions))]
         self._sessions[key] = session

@@ -332,6 +332,17 @@ def test_a_provider_that_got_only_part_of_the_graph_is_not_believed(roots, monke
     assert "by torch" in report and "CoreML was asked for" in report
 
 
+def test_a_session_that_cannot_be_made_leaves_torch_and_the_reason(roots, monkeypatch):
+    import onnxruntime
+
+    def refuse(*arguments, **settings):
+        raise Exception("opset 99 is under development")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    report = face.load_analyser([roots["inside"]], device=CPU, remember=False).report()
+    assert "by torch" in report and "onnxruntime is installed, but" in report and "opset 99" in report
+
+
 @pytest.mark.parametrize("device", [torch.device("cpu")])
 def test_a_network_outside_the_hosts_management_is_released(roots, device):
     network = OnnxNetwork(roots["inside"] / "models" / "antelopev2" / "glintr100.onnx")
