@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .faces import FaceError
@@ -34,7 +35,7 @@ def draw_keypoints(height: int, width: int, keypoints: Tensor) -> Tensor:
     faces = keypoints.detach().float().cpu().reshape(-1, 5, 2).numpy()
     if not np.isfinite(faces).all() or (np.abs(faces) > LIMIT).any():
         raise FaceError("The key points are not all pixel coordinates (NaN, infinite or millions of pixels away).")
-    canvas = np.zeros((height, width, 3), np.uint8)
+    canvas: NDArray[np.uint8] = np.zeros((height, width, 3), np.uint8)
     for points in faces:
         for start, end in LIMBS:
             x, y = points[[start, end], 0], points[[start, end], 1]

@@ -48,7 +48,9 @@ TINY = "hotpath_demo"
 if COMFYUI is not None and TINY not in sys.modules:
     # The demo's ComfyUI nodes: a tiny SDXL and what goes with it.
     folder = ROOT / "demo" / "comfy_nodes" / TINY
-    spec = importlib.util.spec_from_file_location(TINY, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    spec = importlib.util.spec_from_file_location(
+        TINY, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     assert spec is not None and spec.loader is not None
     sys.modules[TINY] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[TINY])
