@@ -93,9 +93,9 @@ class EmbeddingCache:
     def put(self, key: str, description: str, features: VisualFeatures) -> None:
         if not self.enabled:
             return
-        kept = VisualFeatures(
-            features.pooled.cpu().clone(), tuple(level.cpu().clone() for level in features.deep), features.grid
-        )
+        # Copies, because the parts are views of the features of the whole batch.
+        pooled, *deep = (part.to("cpu", copy=True) for part in (features.pooled, *features.deep))
+        kept = VisualFeatures(pooled, tuple(deep), features.grid)
         self.memory.put(key, kept)
         if self.disk is not None:
             tensors = {"pooled": kept.pooled} | {f"deep.{i}": level for i, level in enumerate(kept.deep)}

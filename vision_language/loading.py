@@ -75,10 +75,13 @@ class LoadedModel:
     One generation at a time: `resident()` holds the model's lock.
     """
 
-    def __init__(self, folder: ModelFolder, options: LoadOptions, network: Any, notes: list[str]) -> None:
+    def __init__(
+        self, folder: ModelFolder, options: LoadOptions, network: Any, notes: list[str], quantization: str = "none"
+    ) -> None:
         from transformers import AutoProcessor, AutoTokenizer
 
         self.folder, self.options, self.network, self.notes = folder, options, network, notes
+        self.quantization = quantization
         if folder.sees:
             self.processor: Any = AutoProcessor.from_pretrained(folder.path)
             self.tokenizer: Any = self.processor.tokenizer
@@ -176,10 +179,6 @@ class LoadedModel:
             str(self.attention),
             self.device.type,
         )
-
-    @property
-    def quantization(self) -> str:
-        return str(getattr(self.network, "hotpath_quantization", "none"))
 
     @property
     def attention(self) -> str:
@@ -291,7 +290,7 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
     start = time.perf_counter()
     auto = AutoModelForImageTextToText if folder.sees else AutoModelForCausalLM
     try:
-        network = auto.from_pretrained(folder.path, **settings).eval().requires_grad_(False)
+        network, found = auto.from_pretrained(folder.path, output_loading_info=True, **settings)
     except (torch.OutOfMemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the library raises anything from KeyError to ImportError
@@ -299,18 +298,26 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
         raise UnusableModel(
             f"The model folder {folder.path} could not be loaded as {folder.model_type}: {first[:300]}"
         ) from error
+    # The library would fill these with random numbers and go on.
+    if wrong := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
+        raise UnusableModel(
+            f"The weights in {folder.path} do not fit its config.json: {len(wrong)} are missing or of another shape, "
+            f"such as {wrong[0]}. Fetch the folder again."
+        )
+    network.eval().requires_grad_(False)
     notes = [note for note in (attention_note,) if note]
-    if packing.note and packing.method != "none":
+    if packing.note and options.quantization.lower() not in ("none", "none (fp16)"):
         notes.append(f"quantization: {packing.note}")
-    if stored is None and not packing.method.startswith("bitsandbytes") and not decoding_refusal(network):
+    plain = stored is None and not packing.method.startswith("bitsandbytes")
+    if plain and network.config.model_type in decoding.DENSE_MODELS:
         projections.merge_decoder(decoding.text_decoder(network).layers)
     if packing.method in ("int8", "int4", "float8"):
         count = quantize(decoding.text_decoder(network).layers, packing.method)
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
     if note := stream_layers(network, device, options.stream_layers):
         notes.append(note)
-    network.hotpath_quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
-    model = LoadedModel(folder, options, network, notes)
+    quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
+    model = LoadedModel(folder, options, network, notes, quantization)
     if folder.sees and not model.takes_encoder_outputs:
         log.debug("deeper levels come %s", "split by picture" if model.deepstack_in_parts else "joined")
     log.info("%s loaded in %.1f s (%s, %s)", folder.name, time.perf_counter() - start, dtype, attention)
@@ -332,11 +339,6 @@ def stream_layers(network: Any, device: torch.device, asked: int) -> str:
         return ""
     offloading.stream(layers, count)
     return f"{count} of {len(layers)} decoder layers are streamed from CPU memory"
-
-
-def decoding_refusal(network: Any) -> str:
-    """Whether merging projections would serve nothing, because the decoder is not a dense one."""
-    return "" if network.config.model_type in decoding.DENSE_MODELS else f"{network.config.model_type} is not dense"
 
 
 def bitsandbytes_settings(method: str, dtype: torch.dtype) -> Any:

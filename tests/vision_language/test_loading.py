@@ -165,6 +165,21 @@ def test_damaged_folders(llm, tiny_folders, offline):
         download.locate("bad-config")
 
 
+def test_weights_that_do_not_fit_are_not_made_up(llm, tiny_folders):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_folders["qwen3_vl"], llm / "holes")
+    state = load_file(llm / "holes" / "model.safetensors")
+    name = next(key for key in state if key.endswith("mlp.down_proj.weight"))
+    whole = state.pop(name)
+    save_file(state, llm / "holes" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnusableModel, match=r"do not fit its config.json: 1 are missing.*mlp\.down_proj"):
+        MODELS.get("holes", LoadOptions())
+    save_file(state | {name: whole[:-1].clone()}, llm / "holes" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnusableModel, match=r"(do not fit its config.json|could not be loaded)"):
+        MODELS.get("holes", LoadOptions())
+
+
 def test_a_text_model_in_a_vision_node(llm):
     with pytest.raises(UnusableModel, match=r"text-only model \(qwen3\)"):
         MODELS.get("qwen3", LoadOptions(), must_see=True)
