@@ -8,8 +8,13 @@ in float32, and repeats in float32 whatever the rounding leaves in doubt.
 
 from __future__ import annotations
 
+import logging
+import time
+
 import torch
 from torch import Tensor
+
+log = logging.getLogger("hotpath.attention")
 
 QUERY_TILE = 4096
 KEY_TILE = 8192
@@ -87,6 +92,50 @@ def _half_candidates(theta: Tensor, phi: Tensor, candidates: int) -> tuple[Tenso
         best, index = values, where
     assert best is not None and index is not None
     return best, index
+
+
+# What was found on this machine, by device and size: (half-precision candidates are faster, sentence).
+_measured: dict[tuple[int, int, int, int], tuple[bool, str]] = {}
+
+
+class MeasuredMatch:
+    """The faster of the two searches on CUDA, found by timing both at the first call of a size; `best_match` elsewhere.
+
+    Which is faster hangs on the card's float32 speed. `status` says which one runs and why.
+    """
+
+    def __init__(self) -> None:
+        self.status = "not run yet"
+
+    def __call__(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        if theta.device.type != "cuda":
+            self.status = f"tiled float32: half-precision candidates are for CUDA, this is {theta.device.type}"
+            return best_match(theta, phi)
+        case = (theta.device.index or 0, len(theta), len(phi), theta.shape[1])
+        if case not in _measured:
+            _measured[case] = self._measure(theta, phi)
+        prefilter, self.status = _measured[case]
+        return best_match_prefiltered(theta, phi) if prefilter else best_match(theta, phi)
+
+    def _measure(self, theta: Tensor, phi: Tensor) -> tuple[bool, str]:
+        """Whether the half-precision candidates are faster here, and the sentence that says so."""
+        seconds = []
+        for search in (best_match, best_match_prefiltered):
+            search(theta, phi)
+            torch.cuda.synchronize(theta.device)
+            start = time.perf_counter()
+            search(theta, phi)
+            torch.cuda.synchronize(theta.device)
+            seconds.append(time.perf_counter() - start)
+        faster = seconds[1] < seconds[0]
+        name = "half-precision candidates, float32 decision" if faster else "tiled float32"
+        status = f"{name}: {1000 * min(seconds):.1f} ms, the other way {1000 * max(seconds):.1f} ms, both exact"
+        log.info("match of %s: %s", _size(theta, phi), status)
+        return faster, status
+
+
+def _size(theta: Tensor, phi: Tensor) -> str:
+    return f"{len(theta)} by {len(phi)} features of {theta.shape[1]}"
 
 
 def best_match_reference(theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 The similarity is XMem's (Cheng and Schwing 2022, section 3.2): an anisotropic squared distance, s / sqrt(C) times
 -sum(e k^2) + 2 sum(e k q) - sum(e q^2), with shrinkage s per key and selection e per query. `read_top_k` goes over
-tiles of queries and keys and keeps the best so far; `read_top_k_reference` is the definition with the whole matrix.
+tiles of queries; `read_top_k_reference` is the definition with the whole matrix.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-QUERY_TILE = 2048
-KEY_TILE = 8192  # QUERY_TILE x KEY_TILE float32 products are 64 MiB
+SIMILARITIES = 1 << 25  # held at a time: 128 MiB of float32
+GROUP = 32
 
 
 @dataclass
@@ -29,10 +29,18 @@ class MemoryReading:
 
 def similarity(query: Tensor, selection: Tensor, keys: Tensor, shrinkage: Tensor) -> Tensor:
     """[Q, N] similarities. query, selection [Q, C]; keys [N, C]; shrinkage [N]; all float32."""
-    weighted = torch.cat((-selection, 2 * query * selection), dim=1)
-    products = weighted @ torch.cat((keys.square(), keys), dim=1).T
+    return _query_side(query, selection) @ _key_side(keys, shrinkage).T
+
+
+def _query_side(query: Tensor, selection: Tensor) -> Tensor:
     own = (selection * query.square()).sum(1, keepdim=True)
-    return (products - own) * (shrinkage * query.shape[1] ** -0.5)
+    return torch.cat((-selection, 2 * query * selection, -own), dim=1) * query.shape[1] ** -0.5
+
+
+def _key_side(keys: Tensor, shrinkage: Tensor) -> Tensor:
+    """All of the formula in one product: the shrinkage belongs to the key, so it can go inside."""
+    scale = shrinkage[:, None]
+    return torch.cat((keys.square() * scale, keys * scale, scale), dim=1)
 
 
 def read_top_k(
@@ -42,21 +50,25 @@ def read_top_k(
     shrinkage: Tensor,
     values: Tensor,
     top_k: int,
-    query_tile: int = QUERY_TILE,
-    key_tile: int = KEY_TILE,
+    similarities: int = SIMILARITIES,
 ) -> MemoryReading:
     """Each query's `top_k` nearest keys, softmax over them, and their values weighted by it.
 
     query, selection [Q, C] float32; keys [N, C] float32; shrinkage [N] float32; values [N, V] of any float dtype.
-    The largest temporary is query_tile x key_tile float32. The softmax subtracts the maximum: far keys, whose
-    exponentials all vanish in float32, still give weights that add up to 1.
+    The largest temporary has `similarities` float32, or N if that is more. The softmax subtracts the maximum: far
+    keys, whose exponentials all vanish in float32, still give weights that add up to 1.
     """
+    if len(keys) == 0:
+        raise ValueError("The memory is empty: remember a frame or a reference before reading.")
     usage = torch.zeros(len(keys), dtype=torch.float32, device=keys.device)
     readout = values.new_empty(len(query), values.shape[1])
     nearest = torch.empty(len(query), dtype=torch.float32, device=keys.device)
-    for first in range(0, len(query), query_tile):
-        rows = slice(first, first + query_tile)
-        best, index = _nearest(query[rows], selection[rows], keys, shrinkage, top_k, key_tile)
+    key_side = _key_side(keys, shrinkage).T
+    tile = max(1, similarities // len(keys))
+    for first in range(0, len(query), tile):
+        rows = slice(first, first + tile)
+        scores = _query_side(query[rows], selection[rows]) @ key_side
+        best, index = highest(scores, min(top_k, len(keys)))
         weights = best.softmax(dim=1)
         nearest[rows] = best[:, 0]
         usage.scatter_add_(0, index.flatten(), weights.flatten())
@@ -64,26 +76,25 @@ def read_top_k(
     return MemoryReading(readout, usage, nearest)
 
 
-def _nearest(
-    query: Tensor, selection: Tensor, keys: Tensor, shrinkage: Tensor, top_k: int, key_tile: int
-) -> tuple[Tensor, Tensor]:
-    """The `top_k` highest similarities of each query, highest first, and the keys they belong to."""
-    best: Tensor | None = None
-    index: Tensor | None = None
-    for first in range(0, len(keys), key_tile):
-        tile = slice(first, first + key_tile)
-        found = similarity(query, selection, keys[tile], shrinkage[tile])
-        values, where = found.topk(min(top_k, found.shape[1]), dim=1)
-        where = where + first
-        if best is None or index is None:
-            best, index = values, where
-            continue
-        best = torch.cat((best, values), dim=1)
-        best, order = best.topk(min(top_k, best.shape[1]), dim=1)
-        index = torch.cat((index, where), dim=1).gather(1, order)
-    if best is None or index is None:
-        raise ValueError("The memory is empty: remember a frame or a reference before reading.")
-    return best, index
+def highest(scores: Tensor, count: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """`scores.topk(count, dim=1)` for long rows: [Q, N] to two [Q, count], highest first.
+
+    The highest `count` of a row lie in the `count` groups with the highest maxima: were one in another group, each of
+    those groups would hold a higher one. So a pass of maxima, which is as fast as memory, leaves count * group
+    candidates to sort.
+    """
+    whole = scores.shape[1] // group
+    if whole <= 2 * count:
+        top = scores.topk(count, dim=1)
+        return top.values, top.indices
+    maxima = scores[:, : whole * group].unflatten(1, (whole, group)).amax(dim=2)
+    chosen = maxima.topk(count, dim=1).indices
+    within = torch.arange(group, device=scores.device)
+    candidates = (chosen[:, :, None] * group + within).flatten(1)
+    rest = torch.arange(whole * group, scores.shape[1], device=scores.device)
+    candidates = torch.cat((candidates, rest.expand(len(scores), -1)), dim=1)
+    top = scores.gather(1, candidates).topk(count, dim=1)
+    return top.values, candidates.gather(1, top.indices)
 
 
 def read_top_k_reference(

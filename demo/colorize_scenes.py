@@ -42,9 +42,12 @@ def camera_move(picture: Tensor, frames: int, height: int, width: int, random: t
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand(1, generator=random))
 
-    zoom = (between(0.35, 0.6), between(0.35, 0.6))
+    near = between(0.35, 0.6)
+    zoom = (near, near * between(0.85, 1.18))
     angle = (between(-0.15, 0.15), between(-0.15, 0.15))
-    shift = [(between(-0.3, 0.3), between(-0.3, 0.3)) for _ in range(2)]
+    start = (between(-0.3, 0.3), between(-0.3, 0.3))
+    # Most of what is seen at the end was there at the start, or nobody could know its colours.
+    shift = [start, (start[0] + between(-0.15, 0.15), start[1] + between(-0.15, 0.15))]
     aspect = (picture.shape[1] / picture.shape[2]) * (width / height)
     grids = []
     for index in range(frames):

@@ -32,7 +32,7 @@ from .colorize_scenes import TRAINING_PHOTOS, camera_move, drawn_scene, photogra
 
 MODELS = Path(__file__).parent / "colorize_models"
 SIDE = 112
-RATE = 2e-3
+RATE = 1.5e-3
 FRAMES = 3
 
 WIDTHS = ColorMNetWidths(

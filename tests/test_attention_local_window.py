@@ -117,16 +117,25 @@ def memory_inputs(queries: int, keys: int, channels: int = 16, values: int = 10)
     return query, selection, key, shrinkage, torch.randn(keys, values, generator=random)
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(7, 500), (130, 64), (33, 20), (1, 1)])
-@pytest.mark.parametrize("tiles", [(2048, 8192), (16, 50), (5, 31)])
-def test_tiled_memory_read_equals_definition(queries: int, keys: int, tiles: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("queries", "keys"), [(7, 5000), (130, 64), (33, 20), (1, 1)])
+@pytest.mark.parametrize("similarities", [1 << 25, 4000, 1])
+def test_tiled_memory_read_equals_definition(queries: int, keys: int, similarities: int) -> None:
     inputs = memory_inputs(queries, keys)
-    tiled = topk_memory.read_top_k(*inputs, 30, *tiles)
+    tiled = topk_memory.read_top_k(*inputs, 30, similarities)
     expected = topk_memory.read_top_k_reference(*inputs, 30)
     torch.testing.assert_close(tiled.readout, expected.readout, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(tiled.usage, expected.usage, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(tiled.nearest, expected.nearest, atol=1e-5, rtol=1e-5)
     assert abs(tiled.usage.sum().item() - queries) < 1e-3
+
+
+@pytest.mark.parametrize("columns", [1, 31, 640, 641, 5003])
+def test_highest_equals_topk(columns: int) -> None:
+    scores = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns))
+    count = min(7, columns)
+    values, index = topk_memory.highest(scores, count)
+    expected = scores.topk(count, dim=1)
+    assert torch.equal(values, expected.values) and torch.equal(index, expected.indices)
 
 
 def test_far_keys_still_weigh_one() -> None:

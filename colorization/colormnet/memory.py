@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...attention.topk_memory import QUERY_TILE, MemoryReading, read_top_k, similarity
+from ...attention.topk_memory import SIMILARITIES, MemoryReading, read_top_k, similarity
 from .feature_fusion import PLANES
 from .settings import ColorMNetSettings
 
@@ -76,8 +76,8 @@ class FrameMemory:
                 self._forget(room)
             self._compress()
 
-    def read(self, query: Tensor, selection: Tensor, query_tile: int = QUERY_TILE) -> MemoryReading:
-        """query, selection: [T, C, h, w]; query_tile: places matched at a time. The readout is [T * places, 2 * V],
+    def read(self, query: Tensor, selection: Tensor, similarities: int = SIMILARITIES) -> MemoryReading:
+        """query, selection: [T, C, h, w]; similarities: how many of them at a time. The readout is [T * places, 2 * V],
         rows frame by frame.
 
         Counts how much each element was used. Frames that read the same memory may be read together: their counts
@@ -92,7 +92,7 @@ class FrameMemory:
             self.shrinkage[filled],
             self.value[filled],
             self.settings.top_k,
-            query_tile,
+            similarities,
         )
         self.used[filled] += reading.usage
         self.lived[filled] += frames

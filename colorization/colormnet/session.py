@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...attention.local_window import select_local_window
-from ...attention.topk_memory import QUERY_TILE
+from ...attention.topk_memory import SIMILARITIES
 from ..batch_size import BatchSize
 from ..colour_space import CHROMA_SCALE, normalise_luminance
 from ..compilation import MaybeCompiled
@@ -62,7 +62,7 @@ class ColorMNetSession:
         self.padding = padding_to(height, width, PATCH)
         self.times = times or StageTimes(network.device)
         self.frames_together = BatchSize(batch, "frames per batch")
-        self.queries_together = BatchSize(QUERY_TILE, "queries per tile", smallest=64)
+        self.similarities_together = BatchSize(SIMILARITIES, "similarities at a time", smallest=1 << 16)
         self.time = 0  # index of the next frame
         self.last_memory = 0
         left, right, top, bottom = self.padding
@@ -190,7 +190,9 @@ class ColorMNetSession:
     def _read(self, keys: FrameKeys, local: bool) -> tuple[Tensor, Tensor]:
         """What the memories say of a group: [T * 2, value, h, w], and how near they came, [T, 1, h, w]."""
         frames, _, rows, columns = keys.key.shape
-        reading = self.queries_together.run(lambda tile: self.memory.read(keys.key, keys.selection, tile))
+        reading = self.similarities_together.run(
+            lambda similarities: self.memory.read(keys.key, keys.selection, similarities)
+        )
         readout = reading.readout.view(frames, rows * columns, PLANES, -1).permute(0, 2, 3, 1)
         readout = readout.reshape(frames * PLANES, -1, rows, columns)
         # Rounding can put a key that is the query itself a little above 0.
@@ -226,11 +228,11 @@ class ColorMNetSession:
         return {
             "local attention": select_local_window(self.network.device)[1],
             "torch.compile": f"key encoder {self.encode_keys.status}; decoder {self.decode.status}",
-            "memory read": f"tiled top-{self.settings.top_k}, {self.queries_together.size} queries at a time",
+            "memory read": f"tiled top-{self.settings.top_k}, {self.similarities_together.size} similarities at a time",
         }
 
     def notes(self) -> list[str]:
-        return [*self.frames_together.notes, *self.queries_together.notes]
+        return [*self.frames_together.notes, *self.similarities_together.notes]
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next frames depend on, as tensors on the CPU; see `load`."""

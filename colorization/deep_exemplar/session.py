@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...attention.best_match import best_match, best_match_prefiltered
+from ...attention.best_match import MeasuredMatch
 from ..batch_size import BatchSize
 from ..colour_space import LUMINANCE_CENTRE, lab_to_rgb
 from ..compilation import MaybeCompiled
@@ -92,6 +92,7 @@ class DeepExemplarSession:
         self.padding = _padding(height, width)
         self.propagate = propagate
         self.times = times or StageTimes(networks.device)
+        self.find_matches = MeasuredMatch()
         self.frames_together = BatchSize(batch, "frames per batch")
         self.time = 0
         self.reference = self._prepare(reference)
@@ -139,8 +140,7 @@ class DeepExemplarSession:
         with self.times.stage("match"):
             frames, channels, rows, columns = features.shape
             theta = features.flatten(2).transpose(1, 2).reshape(-1, channels)
-            find = best_match_prefiltered if theta.device.type == "cuda" else best_match
-            score, index = find(theta, self.reference.features)
+            score, index = self.find_matches(theta, self.reference.features)
             chroma = self.reference.colours[index, 1:].view(frames, rows, columns, 2).permute(0, 3, 1, 2)
             similarity = score.view(frames, 1, rows, columns)
         return Matched(_enlarged(chroma), _enlarged(similarity), index.view(frames, -1))
@@ -155,12 +155,8 @@ class DeepExemplarSession:
 
     def engines(self) -> dict[str, str]:
         """Which implementation of each kernel runs here, and why."""
-        kind = self.networks.device.type
-        match = f"tiled float32: the half-precision candidate search is for CUDA, this is {kind}"
-        if kind == "cuda":
-            match = "half-precision candidates, float32 decision, exact"
         compiled = f"VGG {self.vgg.status}; colour network {self.color_net.status}"
-        return {"match": match, "torch.compile": compiled}
+        return {"match": self.find_matches.status, "torch.compile": compiled}
 
     def notes(self) -> list[str]:
         return list(self.frames_together.notes)
