@@ -1,8 +1,8 @@
 """The whole way from pictures to faces, on one device, for any number of pictures of any sizes.
 
-Per group of pictures: bytes to the device, letterbox, one detector batch, one copy of the candidates to the host (the
-only wait), overlap and choice there, then one recogniser batch over the chosen faces and one copy of their embeddings.
-Pictures without a face go through again at the next smaller detector size, together.
+Per part of the call: bytes to the device, letterbox, one detector batch whatever the sizes, one copy of the candidates
+to the host (the only wait), overlap and choice there, then one recogniser batch over the chosen faces and one copy of
+their embeddings. Pictures without a face go through again at the next smaller detector size, together.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class PictureAnalyser:
             groups,
             keys,
             self._pictures_at_once(options),
-            lambda group: self._analyse_group(group.to(self.device), choose, embed, options),
+            lambda part: self._analyse_part([group.to(self.device) for group in part], choose, embed, options),
         )
         self._note(result, remembered, options, time.perf_counter() - began)
         return result
@@ -105,52 +105,60 @@ class PictureAnalyser:
             raise FaceError(f"Detector sizes are multiples of 32 from 32 up, not {list(options.sizes)}.")
         return [(s, s) for s in options.sizes]
 
-    def _analyse_group(
-        self, group: PictureGroup, choose: FaceChoice | None, embed: bool, options: DetectionOptions
+    def _analyse_part(
+        self, part: list[PictureGroup], choose: FaceChoice | None, embed: bool, options: DetectionOptions
     ) -> list[Faces]:
-        faces = self._detect(group, options)
+        faces = self._detect(part, options)
         late = choose is not None and choose.needs_embeddings
         if choose is not None and not late:
             faces = [choose.apply(one) for one in faces]
         if embed:
-            faces = self._embed(group, faces)
+            faces = self._embed(part, faces)
         if choose is not None and late:
             faces = [choose.apply(one) for one in faces]
         return faces
 
-    def _detect(self, group: PictureGroup, options: DetectionOptions) -> list[Faces]:
+    def _detect(self, part: list[PictureGroup], options: DetectionOptions) -> list[Faces]:
         sizes = self._sizes(options)
-        found = [Faces.none(group.size, max(sizes[-1]))] * len(group.positions)
-        still = list(range(len(group.positions)))
+        owners = [(group, row) for group in part for row in range(len(group.positions))]
+        found = [Faces.none(group.size, max(sizes[-1])) for group, _ in owners]
+        still = list(range(len(owners)))
         # A CPU gains nothing from a batch of pictures of this size and loses its cache; an accelerator gains.
         step = 1 if self.device.type == "cpu" else len(still)
         for size in sizes:
             missed = []
             for start in range(0, len(still), step):
-                rows = still[start : start + step]
-                canvas, place = letterbox(group.take(rows).pixels, size)
-                for row, candidates in zip(rows, self.detector.find(canvas, options.threshold), strict=True):
-                    if len(candidates.scores):
-                        found[row] = _merged(candidates, place.scale, options.overlap, group.size, max(size))
+                together = still[start : start + step]
+                canvases, scales = [], []
+                for group in part:
+                    if rows := [owners[i][1] for i in together if owners[i][0] is group]:
+                        canvas, place = letterbox(group.take(rows).pixels, size)
+                        canvases.append(canvas)
+                        scales += [place.scale] * len(rows)
+                candidates = self.detector.find(torch.cat(canvases), options.threshold)
+                for i, scale, one in zip(together, scales, candidates, strict=True):
+                    if len(one.scores):
+                        found[i] = _merged(one, scale, options.overlap, owners[i][0].size, max(size))
                     else:
-                        missed.append(row)
+                        missed.append(i)
             still = missed
             if not still:
                 break
         return found
 
-    def _embed(self, group: PictureGroup, faces: list[Faces]) -> list[Faces]:
+    def _embed(self, part: list[PictureGroup], faces: list[Faces]) -> list[Faces]:
         counts = [len(one) for one in faces]
-        if not sum(counts):
-            vectors = torch.zeros(0, self.embedding_width)
-        else:
-            rows = torch.tensor([row for row, n in enumerate(counts) for _ in range(n)])
-            crops = self.aligned(group.pixels, rows, torch.cat([one.keypoints for one in faces]))
-            vectors = self.recogniser.embed(crops).cpu()
-        parts = torch.split(vectors, counts)
+        crops, start = [], 0
+        for group in part:
+            own = faces[start : start + len(group.positions)]
+            rows = [row for row, one in enumerate(own) for _ in range(len(one))]
+            if rows:
+                crops.append(self.aligned(group.pixels, torch.tensor(rows), torch.cat([one.keypoints for one in own])))
+            start += len(own)
+        vectors = self.recogniser.embed(torch.cat(crops)).cpu() if crops else torch.zeros(0, self.embedding_width)
         return [
-            Faces(one.boxes, one.keypoints, one.scores, part.clone(), one.size, one.detector_size)
-            for one, part in zip(faces, parts, strict=True)
+            Faces(one.boxes, one.keypoints, one.scores, vector.clone(), one.size, one.detector_size)
+            for one, vector in zip(faces, torch.split(vectors, counts), strict=True)
         ]
 
     def aligned(self, pixels: Tensor, rows: Tensor, keypoints: Tensor) -> Tensor:

@@ -47,9 +47,9 @@ class ForeignAnalyser:
         """See `FaceAnalyser.analyse`. The object embeds every face whatever `embed` says; then that is left out."""
         embed = embed or (choose is not None and choose.needs_embeddings)
 
-        def compute(group: PictureGroup) -> list[Faces]:
+        def compute(part: list[PictureGroup]) -> list[Faces]:
             found = []
-            for picture in group.pixels:
+            for picture in (picture for group in part for picture in group.pixels):
                 bgr = np.ascontiguousarray(picture.cpu().numpy()[:, :, ::-1])
                 faces = self._look(bgr, options, embed)
                 found.append(faces if choose is None else choose.apply(faces))

@@ -35,9 +35,9 @@ def analyse_in_parts(
     groups: list[PictureGroup],
     keys: dict[int, str],
     at_once: int,
-    compute: Callable[[PictureGroup], list[Faces]],
+    compute: Callable[[list[PictureGroup]], list[Faces]],
 ) -> tuple[list[Faces], int]:
-    """The faces of all pictures in order, `at_once` pictures computed together, and how many were remembered.
+    """The faces of all pictures in order, `at_once` pictures of any sizes computed together, and how many were remembered.
 
     `keys` is empty when nothing is to be remembered. Checks for an interrupt between the parts.
     """
@@ -46,12 +46,17 @@ def analyse_in_parts(
     found: list[Faces | None] = [cache.get(keys[i]) if keys else None for i in range(count)]
     remembered = sum(faces is not None for faces in found)
     with host.tracked(host.current(), count, "faces") as bar:
-        for group in groups:
-            rows = [row for row, position in enumerate(group.positions) if found[position] is None]
-            bar.update(len(group.positions) - len(rows))
-            for start in range(0, len(rows), at_once):
-                part = group.take(rows[start : start + at_once])
-                for position, faces in zip(part.positions, compute(part), strict=True):
-                    found[position] = cache.put(keys[position], faces) if keys else faces
-                bar.update(len(part.positions))
+        bar.update(remembered)
+        missing = [(group, row) for group in groups for row, p in enumerate(group.positions) if found[p] is None]
+        for start in range(0, len(missing), at_once):
+            chosen = missing[start : start + at_once]
+            part = [
+                group.take([row for owner, row in chosen if owner is group])
+                for group in groups
+                if any(owner is group for owner, _ in chosen)
+            ]
+            positions = [p for group in part for p in group.positions]
+            for position, faces in zip(positions, compute(part), strict=True):
+                found[position] = cache.put(keys[position], faces) if keys else faces
+            bar.update(len(positions))
     return [faces for faces in found if faces is not None], remembered

@@ -109,6 +109,29 @@ def test_batches_and_ragged_lists_agree_with_insightface(analyser, reference, pi
         assert_same_faces(reference, picture, found)
 
 
+def test_pictures_of_all_sizes_are_one_detector_batch_and_one_recogniser_batch(roots, pictures, monkeypatch):
+    """As on an accelerator: the CPU takes pictures one by one, so the device is given another name."""
+    analyser = face.load_analyser([roots["inside"]], engine="torch", device=CPU, remember=False)
+    ragged = [as_image(p) for p in (pictures[1], pictures[0], pictures[2], pictures[0][:300])]
+    alone = [analyser.analyse([p], choose=FaceChoice.largest(), options=AT_640)[0] for p in ragged]
+    batches = []
+    for network in (analyser.detector.runner, analyser.recogniser.runner):
+        original = network.run
+        monkeypatch.setattr(network, "run", lambda x, run=original: (batches.append(len(x)), run(x))[1])
+
+    class Elsewhere:
+        type = "elsewhere"
+
+    monkeypatch.setattr(type(analyser), "device", Elsewhere())
+    monkeypatch.setattr("hotpath.face.pictures.PictureGroup.to", lambda group, device: group)
+    monkeypatch.setattr(analyser, "_pictures_at_once", lambda options: 32)
+    together = analyser.analyse(ragged, choose=FaceChoice.largest(), options=AT_640)
+    assert batches == [4, 4]
+    for a, b in zip(together, alone, strict=True):
+        assert a.size == b.size and torch.allclose(a.boxes, b.boxes, atol=1e-2)
+        assert torch.cosine_similarity(a.embeddings, b.embeddings).min() > 0.9999
+
+
 def test_shrinking_gives_the_boxes_of_insightface_to_a_hundredth_of_a_pixel(analysers, reference, pictures):
     picture = cv2.resize(pictures[0], (1000, 900))
     found = analysers["torch", "inside"].analyse(as_image(picture)[None], options=AT_640)[0]
