@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from textwrap import shorten
 
 from ..headless.demo import DemoError, DemoFiles, run_demo
 from ..headless.locate import find_comfyui
 from .console import complain, note, say, table
+
+REPORT_WIDTH = 110  # letters on the terminal; the page has all of it
 
 
 def run(options: argparse.Namespace) -> int:
@@ -24,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
             result.state,
             result.outcome.where,
             f"{result.outcome.seconds:.2f} s" if result.state == "done" else "-",
-            result.reason or result.outcome.report(),
+            shorten(result.reason or result.outcome.report(), REPORT_WIDTH, placeholder=" ..."),
         )
         for result in results
     ]
