@@ -15,7 +15,7 @@ COMFYUI := $(shell if [ -n "$$COMFYUI_PATH" ]; then set -- "$$COMFYUI_PATH"; els
 .PHONY: demo test check format clean
 
 # Made again when what it is made from changes, or when a ComfyUI appears.
-$(VENV)/.ready: pyproject.toml constraints.txt $(wildcard $(COMFYUI)/requirements.txt)
+$(VENV)/.ready: pyproject.toml constraints.txt overrides.txt $(wildcard $(COMFYUI)/requirements.txt)
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v[:2] else f'{sys.executable} is \
 	Python {v[0]}.{v[1]}; Hotpath needs 3.10 to 3.13. Name another one: PYTHON=python3.12 make ...')"
 	@# Some systems ship Python without the part of venv that brings pip; then a pip or uv outside installs into it.
@@ -26,7 +26,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt $(wildcard $(COMFYUI)/requirement
 	|| uv pip install --quiet --python $(BIN)/python uv \
 	|| { echo "There is no pip for $(PYTHON), and no uv. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "Installing into $(VENV) (once; torch is large) ..."
-	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt -e ".[dev]" \
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt --override overrides.txt -e ".[dev]" \
 	  $(if $(COMFYUI),-r "$(COMFYUI)/requirements.txt")
 	@touch $@
 

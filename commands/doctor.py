@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import __version__, cache, nodes
+from .. import __version__, cache, face, nodes
 from ..headless.locate import PACK, carries_pack, find_comfyui, python_for
 from ..host.headless import HeadlessHost, best_device
 from ..host.known_models import KNOWN_MODELS
@@ -45,6 +45,7 @@ def examine(host: HeadlessHost) -> dict[str, Any]:
         "devices": devices(),
         "comfyui": _comfyui(comfyui),
         "backends": [asdict(backend) for backend in look_at_backends()],
+        "face_engines": face.diagnose(),
         "unmet_requirements": unmet_requirements(
             requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
         ),
@@ -145,6 +146,10 @@ def _show(facts: dict[str, Any]) -> None:
     say(table(rows, ("use", "library", "version", "what for, and why not")))
     for line in facts["unmet_requirements"]:
         say(f"requirement not met: {line}", "red")
+    say()
+    say("Face engines", "bold")
+    for line in facts["face_engines"]:
+        say(f"  {line}")
     say()
     say("Nodes", "bold")
     for family, ids in facts["families"].items():
