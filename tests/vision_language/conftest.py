@@ -31,7 +31,6 @@ def quiet_library() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
