@@ -113,7 +113,7 @@ class FilmSession:
         self.options = options
         self.references = list(references)
         self.size = (height, width)
-        self.device: torch.device = network.device
+        self.device: torch.device = network.compute_device
         self.times = StageTimes(self.device)
         small = network_size(height, width, options.colour_size)
         self.halved = options.method == "Deep Exemplar"

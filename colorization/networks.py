@@ -56,7 +56,7 @@ class LoadedNetwork:
         """The network on its device, with inference mode on and float32 meaning float32: convolutions and products
         use TF32 only where a caller of this process asked for half precision anyway."""
         with self.managed.resident(extra_bytes) as network, torch.inference_mode():
-            if network.device.type != "cuda":
+            if network.compute_device.type != "cuda":
                 yield network
                 return
             flags = torch.backends.cudnn.flags
@@ -89,7 +89,9 @@ def load_colormnet(name: str = AUTOMATIC, precision: str = AUTOMATIC) -> LoadedN
     """ColorMNet from models/colormnet. Raises ModelNotFound or WrongCheckpoint with what to do about it."""
     path = _colormnet_path(name)
     chosen = choose_precision(precision)
-    key = content_key("colormnet", file_fingerprint(path), chosen.dtype, str(host.current().device()))
+    key = content_key(
+        "colormnet", file_fingerprint(path), chosen.dtype, str(host.current().device()), host.current().name
+    )
 
     def load() -> LoadedNetwork:
         network = load_network(path, "a ColorMNet checkpoint", colormnet_checkpoint.build).to(chosen.dtype)
@@ -106,7 +108,7 @@ def load_deep_exemplar(precision: str = AUTOMATIC) -> LoadedNetwork:
     paths = _deep_exemplar_paths()
     chosen = choose_precision(precision)
     prints = [file_fingerprint(path) for path in paths.values()]
-    key = content_key("deep exemplar", prints, chosen.dtype, str(host.current().device()))
+    key = content_key("deep exemplar", prints, chosen.dtype, str(host.current().device()), host.current().name)
 
     def load() -> LoadedNetwork:
         checkpoint = deep_exemplar_checkpoint

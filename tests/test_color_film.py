@@ -487,3 +487,36 @@ def test_command_line_colours_a_film(
 
     monkeypatch.setattr(film.FilmSession, "colorize", stopped)
     assert cli.main([*call, *film_options]) == 130
+
+
+@pytest.mark.comfy
+def test_nodes_inside_comfyui(model_files: Path, tmp_path: Path) -> None:
+    """The networks live in ComfyUI's memory management: loaded for a job, evicted when it wants the room."""
+    import comfy.model_management as management
+    import folder_paths
+    from hotpath.host.comfyui import ComfyUIHost
+    from hotpath.nodes.colorize import HotpathColorizeVideo
+    from hotpath.nodes.deep_exemplar import DeepExColorVideoNode
+
+    for kind in ("colormnet", "deep_exemplar"):
+        folder_paths.add_model_folder_path(kind, str(model_files / kind), is_default=True)
+    before = host.use(ComfyUIHost())
+    try:
+        for method in METHODS:
+            out, _, _, report = HotpathColorizeVideo().colorize(frames(3), frames(1), method, colour_size=32)
+            assert out.shape == (3, 40, 54, 3) and out.isfinite().all() and "frames: 3" in report
+        out, _ = DeepExColorVideoNode().colorize_video(frames(2), frames(1), True, True, 64, 64)
+        assert out.shape == (2, 64, 64, 3)
+        names = {type(model.model.model).__name__ for model in loaded_models()}
+        assert names & {"ColorMNet", "DeepExemplar"}, names
+        management.unload_all_models()
+        again, *_ = HotpathColorizeVideo().colorize(frames(3), frames(1), "ColorMNet", colour_size=32)
+        assert again.isfinite().all()
+    finally:
+        host.use(before)
+
+
+def loaded_models() -> list[Any]:
+    import comfy.model_management as management
+
+    return [model for model in management.current_loaded_models if model.model is not None]

@@ -308,3 +308,25 @@ def test_other_errors_are_not_taken_for_memory() -> None:
         BatchSize(8, "frames").run(broken)
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+
+
+def test_graphed_step_is_plain_without_cuda(tiny: ColorMNet) -> None:
+    luminance, reference = clip(2)
+    session = ColorMNetSession(tiny, ColorMNetSettings(), 40, 60, [reference])
+    session.colorize(luminance)
+    if not torch.cuda.is_available():
+        assert session.engines()["CUDA graph of the decoder"] == "none: CUDA only, this is cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_graph_equals_plain_run_on_the_gpu(tiny: ColorMNet) -> None:
+    luminance, reference = clip(23)
+    settings = ColorMNetSettings(3, 4, 2, 4, 30, 1000)
+    plain = ColorMNetSession(tiny, settings, 40, 60, [reference]).colorize(luminance).chroma
+    on_gpu = checkpoint.build(tiny_state()).cuda()
+    session = ColorMNetSession(on_gpu, settings, 40, 60, [reference.cuda()])
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        out = session.colorize(luminance.cuda()).chroma.cpu()
+    torch.testing.assert_close(out, plain, atol=0.05, rtol=0)
+    assert session.engines()["CUDA graph of the decoder"].startswith("captured")

@@ -95,7 +95,8 @@ class ColorMNet(nn.Module):
         return self.key_encoder.conv1.weight.dtype
 
     @property
-    def device(self) -> torch.device:
+    def compute_device(self) -> torch.device:
+        # Not `device`: ComfyUI's patcher keeps an attribute of its own under that name.
         return self.key_encoder.conv1.weight.device
 
     def position_embedding(self, height: int, width: int) -> Tensor:

@@ -6,7 +6,7 @@ frames are encoded, matched and fused together; only the decoder's recurrent res
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from ...attention.topk_memory import SIMILARITIES
 from ..batch_size import BatchSize
 from ..colour_space import CHROMA_SCALE, normalise_luminance
 from ..compilation import MaybeCompiled
+from ..cuda_graph import GraphedStep
 from ..stage_times import StageTimes
 from .decoder import DecoderContext
 from .feature_fusion import PLANES
@@ -57,10 +58,12 @@ class ColorMNetSession:
         self.network = network
         self.encode_keys = MaybeCompiled(network.encode_keys, compile, "key encoder")
         self.decode = MaybeCompiled(network.decode, compile, "decoder")
+        # One for frames that update the sensory memory, one for those that do not.
+        self.steps = {update: GraphedStep(self._step(update), network.compute_device) for update in (True, False)}
         self.settings = settings
         self.size = (height, width)
         self.padding = padding_to(height, width, PATCH)
-        self.times = times or StageTimes(network.device)
+        self.times = times or StageTimes(network.compute_device)
         self.frames_together = BatchSize(batch, "frames per batch")
         self.similarities_together = BatchSize(SIMILARITIES, "similarities at a time", smallest=1 << 16)
         self.time = 0  # index of the next frame
@@ -69,9 +72,15 @@ class ColorMNetSession:
         rows, columns = (height + top + bottom) // 16, (width + left + right) // 16
         widths = network.widths
         self.memory = FrameMemory(
-            settings, rows * columns, len(references), widths.key, widths.values.value, network.dtype, network.device
+            settings,
+            rows * columns,
+            len(references),
+            widths.key,
+            widths.values.value,
+            network.dtype,
+            network.compute_device,
         )
-        self.sensory = SensoryMemory(widths.values.hidden, rows, columns, network.device)
+        self.sensory = SensoryMemory(widths.values.hidden, rows, columns, network.compute_device)
         self.position = network.position_embedding(rows * 16, columns * 16)
         self._references = [self._checked(reference) for reference in references]
 
@@ -163,13 +172,24 @@ class ColorMNetSession:
             for index in range(len(luminance)):
                 closing = index == len(luminance) - 1
                 update = not (closing and (remember or is_last))
-                colours, self.sensory.hidden = self.decode(context.frame(index), self.sensory.hidden, update)
+                frame = context.frame(index)
+                colours, self.sensory.hidden = self.steps[update](
+                    frame.entry, frame.skip, frame.skip8, frame.skip4, self.sensory.hidden
+                )
                 frames.append(colours)
         chroma = torch.cat(frames)
         if remember:
             # Frame 0 next to an exemplar leaves the sensory state at zero.
             self._remember(keys.last(), luminance[-1:], chroma[-1:], deep=not exemplar_only)
         return Coloured(chroma, confidence)
+
+    def _step(self, update: bool) -> Callable[..., tuple[Tensor, ...]]:
+        """The decoder as a function of tensors alone."""
+
+        def step(entry: Tensor, skip: Tensor, skip8: Tensor, skip4: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
+            return self.decode(DecoderContext(entry, skip, skip8, skip4), hidden, update)
+
+        return step
 
     def _encode(self, luminance: Tensor) -> FrameKeys:
         """The key encoder over all frames of a group, in as many batches as memory asks for."""
@@ -213,7 +233,7 @@ class ColorMNetSession:
                 self.sensory.hidden = self.network.reinforce(value, self.sensory.hidden)
 
     def _remember_reference(self, lab: Tensor) -> None:
-        picture = lab[None].to(self.network.device)
+        picture = lab[None].to(self.network.compute_device)
         luminance = F.pad(normalise_luminance(picture[:, :1]), self.padding)
         chroma = F.pad(picture[:, 1:] / CHROMA_SCALE, self.padding)
         self._remember(self.encode_keys(luminance, self.position), luminance, chroma, deep=False)
@@ -226,8 +246,9 @@ class ColorMNetSession:
     def engines(self) -> dict[str, str]:
         """Which implementation of each kernel runs here, and why."""
         return {
-            "local attention": select_local_window(self.network.device)[1],
+            "local attention": select_local_window(self.network.compute_device)[1],
             "torch.compile": f"key encoder {self.encode_keys.status}; decoder {self.decode.status}",
+            "CUDA graph of the decoder": self.steps[True].status,
             "memory read": f"tiled top-{self.settings.top_k}, {self.similarities_together.size} similarities at a time",
         }
 

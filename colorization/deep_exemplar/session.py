@@ -13,6 +13,7 @@ from ...attention.best_match import MeasuredMatch
 from ..batch_size import BatchSize
 from ..colour_space import LUMINANCE_CENTRE, lab_to_rgb
 from ..compilation import MaybeCompiled
+from ..cuda_graph import GraphedStep
 from ..stage_times import StageTimes
 from .color_net import ColorVidNet
 from .vgg import VGG19
@@ -32,7 +33,8 @@ class DeepExemplar(nn.Module):
         self.color_net = color_net
 
     @property
-    def device(self) -> torch.device:
+    def compute_device(self) -> torch.device:
+        # Not `device`: ComfyUI's patcher keeps an attribute of its own under that name.
         return self.color_net.conv10_ab.weight.device
 
     @property
@@ -91,14 +93,15 @@ class DeepExemplarSession:
         self.size = (height, width)
         self.padding = _padding(height, width)
         self.propagate = propagate
-        self.times = times or StageTimes(networks.device)
+        self.times = times or StageTimes(networks.compute_device)
         self.find_matches = MeasuredMatch()
+        self.step = GraphedStep(lambda known: (self.color_net(known),), networks.compute_device)
         self.frames_together = BatchSize(batch, "frames per batch")
         self.time = 0
         self.reference = self._prepare(reference)
         self.last: Tensor | None = None  # [1, 3, H, W], L centred
         if last is not None:
-            self.last = _centred(_padded(last[None].to(networks.device), self.padding))
+            self.last = _centred(_padded(last[None].to(networks.compute_device), self.padding))
 
     def change_reference(self, reference: Tensor) -> None:
         """Match the next frames with another reference, Lab [3, h, w]."""
@@ -127,7 +130,7 @@ class DeepExemplarSession:
 
     def _colour(self, known: Tensor, luminance: Tensor) -> Tensor:
         last = torch.zeros_like(known[:, :3]) if self.last is None else self.last
-        chroma: Tensor = self.color_net(torch.cat((known, last), dim=1).to(self.networks.dtype))
+        chroma = self.step(torch.cat((known, last), dim=1).to(self.networks.dtype))[0]
         if self.propagate:
             self.last = torch.cat((luminance, chroma), dim=1)
         return chroma
@@ -146,7 +149,7 @@ class DeepExemplarSession:
         return Matched(_enlarged(chroma), _enlarged(similarity), index.view(frames, -1))
 
     def _prepare(self, reference: Tensor) -> ReferenceColours:
-        picture = reference[None].to(self.networks.device)
+        picture = reference[None].to(self.networks.compute_device)
         picture = _padded(picture, _padding(*picture.shape[-2:]))
         with self.times.stage("reference"):
             features = self.networks.warp.reference_features(self.vgg(lab_to_rgb(picture)))
@@ -156,7 +159,8 @@ class DeepExemplarSession:
     def engines(self) -> dict[str, str]:
         """Which implementation of each kernel runs here, and why."""
         compiled = f"VGG {self.vgg.status}; colour network {self.color_net.status}"
-        return {"match": self.find_matches.status, "torch.compile": compiled}
+        graph = self.step.status
+        return {"match": self.find_matches.status, "torch.compile": compiled, "CUDA graph of the colour network": graph}
 
     def notes(self) -> list[str]:
         return list(self.frames_together.notes)
@@ -171,7 +175,7 @@ class DeepExemplarSession:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state` was taken, by a session of the same networks, size and reference."""
         self.time = int(state["time"][0])
-        self.last = state["last"].to(self.networks.device) if "last" in state else None
+        self.last = state["last"].to(self.networks.compute_device) if "last" in state else None
 
 
 def _padding(height: int, width: int) -> tuple[int, int, int, int]:
