@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from .. import host as hosts
 from ..cache import content_key
 from ..host.headless import HeadlessHost
+from ..vision_language.migration import migrate_prompt
 from . import calls
 from .catalog import HIDDEN, InputDeclaration, available_nodes, declared_inputs
 from .graph import Graph, Link, LooseList, Node
@@ -104,6 +105,10 @@ class Executor:
         """Validate and run. Raises WorkflowError before anything ran, NodeFailed or RunStopped afterwards."""
         before = hosts.use(self.host)
         try:
+            prompt = graph.prompt()
+            # As the server does when a prompt arrives: nodes saved with an older layout get their present inputs.
+            if (present := migrate_prompt(prompt)) != prompt:
+                graph = Graph.parse(present)
             targets = validate(graph, self.catalog)
             return _Run(self, graph, targets).execute()
         finally:

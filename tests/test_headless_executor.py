@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from hotpath.headless.executor import Executor, NodeFailed, RunStopped
 from hotpath.headless.graph import Graph
 from hotpath.headless.interrupts import stopped_by_ctrl_c
@@ -453,3 +454,39 @@ def test_ctrl_c_on_the_command_line_keeps_what_was_saved(tmp_path):
     assert "Traceback" not in log and "Stopped at Long (#3)" in log
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["kept_00001_.png"]
     assert "kept_00001_.png" in out
+
+
+def test_a_prompt_of_an_older_layout_gets_its_present_inputs(headless_host: Any) -> None:
+    from hotpath.nodes import NODE_CLASS_MAPPINGS
+
+    asked: dict[str, Any] = {}
+
+    class Listening(NODE_CLASS_MAPPINGS["Qwen2.5VL"]):  # type: ignore[misc]
+        OUTPUT_NODE = True
+
+        def listen(self, **inputs: Any) -> tuple[str]:
+            asked.update(inputs)
+            return ("",)
+
+    Listening.FUNCTION = "listen"
+    catalog = {"Qwen2.5VL": Listening, "LoadImage": LoadPixel}
+    prompt = {
+        "1": {"class_type": "LoadImage", "inputs": {}},
+        "2": {"class_type": "Qwen2.5VL", "inputs": {"text": "What is it?", "image": ["1", 0]}},
+    }
+    Executor(headless_host, catalog).run(Graph.parse(prompt))
+    assert asked["text"] == "What is it?"
+    assert asked["image1"].shape == (1, 1, 1, 3)
+
+
+class LoadPixel:
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "load"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def load(self) -> tuple[torch.Tensor]:
+        return (torch.zeros(1, 1, 1, 3),)
