@@ -6,6 +6,7 @@ ComfyUI is imported inside the methods only, so that this module can be imported
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from . import model_paths
 
 PREVIEW_SIZE = 512  # longest side, in pixels, of the pictures a progress bar shows
 
+_loading = threading.RLock()  # ComfyUI's list of loaded models is made for one thread
+
 
 class ComfyUIManaged:
     """A network of ours in a ModelPatcher, so that ComfyUI can evict it and make room for it."""
@@ -27,6 +30,7 @@ class ComfyUIManaged:
         import comfy.model_patcher
 
         self.module = module
+        self._lock = threading.RLock()  # one thread must not send away what another computes with
         self.device: torch.device = management.get_torch_device()
         offload = management.unet_offload_device()
         module.to(offload)
@@ -38,21 +42,24 @@ class ComfyUIManaged:
     def resident(self, extra_bytes: int = 0, keep: bool = True) -> Iterator[nn.Module]:
         import comfy.model_management as management
 
-        management.load_models_gpu([self.patcher], memory_required=extra_bytes, force_full_load=True)
-        # ComfyUI's low-memory modes leave behind what is not one of its own layers, and count on those to cast.
-        self.module.to(self.device)
-        try:
-            yield self.module
-        finally:
-            if not keep:
-                self.release()
+        with self._lock:
+            with _loading:
+                management.load_models_gpu([self.patcher], memory_required=extra_bytes, force_full_load=True)
+                # ComfyUI's low-memory modes leave behind what is not one of its own layers, and count on those to cast.
+                self.module.to(self.device)
+            try:
+                yield self.module
+            finally:
+                if not keep:
+                    self.release()
 
     def release(self) -> None:
         import comfy.model_management as management
 
-        management.unload_model_and_clones(self.patcher, unload_additional_models=False)
-        # What `resident` brought along is in nobody's books.
-        self.module.to(self.patcher.offload_device)
+        with _loading:
+            management.unload_model_and_clones(self.patcher, unload_additional_models=False)
+            # What `resident` brought along is in nobody's books.
+            self.module.to(self.patcher.offload_device)
 
 
 class ComfyUIProgress:

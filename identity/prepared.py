@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,10 @@ class PreparedIdentity:
             views.append((flat[at : at + size].view(shape), flat[at + size : at + 2 * size].view(shape)))
             at += 2 * size
         return views
+
+    def __deepcopy__(self, _: dict[int, Any]) -> PreparedIdentity:
+        """Itself: other packs copy the options of a MODEL deeply, and what never changes need not be held twice."""
+        return self
 
     def drop_copies(self) -> None:
         """Give back what was copied for sampling; the next use copies again."""

@@ -17,13 +17,13 @@ from ..patches.identities import (
     InstantIDSettings,
     Person,
     apply_people,
-    finite_mask,
     merge_people,
     pose_of,
     poses_in,
 )
 from ..patches.identity_conditioning import ALL_NETS, ONLY_IDENTITY_NET
 from ..patches.instantid import describe_faces, identity_from, identity_of_faces, read_faces
+from ..patches.mask import read_mask
 from .sockets import END_AT, HIDDEN, INSIGHTFACE, INSTANTID, MODEL, NEGATIVE, POSITIVE, START_AT
 
 CATEGORY = "Hotpath/InstantID"
@@ -300,7 +300,7 @@ class HotpathInstantID:
         settings = InstantIDSettings(
             cn_strength, start_at, end_at, noise, combine_embeds, patch_mode, custom_blocks, face_tokens_for
         )
-        person = Person(identity, weight, finite_mask(mask))
+        person = Person(identity, weight, read_mask(mask))
         analyser = face.adapt(insightface) if insightface is not None else None
         wanted = pose and control_net is not None and cn_strength > 0
         poses = [pose_of(person, image_kps, analyser)] if wanted else []
@@ -380,7 +380,7 @@ class HotpathIdentities:
         )
         identities = {1: identity_1} | {n: people.get(f"identity_{n}") for n in range(2, PEOPLE + 1)}
         group = [
-            Person(identity, people.get(f"weight_{n}", 0.8), finite_mask(people.get(f"mask_{n}")))
+            Person(identity, people.get(f"weight_{n}", 0.8), read_mask(people.get(f"mask_{n}")))
             for n, identity in identities.items()
             if identity is not None
         ]

@@ -24,6 +24,7 @@ from ..patches.instantid import (
     prepare_identity,
     read_faces,
 )
+from ..patches.mask import read_mask
 from .sockets import (
     CONTROL_NET,
     END_AT,
@@ -201,7 +202,7 @@ class ApplyInstantID:
         middle_block: bool = False,
         unique_id: str | None = None,
     ) -> tuple[Any, Any, Any]:
-        adapter, analyser = adopt_adapter(instantid), face.adapt(insightface)
+        adapter, analyser, mask = adopt_adapter(instantid), face.adapt(insightface), read_mask(mask)
         reading = read_faces(analyser, image)
         poses = find_poses(analyser, image_kps) if image_kps is not None else reading.faces[:1]
         notes = [describe_faces(reading)]
@@ -329,7 +330,7 @@ class InstantIDAttentionPatch:
         mask: torch.Tensor | None = None,
         unique_id: str | None = None,
     ) -> tuple[Any, dict[str, torch.Tensor]]:
-        adapter = adopt_adapter(instantid)
+        adapter, mask = adopt_adapter(instantid), read_mask(mask)
         reading = read_faces(face.adapt(insightface), image)
         prepared = prepare_identity(adapter, reading.embeddings, "average", noise)
         # Copies: what other packs do to them must not reach the cache.
@@ -395,7 +396,7 @@ class ApplyInstantIDControlNet:
             return positive, negative
         tokens = (face_embeds["cond"], face_embeds["uncond"])
         identity_net = IdentityNet(control_net, image_kps, strength, (start_at, end_at), tokens)
-        return apply_identity_net(positive, negative, identity_net, mask)
+        return apply_identity_net(positive, negative, identity_net, read_mask(mask))
 
 
 NODES: dict[str, type[Any]] = {

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -160,6 +159,8 @@ def apply_people(
             f"{person.identity.name}: weight {person.weight:g}, {pictures} picture{'s' if pictures > 1 else ''}"
         )
 
+    if len(people) == 1 and people[0].region is not None:
+        positive = mask_positive(positive, people[0].region)
     with_nets = control_net is not None and settings.cn_strength > 0 and len(poses) == len(people)
     if with_nets:
         if len(people) > 1 and settings.seen_by == ALL_NETS:
@@ -172,8 +173,6 @@ def apply_people(
     else:
         lines.append("IdentityNet is left out: likeness comes from attention alone, and the pose is free")
         positive, negative = mark_roles(positive, negative)
-    if len(people) == 1 and people[0].region is not None:
-        positive = mask_positive(positive, people[0].region)
     return patched, positive, negative, "\n".join(lines)
 
 
@@ -209,10 +208,3 @@ def merge_people(first: Identity, others: Sequence[Identity]) -> Identity:
     for other in others:
         first = first.merged(other)
     return first
-
-
-def finite_mask(mask: Tensor | None) -> Tensor | None:
-    """The mask, with a sentence instead of black pictures when it holds NaN."""
-    if mask is not None and not torch.isfinite(mask).all():
-        raise ValueError("The mask holds values that are not finite (NaN); make it anew.")
-    return mask

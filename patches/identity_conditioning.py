@@ -77,8 +77,8 @@ def apply_identity_net(
                 changed["model_conds"] = {**changed.get("model_conds", {}), identity_net.name: tokens}
             entries.append([cross_attention, changed])
         results.append(entries)
-    positive, negative = mark_roles(*results)
-    return (mask_positive(positive, mask) if mask is not None else positive), negative
+    positive, negative = results
+    return mark_roles(mask_positive(positive, mask) if mask is not None else positive, negative)
 
 
 def mark_roles(positive: Conditioning, negative: Conditioning) -> tuple[Conditioning, Conditioning]:
@@ -87,7 +87,9 @@ def mark_roles(positive: Conditioning, negative: Conditioning) -> tuple[Conditio
     for role, conditioning in ((COND, positive), (UNCOND, negative)):
         entries = []
         for cross_attention, options in conditioning:
-            model_conds = {**options.get("model_conds", {}), ROLE: role_condition(role)}
+            mask = options.get("mask")
+            masks = mask.shape[0] if isinstance(mask, Tensor) and mask.ndim == 3 else 1
+            model_conds = {**options.get("model_conds", {}), ROLE: role_condition(role, masks)}
             entries.append([cross_attention, {**options, "model_conds": model_conds}])
         marked.append(entries)
     return marked[0], marked[1]

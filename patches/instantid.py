@@ -40,7 +40,7 @@ class FaceReading:
 
 def read_faces(analyser: FaceAnalyser, images: Tensor, choice: FaceChoice | None = None) -> FaceReading:
     """Embed one face of each picture [B, H, W, C]; pictures without one are left out. Raises NoFace when all lack one."""
-    if images.ndim != 4 or images.shape[0] == 0:
+    if images.ndim == 4 and images.shape[0] == 0:
         raise NoFace("The picture input is an empty batch: connect at least one picture of a face.")
     faces = tuple(analyser.analyse(images, choose=choice or FaceChoice.largest(), embed=True))
     found = [face.embeddings for face in faces if len(face) and face.embeddings is not None]

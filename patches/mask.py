@@ -14,6 +14,26 @@ from .model_call import ModelCall
 MAX_SHAPES = 64  # a run uses a handful: resolutions of the UNet times window positions
 
 
+def read_mask(mask: Tensor | None) -> Tensor | None:
+    """A MASK input as [M, H, W] float; [H, W], [M, 1, H, W], [M, H, W, 1] and booleans are understood.
+
+    Raises ValueError for another shape, no pixels, and values that are not finite, which would give black pictures.
+    """
+    if mask is None:
+        return None
+    found = list(mask.shape)
+    if mask.ndim == 4 and 1 in (mask.shape[1], mask.shape[3]):
+        mask = mask.squeeze(1 if mask.shape[1] == 1 else 3)
+    elif mask.ndim == 2:
+        mask = mask[None]
+    if mask.ndim != 3 or mask.numel() == 0:
+        raise ValueError(f"The mask is a tensor of {found} where [pictures, height, width] is needed; connect a MASK.")
+    mask = mask if mask.is_floating_point() else mask.float()
+    if not torch.isfinite(mask).all():
+        raise ValueError("The mask holds values that are not finite (NaN); make it anew.")
+    return mask
+
+
 def fit_batch(source: Tensor, size: int) -> Tensor:
     """`source` with `size` rows: the last one repeated, or the first ones kept."""
     if source.shape[0] < size:
@@ -62,6 +82,10 @@ class AttentionMask:
             start = -missing // 2
             mask = mask[:, start : start + length]
         return mask[:, :, None]
+
+    def __deepcopy__(self, _: dict[int, object]) -> AttentionMask:
+        """Itself: other packs copy the options of a MODEL deeply, and a lock cannot be copied."""
+        return self
 
     def drop_copies(self) -> None:
         with self._lock:

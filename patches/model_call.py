@@ -17,6 +17,7 @@ from torch import Tensor
 
 KEY = "hotpath_model_call"
 ROLE = "hotpath_role"
+ROLES_BY_INDEX = "hotpath_roles_by_index"
 
 COND, UNCOND = 0, 1
 
@@ -96,7 +97,7 @@ def _note_call(
     options = transformer_options if transformer_options is not None else {}
     by_index = index_roles(options.get("cond_or_uncond", [0]))
     roles = kwargs.pop(ROLE, None)
-    if roles is None or len(roles) != len(by_index):
+    if roles is None or len(roles) != len(by_index) or options.get(ROLES_BY_INDEX):
         roles = by_index
     before = getattr(_thread, "call", None)
     _thread.call = ModelCall(tuple(roles), x.shape[-2], x.shape[-1], t, *_window(options))
@@ -106,22 +107,41 @@ def _note_call(
         _thread.call = before
 
 
+def _note_conditionings(
+    executor: Any, model: Any, conds: Sequence[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+) -> Any:
+    """A pair of conditionings with the same mark is a positive and a negative that was made of it (zeroed out, say)."""
+    marks = [{c["model_conds"][ROLE].cond for c in cond or () if ROLE in c.get("model_conds", {})} for cond in conds]
+    if len(marks) == 2 and marks[0] and marks[0] == marks[1]:
+        options = {**model_options.get("transformer_options", {}), ROLES_BY_INDEX: True}
+        model_options = {**model_options, "transformer_options": options}
+    return executor(model, conds, x, timestep, model_options)
+
+
 def note_model_calls(model: Any) -> None:
     """Let patches on `model` (a ModelPatcher that is already our clone) ask for `current_call`."""
     from comfy.patcher_extension import WrappersMP
 
-    if not model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
-        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _note_call)
+    for kind, wrapper in ((WrappersMP.APPLY_MODEL, _note_call), (WrappersMP.CALC_COND_BATCH, _note_conditionings)):
+        if not model.get_wrappers(kind, KEY):
+            model.add_wrapper_with_key(kind, KEY, wrapper)
 
 
-def role_condition(role: int) -> Any:
-    """A conditioning entry that tells `ModelCall.roles` whose rows it is, whatever guider orders them how."""
+def role_condition(role: int, masks: int = 1) -> Any:
+    """A conditioning entry that tells `ModelCall.roles` whose rows it is, whatever guider orders them how.
+
+    masks: pictures in the mask of the same entry. ComfyUI repeats or cuts them, and for other numbers fails with shapes.
+    """
     from comfy.conds import CONDRegular
 
     class CONDRole(CONDRegular):
         """One role per chunk, joined as a tuple: no tensor, so nothing to copy to a device or to read back."""
 
         def process_cond(self, batch_size: int, **kwargs: Any) -> Any:
+            if masks < batch_size and batch_size % masks:
+                raise ValueError(
+                    f"The mask has {masks} pictures and the latent batch {batch_size}: use one mask, or one per picture."
+                )
             return self
 
         def can_concat(self, other: Any) -> bool:

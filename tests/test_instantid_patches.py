@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -396,3 +397,84 @@ def test_pictures_without_a_face_are_left_out(bench: Bench) -> None:
     assert drawn.shape == some.shape
     assert drawn[0].max() == 0
     assert drawn[1].max() == 1
+
+
+def test_a_negative_made_of_the_positive_gets_the_unconditional_tokens(bench: Bench) -> None:
+    import nodes
+
+    model, positive, _ = bench.apply()
+    negative = nodes.ConditioningZeroOut().zero_out(positive)[0]
+    assert roles_seen(model, lambda watched: sample(watched, positive, negative)) == {0: 0, 1: 1}
+
+
+def test_a_conditioning_on_its_own_keeps_its_role(bench: Bench) -> None:
+    """Guidance that runs the negative alone, as self-attention guidance does."""
+    from comfy_extras.nodes_custom_sampler import Guider_Basic
+
+    model, _, negative = bench.apply()
+
+    def run(watched: Any) -> None:
+        guider = Guider_Basic(watched)
+        guider.set_conds(negative)
+        run_guider(guider)
+
+    assert set(roles_seen(model, run).values()) == {1}
+
+
+def test_options_of_a_patched_model_can_be_copied_deeply(bench: Bench) -> None:
+    model, positive, negative = bench.apply(mask=mask(1))
+    copied = model.clone()
+    copied.model_options = copy.deepcopy(model.model_options)
+    assert torch.equal(sample(copied, positive, negative), sample(model, positive, negative))
+
+
+def test_masks_of_every_shape_mean_the_same(bench: Bench) -> None:
+    plain = mask(1)
+    expected = sample(*bench.apply(mask=plain))
+    for same in (plain[0], plain > 0.5, plain[:, None], plain[..., None]):
+        assert torch.equal(sample(*bench.apply(mask=same)), expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (mask(1)[:0], r"The mask is a tensor of \[0, 96, 64\]"),
+        (photo(1), r"The mask is a tensor of \[1, 96, 80, 3\]"),
+        (mask(1) * float("nan"), "not finite"),
+    ],
+)
+def test_a_mask_that_is_none_is_one_sentence(bench: Bench, wrong: torch.Tensor, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        bench.apply(mask=wrong)
+    with pytest.raises(ValueError, match=sentence):
+        bench.patch(mask=wrong)
+
+
+def test_too_few_masks_for_the_batch_is_one_sentence(bench: Bench) -> None:
+    patched = bench.apply(mask=mask(1, count=2))
+    with pytest.raises(ValueError, match="The mask has 2 pictures and the latent batch 3"):
+        sample(*patched, batch=3)
+    assert sample(*patched, batch=2).shape[0] == 2
+
+
+def test_two_threads_prepare_with_one_adapter(bench: Bench) -> None:
+    import threading
+
+    from hotpath.cache import clear_all
+
+    clear_all()
+    failed: list[BaseException] = []
+
+    def prepare(seed: int) -> None:
+        try:
+            with torch.inference_mode():
+                bench.patch(image=photo(seed))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=prepare, args=(seed,)) for seed in range(40, 46)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
