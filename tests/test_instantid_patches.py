@@ -177,6 +177,8 @@ def test_conditioning_that_came_in_is_not_changed(bench: Bench) -> None:
     assert positive[0][1]["control"] is negative[0][1]["control"], "one batch for both needs one object"
     assert "mask" in positive[0][1]
     assert "mask" not in negative[0][1]
+    for _, options in (*positive, *negative):
+        assert options["control_apply_to_uncond"] is False, "a plain negative beside it stays without IdentityNet"
 
 
 def roles_seen(model: Any, run: Any) -> dict[int, int]:
