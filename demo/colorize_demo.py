@@ -1,4 +1,4 @@
-"""The colour part of the demo: a clip of a photograph no training saw, coloured by the two small networks.
+"""The colour part of the demo: a clip of a photograph no training saw, coloured by the small Deep Exemplar.
 
 Writes before, after and truth side by side as a picture strip and as a video, and says how near the colours came.
 """
@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from .. import host
 from ..colorization.clip_job import colorize_clip, load_method
 from ..colorization.colour_space import luminance_of, rgb_to_lab
-from ..colorization.film import METHODS, FilmOptions, read_references
+from ..colorization.film import FilmOptions, read_references
 from ..host.headless import HeadlessHost
 from .colorize_scenes import held_out_clip
 
-MODELS = Path(__file__).parent / "colorize_models"
+MODELS = Path(__file__).parent / "models"
 ENLARGED = 2
 SHOWN = 6  # frames in the picture strip
 
@@ -62,12 +62,12 @@ def colour_held_out(method: str, frames: int = 24) -> DemoResult:
 
 
 def run(folder: Path) -> list[Path]:
-    """Both methods; returns the files written to `folder`."""
+    """Returns the files written to `folder`."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    for method in METHODS:
+    for method in ("Deep Exemplar",):
         result = colour_held_out(method)
         truth = held_out_clip(len(result.pictures)).permute(0, 2, 3, 1)
         light = luminance_of(truth.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).expand(-1, -1, -1, 3) / 100

@@ -1,7 +1,7 @@
-"""Trains the demo's two small colorizers on camera moves over photographs and drawn scenes, on one CPU core.
+"""Trains the demo's small Deep Exemplar on camera moves over photographs and drawn scenes, on one CPU core.
 
-python -m hotpath.demo.train_colorizers colormnet --minutes 15
-python -m hotpath.demo.train_colorizers deep_exemplar --minutes 10
+python -m hotpath.demo.train_colorizers --minutes 15
+python -m hotpath.demo.train_colorizers --minutes 15 --continue --seed 2
 
 The networks are the published architectures at a fraction of their widths. What they learn is to match places of two
 pictures by their luminance and to carry chroma over; a photograph that training never saw is the measure.
@@ -18,10 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..colorization.checkpoint_file import read_tensors
-from ..colorization.colormnet.decoder import DecoderWidths
-from ..colorization.colormnet.key_encoder import CrossChannelAttention, EncoderWidths
-from ..colorization.colormnet.network import ColorMNet, ColorMNetWidths
-from ..colorization.colormnet.value_encoder import ValueWidths
 from ..colorization.colour_space import lab_to_rgb, rgb_to_lab
 from ..colorization.deep_exemplar.color_net import ColorVidNet
 from ..colorization.deep_exemplar.session import DeepExemplar
@@ -30,20 +26,10 @@ from ..colorization.deep_exemplar.warp import WarpNet
 from ..colorization.film import HALF_SIZE_GAIN
 from .colorize_scenes import TRAINING_PHOTOS, camera_move, drawn_scene, photograph
 
-MODELS = Path(__file__).parent / "colorize_models"
+MODELS = Path(__file__).parent / "models"
 SIDE = 112
 RATE = 1.5e-3
 FRAMES = 3
-
-WIDTHS = ColorMNetWidths(
-    EncoderWidths(
-        stem=12, planes=(8, 12, 16), outputs=(24, 32, 64), depths=(1, 1, 2), vit_width=32, vit_depth=4, vit_hidden=64,
-        vit_grid=8, heads=4, fused=(64, 32, 24),
-    ),
-    ValueWidths(stem=12, outputs=(12, 24, 32), depths=(1, 1, 1), value=48, reduced=8, hidden=16),
-    DecoderWidths(fused=64, reduced=8, up8=32, up4=24, middle=24),
-    key=24,
-)  # fmt: skip
 
 
 class Scenes:
@@ -62,45 +48,6 @@ class Scenes:
         if float(torch.rand(1, generator=self.random)) < 0.5:
             picture = picture.flip(-1)
         return rgb_to_lab(camera_move(picture, frames, side, side, self.random))
-
-
-def colormnet_loss(network: ColorMNet, lab: Tensor) -> Tensor:
-    """The first frame is the exemplar; the others are coloured in turn, each remembered with its predicted colours."""
-    luminance = (lab[:, :1] - 50) / 50
-    truth = lab[:, 1:] / 110
-    keys = network.encode_keys(luminance)
-    rows, columns = keys.key.shape[-2:]
-    places = rows * columns
-    hidden = torch.zeros(2, network.widths.values.hidden, rows, columns)
-    values = [network.encode_value(luminance[:1], truth[:1], keys.f16[:1])]
-    loss = torch.zeros(())
-    for index in range(1, len(lab)):
-        query, selection = keys.key[index].flatten(1).T, keys.selection[index].flatten(1).T
-        remembered = torch.cat([keys.key[i].flatten(1).T for i in range(index)])
-        shrinkage = torch.cat([keys.shrinkage[i].flatten() for i in range(index)])
-        distance = (
-            (selection @ remembered.square().T) - 2 * (query * selection) @ remembered.T
-            + (selection * query.square()).sum(1, keepdim=True)
-        )  # fmt: skip
-        affinity = (-distance * shrinkage / query.shape[1] ** 0.5).softmax(1)
-        memory = torch.cat([value.flatten(0, 1).flatten(1).T for value in values])
-        readout = (affinity @ memory).T.reshape(2, -1, rows, columns)
-        if index > 1:
-            last = values[-1].flatten(0, 1)[None]
-            readout = readout + network.short_term_attn(keys.key[index : index + 1], keys.key[index - 1][None], last)[
-                0
-            ].view_as(readout)
-        context = network.decoder.add_readout(keys.context.frame(index), readout)
-        chroma, hidden = network.decode(context, hidden, index > 1)
-        loss = loss + F.smooth_l1_loss(chroma, truth[index : index + 1], beta=0.05)
-        # What the exemplar's truth looks like where the memory points: teaches matching directly.
-        small = F.avg_pool2d(truth[: len(values)], 16).flatten(2).permute(0, 2, 1).reshape(-1, 2)
-        wanted = F.avg_pool2d(truth[index : index + 1], 16).flatten(2)[0].T
-        loss = loss + F.smooth_l1_loss(affinity[:, : len(small)] @ small, wanted, beta=0.05)
-        if index < len(lab) - 1:
-            values.append(network.encode_value(luminance[index : index + 1], chroma, keys.f16[index : index + 1]))
-    assert places == affinity.shape[0]
-    return loss / (len(lab) - 1)
 
 
 def deep_exemplar_loss(networks: DeepExemplar, lab: Tensor) -> Tensor:
@@ -129,41 +76,28 @@ def deep_exemplar_loss(networks: DeepExemplar, lab: Tensor) -> Tensor:
     return loss
 
 
-def prepare(network: nn.Module, loss_of: object, scenes: Scenes, side: int) -> None:
-    """Weights that keep the size of signals through many layers, and batch norms with the statistics of some clips.
-
-    The norms then stay as they are: the few frames of a step have no statistics worth following.
-    """
+def prepare(network: nn.Module) -> None:
+    """Weights that keep the size of signals through many layers."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-            if name.endswith(("pred", "conv10_ab")):
+            if name.endswith("conv10_ab"):
                 nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # a plain average
-        elif isinstance(module, CrossChannelAttention):
-            # At 1 the attention starts as the mean of all channels, and takes thousands of steps to leave it.
-            nn.init.constant_(module.temperature, 8.0)
-    network.train()
-    with torch.no_grad():
-        for _ in range(20):
-            loss_of(network, scenes.clip(FRAMES, side))  # type: ignore[operator]
-    network.eval()
 
 
-def train(network: nn.Module, loss_of: object, side: int, minutes: float, seed: int, fresh: bool) -> None:
+def train(network: DeepExemplar, side: int, minutes: float, seed: int, fresh: bool) -> None:
     """Adam with a cosine schedule over wall time."""
     scenes = Scenes(seed)
     if fresh:
-        prepare(network, loss_of, scenes, side)
+        prepare(network)
     optimiser = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4)
     start, steps, shown = time.monotonic(), 0, 0.0
     while (spent := (time.monotonic() - start) / 60) < minutes:
         for group in optimiser.param_groups:
             group["lr"] = RATE * (0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * spent / minutes)).item()) + 1e-5
-        loss: Tensor = loss_of(network, scenes.clip(FRAMES, side))  # type: ignore[operator]
+        loss = deep_exemplar_loss(network, scenes.clip(FRAMES, side))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -188,21 +122,12 @@ def save(network: nn.Module, path: Path) -> None:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("method", choices=("colormnet", "deep_exemplar"))
     arguments.add_argument("--minutes", type=float, default=15)
     arguments.add_argument("--seed", type=int, default=1)
     arguments.add_argument("--continue", dest="more", action="store_true", help="from the files that are there")
     chosen = arguments.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(chosen.seed)
-    if chosen.method == "colormnet":
-        network = ColorMNet(WIDTHS)
-        path = MODELS / "colormnet" / "demo_colormnet.safetensors"
-        if chosen.more:
-            network.load_state_dict(read_tensors(path))
-        train(network.float(), colormnet_loss, SIDE, chosen.minutes, chosen.seed, not chosen.more)
-        save(network, path)
-        return
     networks = DeepExemplar(
         VGG19((12, 16, 24, 32, 32)),
         WarpNet((16, 24, 32, 32), (24, 24, 32, 32), 16, 48),
@@ -213,7 +138,7 @@ def main() -> None:
     if chosen.more:
         for name, part in parts.items():
             part.load_state_dict(read_tensors(paths[name]))
-    train(networks.float(), deep_exemplar_loss, SIDE, chosen.minutes, chosen.seed, not chosen.more)
+    train(networks.float(), SIDE, chosen.minutes, chosen.seed, not chosen.more)
     for name, part in parts.items():
         save(part, paths[name])
 
