@@ -146,7 +146,7 @@ class Ours:
 
         with self.loaded.resident() as network:
             session = self._session(network, *frames.shape[1:3], 0)
-            luminance = luminance_of(to_channels_first(frames, network.device))
+            luminance = luminance_of(to_channels_first(frames, network.compute_device))
             small = resized(luminance, *session.small)
 
         def run() -> None:
