@@ -13,6 +13,7 @@ from .. import face, host
 from ..face import FaceChoice, Faces
 from ..identity import COMBINE_MODES, Identity, adopt_adapter, load_identity, save_identity
 from ..identity.blocks import PATCH_MODES
+from ..identity.drawing import draw_tokens
 from ..patches.identities import (
     InstantIDSettings,
     Person,
@@ -22,7 +23,7 @@ from ..patches.identities import (
     poses_in,
 )
 from ..patches.identity_conditioning import ALL_NETS, ONLY_IDENTITY_NET
-from ..patches.instantid import describe_faces, identity_from, identity_of_faces, read_faces
+from ..patches.instantid import describe_faces, identity_from, identity_of_faces, prepare_identity, read_faces
 from ..patches.mask import read_mask
 from .sockets import END_AT, HIDDEN, INSIGHTFACE, INSTANTID, MODEL, NEGATIVE, POSITIVE, START_AT
 
@@ -139,7 +140,7 @@ class HotpathIdentity:
         lines: list[str] = []
         if faces is not None:
             made.append(identity_of_faces(faces, name))
-            lines.append(f"{made[-1].embeddings.shape[0]} faces that were found before")
+            lines.append(f"faces found before: {made[-1].embeddings.shape[0]}")
         if image is not None:
             if insightface is None:
                 raise ValueError(
@@ -151,13 +152,14 @@ class HotpathIdentity:
             lines.append(describe_faces(reading))
         if identity is not None:
             made.append(identity)
-            lines.append(f"joined with {identity.name} ({identity.embeddings.shape[0]} pictures)")
+            lines.append(f"joined with {identity.name} (pictures: {identity.embeddings.shape[0]})")
         if not made:
             raise ValueError("Nothing to make an identity of: connect image (with insightface), faces or identity.")
         person = merge_people(made[0], made[1:])
         if name and name != UNNAMED:
             person = replace(person, name=name)
-        report = f"{person.name}: {person.embeddings.shape[0]} pictures; " + "; ".join(lines)
+        count = person.embeddings.shape[0]
+        report = f"{person.name}: {count} picture{'s' if count > 1 else ''}; " + "; ".join(lines)
         host.current().show_text(report, unique_id)
         return person, report
 
@@ -234,6 +236,49 @@ class HotpathIdentityLoad:
 
     def load(self, file: str) -> tuple[Identity]:
         return (load_identity(host.current().model_path(FOLDER, file or "")),)
+
+
+class HotpathIdentityTokens:
+    DISPLAY_NAME = "Identity Tokens"
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "What the adapter makes of a person: the face tokens, for InstantID Apply ControlNet without a photo, and a picture "
+        "of them. Needs no SDXL model."
+    )
+    SEARCH_ALIASES = ["face embeds", "resampler"]
+    RETURN_TYPES = ("FACE_EMBEDS", "IMAGE", "STRING")
+    RETURN_NAMES = ("face_embeds", "picture", "report")
+    OUTPUT_TOOLTIPS = (
+        "For InstantID Apply ControlNet.",
+        "A row per token: red positive, blue negative.",
+        "Number and width of the tokens.",
+    )
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "instantid": INSTANTID,
+                "identity": (IDENTITY, {"tooltip": "The person."}),
+                "noise": SETTINGS["noise"],
+                "combine_embeds": SETTINGS["combine_embeds"],
+            },
+            "hidden": HIDDEN,
+        }
+
+    def make(
+        self, instantid: Any, identity: Identity, noise: float, combine_embeds: str, unique_id: str | None = None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, str]:
+        adapter = adopt_adapter(instantid)
+        prepared = prepare_identity(adapter, identity.embeddings, combine_embeds, noise)
+        pictures, tokens, width = prepared.cond.shape
+        report = (
+            f"{identity.name}: {pictures * tokens} tokens, {width} wide, for {len(prepared)} blocks ({adapter.name})"
+        )
+        host.current().show_text(report, unique_id)
+        face_embeds = {"cond": prepared.cond.clone(), "uncond": prepared.uncond.clone()}
+        return face_embeds, draw_tokens(prepared.cond), report
 
 
 class HotpathInstantID:
@@ -404,6 +449,7 @@ NODES: dict[str, type[Any]] = {
     "HotpathIdentity": HotpathIdentity,
     "HotpathIdentitySave": HotpathIdentitySave,
     "HotpathIdentityLoad": HotpathIdentityLoad,
+    "HotpathIdentityTokens": HotpathIdentityTokens,
     "HotpathInstantID": HotpathInstantID,
     "HotpathIdentities": HotpathIdentities,
 }

@@ -88,7 +88,7 @@ def test_an_identity_of_faces_found_before() -> None:
     identity, report = run("HotpathIdentity", faces=[none, *found], name="bob")
     assert identity.embeddings.shape == (2, 1, 512)
     assert torch.equal(identity.embeddings[0, 0], found[0].embeddings[0]), "the first face of each picture"
-    assert report == "bob: 2 pictures; 2 faces that were found before"
+    assert report == "bob: 2 pictures; faces found before: 2"
 
 
 def test_several_sources_are_joined() -> None:
@@ -100,7 +100,7 @@ def test_several_sources_are_joined() -> None:
     assert identity.embeddings.shape == (4, 1, 512)
     assert torch.equal(identity.embeddings[2:], more.embeddings)
     assert identity.name == "ann"
-    assert "joined with older (2 pictures)" in report
+    assert "joined with older (pictures: 2)" in report
     assert more.embeddings.shape[0] == 2
 
 

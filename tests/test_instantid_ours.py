@@ -220,3 +220,28 @@ def test_a_mask_with_nan_is_refused(bench: Bench) -> None:
     broken[0, 3, 3] = float("nan")
     with pytest.raises(ValueError, match="mask holds values that are not finite"):
         apply(bench, mask=broken)
+
+
+def test_tokens_without_a_photo_serve_the_control_net_node(bench: Bench) -> None:
+    """Face tokens of a saved person are those Patch Attention gives for the photo, and can be looked at."""
+    _, from_photo = bench.patch(noise=0.35)
+    made, picture, report = bench.call(
+        "HotpathIdentityTokens",
+        instantid=bench.instantid,
+        identity=identity(bench),
+        noise=0.35,
+        combine_embeds="average",
+    )
+    assert torch.equal(made["cond"], from_photo["cond"])
+    assert torch.equal(made["uncond"], from_photo["uncond"])
+    assert "16 tokens, 64 wide, for 70 blocks" in report
+    assert picture.shape == (1, 256, 768, 3)
+    assert 0 <= picture.min() < picture.max() <= 1
+    other = bench.call(
+        "HotpathIdentityTokens",
+        instantid=bench.instantid,
+        identity=identity(bench, 2),
+        noise=0.35,
+        combine_embeds="average",
+    )
+    assert not torch.equal(other[1], picture)
