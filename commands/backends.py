@@ -75,7 +75,6 @@ LIBRARIES = (
     ),
     _Library("av", "video files", "pip install av"),
     _Library("spatial_correlation_sampler", "optional ColorMNet backend", "pip install comfyui-hotpath[correlation]"),
-    _Library("ray", "many GPUs and machines", "pip install comfyui-hotpath[distributed]"),
 )
 
 

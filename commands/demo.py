@@ -17,7 +17,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         comfyui = None if options.headless else find_comfyui(options.comfyui)
         output = options.output_folder.resolve()
-        results = run_demo(output, DemoFiles(), comfyui, note, options.only)
+        results = run_demo(output, DemoFiles(held_out_film=True), comfyui, note, options.only)
     except (DemoError, FileNotFoundError) as error:
         complain(str(error))
         return 2

@@ -61,29 +61,26 @@ def colour_held_out(method: str, frames: int = 24) -> DemoResult:
     return DemoResult(method, done.pictures, psnr, uncoloured, done.report)
 
 
-def run(folder: Path) -> list[Path]:
-    """Returns the files written to `folder`."""
+def run(folder: Path, method: str = "Deep Exemplar") -> tuple[Path, Path, Path]:
+    """Writes a picture strip, a film and a text to `folder` and returns their paths."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for method in ("Deep Exemplar",):
-        result = colour_held_out(method)
-        truth = held_out_clip(len(result.pictures)).permute(0, 2, 3, 1)
-        light = luminance_of(truth.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).expand(-1, -1, -1, 3) / 100
-        rows = [_large(clip) for clip in (light, result.pictures, truth)]
-        name = method.lower().replace(" ", "_")
-        chosen = torch.linspace(0, len(truth) - 1, SHOWN).round().long()
-        strip = torch.cat([torch.cat([row[i] for i in chosen], dim=1) for row in rows], dim=0)
-        picture = folder / f"colorize_{name}.png"
-        Image.fromarray(strip.numpy()).save(picture)
-        video = folder / f"colorize_{name}.mp4"
-        _write(video, torch.cat(rows, dim=2))
-        (folder / f"colorize_{name}.txt").write_text(
-            f"chroma PSNR {result.psnr:.1f} dB, without colours {result.uncoloured:.1f} dB\n{result.report}\n"
-        )
-        written += [picture, video, folder / f"colorize_{name}.txt"]
-    return written
+    result = colour_held_out(method)
+    truth = held_out_clip(len(result.pictures)).permute(0, 2, 3, 1)
+    light = luminance_of(truth.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).expand(-1, -1, -1, 3) / 100
+    rows = [_large(clip) for clip in (light, result.pictures, truth)]
+    name = method.lower().replace(" ", "_")
+    picture, film, text = (folder / f"colorize_{name}{suffix}" for suffix in (".png", ".mp4", ".txt"))
+    chosen = torch.linspace(0, len(truth) - 1, SHOWN).round().long()
+    strip = torch.cat([torch.cat([row[i] for i in chosen], dim=1) for row in rows], dim=0)
+    Image.fromarray(strip.numpy()).save(picture)
+    _write(film, torch.cat(rows, dim=2))
+    text.write_text(
+        f"chroma PSNR {result.psnr:.1f} dB, without colours {result.uncoloured:.1f} dB\n{result.report}\n",
+        encoding="utf-8",
+    )
+    return picture, film, text
 
 
 def _large(clip: Tensor) -> Tensor:

@@ -17,16 +17,17 @@ from pathlib import Path
 from ..host.headless import HeadlessHost
 from .contact_sheet import Sheet, write_sheet
 from .executor import Executor, NodeFailed
-from .graph import Graph, Link, WorkflowError
+from .graph import Graph, Link, Node, WorkflowError
 from .interrupts import stopped_by_ctrl_c
 from .launcher import LaunchError, LaunchOptions, RunningServer, launched
 from .locate import PACK
-from .outcome import Outcome, outcome_of
+from .outcome import Outcome, OutputFile, outcome_of
 from .server import PREVIEWS, ServerError, run_on_server
 from .validation import NeedsComfyUI
 
 MARK = ".hotpath-demo"  # in a folder that the demo made and may empty again
 SUFFIX = ".api.json"
+HELD_OUT = "colorize_held_out_film"
 
 
 class DemoError(RuntimeError):
@@ -41,6 +42,7 @@ class DemoFiles:
     inputs: Path = PACK / "demo" / "inputs"
     models: Path = PACK / "demo" / "models"
     comfy_nodes: Path = PACK / "demo" / "comfy_nodes"
+    held_out_film: bool = False  # also colour a clip whose true colours are known
 
     def graphs(self, only: list[str] | None = None) -> list[Path]:
         """The workflow files, sorted; `only` keeps those with one of the words in their name."""
@@ -96,9 +98,30 @@ def run_demo(
             result = _run_one(name, path, output / name, files, server)
             announce(f"  {result.state}{': ' + result.reason if result.reason else ''}")
             results.append(result)
+    if files.held_out_film and (not only or any(word in HELD_OUT for word in only)):
+        announce(f"{HELD_OUT} ...")
+        results.append(_held_out_film(output / HELD_OUT))
+        announce(f"  {results[-1].state}{': ' + results[-1].reason if results[-1].reason else ''}")
     write_sheet(output, Sheet(where, started, results))
     (output / "results.json").write_text(json.dumps(_as_data(results, output), indent=2) + "\n", encoding="utf-8")
     return results
+
+
+def _held_out_film(output: Path) -> DemoResult:
+    """Before, after and truth of a clip no training saw, as a picture strip and a film."""
+    from ..demo import colorize_demo
+
+    outcome = Outcome("headless")
+    node = Node("film", "hotpath.demo.colorize_demo", {}, "grey, coloured, truth")
+    started = time.perf_counter()
+    try:
+        picture, film, text = colorize_demo.run(output)
+    except (ImportError, OSError) as error:
+        return DemoResult(HELD_OUT, "skipped", outcome, f"it needs scikit-image's photographs: {error}")
+    outcome.seconds = time.perf_counter() - started
+    outcome.files = [OutputFile(node, picture), OutputFile(node, film)]
+    outcome.texts = [(node, text.read_text(encoding="utf-8").strip())]
+    return DemoResult(HELD_OUT, "done", outcome)
 
 
 def _prepare(output: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_comfyui_that_does_not_start_fails_the_demo_and_the_rest_runs(files, t
 def test_the_command(files, tmp_path, capsys, monkeypatch):
     from hotpath.commands import demo as command
 
-    monkeypatch.setattr(command, "DemoFiles", lambda: files)
+    monkeypatch.setattr(command, "DemoFiles", lambda **_: files)
     output = tmp_path / "out"
     assert cli.main(["demo", "--headless", "--output-folder", str(output)]) == 1
     assert str(output / "index.html") in capsys.readouterr().out
