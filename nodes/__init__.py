@@ -16,6 +16,7 @@ log = logging.getLogger("hotpath")
 FAMILIES: tuple[str, ...] = (
     "instantid",
     "identity",
+    "people",
     "faces",
     "cache",
     "colormnet",

@@ -5,6 +5,10 @@ A family does not import another one: each must register when the others cannot.
 
 from __future__ import annotations
 
+from typing import Any
+
+from ..identity import COMBINE_MODES
+
 INSTANTID = ("INSTANTID", {"tooltip": "The InstantID adapter, from Load InstantID Model."})
 INSIGHTFACE = ("FACEANALYSIS", {"tooltip": "The face models, from InstantID Face Analysis. Other packs' work too."})
 CONTROL_NET = (
@@ -39,3 +43,17 @@ MIDDLE_BLOCK = (
     },
 )
 HIDDEN = {"unique_id": "UNIQUE_ID"}
+IDENTITY = "HOTPATH_IDENTITY"
+PERSON = (IDENTITY, {"tooltip": "The person, from Identity from Faces or Load Identity."})
+COMBINE_EMBEDS = (
+    list(COMBINE_MODES),
+    {"default": "average", "tooltip": "How several pictures become one person."},
+)
+
+
+def number(default: float, low: float, high: float, tooltip: str, step: float = 0.01) -> tuple[str, dict[str, Any]]:
+    """A FLOAT widget."""
+    return "FLOAT", {"default": default, "min": low, "max": high, "step": step, "tooltip": tooltip}
+
+
+NEGATIVE_NOISE = number(0.35, 0.0, 1.0, "Noise instead of zeros as the negative identity.", 0.05)
