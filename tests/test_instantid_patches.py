@@ -286,9 +286,19 @@ SMALL = {
 }
 
 
-def test_compiled_models_follow_weight_identity_and_mask(bench: Bench) -> None:
+def test_compiled_models_follow_weight_identity_and_mask(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile bakes in what it sees while tracing; patches must not be seen."""
     from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
+    from hotpath.patches import identity_attention
+
+    traced: list[bool] = []
+    attend = identity_attention.attend_tokens
+
+    def watched(*args: Any) -> torch.Tensor:
+        traced.append(torch.compiler.is_compiling())
+        return attend(*args)
+
+    monkeypatch.setattr(identity_attention, "attend_tokens", watched)
     from hotpath_demo import tiny_sdxl
 
     model = tiny_sdxl.make_sdxl(**SMALL)
@@ -305,6 +315,8 @@ def test_compiled_models_follow_weight_identity_and_mask(bench: Bench) -> None:
         expected = sample(bench.patch(model=model, **changes)[0], bench.positive, bench.negative)
         result = sample(bench.patch(model=compiled, **changes)[0], bench.positive, bench.negative)
         assert torch.allclose(result, expected, atol=1e-3), changes
+    assert traced
+    assert not any(traced)
 
 
 def test_masks_follow_context_windows() -> None:
