@@ -119,7 +119,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         "instantid/diffusion_pytorch_model.safetensors",
         HubFile("InstantX/InstantID", "ControlNetModel/diffusion_pytorch_model.safetensors"),
         APACHE,
-        "InstantID's IdentityNet for SDXL, about 2.5 GB",
+        "InstantID's IdentityNet, a ControlNet for SDXL",
     ),
     KnownModel(
         "antelopev2-detector",
