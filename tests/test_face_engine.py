@@ -342,8 +342,10 @@ def test_a_provider_that_got_only_part_of_the_graph_is_not_believed(roots, monke
 
     file = face.load_analyser([roots["inside"]], engine="torch", device=CPU).detector.file
     session = OnnxRuntimeRunner(file, PROVIDERS["CPU"], CPU)._session(640, 640)
-    assert heavy_share(session, PROVIDERS["CPU"]) == 1.0
-    assert heavy_share(session, PROVIDERS["CUDA"]) == 0.0
+    # An older onnxruntime, such as the newest for Python 3.10, cannot say where its nodes went.
+    tells = hasattr(session, "get_provider_graph_assignment_info")
+    assert heavy_share(session, PROVIDERS["CPU"]) == (1.0 if tells else None)
+    assert heavy_share(session, PROVIDERS["CUDA"]) == (0.0 if tells else None)
     # As if onnxruntime listed CoreML first, but had put its nodes elsewhere.
     monkeypatch.setattr(onnxruntime_engine, "long_name", lambda p: "CPUExecutionProvider")
     for share, words in ((0.5, "only 50%"), (None, "cannot be verified")):
