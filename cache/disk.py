@@ -54,13 +54,16 @@ class DiskCache:
 
     def get(self, key: str, description: str = "") -> DiskEntry | None:
         """The entry, now the most recently used; None when it is missing, damaged or about something else."""
-        from safetensors import safe_open
+        from safetensors.torch import load
 
         path = self._path(key)
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                stored = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Read once: safe_open opens the file by name a second time for its tensors, and a writer may have put another
+            # entry in its place by then.
+            data = path.read_bytes()
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            stored = dict(header.get("__metadata__") or {})
+            tensors = load(data)
         except FileNotFoundError:
             self.misses += 1
             return None
