@@ -34,10 +34,6 @@ class PatchSettings:
     sigma_start: float = ALWAYS[0]
     sigma_end: float = ALWAYS[1]
 
-    @property
-    def always(self) -> bool:
-        return self.sigma_start >= ALWAYS[0] and self.sigma_end <= ALWAYS[1]
-
 
 class IdentityDelta:
     """One identity in one block. Callable as other packs' attention objects call their callbacks."""

@@ -7,7 +7,7 @@ IdentityNet alone, as the original pipeline does; `ALL_NETS` is what the field's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,14 +172,3 @@ def face_token_link(net: Any, name: str, region: Tensor | None) -> Any:
             return made
 
     return FaceTokenLink()
-
-
-def control_strengths(conditioning: Sequence[Sequence[Any]]) -> list[float]:
-    """Strengths of the ControlNets chained on the first entry, the last applied first; for reports."""
-    strengths: list[float] = []
-    net = conditioning[0][1].get("control") if conditioning else None
-    while net is not None:
-        inner = getattr(net, "net", net)
-        strengths.append(float(inner.strength))
-        net = net.previous_controlnet
-    return strengths
