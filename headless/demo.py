@@ -38,7 +38,8 @@ class DemoError(RuntimeError):
 class DemoFiles:
     """What the demo runs: workflows and what they load."""
 
-    workflows: Path = PACK / "example_workflows"
+    # Not beside the editor's files: ComfyUI lists every .json there as a template.
+    workflows: Path = PACK / "example_workflows" / "api"
     inputs: Path = PACK / "demo" / "inputs"
     models: Path = PACK / "demo" / "models"
     comfy_nodes: Path = PACK / "demo" / "comfy_nodes"

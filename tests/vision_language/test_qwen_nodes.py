@@ -384,7 +384,7 @@ def test_the_example_graphs_hold_what_the_nodes_declare(llm, name):
     """The graph of the browser and its API twin: the same nodes, links and values, every widget in its place."""
     folder = ROOT / "example_workflows"
     graph = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    prompt = json.loads((folder / f"{name}.api.json").read_text(encoding="utf-8"))
+    prompt = json.loads((folder / "api" / f"{name}.api.json").read_text(encoding="utf-8"))
     links = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
     assert {str(node["id"]): node["type"] for node in graph["nodes"]} == {k: n["class_type"] for k, n in prompt.items()}
     checked = 0
