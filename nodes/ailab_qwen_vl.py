@@ -121,7 +121,10 @@ def ask(preset_prompt: str, custom_prompt: str, image: Any, video: Any, frame_co
 
 class AILabQwenVL(_AILabNode):
     DISPLAY_NAME = "QwenVL"
-    DESCRIPTION = "Describe a picture or a video with a Qwen vision-language model and a preset prompt."
+    DESCRIPTION = (
+        "Describe a picture or a video with a Qwen vision-language model and a preset prompt. "
+        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+    )
     SEARCH_ALIASES = ["qwen vl", "caption", "describe image"]
 
     @classmethod
@@ -174,7 +177,10 @@ class AILabQwenVL(_AILabNode):
 
 class AILabQwenVLAdvanced(_AILabNode):
     DISPLAY_NAME = "QwenVL (Advanced)"
-    DESCRIPTION = "Describe a picture or a video with a Qwen vision-language model, with every setting."
+    DESCRIPTION = (
+        "Describe a picture or a video with a Qwen vision-language model, with every setting. "
+        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+    )
     SEARCH_ALIASES = ["qwen vl", "caption", "describe image"]
 
     @classmethod
@@ -253,7 +259,10 @@ class AILabQwenVLAdvanced(_AILabNode):
 
 class AILabPromptEnhancer(_AILabNode):
     DISPLAY_NAME = "QwenVL Prompt Enhancer"
-    DESCRIPTION = "Rewrite a prompt for an image generator with a Qwen model."
+    DESCRIPTION = (
+        "Rewrite a prompt for an image generator with a Qwen model. "
+        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+    )
     SEARCH_ALIASES = ["prompt enhancer", "llm"]
     RETURN_NAMES = ("ENHANCED_OUTPUT",)
     OUTPUT_TOOLTIPS = ("The rewritten prompt.",)

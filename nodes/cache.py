@@ -76,6 +76,7 @@ class InstantIDCacheManager:
     DISPLAY_NAME = "InstantID Cache Manager"
     CATEGORY = "InstantID"
     DESCRIPTION = "Kept for older graphs; Hotpath Cache shows more."
+    SEARCH_ALIASES = ["cache", "memory", "clear"]
     DEPRECATED = True
     RETURN_TYPES = ("STRING", ANY)
     RETURN_NAMES = ("cache_stats", "passthrough")

@@ -73,7 +73,10 @@ def _checkpoint() -> tuple[list[str], dict[str, Any]]:
 class ColorMNetVideo:
     DISPLAY_NAME = "ColorMNet Video Colorization (New)"
     CATEGORY = "ColorMNet/Video"
-    DESCRIPTION = f"Colours a film after a reference picture (ColorMNet, ECCV 2024). {COLORMNET_LICENCE}"
+    DESCRIPTION = (
+        "Colours a film after a reference picture (ColorMNet, ECCV 2024). "
+        f"For new graphs: Colorize Video (Hotpath). {COLORMNET_LICENCE}"
+    )
     SEARCH_ALIASES = ["colorize", "colourise", "black and white", "restore film"]
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("colorized_frames", "performance_report")
@@ -146,7 +149,10 @@ class ColorMNetVideo:
 class ColorMNetImage:
     DISPLAY_NAME = "ColorMNet Image Colorization (New)"
     CATEGORY = "ColorMNet/Image"
-    DESCRIPTION = f"Colours pictures after a reference picture, each on its own (ColorMNet). {COLORMNET_LICENCE}"
+    DESCRIPTION = (
+        "Colours pictures after a reference picture, each on its own (ColorMNet). "
+        f"For new graphs: Colorize Images (Hotpath). {COLORMNET_LICENCE}"
+    )
     SEARCH_ALIASES = ["colorize", "colourise", "black and white"]
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("colorized_image", "performance_report")

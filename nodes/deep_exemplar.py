@@ -45,7 +45,10 @@ HIDDEN = {"unique_id": "UNIQUE_ID"}
 class DeepExColorImageNode:
     DISPLAY_NAME = "Deep Exemplar Image Colorization (Original)"
     CATEGORY = "DeepExemplar/Image"
-    DESCRIPTION = "Colours pictures after a reference picture, each on its own (Deep Exemplar, CVPR 2019)."
+    DESCRIPTION = (
+        "Colours pictures after a reference picture, each on its own (Deep Exemplar, CVPR 2019). "
+        "For new graphs: Colorize Images (Hotpath), which does not crop."
+    )
     SEARCH_ALIASES = ["colorize", "colourise", "black and white"]
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("colorized_image", "performance_report")
@@ -86,7 +89,10 @@ class DeepExColorImageNode:
 class DeepExColorVideoNode:
     DISPLAY_NAME = "Deep Exemplar Video Colorization (Original)"
     CATEGORY = "DeepExemplar/Video"
-    DESCRIPTION = "Colours a film after a reference picture (Deep Exemplar, CVPR 2019)."
+    DESCRIPTION = (
+        "Colours a film after a reference picture (Deep Exemplar, CVPR 2019). "
+        "For new graphs: Colorize Video (Hotpath), which does not crop."
+    )
     SEARCH_ALIASES = ["colorize", "colourise", "black and white", "restore film"]
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("colorized_frames", "performance_report")

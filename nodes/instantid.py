@@ -89,7 +89,10 @@ class InstantIDModelLoader:
 class InstantIDFaceAnalysis:
     DISPLAY_NAME = "InstantID Face Analysis"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Loads the face detector and recogniser (antelopev2) from models/insightface/models/antelopev2."
+    DESCRIPTION = (
+        "Loads the face detector and recogniser (antelopev2) from models/insightface/models/antelopev2. "
+        "Load Face Models also chooses engine and precision."
+    )
     SEARCH_ALIASES = ["insightface", "antelopev2", "face detection"]
     RETURN_TYPES = ("FACEANALYSIS",)
     OUTPUT_TOOLTIPS = ("The face models; other packs' nodes can use them as insightface's FaceAnalysis.",)
@@ -119,7 +122,8 @@ class FaceKeypointsPreprocessor:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Draws the five key points of the largest face of each picture, as the IdentityNet expects them. "
-        "A picture without a face gives a black drawing, so that batches stay aligned."
+        "A picture without a face gives a black drawing, so that batches stay aligned. "
+        "Draw Face Key Points draws several faces, at any size."
     )
     SEARCH_ALIASES = ["kps", "landmarks", "pose"]
     RETURN_TYPES = ("IMAGE",)
@@ -146,7 +150,10 @@ class FaceKeypointsPreprocessor:
 class ApplyInstantID:
     DISPLAY_NAME = "Apply InstantID"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Puts a person's face into an SDXL generation: attention patch and IdentityNet in one node."
+    DESCRIPTION = (
+        "Puts a person's face into an SDXL generation: attention patch and IdentityNet in one node. "
+        "For new graphs: InstantID (HotpathInstantID)."
+    )
     SEARCH_ALIASES = ["face", "identity", "portrait", "ip-adapter", "likeness"]
     RETURN_TYPES = ("MODEL", "CONDITIONING", "CONDITIONING")
     RETURN_NAMES = ("MODEL", "positive", "negative")
@@ -231,7 +238,8 @@ class ApplyInstantID:
 class ApplyInstantIDAdvanced(ApplyInstantID):
     DISPLAY_NAME = "Apply InstantID Advanced"
     DESCRIPTION = (
-        "Apply InstantID with separate strengths for attention and IdentityNet, noise, and ways to combine pictures."
+        "Apply InstantID with separate strengths for attention and IdentityNet, noise, and ways to combine pictures. "
+        "For new graphs: InstantID (HotpathInstantID)."
     )
 
     @classmethod
@@ -285,7 +293,10 @@ class ApplyInstantIDAdvanced(ApplyInstantID):
 class InstantIDAttentionPatch:
     DISPLAY_NAME = "InstantID Patch Attention"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Only the attention half of InstantID, on all 70 blocks of SDXL."
+    DESCRIPTION = (
+        "Only the attention half of InstantID, on all 70 blocks of SDXL. "
+        "For new graphs: InstantID (HotpathInstantID) without a ControlNet."
+    )
     SEARCH_ALIASES = ["face", "identity", "ip-adapter"]
     RETURN_TYPES = ("MODEL", "FACE_EMBEDS")
     OUTPUT_TOOLTIPS = ("The model with the identity.", "The face tokens, for InstantID Apply ControlNet.")
@@ -345,7 +356,10 @@ class InstantIDAttentionPatch:
 class ApplyInstantIDControlNet:
     DISPLAY_NAME = "InstantID Apply ControlNet"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Only the IdentityNet half of InstantID, with a key point drawing of your own."
+    DESCRIPTION = (
+        "Only the IdentityNet half of InstantID, with a key point drawing of your own. "
+        "For new graphs: InstantID (HotpathInstantID), which does both."
+    )
     SEARCH_ALIASES = ["identitynet", "kps", "pose"]
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING")
     RETURN_NAMES = ("positive", "negative")

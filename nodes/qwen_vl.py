@@ -127,7 +127,10 @@ def run(
 
 class QwenVLNode(_QwenNode):
     DISPLAY_NAME = "QwenVL (Vision-Language)"
-    DESCRIPTION = "Ask a Qwen vision-language model about up to four pictures and a video."
+    DESCRIPTION = (
+        "Ask a Qwen vision-language model about up to four pictures and a video. "
+        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+    )
     SEARCH_ALIASES = ["qwen vl", "caption", "describe image", "vlm", "image to text"]
 
     @classmethod
@@ -224,7 +227,7 @@ class Qwen25VLNode(QwenVLNode):
 
 class QwenTextNode(_QwenNode):
     DISPLAY_NAME = "Qwen (Text)"
-    DESCRIPTION = "Ask a Qwen text model."
+    DESCRIPTION = "Ask a Qwen text model. For new graphs: Ask Vision-Language Model (HotpathVLM)."
     SEARCH_ALIASES = ["qwen", "llm", "prompt enhancer"]
 
     @classmethod
@@ -283,7 +286,10 @@ class Qwen25TextNode(QwenTextNode):
 
 class Qwen2VLNode(_QwenNode):
     DISPLAY_NAME = "Qwen2VL"
-    DESCRIPTION = "Ask a Qwen2-VL model about a picture; the first of the Qwen nodes, as its graphs have it."
+    DESCRIPTION = (
+        "Ask a Qwen2-VL model about a picture; the first of the Qwen nodes, as its graphs have it. "
+        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+    )
     SEARCH_ALIASES = ["qwen2 vl", "caption"]
     RETURN_NAMES = ("STRING",)
 

@@ -1,0 +1,236 @@
+"""What the nodes say of themselves, written where people read it: help pages, and locales/en and locales/zh.
+
+    python -m hotpath.demo.node_texts        write the lists in web/docs/*.md and both languages
+    python -m hotpath.demo.node_texts --zh   print the sentences that locales/zh.json has no Chinese for
+
+A help page's prose is written by hand; the list between its two marks comes from the class, so that neither can go stale.
+Chinese is kept by sentence in locales/zh.json: a sentence that changes in English is missing there, and named.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACK = Path(__file__).resolve().parent.parent
+HELP = PACK / "web" / "docs"
+LOCALES = PACK / "locales"
+CHINESE = LOCALES / "zh.json"
+BEGIN, END = "<!-- from the node: begin -->", "<!-- from the node: end -->"
+LONGEST_CHOICES = 90  # letters; longer lists of choices are left out of a page
+SECTIONS = ("required", "optional")
+# Outputs that have the name of their type are looked up here by the front end, and so are categories.
+DATA_TYPES = {
+    "INSTANTID": "InstantID adapter",
+    "FACEANALYSIS": "face models",
+    "FACE_EMBEDS": "face tokens",
+    "FACES": "faces",
+    "FACE_CROPS": "crop places",
+    "HOTPATH_IDENTITY": "identity",
+    "HOTPATH_VLM": "vision-language model",
+    "HOTPATH_COLOR_STATE": "color state",
+}
+
+
+@dataclass(frozen=True)
+class InputText:
+    """One input as people see it."""
+
+    name: str
+    kind: str  # a type, or "choice"
+    optional: bool
+    options: dict[str, Any]
+    choices: tuple[str, ...] = ()
+
+    @property
+    def tooltip(self) -> str:
+        return str(self.options.get("tooltip", ""))
+
+    def described(self) -> str:
+        """Type, default and range in brackets, as a page shows them."""
+        parts = [self.kind]
+        if self.choices and len(shown := " / ".join(self.choices)) <= LONGEST_CHOICES:
+            parts = [shown]
+        default = self.options.get("default")
+        if default not in (None, "") and not (isinstance(default, str) and len(default) > 40):
+            parts.append(f"default {str(default).lower() if isinstance(default, bool) else default}")
+        if self.kind in ("INT", "FLOAT") and {"min", "max"} <= self.options.keys():
+            parts.append(f"{self.options['min']} to {self.options['max']}")
+        if self.optional:
+            parts.append("optional")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class NodeText:
+    """All texts of one node."""
+
+    node_id: str
+    display_name: str
+    description: str
+    category: str
+    inputs: tuple[InputText, ...]
+    outputs: tuple[tuple[str, str], ...]  # name, tooltip
+    aliases: tuple[str, ...]
+    deprecated: bool
+
+    def list(self) -> str:
+        """The list of inputs and outputs of a help page."""
+        lines = ["## Inputs", ""]
+        lines += [f"- **{i.name}** ({i.described()}): {i.tooltip}" for i in self.inputs] or ["None."]
+        lines += ["", "## Outputs", ""]
+        lines += [f"- **{name}**: {tooltip}" for name, tooltip in self.outputs] or ["None."]
+        return "\n".join(lines)
+
+    def sentences(self) -> Iterator[str]:
+        yield self.display_name
+        yield self.description
+        for one in self.inputs:
+            yield from (one.name, one.tooltip)
+        for name, tooltip in self.outputs:
+            yield from (name, tooltip)
+
+    def definition(self, say: Any) -> dict[str, Any]:
+        """The entry of nodeDefs.json, every text through `say`."""
+        return {
+            "display_name": say(self.display_name),
+            "description": say(self.description),
+            "inputs": {key(i.name): {"name": say(i.name), "tooltip": say(i.tooltip)} for i in self.inputs},
+            "outputs": {
+                str(n): {"name": say(name), "tooltip": say(tooltip)} for n, (name, tooltip) in enumerate(self.outputs)
+            },
+        }
+
+
+def key(name: str) -> str:
+    """As the front end writes a name in a path of keys."""
+    return name.replace(".", "_")
+
+
+def text_of(node_id: str, node_class: Any) -> NodeText:
+    declared = node_class.INPUT_TYPES()
+    inputs = []
+    for section in SECTIONS:
+        for name, spec in declared.get(section, {}).items():
+            kind, options = spec[0], dict(spec[1]) if len(spec) > 1 else {}
+            choices = tuple(map(str, kind)) if isinstance(kind, list | tuple) else ()
+            named = "choice" if isinstance(kind, list | tuple) else str(kind)
+            inputs.append(InputText(name, named, section == "optional", options, choices))
+    names = getattr(node_class, "RETURN_NAMES", None) or node_class.RETURN_TYPES
+    tooltips = getattr(node_class, "OUTPUT_TOOLTIPS", ()) or ("",) * len(names)
+    return NodeText(
+        node_id,
+        getattr(node_class, "DISPLAY_NAME", node_id),
+        getattr(node_class, "DESCRIPTION", ""),
+        node_class.CATEGORY,
+        tuple(inputs),
+        tuple(zip(map(str, names), tooltips, strict=True)),
+        tuple(getattr(node_class, "SEARCH_ALIASES", ())),
+        bool(getattr(node_class, "DEPRECATED", False)),
+    )
+
+
+def all_nodes() -> dict[str, NodeText]:
+    """Every node of the pack, as it looks where no model file is, so that every machine writes the same texts."""
+    from .. import host
+    from ..host.headless import HeadlessHost
+    from ..nodes import NODE_CLASS_MAPPINGS
+
+    with tempfile.TemporaryDirectory() as nothing:
+        empty = Path(nothing)
+        before = host.use(
+            HeadlessHost(models=empty, input_folder=empty, output_folder=empty, device="cpu", show_progress=False)
+        )
+        try:
+            return {node_id: text_of(node_id, found) for node_id, found in NODE_CLASS_MAPPINGS.items()}
+        finally:
+            host.use(before)
+
+
+def with_list(page: str, node: NodeText) -> str:
+    """`page` with the list of `node` between its marks; a page without marks gets them at its end."""
+    block = f"{BEGIN}\n\n{node.list()}\n\n{END}"
+    if BEGIN not in page:
+        return f"{page.rstrip()}\n\n{block}\n"
+    return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: block, page, flags=re.DOTALL)
+
+
+def chinese() -> dict[str, str]:
+    return dict(json.loads(CHINESE.read_text("utf-8"))) if CHINESE.is_file() else {}
+
+
+def categories(nodes: dict[str, NodeText]) -> list[str]:
+    return sorted({part for node in nodes.values() for part in node.category.split("/")})
+
+
+def sentences(nodes: dict[str, NodeText]) -> list[str]:
+    """All that needs Chinese, without repeats, in the order of the nodes."""
+    found = [sentence for node in nodes.values() for sentence in node.sentences()]
+    found += [*categories(nodes), *DATA_TYPES.values()]
+    return list(dict.fromkeys(sentence for sentence in found if sentence and not _needs_no_translation(sentence)))
+
+
+def _needs_no_translation(sentence: str) -> bool:
+    return sentence in ("*", "seed") or not re.search("[A-Za-z]", sentence)
+
+
+def node_definitions(nodes: dict[str, NodeText], words: dict[str, str] | None = None) -> dict[str, Any]:
+    def say(text: str) -> str:
+        return text if words is None else words.get(text, text)
+
+    found: dict[str, Any] = {}
+    for node in nodes.values():
+        found[key(node.node_id)] = node.definition(say)
+        # The front end asks for a node's title by its id as it is, where a point begins a deeper key.
+        first, point, rest = node.node_id.partition(".")
+        if point:
+            title = {"display_name": say(node.display_name), "description": say(node.description)}
+            found.setdefault(first, {})[rest] = title
+    return found
+
+
+def main_texts(nodes: dict[str, NodeText], words: dict[str, str] | None = None) -> dict[str, Any]:
+    """What main.json has of the nodes; texts of the panel stand there beside it and are kept."""
+    say = (lambda text: text) if words is None else (lambda text: words.get(text, text))
+    return {
+        "nodeCategories": {part: say(part) for part in categories(nodes)},
+        "dataTypes": {kind: say(name) for kind, name in DATA_TYPES.items()},
+    }
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def write_all() -> None:
+    nodes = all_nodes()
+    for node in nodes.values():
+        page = HELP / f"{node.node_id}.md"
+        if page.is_file():
+            page.write_text(with_list(page.read_text("utf-8"), node), encoding="utf-8")
+    for language, words in (("en", None), ("zh", chinese())):
+        folder = LOCALES / language
+        write_json(folder / "nodeDefs.json", node_definitions(nodes, words))
+        main = folder / "main.json"
+        kept = json.loads(main.read_text("utf-8")) if main.is_file() else {}
+        write_json(main, {**kept, **main_texts(nodes, words)})
+
+
+def main(arguments: list[str]) -> int:
+    if "--zh" in arguments:
+        words = chinese()
+        print(json.dumps({s: "" for s in sentences(all_nodes()) if s not in words}, ensure_ascii=False, indent=2))
+        return 0
+    write_all()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
