@@ -16,9 +16,9 @@ from .. import __version__, cache, face, nodes
 from ..headless.locate import PACK, carries_pack, find_comfyui, python_for
 from ..host.headless import HeadlessHost, best_device
 from ..host.known_models import KNOWN_MODELS
+from ..host.model_store import describe
 from .backends import look_at_backends, unmet_requirements
 from .console import say, table
-from .models import describe
 from .models_folder import headless_host
 
 

@@ -6,14 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any
 
-from ..host.downloads import STAGING, DownloadError, fetch, fetch_from_hub, fetch_repository, safe_target, unpack
+from ..host.downloads import DownloadError
 from ..host.headless import HeadlessHost
-from ..host.known_models import KNOWN_MODELS, HubFile, HubRepository, KnownModel, WebFile, ZipMember, select
+from ..host.known_models import KNOWN_MODELS, KnownModel, select
 from ..host.model_files import verify
+from ..host.model_store import describe, find, jobs, obtain
 from .console import complain, note, say, table
 from .models_folder import headless_host
 
@@ -34,35 +32,6 @@ def run(options: argparse.Namespace) -> int:
     except KeyError as error:
         complain(str(error.args[0]))
         return REFUSED
-
-
-def find(model: KnownModel, host: HeadlessHost) -> Path | None:
-    """Where the file or folder is, in the folders that nodes search; None when it is missing."""
-    for folder in host.model_folders(model.kind):
-        path = folder / model.file
-        if path.is_dir() if isinstance(model.source, HubRepository) else path.is_file():
-            return path
-        if isinstance(model.source, HubRepository):
-            # Other packs keep theirs one folder down: LLM/Qwen-VL/<name>, LLM/<owner>/<name>.
-            deeper = next((p.parent for p in folder.glob(f"*/{model.file}/config.json")), None)
-            if deeper is not None:
-                return deeper
-    return None
-
-
-def describe(model: KnownModel, host: HeadlessHost) -> dict[str, Any]:
-    """One model as plain data, for `list --json` and `doctor`."""
-    found = find(model, host)
-    return {
-        "name": model.name,
-        "family": model.family,
-        "found": str(found) if found is not None else None,
-        "belongs": str(host.model_folders(model.kind)[0] / model.file),
-        "source": str(model.source),
-        "licence": model.licence,
-        "non_commercial": model.non_commercial,
-        "about": model.about,
-    }
 
 
 def _list(host: HeadlessHost, options: argparse.Namespace) -> int:
@@ -116,17 +85,7 @@ def _download(host: HeadlessHost, options: argparse.Namespace) -> int:
         return 0
     if not _licences_accepted(wanted, options.accept_licence):
         return REFUSED
-    failed = 0
-    archives: dict[WebFile, list[KnownModel]] = {}
-    for model in wanted:
-        if isinstance(model.source, ZipMember):
-            archives.setdefault(model.source.archive, []).append(model)
-    for model in wanted:
-        if not isinstance(model.source, ZipMember):
-            failed += not _attempt(model.name, partial(_single, model, host))
-    for archive, models in archives.items():
-        failed += not _attempt(", ".join(m.name for m in models), partial(_from_archive, archive, models, host))
-    return FAILED if failed else 0
+    return FAILED if sum(not _attempt(group, host) for group in jobs(wanted)) else 0
 
 
 def _licences_accepted(models: list[KnownModel], accepted: bool) -> bool:
@@ -148,46 +107,18 @@ def _licences_accepted(models: list[KnownModel], accepted: bool) -> bool:
     return False
 
 
-def _attempt(name: str, download: Callable[[], list[Path]]) -> bool:
+def _attempt(models: list[KnownModel], host: HeadlessHost) -> bool:
+    names = ", ".join(model.name for model in models)
+    note(f"{names}: {models[0].source}")
     try:
-        for path in download():
-            say(str(path))
-        return True
+        with Bar(names) as bar:
+            paths = obtain(models, host, bar.update)
     except DownloadError as error:
-        complain(f"{name}: {error}")
+        complain(f"{names}: {error}")
         return False
-
-
-def _single(model: KnownModel, host: HeadlessHost) -> list[Path]:
-    target = safe_target(host.model_folders(model.kind)[0], model.file)
-    note(f"{model.name}: {model.source}")
-    match model.source:
-        case HubFile(repo, path):
-            return [fetch_from_hub(repo, path, target)]
-        case HubRepository(repo):
-            return [fetch_repository(repo, target)]
-        case WebFile(url, size, sha256):
-            with Bar(target.name) as bar:
-                return [fetch(url, target, size, sha256, bar.update)]
-        case ZipMember():
-            raise AssertionError("members of an archive are taken out together")
-
-
-def _from_archive(archive: WebFile, models: list[KnownModel], host: HeadlessHost) -> list[Path]:
-    wanted: dict[str, Path] = {}
-    for model in models:
-        assert isinstance(model.source, ZipMember)
-        wanted[model.source.name] = safe_target(host.model_folders(model.kind)[0], model.file)
-    staging = host.model_folders(models[0].kind)[0] / STAGING
-    name = archive.url.rpartition("/")[2]
-    note(f"{name}: {archive.url}")
-    with Bar(name) as bar:
-        packed = fetch(archive.url, safe_target(staging, name), archive.size, archive.sha256, bar.update)
-    paths = unpack(packed, wanted)
-    packed.unlink()
-    if not any(staging.iterdir()):
-        staging.rmdir()
-    return paths
+    for path in paths:
+        say(str(path))
+    return True
 
 
 class Bar:

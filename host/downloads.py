@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,14 +27,16 @@ ATTEMPTS = 5
 PAUSE = 1.0  # seconds before the second attempt, doubled for each further one
 STAGING = ".hotpath-download"
 AGENT = "hotpath"
-# What a model folder needs; not the same weights again in another format.
-REPOSITORY_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 
 ProgressCallback = Callable[[int, int | None], None]
 
 
 class DownloadError(RuntimeError):
     """The file was not downloaded; the message says why and what to do."""
+
+
+class DownloadStopped(DownloadError):
+    """Raised by a `progress` callback to stop; what has come is kept, and the next download goes on from there."""
 
 
 def safe_target(folder: Path, name: str) -> Path:
@@ -138,7 +140,7 @@ def _receive(url: str, part: Path, size: int | None, progress: ProgressCallback 
             have = 0
         length = answer.headers.get("Content-Length")
         total_bytes = have + int(length) if length is not None else size
-        _check_space(part, total_bytes, have)
+        check_space(part.parent, (total_bytes or 0) - have, part.name.removesuffix(".part"))
         etag = answer.headers.get("ETag")
         if etag and not etag.startswith("W/"):
             tag.write_text(etag, encoding="ascii", errors="replace")
@@ -166,12 +168,13 @@ def _discard(path: Path) -> None:
     _tag_of(path).unlink(missing_ok=True)
 
 
-def _check_space(part: Path, total: int | None, have: int) -> None:
-    free = shutil.disk_usage(part.parent).free
-    if total is not None and total - have > free:
+def check_space(folder: Path, needed: int, name: str) -> None:
+    """Raises DownloadError when the disk with `folder`, which must exist, has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
         raise DownloadError(
-            f"{part.parent} has {free / 1e9:.2f} GB free, and {(total - have) / 1e9:.2f} GB are needed for "
-            f"{part.name.removesuffix('.part')}. Free some space, or choose another folder with --models."
+            f"{folder} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed for {name}. "
+            "Free some space, or choose another folder with --models."
         )
 
 
@@ -228,65 +231,3 @@ def unpack(archive: Path, wanted: Mapping[str, Path]) -> list[Path]:
     except zipfile.BadZipFile as error:
         raise DownloadError(f"{archive.name} is damaged ({error}); delete it and download it again.") from None
     return list(wanted.values())
-
-
-def fetch_from_hub(repo: str, path: str, target: Path) -> Path:
-    """Download one file of a Hugging Face repository and compare the checksum that the hub states."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    staging = target.parent / STAGING / target.name
-    with _hub_errors(f"{repo}/{path}"):
-        stated = get_hf_file_metadata(hf_hub_url(repo, path))
-        got = Path(hf_hub_download(repo, path, local_dir=staging))
-    # A file in large-file storage has its SHA-256 as tag; a small one has a git hash, which says nothing here.
-    digest = stated.etag if stated.etag is not None and len(stated.etag) == 64 else None
-    check(got, f"{repo}/{path}", stated.size, digest)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    got.replace(target)
-    _clear_staging(staging)
-    return target
-
-
-def fetch_repository(repo: str, target: Path, patterns: Iterable[str] = REPOSITORY_FILES) -> Path:
-    """Download a model repository into the folder `target`, which gets its name only when all of it is there."""
-    from huggingface_hub import snapshot_download
-
-    staging = target.parent / STAGING / target.name
-    with _hub_errors(repo):
-        snapshot_download(repo, local_dir=staging, allow_patterns=list(patterns))
-    shutil.rmtree(staging / ".cache", ignore_errors=True)
-    if target.exists():
-        raise DownloadError(f"{target} is there already; move it away to download {repo} again.")
-    staging.replace(target)
-    _clear_staging(staging)
-    return target
-
-
-def _clear_staging(staging: Path) -> None:
-    shutil.rmtree(staging, ignore_errors=True)
-    if staging.parent.is_dir() and not any(staging.parent.iterdir()):
-        staging.parent.rmdir()
-
-
-class _hub_errors:
-    """Turns what huggingface_hub raises into a DownloadError with a cure."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-
-        if isinstance(error, GatedRepoError):
-            raise DownloadError(
-                f"{self.what} is behind a licence on huggingface.co: accept it there, log in with `hf auth login`, "
-                "then run the same command again."
-            ) from None
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DownloadError(f"The disk is full; free some space and download {self.what} again.") from None
-        if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | ConnectionError | TimeoutError):
-            raise DownloadError(
-                f"{self.what} could not be downloaded: {error}. Run the same command again to go on."
-            ) from error

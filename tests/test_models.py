@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from hotpath import cli
-from hotpath.host import downloads
-from hotpath.host.downloads import DownloadError, fetch, safe_target, unpack
+from hotpath.host import downloads, hub
+from hotpath.host.downloads import DownloadError, DownloadStopped, fetch, safe_target, unpack
 from hotpath.host.known_models import KNOWN_MODELS, HubFile, HubRepository, KnownModel, WebFile, ZipMember, select
 from hotpath.host.model_files import verify
 from safetensors.torch import save_file
@@ -285,47 +285,95 @@ def test_a_damaged_member_does_not_get_its_name(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_a_hub_file_is_compared_with_the_hubs_own_checksum(tmp_path, monkeypatch):
+@pytest.fixture
+def a_hub(server, monkeypatch):
+    """huggingface_hub's answers about the repository a/Tiny, whose files are on the local server."""
     import huggingface_hub
 
-    def download(repo: str, path: str, local_dir: Path) -> str:
-        target = Path(local_dir) / path
-        target.parent.mkdir(parents=True)
-        target.write_bytes(CONTENT)
-        return str(target)
+    files = {"config.json": b"{}", "model.safetensors": CONTENT, "run.py": b"print()", "sub/tokenizer.json": b"[]"}
+
+    def sibling(name: str) -> Any:
+        whole = files[name]
+        lfs = type("Lfs", (), {"sha256": hashlib.sha256(whole).hexdigest()}) if name.endswith("safetensors") else None
+        return type("Sibling", (), {"rfilename": name, "size": len(whole), "lfs": lfs})
+
+    def info(self: Any, repo: str, files_metadata: bool) -> Any:
+        assert repo == "a/Tiny" and files_metadata
+        return type("Info", (), {"sha": "abc", "siblings": [sibling(name) for name in files]})
+
+    Handler.files = {f"/a/Tiny/{name}": content for name, content in files.items()}
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda repo, name, revision="": f"{server}/{repo}/{name}")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
+    monkeypatch.setattr(downloads, "PAUSE", 0)
+    return files
+
+
+def test_a_hub_file_is_compared_with_the_hubs_own_checksum(a_hub, tmp_path, monkeypatch):
+    import huggingface_hub
 
     stated = type("Metadata", (), {"etag": SHA, "size": len(CONTENT)})
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: stated)
     target = tmp_path / "controlnet" / "instantid" / "model.safetensors"
-    assert downloads.fetch_from_hub("a/b", "Net/model.safetensors", target).read_bytes() == CONTENT
-    assert leftovers(tmp_path) == ["model.safetensors"] and not (target.parent / downloads.STAGING).exists()
+    assert hub.fetch_from_hub("a/Tiny", "model.safetensors", target).read_bytes() == CONTENT
+    assert leftovers(tmp_path) == ["model.safetensors"]
     stated.etag = "0" * 64
     target.unlink()
     with pytest.raises(DownloadError, match="checksum"):
-        downloads.fetch_from_hub("a/b", "Net/model.safetensors", target)
+        hub.fetch_from_hub("a/Tiny", "model.safetensors", target)
     assert not target.exists()
 
 
-def test_a_repository_gets_its_name_when_all_of_it_is_there(tmp_path, monkeypatch):
+def test_a_repository_gets_its_name_when_all_of_it_is_there(a_hub, tmp_path):
+    target = tmp_path / "LLM" / "Tiny"
+    Handler.behaviour["cut_after"] = [2, *[100_000] * downloads.ATTEMPTS]
+    with pytest.raises(DownloadError, match="to go on"):
+        hub.fetch_repository("a/Tiny", target)
+    assert not target.exists()
+    Handler.requests.clear()
+    steps: list[tuple[int, int | None]] = []
+    hub.fetch_repository("a/Tiny", target, progress=lambda *step: steps.append(step))
+    assert leftovers(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]  # and no code
+    assert (target / "model.safetensors").read_bytes() == CONTENT and (target / "sub" / "tokenizer.json").is_file()
+    assert [r.get("Range") for r in Handler.requests] == ["bytes=500000-", None]  # config.json was there
+    whole = len(CONTENT) + 4
+    assert steps[-1] == (whole, whole) and [done for done, _ in steps] == sorted(done for done, _ in steps)
+    with pytest.raises(DownloadError, match="there already"):
+        hub.fetch_repository("a/Tiny", target)
+
+
+def test_a_repository_with_a_file_that_was_changed_on_the_way(a_hub, tmp_path):
+    Handler.files["/a/Tiny/model.safetensors"] = CONTENT[::-1]
+    with pytest.raises(DownloadError, match="checksum"):
+        hub.fetch_repository("a/Tiny", tmp_path / "LLM" / "Tiny")
+    assert not (tmp_path / "LLM" / "Tiny").exists()
+
+
+def test_a_repository_that_does_not_fit_is_seen_before(a_hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: type("Usage", (), {"free": len(CONTENT)}))
+    with pytest.raises(DownloadError, match="Free some space"):
+        hub.fetch_repository("a/Tiny", tmp_path / "LLM" / "Tiny")
+    assert Handler.requests == []
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
     import huggingface_hub
 
-    def download(repo: str, local_dir: Path, allow_patterns: list[str], fail: bool = False) -> str:
-        Path(local_dir, ".cache").mkdir(parents=True, exist_ok=True)
-        Path(local_dir, "config.json").write_text("{}")
-        if fail:
-            raise ConnectionError("gone")
-        Path(local_dir, "model.safetensors").write_bytes(b"x")
-        return str(local_dir)
+    def gone(self: Any, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("Name or service not known")
 
-    target = tmp_path / "LLM" / "Tiny"
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: download(*a, **k, fail=True))
-    with pytest.raises(DownloadError, match="again to go on"):
-        downloads.fetch_repository("a/Tiny", target)
-    assert not target.exists()
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    downloads.fetch_repository("a/Tiny", target)
-    assert leftovers(tmp_path) == ["config.json", "model.safetensors"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", gone)
+    with pytest.raises(DownloadError, match=r"a/Tiny could not be downloaded: Name .* Connect and try again"):
+        hub.fetch_repository("a/Tiny", tmp_path / "Tiny")
+
+
+def test_a_download_can_be_stopped_and_goes_on(server, tmp_path):
+    def stop(done: int, total: int | None) -> None:
+        raise DownloadStopped("stopped")
+
+    with pytest.raises(DownloadStopped):
+        get(server, tmp_path, progress=stop)
+    assert leftovers(tmp_path) == ["model.bin.part", "model.bin.part.etag"]
+    assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
 
 
 def test_structures(tmp_path):
