@@ -19,7 +19,8 @@ SDXL_BLOCKS: tuple[Block, ...] = (
 )
 INDEX = {block: index for index, block in enumerate(SDXL_BLOCKS)}
 
-PATCH_MODES = ("full", "balanced", "fast", "output_only", "custom")
+ADAPTIVE = "adaptive"  # by a measured profile, see contribution_profile
+PATCH_MODES = ("full", "balanced", "fast", "output_only", "custom", ADAPTIVE)
 
 
 def _in_output(last: int) -> frozenset[Block]:

@@ -17,6 +17,7 @@ FAMILIES: tuple[str, ...] = (
     "instantid",
     "identity",
     "people",
+    "telemetry",
     "faces",
     "cache",
     "colormnet",

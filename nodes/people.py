@@ -9,10 +9,13 @@ import torch
 from .. import face, host
 from ..identity import Identity, adopt_adapter
 from ..identity.blocks import PATCH_MODES
+from ..identity.contribution_profile import ContributionProfile
 from ..patches.identities import InstantIDSettings, Person, apply_people, pose_of, poses_in
 from ..patches.identity_conditioning import ALL_NETS, ONLY_IDENTITY_NET
 from ..patches.mask import read_mask
+from ..patches.sdxl_layout import AdaptiveChoice
 from .sockets import (
+    BLOCK_PROFILE,
     COMBINE_EMBEDS,
     END_AT,
     HIDDEN,
@@ -55,7 +58,8 @@ SETTINGS: dict[str, Any] = {
         list(PATCH_MODES),
         {
             "default": "full",
-            "tooltip": "Attention blocks that carry the identity: full 70, balanced 55, fast 20, output_only 36, or custom.",
+            "tooltip": "Attention blocks that carry the identity: full 70, balanced 55, fast 20, output_only 36, custom, or "
+            "adaptive, by a profile that Block Telemetry measured.",
         },
     ),
     "custom_blocks": (
@@ -72,6 +76,13 @@ KPS = (
 )
 OPTIONAL_INSIGHTFACE = ("FACEANALYSIS", {"tooltip": "Finds the face in image_kps. Not needed for a finished drawing."})
 OPTIONAL_CONTROL_NET = ("CONTROL_NET", {"tooltip": "IdentityNet. Without it, likeness comes from attention alone."})
+PROFILE = (
+    BLOCK_PROFILE,
+    {"tooltip": "For patch_mode adaptive: from Load Block Profile or Block Telemetry Report. Without it: all blocks."},
+)
+ADAPTIVE_SHARE = number(
+    0.95, 0.05, 1.0, "For patch_mode adaptive: the part of the measured contribution that the kept blocks must carry."
+)
 MASK = ("MASK", {"tooltip": "Where this identity acts. Any size; one mask, or one per picture of the batch."})
 
 
@@ -109,6 +120,8 @@ class HotpathInstantID:
                 "image_kps": KPS,
                 "insightface": OPTIONAL_INSIGHTFACE,
                 "mask": MASK,
+                "profile": PROFILE,
+                "adaptive_share": ADAPTIVE_SHARE,
             },
             "hidden": HIDDEN,
         }
@@ -134,10 +147,20 @@ class HotpathInstantID:
         image_kps: torch.Tensor | None = None,
         insightface: Any = None,
         mask: torch.Tensor | None = None,
+        profile: ContributionProfile | None = None,
+        adaptive_share: float = 0.95,
         unique_id: str | None = None,
     ) -> tuple[Any, Any, Any, str]:
         settings = InstantIDSettings(
-            cn_strength, start_at, end_at, noise, combine_embeds, patch_mode, custom_blocks, face_tokens_for
+            cn_strength,
+            start_at,
+            end_at,
+            noise,
+            combine_embeds,
+            patch_mode,
+            custom_blocks,
+            face_tokens_for,
+            AdaptiveChoice(profile, adaptive_share),
         )
         person = Person(identity, weight, read_mask(mask))
         analyser = face.adapt(insightface) if insightface is not None else None
@@ -189,6 +212,8 @@ class HotpathIdentities:
                 ),
                 "insightface": INSIGHTFACE,
                 **people,
+                "profile": PROFILE,
+                "adaptive_share": ADAPTIVE_SHARE,
             },
             "hidden": HIDDEN,
         }
@@ -211,11 +236,21 @@ class HotpathIdentities:
         control_net: Any = None,
         image_kps: torch.Tensor | None = None,
         insightface: Any = None,
+        profile: ContributionProfile | None = None,
+        adaptive_share: float = 0.95,
         unique_id: str | None = None,
         **people: Any,
     ) -> tuple[Any, Any, Any, str]:
         settings = InstantIDSettings(
-            cn_strength, start_at, end_at, noise, combine_embeds, patch_mode, custom_blocks, ONLY_IDENTITY_NET
+            cn_strength,
+            start_at,
+            end_at,
+            noise,
+            combine_embeds,
+            patch_mode,
+            custom_blocks,
+            ONLY_IDENTITY_NET,
+            AdaptiveChoice(profile, adaptive_share),
         )
         identities = {1: identity_1} | {n: people.get(f"identity_{n}") for n in range(2, PEOPLE + 1)}
         group = [

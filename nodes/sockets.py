@@ -44,6 +44,7 @@ MIDDLE_BLOCK = (
 )
 HIDDEN = {"unique_id": "UNIQUE_ID"}
 IDENTITY = "HOTPATH_IDENTITY"
+BLOCK_PROFILE = "HOTPATH_BLOCK_PROFILE"
 PERSON = (IDENTITY, {"tooltip": "The person, from Identity from Faces or Load Identity."})
 COMBINE_EMBEDS = (
     list(COMBINE_MODES),

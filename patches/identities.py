@@ -7,7 +7,7 @@ UNet runs once: attention adds every identity inside its region, and each Identi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from .identity_conditioning import (
     mask_positive,
 )
 from .instantid import AttentionSettings, blocks_for, draw_aligned, draw_pose, find_poses, prepare_identity
+from .sdxl_layout import AdaptiveChoice
+from .telemetry import note_identity
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,12 @@ class InstantIDSettings:
     patch_mode: str
     custom_blocks: str
     seen_by: str
+    adaptive: AdaptiveChoice = field(default_factory=AdaptiveChoice)
 
     def attention(self, weight: float) -> AttentionSettings:
-        return AttentionSettings(weight, self.start_at, self.end_at, self.patch_mode, self.custom_blocks)
+        return AttentionSettings(
+            weight, self.start_at, self.end_at, self.patch_mode, self.custom_blocks, adaptive=self.adaptive
+        )
 
 
 def pose_of(person: Person, image: Tensor | None, analyser: FaceAnalyser | None) -> Pose:
@@ -154,6 +159,16 @@ def apply_people(
     prepared = [prepare_identity(adapter, p.identity.embeddings, settings.combine, settings.noise) for p in people]
     for person, identity in zip(people, prepared, strict=True):
         add_identity(patched, identity, PatchSettings(person.weight, start, end), person.region, blocks)
+        if person.weight != 0:
+            note_identity(
+                patched,
+                adapter,
+                weight=person.weight,
+                start_at=settings.start_at,
+                end_at=settings.end_at,
+                patch_mode=settings.patch_mode,
+                region=person.region is not None,
+            )
         pictures = person.identity.embeddings.shape[0]
         lines.append(
             f"{person.identity.name}: weight {person.weight:g}, {pictures} picture{'s' if pictures > 1 else ''}"

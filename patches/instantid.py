@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..face import FaceAnalyser, FaceChoice, Faces, draw_keypoints
 from ..identity import Identity, InstantIDAdapter, PreparedIdentity, prepare
-from ..identity.blocks import Block
+from ..identity.blocks import ADAPTIVE, Block
+from ..identity.contribution_profile import UNKNOWN, ContributionProfile, adapter_key
 from .identity_attention import PatchSettings, add_identity
-from .sdxl_layout import choose_blocks, patchable_blocks
+from .sdxl_layout import AdaptiveChoice, choose_blocks, patchable_blocks
+from .telemetry import model_key, note_identity
 
 NO_FACE = (
     "No face was found in the reference picture: use one where the face is seen from the front, is larger than about 40 "
@@ -89,6 +91,7 @@ class AttentionSettings:
     patch_mode: str = "full"
     custom_blocks: str = ""
     middle_block: bool = True
+    adaptive: AdaptiveChoice = field(default_factory=AdaptiveChoice)
 
 
 def prepare_identity(
@@ -102,13 +105,25 @@ def prepare_identity(
 def blocks_for(model: Any, adapter: InstantIDAdapter, settings: AttentionSettings) -> tuple[tuple[Block, ...], str]:
     """The blocks to patch and a line about them. Raises UnsupportedModel when the adapter does not fit."""
     available = patchable_blocks(model, adapter)
-    blocks, line = choose_blocks(available, settings.patch_mode, settings.custom_blocks)
+    blocks, line = choose_blocks(available, settings.patch_mode, settings.custom_blocks, settings.adaptive)
+    if settings.patch_mode == ADAPTIVE and settings.adaptive.profile is not None:
+        line += _what_differs(model, adapter, settings.adaptive.profile)
     if not settings.middle_block:
         blocks = tuple(block for block in blocks if block[0] != "middle")
         line = (
             f"{len(blocks)} of {len(available)} blocks patched (the middle block is left out; switch middle_block on)"
         )
     return blocks, line
+
+
+def _what_differs(model: Any, adapter: InstantIDAdapter, profile: ContributionProfile) -> str:
+    """A remark for the report when a profile was measured on something else."""
+    pairs = (
+        (profile.adapter, adapter_key(adapter), "another adapter"),
+        (profile.model, model_key(model), "another model"),
+    )
+    other = [what for theirs, ours, what in pairs if UNKNOWN not in (theirs, ours) and theirs != ours]
+    return f"; the profile was measured with {' and '.join(other)}, so measure again to be sure" if other else ""
 
 
 def attach_identity(
@@ -134,7 +149,16 @@ def attach_identity(
     if settings.start_at > settings.end_at:
         line += "; start_at lies after end_at, so the identity never acts"
     if settings.weight == 0:
-        line = "weight is 0: the model is unchanged"
+        return patched, "weight is 0: the model is unchanged"
+    note_identity(
+        patched,
+        adapter,
+        weight=settings.weight,
+        start_at=settings.start_at,
+        end_at=settings.end_at,
+        patch_mode=settings.patch_mode,
+        region=mask is not None,
+    )
     return patched, line
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ..identity.adapter import InstantIDAdapter
-from ..identity.blocks import INDEX, SDXL_BLOCKS, Block, describe, select_blocks
+from ..identity.blocks import ADAPTIVE, INDEX, SDXL_BLOCKS, Block, describe, select_blocks
+from ..identity.contribution_profile import ContributionProfile
 
 ONLY_SDXL = "InstantID has published weights for SDXL only"
 
@@ -14,8 +16,8 @@ class UnsupportedModel(ValueError):
     """The MODEL is not one the adapter can be attached to."""
 
 
-def cross_attention_blocks(model: Any) -> dict[Block, Any]:
-    """The cross-attention modules of a ComfyUI UNet by the name patches use for them; empty for another architecture."""
+def transformer_blocks(model: Any) -> dict[Block, Any]:
+    """The transformers with cross-attention of a ComfyUI UNet, by the name that patches use; empty for another network."""
     unet: Any = getattr(model.model, "diffusion_model", None)
     if not all(hasattr(unet, part) for part in ("input_blocks", "middle_block", "output_blocks")):
         return {}
@@ -28,9 +30,14 @@ def cross_attention_blocks(model: Any) -> dict[Block, Any]:
         for layer in group:
             for transformer in getattr(layer, "transformer_blocks", ()):
                 if getattr(transformer, "attn2", None) is not None:
-                    found[(kind, number, index)] = transformer.attn2
+                    found[(kind, number, index)] = transformer
                 index += 1
     return found
+
+
+def cross_attention_blocks(model: Any) -> dict[Block, Any]:
+    """The cross-attention modules of `transformer_blocks`."""
+    return {block: transformer.attn2 for block, transformer in transformer_blocks(model).items()}
 
 
 def patchable_blocks(model: Any, adapter: InstantIDAdapter) -> tuple[Block, ...]:
@@ -65,11 +72,23 @@ def patchable_blocks(model: Any, adapter: InstantIDAdapter) -> tuple[Block, ...]
     return blocks
 
 
-def choose_blocks(available: tuple[Block, ...], mode: str, custom: str = "") -> tuple[tuple[Block, ...], str]:
+@dataclass(frozen=True)
+class AdaptiveChoice:
+    """What patch mode "adaptive" goes by. share: part of the measured contribution to keep, in 0..1."""
+
+    profile: ContributionProfile | None = None
+    share: float = 0.95
+
+
+def choose_blocks(
+    available: tuple[Block, ...], mode: str, custom: str = "", adaptive: AdaptiveChoice | None = None
+) -> tuple[tuple[Block, ...], str]:
     """The blocks of patch mode `mode` among `available`, and a line that says what was chosen and why.
 
     A layout other than SDXL's 70 blocks is patched in full, because the selections are names of SDXL's blocks.
     """
+    if mode == ADAPTIVE:
+        return _choose_adaptive(available, adaptive or AdaptiveChoice())
     wanted = select_blocks(mode, custom)
     if len(available) != len(SDXL_BLOCKS) and mode not in ("full", "custom"):
         return available, (
@@ -78,3 +97,23 @@ def choose_blocks(available: tuple[Block, ...], mode: str, custom: str = "") -> 
         )
     chosen = tuple(block for block in available if block in wanted)
     return chosen, f"{len(chosen)} of {len(available)} blocks patched ({describe(chosen)})"
+
+
+def _choose_adaptive(available: tuple[Block, ...], choice: AdaptiveChoice) -> tuple[tuple[Block, ...], str]:
+    """The fewest blocks that carry the share; all of them where there is nothing to go by."""
+    everything = f"so all {len(available)} blocks are patched"
+    if choice.profile is None:
+        return available, f"patch_mode adaptive needs a profile, and none is connected, {everything}"
+    if len(available) != len(SDXL_BLOCKS):
+        return available, f"this UNet has {len(available)} of SDXL's {len(SDXL_BLOCKS)} blocks, {everything}"
+    chosen, carried = choice.profile.fewest_blocks(choice.share, available)
+    if not chosen:
+        return available, f"the share to keep is {choice.share:g}, which no blocks carry, {everything}"
+    line = (
+        f"{len(chosen)} of {len(available)} blocks patched ({describe(chosen)}): the fewest that carry {choice.share:.1%} of "
+        f"the contribution measured in {choice.profile.describe()}; they carry {carried:.1%}"
+    )
+    unknown = len(available) - len(choice.profile.size)
+    if unknown:
+        line += f"; {unknown} blocks were not measured there and are left out"
+    return chosen, line
