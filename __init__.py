@@ -14,6 +14,7 @@ __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY",
 
 WEB_DIRECTORY = "./web"
 
+_joined = False
 _LAZY = ("NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS")
 
 
@@ -21,5 +22,29 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from . import nodes
 
+        _join_server()
         return getattr(nodes, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _join_server() -> None:
+    """Offer the panel and show warnings on nodes, where ComfyUI's server is in this process."""
+    global _joined
+    if _joined:
+        return
+    _joined = True
+    try:
+        from .host.comfyui import prompt_server, send_warning
+
+        server = prompt_server()
+        if server is not None:
+            from . import panel
+            from .host import node_warnings
+
+            panel.attach(server, __version__)
+            node_warnings.install(send_warning)
+    except Exception:
+        # The nodes work without either.
+        import logging
+
+        logging.getLogger("hotpath").exception("Hotpath's panel is missing")

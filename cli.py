@@ -83,6 +83,7 @@ def _add_doctor(commands: Commands) -> None:
         "node families, caches and model files. Exit code 1 when a node family could not be loaded.",
     )
     doctor.add_argument("--json", action="store_true", help="print everything as JSON")
+    doctor.add_argument("--libraries", action="store_true", help="only the optional libraries, as JSON")
     _add_models_folder(doctor)
 
 

@@ -61,6 +61,10 @@ LIBRARIES = (
     ),
     _Library("insightface", "optional face engine", "pip install comfyui-hotpath[insightface]"),
     _Library("transformers", "Qwen-VL", "pip install comfyui-hotpath[vision-language]"),
+    _Library("diffusers", "text to image without ComfyUI", "pip install comfyui-hotpath[text-to-image]"),
+    _Library("torchao", "weights in fewer bits", "pip install comfyui-hotpath[precision]"),
+    _Library("bitsandbytes", "optional 4-bit weights of Qwen-VL", "pip install bitsandbytes"),
+    _Library("ray", "many GPUs and machines", "pip install comfyui-hotpath[distributed]"),
     _Library(
         "cv2",
         "optional edge filter of Deep Exemplar",

@@ -24,6 +24,9 @@ from .models_folder import headless_host
 
 def run(options: argparse.Namespace) -> int:
     """Exit code 1 when a node family could not be loaded or a requirement is not met."""
+    if options.libraries:
+        say(json.dumps(libraries()))
+        return 0
     facts = examine(headless_host(options.models))
     if options.json:
         say(json.dumps(facts, indent=2))
@@ -35,7 +38,6 @@ def run(options: argparse.Namespace) -> int:
 def examine(host: HeadlessHost) -> dict[str, Any]:
     """Everything the doctor looks at, as plain data."""
     comfyui = find_comfyui()
-    requirements = PACK / "requirements.txt"
     return {
         "hotpath": __version__,
         "place": str(PACK),
@@ -44,17 +46,24 @@ def examine(host: HeadlessHost) -> dict[str, Any]:
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
         "devices": devices(),
         "comfyui": _comfyui(comfyui),
-        "backends": [asdict(backend) for backend in look_at_backends()],
-        "face_engines": face.diagnose(),
-        "unmet_requirements": unmet_requirements(
-            requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
-        ),
+        **libraries(),
         "families": {family: sorted(_nodes_of(family)) for family in nodes.FAMILIES if _nodes_of(family)},
         "failed_families": dict(nodes.FAILED_FAMILIES),
         "caches": [str(entry.statistics()) for entry in cache.all_caches()],
         "cache_folder": str(host.cache_folder()),
         "model_folders": [str(folder) for folder in host.model_folders("")],
         "models": [describe(model, host) for model in KNOWN_MODELS],
+    }
+
+
+def libraries() -> dict[str, Any]:
+    """Every optional library, and what this environment lacks."""
+    requirements = PACK / "requirements.txt"
+    lines = requirements.read_text(encoding="utf-8").splitlines() if requirements.is_file() else []
+    return {
+        "backends": [asdict(backend) for backend in look_at_backends()],
+        "face_engines": face.diagnose(),
+        "unmet_requirements": unmet_requirements(lines),
     }
 
 

@@ -5,6 +5,7 @@ ComfyUI is imported inside the methods only, so that this module can be imported
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import model_paths
+from . import model_paths, node_warnings
 
+log = logging.getLogger("hotpath.nodes")
+
+WARNING_EVENT = "hotpath.warning"  # web/node_state.js listens to it
 PREVIEW_SIZE = 512  # longest side, in pixels, of the pictures a progress bar shows
 
 _loading = threading.RLock()  # ComfyUI's list of loaded models is made for one thread
@@ -186,13 +190,30 @@ class ComfyUIHost:
         management.throw_exception_if_processing_interrupted()
 
     def show_text(self, text: str, node_id: str | None = None) -> None:
-        from comfy_execution.utils import get_executing_context
-
-        if node_id is None:
-            context = get_executing_context()
-            node_id = context.node_id if context is not None else None
-        # Without a server (ComfyUI used as a library) there is nobody to show it to.
-        prompt_server = getattr(sys.modules.get("server"), "PromptServer", None)
-        server = getattr(prompt_server, "instance", None)
+        server, node_id = prompt_server(), node_id or running_node()
         if server is not None and node_id is not None:
             server.send_progress_text(text, node_id, server.client_id)
+
+    def warn(self, text: str, node_id: str | None = None) -> None:
+        log.warning("%s", text, extra={node_warnings.SHOWN: True})
+        send_warning(text, node_id)
+
+
+def prompt_server() -> Any:
+    """ComfyUI's server; None where ComfyUI is used as a library and nobody looks on."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+
+
+def running_node() -> str | None:
+    """The id of the node that this thread runs."""
+    from comfy_execution.utils import get_executing_context
+
+    context = get_executing_context()
+    return context.node_id if context is not None else None
+
+
+def send_warning(text: str, node_id: str | None = None) -> None:
+    """Mark a node (the one that runs, unless `node_id` names another) in the browser that queued it."""
+    server, node_id = prompt_server(), node_id or running_node()
+    if server is not None and node_id is not None:
+        server.send_sync(WARNING_EVENT, {"node": node_id, "text": text}, server.client_id)

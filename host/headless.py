@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from torch import nn
 
 from . import model_paths
 from .interface import Interrupted
+
+log = logging.getLogger("hotpath.nodes")
 
 MODEL_SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".pkl")
 
@@ -97,6 +100,7 @@ class HeadlessHost:
         self.show_progress = show_progress
         self.on_preview: Any = None
         self.texts: list[tuple[str | None, str]] = []
+        self.warnings: list[tuple[str | None, str]] = []
         self.node_id: str | None = None
 
     def model_folders(self, kind: str) -> list[Path]:
@@ -180,6 +184,10 @@ class HeadlessHost:
 
     def show_text(self, text: str, node_id: str | None = None) -> None:
         self.texts.append((node_id if node_id is not None else self.node_id, text))
+
+    def warn(self, text: str, node_id: str | None = None) -> None:
+        log.warning("%s", text)
+        self.warnings.append((node_id if node_id is not None else self.node_id, text))
 
 
 def best_device() -> torch.device:

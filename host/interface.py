@@ -112,6 +112,12 @@ class Host(Protocol):
     def show_text(self, text: str, node_id: str | None = None) -> None:
         """Show `text` under a node (the one that is running, unless `node_id` names another)."""
 
+    def warn(self, text: str, node_id: str | None = None) -> None:
+        """Mark the node with a warning: a sentence that says what is not as asked, and the cure. It is logged, too.
+
+        `log.warning` of a "hotpath" logger does the same for the node that runs in this thread.
+        """
+
 
 @contextmanager
 def tracked(host: Host, total: int, label: str = "") -> Iterator[Progress]:

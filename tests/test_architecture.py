@@ -25,7 +25,8 @@ ALLOWED: dict[str, set[str]] = {
     "headless": BASE | FEATURES | {"patches", "nodes"},
     "distributed": BASE | FEATURES | {"patches", "nodes", "headless"},
     "commands": BASE | FEATURES | {"patches", "nodes", "headless", "distributed"},
-    "": BASE | FEATURES | {"patches", "nodes", "headless", "distributed", "commands"},
+    "panel": BASE | {"nodes"},
+    "": BASE | FEATURES | {"patches", "nodes", "headless", "distributed", "commands", "panel"},
 }
 COMFYUI = {
     "comfy",

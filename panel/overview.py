@@ -1,0 +1,78 @@
+"""What the panel shows at a glance, as plain data. Touches the disk, so it is called in a thread."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from .. import host, nodes
+from ..cache import all_caches
+from ..host.interface import Host
+from ..host.known_models import KNOWN_MODELS, HubRepository, KnownModel
+from ..host.model_files import verify
+from ..host.model_store import describe, find, free_space
+
+DOCUMENTATION = "https://github.com/hotpath-nodes/comfyui-hotpath/tree/main/docs"
+
+
+def overview(version: str) -> dict[str, Any]:
+    """Versions, caches, node families and model files. Names, sentences and byte counts; nothing that is a secret."""
+    here = host.current()
+    return {
+        "versions": versions(version, here),
+        "documentation": DOCUMENTATION,
+        "caches": caches(),
+        "nodes": len(nodes.NODE_CLASS_MAPPINGS),
+        "failed_families": dict(nodes.FAILED_FAMILIES),
+        "models": [model_entry(model, here) for model in KNOWN_MODELS],
+    }
+
+
+def versions(version: str, here: Host) -> dict[str, str]:
+    device = here.device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "Hotpath": version,
+        "Host": here.name,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "Device": f"{device} ({name})",
+    }
+
+
+def caches() -> list[dict[str, Any]]:
+    """Each cache with bytes, limit, hits and misses since the start or the last clear."""
+    found = []
+    for cache in all_caches():
+        seen = cache.statistics()
+        found.append(
+            {
+                "name": seen.name,
+                "entries": seen.entries,
+                "nbytes": seen.nbytes,
+                "limit": seen.limit,
+                "hits": seen.hits,
+                "misses": seen.misses,
+                "evictions": seen.evictions,
+                "hit_rate": seen.hit_rate if seen.hits + seen.misses else None,
+            }
+        )
+    return found
+
+
+def model_entry(model: KnownModel, here: Host) -> dict[str, Any]:
+    """One known model: where it is or belongs, what is wrong with it, and the room on the disk it would go to."""
+    path = find(model, here)
+    problem = None
+    # Only what is told by lists and headers: a checksum of 65 GB is for `hotpath models verify`.
+    if path is not None and isinstance(model.source, HubRepository):
+        verdict = verify(path)
+        problem = verdict.detail if verdict.status == "damaged" else None
+    return {
+        **describe(model, here),
+        "place": model.place,
+        "problem": problem,
+        "free": free_space(model, here) if path is None else None,
+    }
