@@ -31,8 +31,8 @@ def draw_contributions(found: Contributions, title: str = "") -> Tensor:
             "The heat map needs matplotlib: pip install matplotlib. Table and profile are there without it."
         )
     order = found.in_network_order()
-    relative = found.relative[:, order].T
-    steps = relative.shape[1]
+    steps = len(found.sigmas)
+    relative = found.relative[:, order].T if steps else np.full((len(order), 1), np.nan)
     width = 5.2 + min(max(steps, 8), 60) * 0.16
     height = 1.7 + ROW_INCHES * max(len(order), 8)
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
@@ -56,13 +56,15 @@ def _heat(figure: Any, axes: Axes, found: Contributions, order: list[int], relat
     axes.set_yticks(range(len(blocks)), [f"{kind} {number}.{index}" for kind, number, index in blocks], fontsize=6.5)
     for label, block in zip(axes.get_yticklabels(), blocks, strict=True):
         label.set_color(COLOURS[block[0]])
-    steps = relative.shape[1]
+    steps = len(found.sigmas)
     shown = list(range(0, steps, max(1, -(-steps // SHOWN_STEPS))))
     axes.set_xticks(shown, [f"{found.sigmas[s]:.3g}" for s in shown], fontsize=6.5, rotation=90)
     axes.set_xlabel(f"noise level (sigma) of the {steps} steps; grey: not measured", fontsize=8)
     for row in _borders(blocks):
         axes.axhline(row - 0.5, color="white", linewidth=1.6)
-    figure.colorbar(image, ax=axes, location="left", fraction=0.03, pad=0.02, shrink=0.5).ax.tick_params(labelsize=6.5)
+    bar = figure.colorbar(image, ax=axes, location="left", fraction=0.03, pad=0.02, shrink=0.5)
+    bar.ax.tick_params(labelsize=6.5)
+    bar.set_label("size of what the identity adds / size of the block's own output", fontsize=7)
 
 
 def _bars(axes: Axes, found: Contributions, order: list[int]) -> None:
@@ -72,12 +74,13 @@ def _bars(axes: Axes, found: Contributions, order: list[int]) -> None:
     axes.tick_params(axis="x", labelsize=6.5)
     axes.tick_params(axis="y", left=False, labelleft=False)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(0, 1.55 * max(float(share.max(initial=0.0)), 1e-9))  # room for the group's names beside its bars
     for kind in GROUPS:
         rows = [row for row, block in enumerate(blocks) if block[0] == kind]
         if rows:
             text = f"{kind} {share[rows].sum():.0f} %"
             axes.text(
-                1.0, (rows[0] + 0.8), text, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold",
+                1.0, (rows[0] + 0.6), text, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold",
                 color=COLOURS[kind], ha="right", va="center",
             )  # fmt: skip
     for row in _borders(blocks):

@@ -19,6 +19,7 @@ FAMILIES: tuple[str, ...] = (
     "people",
     "telemetry",
     "faces",
+    "compare",
     "cache",
     "colormnet",
     "deep_exemplar",

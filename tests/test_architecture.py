@@ -13,7 +13,7 @@ from hotpath.nodes import FAMILIES
 ROOT = Path(__file__).resolve().parent.parent
 
 BASE = {"attention", "cache", "host"}
-FEATURES = {"face", "identity", "colorization", "vision_language", "text_to_image"}
+FEATURES = {"face", "identity", "colorization", "comparison", "vision_language", "text_to_image"}
 # What each part may import of the pack, beside itself. "" is the root's own modules.
 ALLOWED: dict[str, set[str]] = {
     "attention": set(),

@@ -1,0 +1,73 @@
+"""Numbers about two pictures of one size: SSIM, PSNR, and plain differences."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SMALLEST = 11  # pixels: the window of SSIM
+
+
+class Incomparable(ValueError):
+    """Two pictures that cannot be compared; the message says why."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of B against A. ssim: -1..1, 1 for equal pictures. psnr: dB, inf for equal pictures. The others: 0..1."""
+
+    ssim: float
+    psnr: float
+    mean_difference: float
+    max_difference: float
+
+    @property
+    def identical(self) -> bool:
+        return self.max_difference == 0
+
+
+def as_rgb(picture: Tensor, name: str) -> Tensor:
+    """`picture` [H, W, C] of 1, 3 or 4 channels as float [H, W, 3] on the CPU, cut to 0..1; transparency is left out.
+
+    Raises Incomparable for another shape and for values that are not finite.
+    """
+    if picture.ndim != 3 or picture.shape[-1] not in (1, 3, 4) or 0 in picture.shape:
+        raise Incomparable(f"{name} is no picture: its shape is {tuple(picture.shape)}, not height, width, 1, 3 or 4.")
+    plain = picture.detach().float().cpu()[..., :3]
+    if not torch.isfinite(plain).all():
+        raise Incomparable(f"{name} holds values that are not finite (NaN): the run that made it went wrong.")
+    return plain.clamp(0, 1).expand(*plain.shape[:2], 3)
+
+
+def measure(a: Tensor, b: Tensor) -> Measures:
+    """Compare two pictures [H, W, 3] from `as_rgb`. Raises Incomparable for other sizes and for tiny pictures."""
+    if a.shape != b.shape:
+        raise Incomparable(f"The sizes differ: A is {_size(a)}, B is {_size(b)}. Render both at one size.")
+    if min(a.shape[:2]) < SMALLEST:
+        raise Incomparable(f"The pictures are {_size(a)}; to compare structures they need {SMALLEST} pixels each way.")
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError as error:
+        raise RuntimeError("SSIM needs scikit-image: pip install scikit-image") from error
+
+    first, second = a.numpy().astype(np.float64), b.numpy().astype(np.float64)
+    difference = np.abs(first - second)
+    error = float(np.mean(difference**2))
+    ssim = structural_similarity(
+        # The paper's own window, and the mean over the channels.
+        first, second, channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+    )  # fmt: skip
+    return Measures(
+        ssim=float(ssim),
+        psnr=-10 * math.log10(error) if error > 0 else math.inf,
+        mean_difference=float(difference.mean()),
+        max_difference=float(difference.max()),
+    )
+
+
+def _size(picture: Tensor) -> str:
+    return f"{picture.shape[1]}x{picture.shape[0]}"

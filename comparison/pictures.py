@@ -1,0 +1,86 @@
+"""What differs between two pictures, to look at."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .pair import FAILED, PASSED, Pair
+
+GAIN = 8  # a difference of an eighth of the range is shown at its brightest
+# From no difference to the largest: readable in grey and with any colour vision, as values rise in lightness.
+RAMP = ((0.02, 0.02, 0.05), (0.28, 0.06, 0.42), (0.72, 0.21, 0.33), (0.98, 0.55, 0.04), (0.99, 1.0, 0.64))
+INK, PAPER, DIM = (27, 28, 31), (247, 246, 243), (99, 102, 109)
+STATE_INK = {PASSED: (29, 122, 70), FAILED: (179, 38, 30)}
+GAP = 8
+NARROWEST = 620  # pixels a side-by-side needs for its caption
+
+
+def difference_map(a: Tensor, b: Tensor, gain: float = GAIN) -> Tensor:
+    """The largest difference of the channels of two pictures [H, W, 3], times `gain`, as colours [H, W, 3]."""
+    value = ((a - b).abs().amax(-1) * gain).clamp(0, 1) * (len(RAMP) - 1)
+    ramp = torch.tensor(RAMP)
+    low = value.long().clamp_max(len(RAMP) - 2)
+    part = (value - low)[..., None]
+    return ramp[low] * (1 - part) + ramp[low + 1] * part
+
+
+def side_by_side(pair: Pair, label_a: str = "A", label_b: str = "B") -> Tensor:
+    """A, B and the difference map next to each other with a caption, [H, W, 3]; where sizes differ, without the map."""
+    panels = [(label_a, _pixels(pair.a)), (label_b, _pixels(pair.b))]
+    if pair.measures is not None:
+        panels.append((f"difference x{GAIN}", _pixels(difference_map(pair.a, pair.b))))
+    font, small = _font(15), _font(13)
+    width = sum(p.width for _, p in panels) + GAP * (len(panels) + 1)
+    height = max(p.height for _, p in panels)
+    canvas = Image.new("RGB", (max(width, NARROWEST), height + 92), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    x = GAP
+    for label, panel in panels:
+        canvas.paste(panel, (x, 28))
+        draw.text((x, 6), _cut(draw, label, small, panel.width), fill=DIM, font=small)
+        x += panel.width + GAP
+    room = canvas.width - 2 * GAP
+    heading = _cut(draw, f"{pair.state}: {pair.name}", font, room)
+    draw.text((GAP, height + 34), heading, fill=STATE_INK.get(pair.state, INK), font=font)
+    said = "  ".join([pair.numbers(), *pair.failures])
+    draw.text((GAP, height + 60), _cut(draw, said, small, room), fill=INK, font=small)
+    return torch.from_numpy(np.asarray(canvas, np.float32) / 255)
+
+
+def stacked(pictures: list[Tensor]) -> Tensor:
+    """Pictures [H, W, 3] below each other, as wide as the widest."""
+    width = max(p.shape[1] for p in pictures)
+    paper = torch.tensor(PAPER) / 255
+    rows = []
+    for picture in pictures:
+        row = paper.expand(picture.shape[0], width, 3).clone()
+        row[:, : picture.shape[1]] = picture
+        rows.append(row)
+    return torch.cat(rows)
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """[H, W, C] in 0..1 as a PIL picture; what is not finite is black."""
+    return _pixels(picture)
+
+
+def _pixels(picture: Tensor) -> Image.Image:
+    plain = picture.detach().float().cpu()[..., :3].nan_to_num(0, 0, 0).clamp(0, 1)
+    plain = plain.expand(*plain.shape[:2], 3)
+    return Image.fromarray((plain.numpy() * 255).round().astype(np.uint8))
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _cut(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, room: int) -> str:
+    """As much of `text` as fits into `room` pixels."""
+    if draw.textlength(text, font=font) <= room:
+        return text
+    while text and draw.textlength(text + "...", font=font) > room:
+        text = text[:-1]
+    return text + "..."
