@@ -1,0 +1,115 @@
+"""What a node says of itself: a help page with everything on it, tooltips, description, aliases, category."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from hotpath.demo import node_texts
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = "https://github.com/hotpath-nodes/comfyui-hotpath/blob/main/"
+LARGEST_PICTURE = 60_000  # bytes
+NODES = node_texts.all_nodes()
+# Nodes of other packs that people look for by name; each names the node that new graphs should take.
+OLD_CATEGORIES = ("InstantID", "ColorMNet/", "DeepExemplar/", "Comfyui_QwenVL", "🧪AILab/QwenVL")
+ONLY_ONES = {"InstantIDModelLoader"}  # our own nodes take it too
+
+
+def page(node_id: str) -> Path:
+    return node_texts.HELP / f"{node_id}.md"
+
+
+def links(text: str) -> list[str]:
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def test_every_node_has_a_page():
+    missing = [node_id for node_id in NODES if not page(node_id).is_file()]
+    assert not missing, f"web/docs lacks <NodeId>.md of {missing}"
+
+
+def test_no_page_is_left_of_a_node_that_is_gone():
+    assert {path.stem for path in node_texts.HELP.glob("*.md")} <= NODES.keys()
+
+
+@pytest.mark.parametrize("node_id", [n for n in NODES if page(n).is_file()])
+def test_the_page_tells_everything(node_id):
+    text, node = page(node_id).read_text("utf-8"), NODES[node_id]
+    assert text.startswith("# "), "a title first"
+    for one in node.inputs:
+        assert f"**{one.name}**" in text, f"the input {one.name} is not named"
+    for name, _ in node.outputs:
+        assert f"**{name}**" in text, f"the output {name} is not named"
+    assert text == node_texts.with_list(text, node), "stale: run `python -m hotpath.demo.node_texts`"
+    assert re.search(r"^## Cost\n\n\S", text, re.MULTILINE), "what it costs is not told"
+    assert re.search(r"!\[[^\]]+\]\(images/", text), "no picture, or one without words for those who cannot see it"
+    prose = text.split(node_texts.BEGIN)[0]
+    assert len(prose) > 200, "hardly anything is told about it"
+
+
+@pytest.mark.parametrize("path", sorted(node_texts.HELP.glob("*.md")), ids=lambda p: p.stem)
+def test_links_and_pictures_are_there(path):
+    for link in links(path.read_text("utf-8")):
+        if link.startswith(OURS):
+            assert (ROOT / unquote(link.removeprefix(OURS)).partition("#")[0]).is_file(), link
+        elif not link.startswith(("http://", "https://")):
+            # The front end reads them below /extensions/<pack>/docs/, which is this folder.
+            assert (node_texts.HELP / link).resolve().is_relative_to(node_texts.HELP), link
+            assert (node_texts.HELP / link).is_file(), link
+
+
+def test_pictures_are_small_and_used():
+    used = {link for path in node_texts.HELP.glob("*.md") for link in links(path.read_text("utf-8"))}
+    for path in (node_texts.HELP / "images").iterdir():
+        assert path.stat().st_size <= LARGEST_PICTURE, f"{path.name}: {path.stat().st_size} bytes"
+        assert f"images/{path.name}" in used, f"{path.name} is on no page"
+        with Image.open(path) as picture:
+            assert picture.width <= 1000 and max(picture.convert("L").getextrema()) > 60, f"{path.name} is dark or huge"
+
+
+@pytest.mark.parametrize("node_id", list(NODES))
+def test_texts_on_the_node(node_id):
+    node = NODES[node_id]
+    assert node.display_name != "" and len(node.description) > 20, "DISPLAY_NAME or DESCRIPTION"
+    assert node.aliases and all(node.aliases), "SEARCH_ALIASES"
+    assert all(alias.lower() != node.display_name.lower() for alias in node.aliases), "an alias that adds nothing"
+    silent = [one.name for one in node.inputs if len(one.tooltip) < 5]
+    assert not silent, f"inputs without a tooltip: {silent}"
+    silent = [name for name, tooltip in node.outputs if len(tooltip) < 5]
+    assert not silent, f"outputs without a tooltip: {silent}"
+
+
+@pytest.mark.parametrize("node_id", list(NODES))
+def test_categories(node_id):
+    node = NODES[node_id]
+    if node_id.startswith("Hotpath"):
+        assert node.category.split("/")[0] == "Hotpath" and node.category.count("/") <= 1
+    else:
+        assert node.category.startswith(OLD_CATEGORIES), node.category
+
+
+@pytest.mark.parametrize("node_id", [n for n in NODES if not n.startswith("Hotpath") and n not in ONLY_ONES])
+def test_a_node_for_saved_graphs_names_a_better_one(node_id):
+    better = [n.display_name for key, n in NODES.items() if key.startswith("Hotpath")]
+    assert any(name in NODES[node_id].description for name in better), NODES[node_id].description
+    text = page(node_id).read_text("utf-8")
+    assert any(key in text or f"*{n.display_name}*" in text for key, n in NODES.items() if key.startswith("Hotpath"))
+    if NODES[node_id].deprecated:
+        assert "deprecated" in text.lower()
+
+
+def test_titles_differ():
+    """Two nodes of ours with one title cannot be told apart in a search."""
+    titles = [n.display_name for key, n in NODES.items() if key.startswith("Hotpath")]
+    assert len(titles) == len(set(titles)), titles
+
+
+def test_a_page_without_marks_gets_its_list():
+    node = next(iter(NODES.values()))
+    once = node_texts.with_list("# Title\n\nProse.\n", node)
+    assert once.startswith("# Title\n\nProse.") and f"**{node.inputs[0].name}**" in once
+    assert node_texts.with_list(once, node) == once
