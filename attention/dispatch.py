@@ -1,0 +1,356 @@
+"""One `attend(q, k, v, ...)` over every backend: chosen once per signature, with the reason on record.
+
+`auto` picks among exact backends by a short measurement. A lossy one runs only when it is asked for by name, and is
+checked against float32 when a signature first meets it; one that fails is off for that signature. Nothing is measured
+or checked while torch traces or a CUDA graph records: there, exact kernels of torch stay in the graph and everything
+else is one opaque operator that decides when it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .capabilities import AttentionCall, Backend, DeviceFacts, device_facts
+from .choice import Choice, MeasuredChoices, fastest, milliseconds
+from .compiled import attend_traced
+from .events import AttentionEvent, AttentionLog
+from .quantized_backends import QUANTIZED_BACKENDS
+from .reference import fault
+from .torch_backends import TORCH_BACKENDS
+
+log = logging.getLogger("hotpath.attention")
+
+BACKENDS: tuple[Backend, ...] = (*TORCH_BACKENDS, *QUANTIZED_BACKENDS)
+# Tried in this order where nothing is measured, and the order that settles a tie.
+AUTO = ("sdpa_cudnn", "sdpa_flash", "flash3", "flash2", "sdpa_efficient", "xformers")
+LAST = ("sdpa", "sdpa_math")  # they take everything
+CHAINS = {"sage": ("sage2", "comfy_kitchen_int8", "sage1")}
+POLICIES = ("auto", "sage", *(backend.name for backend in BACKENDS))
+HND, NHD = "HND", "NHD"  # [B, heads, N, D], as torch has it; [B, N, heads, D], as flash-attn has it
+PLANS = 1024
+
+
+class AttentionUnavailable(RuntimeError):
+    """What was asked for strictly cannot run; the message says why."""
+
+
+@dataclass(frozen=True)
+class AttentionPolicy:
+    """backend: one of POLICIES. strict: raise AttentionUnavailable instead of taking another backend."""
+
+    backend: str = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in POLICIES:
+            raise ValueError(f"{self.backend!r} is no attention backend; there are {', '.join(POLICIES)}.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What computes a signature, and why. proved: it ran before, and if lossy, its result was checked."""
+
+    backend: Backend
+    event: AttentionEvent
+    proved: bool
+
+
+class AttentionDispatcher:
+    """A registry, what was measured, and what went wrong. The pack has one (`dispatcher`); tests make their own.
+
+    device, clock: stand in for torch's facts and for timing. may_measure: False where timing would disturb.
+    """
+
+    def __init__(
+        self,
+        backends: Iterable[Backend] = BACKENDS,
+        choices: MeasuredChoices | None = None,
+        device: Callable[[torch.device], DeviceFacts] = device_facts,
+        clock: Callable[[Callable[[], object], torch.device], float] = milliseconds,
+    ) -> None:
+        self.backends = {backend.name: backend for backend in backends}
+        self.choices = choices if choices is not None else MeasuredChoices()
+        self.device = device
+        self.clock = clock
+        self._plans: dict[tuple[AttentionPolicy, AttentionCall, bool], Plan] = {}
+        self._off: dict[tuple[str, AttentionCall], str] = {}
+        self._lock = threading.RLock()
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+        *,
+        policy: AttentionPolicy,
+        record: AttentionLog | None = None,
+        exact: bool = False,
+    ) -> Tensor:
+        """q [B, H, N, D]; see the function `attend`."""
+        call = AttentionCall.of(q, k, v, mask)
+        while True:
+            plan = self.plan(call, policy, exact, lambda choice: self._measure(choice, q, k, v, mask, scale))
+            recording = _recording(q.device)
+            if plan.proved or recording:
+                out = plan.backend.run(q, k, v, mask, scale)
+                break
+            got = self._prove(plan, policy, call, exact, q, k, v, mask, scale)
+            if got is not None:
+                out = got
+                break
+        if record is not None:
+            record.note(plan.event)
+        return out
+
+    def plan(
+        self,
+        call: AttentionCall,
+        policy: AttentionPolicy,
+        exact: bool = False,
+        measure: Callable[[list[Backend]], Choice | None] | None = None,
+    ) -> Plan:
+        """What will compute `call` under `policy`. Raises AttentionUnavailable when strict and nothing asked for can.
+
+        exact: the model asked for full precision in this call. measure: times candidates, when `auto` has several.
+        """
+        key = (policy, call, exact)
+        with self._lock:
+            if (known := self._plans.get(key)) is not None:
+                return known
+            backend, reason, lasting = self._select(call, policy, exact, measure)
+            plan = Plan(backend, AttentionEvent(policy.backend, backend.name, reason, call.describe()), False)
+            if lasting:
+                self._keep(key, plan)
+            return plan
+
+    def _keep(self, key: tuple[AttentionPolicy, AttentionCall, bool], plan: Plan) -> None:
+        while len(self._plans) >= PLANS:
+            del self._plans[next(iter(self._plans))]
+        self._plans[key] = plan
+
+    def _select(
+        self,
+        call: AttentionCall,
+        policy: AttentionPolicy,
+        exact: bool,
+        measure: Callable[[list[Backend]], Choice | None] | None,
+    ) -> tuple[Backend, str, bool]:
+        """(backend, reason, whether that stays true)."""
+        backend, because = self._asked_for(call, policy, exact)
+        return (backend, because, True) if backend is not None else self._exact(call, because, measure)
+
+    def _asked_for(self, call: AttentionCall, policy: AttentionPolicy, exact: bool) -> tuple[Backend | None, str]:
+        """The backend that was named, or the first able one of a chain; None, with the reasons, when it cannot run."""
+        if policy.backend == "auto":
+            return None, ""
+        facts = self.device(call.device)
+        reasons: list[str] = []
+        for name in CHAINS.get(policy.backend, (policy.backend,)):
+            backend = self.backends[name]
+            if exact and not backend.exact:
+                return None, "the model asks for full precision here"
+            refusal = self._off.get((name, call)) or backend.refusal(call, facts)
+            if refusal is None:
+                return backend, "; ".join(reasons)
+            reasons.append(f"{name}: {refusal}")
+        if policy.strict:
+            raise AttentionUnavailable(
+                f"Attention by {policy.backend} cannot compute {call.describe()}: {'; '.join(reasons)}. "
+                "Choose auto, or switch strict off."
+            )
+        return None, "; ".join(reasons)
+
+    def _exact(
+        self, call: AttentionCall, because: str, measure: Callable[[list[Backend]], Choice | None] | None
+    ) -> tuple[Backend, str, bool]:
+        facts = self.device(call.device)
+        able = [
+            self.backends[name]
+            for name in AUTO
+            if name in self.backends
+            and (name, call) not in self._off
+            and self.backends[name].refusal(call, facts) is None
+        ]
+
+        def why(reason: str) -> str:
+            return "; ".join(filter(None, (because, reason)))
+
+        if not able:
+            name = next(name for name in LAST if name in self.backends and (name, call) not in self._off)
+            return self.backends[name], why("the only exact one for this call"), True
+        if len(able) == 1:
+            return able[0], why("the only exact one for this call"), True
+        choice = self.choices.get(call, facts)
+        if choice is None and measure is not None:
+            choice = measure(able)
+            if choice is not None:
+                self.choices.put(call, facts, choice)
+                able = [backend for backend in able if (backend.name, call) not in self._off] or able
+        chosen = next((backend for backend in able if choice is not None and backend.name == choice.backend), None)
+        if choice is not None and chosen is not None:
+            return chosen, why(choice.describe()), True
+        return able[0], why("not measured yet"), False
+
+    def _measure(
+        self, able: list[Backend], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Choice | None:
+        """Time `able` on these tensors; those that fail or compute something else are off for this signature."""
+        if _recording(q.device):
+            return None
+        call = AttentionCall.of(q, k, v, mask)
+        times: dict[str, float] = {}
+        # The backward pass would time other kernels, and keep what it needs of every run.
+        with torch.no_grad():
+            for backend in able:
+                run = functools.partial(backend.run, q, k, v, mask, scale)
+                try:
+                    reason = fault(run(), q, k, v, mask, scale)
+                    if reason is None:
+                        times[backend.name] = self.clock(run, q.device)
+                except torch.OutOfMemoryError:
+                    log.info("attention: %s was not timed for %s: out of memory", backend.name, call.describe())
+                    continue
+                except Exception as error:
+                    reason = _one_line(error)
+                if reason is not None:
+                    self._switch_off(backend, call, reason)
+        return fastest(times) if times else None
+
+    def _prove(
+        self,
+        plan: Plan,
+        policy: AttentionPolicy,
+        call: AttentionCall,
+        exact: bool,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor | None:
+        """The first run of a plan. None when it failed, and the next plan will be another one."""
+        reason: str | None = None
+        try:
+            out = plan.backend.run(q, k, v, mask, scale)
+            if not plan.backend.exact:
+                reason = fault(out, q, k, v, mask, scale)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if plan.backend.name in LAST:
+                raise
+            reason = _one_line(error)
+        with self._lock:
+            if reason is None:
+                key = (policy, call, exact)
+                if key in self._plans:
+                    self._plans[key] = replace(plan, proved=True)
+                return out
+            self._switch_off(plan.backend, call, reason)
+            return None
+
+    def _switch_off(self, backend: Backend, call: AttentionCall, reason: str) -> None:
+        with self._lock:
+            while len(self._off) >= PLANS:
+                del self._off[next(iter(self._off))]
+            self._off[backend.name, call] = reason
+            for key in [key for key, plan in self._plans.items() if key[1] == call and plan.backend is backend]:
+                del self._plans[key]
+        log.warning("attention: %s is off for %s, because %s", backend.name, call.describe(), reason)
+
+    def traced(self, call: AttentionCall, policy: AttentionPolicy, exact: bool) -> tuple[str, str]:
+        """(backend, reason) for a graph that is being traced; only dtype, width, mask and device of `call` count."""
+        backend, because = self._asked_for(call, policy, exact)
+        if backend is not None:
+            return backend.name, because
+        facts = self.device(call.device)
+        choice = self.choices.largest(call, facts)
+        if choice is not None and choice.backend in self.backends:
+            chosen = self.backends[choice.backend]
+            if chosen.in_graph and chosen.refusal(call, facts) is None:
+                return chosen.name, "; ".join(filter(None, (because, "fastest at the largest size measured so far")))
+        return "sdpa", "; ".join(filter(None, (because, "nothing was measured before compiling, torch picks")))
+
+    def available(self, device: torch.device) -> dict[str, str | None]:
+        """Every backend by name, with the reason why it cannot run on `device`, or None."""
+        facts = self.device(device)
+        return {name: backend.unavailable(facts) for name, backend in self.backends.items()}
+
+
+def _one_line(error: Exception) -> str:
+    return f"it fails: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"
+
+
+def _recording(device: torch.device) -> bool:
+    """Whether a CUDA graph records: then nothing may wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def library_versions() -> dict[str, str]:
+    """Of all that could change which kernel is fastest."""
+    versions = {"torch": torch.__version__, "cuda": str(torch.version.cuda), "hip": str(torch.version.hip)}
+    if torch.backends.cudnn.is_available():
+        versions["cudnn"] = str(torch.backends.cudnn.version())
+    for name in ("flash-attn", "flash-attn-3", "xformers", "triton"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@functools.cache
+def dispatcher() -> AttentionDispatcher:
+    """The pack's own."""
+    return AttentionDispatcher(choices=MeasuredChoices(versions=library_versions()))
+
+
+def keep_choices_in(folder: Path) -> None:
+    """Keep what `dispatcher` measures in files under `folder`."""
+    choices = dispatcher().choices
+    if choices.folder != folder:
+        choices.folder = folder
+        choices.forget()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    layout: str = HND,
+    *,
+    policy: AttentionPolicy,
+    record: AttentionLog | None = None,
+    exact: bool = False,
+) -> Tensor:
+    """softmax(scale q k^T + mask) v, by the backend that `policy` leads to.
+
+    layout HND: q [B, H, N, D], k [B, H', M, D], v [B, H', M, D'], H a multiple of H'. layout NHD: [B, N, H, D] and so on.
+    All of one floating dtype and on one device; none is changed. mask: broadcasts to [B, H, N, M], True where a key
+    takes part, or added to the logits. scale: D ** -0.5 by default. exact: no lossy backend for this call.
+    Returns [B, H, N, D'] or [B, N, H, D'], in q's dtype.
+    Raises AttentionUnavailable under a strict policy.
+    """
+    if layout not in (HND, NHD):
+        raise ValueError(f"{layout!r} is no attention layout; there are {HND} and {NHD}.")
+    if layout == NHD:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if torch.compiler.is_compiling():
+        number = record.number if record is not None else 0
+        out = attend_traced(q, k, v, mask, scale, policy.backend, policy.strict, exact, number)
+    else:
+        out = dispatcher().attend(q, k, v, mask, scale, policy=policy, record=record, exact=exact)
+    return out.transpose(1, 2) if layout == NHD else out

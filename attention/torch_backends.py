@@ -1,0 +1,210 @@
+"""Exact attention: torch's four kernels, flash-attn 2 and 3, xformers and FlexAttention.
+
+Kernels of torch are asked for by a context. That context changes flags of the whole process while it lasts, so two
+threads must not interleave theirs: the later one to leave would restore what it found, the other's choice. Hence the lock.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .capabilities import (
+    BOOL_MASK,
+    FLOAT_MASK,
+    FLOATS,
+    HALVES,
+    NO_MASK,
+    OTHER_FLOAT_MASK,
+    AttentionCall,
+    Backend,
+    DeviceFacts,
+    Run,
+)
+from .reference import share_heads
+
+_kernel_flags = threading.Lock()
+EVERYWHERE = ("cuda", "hip", "cpu", "mps", "xpu")
+ANY_MASK = (NO_MASK, BOOL_MASK, FLOAT_MASK, OTHER_FLOAT_MASK)
+
+
+def import_fault(module: str, cure: str) -> str | None:
+    """Why `module` cannot be imported, with the cure; None when it can."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == module.partition(".")[0]:
+            return f"{error.name} is not installed ({cure})"
+        return f"{module} needs {error.name} (pip install {error.name})"
+    except Exception as error:  # a library built for another torch or CUDA may raise anything
+        return f"the import of {module} fails: " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return None
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """torch's scaled dot product attention, with the kernel torch picks."""
+    if q.shape[1] == k.shape[1]:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if mask is not None:
+        # Not every kernel takes a mask and shared heads at once, and torch then raises where it could repeat.
+        return F.scaled_dot_product_attention(
+            q, share_heads(k, q.shape[1]), share_heads(v, q.shape[1]), attn_mask=mask, scale=scale
+        )
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+
+
+def sdpa_with(kernel: str) -> Run:
+    """torch's scaled dot product attention with one kernel: a name of torch.nn.attention.SDPBackend."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    chosen = getattr(SDPBackend, kernel)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        if chosen == SDPBackend.EFFICIENT_ATTENTION:
+            k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
+        if torch.compiler.is_compiling():
+            # Tracing is serialised by torch, and what is traced carries the kernel and not the flags.
+            with sdpa_kernel(chosen):
+                return sdpa(q, k, v, mask, scale)
+        with _kernel_flags, sdpa_kernel(chosen):
+            return sdpa(q, k, v, mask, scale)
+
+    return run
+
+
+def _flash_of_torch(call: AttentionCall, device: DeviceFacts) -> str | None:
+    if device.type == "cpu":
+        return None
+    if call.dtype not in HALVES:
+        return f"on CUDA it computes float16 and bfloat16, this is {str(call.dtype).removeprefix('torch.')}"
+    return None if call.mask == NO_MASK else f"on CUDA it takes no mask, this has a {call.mask}"
+
+
+def _cudnn(call: AttentionCall, device: DeviceFacts) -> str | None:
+    widest = 256 if (device.capability or (0, 0)) >= (9, 0) else 128
+    return None if call.width <= widest else f"its head size ends at {widest} on {device.name}, this is {call.width}"
+
+
+def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    q, k, v = (_rows_contiguous(x.transpose(1, 2)) for x in (q, k, v))
+    out: Tensor = flash_attn_func(q, k, v, softmax_scale=scale)
+    return out.transpose(1, 2)
+
+
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    q, k, v = (_rows_contiguous(x.transpose(1, 2)) for x in (q, k, v))
+    out = flash_attn_func(q, k, v, softmax_scale=scale)
+    # Releases differ: some return the log-sum-exp beside the result.
+    first: Tensor = out[0] if isinstance(out, tuple) else out
+    return first.transpose(1, 2)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
+    out: Tensor = memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale)
+    return out.transpose(1, 2)
+
+
+def _xformers_library() -> str | None:
+    return import_fault("xformers.ops", "pip install xformers, the build for your torch")
+
+
+def _xformers_bug(call: AttentionCall, device: DeviceFacts) -> str | None:
+    version = str(getattr(importlib.import_module("xformers"), "__version__", ""))
+    if version.startswith("0.0.2") and not version.startswith("0.0.20") and call.batch * call.heads > 65535:
+        return f"xformers {version} fails for over 65535 samples times heads (pip install -U xformers)"
+    return None
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """FlexAttention with the mask as a score modification. Outside CUDA it runs uncompiled, with the whole q k^T."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    score = None
+    if mask is not None:
+        rows = mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        if mask.dtype == torch.bool:
+
+            def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return torch.where(rows[b, h, i, j], value, -torch.inf)
+        else:
+
+            def score(value: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                return value + rows[b, h, i, j]
+
+    compiled = q.device.type == "cuda" and not torch.compiler.is_compiling()
+    attention: Any = _compiled_flex() if compiled else flex_attention
+    grouped = q.shape[1] != k.shape[1]
+    out: Tensor = attention(q, k, v, score_mod=score, scale=scale, enable_gqa=grouped)
+    return out
+
+
+TORCH_BACKENDS = (
+    Backend(
+        "sdpa", "torch, which picks the kernel", sdpa, in_graph=True, devices=EVERYWHERE, dtypes=FLOATS,
+        unequal_width=True, masks=ANY_MASK, gradient=True,
+    ),
+    Backend(
+        "sdpa_cudnn", "cuDNN through torch", sdpa_with("CUDNN_ATTENTION"), in_graph=True, least_capability=(8, 0),
+        width_multiple=8, masks=(NO_MASK, BOOL_MASK, FLOAT_MASK), gradient=True, further=_cudnn,
+    ),
+    Backend(
+        "sdpa_flash", "FlashAttention 2 in torch", sdpa_with("FLASH_ATTENTION"), in_graph=True,
+        devices=("cuda", "cpu"), least_capability=(8, 0), dtypes=FLOATS, largest_width=256,
+        masks=(NO_MASK, BOOL_MASK, FLOAT_MASK), gradient=True, further=_flash_of_torch,
+    ),
+    Backend(
+        "sdpa_efficient", "memory-efficient attention in torch", sdpa_with("EFFICIENT_ATTENTION"), in_graph=True,
+        least_capability=(5, 0), dtypes=FLOATS, unequal_width=True, masks=(NO_MASK, BOOL_MASK, FLOAT_MASK),
+        gradient=True,
+        further=lambda call, device: (
+            "bfloat16 needs compute capability 8.0"
+            if call.dtype == torch.bfloat16 and (device.capability or (0, 0)) < (8, 0)
+            else None
+        ),
+    ),
+    Backend(
+        "sdpa_math", "plain products in torch", sdpa_with("MATH"), in_graph=True, devices=EVERYWHERE, dtypes=FLOATS,
+        unequal_width=True, masks=ANY_MASK, gradient=True,
+    ),
+    Backend(
+        "flash3", "flash-attn 3", flash_attention_3, architectures=((9, 0),), largest_width=256, width_multiple=8,
+        library=lambda: import_fault("flash_attn_interface", "it is built from the flash-attention repository, folder hopper"),
+    ),
+    Backend(
+        "flash2", "flash-attn 2", flash_attention_2, least_capability=(8, 0), largest_width=256, width_multiple=8,
+        library=lambda: import_fault("flash_attn", "pip install flash-attn --no-build-isolation"),
+    ),
+    Backend(
+        "xformers", "xformers", xformers_attention, library=_xformers_library, least_capability=(5, 0), dtypes=FLOATS,
+        largest_width=256, width_multiple=8, further=_xformers_bug,
+    ),
+    Backend(
+        "flex", "FlexAttention, compiled by torch", flex, in_graph=True, devices=("cuda", "cpu"),
+        least_capability=(7, 0), dtypes=FLOATS, unequal_width=True, masks=ANY_MASK,
+        library=lambda: import_fault("torch.nn.attention.flex_attention", "it comes with torch 2.5"),
+    ),
+)  # fmt: skip
