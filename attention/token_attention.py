@@ -1,18 +1,30 @@
-"""Attention of many queries to the few keys of an image prompt, added to what text attention gave.
+"""Attention of many queries to the few keys of image prompts, added to what text attention gave.
 
-`out + weight * mask * softmax(q k^T / sqrt(d)) v`: the second half of IP-Adapter's decoupled cross-attention (Ye et
-al., 2023, eq. 5), for the 16 tokens of an identity.
+`out + sum over identities of weight * mask * softmax(q k^T / sqrt(d)) v`: the second half of IP-Adapter's decoupled
+cross-attention (Ye et al., 2023, eq. 5), for the 16 tokens of each identity. Everything that may change between two
+pictures is a tensor, so that compiled models and CUDA graphs follow it.
+
+Three ways to the same numbers: the kernel in `token_attention_kernel`, `attend_tokens_reference` in plain torch, and,
+while torch.compile traces, one opaque operator that takes either of them when it runs.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+log = logging.getLogger("hotpath.attention")
+
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """(q, k, v, heads) -> out, all [B, N, heads * D]."""
+
+_failed: dict[torch.device, str] = {}
 
 
 def scaled_dot_product(q: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -26,21 +38,124 @@ def scaled_dot_product(q: Tensor, key: Tensor, value: Tensor, heads: int) -> Ten
 
 def attend_tokens(
     q: Tensor,
-    key: Tensor,
-    value: Tensor,
     out: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    weights: Tensor,
     heads: int,
-    weight: float = 1.0,
     mask: Tensor | None = None,
+    stats: Tensor | None = None,
     attention: Attention = scaled_dot_product,
 ) -> Tensor:
-    """out + weight * mask * attention(q, key, value), a new tensor like `out`.
+    """out + sum_p weights[p] * mask[p] * attention(q, keys[rows[p]], values[rows[p]]), a new tensor like `out`.
 
-    q, out: [B, N, heads * D]. key, value: [B, T, heads * D], in q's dtype and on its device.
-    mask: [B, N, 1] float32 or None; the product is taken in its precision.
-    attention: what the host attends with, so that text and identity go through the same code.
+    q, out: [B, N, heads * D]. keys, values: [R, T, heads * D] in q's dtype. All are on one device.
+    rows: [P, B] int32, for identity p and sample b its row in keys and values. weights: [P, B] float32; 0 adds nothing.
+    mask: [P, 1 or B, N] float32, or None.
+    stats: [2] float32 or None; the sums of squares of what was added and of `out` are added to it.
+    attention: what the host attends with where the kernel does not run, so that text and identity go the same way.
     """
-    delta = attention(q, key, value, heads) * weight
-    if mask is not None:
-        delta = delta * mask
-    return out + delta.to(out.dtype)
+    if torch.compiler.is_compiling():
+        if stats is None:
+            made: Tensor = torch.ops.hotpath.attend_tokens(q, out, keys, values, rows, weights, mask, heads)
+        else:
+            made = torch.ops.hotpath.attend_tokens_measured(q, out, keys, values, rows, weights, mask, stats, heads)
+        return made
+    return _run(q, out, keys, values, rows, weights, heads, mask, stats, attention)
+
+
+def attend_tokens_reference(
+    q: Tensor,
+    out: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    stats: Tensor | None = None,
+    attention: Attention = scaled_dot_product,
+) -> Tensor:
+    """`attend_tokens` in plain torch, summed in float32."""
+    total = out.float()
+    for identity, identity_rows in enumerate(rows):
+        attended = attention(q, keys[identity_rows], values[identity_rows], heads) * weights[identity, :, None, None]
+        if mask is not None:
+            attended = attended * mask[identity, :, :, None]
+        total = total + attended
+    if stats is not None:
+        added = total - out
+        stats += torch.stack((added.square().sum(), out.float().square().sum()))
+    return total.to(out.dtype)
+
+
+def _run(
+    q: Tensor,
+    out: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    stats: Tensor | None,
+    attention: Attention,
+) -> Tensor:
+    if q.is_cuda and not why_not_fused(q.device, q.dtype, keys.shape[1], q.shape[2] // heads):
+        from .token_attention_kernel import attend_tokens_fused
+
+        try:
+            return attend_tokens_fused(q, out, keys, values, rows, weights, heads, mask, stats)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler, a driver too old, a card that Triton does not know
+            _failed[q.device] = f"the kernel failed on {q.device} ({type(error).__name__}: {error})"
+            why_not_fused.cache_clear()
+            log.warning("token attention runs in plain torch: %s", _failed[q.device])
+    return attend_tokens_reference(q, out, keys, values, rows, weights, heads, mask, stats, attention)
+
+
+@functools.cache
+def why_not_fused(device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int) -> str:
+    """Why the fused kernel does not serve these; "" when it does."""
+    if device.type != "cuda":
+        return f"the kernel needs a GPU that Triton serves, this is {device.type}"
+    if device in _failed:
+        return _failed[device]
+    try:
+        from .token_attention_kernel import why_not
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    reason = why_not(dtype, tokens, head_dim)
+    log.info("token attention on %s in %s: %s", device, dtype, f"plain torch, {reason}" if reason else "fused kernel")
+    return reason
+
+
+def _register_operators() -> None:
+    """`attend_tokens` as opaque operators: a compiled model keeps one graph and never sees inside."""
+    shared = "Tensor q, Tensor out, Tensor keys, Tensor values, Tensor rows, Tensor weights, Tensor? mask"
+
+    def attend(q, out, keys, values, rows, weights, mask, heads):  # type: ignore[no-untyped-def]
+        return _run(q, out, keys, values, rows, weights, heads, mask, None, scaled_dot_product)
+
+    def measure(q, out, keys, values, rows, weights, mask, stats, heads):  # type: ignore[no-untyped-def]
+        return _run(q, out, keys, values, rows, weights, heads, mask, stats, scaled_dot_product)
+
+    def shape_of_result(q, out, *_):  # type: ignore[no-untyped-def]
+        return out.new_empty(out.shape)
+
+    library = torch.library.Library("hotpath", "FRAGMENT")
+    for name, arguments, implementation in (
+        ("attend_tokens", shared, attend),
+        ("attend_tokens_measured", f"{shared}, Tensor(a!) stats", measure),
+    ):
+        library.define(f"{name}({arguments}, int heads) -> Tensor")
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hotpath::{name}", shape_of_result, lib=library)
+    _libraries.append(library)
+
+
+_libraries: list[Any] = []  # an operator lives as long as the library that defined it
+if not hasattr(torch.ops.hotpath, "attend_tokens"):  # another copy of the pack may have been loaded before
+    _register_operators()

@@ -53,8 +53,17 @@ class PreparedIdentity:
                 for k, v in pairs
             )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the keys and values are kept in on the CPU."""
+        return self._master.dtype
+
     def __len__(self) -> int:
         return len(self._shapes)
+
+    def tokens(self, index: int) -> int:
+        """Keys that block `index` has for this person."""
+        return self._shapes[index][1]
 
     def keys_values(self, index: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values [2, T, width] of block `index` on `device` in `dtype`; row COND, row UNCOND."""

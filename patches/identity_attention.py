@@ -1,29 +1,32 @@
 """Identities in the cross-attention of a ComfyUI MODEL.
 
 `IdentityAttention` replaces a block's attention with `text attention + sum of identities`. It speaks the protocol of
-IPAdapter and its relatives in both directions: they may `.add` their callbacks to ours, and ours is added to a *copy* of
-theirs. Nothing that came in is mutated, so a node that re-runs never piles up patches on a cached model.
+IPAdapter and its relatives in both directions: they may `.add` their callbacks to ours, and where theirs stands already
+it becomes the text attention that ours adds to. Nothing that came in is mutated, so a node that re-runs never piles up
+patches on a cached model.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attention.token_attention import attend_tokens
 from ..identity.blocks import INDEX, Block
 from ..identity.prepared import PreparedIdentity
-from .mask import AttentionMask
+from . import bound_attention
+from .bound_attention import BoundAttention, ForeignStep, TokenStep
+from .mask import AttentionMask, block_length
 from .model_call import ModelCall, current_call, note_model_calls
 
 CLEANUP_KEY = "hotpath_identity"
 ALWAYS = (999999999.9, 0.0)  # what percent_to_sigma gives for 0 and 1
+MAX_BOUND = 32  # kinds of calls per run: cond and uncond apart or together, positions of a context window
 
 
 @dataclass(frozen=True)
@@ -46,94 +49,146 @@ class IdentityDelta:
         self.settings = settings
         self.mask = mask
 
-    def add_to(self, out: Tensor, q: Tensor, heads: int, call: ModelCall) -> Tensor:
-        """`out` [B, N, C] with this identity added, in out's dtype."""
-        from comfy.ldm.modules.attention import optimized_attention
-
-        keys, values = self.prepared.keys_values(self.index, q.device, q.dtype)
-        rows = call.rows(q.shape[0], q.device)
-        mask = self.mask.at(call, q.shape[0], q.shape[1], q.device) if self.mask is not None else None
-        return attend_tokens(q, keys[rows], values[rows], out, heads, self.settings.weight, mask, optimized_attention)
+    @property
+    def tokens(self) -> int:
+        return self.prepared.tokens(self.index)
 
     def __call__(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any], **_: Any) -> Tensor:
-        """The same as a delta, for an attention object of another pack, which adds it and minds the sigmas itself."""
-        return self.add_to(torch.zeros_like(q), q, extra_options["n_heads"], current_call(extra_options))
-
-
-@functools.cache
-def _keep_out_of_compiled_graphs() -> None:
-    """Without this, torch.compile bakes weights and identities into its graph (see model_call).
-
-    Done with the first patch and not by a decorator, because it imports torch's compiler, which takes seconds.
-    """
-    IdentityAttention.__call__ = torch.compiler.disable(IdentityAttention.__call__)  # type: ignore[method-assign]
+        """What this identity adds, [B, N, C], for an attention object of another pack, which minds the sigmas itself."""
+        call = current_call(extra_options).of(q)
+        return _token_step([self], call, q.shape[1], call.weights((self.settings.weight,)))(
+            torch.zeros_like(q), q, extra_options["n_heads"]
+        )
 
 
 class IdentityAttention:
     """A block's attention with identities, and other packs' callbacks, added to it in the order they came.
 
-    base: replaces text attention when another pack had done so without being open to additions.
+    base: replaces text attention when another pack had done so.
     """
 
-    def __init__(self, base: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, block: Block, base: Callable[..., Tensor] | None = None) -> None:
         _keep_out_of_compiled_graphs()
+        self.block = block
         self.base = base
         self.callback: list[Callable[..., Any]] = []
         self.kwargs: list[dict[str, Any]] = []
+        self._bound: dict[tuple[Any, ...], BoundAttention] = {}
 
     def add(self, callback: Callable[..., Any], **kwargs: Any) -> None:
         """Append `callback(out, q, k, v, extra_options, **kwargs) -> delta`, active in sigma_end <= sigma <= sigma_start."""
         self.callback.append(callback)
         self.kwargs.append(kwargs)
+        self._bound.clear()
 
     def copy(self) -> IdentityAttention:
-        made = IdentityAttention(self.base)
+        made = IdentityAttention(self.block, self.base)
         made.callback, made.kwargs = list(self.callback), [dict(k) for k in self.kwargs]
         return made
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        dtype = q.dtype
-        heads = extra_options["n_heads"]
-        if self.base is not None:
-            out = self.base(q, k, v, extra_options)
-        else:
-            from comfy.ldm.modules.attention import optimized_attention
+    def __deepcopy__(self, _: dict[int, Any]) -> IdentityAttention:
+        """Other packs copy the options of a MODEL deeply; what is bound to a device stays here."""
+        return self.copy()
 
-            out = optimized_attention(
-                q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
-            )
-        call = current_call(extra_options)
+    def drop_bound(self) -> None:
+        """Let go of what was put on devices for sampling."""
+        self._bound.clear()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        """For samplers that go past ComfyUI's wrappers; elsewhere the result of `bind` stands in this place."""
+        return self.bind(current_call(extra_options).of(q), None)(q, k, v, extra_options)
+
+    def bind(self, call: ModelCall, counts: Tensor | None) -> BoundAttention:
+        """What this block does in `call`; made once per kind of call.
+
+        counts: [70, 2] for telemetry, see `attend_tokens`; a row per block.
+        """
+        active, limited = [], False
         for callback, kwargs in zip(self.callback, self.kwargs, strict=True):
             start, end = kwargs.get("sigma_start", ALWAYS[0]), kwargs.get("sigma_end", ALWAYS[1])
-            always = start >= ALWAYS[0] and end <= ALWAYS[1]
-            if not always and not end <= call.sigma <= start:
-                continue
-            if isinstance(callback, IdentityDelta):
-                out = callback.add_to(out, q, heads, call)
+            if start >= ALWAYS[0] and end <= ALWAYS[1]:
+                active.append(True)
+            elif isinstance(callback, IdentityDelta) and not call.sigma_is_near:
+                # Reading the sigma would wait for the device, so there the weight is taken to 0 instead.
+                active.append(True)
+                limited = True
             else:
-                out = out + callback(out, q, k, v, extra_options, **kwargs)
-        return out.to(dtype)
+                active.append(end <= call.sigma <= start)
+        key = (call.kind, tuple(active))
+        bound = self._bound.get(key)
+        if bound is None:
+            if len(self._bound) >= MAX_BOUND:
+                self._bound.clear()
+            bound = self._bound[key] = BoundAttention(self.base, tuple(self._steps(call, active)))
+        if limited or counts is not None:
+            bound = BoundAttention(self.base, tuple(_for_this_call(bound.steps, call, counts)))
+        return bound
+
+    def _steps(self, call: ModelCall, active: Sequence[bool]) -> Iterable[TokenStep | ForeignStep]:
+        """Identities that stand side by side with equally many tokens are one step."""
+        length = block_length(self.block, call.height, call.width)
+
+        def kind(entry: tuple[Any, Any]) -> Any:
+            return entry[0].tokens if isinstance(entry[0], IdentityDelta) else id(entry)
+
+        entries = [e for e, on in zip(zip(self.callback, self.kwargs, strict=True), active, strict=True) if on]
+        for _, group in itertools.groupby(entries, kind):
+            members = list(group)
+            if isinstance(members[0][0], IdentityDelta):
+                deltas = [delta for delta, _ in members]
+                yield _token_step(deltas, call, length, call.weights(tuple(d.settings.weight for d in deltas)))
+            else:
+                yield ForeignStep(*members[0])
 
 
-def _is_open(patch: Any) -> bool:
-    """Whether `patch` takes additions as IPAdapter's does."""
-    return callable(getattr(patch, "add", None)) and isinstance(getattr(patch, "callback", None), list)
+def _token_step(deltas: Sequence[IdentityDelta], call: ModelCall, length: int, weights: Tensor) -> TokenStep:
+    device, dtype, index = call.device, call.dtype, deltas[0].index
+    if len(deltas) == 1:
+        keys, values = deltas[0].prepared.keys_values(index, device, dtype)
+    else:
+        pairs = [delta.prepared.keys_values(index, torch.device("cpu"), delta.prepared.dtype) for delta in deltas]
+        keys, values = (torch.cat(part).to(device, dtype) for part in zip(*pairs, strict=True))
+    masks = [delta.mask for delta in deltas]
+    mask_for = None
+    if any(mask is not None for mask in masks):
+
+        @functools.lru_cache(maxsize=8)
+        def mask_for(length: int) -> Tensor:
+            return torch.stack(
+                [
+                    mask.at(call, length) if mask is not None else torch.ones(call.batch, length, device=device)
+                    for mask in masks
+                ]
+            )
+
+    step = TokenStep(keys, values, call.rows(len(deltas)), weights, mask_for, length)
+    step.deltas = tuple(deltas)
+    return step
 
 
-def _copy_open(patch: Any) -> Any:
-    """A copy of an open attention patch, of its own class, whose lists can grow without the original's growing."""
-    if isinstance(patch, IdentityAttention):
-        return patch.copy()
-    made = copy.copy(patch)
-    made.callback = list(patch.callback)
-    if isinstance(getattr(patch, "kwargs", None), list):
-        made.kwargs = [dict(k) for k in patch.kwargs]
-    for name, value in vars(made).items():
-        # IPAdapter keeps a copy of all kwargs per device. It would be too short once a callback is added.
-        if isinstance(value, dict):
-            stale = any(isinstance(v, list) and len(v) == len(made.callback) for v in value.values())
-            setattr(made, name, {} if stale else dict(value))
-    return made
+def _for_this_call(
+    steps: Sequence[TokenStep | ForeignStep], call: ModelCall, counts: Tensor | None
+) -> Iterable[TokenStep | ForeignStep]:
+    """The same steps with the weights at this call's sigma, counting into `counts`."""
+    first = True
+    for step in steps:
+        if isinstance(step, TokenStep):
+            stats = counts[step.deltas[0].index] if counts is not None else None
+            yield step.variant(call.weights_now(tuple(d.settings for d in step.deltas)), stats, first)
+            first = False
+        else:
+            yield step
+
+
+@functools.cache
+def _keep_out_of_compiled_graphs() -> None:
+    """What reads Python values of the moment, and other packs' callbacks, which may.
+
+    Done with the first patch and not by decorators, because it imports torch's compiler, which takes seconds.
+    """
+    for owner, name in ((IdentityAttention, "__call__"), (IdentityDelta, "__call__")):
+        setattr(owner, name, torch.compiler.disable(getattr(owner, name)))
+    bound_attention.keep_out_of_compiled_graphs()
 
 
 def _copy_patches_on_clone(_: Any, clone: Any) -> None:
@@ -141,23 +196,20 @@ def _copy_patches_on_clone(_: Any, clone: Any) -> None:
     replaced = clone.model_options.get("transformer_options", {}).get("patches_replace", {})
     attn2 = replaced.get("attn2", {})
     for block, patch in attn2.items():
-        if _is_open(patch):
-            attn2[block] = _copy_open(patch)
-
-
-def _identities_on(model: Any) -> Iterable[IdentityDelta]:
-    replaced = model.model_options.get("transformer_options", {}).get("patches_replace", {})
-    for patch in replaced.get("attn2", {}).values():
-        for callback in getattr(patch, "callback", None) or ():
-            if isinstance(callback, IdentityDelta):
-                yield callback
+        if isinstance(patch, IdentityAttention):
+            attn2[block] = patch.copy()
 
 
 def _drop_device_copies(model: Any) -> None:
-    for delta in _identities_on(model):
-        delta.prepared.drop_copies()
-        if delta.mask is not None:
-            delta.mask.drop_copies()
+    replaced = model.model_options.get("transformer_options", {}).get("patches_replace", {})
+    for patch in replaced.get("attn2", {}).values():
+        if isinstance(patch, IdentityAttention):
+            patch.drop_bound()
+        for callback in getattr(patch, "callback", None) or ():
+            if isinstance(callback, IdentityDelta):
+                callback.prepared.drop_copies()
+                if callback.mask is not None:
+                    callback.mask.drop_copies()
 
 
 def add_identity(
@@ -178,11 +230,12 @@ def add_identity(
     present = model.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn2", {})
     for block in blocks:
         held = present.get(block)
-        if held is not None and _is_open(held):
-            patch = _copy_open(held)
+        if isinstance(held, IdentityAttention):
+            patch = held.copy()
         else:
-            # A patch for the whole block (without transformer index) would be shadowed by ours, so it becomes the base.
-            patch = IdentityAttention(base=held if held is not None else present.get(block[:2]))
+            # Whatever stood there becomes the attention that ours adds to. A patch for the whole block (without
+            # transformer index) would be shadowed by ours, so it takes part as well.
+            patch = IdentityAttention(block, base=held if held is not None else present.get(block[:2]))
         delta = IdentityDelta(prepared, INDEX[block], settings, attention_mask)
         patch.add(
             delta, weight=settings.weight, sigma_start=settings.sigma_start, sigma_end=settings.sigma_end, mask=mask

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..identity.blocks import Block
 from .model_call import ModelCall
 
+COARSE = {"input": {4: 2, 5: 2}, "output": {3: 2, 4: 2, 5: 2}}  # the other blocks see a quarter of the latent
 MAX_SHAPES = 64  # a run uses a handful: resolutions of the UNet times window positions
 
 
@@ -41,6 +43,12 @@ def fit_batch(source: Tensor, size: int) -> Tensor:
     return source[:size]
 
 
+def block_length(block: Block, height: int, width: int) -> int:
+    """Queries of an SDXL block for a latent of height x width. Packs that scale inside the UNet change it."""
+    scale = COARSE.get(block[0], {}).get(block[1], 4)
+    return math.ceil(height / scale) * math.ceil(width / scale)
+
+
 class AttentionMask:
     """A mask [M, H, W] in 0..1, asked for per block. Keeps what it made until `drop_copies`."""
 
@@ -51,16 +59,16 @@ class AttentionMask:
         self._made: dict[tuple[object, ...], Tensor] = {}
         self._lock = threading.Lock()
 
-    def at(self, call: ModelCall, batch: int, length: int, device: torch.device) -> Tensor:
-        """[batch, length, 1] float32 for a block of `length` tokens whose call has `batch` samples."""
-        chunk = batch // len(call.roles)
-        key = (call.height, call.width, length, chunk, len(call.roles), call.window, device)
+    def at(self, call: ModelCall, length: int) -> Tensor:
+        """[B, length] float32 for a block of `length` queries in `call`."""
+        chunk = call.batch // len(call.roles)
+        key = (call.height, call.width, length, chunk, len(call.roles), call.window, call.device)
         with self._lock:
             made = self._made.get(key)
             if made is None:
                 if len(self._made) >= MAX_SHAPES:
                     self._made.clear()
-                made = self._make(call, chunk, length).to(device).repeat(len(call.roles), 1, 1)
+                made = self._make(call, chunk, length).to(call.device).repeat(len(call.roles), 1)
                 self._made[key] = made
         return made
 
@@ -81,7 +89,7 @@ class AttentionMask:
         elif missing < 0:
             start = -missing // 2
             mask = mask[:, start : start + length]
-        return mask[:, :, None]
+        return mask
 
     def __deepcopy__(self, _: dict[int, object]) -> AttentionMask:
         """Itself: other packs copy the options of a MODEL deeply, and a lock cannot be copied."""

@@ -1,21 +1,24 @@
 """What attention patches need to know of the model call they run in: the sigma, whose rows are in it, the latent's size.
 
-An APPLY_MODEL wrapper notes it once per call, outside whatever is compiled. Patches read it from here and not from
-`transformer_options`, because under torch.compile ComfyUI drops the guards on those and values read while tracing
-would stay in the graph for good. It is kept per thread: with a CFG split over GPUs, one thread runs each part.
+An APPLY_MODEL wrapper notes it once per call, outside whatever is compiled, and binds our attention patches to it. They
+reach the UNet as an argument of its own and not in `transformer_options`, because under torch.compile ComfyUI drops the
+guards on those: a graph traced without a patch would go on being used with it. What is noted is kept per thread: with a
+CFG split over GPUs, one thread runs each part.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 KEY = "hotpath_model_call"
+BOUND = "hotpath_bound_patches"
+TELEMETRY = "hotpath_telemetry"
 ROLE = "hotpath_role"
 ROLES_BY_INDEX = "hotpath_roles_by_index"
 
@@ -28,8 +31,9 @@ _thread = threading.local()
 class ModelCall:
     """One call of the diffusion model.
 
-    roles: COND or UNCOND for each chunk of the batch. height, width: of the latent. window: indices into the whole
-    batch of the frames in this call (sliding context), or None; full_length: length of that whole batch.
+    roles: COND or UNCOND for each chunk of the batch. height, width: of the latent. batch: samples. dtype: what the
+    model computes in. window: indices into the whole batch of the frames in this call (sliding context), or None;
+    full_length: length of that whole batch.
     """
 
     roles: tuple[int, ...]
@@ -38,8 +42,26 @@ class ModelCall:
     timestep: Tensor | None
     window: tuple[int, ...] | None = None
     full_length: int | None = None
+    batch: int = 1
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
     _sigma: float | None = field(default=None, repr=False)
-    _rows: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, repr=False)
+    _made: dict[object, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.kind = (
+            self.roles, self.height, self.width, self.window, self.full_length, self.batch, self.device, self.dtype
+        )  # fmt: skip
+        """Calls of one kind differ in the sigma only."""
+
+    def of(self, q: Tensor) -> ModelCall:
+        """This call with the batch, device and dtype of `q` [B, N, C]."""
+        return replace(self, batch=q.shape[0], device=q.device, dtype=q.dtype)
+
+    @property
+    def sigma_is_near(self) -> bool:
+        """Whether the sigma can be read without waiting for a device."""
+        return self._sigma is not None or self.timestep is None or self.timestep.device.type == "cpu"
 
     @property
     def sigma(self) -> float:
@@ -49,12 +71,48 @@ class ModelCall:
             self._sigma = 999999999.9 if self.timestep is None else float(self.timestep.flatten()[0])
         return self._sigma
 
-    def rows(self, batch: int, device: torch.device) -> Tensor:
-        """The role of each of `batch` samples, [batch] int64 on `device`."""
-        key = (batch, device)
-        if key not in self._rows:
-            self._rows[key] = torch.tensor(self.roles).repeat_interleave(batch // len(self.roles)).to(device)
-        return self._rows[key]
+    def rows(self, identities: int) -> Tensor:
+        """[identities, batch] int32: each sample's row in keys and values that hold COND and UNCOND of each identity."""
+        return self._once(
+            identities,
+            lambda: (
+                torch.tensor(self.roles, dtype=torch.int32).repeat_interleave(self.batch // len(self.roles))
+                + 2 * torch.arange(identities, dtype=torch.int32)[:, None]
+            ),
+        )
+
+    def weights(self, weights: tuple[float, ...]) -> Tensor:
+        """[identities, batch] float32: the same for every sample."""
+        return self._once(weights, lambda: torch.tensor(weights)[:, None].repeat(1, self.batch))
+
+    def weights_now(self, settings: tuple[Any, ...]) -> Tensor:
+        """`weights` of the settings, 0 where this call's sigma is out of their range; computed on the device."""
+        weights = self.weights(tuple(s.weight for s in settings))
+        if self.timestep is None:
+            return weights
+
+        def gate() -> Tensor:
+            exact = torch.float32 if self.device.type == "mps" else torch.float64
+            limits = torch.tensor([(s.sigma_start, s.sigma_end) for s in settings], dtype=exact)
+            # From pageable memory this copy waits for nothing that runs on the device.
+            limits = limits.to(self.device, non_blocking=True)
+            sigma = self.timestep.flatten()[0].to(self.device, exact)
+            return weights * ((sigma <= limits[:, 0]) & (sigma >= limits[:, 1]))[:, None]
+
+        return self._once(settings, gate)
+
+    def _once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = make().to(self.device)
+        return made
+
+
+class BoundPatches:
+    """Our patches in the attention of one call, by block."""
+
+    def __init__(self, attn2: dict[Any, Any]) -> None:
+        self.attn2 = attn2
 
 
 def current_call(extra_options: dict[str, Any]) -> ModelCall:
@@ -99,12 +157,40 @@ def _note_call(
     roles = kwargs.pop(ROLE, None)
     if roles is None or len(roles) != len(by_index) or options.get(ROLES_BY_INDEX):
         roles = by_index
+    dtype = getattr(executor.class_obj, "get_dtype_inference", lambda: x.dtype)()
+    call = ModelCall(
+        tuple(roles), x.shape[-2], x.shape[-1], t, *_window(options), batch=x.shape[0], device=x.device, dtype=dtype
+    )
+    recorder = options.get(TELEMETRY)
+    counts = recorder.begin_call(t, x.device) if recorder is not None else None
+    attn2 = options.get("patches_replace", {}).get("attn2", {})
+    bound = {block: patch.bind(call, counts) for block, patch in attn2.items() if hasattr(patch, "bind")}
     before = getattr(_thread, "call", None)
-    _thread.call = ModelCall(tuple(roles), x.shape[-2], x.shape[-1], t, *_window(options))
+    _thread.call = call
     try:
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs, **{BOUND: BoundPatches(bound)})
     finally:
         _thread.call = before
+
+
+def _use_bound(
+    executor: Any,
+    x: Tensor,
+    timesteps: Any = None,
+    context: Any = None,
+    y: Any = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Inside of what is compiled: put the patches of this call in the places of those they were made of."""
+    options = transformer_options if transformer_options is not None else {}
+    bound = kwargs.pop(BOUND, None)
+    if bound is not None:
+        replaced = options.get("patches_replace", {})
+        replaced = {**replaced, "attn2": {**replaced.get("attn2", {}), **bound.attn2}}
+        options = {**options, "patches_replace": replaced}
+    return executor(x, timesteps, context, y, control, options, **kwargs)
 
 
 def _note_conditionings(
@@ -122,7 +208,11 @@ def note_model_calls(model: Any) -> None:
     """Let patches on `model` (a ModelPatcher that is already our clone) ask for `current_call`."""
     from comfy.patcher_extension import WrappersMP
 
-    for kind, wrapper in ((WrappersMP.APPLY_MODEL, _note_call), (WrappersMP.CALC_COND_BATCH, _note_conditionings)):
+    for kind, wrapper in (
+        (WrappersMP.APPLY_MODEL, _note_call),
+        (WrappersMP.DIFFUSION_MODEL, _use_bound),
+        (WrappersMP.CALC_COND_BATCH, _note_conditionings),
+    ):
         if not model.get_wrappers(kind, KEY):
             model.add_wrapper_with_key(kind, KEY, wrapper)
 

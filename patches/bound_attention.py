@@ -1,0 +1,120 @@
+"""A block's identity attention bound to one model call: only tensors, shapes and constants are left.
+
+What depends on the call (whose rows are in it, the latent's size, the sigma) is settled before the model runs, once per
+kind of call, so that nothing is computed, resized or read back inside it, and torch.compile can trace these objects:
+every value that may change from step to step or from picture to picture is a tensor, thus an input of its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.token_attention import attend_tokens
+
+
+class TokenStep:
+    """Identities with equally many tokens, added in one launch.
+
+    keys, values: [R, T, C]; rows: [P, B] int32; weights: [P, B] float32; see `attend_tokens`.
+    mask_for: makes the mask [P, B, N] float32 for N queries, or None; it is made now for `length`, what the block
+    should have. deltas: the identities, for whoever binds this anew.
+    """
+
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        rows: Tensor,
+        weights: Tensor,
+        mask_for: Callable[[int], Tensor] | None,
+        length: int,
+    ) -> None:
+        self.keys = keys
+        self.values = values
+        self.rows = rows
+        self.weights = weights
+        self.mask_for = mask_for
+        self.mask = mask_for(length) if mask_for is not None else None
+        self.stats: Tensor | None = None
+        self.counts_out = True
+        self.deltas: tuple[Any, ...] = ()
+
+    def variant(self, weights: Tensor, stats: Tensor | None, counts_out: bool) -> TokenStep:
+        """The same with other weights and a place to count in.
+
+        counts_out: whether `out`, as it comes in, is the block's own attention: not after another step.
+        """
+        made = object.__new__(TokenStep)
+        made.__dict__.update(self.__dict__)
+        made.weights, made.stats, made.counts_out = weights, stats, counts_out
+        return made
+
+    def __call__(self, out: Tensor, q: Tensor, heads: int) -> Tensor:
+        from comfy.ldm.modules.attention import optimized_attention
+
+        keys, values, mask = self.keys, self.values, self.mask
+        if keys.dtype != q.dtype:
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
+        if mask is not None and mask.shape[-1] != q.shape[1]:
+            mask = _other_mask(self, q.shape[1])
+        stats = self.stats
+        if stats is not None and not self.counts_out:
+            stats = torch.zeros_like(stats)
+        made = attend_tokens(
+            q, out, keys, values, self.rows, self.weights, heads, mask, stats, attention=optimized_attention
+        )
+        if self.stats is not None and stats is not None and not self.counts_out:
+            self.stats[0] += stats[0]
+        return made
+
+
+class ForeignStep:
+    """Another pack's callback; what it returns is added."""
+
+    def __init__(self, callback: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+        self.callback = callback
+        self.kwargs = kwargs
+
+
+class BoundAttention:
+    """Text attention, then the steps in the order their nodes came. `base` replaces text attention."""
+
+    def __init__(self, base: Callable[..., Tensor] | None, steps: tuple[TokenStep | ForeignStep, ...]) -> None:
+        self.base = base
+        self.steps = steps
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        heads = extra_options["n_heads"]
+        if self.base is not None:
+            out = self.base(q, k, v, extra_options)
+        else:
+            from comfy.ldm.modules.attention import optimized_attention
+
+            out = optimized_attention(
+                q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
+            )
+        for step in self.steps:
+            if isinstance(step, TokenStep):
+                out = step(out, q, heads)
+            else:
+                out = out + _foreign(step, out, q, k, v, extra_options)
+        return out.to(q.dtype)
+
+
+def _foreign(step: ForeignStep, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Any:
+    return step.callback(out, q, k, v, extra_options, **step.kwargs)
+
+
+def _other_mask(step: TokenStep, length: int) -> Tensor:
+    assert step.mask_for is not None
+    return step.mask_for(length)
+
+
+def keep_out_of_compiled_graphs() -> None:
+    """Other packs' callbacks may read what a graph would bake in. Call it once, before anything is traced."""
+    global _foreign, _other_mask
+    _foreign, _other_mask = torch.compiler.disable(_foreign), torch.compiler.disable(_other_mask)

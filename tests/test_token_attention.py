@@ -1,0 +1,276 @@
+"""The fused kernel, the reference and the operator agree, for every shape, dtype and mask."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hotpath.attention import token_attention
+from hotpath.attention.token_attention import attend_tokens, attend_tokens_reference
+from torch import Tensor
+
+# samples, queries, heads, head dim, tokens, identities, pictures in the mask
+SHAPES = [
+    (2, 70, 2, 64, 16, 1, 0),
+    (1, 33, 3, 40, 16, 2, 1),
+    (3, 64, 1, 80, 4, 3, 3),
+    (2, 17, 2, 160, 64, 1, 2),
+    (4, 5, 2, 96, 100, 2, 1),
+    (2, 1, 1, 128, 1, 1, 2),
+]
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def token_inputs(shape: tuple[int, ...], dtype: torch.dtype, strided: bool = False) -> dict[str, Any]:
+    batch, queries, heads, dim, tokens, identities, masks = shape
+    random = torch.Generator().manual_seed(sum(shape))
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random).to(dtype)
+
+    width = heads * dim
+    q, out = normal(batch, queries, width), normal(batch, queries, width)
+    if strided:  # as a fused q, k, v projection leaves them
+        q = torch.cat((q, normal(batch, queries, 2 * width)), dim=-1)[..., :width]
+        out = normal(queries, batch, width).transpose(0, 1)
+    weights = torch.rand(identities, batch, generator=random) * 2 - 0.5
+    weights[0, -1] = 0  # a sample that takes no part
+    return {
+        "q": q,
+        "out": out,
+        "keys": normal(2 * identities, tokens, width),
+        "values": normal(2 * identities, tokens, width),
+        "rows": torch.randint(0, 2 * identities, (identities, batch), generator=random, dtype=torch.int32),
+        "weights": weights,
+        "heads": heads,
+        "mask": torch.rand(identities, masks, queries, generator=random) if masks else None,
+    }
+
+
+def by_definition(inputs: dict[str, Any]) -> Tensor:
+    """Sample by sample, head by head, in float64."""
+    q, keys, values = (inputs[name].double() for name in ("q", "keys", "values"))
+    result = inputs["out"].double().clone()
+    dim = q.shape[-1] // inputs["heads"]
+    for (identity, rows), sample, head in itertools.product(
+        enumerate(inputs["rows"].tolist()), range(q.shape[0]), range(inputs["heads"])
+    ):
+        part = slice(head * dim, (head + 1) * dim)
+        logits = q[sample, :, part] @ keys[rows[sample], :, part].T / math.sqrt(dim)
+        added = logits.softmax(-1) @ values[rows[sample], :, part] * inputs["weights"][identity, sample].item()
+        if inputs["mask"] is not None:
+            mask = inputs["mask"][identity]
+            added = added * mask[sample if len(mask) > 1 else 0, :, None]
+        result[sample, :, part] += added
+    return result
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference_is_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inputs = token_inputs(shape, dtype)
+    before = inputs["out"].clone()
+    made = attend_tokens_reference(**inputs)
+    assert made.dtype == dtype
+    torch.testing.assert_close(made.double(), by_definition(inputs), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert torch.equal(inputs["out"], before)
+
+
+def test_stats_are_the_sums_of_squares() -> None:
+    inputs = token_inputs(SHAPES[1], torch.float32)
+    stats = torch.tensor([1.0, 2.0])
+    made = attend_tokens(**inputs, stats=stats)
+    added = made.double() - inputs["out"].double()
+    expected = torch.stack((1 + added.square().sum(), 2 + inputs["out"].double().square().sum()))
+    torch.testing.assert_close(stats.double(), expected, rtol=1e-5, atol=0)
+
+
+INTERPRETED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest, itertools, torch
+from test_token_attention import SHAPES, TOLERANCE, by_definition, token_inputs
+from hotpath.attention.token_attention_kernel import attend_tokens_fused
+for shape, dtype, strided in itertools.product(SHAPES, TOLERANCE, (False, True)):
+    inputs = token_inputs(shape, dtype, strided)
+    stats = torch.zeros(2)
+    before = inputs["out"].clone()
+    made = attend_tokens_fused(**inputs, stats=stats)
+    wanted = by_definition(inputs)
+    torch.testing.assert_close(made.double(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    added = (wanted - before.double()).square().sum()
+    torch.testing.assert_close(stats.double(), torch.stack((added, before.double().square().sum())), rtol=2e-2, atol=1e-3)
+    assert made.dtype == dtype and torch.equal(inputs["out"], before)
+empty = token_inputs((1, 1, 2, 64, 16, 1, 0), torch.float32)
+assert attend_tokens_fused(**{**empty, "q": empty["q"][:, :0], "out": empty["out"][:, :0]}).shape == (1, 0, 128)
+print("equal")
+"""
+
+
+def test_kernel_is_the_definition_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4096, 10, 64, 16, 1, 0), (2, 1024, 20, 64, 16, 2, 1)])
+def test_kernel_is_the_definition_on_the_gpu(shape: tuple[int, ...], dtype: torch.dtype, strided: bool) -> None:
+    inputs = token_inputs(shape, dtype, strided)
+    expected = by_definition(inputs)
+    on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    for _ in range(2):  # the second time by the plan of the first
+        made = attend_tokens(**on_gpu)
+        torch.testing.assert_close(made.double().cpu(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert token_attention.why_not_fused(made.device, dtype, shape[4], shape[3]) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_graph_follows_its_tensors() -> None:
+    inputs = token_inputs((2, 256, 4, 64, 16, 1, 2), torch.float16)
+    on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    attend_tokens(**on_gpu)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = attend_tokens(**on_gpu)
+    for name in ("weights", "mask", "keys"):
+        on_gpu[name].mul_(0.5)
+        inputs[name].mul_(0.5)
+    graph.replay()
+    torch.testing.assert_close(made.double().cpu(), by_definition(inputs), atol=4e-3, rtol=4e-3)
+
+
+def test_operator_stays_whole_and_follows_its_tensors() -> None:
+    """One graph, no break; what changes between calls is not baked in."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def block(q: Tensor, out: Tensor, tokens: dict[str, Any]) -> Tensor:
+        return attend_tokens(q * 1, out, heads=2, **tokens) + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend=count, fullgraph=True)
+    names = ("keys", "values", "rows", "weights", "mask")
+    for seed_shape in (SHAPES[0], SHAPES[0]):
+        inputs = token_inputs(seed_shape, torch.float32)
+        for scale in (1.0, 0.5, 0.0):
+            tokens = {name: inputs[name] for name in names}
+            tokens["weights"] = tokens["weights"] * scale
+            made = compiled(inputs["q"], inputs["out"], tokens)
+            expected = by_definition({**inputs, **tokens}) + 1
+            torch.testing.assert_close(made.double(), expected, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 1
+    assert [node.target for node in graphs[0].graph.nodes if "hotpath" in str(node.target)] == [
+        torch.ops.hotpath.attend_tokens
+    ]
+    torch._dynamo.reset()
+
+
+def test_measured_operator_counts_under_compile() -> None:
+    inputs = token_inputs(SHAPES[0], torch.float32)
+    stats = torch.zeros(2)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **kwargs: attend_tokens(**kwargs), backend="aot_eager", fullgraph=True)
+    compiled(**inputs, stats=stats)
+    once = stats.clone()
+    compiled(**inputs, stats=stats)
+    plain = torch.zeros(2)
+    attend_tokens(**inputs, stats=plain)
+    torch.testing.assert_close(once, plain)
+    torch.testing.assert_close(stats, 2 * plain)
+    torch._dynamo.reset()
+
+
+def test_operators_pass_torchs_own_checks() -> None:
+    inputs = token_inputs(SHAPES[2], torch.float32)
+    arguments = [inputs[name] for name in ("q", "out", "keys", "values", "rows", "weights", "mask")]
+    torch.library.opcheck(torch.ops.hotpath.attend_tokens.default, (*arguments, inputs["heads"]))
+    measured = torch.ops.hotpath.attend_tokens_measured.default
+    torch.library.opcheck(measured, (*arguments, torch.zeros(2), inputs["heads"]))
+
+
+def test_a_failing_kernel_is_left_alone_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    from hotpath.attention import token_attention_kernel
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    monkeypatch.setattr(token_attention_kernel, "attend_tokens_fused", broken)
+    monkeypatch.setattr(token_attention, "_failed", {})
+    served = iter(["", "", "the kernel failed"])
+    monkeypatch.setattr(token_attention, "why_not_fused", lambda *_: next(served))
+    monkeypatch.setattr(token_attention.why_not_fused, "cache_clear", lambda: None, raising=False)
+    inputs = token_inputs(SHAPES[0], torch.float32)
+    expected = attend_tokens(**inputs)
+    made = attend_tokens(**{**inputs, "q": inputs["q"].as_subclass(OnGPU)})
+    torch.testing.assert_close(made.as_subclass(Tensor), expected)
+    assert "Failed to find C compiler" in caplog.text
+    assert "RuntimeError" in next(iter(token_attention._failed.values()))
+
+
+def test_kernel_compiles_for_real_architectures() -> None:
+    """Without a card: down to the machine code of Ampere and Hopper, for every dtype and the odd head sizes."""
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(Path(__file__).parent)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "no assembler" in result.stdout:
+        pytest.skip("this Triton brings no ptxas")
+    assert result.returncode == 0 and "compiled" in result.stdout, result.stderr[-3000:]
+
+
+COMPILED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+if "nvidia" not in triton.backends.backends:
+    print("no assembler")
+    sys.exit()
+from hotpath.attention.token_attention_kernel import _attend_tokens
+names = _attend_tokens.arg_names
+for arch, kind, dim, mask in ((80, "fp16", 64, True), (90, "bf16", 64, False), (90, "fp32", 64, True), (90, "fp16", 40, True),
+                              (90, "fp16", 160, False)):
+    constants = dict(IDENTITIES=2, TOKENS=16, PADDED_TOKENS=16, DIM=dim, PADDED_DIM=triton.next_power_of_2(dim),
+                     HAS_MASK=mask, HAS_STATS=True, WIDEN=False, BLOCK=64)
+    pointers = dict(Q=kind, OUT=kind, RESULT=kind, KEYS=kind, VALUES=kind, ROWS="i32", WEIGHTS="fp32", MASK="fp32", STATS="fp32")
+    signature = {n: "constexpr" if n in constants else "*" + pointers[n] if n in pointers else "fp32" if n == "scale" else "i32"
+                 for n in names}
+    made = triton.compile(ASTSource(_attend_tokens, signature, constants), target=GPUTarget("cuda", arch, 32),
+                          options={"num_warps": 4, "num_stages": 1})
+    assert made.asm["cubin"]
+    assert made.metadata.shared <= 99 << 10, (arch, kind, dim, made.metadata.shared)
+print("compiled")
+"""
