@@ -23,6 +23,7 @@ from .launcher import LaunchError, LaunchOptions, RunningServer, launched
 from .locate import PACK
 from .outcome import Outcome, OutputFile, outcome_of
 from .server import PREVIEWS, ServerError, run_on_server
+from .stand_ins import StandIns
 from .validation import NeedsComfyUI
 
 MARK = ".hotpath-demo"  # in a folder that the demo made and may empty again
@@ -43,6 +44,7 @@ class DemoFiles:
     inputs: Path = PACK / "demo" / "inputs"
     models: Path = PACK / "demo" / "models"
     comfy_nodes: Path = PACK / "demo" / "comfy_nodes"
+    stand_ins: Path = PACK / "demo" / "stand_ins.json"
     held_out_film: bool = False  # also colour a clip whose true colours are known
 
     def graphs(self, only: list[str] | None = None) -> list[Path]:
@@ -144,7 +146,10 @@ def _run_one(name: str, path: Path, output: Path, files: DemoFiles, server: Runn
     outcome = Outcome("ComfyUI" if server is not None else "headless")
     inputs: list[Path] = []
     try:
-        graph = Graph.load(path)
+        small = StandIns.read(files.stand_ins)
+        if reason := small.not_here.get(name):
+            return DemoResult(name, "skipped", outcome, reason)
+        graph = small.apply(Graph.load(path))
         inputs = [_copied(file, output / "input") for file in _input_files(graph, files.inputs)]
         if server is not None:
             outcome = run_on_server(server.url, graph, output, files.inputs)
