@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     _add_models(commands)
     _add_selftest(commands)
     _add_caption(commands)
+    _add_compare(commands)
+    _add_generate(commands)
     return top
 
 
@@ -177,6 +179,103 @@ def _add_caption(commands: Commands) -> None:
     caption.add_argument("--quantization", default="none", help="none, int8, int4 or float8")
     caption.add_argument("--device", help="such as cpu or cuda:1")
     _add_models_folder(caption)
+
+
+def _add_generate(commands: Commands) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="draw pictures from prompts with a Z-Image checkpoint",
+        description="Draws a picture for every prompt with a Hugging Face-format Z-Image folder. A picture that is there "
+        "is skipped, so the same command goes on where it was stopped.",
+    )
+    generate.add_argument("--model", required=True, metavar="FOLDER", help="a path, or a name under models/diffusers")
+    generate.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw (may be repeated)")
+    generate.add_argument(
+        "--prompts",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="one prompt a line, or .jsonl with prompt, seed, width, height, steps and so on",
+    )
+    generate.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from; needs --guidance")
+    generate.add_argument("-o", "--output-folder", type=Path, metavar="DIR", default=Path("output"), help="./output")
+    generate.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count on")
+    generate.add_argument("--count", type=int, default=1, metavar="N", help="pictures for each prompt")
+    generate.add_argument("--width", type=int, default=1024)
+    generate.add_argument("--height", type=int, default=1024)
+    generate.add_argument("--steps", type=int, default=8, help="default: 8, for Z-Image-Turbo")
+    generate.add_argument("--guidance", type=float, default=0.0, help="0, as Turbo wants it; Z-Image itself: 3 to 5")
+    generate.add_argument("--lora", action="append", metavar="FILE[=STRENGTH]", help="a LoRA file (may be repeated)")
+    generate.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    generate.add_argument("--attention", default="auto", help="auto, or a backend by name")
+    generate.add_argument(
+        "--compile", choices=("none", "regional"), default="none", help="faster after a first picture"
+    )
+    generate.add_argument("--precision", choices=("none", "float8", "int8"), default="none")
+    generate.add_argument("--tiling", choices=("auto", "never", "always"), default="auto", help="of the VAE")
+    generate.add_argument("--overwrite", action="store_true", help="draw again what is there")
+    generate.add_argument("--device", help="such as cpu or cuda:1")
+    generate.add_argument("-q", "--quiet", action="store_true", help="say only where the pictures are")
+    _add_models_folder(generate)
+
+
+def _add_compare(commands: Commands) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare two settings of a workflow, or two folders of pictures",
+        description="Renders the same seeds in two settings of a workflow in API format, or takes two folders of "
+        "pictures, and reports SSIM, PSNR, differences, LPIPS where it is installed and whether faces stay the same "
+        "person, on a page with every pair. Exit code 0 when all pairs reach the thresholds, 1 when one does not, 2 when "
+        "something cannot be compared.",
+    )
+    compare.add_argument("a", type=Path, metavar="A", help="a workflow, or a folder of pictures: the reference")
+    compare.add_argument("b", type=Path, metavar="B", nargs="?", help="the other one (default: the workflow A again)")
+    compare.add_argument("--seeds", type=_list_of(int), metavar="1,2,3", help="render every seed")
+    compare.add_argument(
+        "--weights", type=_list_of(float), metavar="0.6,0.8", help="render every weight of the identity"
+    )
+    compare.add_argument(
+        "--controlnet-strengths", type=_list_of(float), metavar="0.4,0.8", help="render every strength of IdentityNet"
+    )
+    for option, what in (("--set", "both sides"), ("--set-a", "A"), ("--set-b", "B")):
+        compare.add_argument(
+            option, metavar="NODE.INPUT=VALUE", action="append", help=f"change a value in {what} (may be repeated)"
+        )
+    for axis in ("seed", "weight", "strength"):
+        compare.add_argument(
+            f"--{axis}-input",
+            metavar="NODE.INPUT",
+            action="append",
+            help=f"which input is the {axis}, where the workflow does not say (may be repeated)",
+        )
+    compare.add_argument("--picture-from", metavar="NODE", help="compare the pictures of this node only")
+    compare.add_argument("--min-ssim", type=float, default=0.95, help="lowest SSIM that passes (default 0.95)")
+    compare.add_argument("--min-cosine", type=float, help="lowest face cosine that passes (default 0.98)")
+    compare.add_argument("--max-lpips", type=float, help="highest LPIPS that passes (default: it is not judged)")
+    compare.add_argument(
+        "--faces", default="auto", metavar="NAME", help="face models, off, or auto: antelopev2 if there"
+    )
+    where = compare.add_mutually_exclusive_group()
+    where.add_argument("--server", metavar="URL", help="render on the ComfyUI at URL, such as http://127.0.0.1:8188")
+    where.add_argument("--comfyui", metavar="FOLDER", type=Path, help="start the ComfyUI in FOLDER and render there")
+    where.add_argument("--headless", action="store_true", help="never start a ComfyUI; refuse what needs one")
+    compare.add_argument("--input-folder", type=Path, metavar="DIR", help="pictures that the workflow loads")
+    compare.add_argument(
+        "-o", "--output-folder", type=Path, metavar="DIR", default=Path("comparison"), help="default: ./comparison"
+    )
+    compare.add_argument("--device", help="such as cpu or cuda:1")
+    compare.add_argument("-q", "--quiet", action="store_true", help="say only what came out")
+    _add_models_folder(compare)
+
+
+def _list_of(kind: type) -> Callable[[str], list[float]]:
+    """Reads numbers with commas between them."""
+
+    def numbers(text: str) -> list[float]:
+        return [kind(part) for part in text.split(",") if part.strip()]
+
+    numbers.__name__ = f"list of {kind.__name__}"  # what argparse calls a value it cannot read
+    return numbers
 
 
 def _add_models_folder(command: argparse.ArgumentParser) -> None:

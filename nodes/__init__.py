@@ -27,6 +27,7 @@ FAMILIES: tuple[str, ...] = (
     "qwen_vl",
     "ailab_qwen_vl",
     "vision_language",
+    "text_to_image",
 )
 
 NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {}

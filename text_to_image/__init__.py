@@ -1,0 +1,1 @@
+"""Text to image on Hugging Face-format checkpoints of the Z-Image family, with and without ComfyUI."""

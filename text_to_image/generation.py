@@ -1,0 +1,304 @@
+"""Pictures from a prompt: encode, denoise, decode, with a report of what ran, why, and how long it took.
+
+Picture i of a request is drawn from seed + i by itself, so it is the same picture whatever the request's size and
+whichever worker draws it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import host
+from . import compilation, decoding, denoising
+from .adapters import Adapter
+from .compilation import CompilationPlan
+from .denoising import Guidance, Source
+from .loading import ZImage
+from .previews import Preview
+from .prompts import MAX_TOKENS, Prompt, PromptCache, encode
+
+log = logging.getLogger("hotpath.text_to_image")
+
+# Activations of a forward pass, in values per token and width: the widest is the feed-forward's two inner products.
+LIVE_ACTIVATIONS = 16
+NO_GUIDANCE = Guidance()
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A checkpoint and the LoRA files drawn with; the loaded checkpoint is shared, the stack is this value's own."""
+
+    model: ZImage
+    adapters: tuple[Adapter, ...] = ()
+
+    def with_adapter(self, adapter: Adapter) -> Pipeline:
+        """The same checkpoint with one more file on it; this pipeline stays as it is."""
+        return replace(self, adapters=(*self.adapters, adapter))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is drawn. width, height: pixels, multiples of `ZImage.step_of_size`. seed: of the first picture.
+
+    image: [B, H, W, 3] in 0..1 to draw over, with `strength` (over 0 to 1) of the schedule; mask: [B, H, W] or [H, W],
+    1 where it is drawn. pictures_at_a_time: 1 makes a picture independent of its company to the last bit; more is faster
+    for small pictures. tiling, prompt_cache: one of decoding.TILING, prompts.CACHES.
+    """
+
+    prompt: str
+    negative: str = ""
+    width: int = 1024
+    height: int = 1024
+    steps: int = 8
+    guidance: Guidance = NO_GUIDANCE
+    seed: int = 0
+    pictures: int = 1
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    strength: float = 0.6
+    max_tokens: int = MAX_TOKENS
+    pictures_at_a_time: int = 1
+    tiling: str = "auto"
+    prompt_cache: str = "memory"
+
+
+@dataclass
+class Drawn:
+    """What came of a request. pictures: [B, H, W, 3] float32 RGB in 0..1; latents: [B, C, h, w], as a VAE reads them.
+
+    seconds: by stage. encoded: prompts the text encoder had to read; 0 when all came from the cache.
+    """
+
+    pictures: Tensor
+    latents: Tensor
+    seeds: list[int]
+    report: str
+    encoded: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def check(request: Request, model: ZImage) -> None:
+    """Raises ValueError, in one sentence, for a request that cannot be drawn."""
+    if not request.prompt.strip():
+        raise ValueError("The prompt is empty: say what the picture should show.")
+    side = model.step_of_size
+    for name, size, longest in (
+        ("height", request.height, model.longest[0]),
+        ("width", request.width, model.longest[1]),
+    ):
+        if size % side or size <= 0:
+            near = max(side, round(size / side) * side)
+            raise ValueError(f"The {name} {size} is no multiple of {side}, which this checkpoint needs: try {near}.")
+        if size > longest:
+            raise ValueError(f"The {name} {size} is over {longest}, the largest this checkpoint has positions for.")
+    if request.steps < 1 or request.pictures < 1 or request.pictures_at_a_time < 1:
+        raise ValueError("Steps, pictures and pictures at a time are 1 or more.")
+    if request.guidance.scale < 0:
+        raise ValueError(
+            f"Guidance {request.guidance.scale} is below 0: 0 is none, and more follows the prompt closer."
+        )
+    if not 0.0 < request.strength <= 1.0:
+        raise ValueError(f"A strength of {request.strength} draws nothing: choose over 0 to 1.")
+    if request.mask is not None and request.image is None:
+        raise ValueError("A mask needs an image that it lies on: connect one.")
+    if request.image is not None and request.image.shape[0] not in (1, request.pictures):
+        raise ValueError(
+            f"{request.image.shape[0]} images for {request.pictures} pictures: connect one image, or one for each."
+        )
+
+
+class Run:
+    """One request on its way: progress, times and notes."""
+
+    def __init__(self, pipeline: Pipeline, request: Request, preview: Preview | None) -> None:
+        self.model, self.adapters, self.request, self.preview = pipeline.model, pipeline.adapters, request, preview
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self.bar: Any = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def draw(self) -> Drawn:
+        request, model = self.request, self.model
+        with self.stage("prompts"):
+            positive, negative, encoded = self._prompts()
+        private = [denoising.generator(seed) for seed in denoising.seeds(request.seed, request.pictures)]
+        steps = len(self._schedule()[1])
+        parts = list(range(0, request.pictures, request.pictures_at_a_time))
+        with host.tracked(host.current(), len(parts) * steps + request.pictures, "drawing") as self.bar:
+            source = self._source(private)
+            shape = (model.latent_channels, request.height // model.latent_scale, request.width // model.latent_scale)
+            noise = denoising.noise(private, shape)
+            found: list[Tensor] = []
+            with self.stage("denoise"), self._transformer(self._tokens + len(positive.states)) as network:
+                states = positive.states.to(model.device, model.dtype)
+                against = None if negative is None else negative.states.to(model.device, model.dtype)
+                for begin in parts:
+                    part = slice(begin, begin + request.pictures_at_a_time)
+                    found.append(self._denoise(network, noise[part], source, part, states, against))
+                latents = torch.cat(found)
+                # Copied here, so that the time before is the time it took.
+                latents = latents.cpu()
+            with self.stage("decode"):
+                pictures, how = decoding.decode(model, latents, request.tiling, lambda: self.bar.update(1))
+        self.notes.append(f"decoded {how}")
+        plain = decoding.unscaled(model, latents)
+        with torch.inference_mode(False):
+            pictures, plain = pictures.clone(), plain.clone()
+        return Drawn(
+            pictures,
+            plain,
+            [g.initial_seed() for g in private],
+            self._report(positive, negative, encoded, steps),
+            encoded,
+            dict(self.seconds),
+        )
+
+    @property
+    def _tokens(self) -> int:
+        """Image tokens of one picture."""
+        side = self.model.step_of_size
+        return (self.request.width // side) * (self.request.height // side)
+
+    def _schedule(self) -> tuple[Any, Tensor]:
+        """A schedule for one part of the run, which nobody else has, and its timesteps."""
+        request, scheduler = self.request, self.model.scheduler()
+        strength = request.strength if request.image is not None else 1.0
+        return scheduler, denoising.prepare(scheduler, request.steps, self._tokens, self.model.device, strength)
+
+    def _prompts(self) -> tuple[Prompt, Prompt | None, int]:
+        request = self.request
+        texts = [request.prompt] + ([request.negative] if request.guidance.scale > 0 else [])
+        prompts, encoded = encode(self.model, texts, PromptCache(request.prompt_cache), request.max_tokens)
+        return prompts[request.prompt], prompts[request.negative] if len(texts) > 1 else None, encoded
+
+    def _source(self, private: list[torch.Generator]) -> tuple[Tensor, Tensor | None] | None:
+        """Scaled latents of the image for every picture, and where to draw; None without an image."""
+        request, model = self.request, self.model
+        if request.image is None:
+            return None
+        with self.stage("image"):
+            fitted = decoding.fit_pictures(request.image, request.width, request.height)
+            fitted = fitted.expand(request.pictures, -1, -1, -1)
+            latents = decoding.encode(model, fitted, private)
+            if request.mask is None:
+                return latents, None
+            mask = request.mask[None] if request.mask.ndim == 2 else request.mask[:1]
+            planes = decoding.fit_pictures(mask[..., None].expand(-1, -1, -1, 3), request.width, request.height)
+            drawn = (planes[..., 0] >= 0.5).float()[:, None]
+            return latents, F.interpolate(drawn, size=latents.shape[-2:]).bool().to(model.device)
+
+    @contextmanager
+    def _transformer(self, tokens: int) -> Iterator[Any]:
+        """The transformer on its device with the run's LoRA files on it."""
+        width = int(self.model.checkpoint.config("transformer").get("dim", 3840))
+        room = LIVE_ACTIVATIONS * tokens * width * self.request.pictures_at_a_time * self.model.dtype.itemsize
+        with (
+            self.model.transformer.resident(room) as network,
+            self.model.adapters.on(network, self.adapters) as changed,
+        ):
+            self.model.attention.record.begin()
+            if self.adapters:
+                names = ", ".join(f"{a.path.name} at {a.strength:g}" for a in self.adapters)
+                self.notes.append(f"LoRA: {names}; {changed} layers changed")
+            yield network
+
+    def _denoise(
+        self,
+        network: Any,
+        noise: Tensor,
+        image: tuple[Tensor, Tensor | None] | None,
+        part: slice,
+        positive: Tensor,
+        negative: Tensor | None,
+    ) -> Tensor:
+        request, model = self.request, self.model
+        scheduler, timesteps = self._schedule()
+        latents = noise.to(model.device)
+        source = None
+        if image is not None:
+            source = Source(image[0][part], latents, image[1])
+            latents = scheduler.scale_noise(source.latents, timesteps[:1], latents)
+        return denoising.denoise(
+            lambda x, t, states: self._forward(network, x, t, states),
+            scheduler,
+            timesteps,
+            latents,
+            positive,
+            negative,
+            request.guidance,
+            model.dtype,
+            self._on_step,
+            source,
+        )
+
+    def _forward(self, network: Any, x: list[Tensor], t: Tensor, states: list[Tensor]) -> list[Tensor]:
+        try:
+            return list(network(x, t, states, return_dict=False)[0])
+        except Exception as error:
+            if self.model.compilation.mode == "none" or not compilation.is_compiler_error(error):
+                raise
+            first = (str(error).strip().splitlines() or [""])[0][:200]
+            note = f"compile: none instead of regional, because {type(error).__name__}: {first}"
+            log.warning("%s", note)
+            self.model.compilation = CompilationPlan("none", note)
+            compilation.undo(network)
+        return list(network(x, t, states, return_dict=False)[0])
+
+    def _on_step(self, step: int, estimate: Tensor) -> None:
+        self.bar.update(1, self.preview.picture(estimate) if self.preview is not None else None)
+
+    def _report(self, positive: Prompt, negative: Prompt | None, encoded: int, steps: int) -> str:
+        request, model = self.request, self.model
+        count = f"{request.pictures} picture{'s' if request.pictures > 1 else ''}"
+        last = (request.seed + request.pictures - 1) & denoising.MAX_SEED
+        seeds = f"seed {request.seed}" if request.pictures == 1 else f"seeds {request.seed} to {last}"
+        where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
+        lines = [
+            f"{model.checkpoint.name}: {count} of {request.width} x {request.height}, {steps} steps, {seeds}, {where}"
+        ]
+        asked = [prompt for prompt in (positive, negative) if prompt is not None]
+        read = "the text encoder was not needed" if not encoded else f"the text encoder read {encoded}"
+        lines.append(f"prompts: {len(asked)} of {', '.join(str(len(p.states)) for p in asked)} tokens; {read}")
+        for name, prompt in (("prompt", positive), ("negative prompt", negative)):
+            if prompt is not None and prompt.cut:
+                lines.append(
+                    f"the {name} has {prompt.tokens} tokens; what comes after {len(prompt.states)} was not read"
+                )
+        if request.negative.strip() and negative is None:
+            lines.append("the negative prompt was not used, because guidance is 0")
+        lines += [*model.notes(), *self.notes]
+        times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+        forwards = len(range(0, request.pictures, request.pictures_at_a_time)) * steps
+        per_step = self.seconds["denoise"] / forwards
+        lines.append(f"time: {times} ({per_step:.3f} s a step)")
+        return "\n".join(lines)
+
+
+def generate(pipeline: Pipeline, request: Request, preview: Preview | None = None, node_id: str | None = None) -> Drawn:
+    """Draw `request`. preview: how latents become a small picture for the progress bar; None shows none.
+
+    node_id: the node that the report is shown under. Raises ValueError for what cannot be drawn, UnusableCheckpoint and
+    UnusableAdapter for files; the host's interrupt ends it between any two blocks of the transformer.
+    """
+    check(request, pipeline.model)
+    drawn = Run(pipeline, request, preview).draw()
+    log.info("%s", drawn.report)
+    if node_id is not None:
+        host.current().show_text(drawn.report, node_id)
+    return drawn

@@ -1,0 +1,302 @@
+"""Loading a Z-Image checkpoint: three networks, each under the host's memory management for itself, each when needed.
+
+The text encoder is apart from the transformer so that it can leave the device while the picture is drawn, and is not
+even read from the disk while prompts come from the cache. One copy lives in the process however many nodes use it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import host
+from ..cache import content_key
+from . import compilation, interruption, precision, stream_attention
+from .adapters import Adapters
+from .folders import Checkpoint, UnusableCheckpoint, find
+
+log = logging.getLogger("hotpath.text_to_image")
+
+# Not float16: the transformer's activations run over its range.
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PATCH = 2  # latent pixels on a side of one token
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a checkpoint is loaded. The same folder with the same options is loaded once.
+
+    dtype: auto, bfloat16 or float32 (auto is float32 on the CPU). attention, compile, precision: one of
+    stream_attention.BACKENDS, compilation.MODES, precision.PRECISIONS; what ran instead, and why, is in `ZImage.notes()`.
+    """
+
+    dtype: str = "auto"
+    attention: str = "auto"
+    compile: str = "none"
+    precision: str = "none"
+
+
+class Holder(nn.Module):
+    """A library network as a plain module: the host keeps the present device on it, which library models forbid."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+
+class Component:
+    """One network of a checkpoint, read from the disk when it is first needed, then in the host's management."""
+
+    def __init__(self, name: str, load: Callable[[], nn.Module]) -> None:
+        self.name = name
+        self._load = load
+        self._lock = threading.RLock()
+        self._managed: Any = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._managed is not None
+
+    @property
+    def managed(self) -> Any:
+        """The host's handle; reads the network from the disk the first time."""
+        with self._lock:
+            if self._managed is None:
+                start = time.perf_counter()
+                # Ordinary tensors also where the host runs nodes in inference mode.
+                with torch.inference_mode(False):
+                    network = self._load().eval().requires_grad_(False)
+                self._managed = host.current().manage(Holder(network))
+                log.info("%s read in %.1f s", self.name, time.perf_counter() - start)
+            return self._managed
+
+    @contextmanager
+    def resident(self, extra_bytes: int = 0) -> Iterator[Any]:
+        """The network on its device, in inference mode, with room for `extra_bytes` of activations."""
+        with self.managed.resident(extra_bytes) as holder, torch.inference_mode():
+            yield holder.network
+
+    def release(self) -> None:
+        """Send the weights back to the offload device; nothing when they were never read."""
+        if self._managed is not None:
+            self._managed.release()
+
+
+class ZImage:
+    """A checkpoint ready to draw: its networks, tokenizer and schedule, and the facts in their configurations."""
+
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
+        self.checkpoint, self.options = checkpoint, options
+        self.device = host.current().device()
+        self.dtype = choose_dtype(options.dtype, self.device)
+        self.precision = precision.plan(options.precision, self.device)
+        self.attention = stream_attention.choose(options.attention)
+        self.compilation = compilation.plan(options.compile, self.device)
+        self.adapters = Adapters()
+        self.preview: Any = None  # previews.LinearPreview, once one was fitted
+        self.transformer = Component("transformer", self._load_transformer)
+        self.text_encoder = Component("text encoder", self._load_text_encoder)
+        self.vae = Component("VAE", self._load_vae)
+        vae, transformer = checkpoint.config("vae"), checkpoint.config("transformer")
+        self.latent_channels = int(vae.get("latent_channels", 16))
+        self.scaling_factor = float(vae.get("scaling_factor") or 1.0)
+        self.shift_factor = float(vae.get("shift_factor") or 0.0)
+        self.latent_scale = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)  # pixels on a side of one latent
+        self.longest = [int(n) * PATCH * self.latent_scale for n in transformer.get("axes_lens", (1024, 512, 512))[1:]]
+        if int(transformer.get("in_channels", 16)) != self.latent_channels:
+            raise UnusableCheckpoint(
+                f"{checkpoint.path}: the transformer draws {transformer.get('in_channels')} channels and the VAE reads "
+                f"{self.latent_channels}: the folders are of different checkpoints."
+            )
+
+    @property
+    def step_of_size(self) -> int:
+        """Width and height are multiples of it, in pixels."""
+        return self.latent_scale * PATCH
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(
+            self.checkpoint.path / "tokenizer", trust_remote_code=False, local_files_only=True
+        )
+
+    @cached_property
+    def text_identity(self) -> str:
+        """MD5 of everything that a prompt's embedding depends on beside the prompt."""
+        import transformers
+
+        files = self.checkpoint.identity("text_encoder", "tokenizer")
+        return content_key(files, str(self.dtype), self.device.type, transformers.__version__)
+
+    @cached_property
+    def identity(self) -> str:
+        """MD5 of the checkpoint's files and of how they are computed with: what a picture's content depends on."""
+        files = self.checkpoint.identity("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+        return content_key(files, str(self.dtype), self.precision.method)
+
+    def scheduler(self) -> Any:
+        """A schedule for one run; it holds the run's position, so it is never shared."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        return FlowMatchEulerDiscreteScheduler.from_config(self.checkpoint.config("scheduler"))
+
+    def notes(self) -> list[str]:
+        """What was asked for that runs otherwise, and how the rest runs; one line each."""
+        lines = [*self.attention.lines(), self.precision.note, self.compilation.note]
+        return [line for line in lines if line]
+
+    def describe(self) -> str:
+        """What will run, for a report before anything has."""
+        lines = [
+            f"{self.checkpoint.name}: {self.checkpoint.pipeline}, {str(self.dtype).removeprefix('torch.')} on {self.device}",
+            f"attention: {self.attention.policy.backend}",
+            self.precision.note,
+            self.compilation.note,
+        ]
+        return "\n".join(line for line in lines if line)
+
+    def components(self) -> tuple[Component, ...]:
+        return self.transformer, self.text_encoder, self.vae
+
+    def release(self) -> None:
+        for component in self.components():
+            component.release()
+
+    def _load_transformer(self) -> nn.Module:
+        from diffusers import ZImageTransformer2DModel
+
+        network = _from_pretrained(ZImageTransformer2DModel, self.checkpoint, "transformer", torch_dtype=self.dtype)
+        stream_attention.install(network, self.attention)
+        precision.apply(network, self.precision, self.device)
+        interruption.watch(network)
+        if compilation.apply(network, self.compilation):
+            stream_attention.make_traceable(self.attention)
+        return network
+
+    def _load_text_encoder(self) -> nn.Module:
+        from transformers import Qwen3Model
+
+        network = _from_pretrained(Qwen3Model, self.checkpoint, "text_encoder", dtype=self.dtype)
+        return without_last_layer(network)
+
+    def _load_vae(self) -> nn.Module:
+        from diffusers import AutoencoderKL
+
+        return _from_pretrained(AutoencoderKL, self.checkpoint, "vae", torch_dtype=self.dtype)
+
+
+def without_last_layer(encoder: Any) -> Any:
+    """The encoder up to the hidden states the transformer reads: those that go into the last layer.
+
+    `last_hidden_state` of what is returned equals `hidden_states[-2]` of the whole, one layer cheaper.
+    """
+    encoder.layers = encoder.layers[:-1]
+    encoder.config.num_hidden_layers = len(encoder.layers)
+    encoder.norm = nn.Identity()
+    return encoder
+
+
+def _from_pretrained(kind: Any, checkpoint: Checkpoint, component: str, **settings: Any) -> Any:
+    """Load strictly: every weight of the network is in the files, with its shape. Raises UnusableCheckpoint."""
+    folder = checkpoint.path / component
+    try:
+        network, found = kind.from_pretrained(
+            folder,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=checkpoint.variants.get(component) or None,
+            **settings,
+        )
+    except (torch.OutOfMemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the libraries raise anything from KeyError to ImportError
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnusableCheckpoint(f"{folder} could not be loaded as {kind.__name__}: {first[:300]}") from error
+    # Left to themselves the libraries fill these with random numbers and go on.
+    wrong = [*found["missing_keys"], *found.get("mismatched_keys", ()), *found.get("error_msgs", ())]
+    if wrong:
+        raise UnusableCheckpoint(
+            f"The weights in {folder} do not fit its config.json: {len(wrong)} are missing or of another shape, such as "
+            f"{sorted(map(str, wrong))[0][:200]}. Fetch the folder again."
+        )
+    strange = [str(key) for key in found.get("unexpected_keys", ()) if not str(key).startswith("lm_head")]
+    if strange:
+        raise UnusableCheckpoint(
+            f"The weights in {folder} are of another architecture: {len(strange)} have no place in {kind.__name__}, such "
+            f"as {sorted(strange)[0]}."
+        )
+    return network
+
+
+def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
+    if asked in DTYPES:
+        return DTYPES[asked]
+    if asked != "auto":
+        raise ValueError(f"{asked!r} is no dtype: choose auto, {' or '.join(DTYPES)}.")
+    if device.type == "cpu":
+        return torch.float32
+    return host.current().compute_dtype(supported=(torch.bfloat16, torch.float32))
+
+
+def require_libraries() -> None:
+    """Raises UnusableCheckpoint when diffusers or transformers is missing or too old for Z-Image."""
+    try:
+        from diffusers import ZImageTransformer2DModel  # noqa: F401
+        from transformers import Qwen3Model  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise UnusableCheckpoint(
+            f"Text to image needs diffusers 0.36 and transformers 4.57 or newer ({error}): install them with "
+            'pip install "comfyui-hotpath[text-to-image]".'
+        ) from error
+
+
+class Registry:
+    """The loaded checkpoints of the process. One stays while somebody holds it."""
+
+    def __init__(self) -> None:
+        self._models: weakref.WeakValueDictionary[str, ZImage] = weakref.WeakValueDictionary()
+        self._lock = threading.RLock()
+
+    def get(self, name: str, options: LoadOptions | None = None, anywhere: bool = False) -> ZImage:
+        """The checkpoint a widget value means: the copy that is there, else a fresh one. See `folders.find`."""
+        options = options or LoadOptions()
+        checkpoint = find(name, anywhere)
+        require_libraries()
+        here = host.current()
+        # With the files' content: a folder that was fetched anew is another model.
+        files = checkpoint.identity("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+        key = content_key(str(checkpoint.path.resolve()), files, vars(options), str(here.device()), here.name)
+        with self._lock:
+            model = self._models.get(key)
+            if model is None:
+                model = self._models[key] = ZImage(checkpoint, options)
+            return model
+
+    def loaded(self) -> list[ZImage]:
+        with self._lock:
+            return list(self._models.values())
+
+    def clear(self) -> int:
+        """Release and forget every checkpoint; returns how many there were."""
+        with self._lock:
+            models = list(self._models.values())
+            for model in models:
+                model.release()
+            self._models.clear()
+            return len(models)
+
+
+MODELS = Registry()

@@ -1,0 +1,89 @@
+"""float8 and int8 arithmetic for the transformer's large products, by torchao; the reason where it cannot run.
+
+Weights are packed once with a scale per row; activations are scaled per token while it runs. Embedders, modulation and the
+final layer stay as they are: they are small, and they set the scale of everything behind them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+log = logging.getLogger("hotpath.text_to_image")
+
+PRECISIONS = ("none", "float8", "int8")
+PACKED_LISTS = ("noise_refiner", "layers")
+MULTIPLE = 16  # the float8 and int8 products want both sides of a weight to be a multiple of it
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """What the blocks' products are computed in, and the line for the report."""
+
+    method: str
+    note: str
+
+
+def plan(asked: str, device: torch.device) -> PrecisionPlan:
+    """The plan for one of PRECISIONS on `device`. Raises ValueError for another word."""
+    if asked not in PRECISIONS:
+        raise ValueError(f"{asked!r} is no precision: choose {', '.join(PRECISIONS)}.")
+    if asked == "none":
+        return PrecisionPlan("none", "")
+    if (reason := unavailable(asked, device)) is not None:
+        return PrecisionPlan("none", f"precision: none instead of {asked}, because {reason}")
+    return PrecisionPlan(asked, f"precision: {asked} weights and activations in the blocks; pictures differ slightly")
+
+
+def unavailable(method: str, device: torch.device) -> str | None:
+    """Why `method` cannot run on `device`; None when it can."""
+    if importlib.util.find_spec("torchao") is None:
+        return 'the torchao package is not installed (pip install "comfyui-hotpath[precision]")'
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        needed = {"float8": (8, 9), "int8": (8, 0)}[method]
+        if capability < needed:
+            return f"it needs compute capability {needed[0]}.{needed[1]}, and this device has {capability[0]}.{capability[1]}"
+        return None
+    if method == "int8" and device.type == "cpu":
+        return None
+    return f"there are no {method} products on {device.type}"
+
+
+def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:
+    """Pack the blocks' linear layers in place, one block at a time on `device`; returns how many layers."""
+    if plan.method == "none":
+        return 0
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    if plan.method == "float8":
+        config: Any = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    else:
+        config = Int8DynamicActivationInt8WeightConfig()
+    packed = 0
+    for name in PACKED_LISTS:
+        for block in getattr(transformer, name):
+            before = next(block.parameters()).device
+            block.to(device)
+            quantize_(block, config, filter_fn=is_packed)
+            block.to(before)
+            packed += sum(is_packed(layer, key) for key, layer in block.named_modules())
+    log.info("%d layers packed to %s", packed, plan.method)
+    return packed
+
+
+def is_packed(layer: nn.Module, name: str) -> bool:
+    """Whether `layer`, `name` within its block, is one of the large products."""
+    if not isinstance(layer, nn.Linear) or "adaLN_modulation" in name:
+        return False
+    return all(side % MULTIPLE == 0 for side in layer.weight.shape)

@@ -1,0 +1,96 @@
+"""The transformer's attention, set for each of its modules: its backend, and rotary embedding in real numbers.
+
+diffusers' own `set_attention_backend` also changes a process-wide default that its reset does not undo, so it is never
+called. Rotations are written as real products, which the compiler fuses; diffusers' complex ones it cannot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..attention import compiled
+from ..attention.dispatch import NHD, POLICIES, AttentionPolicy, attend, keep_choices_in
+from ..attention.events import AttentionLog
+
+BACKENDS = POLICIES
+CHOICES_FOLDER = "attention"  # in the host's cache folder
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The attention of one transformer, and the log of what computed it."""
+
+    policy: AttentionPolicy
+    record: AttentionLog = field(compare=False)
+
+    def lines(self) -> list[str]:
+        """What ran where in the last run, and why; at most the three most frequent."""
+        told = [line for line in self.record.report().splitlines()[1:] if "calls" in line or "compiled" in line]
+        return [f"attention {self.policy.backend}: {line}" for line in told[:3]]
+
+
+def choose(asked: str) -> AttentionChoice:
+    """The choice for one of BACKENDS. Raises ValueError for another word."""
+    keep_choices_in(host.current().cache_folder() / CHOICES_FOLDER)
+    return AttentionChoice(AttentionPolicy(asked), AttentionLog(asked))
+
+
+def make_traceable(choice: AttentionChoice) -> None:
+    """Let compiled blocks find the log of `choice`, and choose a backend as they are traced."""
+    import torch._dynamo  # noqa: F401 - loads the compiler, which `prepare` waits for
+
+    compiled.prepare()
+    compiled.number_of(choice.record)
+
+
+def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
+    """Rotary position embedding. x: [B, N, H, D]; frequencies: complex [B, N, D/2], of length one."""
+    turn = torch.view_as_real(frequencies).unsqueeze(2)
+    cos, sin = turn[..., 0], turn[..., 1]
+    pairs = x.float().unflatten(-1, (-1, 2))
+    a, b = pairs[..., 0], pairs[..., 1]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class StreamAttention:
+    """The attention processor of Z-Image's blocks: projections, norms of queries and keys, rotation, attention."""
+
+    def __init__(self, choice: AttentionChoice) -> None:
+        self.policy, self.record = choice.policy, choice.record
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
+        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
+        key = attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1))
+        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        if freqs_cis is not None:
+            query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = attention_mask[:, None, None, :]
+        out = attend(query, key, value, attention_mask, layout=NHD, policy=self.policy, record=self.record)
+        return attn.to_out[0](out.flatten(2, 3).to(query.dtype))
+
+
+def install(transformer: Any, choice: AttentionChoice) -> int:
+    """Give every attention module of `transformer` the choice, in place; returns how many there are."""
+    from diffusers.models.attention_processor import Attention
+
+    modules = [module for module in transformer.modules() if isinstance(module, Attention)]
+    for module in modules:
+        module.processor = StreamAttention(choice)
+    return len(modules)
