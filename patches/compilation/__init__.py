@@ -1,0 +1,94 @@
+"""torch.compile for any native ComfyUI MODEL, block by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .graphs import Backend, named_backend
+from .options import attention_that_traces
+from .recording import record_calls
+from .regional import CompilationRefused, RegionalCompiler, forget_compiled_kinds
+from .regions import describe_regions, find_regions
+from .settings import MODES, REGIONS, CompileSettings, compiler_problem
+
+__all__ = [
+    "MODES",
+    "REGIONS",
+    "CompilationRefused",
+    "CompileSettings",
+    "RegionalCompiler",
+    "compile_model",
+    "compiler_of",
+    "forget_compiled_kinds",
+]
+
+KEY = "hotpath_compile"
+CORE_KEY = "torch.compile"  # ComfyUI's own TorchCompileModel
+
+
+def compiler_of(model: Any) -> RegionalCompiler | None:
+    """The compiler of a MODEL that `compile_model` returned, or of a clone of it."""
+    return model.get_attachment(KEY)
+
+
+def compile_model(
+    model: Any, settings: CompileSettings | None = None, backend: str | Backend = "inductor"
+) -> tuple[Any, str]:
+    """A clone of `model` (a ModelPatcher) whose repeated blocks run compiled, and a report of what was found.
+
+    Nothing is compiled yet: that happens in the first call of the model with each kind of block, or in a warm-up.
+    backend: a Dynamo backend by name or as a function; everything but "inductor" is for tests and comparisons.
+    Raises ValueError for a model without repeated blocks, and CompilationRefused in strict mode when this machine
+    has no compiler; otherwise the clone then runs as it was, and the report says so.
+    """
+    from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+    chosen = settings or CompileSettings()
+    problem = compiler_problem(model.load_device.type) if backend == "inductor" else None
+    if problem:
+        if chosen.strict:
+            raise CompilationRefused(f"Not compiled: {problem}")
+        return model.clone(), f"Not compiled: {problem}"
+    made, lines = _static_clone(model)
+    found = find_regions(made.get_model_object("diffusion_model"), chosen.regions)
+    if not found:
+        raise ValueError(
+            f"{type(made.model).__name__} has no repeated {'blocks' if chosen.regions == 'all blocks' else chosen.regions} "
+            "to compile."
+        )
+    made_of = named_backend(backend, chosen) if isinstance(backend, str) else backend
+    compiler = RegionalCompiler(chosen, made_of, backend if isinstance(backend, str) else "")
+    if made.get_wrappers(WrappersMP.APPLY_MODEL, CORE_KEY):
+        made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, CORE_KEY)
+        lines.append("ComfyUI's own TorchCompileModel came before: taken off, blocks cannot be compiled twice")
+    made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    made.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, compiler.apply_model)
+    for moment in (
+        CallbacksMP.ON_PRE_RUN,
+        CallbacksMP.ON_LOAD,
+        CallbacksMP.ON_INJECT_MODEL,
+        CallbacksMP.ON_EJECT_MODEL,
+    ):
+        made.remove_callbacks_with_key(moment, KEY)
+        made.add_callback_with_key(moment, KEY, compiler.changed)
+    if note := attention_that_traces()[1]:
+        lines.append(note)
+    lines += record_calls(made, compiler)
+    made.set_attachments(KEY, compiler)
+    sizes = "one graph for all sizes" if chosen.dynamic else "one graph per size"
+    lines.insert(0, f"{chosen.mode}, {sizes}: {describe_regions(found)}; compiled at first use")
+    return made, "\n".join(lines)
+
+
+def _static_clone(model: Any) -> tuple[Any, list[str]]:
+    """A clone whose weights stay where they are while the model runs."""
+    if not model.is_dynamic():
+        return model.clone(), []
+    if model.cached_patcher_init is None:
+        raise ValueError(
+            "This MODEL is under DynamicVRAM, which moves weights while it runs, and its loader gave no way to load it "
+            "without; load it with ComfyUI's own loader, or start ComfyUI with --disable-dynamic-vram."
+        )
+    return model.clone(disable_dynamic=True), [
+        "DynamicVRAM is off for this model, since compiled graphs need weights that stay: it is loaded a second time"
+    ]

@@ -1,0 +1,97 @@
+"""What two blocks must have in common to share a graph, and whether a block can be compiled as it is now.
+
+A graph holds everything but tensors as constants: a block's head count, an epsilon, which class a layer has. All of it
+makes up the kind of a block, read once. Where its weights are and in which type they are kept can change with every
+load, and is looked at again then.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .options import NotTraceable
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)
+
+
+@functools.cache
+def names_used(kind: type) -> frozenset[str]:
+    """Attribute names that the methods of a class use, apart from its constructors."""
+    found: set[str] = set()
+    for base in kind.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for name, member in vars(base).items():
+            function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if isinstance(function, types.FunctionType) and name != "__init__":
+                found.update(_names_in(function.__code__))
+    return frozenset(found)
+
+
+def _constant(value: Any) -> Hashable:
+    """A stand-in for an attribute that is equal where a graph may be shared."""
+    if isinstance(value, torch.Tensor):
+        return "tensor", tuple(value.shape), value.dtype
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_constant(part) for part in value)
+    if isinstance(value, dict):
+        return dict, tuple((key, _constant(part)) for key, part in value.items())
+    try:
+        hash(value)
+    except TypeError:
+        return "object", id(value)
+    return type(value), value  # 1, 1.0 and True are equal, and give different graphs
+
+
+LIVE = frozenset({"training", "comfy_cast_weights", "weight_function", "bias_function"})  # read by `live_state`
+
+
+def constants_of(block: nn.Module) -> Hashable:
+    """The part of a block's kind that stays: classes, names, and attributes that its code uses."""
+    found: list[Hashable] = []
+    for path, part in block.named_modules():
+        used = names_used(type(part))
+        attributes = tuple(
+            (name, _constant(value))
+            for name, value in sorted(vars(part).items())
+            if name in used and name not in LIVE and not name.startswith("_")
+        )
+        found.append((path, type(part), attributes))
+    return tuple(found)
+
+
+def live_state(block: nn.Module, device: torch.device) -> Hashable:
+    """The part of a block's kind that changes with loading. Raises NotTraceable when it cannot be compiled so."""
+    found: list[Hashable] = []
+    for part in block.modules():
+        own = vars(part)
+        forward = own.get("forward")
+        # ComfyUI's bypass LoRA leaves the class's own method behind as an attribute.
+        if forward is not None and getattr(forward, "__func__", None) is not type(part).forward:
+            raise NotTraceable(f"a pack replaced the forward of a {type(part).__name__} inside")
+        if part._forward_hooks or part._forward_pre_hooks:
+            raise NotTraceable(f"a pack hooked a {type(part).__name__} inside")
+        if getattr(part, "weight_function", None) or getattr(part, "bias_function", None):
+            raise NotTraceable("weights are patched at every call, because the model is not loaded whole")
+        if hasattr(part, "_v"):
+            raise NotTraceable("weights come through DynamicVRAM")
+        weights = []
+        for name, parameter in (*part._parameters.items(), *part._buffers.items()):
+            if parameter is None:
+                continue
+            if parameter.device != device:
+                raise NotTraceable(f"weights lie on {parameter.device}, because the model is not loaded whole")
+            weights.append((name, type(parameter), type(parameter.data), parameter.dtype, tuple(parameter.shape)))
+        found.append((part.training, getattr(part, "comfy_cast_weights", None), tuple(weights)))
+    return device, tuple(found)

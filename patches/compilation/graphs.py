@@ -1,0 +1,134 @@
+"""One kind of block, compiled once for all blocks of the kind.
+
+Dynamo keeps its graphs with the code object of the compiled function, so each kind gets a function with a code object
+of its own: the limit on recompilations counts per kind, and another pack that compiles the same blocks meets its own
+graphs. Guards on the block itself are left out, because `regional` checks its state when it can have changed; weights
+are inputs of the graph, so that a LoRA, an eviction or another block of the kind brings other tensors and no new graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .settings import CompileSettings
+
+log = logging.getLogger("hotpath.compile")
+
+Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+def inductor(settings: CompileSettings) -> Backend:
+    """Inductor with this compile's own options."""
+    options = settings.inductor_options()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs, config_patches=options)
+
+    return backend
+
+
+def named_backend(name: str, settings: CompileSettings) -> Backend:
+    """A backend by Dynamo's name for it, such as "inductor", "aot_eager" or "eager"."""
+    if name == "inductor":
+        return inductor(settings)
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)
+
+
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What torch raises when a function cannot be traced or compiled; not what the function itself raises when it runs."""
+    from torch._dynamo import exc
+
+    found: list[type[Exception]] = [exc.TorchDynamoException]
+    try:
+        from torch._inductor.exc import InductorError
+    except ImportError:
+        pass
+    else:
+        found.append(InductorError)
+    return tuple(found)
+
+
+def _keep_guard(entry: Any) -> bool:
+    return "L['block']" not in entry.name
+
+
+def _guard_options() -> dict[str, Any]:
+    # Older torch has no filter; there, guards on the blocks are checked at every call.
+    if not hasattr(torch.compiler, "skip_guard_on_inbuilt_nn_modules_unsafe"):
+        return {}
+    return {"guard_filter_fn": lambda entries: [_keep_guard(entry) for entry in entries]}
+
+
+class CompiledKind:
+    """The graphs of one kind of block.
+
+    graphs: how many were compiled (the first included). seconds: spent compiling. reason: why the kind runs as it is,
+    or None while it is compiled.
+    """
+
+    def __init__(self, title: str, forward: Callable[..., Any], settings: CompileSettings, backend: Backend) -> None:
+        self.title = title
+        self.graphs = 0
+        self.seconds = 0.0
+        self.blocks: set[str] = set()
+        self.reason: str | None = None
+        self._lock = threading.Lock()
+        self._backend = backend
+        self._errors = compile_errors()
+        self._primed = not settings.dynamic
+
+        def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return forward(block, *args, **kwargs)
+
+        # A code object of its own, see above. The name shows in torch's logs.
+        run.__code__ = run.__code__.replace(co_name=f"hotpath_{title}")
+        self._run = torch.compile(
+            run,
+            fullgraph=True,
+            dynamic=settings.dynamic,
+            backend=self._compile,
+            options=_guard_options() or None,
+        )
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        start = time.perf_counter()
+        made = self._backend(graph, inputs)
+        with self._lock:
+            self.graphs += 1
+            self.seconds += time.perf_counter() - start
+        log.debug("%s: graph %d compiled in %.2f s", self.title, self.graphs, time.perf_counter() - start)
+        return made
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run `block` compiled. Raises one of `compile_errors` when it cannot be."""
+        if not self._primed:
+            self._primed = True
+            self._prime(block, args, kwargs)
+        return self._run(block, *args, **kwargs)
+
+    def _prime(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compile for a picture that is not square.
+
+        Torch takes two equal sizes for one and the same, so that a graph made from a square picture serves square ones
+        only.
+        """
+        if not args or not isinstance(args[0], torch.Tensor) or args[0].ndim != 4:
+            return
+        height, width = args[0].shape[-2:]
+        if height != width or width < 4:
+            return
+        try:
+            self._run(block, args[0][..., : width // 2].contiguous(), *args[1:], **kwargs)
+        except Exception as error:  # whatever it is, the call proper shows it, or goes well
+            log.debug("%s: no graph for pictures that are not square: %s", self.title, error)

@@ -1,0 +1,280 @@
+"""Regional compilation of a ComfyUI MODEL: every repeated block runs as one of a few graphs.
+
+For the length of a model call, each block's `forward` is ours: it hands the compiled kind what concerns the block and
+nothing else (`options`), and falls back to the block as it is, with the reason, where that is not possible. The model
+that came in is not changed, and between calls nothing of ours is on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import constants_of, live_state
+from .graphs import Backend, CompiledKind, compile_errors
+from .options import NotTraceable, block_options, options_read_by
+from .recording import CallRecorder
+from .regions import Region, find_regions
+from .settings import CompileSettings
+
+log = logging.getLogger("hotpath.compile")
+
+KEPT_KINDS = 128  # an SDXL UNet has 14
+
+_kinds: OrderedDict[Hashable, CompiledKind] = OrderedDict()
+_kinds_lock = threading.Lock()
+
+
+def shared_kind(key: Hashable, make: Callable[[], CompiledKind]) -> CompiledKind:
+    """The compiled kind for `key`, kept for the process: two models of one architecture share their graphs."""
+    with _kinds_lock:
+        if key not in _kinds:
+            _kinds[key] = make()
+            while len(_kinds) > KEPT_KINDS:
+                _kinds.popitem(last=False)
+        _kinds.move_to_end(key)
+        return _kinds[key]
+
+
+def forget(kind: CompiledKind) -> None:
+    """Let no other model use `kind`."""
+    with _kinds_lock:
+        for key in [key for key, held in _kinds.items() if held is kind]:
+            del _kinds[key]
+
+
+def forget_compiled_kinds() -> int:
+    """Drop every compiled graph; how many kinds there were."""
+    with _kinds_lock:
+        count = len(_kinds)
+        _kinds.clear()
+    return count
+
+
+class BlockForward:
+    """The `forward` of one block during a model call."""
+
+    def __init__(self, region: Region, owner: RegionalCompiler) -> None:
+        self.name = region.name
+        self.title = region.title
+        self.module = region.module
+        self.owner = owner
+        self.original: Callable[..., Any] = type(region.module).forward
+        self.kind: CompiledKind | None = None
+        self.reason: str | None = None  # why this block ran as it is, the last time
+        names = list(inspect.signature(self.original).parameters)[1:]
+        self.place = names.index("transformer_options") if "transformer_options" in names else None
+        self._constants: Hashable = None
+        self._read: frozenset[str] = frozenset()
+        self._unknown: str | None = None
+        try:
+            self._read = options_read_by(self.module)
+            self._constants = constants_of(self.module)
+        except NotTraceable as error:
+            self._unknown = str(error)
+
+    def examine(self, device: torch.device) -> None:
+        """Find the kind this block is of, as its weights are now."""
+        self.kind = None
+        try:
+            if self._unknown:
+                raise NotTraceable(self._unknown)
+            key = (self._constants, live_state(self.module, device), self.owner.key)
+        except NotTraceable as error:
+            self.reason = str(error)
+            return
+        self.reason = None
+        self.kind = shared_kind(
+            key, lambda: CompiledKind(self.title, self.original, self.owner.settings, self.owner.backend)
+        )
+        self.owner.kinds.add(self.kind)
+        self.kind.blocks.add(self.name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kind = self.kind
+        if kind is None or kind.reason is not None:
+            return self._as_it_is(kind.reason if kind is not None else self.reason, args, kwargs)
+        try:
+            reduced, changed = self._reduce(args, kwargs)
+        except NotTraceable as error:
+            return self._as_it_is(str(error), args, kwargs)
+        try:
+            out = kind(self.module, reduced, changed)
+        except self.owner.errors as error:
+            kind.reason = _first_line(error)
+            forget(kind)  # who asks for a compiled model next starts anew
+            log.warning("%s is not compiled: %s", self.title, kind.reason)
+            return self._as_it_is(kind.reason, args, kwargs, error)
+        self.reason = None
+        return out
+
+    def _as_it_is(
+        self, reason: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception | None = None
+    ) -> Any:
+        self.reason = reason
+        if self.owner.settings.strict:
+            raise CompilationRefused(f"{self.title} {self.name} cannot run compiled: {reason}.") from error
+        return self.original(self.module, *args, **kwargs)
+
+    def _reduce(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if "transformer_options" in kwargs:
+            options = kwargs["transformer_options"] or {}
+            return args, {**kwargs, "transformer_options": block_options(options, self._read)}
+        if self.place is not None and self.place < len(args):
+            options = block_options(args[self.place] or {}, self._read)
+            return (*args[: self.place], options, *args[self.place + 1 :]), kwargs
+        return args, kwargs
+
+
+class CompilationRefused(RuntimeError):
+    """In strict mode, a block could not be compiled."""
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+class _Plan:
+    """The blocks of one model instance, and whether they must be looked at again."""
+
+    def __init__(self, model: Any, owner: RegionalCompiler) -> None:
+        found = find_regions(model.diffusion_model, owner.settings.regions)
+        self.blocks = [BlockForward(region, owner) for region in found]
+        self.stamp: Any = None
+        self.problem: str | None = None  # why the model as a whole cannot be recorded
+        self._holders = [held for part in model.diffusion_model.modules() for held in (part._parameters, part._buffers)]
+
+    def examine(self, model: Any, device: torch.device) -> None:
+        for block in self.blocks:
+            block.examine(device)
+        try:
+            live_state(model.diffusion_model, device)
+        except NotTraceable as error:
+            self.problem = str(error)
+        else:
+            self.problem = None
+
+    def weights(self) -> Hashable:
+        """Where every weight of the model lies now."""
+        return tuple(_address(weight) for held in self._holders for weight in held.values() if weight is not None)
+
+    def fits(self, diffusion_model: nn.Module) -> bool:
+        """Whether the blocks are still the ones in the model; an object patch can have replaced some."""
+        present = dict(diffusion_model.named_modules())
+        return all(present.get(block.name) is block.module for block in self.blocks)
+
+
+def _address(weight: torch.Tensor) -> int:
+    # Quantized weights are made of several tensors and have no address of their own.
+    return weight.data_ptr() if type(weight.data) is torch.Tensor else id(weight)
+
+
+class RegionalCompiler:
+    """What makes a MODEL compiled. Shared by all clones made of it."""
+
+    def __init__(self, settings: CompileSettings, backend: Backend, backend_name: str) -> None:
+        self.settings = settings
+        self.backend = backend
+        self.key: Hashable = (settings, backend_name if backend_name else id(backend))
+        self.errors = compile_errors()
+        self.kinds: set[CompiledKind] = set()
+        self._plans: weakref.WeakKeyDictionary[Any, _Plan] = weakref.WeakKeyDictionary()
+        self._loads = 0
+        self._thread = threading.local()
+        self.recorder: CallRecorder | None = None
+
+    def __deepcopy__(self, _: Any) -> RegionalCompiler:
+        return self  # packs that copy a model's options whole must not copy the model along
+
+    def changed(self, *_: Any, **__: Any) -> None:
+        """A callback: weights were loaded or moved, or a run begins."""
+        self._loads += 1
+
+    def plan(self, model: Any, device: torch.device) -> _Plan:
+        """The blocks of `model` (a BaseModel), examined for where their weights are now."""
+        plan = self._plans.get(model)
+        stamp = (
+            self._loads,
+            device,
+            getattr(model, "model_loaded_weight_memory", None),
+            getattr(model, "lowvram_patch_counter", None),
+            getattr(model, "current_weight_patches_uuid", None),
+        )
+        if plan is not None and plan.stamp == stamp:
+            return plan
+        if plan is None or not plan.fits(model.diffusion_model):
+            plan = self._plans[model] = _Plan(model, self)
+        plan.examine(model, device)
+        plan.stamp = stamp
+        return plan
+
+    def apply_model(self, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """An APPLY_MODEL wrapper: the blocks are compiled inside, and as they were outside."""
+        plan = self.plan(executor.class_obj, x.device)
+        before = getattr(self._thread, "plan", None)
+        self._thread.plan = plan
+        try:
+            with installed(plan.blocks):
+                return executor(x, *args, **kwargs)
+        finally:
+            self._thread.plan = before
+
+    def current(self) -> _Plan:
+        """The blocks of the model that runs in this thread."""
+        plan: _Plan | None = getattr(self._thread, "plan", None)
+        assert plan is not None, "outside a model call"
+        return plan
+
+    @property
+    def graphs(self) -> int:
+        """Graphs compiled so far, over all kinds."""
+        return sum(kind.graphs for kind in self.kinds)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent compiling so far."""
+        return sum(kind.seconds for kind in self.kinds)
+
+    def fallbacks(self) -> dict[str, int]:
+        """Why blocks ran as they are in the last call, and how many."""
+        plans = list(self._plans.values())
+        return dict(Counter(f"{b.title}: {b.reason}" for plan in plans for b in plan.blocks if b.reason))
+
+    def report(self) -> str:
+        """What is compiled, and what is not and why, as lines."""
+        kinds = sorted((k for k in self.kinds if k.graphs), key=lambda kind: kind.title)
+        lines = [f"{self.graphs} graphs compiled in {self.seconds:.1f} s"] if kinds else ["nothing compiled yet"]
+        per_title = Counter[str]()
+        for kind in kinds:
+            per_title[kind.title] += kind.graphs
+        lines += [f"  {title}: {count}" for title, count in per_title.items()]
+        lines += [f"  {count} x as it is, {reason}" for reason, count in self.fallbacks().items()]
+        if self.recorder is not None:
+            lines.append(self.recorder.report())
+        return "\n".join(lines)
+
+
+@contextmanager
+def installed(blocks: list[BlockForward]) -> Iterator[None]:
+    """Our `forward` on the blocks that have none of another pack."""
+    done: list[nn.Module] = []
+    try:
+        for block in blocks:
+            own = vars(block.module)
+            if "forward" not in own:
+                own["forward"] = block
+                done.append(block.module)
+        yield
+    finally:
+        for module in done:
+            vars(module).pop("forward", None)
