@@ -4,6 +4,7 @@ The few keys and values of an image prompt stay in registers while the queries s
 al., 2022) with a single key block; there is nothing to carry from block to block, so the softmax is the plain one.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
 import logging

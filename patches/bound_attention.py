@@ -53,7 +53,8 @@ class TokenStep:
         made.weights, made.stats, made.counts_out = weights, stats, counts_out
         return made
 
-    def __call__(self, out: Tensor, q: Tensor, heads: int) -> Tensor:
+    def add_to(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        """`out` [B, N, C] with these identities."""
         from comfy.ldm.modules.attention import optimized_attention
 
         keys, values, mask = self.keys, self.values, self.mask
@@ -65,7 +66,7 @@ class TokenStep:
         if stats is not None and not self.counts_out:
             stats = torch.zeros_like(stats)
         made = attend_tokens(
-            q, out, keys, values, self.rows, self.weights, heads, mask, stats, attention=optimized_attention
+            q, out, keys, values, self.rows, self.weights, extra_options["n_heads"], mask, stats, optimized_attention
         )
         if self.stats is not None and stats is not None and not self.counts_out:
             self.stats[0] += stats[0]
@@ -79,6 +80,9 @@ class ForeignStep:
         self.callback = callback
         self.kwargs = kwargs
 
+    def add_to(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        return out + _call_foreign(self.callback, self.kwargs, out, q, k, v, extra_options)
+
 
 class BoundAttention:
     """Text attention, then the steps in the order their nodes came. `base` replaces text attention."""
@@ -88,25 +92,26 @@ class BoundAttention:
         self.steps = steps
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        heads = extra_options["n_heads"]
         if self.base is not None:
             out = self.base(q, k, v, extra_options)
         else:
             from comfy.ldm.modules.attention import optimized_attention
 
             out = optimized_attention(
-                q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
+                q,
+                k,
+                v,
+                extra_options["n_heads"],
+                attn_precision=extra_options.get("attn_precision"),
+                transformer_options=extra_options,
             )
         for step in self.steps:
-            if isinstance(step, TokenStep):
-                out = step(out, q, heads)
-            else:
-                out = out + _foreign(step, out, q, k, v, extra_options)
+            out = step.add_to(out, q, k, v, extra_options)
         return out.to(q.dtype)
 
 
-def _foreign(step: ForeignStep, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Any:
-    return step.callback(out, q, k, v, extra_options, **step.kwargs)
+def _call_foreign(callback: Callable[..., Any], kwargs: dict[str, Any], *arguments: Any) -> Any:
+    return callback(*arguments, **kwargs)
 
 
 def _other_mask(step: TokenStep, length: int) -> Tensor:
@@ -116,5 +121,5 @@ def _other_mask(step: TokenStep, length: int) -> Tensor:
 
 def keep_out_of_compiled_graphs() -> None:
     """Other packs' callbacks may read what a graph would bake in. Call it once, before anything is traced."""
-    global _foreign, _other_mask
-    _foreign, _other_mask = torch.compiler.disable(_foreign), torch.compiler.disable(_other_mask)
+    global _call_foreign, _other_mask
+    _call_foreign, _other_mask = torch.compiler.disable(_call_foreign), torch.compiler.disable(_other_mask)

@@ -56,9 +56,8 @@ class IdentityDelta:
     def __call__(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any], **_: Any) -> Tensor:
         """What this identity adds, [B, N, C], for an attention object of another pack, which minds the sigmas itself."""
         call = current_call(extra_options).of(q)
-        return _token_step([self], call, q.shape[1], call.weights((self.settings.weight,)))(
-            torch.zeros_like(q), q, extra_options["n_heads"]
-        )
+        step = _token_step([self], call, q.shape[1], call.weights((self.settings.weight,)))
+        return step.add_to(torch.zeros_like(q), q, k, v, extra_options)
 
 
 class IdentityAttention:
@@ -134,8 +133,8 @@ class IdentityAttention:
         entries = [e for e, on in zip(zip(self.callback, self.kwargs, strict=True), active, strict=True) if on]
         for _, group in itertools.groupby(entries, kind):
             members = list(group)
-            if isinstance(members[0][0], IdentityDelta):
-                deltas = [delta for delta, _ in members]
+            deltas = [callback for callback, _ in members if isinstance(callback, IdentityDelta)]
+            if deltas:
                 yield _token_step(deltas, call, length, call.weights(tuple(d.settings.weight for d in deltas)))
             else:
                 yield ForeignStep(*members[0])

@@ -24,6 +24,8 @@ ROLES_BY_INDEX = "hotpath_roles_by_index"
 
 COND, UNCOND = 0, 1
 
+CPU = torch.device("cpu")
+
 _thread = threading.local()
 
 
@@ -43,7 +45,7 @@ class ModelCall:
     window: tuple[int, ...] | None = None
     full_length: int | None = None
     batch: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     _sigma: float | None = field(default=None, repr=False)
     _made: dict[object, Tensor] = field(default_factory=dict, repr=False)
@@ -88,7 +90,8 @@ class ModelCall:
     def weights_now(self, settings: tuple[Any, ...]) -> Tensor:
         """`weights` of the settings, 0 where this call's sigma is out of their range; computed on the device."""
         weights = self.weights(tuple(s.weight for s in settings))
-        if self.timestep is None:
+        timestep = self.timestep
+        if timestep is None:
             return weights
 
         def gate() -> Tensor:
@@ -96,7 +99,7 @@ class ModelCall:
             limits = torch.tensor([(s.sigma_start, s.sigma_end) for s in settings], dtype=exact)
             # From pageable memory this copy waits for nothing that runs on the device.
             limits = limits.to(self.device, non_blocking=True)
-            sigma = self.timestep.flatten()[0].to(self.device, exact)
+            sigma = timestep.flatten()[0].to(self.device, exact)
             return weights * ((sigma <= limits[:, 0]) & (sigma >= limits[:, 1]))[:, None]
 
         return self._once(settings, gate)
