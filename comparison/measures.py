@@ -56,14 +56,14 @@ def measure(a: Tensor, b: Tensor) -> Measures:
 
     first, second = a.numpy().astype(np.float64), b.numpy().astype(np.float64)
     difference = np.abs(first - second)
-    error = float(np.mean(difference**2))
+    mean_square = float(np.mean(difference**2))
     ssim = structural_similarity(
         # The paper's own window, and the mean over the channels.
         first, second, channel_axis=-1, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )  # fmt: skip
     return Measures(
         ssim=float(ssim),
-        psnr=-10 * math.log10(error) if error > 0 else math.inf,
+        psnr=-10 * math.log10(mean_square) if mean_square > 0 else math.inf,
         mean_difference=float(difference.mean()),
         max_difference=float(difference.max()),
     )

@@ -27,11 +27,17 @@ def difference_map(a: Tensor, b: Tensor, gain: float = GAIN) -> Tensor:
     return ramp[low] * (1 - part) + ramp[low + 1] * part
 
 
-def side_by_side(pair: Pair, label_a: str = "A", label_b: str = "B") -> Tensor:
-    """A, B and the difference map next to each other with a caption, [H, W, 3]; where sizes differ, without the map."""
+def side_by_side(pair: Pair, label_a: str = "A", label_b: str = "B", longest: int | None = None) -> Tensor:
+    """A, B and the difference map next to each other with a caption, [H, W, 3]; where sizes differ, without the map.
+
+    longest: reduce each of the three to this many pixels, if it is larger.
+    """
     panels = [(label_a, _pixels(pair.a)), (label_b, _pixels(pair.b))]
     if pair.measures is not None:
         panels.append((f"difference x{GAIN}", _pixels(difference_map(pair.a, pair.b))))
+    if longest is not None:
+        for _, panel in panels:
+            panel.thumbnail((longest, longest))
     font, small = _font(15), _font(13)
     width = sum(p.width for _, p in panels) + GAP * (len(panels) + 1)
     height = max(p.height for _, p in panels)

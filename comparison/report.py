@@ -6,16 +6,19 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .page import Files, page
-from .pair import FAILED, PASSED, REFUSED, Comparison, Pair
+from .pair import FAILED, PASSED, REFUSED, Comparison, Pair, Thresholds
 from .pictures import as_image, difference_map, side_by_side, stacked
 
 FORMAT = "hotpath.comparison"
 OVERVIEW_ROWS = 12  # pairs in side_by_side.png; the page has all of them
+OVERVIEW_SIDE = 448  # pixels
 
 
 def describe(comparison: Comparison) -> str:
@@ -66,46 +69,57 @@ def values(pair: Pair) -> dict[str, Any]:
     }
 
 
-def write_comparison(
-    comparison: Comparison,
-    folder: Path,
-    facts: dict[str, str],
-    done: Callable[[], None] = lambda: None,
-) -> Path:
-    """Write pictures, `results.json`, `side_by_side.png` and `index.html` into `folder`; returns the page.
+class ComparisonFolder:
+    """A folder that a comparison grows in: pictures pair by pair, then `results.json`, `side_by_side.png`, `index.html`.
 
-    facts: what made the pictures, shown on the page. done: called after each pair.
+    Only the numbers of a pair stay in memory, so a grid may be of any size.
     """
-    date = time.strftime("%Y-%m-%d %H:%M")
-    files: list[Files] = []
-    for number, pair in enumerate(comparison.pairs):
-        files.append(_write_pair(pair, folder, f"{number + 1:03d}_{_file_name(pair.name)}"))
-        done()
-    shown = [side_by_side(p, comparison.label_a, comparison.label_b) for p in comparison.pairs[:OVERVIEW_ROWS]]
-    if shown:
-        as_image(stacked(shown)).save(folder / "side_by_side.png")
-    data = {
+
+    def __init__(self, folder: Path, label_a: str, label_b: str) -> None:
+        self.folder = folder
+        self.labels = (label_a, label_b)
+        self._pairs: list[Pair] = []
+        self._files: list[Files] = []
+        self._overview: list[Tensor] = []
+
+    def add(self, pair: Pair) -> None:
+        """Write the pictures of a pair."""
+        self._files.append(_write_pair(pair, self.folder, f"{len(self._pairs) + 1:03d}_{file_name(pair.name)}"))
+        if len(self._overview) < OVERVIEW_ROWS:
+            self._overview.append(side_by_side(pair, *self.labels, longest=OVERVIEW_SIDE))
+        self._pairs.append(pair.without_pictures())
+
+    def finish(self, thresholds: Thresholds, notes: Sequence[str], facts: Mapping[str, str]) -> Comparison:
+        """Write the rest and return the comparison. facts: what made the pictures, shown on the page."""
+        made = Comparison(*self.labels, thresholds, tuple(self._pairs), tuple(notes))
+        facts = {**facts, "date": time.strftime("%Y-%m-%d %H:%M")}
+        if self._overview:
+            as_image(stacked(self._overview)).save(self.folder / "side_by_side.png")
+        data = _data(made, self._files, facts)
+        text = json.dumps(data, indent=1, allow_nan=False)
+        (self.folder / "results.json").write_text(text + "\n", encoding="utf-8")
+        self.page.write_text(page(made, self._files, facts), encoding="utf-8")
+        return made
+
+    @property
+    def page(self) -> Path:
+        return self.folder / "index.html"
+
+
+def _data(made: Comparison, files: Sequence[Files], facts: Mapping[str, str]) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "version": 1,
-        "date": date,
-        "facts": facts,
-        "a": comparison.label_a,
-        "b": comparison.label_b,
-        "thresholds": {
-            "min_ssim": comparison.thresholds.min_ssim,
-            "min_cosine": comparison.thresholds.min_cosine,
-            "max_lpips": comparison.thresholds.max_lpips,
-        },
-        "passed": comparison.passed,
-        "least_ssim": comparison.least_ssim,
-        "least_cosine": comparison.least_cosine,
-        "notes": list(comparison.notes),
-        "pairs": [{**values(p), "files": f.as_data()} for p, f in zip(comparison.pairs, files, strict=True)],
+        **facts,
+        "a": made.label_a,
+        "b": made.label_b,
+        "thresholds": vars(made.thresholds),
+        "passed": made.passed,
+        "least_ssim": made.least_ssim,
+        "least_cosine": made.least_cosine,
+        "notes": list(made.notes),
+        "pairs": [{**values(p), "files": f.as_data()} for p, f in zip(made.pairs, files, strict=True)],
     }
-    (folder / "results.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    path = folder / "index.html"
-    path.write_text(page(comparison, files, {**facts, "date": date}), encoding="utf-8")
-    return path
 
 
 def _write_pair(pair: Pair, folder: Path, name: str) -> Files:
@@ -114,8 +128,6 @@ def _write_pair(pair: Pair, folder: Path, name: str) -> Files:
         pictures["difference"] = difference_map(pair.a, pair.b)
     written = {}
     for kind, picture in pictures.items():
-        if picture.ndim != 3 or 0 in picture.shape:
-            continue
         path = folder / kind / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         as_image(picture).save(path)
@@ -123,5 +135,6 @@ def _write_pair(pair: Pair, folder: Path, name: str) -> Files:
     return Files(**written)
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """`name` as a part of a file name, in plain letters."""
     return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("._")[:80] or "pair"

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from .. import face, host
-from ..comparison import Thresholds, compare_batches, describe, load_perceptual, side_by_side
-from ..comparison.report import values
+from ..comparison import Thresholds, compare_batches, describe, load_perceptual, side_by_side, values
 from .sockets import HIDDEN, number
 
 CATEGORY = "Hotpath/compare"

@@ -1,0 +1,252 @@
+"""`hotpath compare`: the same seeds in two settings of a workflow, or two folders of pictures, and how alike they are."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import __version__, comparison, face, host
+from ..comparison import ComparisonFolder, FolderError, Pair, Thresholds, compare_pair, pair_files, read_picture
+from ..headless.executor import NodeFailed
+from ..headless.graph import Graph, WorkflowError
+from ..headless.launcher import LaunchError
+from ..headless.outcome import OutputFile
+from ..headless.server import ServerError
+from .console import complain, note, say
+from .models_folder import headless_host
+from .render_grid import SEED, STRENGTH, WEIGHT, Grid, Point
+from .rendering import Place, rendering
+
+PASSED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+MARK = ".hotpath-comparison"  # in a folder that this command made and may empty again
+MIN_COSINE = 0.98
+
+
+class Refused(ValueError):
+    """What was asked for cannot be compared; the message says why."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: a folder of pictures, or a workflow with what is changed in it."""
+
+    label: str
+    folder: Path | None = None
+    graph: Graph | None = None
+
+
+@dataclass(frozen=True)
+class Judges:
+    """What measures beside SSIM."""
+
+    thresholds: Thresholds
+    faces: Any
+    perceptual: comparison.Perceptual | None
+    notes: list[str]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code: 0 every pair passed, 1 a threshold was missed or a render failed, 2 refused, 130 stopped."""
+    try:
+        sides = _sides(options)
+        judges = _judges(options)
+        output = _prepared(options.output_folder.resolve())
+        writer = ComparisonFolder(output, sides[0].label, sides[1].label)
+        unfinished = _fill(writer, sides, judges, options)
+    except (Refused, FolderError, WorkflowError, FileNotFoundError, face.FaceError) as error:
+        complain(str(error))
+        return REFUSED
+    made = writer.finish(judges.thresholds, judges.notes, {"Hotpath": __version__})
+    say(comparison.describe(made))
+    say(str(writer.page), "bold")
+    if unfinished is not None:
+        return unfinished
+    if made.count(comparison.REFUSED):
+        return REFUSED
+    return PASSED if made.passed else FAILED
+
+
+def _fill(
+    writer: ComparisonFolder, sides: tuple[Side, Side], judges: Judges, options: argparse.Namespace
+) -> int | None:
+    """Compare pair after pair; the exit code when it could not be done to the end, so that what is done is not lost."""
+    try:
+        if sides[0].folder is not None and sides[1].folder is not None:
+            files, remark = pair_files(sides[0].folder, sides[1].folder)
+            judges.notes.extend(filter(None, [remark]))
+            for name, first, second in files:
+                writer.add(_judged(name, read_picture(first), read_picture(second), judges))
+        else:
+            for pair in _rendered_pairs(sides, options, writer.folder, judges):
+                writer.add(pair)
+        return None
+    except (ServerError, LaunchError, NodeFailed) as error:
+        complain(str(error))
+        judges.notes.append(f"Not all was rendered: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        note("Stopped.", "yellow")
+        judges.notes.append("Stopped before the end.")
+        return INTERRUPTED
+
+
+def _sides(options: argparse.Namespace) -> tuple[Side, Side]:
+    if options.b is None and options.a.is_dir():
+        raise Refused(f"{options.a} is a folder of pictures: name another one, or a workflow, to compare it with.")
+    second = options.b if options.b is not None else options.a
+    common = options.set or []
+    sides = (_side(options.a, [*common, *(options.set_a or [])]), _side(second, [*common, *(options.set_b or [])]))
+    rendered = [side for side in sides if side.graph is not None]
+    asked = [n for n in ("seeds", "weights", "controlnet_strengths", "set", "set_a", "set_b") if getattr(options, n)]
+    if asked and not rendered:
+        raise Refused(f"--{asked[0].replace('_', '-')} is for workflows, and both sides are folders of pictures.")
+    prompts = [side.graph.prompt() for side in rendered if side.graph is not None]
+    if len(prompts) == 2 and prompts[0] == prompts[1]:
+        raise Refused("Both sides are the same workflow in the same setting: change something with --set-b.")
+    return sides
+
+
+def _side(path: Path, assignments: Sequence[str]) -> Side:
+    if path.is_dir():
+        return Side(str(path), folder=path)
+    graph = Graph.load(path)
+    for assignment in assignments:
+        graph.set_input(assignment)
+    return Side(", ".join([path.name, *assignments]), graph=graph)
+
+
+def _judges(options: argparse.Namespace) -> Judges:
+    notes = []
+    perceptual, why = comparison.load_perceptual()
+    if perceptual is None and options.max_lpips is not None:
+        raise Refused(f"--max-lpips was given, but {why[0].lower()}{why[1:]}.")
+    notes.append(why)
+    analyser, why = _face_finder(options)
+    if analyser is None and options.min_cosine is not None:
+        raise Refused(f"--min-cosine was given, but {why}")
+    notes.append(why)
+    cosine = MIN_COSINE if options.min_cosine is None else options.min_cosine
+    thresholds = Thresholds(options.min_ssim, cosine, options.max_lpips)
+    return Judges(thresholds, analyser, perceptual, notes)
+
+
+def _face_finder(options: argparse.Namespace) -> tuple[Any, str]:
+    """The face models, or None and a sentence about why not."""
+    if options.faces == "off":
+        return None, "faces are not compared: --faces off."
+    here = headless_host(options.models, device=options.device, show_progress=False)
+    folders = here.model_folders("insightface")
+    names = face.model_names(folders)
+    wanted = (
+        options.faces if options.faces != "auto" else next(iter(sorted(names, key=lambda n: n != "antelopev2")), "")
+    )
+    if not wanted:
+        return None, "faces are not compared: there are no face models (`hotpath models download` brings antelopev2)."
+    before = host.use(here)
+    try:
+        analyser = face.load_analyser(folders, wanted, device=here.device())
+    finally:
+        host.use(before)
+    return analyser, f"Faces: {wanted}."
+
+
+def _prepared(output: Path) -> Path:
+    """An empty folder; only one that this command made is emptied."""
+    if output.exists() and not output.is_dir():
+        raise Refused(f"{output} is a file; name a folder with --output-folder.")
+    if output.is_dir() and any(output.iterdir()):
+        if not (output / MARK).is_file():
+            raise Refused(f"{output} holds files that `hotpath compare` did not make; choose another --output-folder.")
+        for entry in output.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).write_text("Made by `hotpath compare`, which empties this folder when it runs again.\n")
+    return output
+
+
+def _judged(name: str, a: Tensor, b: Tensor, judges: Judges, point: Point | None = None) -> Pair:
+    at = point.values if point is not None else None
+    return compare_pair(name, a, b, judges.thresholds, judges.faces, judges.perceptual, at)
+
+
+def _rendered_pairs(
+    sides: tuple[Side, Side], options: argparse.Namespace, output: Path, judges: Judges
+) -> Iterator[Pair]:
+    grid = _grid(options)
+    points = list(grid.points())
+    graphs = [[grid.at(side.graph, point) for point in points] if side.graph is not None else [] for side in sides]
+    total = sum(map(len, graphs))
+    done = 0
+    with tempfile.TemporaryDirectory(dir=output, prefix=".renders-") as work:
+        place = Place(
+            folder=Path(work),
+            server=options.server,
+            comfyui=options.comfyui,
+            headless=options.headless,
+            input_folder=options.input_folder,
+            models=options.models,
+            device=options.device,
+        )
+        first = [side[0] for side in graphs if side]
+        with rendering(place, first, lambda text: note(text, "dim")) as render:
+            for number, point in enumerate(points):
+                both = []
+                for side, rendered in zip(sides, graphs, strict=True):
+                    if side.folder is not None:
+                        both.append(_made_before(side.folder, point))
+                        continue
+                    done += 1
+                    if not options.quiet:
+                        note(f"[{done}/{total}] {side.label}: {point.name}", "dim")
+                    both.append([file.path for file in _pictures(render(rendered[number]).files, side, options)])
+                yield from _paired(point, both[0], both[1], judges)
+
+
+def _paired(point: Point, a: Sequence[Path], b: Sequence[Path], judges: Judges) -> Iterator[Pair]:
+    if len(a) != len(b):
+        raise Refused(f"At {point.name}, A has {len(a)} pictures and B has {len(b)}: each needs a counterpart.")
+    for number, (first, second) in enumerate(zip(a, b, strict=True)):
+        name = point.name if len(a) == 1 else f"{point.name}, picture {number + 1}"
+        yield _judged(name, read_picture(first), read_picture(second), judges, point)
+
+
+def _pictures(files: Sequence[OutputFile], side: Side, options: argparse.Namespace) -> list[OutputFile]:
+    """What a run saved, or, where it saved no picture, what it showed."""
+    pictures = [file for file in files if file.kind == "image"]
+    if options.picture_from is not None:
+        assert side.graph is not None
+        wanted = side.graph.find(options.picture_from).id
+        pictures = [file for file in pictures if file.node.id == wanted]
+    found = [file for file in pictures if not file.temporary] or pictures
+    if not found:
+        raise Refused(f"{side.label} gave no picture; save one with SaveImage, or name the node with --picture-from.")
+    return found
+
+
+def _made_before(folder: Path, point: Point) -> list[Path]:
+    """The pictures of an earlier comparison for this point of the grid; for a workflow as it is, all of the folder."""
+    found = comparison.pictures_in(folder)
+    if not point.values:
+        return list(found.values())
+    wanted = comparison.file_name(point.name)
+    chosen = [
+        path
+        for path in found.values()
+        if (plain := path.stem.lstrip("0123456789").lstrip("_")) == wanted or plain.startswith(f"{wanted}_picture_")
+    ]
+    if not chosen:
+        raise Refused(f"{folder} has no picture for {point.name}: its name would end in {wanted}.")
+    return chosen
+
+
+def _grid(options: argparse.Namespace) -> Grid:
+    axes = {SEED: options.seeds or [], WEIGHT: options.weights or [], STRENGTH: options.controlnet_strengths or []}
+    inputs = {SEED: options.seed_input, WEIGHT: options.weight_input, STRENGTH: options.strength_input}
+    return Grid(axes, {axis: named for axis, named in inputs.items() if named})
