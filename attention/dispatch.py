@@ -188,9 +188,9 @@ class AttentionDispatcher:
 
         if not able:
             name = next(name for name in LAST if name in self.backends and (name, call) not in self._off)
-            return self.backends[name], why("the only exact one for this call"), True
+            return self.backends[name], why("the one candidate here"), True
         if len(able) == 1:
-            return able[0], why("the only exact one for this call"), True
+            return able[0], why("the one candidate here"), True
         choice = self.choices.get(call, facts)
         if choice is None and measure is not None:
             choice = measure(able)
