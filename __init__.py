@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _join_server() -> None:
-    """Offer the panel and show warnings on nodes, where ComfyUI's server is in this process."""
+    """Where ComfyUI's server is in this process: prompts of older layouts run, warnings reach nodes, the panel is there."""
     global _joined
     if _joined:
         return
@@ -39,12 +39,13 @@ def _join_server() -> None:
         server = prompt_server()
         if server is not None:
             from . import panel
-            from .host import node_warnings
+            from .host import node_warnings, saved_layouts
 
-            panel.attach(server, __version__)
+            server.add_on_prompt_handler(saved_layouts.migrate_queued)
             node_warnings.install(send_warning)
+            panel.attach(server, __version__)
     except Exception:
-        # The nodes work without either.
+        # The nodes work without these.
         import logging
 
-        logging.getLogger("hotpath").exception("Hotpath's panel is missing")
+        logging.getLogger("hotpath").exception("Hotpath could not join ComfyUI's server")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from .. import host as hosts
 from ..cache import content_key
 from ..host.headless import HeadlessHost
-from ..vision_language.migration import migrate_prompt
+from ..host.saved_layouts import migrate_prompt
 from . import calls
 from .catalog import HIDDEN, InputDeclaration, available_nodes, declared_inputs
 from .graph import Graph, Link, LooseList, Node
@@ -79,6 +79,7 @@ class Observer(Protocol):
 class _Remembered:
     outputs: list[list[Any]]
     ui: dict[str, list[Any]]
+    output_node: bool
 
 
 class Executor:
@@ -114,6 +115,11 @@ class Executor:
         finally:
             self.host.node_id = None
             hosts.use(before)
+
+    def forget_output_nodes(self) -> None:
+        """Run output nodes again even if nothing changed, as when the folder they write into is another one now."""
+        for signature in [s for s, remembered in self._remembered.items() if remembered.output_node]:
+            del self._remembered[signature]
 
     def object_for(self, node: Node) -> Any:
         """The instance for this id and class, the same one from run to run as in ComfyUI."""
@@ -229,7 +235,8 @@ class _Run:
         del host.texts[texts_before:]
         merged = calls.merge_outputs(results, executor.catalog[node.class_type])
         if executor.keep:
-            executor._remembered[self.signatures[node.id]] = _Remembered(merged, ui)
+            writes = bool(getattr(executor.catalog[node.class_type], "OUTPUT_NODE", False))
+            executor._remembered[self.signatures[node.id]] = _Remembered(merged, ui, writes)
         self._finish(NodeRun(node, seconds, False, ui), merged, position)
         return True
 

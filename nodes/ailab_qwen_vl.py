@@ -99,8 +99,8 @@ class _AILabNode:
     OUTPUT_TOOLTIPS = ("What the model answered.",)
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str = "", device: str = "") -> bool:
-        # Names and devices of other machines are looked up at run time.
+    def VALIDATE_INPUTS(cls, model_name: str = "", device: str = "", preset_prompt: str = "") -> bool:
+        # Names and devices of other machines are looked up at run time; a preset of an older list is its own text.
         return True
 
 

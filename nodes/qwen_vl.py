@@ -1,13 +1,12 @@
 """The Qwen nodes of shared workflows: QwenVL, Qwen2.5VL, Qwen2VL, Qwen and Qwen2.5, with their ids, inputs and order.
 
 Inputs that older layouts of these ids do not have are optional here, so that a prompt of any layout runs; graphs of the
-browser are migrated by web/qwen_vl_migration.js, API prompts by the handler below. The nodes with more are in
+browser are migrated by web/saved_layouts.js, API prompts by host/saved_layouts.py. The nodes with more are in
 `vision_language.py`.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from ..vision_language import folders
 from ..vision_language.answering import AnswerOptions, answer
 from ..vision_language.budgets import OLD_PRESETS, PRESETS
 from ..vision_language.loading import MODELS, LoadOptions
-from ..vision_language.migration import migrate_prompt
 from ..vision_language.pictures import Clip, from_images, read_clip
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
@@ -339,23 +337,6 @@ class Qwen2VLNode(_QwenNode):
             False,
         )  # fmt: skip
 
-
-def register_migration() -> bool:
-    """Have ComfyUI's server rewrite API prompts of older layouts before it checks them; False without a server."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is None:
-        return False
-
-    def migrate(data: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(data.get("prompt"), dict):
-            data["prompt"] = migrate_prompt(data["prompt"])
-        return data
-
-    server.add_on_prompt_handler(migrate)
-    return True
-
-
-register_migration()
 
 NODES = {
     "Qwen2.5VL": Qwen25VLNode,

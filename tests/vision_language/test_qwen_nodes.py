@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hotpath.host import saved_layouts as migration
 from hotpath.nodes import FAILED_FAMILIES, NODE_CLASS_MAPPINGS
-from hotpath.vision_language import migration, presets
+from hotpath.vision_language import presets
 
 ROOT = Path(__file__).parents[2]
 CONTRACT = json.loads((ROOT / "tests" / "data" / "contracts" / "qwen_vl.json").read_text(encoding="utf-8"))
@@ -294,12 +295,6 @@ class TestMigration:
         assert migration.widget_values("QwenVL", SPEC[:5]) is None
         assert migration.widget_values("KSampler", SPEC) is None
 
-    def test_our_widgets_are_the_first_layout(self, llm):
-        """The table's first layout is what the node declares now, in its order."""
-        for node_id, layouts in migration.table()["layouts"].items():
-            ours = [name for name, (_, spec) in declared(NODE_CLASS_MAPPINGS[node_id]).items() if not is_socket(spec)]
-            assert [widget["name"] for widget in layouts[0]] == ours
-
     def test_api_prompts(self):
         prompt = {
             "1": {
@@ -314,7 +309,9 @@ class TestMigration:
         other = {
             "1": {"class_type": "AILab_QwenVL_Advanced", "inputs": {"image": ["2", 0], "video_frame_size": "auto"}}
         }
-        assert migration.migrate_prompt(other)["1"]["inputs"] == {"image": ["2", 0]}
+        assert migration.migrate_prompt(other)["1"]["inputs"] == {
+            "image": ["2", 0], "attention_mode": "auto", "use_torch_compile": False
+        }  # fmt: skip
         both = {"1": {"class_type": "QwenVL", "inputs": {"image": ["2", 0], "image1": ["3", 0]}}}
         assert migration.migrate_prompt(both)["1"]["inputs"] == both["1"]["inputs"]
 
@@ -332,38 +329,6 @@ class TestMigration:
         }
         node = NODE_CLASS_MAPPINGS["QwenVL"]()
         assert node.inference(text="x", model="qwen3_vl", max_new_tokens=4, seed=1, image=IMAGE)
-
-    def test_the_browsers_half_agrees(self, tmp_path):
-        """The same saved values through web/qwen_vl_migration.js, when node is there to run it."""
-        import shutil
-        import subprocess
-
-        if shutil.which("node") is None:
-            pytest.skip("node is not installed")
-        source = (ROOT / "web" / "qwen_vl_migration.js").read_text(encoding="utf-8")
-        source = source.replace(
-            'import { app } from "../../scripts/app.js";', "const app = { registerExtension() {} };"
-        )
-        (tmp_path / "migration.mjs").write_text(source, encoding="utf-8")
-        cases = [["QwenVL", SPEC], ["QwenVL", HEAD], ["Qwen2.5VL", FIRST], ["QwenVL", [1, 2]]]
-        table = (ROOT / "web" / "qwen_vl_layouts.json").read_text(encoding="utf-8")
-        (tmp_path / "run.mjs").write_text(
-            "import { named, present, migrated } from './migration.mjs';\n"
-            f"const table = {table}; const cases = {json.dumps(cases)};\n"
-            "const widgets = table.layouts.QwenVL[0].flatMap((w) => w.name === 'seed' ? [w, {name: 'control_after_generate'}]"
-            " : [w]).map((w) => ({ name: w.name, value: 'default' }));\n"
-            "console.log(JSON.stringify(cases.map(([id, values]) => migrated(table, id, values, widgets))));\n"
-        )
-        made = subprocess.run(["node", "run.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
-        present, head, first, nothing = json.loads(made.stdout)
-        assert present is None and nothing is None
-        assert head[5] == "high" and head[17] == "fixed" and head[18] == "v.mp4" and head[6] == "default"
-        assert first[:4] == ["default", "ask", "Qwen2.5-VL-7B-Instruct", "8bit"] and first[15:19] == [
-            512,
-            7,
-            "randomize",
-            "v.mp4",
-        ]
 
 
 def test_the_first_shared_workflow(llm):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 
 import numpy as np
 from hotpath.cli import main
@@ -51,18 +49,3 @@ def test_caption(tmp_path, capsys):
     assert "broken.png" in capsys.readouterr().out
     assert main([*command[:1], str(tmp_path / "absent"), *command[2:]]) == 2
     assert "no folder" in capsys.readouterr().err
-
-
-def test_the_server_migrates_prompts_before_it_checks_them(monkeypatch):
-    from hotpath.nodes.qwen_vl import register_migration
-
-    handlers = []
-    server = types.ModuleType("server")
-    server.PromptServer = types.SimpleNamespace(instance=types.SimpleNamespace(add_on_prompt_handler=handlers.append))
-    monkeypatch.setitem(sys.modules, "server", server)
-    assert register_migration()
-    data = {"prompt": {"1": {"class_type": "QwenVL", "inputs": {"image": ["2", 0]}}}, "client_id": "c"}
-    assert handlers[0](data)["prompt"]["1"]["inputs"] == {"image1": ["2", 0]}
-    assert handlers[0]({"client_id": "c"}) == {"client_id": "c"}
-    monkeypatch.delitem(sys.modules, "server")
-    assert not register_migration()

@@ -1,8 +1,8 @@
-"""Graphs saved with another layout of the same node ids: recognised by the values, rewritten to the present layout.
+"""Graphs and prompts saved with another layout of the same node ids, recognised and rewritten to the present one.
 
-Saved widget values have no names. Three layouts share the ids QwenVL and Qwen2.5VL, two the ids Qwen and Qwen2.5 and
-AILab_QwenVL_Advanced; they differ in length and types. The table is a file that the browser's half reads as well:
-web/qwen_vl_layouts.json.
+Saved widget values have no names: what was inserted or removed since shifts all that follows. A layout is told by the
+number and the types of its values. The tables are files that the browser's half, web/saved_layouts.js, reads as well:
+web/layouts/<pack>.json.
 """
 
 from __future__ import annotations
@@ -13,14 +13,24 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).parent.parent / "web" / "qwen_vl_layouts.json"
+TABLES = Path(__file__).parent.parent / "web" / "layouts"
+CONTROL = "control_after_generate"  # the browser's own widget after a seed
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 
 @lru_cache(maxsize=1)
-def table() -> dict[str, Any]:
-    """{"layouts": {id: [[widget, ...], ...]}, "rename": {id: {old input: new input}}, "values": {input: {old: new}}}."""
-    return dict(json.loads(TABLE.read_text(encoding="utf-8")))
+def table() -> dict[str, dict[str, Any]]:
+    """All tables in one. By section, each by node id:
+
+    layouts: [[widget, ...], ...], the present one first, then from new to old; rename: {old input: present input};
+    values: {input: {old word: present word}}; dropped: [input, ...]; defaults: {input that older prompts lack: value};
+    notes: {dropped input: [value that needs no note, note]}.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    for path in sorted(TABLES.glob("*.json")):
+        for section, entries in json.loads(path.read_text(encoding="utf-8")).items():
+            merged.setdefault(section, {}).update(entries)
+    return merged
 
 
 def accepts(widget: Mapping[str, Any], value: Any) -> bool:
@@ -49,7 +59,7 @@ def named(layout: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> dict[st
             return None
         found[widget["name"]] = rest.pop(0)
         if widget["name"] == "seed" and rest and rest[0] in CONTROLS:
-            found["control_after_generate"] = rest.pop(0)
+            found[CONTROL] = rest.pop(0)
     return None if rest else found
 
 
@@ -64,12 +74,13 @@ def widget_values(node_id: str, values: Sequence[Any]) -> dict[str, Any] | None:
 def present(node_id: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs of a `node_id` under their present names, with the words of older choices translated; what is gone is left out."""
     rules = table()
-    renamed = rules["rename"].get(node_id, {})
+    renamed, words_of = rules["rename"].get(node_id, {}), rules["values"].get(node_id, {})
+    gone = {CONTROL, *rules["dropped"].get(node_id, ())}
     result: dict[str, Any] = {}
     for name, value in inputs.items():
-        if name in rules["dropped"]:
+        if name in gone:
             continue
-        words = rules["values"].get(name, {})
+        words = words_of.get(name, {})
         now = renamed.get(name, name)
         # An input that has its present name already is not overwritten by its older one.
         result[name if now in inputs else now] = words.get(value, value) if isinstance(value, str) else value
@@ -77,11 +88,19 @@ def present(node_id: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def migrate_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    """An API-format prompt whose Qwen nodes have their present input names; every other node is left as it is."""
-    known = table()["layouts"]
+    """An API-format prompt whose nodes have their present inputs; a node without a table is left as it is."""
+    known, defaults = table()["layouts"], table()["defaults"]
     changed: dict[str, Any] = {}
     for key, node in prompt.items():
         if isinstance(node, Mapping) and node.get("class_type") in known:
-            node = {**node, "inputs": present(node["class_type"], node.get("inputs", {}))}
+            kind = node["class_type"]
+            node = {**node, "inputs": {**defaults.get(kind, {}), **present(kind, node.get("inputs", {}))}}
         changed[key] = node
     return changed
+
+
+def migrate_queued(data: dict[str, Any]) -> dict[str, Any]:
+    """What a browser or a program posts to ComfyUI's queue, its prompt migrated; a handler for add_on_prompt_handler."""
+    if isinstance(data.get("prompt"), dict):
+        data["prompt"] = migrate_prompt(data["prompt"])
+    return data

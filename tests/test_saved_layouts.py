@@ -1,0 +1,177 @@
+"""Widget values and prompts of older layouts: every table against the nodes it speaks of, and both of its readers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hotpath.host import saved_layouts
+from hotpath.nodes import NODE_CLASS_MAPPINGS
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
+TABLE = saved_layouts.table()
+
+# Saved values as published graphs of each time have them, and what they mean today. The last: notes on what is gone.
+SAVED: list[tuple[str, list[Any], dict[str, Any], int]] = [
+    (
+        "DeepExColorVideoNode",  # March 2025
+        [True, True, 768, 432, True, 500, 4],
+        {"target_width": 768, "target_height": 432, "frame_propagate": True},
+        1,
+    ),
+    (
+        "DeepExColorVideoNode",  # November 2025, for three days
+        [True, False, 640, 384, "vgg19", "wls", 0.8, True, False, 500, 4, False, True, "", 0.3],
+        {"use_half_resolution": False, "target_width": 640, "use_torch_compile": False, "use_sage_attention": True},
+        1,
+    ),
+    ("DeepExColorVideoNode", [True, True, 768, 432, False, True], {}, 0),  # the present one: nothing to do
+    ("DeepExColorImageNode", [768, 432, False, 500, 4], {"target_width": 768, "target_height": 432}, 0),
+    (
+        "DeepExColorImageNode",
+        [768, 432, "vgg19", "none", 0.8, True, 500, 4, True, False, "", 0.3],
+        {"use_torch_compile": True, "use_sage_attention": False},
+        1,
+    ),
+    ("ColorMNetVideo", [768, 432, "low_memory", True], {"memory_mode": "low_memory", "use_fp16": True}, 0),
+    (
+        "ColorMNetVideo",
+        [512, 288, "balanced", "dinov2_vitb", "color_matcher", 0.8, True, False, True, "warm", 0.3],
+        {"feature_encoder": "dinov2_vitb", "use_fp16": False, "use_torch_compile": True, "text_guidance": "warm"},
+        1,
+    ),
+    ("ColorMNetVideo", [768, 432, "balanced", "dinov2_vitl", True, False, "", 0.3], {}, 0),
+    ("ColorMNetImage", [768, 432, "none", 0.8, False, True], {"use_fp16": False, "use_torch_compile": True}, 0),
+    ("ColorMNetImage", [768, 432, True, False], {}, 0),
+    (
+        "AILab_QwenVL",  # October 2025
+        ["Qwen3-VL-4B-Instruct", "8-bit (Balanced)", "Describe it.", "", 1024, True, 2895649, "randomize"],
+        {"preset_prompt": "Describe it.", "max_tokens": 1024, "keep_model_loaded": True, "seed": 2895649},
+        0,
+    ),
+    (
+        "AILab_QwenVL_Advanced",
+        [
+            "Qwen3-VL-4B-Instruct",
+            "8-bit (Balanced)",
+            "Describe.",
+            "",
+            1024,
+            0.6,
+            0.9,
+            1,
+            1.2,
+            16,
+            "auto",
+            True,
+            1,
+            "fixed",
+        ],
+        {"preset_prompt": "Describe.", "temperature": 0.6, "frame_count": 16, "device": "auto", "seed": 1},
+        0,
+    ),
+]
+
+
+def widgets(node_id: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name to (section, options) of what has a widget, in the order of the browser."""
+    found = {}
+    declared = NODE_CLASS_MAPPINGS[node_id].INPUT_TYPES()
+    for section in ("required", "optional"):
+        for name, spec in declared.get(section, {}).items():
+            if isinstance(spec[0], list) or spec[0] in WIDGETS:
+                options = dict(spec[1]) if len(spec) > 1 else {}
+                if isinstance(spec[0], list):
+                    options.setdefault("default", spec[0][0] if spec[0] else None)
+                found[name] = (section, options)
+    return found
+
+
+@pytest.mark.parametrize("node_id", TABLE["layouts"])
+def test_a_table_is_true_of_its_node(node_id):
+    layouts = TABLE["layouts"][node_id]
+    ours = widgets(node_id)
+    assert [widget["name"] for widget in layouts[0]] == list(ours), "the first layout is the present one"
+    renamed, gone = TABLE["rename"].get(node_id, {}), set(TABLE["dropped"].get(node_id, ()))
+    for layout in layouts[1:]:
+        now = {renamed.get(widget["name"], widget["name"]) for widget in layout} - gone
+        assert now <= set(ours), f"{now - set(ours)} are no inputs now: rename or drop them"
+        lacking = {name for name, (section, _) in ours.items() if section == "required"} - now
+        assert lacking <= set(TABLE["defaults"].get(node_id, {})), "an older prompt would be refused for what it lacks"
+    for name, value in TABLE["defaults"].get(node_id, {}).items():
+        assert ours[name][1]["default"] == value
+    assert set(TABLE["notes"].get(node_id, {})) <= gone
+
+
+def test_every_table_is_read():
+    source = (ROOT / "web" / "saved_layouts.js").read_text(encoding="utf-8")
+    for path in (ROOT / "web" / "layouts").glob("*.json"):
+        assert f'"{path.stem}"' in source.partition("const TABLES")[2].partition(";")[0]
+
+
+@pytest.mark.parametrize(("node_id", "values", "expected", "notes"), SAVED)
+def test_saved_values_find_their_names(node_id, values, expected, notes):
+    found = saved_layouts.widget_values(node_id, values)
+    assert found is not None and expected.items() <= found.items()
+    assert set(found) <= set(widgets(node_id))
+
+
+def test_an_older_prompt_has_all_it_needs():
+    prompt = {
+        "1": {
+            "class_type": "DeepExColorVideoNode",
+            "inputs": {"video_frames": ["2", 0], "target_width": 64, "wls_filter_on": True, "lambda_value": 500.0},
+        },
+        "2": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
+    }
+    data = saved_layouts.migrate_queued({"prompt": prompt, "client_id": "me"})
+    assert data["prompt"]["1"]["inputs"] == {
+        "video_frames": ["2", 0],
+        "target_width": 64,
+        "use_torch_compile": False,
+        "use_sage_attention": False,
+    }
+    assert data["prompt"]["2"] == prompt["2"] and data["client_id"] == "me"
+    assert saved_layouts.migrate_queued({"client_id": "me"}) == {"client_id": "me"}
+
+
+def test_a_value_that_is_there_is_kept():
+    prompt = {"1": {"class_type": "AILab_QwenVL", "inputs": {"attention_mode": "sdpa"}}}
+    assert saved_layouts.migrate_prompt(prompt)["1"]["inputs"]["attention_mode"] == "sdpa"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_browsers_half_agrees(tmp_path):
+    source = (ROOT / "web" / "saved_layouts.js").read_text(encoding="utf-8")
+    source = source.replace('import { app } from "../../scripts/app.js";', "const app = { registerExtension() {} };")
+    (tmp_path / "saved_layouts.mjs").write_text(source, encoding="utf-8")
+    tables = [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "web" / "layouts").glob("*.json"))]
+    cases = []
+    for node_id, values, _, _ in SAVED:
+        names = list(widgets(node_id))
+        if "seed" in names:
+            names.insert(names.index("seed") + 1, saved_layouts.CONTROL)
+        cases.append([node_id, values, [{"name": name, "value": "as it was"} for name in names]])
+    (tmp_path / "run.mjs").write_text(
+        "import { merged, migrated } from './saved_layouts.mjs';\n"
+        f"const table = merged({json.dumps(tables)}); const cases = {json.dumps(cases)};\n"
+        "console.log(JSON.stringify(cases.map(([id, values, widgets]) => migrated(table, id, values, widgets))));\n",
+        encoding="utf-8",
+    )
+    made = subprocess.run(["node", "run.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    for (node_id, values, expected, notes), (_, _, shown), change in zip(
+        SAVED, cases, json.loads(made.stdout), strict=True
+    ):
+        if not expected:
+            assert change is None  # the present layout is left alone
+            continue
+        python = saved_layouts.widget_values(node_id, values)
+        browser = {w["name"]: v for w, v in zip(shown, change["values"], strict=True) if v != "as it was"}
+        browser.pop(saved_layouts.CONTROL, None)
+        assert browser == python
+        assert len(change["notes"]) == notes and all(note.startswith("The ") for note in change["notes"])

@@ -1,0 +1,97 @@
+// Opens graphs saved with another layout of the same node ids: values without names, shifted by what was inserted or
+// removed since. The layouts stand in layouts/<pack>.json, which host/saved_layouts.py reads for API prompts as well.
+
+import { app } from "../../scripts/app.js";
+
+const TABLES = ["qwen_vl", "colorization"];
+const CONTROL = "control_after_generate";
+const CONTROLS = ["fixed", "increment", "decrement", "randomize"];
+
+function accepts(widget, value) {
+  if (widget.type === "BOOLEAN") return typeof value === "boolean";
+  if (widget.type === "INT" || widget.type === "FLOAT") return typeof value === "number";
+  if (typeof value !== "string") return false;
+  return widget.options === undefined || widget.options.includes(value);
+}
+
+// The values by widget name when `layout` explains every one of them, else null.
+export function named(layout, values) {
+  const found = {};
+  const rest = [...values];
+  for (let index = 0; index < layout.length; index++) {
+    const widget = layout[index];
+    if (rest.length === 0) return layout.slice(index).every((w) => w.optional) ? found : null;
+    if (!accepts(widget, rest[0])) return null;
+    found[widget.name] = rest.shift();
+    if (widget.name === "seed" && CONTROLS.includes(rest[0])) found[CONTROL] = rest.shift();
+  }
+  return rest.length === 0 ? found : null;
+}
+
+// Values under their present names, with the words of older choices translated.
+export function present(table, type, found) {
+  const result = {};
+  const renamed = table.rename[type] ?? {};
+  const wordsOf = table.values[type] ?? {};
+  for (const [name, value] of Object.entries(found)) {
+    const words = wordsOf[name] ?? {};
+    result[renamed[name] ?? name] = typeof value === "string" ? (words[value] ?? value) : value;
+  }
+  return result;
+}
+
+// For values saved by an older layout: `values` in the order of `widgets`, and `notes` about settings that are gone.
+// Null when they are present already, or when no layout fits.
+export function migrated(table, type, values, widgets) {
+  const layouts = table.layouts[type];
+  if (layouts === undefined || !Array.isArray(values)) return null;
+  const index = layouts.findIndex((layout) => named(layout, values) !== null);
+  if (index <= 0) return null;
+  const found = named(layouts[index], values);
+  const inputs = present(table, type, found);
+  const notes = Object.entries(table.notes[type] ?? {})
+    .filter(([name, [harmless]]) => name in found && found[name] !== harmless)
+    .map(([, [, note]]) => note);
+  return { values: widgets.map((widget) => (widget.name in inputs ? inputs[widget.name] : widget.value)), notes };
+}
+
+// Tables of several packs in one.
+export function merged(tables) {
+  const table = { layouts: {}, rename: {}, values: {}, dropped: {}, defaults: {}, notes: {} };
+  for (const one of tables) {
+    for (const [section, entries] of Object.entries(one)) Object.assign(table[section], entries);
+  }
+  return table;
+}
+
+async function readTables() {
+  const answers = await Promise.all(
+    TABLES.map((name) => fetch(new URL(`./layouts/${name}.json`, import.meta.url)).then((answer) => answer.json())),
+  );
+  return merged(answers);
+}
+
+let reading;
+
+app.registerExtension({
+  name: "Hotpath.SavedLayouts",
+  async beforeRegisterNodeDef(nodeType, nodeData) {
+    const table = await (reading ??= readTables());
+    if (table.layouts[nodeData.name] === undefined) return;
+    const configure = nodeType.prototype.configure;
+    nodeType.prototype.configure = function (info) {
+      const change = migrated(table, nodeData.name, info.widgets_values, this.widgets ?? []);
+      if (change !== null) info.widgets_values = change.values;
+      // An older graph calls an input by another name; the link stays with its socket.
+      const names = (info.inputs ?? []).map((input) => input.name);
+      for (const input of info.inputs ?? []) {
+        const name = table.rename[nodeData.name]?.[input.name];
+        if (name !== undefined && !names.includes(name)) input.name = name;
+      }
+      const result = configure.call(this, info);
+      // node_state.js shows them on the node.
+      if (change !== null && change.notes.length > 0) this.hotpathNotes = change.notes;
+      return result;
+    };
+  },
+});
