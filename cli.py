@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     _add_caption(commands)
     _add_compare(commands)
     _add_generate(commands)
+    _add_map(commands)
     return top
 
 
@@ -276,6 +277,51 @@ def _list_of(kind: type) -> Callable[[str], list[float]]:
 
     numbers.__name__ = f"list of {kind.__name__}"  # what argparse calls a value it cannot read
     return numbers
+
+
+def _add_map(commands: Commands) -> None:
+    mapped = commands.add_parser(
+        "map",
+        help="run a workflow once per picture, line or shot of a film, on all GPUs or a Ray cluster",
+        description="Runs a workflow in API format (nodes that need no ComfyUI) once per item. Items that are done are "
+        "skipped, so the same command goes on where it was stopped.",
+    )
+    mapped.add_argument("workflow", type=Path, help="the JSON file")
+    mapped.add_argument(
+        "--over",
+        required=True,
+        metavar="ITEMS",
+        help="a folder, a text file of lines, a .jsonl file, a film, or - (stdin)",
+    )
+    mapped.add_argument(
+        "--input", metavar="NODE.INPUT", help="what an item goes into (default: the only input that fits)"
+    )
+    mapped.add_argument(
+        "--items", choices=("pictures", "videos"), default="pictures", help="the files of a folder to take"
+    )
+    mapped.add_argument("--recursive", action="store_true", help="also the folders in the folder")
+    mapped.add_argument(
+        "--shots", action="store_true", help="an item is a film; its shots are done apart and put together"
+    )
+    mapped.add_argument("--set", metavar="NODE.INPUT=VALUE", action="append", help="change a value (may be repeated)")
+    mapped.add_argument("--input-folder", type=Path, metavar="DIR", help="default: here, else the folder of the items")
+    mapped.add_argument("--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output")
+    mapped.add_argument("--restart", action="store_true", help="forget what was done before, and replace it")
+    mapped.add_argument("--executor", choices=("local", "ray"), default="local")
+    mapped.add_argument("--workers", type=int, default=0, metavar="N", help="default: one per GPU, or one on the CPU")
+    mapped.add_argument("--gpus", default="all", metavar="all|none|0,1", help="GPUs of this machine (default: all)")
+    mapped.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads of each worker (default: up to 4)"
+    )
+    mapped.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster (default: one is started here)")
+    mapped.add_argument("--token-file", type=Path, metavar="FILE", help="the token of that cluster")
+    mapped.add_argument("--policy", choices=("least_busy", "round_robin", "random"), default="least_busy")
+    mapped.add_argument("--retries", type=int, default=2, metavar="N", help="new attempts after errors that can pass")
+    mapped.add_argument(
+        "--seeds", choices=("item", "workflow"), default="item", help="own seeds for every item, or one"
+    )
+    mapped.add_argument("-q", "--quiet", action="store_true", help="no progress line")
+    _add_models_folder(mapped)
 
 
 def _add_models_folder(command: argparse.ArgumentParser) -> None:

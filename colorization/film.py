@@ -130,6 +130,13 @@ class FilmSession:
         self._session = self._new_session()
         self._notes: list[str] = []
 
+    def start_at(self, frame: int, shot: int) -> None:
+        """Colour one shot of a film and nothing else: its first frame is `frame`, and it is number `shot`, both from 0."""
+        self.frame = self.shot_start = frame
+        self.shot = shot
+        self.detector = None
+        self._session = self._new_session()
+
     def colorize(self, frames: Tensor) -> ColouredFrames:
         """The next frames: [T, H, W, 3], float in 0..1 or uint8; the result has the same type.
 

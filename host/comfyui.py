@@ -105,6 +105,14 @@ class ComfyUIHost:
             known = folder_paths.get_folder_paths(kind)
         return list(dict.fromkeys([*map(Path, known), default]))
 
+    def all_model_folders(self) -> tuple[tuple[Path, ...], dict[str, list[Path]]]:
+        import folder_paths
+
+        # custom_nodes is listed there as well, and holds no models.
+        kinds = {kind: list(map(Path, known[0])) for kind, known in folder_paths.folder_names_and_paths.items()}
+        kinds.pop("custom_nodes", None)
+        return (Path(folder_paths.models_dir),), kinds
+
     def model_files(self, kind: str, suffixes: Sequence[str] = ()) -> list[str]:
         import folder_paths
 

@@ -106,6 +106,9 @@ class HeadlessHost:
     def model_folders(self, kind: str) -> list[Path]:
         return list(dict.fromkeys([*(root / kind for root in self._models), *self._kind_folders.get(kind, ())]))
 
+    def all_model_folders(self) -> tuple[tuple[Path, ...], dict[str, list[Path]]]:
+        return tuple(self._models), {kind: list(folders) for kind, folders in self._kind_folders.items()}
+
     def model_files(self, kind: str, suffixes: Sequence[str] = ()) -> list[str]:
         return model_paths.list_files(self.model_folders(kind), suffixes or MODEL_SUFFIXES)
 

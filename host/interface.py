@@ -64,6 +64,10 @@ class Host(Protocol):
     def model_folders(self, kind: str) -> list[Path]:
         """Every folder searched for `kind` (such as "instantid"), the one to download into first. May not exist yet."""
 
+    def all_model_folders(self) -> tuple[tuple[Path, ...], dict[str, list[Path]]]:
+        """What a host in another process needs to find the same models: folders that hold a folder for each kind, and
+        further folders by kind."""
+
     def model_files(self, kind: str, suffixes: Sequence[str] = ()) -> list[str]:
         """File names under the folders of `kind`, relative to them, sorted; sub-folders included."""
 

@@ -18,6 +18,7 @@ from ..colorization.film import METHODS, SHOTS, FilmOptions, Reference, read_ref
 from ..colorization.film_state import FilmState, load_state, save_state
 from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, PRECISIONS, colormnet_files
 from ..colorization.pictures import as_frames
+from ..colorization.shot_job import Shot, colorize_shot
 
 CATEGORY = "Hotpath/colorization"
 STATE = "HOTPATH_COLOR_STATE"
@@ -240,6 +241,14 @@ class HotpathColorizeFile:
                     "BOOLEAN",
                     {"default": True, "tooltip": "Go on from the parts an unfinished run left. Off: start anew."},
                 ),
+                "shot_frames": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "Only this shot, such as 240:480, into a part that ends in .nut and has no sound. "
+                        "`hotpath map --shots` sets it, to colour the shots of a film in several places.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -267,6 +276,7 @@ class HotpathColorizeFile:
         checkpoint: str = AUTOMATIC,
         quality: int = 16,
         resume: bool = True,
+        shot_frames: str = "",
         unique_id: str | None = None,
         **settings: Any,
     ) -> tuple[str, str]:
@@ -281,7 +291,10 @@ class HotpathColorizeFile:
             resume=resume,
         )
         references = _references(reference, more_references, reference_frames)
-        report = colorize_file(job, references, lambda line: here.show_text(line, unique_id))
+        if shot_frames.strip():
+            report = colorize_shot(job, references, Shot.parse(shot_frames))
+        else:
+            report = colorize_file(job, references, lambda line: here.show_text(line, unique_id))
         here.show_text(report, unique_id)
         return str(job.output), report
 

@@ -1,0 +1,143 @@
+"""Films shot by shot: each shot is an item, the references travel along in the workflow, and the coloured parts are put
+in a row, in the order of the film, with its sound beside them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..cache import content_key, file_fingerprint
+from ..colorization.shot_job import PART_SUFFIX, find_shots, merge_shots
+from ..colorization.shots import THRESHOLD
+from ..headless.catalog import declared_inputs
+from ..headless.graph import Graph, Link, Node
+from .items import Item, ItemSource
+from .jobs import BadMap, Target
+from .manifest import DONE, Manifest
+from .results import ResultStore
+
+SHOT_INPUT = "shot_frames"
+
+
+@dataclass(frozen=True)
+class FilmNode:
+    """The node of a workflow that colours a film shot by shot. suffix: of the container that the workflow asks for."""
+
+    id: str
+    threshold: float
+    suffix: str
+
+
+def film_node(graph: Graph, catalog: Mapping[str, type[Any]], target: Target) -> FilmNode:
+    """What is needed of the node that `target` belongs to. Raises BadMap when it cannot do single shots."""
+    node = graph.nodes[target.node]
+    node_class = catalog.get(node.class_type)
+    if node_class is None or SHOT_INPUT not in declared_inputs(node_class):
+        raise BadMap(f"{node} cannot colour single shots of a film; Colorize Video File (Hotpath) can.")
+    shots = _constant(node, "shots", "off")
+    if shots == "off":
+        raise BadMap(f"{node} colours a film as one shot: set shots to reset or reference per shot there.")
+    threshold = _constant(node, "shot_threshold", THRESHOLD)
+    suffix = Path(str(_constant(node, "output", "film.mp4"))).suffix
+    return FilmNode(node.id, float(threshold), suffix or ".mp4")
+
+
+def _constant(node: Node, name: str, otherwise: Any) -> Any:
+    value = node.inputs.get(name, otherwise)
+    if isinstance(value, Link):
+        raise BadMap(f"Input {name!r} of {node} is linked to another node; to map over shots it must be a value.")
+    return value
+
+
+class ShotItems:
+    """The shots of each film of `films`, found while the first ones are being coloured. whole: films to leave out."""
+
+    kind = "video"
+
+    def __init__(self, films: ItemSource, node: FilmNode, whole: Callable[[Item], bool] = lambda film: False) -> None:
+        self.films, self.node, self.whole = films, node, whole
+
+    def __iter__(self) -> Iterator[Item]:
+        for film in self.films:
+            if self.whole(film):
+                continue
+            if film.file is None or film.problem is not None:
+                yield film
+                continue
+            try:
+                for shot in find_shots(film.file, self.node.threshold):
+                    label = f"{film.label}/{shot.number + 1:05d}"
+                    inputs = {
+                        f"{self.node.id}.{SHOT_INPUT}": str(shot),
+                        f"{self.node.id}.output": f"shot{PART_SUFFIX}",
+                    }
+                    content = content_key(film.content, str(shot))
+                    yield Item(label, content, film.value, inputs, film.file, group=film.label)
+            except (OSError, ValueError) as error:
+                yield Item(film.label, film.content, film.value, problem=str(error))
+
+    def count(self) -> int | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A film that is whole. failed: why it is not."""
+
+    film: str
+    path: Path
+    failed: str | None = None
+
+
+def merge_films(films: ItemSource, store: ResultStore, manifest: Manifest, suffix: str) -> Iterator[Merged]:
+    """Put the shots of each film in order and remove the parts; a film of which a shot is missing stays in parts.
+
+    A file of that name which this run did not make is left alone: the film's name gets a number.
+    """
+    for film in films:
+        if film.file is None or film.problem is not None:
+            continue
+        if (finished := whole_film(film, manifest)) is not None:
+            yield Merged(film.label, finished)
+            continue
+        parts: list[Path] = []
+        missing = shots = 0
+        for item in manifest.items(film.label):
+            shots += 1
+            if item.job is None or item.job.state != DONE:
+                missing += 1
+            else:
+                parts += [store.folder / path for path in item.files()]
+        path = store.folder / f"{film.label}{suffix}"
+        if missing or not shots:
+            why = f"{missing} of {shots} shots are missing" if shots else "no shot was found"
+            yield Merged(film.label, path, f"{film.label}: {why}; the finished ones are kept, run the same again.")
+            continue
+        mark = f"film {film.label}"
+        known = manifest.meta(mark)
+        number = 2
+        while path.exists() and str(path) != known:
+            path = store.folder / f"{film.label}-{number}{suffix}"
+            number += 1
+        merge_shots(parts, film.file, path)
+        manifest.set_meta(mark, str(path))
+        manifest.set_meta(_whole_mark(film), file_fingerprint(path))
+        shutil.rmtree(store.work / "parts" / film.label, ignore_errors=True)
+        yield Merged(film.label, path)
+
+
+def whole_film(film: Item, manifest: Manifest) -> Path | None:
+    """The coloured film, when an earlier run finished it and it is unchanged."""
+    known = manifest.meta(f"film {film.label}")
+    if known is None or not Path(known).is_file():
+        return None
+    return Path(known) if manifest.meta(_whole_mark(film)) == file_fingerprint(Path(known)) else None
+
+
+def _whole_mark(film: Item) -> str:
+    """Belongs to the content of the film, so that another film of the same name is not taken for it."""
+    return f"whole {film.label} {film.content}"

@@ -1,0 +1,191 @@
+"""From items to jobs: the workflow with the item's value and seeds in it, and an id made of all that decides the result."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..cache import content_key, file_fingerprint
+from ..headless.catalog import HIDDEN, declared_inputs
+from ..headless.graph import Graph, Link, LooseList, WorkflowError
+from ..headless.validation import InvalidWorkflow, validate
+from ..host.saved_layouts import migrate_prompt
+from .items import Item
+from .seeds import item_seed, seed_inputs
+
+NESTED = "HotpathMap"
+# Where the item goes when nobody says: inputs that take an uploaded file, by the kind of item.
+UPLOADS = {"picture": ("image_upload",), "video": ("video_upload",)}
+TEXTS = ("prompt", "text", "custom_prompt")
+
+
+class BadMap(ValueError):
+    """The mapping cannot begin; the message is a sentence for the person who asked for it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the workflow. id: the same for the same workflow and item, in every process and on every machine.
+
+    prompt: API JSON. hidden: the result is a part of something larger, and is kept aside until that is whole.
+    """
+
+    id: str
+    item: Item
+    prompt: dict[str, Any] = field(repr=False)
+    hidden: bool = False
+
+    def payload(self, staging: Path, attempt: int) -> dict[str, Any]:
+        """What is sent to a worker: plain JSON, paths and no tensors."""
+        reads = str(self.item.file) if self.item.file is not None else None
+        return {"id": self.id, "attempt": attempt, "prompt": self.prompt, "staging": str(staging), "reads": reads}
+
+
+@dataclass(frozen=True)
+class Target:
+    """An input that the item's value goes into."""
+
+    node: str
+    input: str
+
+    def __str__(self) -> str:
+        return f"{self.node}.{self.input}"
+
+
+class MapPlan:
+    """A workflow, the input that changes from item to item, and what else decides the results.
+
+    seeds: "item" gives every item its own seeds, made of the workflow's; "workflow" leaves the workflow's to all of them.
+    input_folder: where constants of the workflow that name a file are looked up, to make their content part of the ids.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        catalog: Mapping[str, type[Any]],
+        target: Target | None,
+        input_folder: Path,
+        seeds: str = "item",
+    ) -> None:
+        if seeds not in ("item", "workflow"):
+            raise BadMap(f"There are no seeds {seeds!r}; choose item or workflow.")
+        present = migrate_prompt(graph.prompt())
+        self.graph = Graph.parse(present)
+        self.catalog, self.target, self.seeds = catalog, target, seeds
+        nested = [node for node in self.graph.nodes.values() if node.class_type == NESTED]
+        if nested:
+            raise BadMap(f"{nested[0]} maps a workflow itself; a workflow that is mapped must not.")
+        files = {
+            f"{node.id}.{name}": file_fingerprint(path)
+            for node in self.graph.nodes.values()
+            for name, value in node.inputs.items()
+            if (target is None or (node.id, name) != (target.node, target.input))
+            and isinstance(value, str)
+            and (path := _named_file(input_folder, value)) is not None
+        }
+        prompt = {i: {k: v for k, v in node.items() if k != "_meta"} for i, node in self.graph.prompt().items()}
+        if target is not None:
+            prompt[target.node]["inputs"].pop(target.input, None)
+        self.key = content_key(_plain(prompt), files, seeds, str(target))
+
+    def job(self, item: Item) -> Job:
+        """The job of an item. Raises WorkflowError when the item sets an input that the workflow does not have."""
+        if item.problem is not None:
+            raise WorkflowError(item.problem)
+        graph = copy.deepcopy(self.graph)
+        changed: dict[str, Any] = {}
+        if item.value is not None:
+            if self.target is None:
+                raise WorkflowError("the item has a value, and no input was named that it goes into: give --input.")
+            changed[str(self.target)] = graph.nodes[self.target.node].inputs[self.target.input] = item.value
+        for name, value in item.inputs.items():
+            target = find_target(graph, name)
+            changed[str(target)] = graph.nodes[target.node].inputs[target.input] = value
+        if self.seeds == "item":
+            for node_id, name, least, most in list(seed_inputs(graph, self.catalog)):
+                # A seed that the item names is the item's own wish.
+                if f"{node_id}.{name}" not in changed:
+                    given = int(graph.nodes[node_id].inputs[name])
+                    graph.nodes[node_id].inputs[name] = item_seed(given, node_id, item.content, least, most)
+        values = {name: value for name, value in changed.items() if item.file is None or value != item.value}
+        return Job(content_key(self.key, item.content, values), item, graph.prompt(), hidden=bool(item.group))
+
+    def check(self, item: Item) -> None:
+        """Refuse what no item could run with. Raises NeedsComfyUI, InvalidWorkflow, WorkflowError.
+
+        What is wrong with this item alone is not raised: it fails by itself, and the others run.
+        """
+        try:
+            graph = Graph.parse(self.job(item).prompt)
+        except WorkflowError:
+            if item.problem is None:
+                raise
+            return
+        try:
+            validate(graph, self.catalog)
+        except InvalidWorkflow as wrong:
+            touched = {self.target.node} if self.target is not None and item.value is not None else set()
+            touched |= {find_target(graph, name).node for name in item.inputs}
+            general = [problem for problem in wrong.problems if problem.node_id not in touched]
+            if general:
+                raise InvalidWorkflow(general) from None
+
+
+def find_target(graph: Graph, name: str) -> Target:
+    """`NODE.INPUT`, the node by id, title or class. Raises WorkflowError when there is no such input."""
+    node_name, dot, entry = name.partition(".")
+    if not dot or not node_name or not entry:
+        raise WorkflowError(f"{name!r} is not NODE.INPUT, such as 1.image or LoadImage.image.")
+    node = graph.find(node_name)
+    if entry not in node.inputs:
+        known = ", ".join(node.inputs) or "none"
+        raise WorkflowError(f"{node} has no input {entry!r} in this workflow; it has: {known}.")
+    if isinstance(node.inputs[entry], Link | LooseList):
+        raise WorkflowError(f"input {entry!r} of {node} is linked to another node, so items cannot go into it.")
+    return Target(node.id, entry)
+
+
+def guess_target(graph: Graph, catalog: Mapping[str, type[Any]], kind: str) -> Target:
+    """The one input that items of this kind must be meant for. Raises BadMap when there is none or more than one."""
+    found: list[Target] = []
+    for node in graph.nodes.values():
+        if node.class_type not in catalog:
+            continue
+        for name, declaration in declared_inputs(catalog[node.class_type]).items():
+            if declaration.section == HIDDEN or isinstance(node.inputs.get(name, Link("", 0)), Link | LooseList):
+                continue
+            if kind == "text":
+                fits = declaration.kind == "STRING" and name in TEXTS
+            else:
+                fits = any(declaration.options.get(mark) for mark in UPLOADS[kind])
+            if fits:
+                found.append(Target(node.id, name))
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(f"{t} ({graph.nodes[t.node].class_type})" for t in found)
+    many = f"items could go into {listed}" if found else f"no input of the workflow takes a {kind}"
+    raise BadMap(f"{many}: say which one with --input NODE.INPUT.")
+
+
+def _named_file(folder: Path, name: str) -> Path | None:
+    """The file in the input folder that a constant names, if it names one."""
+    if not name.strip() or "\n" in name or "\0" in name or len(name) > 1024:
+        return None
+    base = folder.resolve()
+    try:
+        path = (base / name).resolve()
+        return path if path.is_relative_to(base) and path.is_file() else None
+    except OSError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """JSON values for a content key, with numbers that are equal in JSON equal here: 1.0 and 1."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

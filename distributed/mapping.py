@@ -1,0 +1,246 @@
+"""A workflow over many items, from the request to the list of results. What the command and the node both call."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..cache import content_key
+from ..headless.catalog import available_nodes
+from ..headless.graph import Graph, WorkflowError
+from . import ray_cluster
+from .devices import Devices, choose_devices, choose_threads
+from .film import Merged, ShotItems, film_node, merge_films, whole_film
+from .items import Item, ItemSource
+from .jobs import BadMap, Job, MapPlan, Target, find_target, guess_target
+from .local_pool import LocalPool
+from .manifest import Manifest
+from .policy import POLICIES, make_policy
+from .pool import InProcessPool, Pool
+from .ray_cluster import ClusterOptions
+from .ray_pool import RayPool
+from .results import ResultStore
+from .retry import RetryPlan
+from .scheduler import DEPTH, NoWorkers, Scheduler
+from .status import Observer, Status, clock_time
+from .worker import WorkerSettings
+
+log = logging.getLogger("hotpath.distributed")
+
+EXECUTORS = ("local", "ray")
+SHOWN_FAILURES = 10
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """How a workflow is mapped.
+
+    workers: 0 is one per GPU, or one on the CPU. gpus: all, none, or numbers by commas. retries: further attempts after
+    an error that can pass. seeds: item gives each item its own, workflow leaves the workflow's. threads: of torch on the
+    CPU per worker, 0 chooses. in_process: whether a single local worker may be this process itself.
+    """
+
+    executor: str = "local"
+    workers: int = 0
+    gpus: str = "all"
+    policy: str = "least_busy"
+    retries: int = 2
+    seeds: str = "item"
+    threads: int = 0
+    depth: int = DEPTH
+    restart: bool = False
+    in_process: bool = True
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
+
+    def __post_init__(self) -> None:
+        if self.executor not in EXECUTORS:
+            raise BadMap(f"There is no executor {self.executor!r}; choose one of {', '.join(EXECUTORS)}.")
+        if self.policy not in POLICIES:
+            raise BadMap(f"There is no policy {self.policy!r}; choose one of {', '.join(POLICIES)}.")
+        if self.retries < 0:
+            raise BadMap("The number of retries must be 0 or more.")
+
+
+@dataclass(frozen=True)
+class MapRequest:
+    """graph: the workflow. source: the items, whose files lie in input_folder. target: NODE.INPUT that an item goes into;
+    None finds the only input that fits. shots: the items are films, done shot by shot. models, kind_folders: as
+    `HeadlessHost` takes them. cache_folder: where the token of a Ray cluster that is started here is kept."""
+
+    graph: Graph
+    source: ItemSource
+    input_folder: Path
+    output_folder: Path
+    cache_folder: Path
+    target: str | None = None
+    shots: bool = False
+    models: tuple[Path, ...] = ()
+    kind_folders: Mapping[str, list[Path]] = field(default_factory=dict)
+    options: MapOptions = field(default_factory=MapOptions)
+
+
+@dataclass
+class MapOutcome:
+    """What came of it. results: results.jsonl. lost: why there are no workers left, if that ended the run."""
+
+    status: Status
+    folder: Path
+    results: Path
+    workers: str
+    films: list[Merged] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    lost: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every item has its result."""
+        return self.lost is None and not self.status.failed and not any(film.failed for film in self.films)
+
+    def report(self) -> str:
+        status = self.status
+        seconds = status.clock() - status.started
+        lines = [
+            f"{status.done} done, {status.skipped} done before, {status.failed} failed, in {clock_time(seconds)} by "
+            f"{self.workers}" + (f"; {status.retried} attempts were repeated" if status.retried else "")
+        ]
+        lines += [self.lost] if self.lost else []
+        lines += self.failures
+        if status.failed > len(self.failures):
+            lines.append(f"... and {status.failed - len(self.failures)} more; all are in {self.results.name}")
+        lines += [film.failed or f"{film.film}: {film.path.name}" for film in self.films]
+        return "\n".join(lines)
+
+
+def run_map(
+    request: MapRequest, observer: Observer | None = None, interrupted: Callable[[], None] = lambda: None
+) -> MapOutcome:
+    """Run every item that has no result yet. interrupted: raises to stop; what is done is then kept and listed.
+
+    The host that is current must see the same input folder. Raises BadMap and WorkflowError before anything runs.
+    """
+    catalog = available_nodes()
+    options = request.options
+    devices = choose_devices(options.gpus, options.workers)
+    target = _target(request, catalog)
+    plan = MapPlan(request.graph, catalog, target, request.input_folder, options.seeds)
+    output = request.output_folder.resolve()
+    with Manifest.open(ResultStore.manifest_path(output), plan.key, options.restart) as manifest:
+        store = ResultStore(output, manifest)
+        source, suffix = request.source, ""
+        if request.shots:
+            assert target is not None
+            node = film_node(request.graph, catalog, target)
+            suffix = node.suffix
+            source = ShotItems(request.source, node, lambda film: whole_film(film, manifest) is not None)
+        items = iter(source)
+        first = next(items, None)
+        if first is None and not request.shots:
+            raise BadMap("There is nothing to map over: the folder or list holds no item.")
+        if first is not None:
+            plan.check(first)
+            items = itertools.chain([first], items)
+        status = Status(source.count())
+        outcome = MapOutcome(status, output, output / "results.jsonl", "nobody")
+        with _beacon(store.work) as beacon, _pool(request, devices, beacon, interrupted) as pool:
+            outcome.workers = pool.name
+            policy, retry = make_policy(options.policy), RetryPlan(options.retries)
+            scheduler = Scheduler(pool, store, policy, retry, status, observer, interrupted, options.depth)
+            if isinstance(pool, InProcessPool):
+                pool.advanced = lambda fraction: scheduler.tell(0, fraction)
+            try:
+                scheduler.run(_jobs(items, plan, store, manifest, status))
+            except NoWorkers as lost:
+                outcome.lost = str(lost)
+            finally:
+                store.export()
+        if request.shots:
+            outcome.films = list(merge_films(request.source, store, manifest, suffix))
+        failed = (item for item in manifest.items() if item.job is not None and item.job.error)
+        outcome.failures = [f"{f.shown}: {f.job.error}" for f in itertools.islice(failed, SHOWN_FAILURES) if f.job]
+    return outcome
+
+
+def _target(request: MapRequest, catalog: Mapping[str, type[Any]]) -> Target | None:
+    if request.target:
+        return find_target(request.graph, request.target)
+    try:
+        return guess_target(request.graph, catalog, request.source.kind)
+    except BadMap:
+        # A list of objects names its inputs itself.
+        first = next(iter(request.source), None)
+        if first is not None and first.value is None and first.inputs and not request.shots:
+            return None
+        raise
+
+
+def _jobs(
+    items: Iterator[Item], plan: MapPlan, store: ResultStore, manifest: Manifest, status: Status
+) -> Iterator[Job]:
+    """A job for each item, noted in the manifest; an item that cannot become one is recorded as failed."""
+    for position, item in enumerate(items):
+        shown = str(item.value if item.value is not None else item.label)
+        try:
+            job = plan.job(item)
+        except (WorkflowError, ValueError) as error:
+            job = Job(content_key(plan.key, item.content, "refused"), item, {})
+            manifest.list_item(position, store.label(job), shown, job.id, item.group)
+            store.fail(job, str(error), 0)
+            status.failed += 1
+            continue
+        manifest.list_item(position, store.label(job), shown, job.id, item.group)
+        yield job
+
+
+@contextmanager
+def _beacon(folder: Path) -> Iterator[Path]:
+    """A file that a worker must see beside the results; else it is on a machine without the shared storage."""
+    path = folder / f"beacon-{secrets.token_hex(4)}"
+    path.write_text("Workers look for this file.\n", encoding="ascii")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _pool(request: MapRequest, devices: Devices, beacon: Path, interrupted: Callable[[], None]) -> Iterator[Pool]:
+    options = request.options
+    settings = WorkerSettings(
+        str(request.input_folder.resolve()),
+        [str(folder.resolve()) for folder in request.models],
+        {kind: [str(folder) for folder in folders] for kind, folders in request.kind_folders.items()},
+        None if devices.gpus else "cpu",
+        choose_threads(options.threads),
+        str(beacon),
+    )
+    if options.executor == "local":
+        if options.in_process and devices.workers == 1:
+            yield InProcessPool(replace(settings, device=devices.device), interrupted)
+        else:
+            yield LocalPool(settings, devices.per_worker())
+        return
+    cluster = options.cluster
+    if cluster.address is None:
+        cores = max(os.cpu_count() or 1, devices.workers)
+        cluster = replace(cluster, cpus=cluster.cpus or cores, gpus=len(devices.gpus))
+    elif options.gpus.strip().lower() not in ("all", "none"):
+        raise BadMap("A cluster places its workers itself: give --workers, and all or none for --gpus.")
+    with ray_cluster.connected(cluster, request.cache_folder, devices.gpus) as ray:
+        gpus = float(len(devices.gpus))
+        if cluster.address is not None and options.gpus.strip().lower() == "all":
+            gpus = float(ray.cluster_resources().get("GPU", 0))
+        workers = options.workers or max(1, int(gpus))
+        # Rounded down, so that the shares of a GPU fit into it.
+        share = 1.0 if gpus >= workers else int(gpus / workers * 1000) / 1000
+        if not gpus:
+            settings = replace(settings, device="cpu")
+        elif settings.device == "cpu":
+            settings = replace(settings, device=None)
+        yield RayPool(ray, settings, workers, share if gpus else 0.0, 0.0 if gpus else 1.0)

@@ -1,0 +1,203 @@
+"""A connection to Ray: a cluster of this machine's own that only this machine can reach, or one that runs elsewhere.
+
+Whoever can talk to a Ray cluster can run any code on it. So a cluster that is started here listens on the loopback
+address and asks for a token, and another machine's is spoken to only with one (Ray's token authentication, from 2.52 on).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .jobs import BadMap
+
+log = logging.getLogger("hotpath.distributed")
+
+TOKEN_FILE = "ray_auth_token"
+OBJECT_STORE = 80 << 20  # bytes; jobs are a few kilobytes of JSON, files never go through Ray
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+SETTINGS = {
+    # Ray would hide the GPUs of actors that ask for none, and say so at length.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """address: of a cluster, such as 10.0.0.5:6379; None starts one here. token_file: None looks in Ray's own places.
+
+    cpus, gpus: of a cluster that is started here; None lets Ray count.
+    """
+
+    address: str | None = None
+    token_file: Path | None = None
+    cpus: int | None = None
+    gpus: int | None = None
+
+
+def missing() -> str | None:
+    """Why Ray cannot be used here, as a sentence; None when it can."""
+    if importlib.util.find_spec("ray") is None:
+        return "Ray is not installed: `pip install 'comfyui-hotpath[distributed]'` brings it; the executor local needs none."
+    return None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST, HOST:PORT or ray://HOST:PORT is this very machine."""
+    host = address.partition("://")[2] or address
+    if host.startswith("["):
+        host = host[1:].partition("]")[0]
+    elif host.count(":") == 1:
+        host = host.partition(":")[0]
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def make_token(folder: Path) -> Path:
+    """The file with this user's own token, made when it is not there; only the user can read it.
+
+    Raises BadMap when somebody else could.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / TOKEN_FILE
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        check_token_file(path)
+        return path
+    with os.fdopen(handle, "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def check_token_file(path: Path) -> None:
+    """Raises BadMap unless the file is there, holds something, and is the user's alone."""
+    if not path.is_file():
+        raise BadMap(f"There is no token file {path}.")
+    if os.name == "posix":
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            raise BadMap(f"Others can read the token in {path}; close it with `chmod 600 {path}`.")
+    if not path.read_text(encoding="ascii", errors="replace").strip():
+        raise BadMap(f"The token file {path} is empty.")
+
+
+def token_environment(options: ClusterOptions, own_folder: Path) -> dict[str, str]:
+    """The environment Ray authenticates with. Raises BadMap for another machine's address without a token."""
+    if options.token_file is not None:
+        check_token_file(options.token_file)
+        return {MODE: "token", TOKEN_PATH: str(options.token_file.resolve())}
+    if os.environ.get(TOKEN):
+        return {MODE: "token"}
+    named = os.environ.get(TOKEN_PATH)
+    usual = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    if named or (options.address is not None and usual.is_file()):
+        check_token_file(usual)
+        return {MODE: "token", TOKEN_PATH: str(usual)}
+    if options.address is None:
+        return {MODE: "token", TOKEN_PATH: str(make_token(own_folder))}
+    if is_loopback(options.address):
+        # A cluster that this machine's users share may have been started without; Ray refuses if it wants a token.
+        return {}
+    raise BadMap(
+        f"{options.address} is another machine, and there is no token: whoever reaches a Ray cluster without one can run "
+        f"anything on it. Start the cluster with {MODE}=token and give its token with --token-file, {TOKEN_PATH} or {TOKEN}."
+    )
+
+
+@contextmanager
+def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = ()) -> Iterator[Any]:
+    """The module `ray`, connected; what was started here is shut down afterwards. A connection that stands is used.
+
+    own_folder: where the token of clusters that are started here lies. gpus: those that such a cluster may use.
+    Raises BadMap when Ray is missing, the address is refused, or nobody answers there.
+    """
+    if (why := missing()) is not None:
+        raise BadMap(why)
+    if options.address is not None and options.address.lower() in ("auto", "local"):
+        raise BadMap("Give the address as HOST:PORT, or none to start a cluster of this machine's own.")
+    settings = {**SETTINGS, **token_environment(options, own_folder)}
+    if options.address is None and gpus:
+        settings["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    with _environment(settings):
+        import ray
+
+        if ray.is_initialized():
+            log.info("Ray: the connection that this program has already is used")
+            yield ray
+            return
+        common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "error"}
+        try:
+            if options.address is None:
+                with _loopback_only():
+                    ray.init(
+                        address="local",
+                        num_cpus=options.cpus,
+                        num_gpus=options.gpus,
+                        include_dashboard=False,
+                        object_store_memory=OBJECT_STORE,
+                        _node_ip_address="127.0.0.1",
+                        **common,
+                    )
+            else:
+                ray.init(address=options.address, **common)
+        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
+            where = f"at {options.address}" if options.address else "on this machine"
+            raise BadMap(
+                f"Ray {where} cannot be used: {str(error).splitlines()[0] if str(error) else error!r}"
+            ) from error
+        try:
+            listens = str(ray.get_runtime_context().gcs_address)
+            if options.address is None and not is_loopback(listens):
+                log.warning("Ray listens at %s, which other machines may reach; they need the token.", listens)
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let Ray take the loopback address as that of this machine, as it does on Windows and macOS.
+
+    On Linux it would replace it by the address of a network, and its servers would listen on all of them.
+    """
+    from ray._private import ray_constants
+
+    name = "ENABLE_RAY_CLUSTER"
+    before = getattr(ray_constants, name, None)
+    if before is None:
+        yield
+        return
+    setattr(ray_constants, name, False)
+    try:
+        yield
+    finally:
+        setattr(ray_constants, name, before)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,203 @@
+"""Where results go: staged by workers in a folder of their own, moved to their names by the run, listed in order.
+
+An item that gives one file becomes `<label>.<suffix>`, more files go into the folder `<label>`, and one that gives only
+text becomes `<label>.txt`. Files that were in the output folder before are never touched: the label gets a number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .jobs import Job
+from .manifest import COMMITTING, DONE, FAILED, ItemRecord, JobRecord, Manifest
+
+log = logging.getLogger("hotpath.distributed")
+
+WORK = ".hotpath-map"
+LIST = "results.jsonl"
+OUTPUT, TEMP = "output", "temp"  # what a worker finds below its staging folder
+
+
+class ResultStore:
+    """The output folder of one run, and the manifest in it."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder.resolve()
+        self.manifest = manifest
+        self.work = self.folder / WORK
+        self._recover()
+
+    @staticmethod
+    def manifest_path(folder: Path) -> Path:
+        return folder.resolve() / WORK / "manifest.sqlite"
+
+    def staging(self, job: Job, attempt: int) -> Path:
+        """A folder for one attempt; attempts differ, as a worker that was given up may still be writing."""
+        return self.work / "staging" / f"{job.id}-{attempt}"
+
+    def discard(self, staging: Path) -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+
+    def done(self, job: Job) -> bool:
+        """Whether the item's result is here already; a job that was done under another name is copied to this one."""
+        record = self.manifest.job(job.id)
+        if record is None or record.state != DONE:
+            return False
+        label = self.label(job)
+        name = self.manifest.name(label)
+        if name is not None and name[0] == job.id and self._whole(name[1], record):
+            return True
+        source = next((a for a in self.manifest.name_of_job(job.id) if self._whole(a, record)), None)
+        if source is None:
+            self.manifest.forget(job.id)
+            return False
+        actual, stale = self._place(label, job.id, record.tails)
+        for tail in record.tails:
+            _copy(self.folder / (source + tail), self.folder / (actual + tail))
+        self.manifest.set_name(label, job.id, actual)
+        self._remove(stale)
+        return True
+
+    def keep(
+        self, job: Job, staging: Path, texts: Sequence[tuple[bool, str]], seconds: float, attempts: int
+    ) -> list[Path]:
+        """Make what a worker staged final; returns the files. texts: (from an output node, text)."""
+        label = self.label(job)
+        made = staging / OUTPUT
+        names = sorted(p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()) if made.is_dir() else []
+        shown = [text for final, text in texts if final] or [text for _, text in texts]
+        if not names and shown:
+            made.mkdir(parents=True, exist_ok=True)
+            (made / "text.txt").write_text("\n\n".join(shown) + "\n", encoding="utf-8")
+            names = ["text.txt"]
+        tails = [Path(names[0]).suffix] if len(names) == 1 else [f"/{name}" for name in names]
+        actual, stale = self._place(label, job.id, tails)
+        base = made.relative_to(self.folder).as_posix()
+        moves = [(f"{base}/{name}", actual + tail) for name, tail in zip(names, tails, strict=True)]
+        for source, _ in moves:
+            _sync(self.folder / source)
+        record = JobRecord(job.id, COMMITTING, attempts, seconds, None, shown, tails)
+        self.manifest.begin_commit(record, label, actual, [*moves, *((path, "") for path in stale)])
+        self._move([*moves, *((path, "") for path in stale)])
+        self.manifest.end_commit(job.id)
+        self.discard(staging)
+        return [self.folder / target for _, target in moves]
+
+    def fail(self, job: Job, error: str, attempts: int, seconds: float = 0.0) -> None:
+        self.manifest.fail(JobRecord(job.id, FAILED, attempts, seconds, error, [], []))
+
+    def export(self) -> Path:
+        """Write results.jsonl, a line per item of this run in their order; whole or not at all."""
+        target = self.folder / LIST
+        unfinished = target.with_name(f".{LIST}.part")
+        with unfinished.open("w", encoding="utf-8") as file:
+            for item in self.manifest.items():
+                file.write(json.dumps(_line(item), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(target)
+        return target
+
+    @staticmethod
+    def label(job: Job) -> str:
+        """What the files of a job are called by, before a number is needed."""
+        return f"{WORK}/parts/{job.item.label}" if job.hidden else job.item.label
+
+    def _whole(self, actual: str, record: JobRecord) -> bool:
+        return all((self.folder / (actual + tail)).is_file() for tail in record.tails)
+
+    def _place(self, label: str, job_id: str, tails: Sequence[str]) -> tuple[str, list[str]]:
+        """The actual label for files with these tails, and files of an older result of this item, which they replace."""
+        _inside(self.folder, label)
+        mine: set[str] = set()
+        name = self.manifest.name(label)
+        if name is not None:
+            old = self.manifest.job(name[0])
+            mine = {name[1] + tail for tail in (old.tails if old is not None else tails)}
+        for actual in _numbered(label if name is None else name[1]):
+            wanted = {actual + tail for tail in tails}
+            others = self.manifest.taken(actual) and (name is None or name[1] != actual)
+            if not others and not any((self.folder / path).exists() for path in wanted - mine):
+                return actual, sorted(path for path in mine - wanted)
+        raise AssertionError("numbers do not end")
+
+    def _recover(self) -> None:
+        """Complete the moves that the last run wrote down and could not confirm."""
+        for job_id, moves in self.manifest.committing():
+            whole = all((self.folder / s).exists() or not t or (self.folder / t).exists() for s, t in moves)
+            if whole:
+                self._move(moves)
+                self.manifest.end_commit(job_id)
+            else:
+                self.manifest.forget(job_id)
+        # What is left there belongs to attempts that a killed run left half made.
+        shutil.rmtree(self.work / "staging", ignore_errors=True)
+
+    def _move(self, moves: Sequence[tuple[str, str]]) -> None:
+        folders = set()
+        for source, target in moves:
+            if not target:
+                (self.folder / source).unlink(missing_ok=True)
+            elif (self.folder / source).exists():
+                path = self.folder / target
+                path.parent.mkdir(parents=True, exist_ok=True)
+                (self.folder / source).replace(path)
+                folders.add(path.parent)
+        for folder in folders:
+            _sync(folder)
+
+    def _remove(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            (self.folder / path).unlink(missing_ok=True)
+
+
+def _line(item: ItemRecord) -> dict[str, Any]:
+    job = item.job
+    name = item.label.removeprefix(f"{WORK}/parts/")
+    line: dict[str, Any] = {"item": item.shown, "name": name, "status": job.state if job else "waiting"}
+    if job is not None:
+        # The parts of a film are gone when it is whole.
+        line.update({"film": item.film} if item.film else {"files": item.files()})
+        line.update({"texts": job.texts, "attempts": job.attempts})
+        line["seconds"] = round(job.seconds, 3)
+        if job.error:
+            line["error"] = job.error
+    return line
+
+
+def _numbered(label: str) -> Iterator[str]:
+    yield label
+    number = 2
+    while True:
+        yield f"{label}-{number}"
+        number += 1
+
+
+def _inside(folder: Path, label: str) -> None:
+    path = (folder / label).resolve()
+    if "\0" in label or path == folder or not path.is_relative_to(folder):
+        raise ValueError(f"{label!r} leads out of {folder}, so nothing is written there.")
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, unfinished)
+    unfinished.replace(target)
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    if os.name != "posix" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

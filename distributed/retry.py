@@ -1,0 +1,66 @@
+"""Which errors can pass, and how long to wait before the next attempt.
+
+A picture that cannot be read fails the same way every time; a worker that died, memory that ran out, a connection that
+broke may go better. Waits double, with jitter from a private generator (Brooker, "Exponential Backoff And Jitter").
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+MEMORY, CONNECTION, WORKER, ITEM = "memory", "connection", "worker", "item"
+PASSING = frozenset({MEMORY, CONNECTION, WORKER})
+PASSING_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EAGAIN", "EBUSY", "EHOSTDOWN", "EHOSTUNREACH", "EMFILE", "ENETDOWN", "ENETRESET", "ENETUNREACH", "ENFILE",
+        "ENOBUFS", "ESTALE", "ETIMEDOUT",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+MEMORY_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
+
+
+def failure_kind(error: BaseException) -> str:
+    """memory, connection, or item for what will not pass. Looks at causes too: a node's error wraps the first one."""
+    for cause in _chain(error):
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return MEMORY
+        if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in MEMORY_SIGNS):
+            return MEMORY
+        if isinstance(cause, ConnectionError | TimeoutError):
+            return CONNECTION
+        if isinstance(cause, OSError) and cause.errno in PASSING_ERRNOS:
+            return CONNECTION
+    return ITEM
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+
+
+@dataclass
+class RetryPlan:
+    """retries: further attempts after the first. base, longest: seconds of the first and of any wait."""
+
+    retries: int = 2
+    base: float = 1.0
+    longest: float = 60.0
+    rng: random.Random = field(default_factory=random.Random)
+
+    def again(self, kind: str, attempt: int) -> bool:
+        """Whether a job that failed its attempt number `attempt` (from 1) is tried again."""
+        return kind in PASSING and attempt <= self.retries
+
+    def wait(self, attempt: int) -> float:
+        """Seconds before the attempt after number `attempt`: half of it fixed, half by lot."""
+        whole = min(self.longest, self.base * 2.0 ** (attempt - 1))
+        return whole * (0.5 + 0.5 * self.rng.random())

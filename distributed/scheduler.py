@@ -1,0 +1,235 @@
+"""The loop of a run: items in, jobs to workers, results into the manifest, failures again or on record.
+
+At most `depth` jobs per worker are known at a time (back-pressure), whatever the number of items. What a worker had when
+it died is given to another. Nothing here knows what a worker is; `benchmarks/distributed.py` runs it on simulated ones.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from .jobs import Job
+from .policy import Policy
+from .pool import Advanced, Died, Event, Finished, Pool, Ready
+from .retry import MEMORY, WORKER, RetryPlan
+from .status import Observer, Status, Unobserved
+
+log = logging.getLogger("hotpath.distributed")
+
+TICK = 0.1  # seconds at most between two looks at the interrupt
+DEPTH = 2
+
+
+class NoWorkers(RuntimeError):
+    """Every worker is lost for good; the message says why the last one was."""
+
+
+class Store(Protocol):
+    """Where results go; `results.ResultStore` is the one."""
+
+    def done(self, job: Job) -> bool: ...
+    def staging(self, job: Job, attempt: int) -> Path: ...
+    def discard(self, staging: Path) -> None: ...
+    def keep(self, job: Job, staging: Path, texts: list[tuple[bool, str]], seconds: float, attempts: int) -> object: ...
+    def fail(self, job: Job, error: str, attempts: int, seconds: float = 0.0) -> None: ...
+
+
+@dataclass
+class _Task:
+    job: Job
+    attempt: int = 1
+    twins: list[Job] = field(default_factory=list)  # items with the same content, under other names
+
+
+@dataclass(order=True)
+class _Waiting:
+    """A job that waits for its next attempt."""
+
+    due: float
+    number: int
+    task: _Task = field(compare=False)
+
+
+class Scheduler:
+    """One run over `jobs`. interrupted: raises when the person wants to stop; it is asked at every turn."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        store: Store,
+        policy: Policy,
+        retry: RetryPlan,
+        status: Status,
+        observer: Observer | None = None,
+        interrupted: Callable[[], None] = lambda: None,
+        depth: int = DEPTH,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pool, self.store, self.policy, self.retry = pool, store, policy, retry
+        self.status, self.observer = status, observer or Unobserved()
+        self.interrupted, self.depth, self.clock = interrupted, max(1, depth), clock
+        self._queues: list[deque[_Task]] = [deque() for _ in range(pool.slots)]
+        self._running: list[_Task | None] = [None] * pool.slots
+        self._ready = [False] * pool.slots
+        self._gone = [False] * pool.slots
+        self._pending: deque[_Task] = deque()
+        self._later: list[_Waiting] = []
+        self._known: dict[str, _Task] = {}
+        self._numbers = itertools.count()
+        self._twins = 0
+
+    @property
+    def known(self) -> int:
+        """Jobs that are held in memory: waiting, queued, running, or waiting for their twin."""
+        return len(self._known) + self._twins
+
+    def tell(self, slot: int, fraction: float) -> None:
+        """How much of a slot's job is done; for a worker in this process, which reports while it works."""
+        self._handle(Advanced(slot, fraction))
+        self.observer.changed(self.status)
+
+    def run(self, jobs: Iterator[Job]) -> Status:
+        """Until every job has ended. Raises NoWorkers, or what `interrupted` raises; what is finished is then kept."""
+        self.pool.start()
+        exhausted = False
+        try:
+            while True:
+                self.interrupted()
+                exhausted = exhausted or self._pull(jobs)
+                self._retry_due()
+                self._hand_out()
+                if exhausted and not self._known:
+                    return self.status
+                for event in self.pool.wait(TICK):
+                    self._handle(event)
+                self.observer.changed(self.status)
+        finally:
+            self.status.running.clear()
+            self.pool.close()
+
+    def _pull(self, jobs: Iterator[Job]) -> bool:
+        """Take jobs until there is enough to do; True when there are no more."""
+        limit = self.depth * max(1, sum(not gone for gone in self._gone))
+        while len(self._known) + self._twins < limit:
+            job = next(jobs, None)
+            if job is None:
+                return True
+            if job.id in self._known:
+                self._known[job.id].twins.append(job)
+                self._twins += 1
+            elif self.store.done(job):
+                self.status.skipped += 1
+                # A long list of what is done already must not hold up those who wait.
+                if self.status.skipped % 64 == 0:
+                    return False
+            else:
+                task = _Task(job)
+                self._known[job.id] = task
+                self._pending.append(task)
+        return False
+
+    def _retry_due(self) -> None:
+        while self._later and self._later[0].due <= self.clock():
+            # Before the others, so that the run does not end with a chain of second attempts.
+            self._pending.appendleft(heapq.heappop(self._later).task)
+
+    def _hand_out(self) -> None:
+        while self._pending:
+            loads = [
+                None if self._gone[slot] or not self._ready[slot] else len(self._queues[slot]) + (running is not None)
+                for slot, running in enumerate(self._running)
+            ]
+            slot = self.policy.choose(loads, self.depth)
+            if slot is None:
+                break
+            self._queues[slot].append(self._pending.popleft())
+        for slot, queue in enumerate(self._queues):
+            if queue and self._ready[slot] and self._running[slot] is None:
+                task = queue.popleft()
+                self._running[slot] = task
+                self.status.running[slot] = 0.0
+                self.pool.submit(slot, task.job.payload(self.store.staging(task.job, task.attempt), task.attempt))
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Ready(slot):
+                self._ready[slot] = True
+                self.status.workers = sum(self._ready)
+            case Advanced(slot, fraction):
+                if slot in self.status.running:
+                    self.status.running[slot] = max(self.status.running[slot], fraction)
+            case Finished(slot, job_id, result):
+                task = self._running[slot]
+                if task is not None and task.job.id == job_id:
+                    self._free(slot)
+                    self._ended(slot, task, result)
+            case Died(slot, reason, _, final):
+                self._died(slot, reason, final)
+
+    def _free(self, slot: int) -> None:
+        self._running[slot] = None
+        self.status.running.pop(slot, None)
+
+    def _ended(self, slot: int, task: _Task, result: object) -> None:
+        assert isinstance(result, dict)
+        staging = self.store.staging(task.job, task.attempt)
+        if result["status"] == "done":
+            texts = [(bool(final), str(text)) for final, text in result["texts"]]
+            self.store.keep(task.job, staging, texts, float(result["seconds"]), task.attempt)
+            self.status.done += 1
+            self._finish(task, done=True)
+            return
+        self.store.discard(staging)
+        if result["kind"] == MEMORY:
+            self._ready[slot] = False
+            self.pool.renew(slot)
+        self._failed(task, str(result["kind"]), str(result["error"]), float(result["seconds"]))
+
+    def _failed(self, task: _Task, kind: str, error: str, seconds: float = 0.0) -> None:
+        if self.retry.again(kind, task.attempt):
+            wait = self.retry.wait(task.attempt)
+            log.warning("%s: %s; attempt %d follows in %.1f s", task.job.item.label, error, task.attempt + 1, wait)
+            task.attempt += 1
+            self.status.retried += 1
+            heapq.heappush(self._later, _Waiting(self.clock() + wait, next(self._numbers), task))
+            return
+        if task.attempt > 1:
+            error = f"{error} (attempt {task.attempt} of {self.retry.retries + 1})"
+        self.store.fail(task.job, error, task.attempt, seconds)
+        self.status.failed += 1
+        self._finish(task, done=False)
+
+    def _finish(self, task: _Task, done: bool) -> None:
+        self.status.ended()
+        del self._known[task.job.id]
+        self._twins -= len(task.twins)
+        for twin in task.twins:
+            if done and self.store.done(twin):
+                self.status.skipped += 1
+            else:
+                self.status.failed += 1
+
+    def _died(self, slot: int, reason: str, final: bool) -> None:
+        log.warning("worker %d: %s", slot, reason)
+        self._ready[slot] = False
+        self.status.workers = sum(self._ready)
+        # What it had not begun goes to whoever is free first.
+        self._pending.extendleft(reversed(self._queues[slot]))
+        self._queues[slot].clear()
+        task = self._running[slot]
+        if task is not None:
+            self._free(slot)
+            self.store.discard(self.store.staging(task.job, task.attempt))
+            self._failed(task, WORKER, f"{reason} while it ran this")
+        if final:
+            self._gone[slot] = True
+            if all(self._gone):
+                raise NoWorkers(f"There are no workers left. The last one: {reason}")

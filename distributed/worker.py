@@ -1,0 +1,177 @@
+"""What every worker is, wherever it runs: a headless executor that keeps models loaded from job to job."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache import clear_all
+from ..headless.executor import Executor, NodeRun
+from ..headless.graph import Graph, Node
+from ..headless.outcome import outcome_of
+from ..host.headless import HeadlessHost
+from .results import OUTPUT, TEMP
+from .retry import CONNECTION, MEMORY, failure_kind
+
+log = logging.getLogger("hotpath.distributed")
+
+TOLD_EVERY = 0.2  # seconds between two messages about the progress of a job
+
+
+class NotShared(RuntimeError):
+    """A worker does not see the files of the run."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker is made with; plain values, as it crosses processes and machines.
+
+    models: model folders, the first to be searched first; kind_folders: further ones by kind. threads: of torch on the
+    CPU, the same on all workers, since sums are rounded by how they are split; 0 leaves it. beacon: a file that a worker
+    must see, beside the results.
+    """
+
+    input_folder: str
+    models: list[str] = field(default_factory=list)
+    kind_folders: dict[str, list[str]] = field(default_factory=dict)
+    device: str | None = None
+    threads: int = 0
+    beacon: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class WorkerHost(HeadlessHost):
+    """A headless host whose output folder changes from job to job and whose progress bars are told to the run."""
+
+    def __init__(
+        self, settings: WorkerSettings, tell: Callable[[float], None], interrupted: Callable[[], None]
+    ) -> None:
+        models = [Path(folder) for folder in settings.models]
+        super().__init__(
+            models=models[0] if models else None,
+            input_folder=Path(settings.input_folder),
+            device=settings.device,
+            extra_models=models[1:],
+            show_progress=False,
+            kind_folders={kind: [Path(f) for f in folders] for kind, folders in settings.kind_folders.items()},
+        )
+        self._tell, self._interrupted = tell, interrupted
+        self._told = 0.0
+        self._nodes = (0, 1)  # finished, all
+
+    def check_interrupt(self) -> None:
+        self._interrupted()
+
+    def use_folder(self, staging: Path) -> None:
+        self._output, self._temp = staging / OUTPUT, staging / TEMP
+
+    def progress(self, total: int, label: str = "") -> _NodeProgress:  # type: ignore[override]
+        return _NodeProgress(self, total)
+
+    def tell(self, within: float) -> None:
+        """within: how much of the running node is done, 0..1."""
+        now = time.monotonic()
+        if now - self._told >= TOLD_EVERY:
+            self._told = now
+            done, total = self._nodes
+            self._tell(min(1.0, (done + min(1.0, within)) / max(1, total)))
+
+    # The executor's observer.
+    def started(self, node: Node, position: int, total: int) -> None:
+        self._nodes = (position - 1, total)
+        self.tell(0.0)
+
+    def finished(self, run: NodeRun, position: int, total: int) -> None:
+        self._nodes = (position, total)
+
+
+class _NodeProgress:
+    """The progress bar of a node, as a part of its job's."""
+
+    def __init__(self, host: WorkerHost, total: int) -> None:
+        self._host, self._total, self._done = host, total, 0
+
+    def update(self, steps: int = 1, preview: Any = None) -> None:
+        self._done += steps
+        self._host.tell(self._done / max(1, self._total))
+        self._host.check_interrupt()
+
+    def close(self) -> None:
+        """The job ends by itself."""
+
+
+class WorkflowWorker:
+    """Runs jobs one after the other. tell: is given how much of the running job is done, 0..1. interrupted: raises to
+    stop it; a worker in a process of its own is ended instead."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        tell: Callable[[float], None] = lambda fraction: None,
+        interrupted: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Raises NotShared when this machine does not see the run's folders."""
+        self.settings = settings
+        if settings.threads and torch.get_num_threads() != settings.threads:
+            torch.set_num_threads(settings.threads)
+        for path, what in ((settings.beacon, "output"), (settings.input_folder, "input")):
+            if path is not None and not Path(path).exists():
+                raise NotShared(
+                    f"The worker on {socket.gethostname()} does not see the {what} folder of this run ({path}). "
+                    "Workers of other machines need both folders on shared storage, at the same path."
+                )
+        self.host = WorkerHost(settings, tell, interrupted)
+        self.executor = Executor(self.host, observer=self.host)
+
+    def run(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a job's payload; returns its result as plain JSON. A stop of the host is raised, nothing else is.
+
+        {"status": "done", "texts": [[from an output node, text]], "seconds"} or
+        {"status": "failed", "kind": as in `retry`, "error": a sentence, "seconds"}.
+        """
+        started = time.perf_counter()
+        reads = payload.get("reads")
+        if reads is not None and not Path(reads).is_file():
+            where = f"The worker on {socket.gethostname()} does not see {reads}"
+            return self._failed(CONNECTION, f"{where}: it needs shared storage, at the same path.", started)
+        staging = Path(payload["staging"])
+        try:
+            (staging / OUTPUT).mkdir(parents=True, exist_ok=True)
+            self.host.use_folder(staging)
+            # What an output node wrote lies in the folder of the job that it ran for.
+            self.executor.forget_output_nodes()
+            result = self.executor.run(Graph.parse(payload["prompt"]))
+        except Exception as error:
+            kind = failure_kind(error)
+            if kind == MEMORY:
+                self.let_go()
+            log.info("job %s failed (%s)", payload.get("id"), kind, exc_info=error)
+            return self._failed(kind, str(error) or type(error).__name__, started)
+        outputs = {i for i, run in result.runs.items() if self._is_output(run.node)}
+        texts = [[node.id in outputs, text] for node, text in outcome_of(result, self.host).texts]
+        return {"status": "done", "texts": texts, "seconds": time.perf_counter() - started}
+
+    def let_go(self) -> None:
+        """Give memory back: results, models and caches."""
+        self.executor = Executor(self.host, self.executor.catalog, self.host)
+        clear_all()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _is_output(self, node: Node) -> bool:
+        return bool(getattr(self.executor.catalog[node.class_type], "OUTPUT_NODE", False))
+
+    @staticmethod
+    def _failed(kind: str, error: str, started: float) -> dict[str, Any]:
+        return {"status": "failed", "kind": kind, "error": error, "seconds": time.perf_counter() - started}
