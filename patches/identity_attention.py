@@ -89,6 +89,13 @@ class IdentityAttention:
         """Other packs copy the options of a MODEL deeply; what is bound to a device stays here."""
         return self.copy()
 
+    def to(self, device: Any, *_: Any, **__: Any) -> IdentityAttention:
+        """ComfyUI asks patches to move before it samples; IPAdapter's, which may be our base, keeps copies per device."""
+        if hasattr(self.base, "to"):
+            self.base = self.base.to(device)
+            self._bound.clear()
+        return self
+
     def drop_bound(self) -> None:
         """Let go of what was put on devices for sampling."""
         self._bound.clear()
