@@ -1,0 +1,273 @@
+"""A copy of a ComfyUI MODEL with 8 bit linear layers, and a table of what was rounded and by how much.
+
+The diffusion model is built anew from its own configuration, as ComfyUI builds one from a quantised checkpoint, and
+filled with the quantised state. Everything else of the MODEL is carried over. The original keeps its weights: the two are
+two models to ComfyUI's memory management, and either can be evicted for the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import host
+from ...host.interface import tracked
+from .layers import fp8_scale, quantized_operations
+from .schemes import MULTIPLE, SCHEMES, PrecisionUnavailable, Scheme, excluded_by, patterns, rotation, unavailable
+
+log = logging.getLogger("hotpath.precision")
+
+PREFIX = "diffusion_model."
+# Bookkeeping of one loaded model that its copy must not share.
+RUNTIME = ("dynamic_vbars", "dynamic_pins", "dynamic_patchers")
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """A quantised weight: relative error ||W - W'|| / ||W|| in the Frobenius norm, and bytes before and after."""
+
+    name: str
+    error: float
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """layers: quantised, worst first. left: the others by name, with the reason. baked: layers with a LoRA in them."""
+
+    scheme: Scheme
+    device: torch.device
+    layers: tuple[LayerError, ...]
+    left: dict[str, str]
+    baked: int
+    whole: int  # bytes of the quantised model
+    original: int
+
+    def describe(self, worst: int = 10) -> str:
+        before, after = sum(x.before for x in self.layers), sum(x.after for x in self.layers)
+        lines = [
+            f"Precision: {self.scheme.name}, {self.scheme.what}",
+            f"{len(self.layers)} layers quantised, {_megabytes(before)} to {_megabytes(after)}; {len(self.left)} left alone",
+            f"Memory: this model {_megabytes(self.whole)}, the original {_megabytes(self.original)}; "
+            "the original keeps its own weights as long as something uses it",
+        ]
+        if self.device.type == "cpu" and not self.scheme.weight_only:
+            lines.append("On the CPU this is a reference: the same rounding as on a GPU, and slower than the original.")
+        if self.baked:
+            lines.append(f"LoRA patches of {self.baked} layers are in the quantised weights.")
+        lines.append("Largest weight errors:")
+        lines += [f"  {100 * layer.error:.2f} %  {layer.name}" for layer in self.layers[:worst]]
+        reasons: dict[str, int] = {}
+        for reason in self.left.values():
+            reasons[reason] = reasons.get(reason, 0) + 1
+        if reasons:
+            lines.append("Left alone:")
+            lines += [f"  {count} layers: {reason}" for reason, count in sorted(reasons.items(), key=lambda r: -r[1])]
+        return "\n".join(lines)
+
+
+def quantize_model(
+    model: Any, scheme_name: str, exclude: str | Iterable[str] | None = None
+) -> tuple[Any, QuantizationReport]:
+    """A MODEL like `model`, a ModelPatcher, with its linear layers in `scheme_name`. `model` stays as it is.
+
+    Raises PrecisionUnavailable where the device or the model cannot take it, ValueError for an unknown scheme.
+    """
+    if scheme_name not in SCHEMES:
+        raise ValueError(f"{scheme_name!r} is no precision; there are {', '.join(SCHEMES)}.")
+    scheme = SCHEMES[scheme_name]
+    if (reason := unavailable(scheme, model.load_device)) is not None:
+        raise PrecisionUnavailable(f"{scheme.name} cannot be used, because {reason}.")
+    _refuse_replaced_modules(model)
+
+    import comfy.model_management
+
+    # Restores what a loaded clone may have patched in place.
+    comfy.model_management.unload_model_and_clones(model)
+    source = model.model
+    state, layers, left, baked = _quantized_state(model, scheme, patterns(exclude))
+    if not layers:
+        why = "; ".join(sorted(set(left.values()))) or "it has no linear layers"
+        raise PrecisionUnavailable(f"No layer of this model can be computed in {scheme.name}: {why}.")
+    dtype = source.get_dtype_inference()
+    made = _with_diffusion_model(source, _built(source, state, dtype, model.offload_device), model.offload_device)
+    patched = _patcher_over(model, made, baked)
+    original = comfy.model_management.module_size(source)
+    layers.sort(key=lambda layer: -layer.error)
+    report = QuantizationReport(
+        scheme, model.load_device, tuple(layers), left, sum(key.endswith(".weight") for key in baked),
+        patched.model_size(), original,
+    )  # fmt: skip
+    log.info("precision: %s, %d layers, %s", scheme.name, len(layers), _megabytes(report.whole))
+    return patched, report
+
+
+def _refuse_replaced_modules(model: Any) -> None:
+    """A module that another node put in place of one of the model's own holds the original weights."""
+    for key, value in model.object_patches.items():
+        holder = getattr(value, "__self__", value)
+        if key.startswith(PREFIX.rstrip(".")) and isinstance(holder, nn.Module):
+            raise PrecisionUnavailable(
+                f"A node before this one replaced {key} (compiled it, say): put Hotpath Precision before that node."
+            )
+
+
+def _quantized_state(
+    model: Any, scheme: Scheme, exclude: tuple[str, ...]
+) -> tuple[dict[str, Tensor], list[LayerError], dict[str, str], set[str]]:
+    """(state dict for `_built`, errors, layers left with the reason, keys whose patches are in the state)."""
+    network: nn.Module = model.model.diffusion_model
+    state: dict[str, Tensor] = dict(network.state_dict())
+    layers: list[LayerError] = []
+    left: dict[str, str] = {}
+    baked: set[str] = set()
+    linear = {name: module for name, module in network.named_modules() if _is_linear(module)}
+    with tracked(host.current(), len(linear), "quantising") as progress:
+        for name, module in linear.items():
+            progress.update()
+            reason = _refusal(name, module, exclude)
+            if reason is not None:
+                left[name] = reason
+                continue
+            weight = module.weight.detach()
+            key = f"{PREFIX}{name}.weight"
+            value = weight.to(device=model.load_device, dtype=torch.float32, copy=True)
+            if key in model.patches:
+                value = _patched(model.patches[key], value, key)
+                if value.shape != weight.shape:
+                    left[name] = "its LoRA changes its shape"
+                    continue
+                baked.add(key)
+            entries, restored = _quantized(value, scheme, model.model.get_dtype_inference())
+            entries = {suffix: tensor.to(model.offload_device) for suffix, tensor in entries.items()}
+            state.pop(f"{name}.weight")
+            state.update({f"{name}.{suffix}": tensor for suffix, tensor in entries.items()})
+            error = float((restored - value).norm() / value.norm().clamp_min(1e-30))
+            size = sum(tensor.nbytes for suffix, tensor in entries.items() if suffix != "comfy_quant")
+            layers.append(LayerError(name, error, weight.nbytes, size))
+    return state, layers, left, baked
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """torch's, and ComfyUI's for quantised models, which does not derive from it."""
+    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "comfy_cast_weights"))
+
+
+def _refusal(name: str, module: Any, exclude: tuple[str, ...]) -> str | None:
+    pattern = excluded_by(name, exclude)
+    if pattern is not None:
+        return f"excluded by {pattern}"
+    weight = module.weight
+    if weight is None or weight.ndim != 2:
+        return "its weight is no matrix"
+    if hasattr(weight, "_layout_cls"):
+        return "it is quantised already"
+    if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
+        return f"its sides are no multiples of {MULTIPLE}"
+    return None
+
+
+def _patched(patches: Any, value: Tensor, key: str) -> Tensor:
+    import comfy.lora
+
+    patched: Tensor = comfy.lora.calculate_weight(patches, value, key)
+    return patched
+
+
+def _quantized(value: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """A float32 weight [N, K] as entries of a ComfyUI checkpoint, and what they restore to, float32."""
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    layout = QUANT_ALGOS[scheme.format]["comfy_tensor_layout"]
+    configuration: dict[str, Any] = {"format": scheme.format}
+    if scheme.weight_only:
+        configuration["full_precision_matrix_mult"] = True
+    if scheme.format == "float8_e4m3fn":
+        rounded = QuantizedTensor.from_float(value, layout, scale=fp8_scale(value))
+    else:
+        options: dict[str, Any] = {"per_channel": True}
+        if size := rotation(scheme, value.shape[1]):
+            options |= {"convrot": True, "convrot_groupsize": size}
+            configuration |= {"convrot": True, "convrot_groupsize": size}
+        rounded = QuantizedTensor.from_float(value, layout, **options)
+    entries: dict[str, Tensor] = dict(rounded.state_dict("weight"))
+    entries["comfy_quant"] = torch.tensor(list(json.dumps(configuration).encode()), dtype=torch.uint8)
+    return entries, rounded.dequantize().float()
+
+
+def _built(source: Any, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The diffusion model of `source` (a BaseModel) anew, with `state` in it."""
+    configuration = object.__new__(
+        type(source.model_config)
+    )  # its __getattr__ answers everything, copy's questions too
+    configuration.__dict__.update(source.model_config.__dict__)
+    configuration.custom_operations = quantized_operations(dtype)
+    network: nn.Module = configuration.get_model(dict(state), "", device=device).diffusion_model
+    outcome = network.load_state_dict(dict(state), strict=False)
+    wrong = [*outcome.missing_keys, *outcome.unexpected_keys]
+    if wrong:
+        raise PrecisionUnavailable(
+            f"This {type(source).__name__} cannot be built anew from its configuration: {', '.join(wrong[:3])} do not fit. "
+            "A node before this one changed its layers; put Hotpath Precision before it."
+        )
+    return network.eval().requires_grad_(False)
+
+
+def _with_diffusion_model(source: Any, network: nn.Module, device: torch.device) -> Any:
+    """A BaseModel like `source` around `network`: own modules, parameters and bookkeeping, same everything else."""
+    import comfy.model_management
+
+    made = copy.copy(source)
+    for name in RUNTIME:
+        made.__dict__.pop(name, None)
+    made._parameters = {name: copy.deepcopy(value) for name, value in source._parameters.items()}
+    made._buffers = {name: copy.deepcopy(value) for name, value in source._buffers.items()}
+    made._modules = {
+        name: network if name == "diffusion_model" else copy.deepcopy(module)
+        for name, module in source._modules.items()
+    }
+    made.device = device
+    made.current_patcher = None
+    made.current_weight_patches_uuid = None
+    made.model_loaded_weight_memory = made.model_offload_buffer_memory = made.lowvram_patch_counter = 0
+    made.model_lowvram = False
+    comfy.model_management.archive_model_dtypes(network)
+    return made
+
+
+def _patcher_over(model: Any, made: Any, baked: set[str]) -> Any:
+    """A clone of `model` that patches `made` instead, without the patches that are in its weights already."""
+    patched = model.clone(model_override=(made, ({}, {}, {}, set())))
+    patched.size = 0
+    patched.parent = None
+    patched.hook_backup = {}
+    patched.patches = {key: value for key, value in patched.patches.items() if key not in baked}
+    # Not a clone of the original any more: other weights, another identity.
+    patched.patches_uuid, patched.clone_base_uuid = uuid.uuid4(), uuid.uuid4()
+    patched.cached_patcher_init = (_patcher_again, (made, patched.load_device, patched.offload_device))
+    return patched
+
+
+def _patcher_again(
+    made: Any, load_device: torch.device, offload_device: torch.device, disable_dynamic: bool = False
+) -> Any:
+    """A fresh MODEL of the same quantised weights: ComfyUI asks for one when it compiles, or uses several GPUs."""
+    import comfy.model_patcher
+
+    state = dict(made.diffusion_model.state_dict())
+    network = _built(made, state, made.get_dtype_inference(), offload_device)
+    patcher = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    return patcher(_with_diffusion_model(made, network, offload_device), load_device, offload_device)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,133 @@
+"""The number formats a model's linear layers can be computed in, what each needs, and which layers are left alone."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class PrecisionUnavailable(RuntimeError):
+    """This device, this ComfyUI or this model cannot take the scheme; the message says why and what can be done."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """format: ComfyUI's name of the weight format. weight_only: products in the model's own dtype. rotated: weights and
+    activations are turned by a Hadamard matrix first, which spreads outliers (QuaRot, Ashkboos et al. 2024).
+    least_capability: of CUDA, for the products.
+    """
+
+    name: str
+    format: str
+    what: str
+    weight_only: bool = False
+    rotated: bool = False
+    least_capability: tuple[int, int] | None = None
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(
+            "fp8", "float8_e4m3fn", "weights and activations in 8 bit floating point (e4m3), products on fp8 cores",
+            least_capability=(8, 9),
+        ),
+        Scheme(
+            "int8", "int8_tensorwise", "weights per channel and activations per row in 8 bit integers",
+            least_capability=(7, 5),
+        ),
+        Scheme(
+            "int8_rotated", "int8_tensorwise", "int8 after a Hadamard rotation, which costs time and saves quality",
+            rotated=True, least_capability=(7, 5),
+        ),
+        Scheme(
+            "fp8_weights", "float8_e4m3fn", "weights kept in 8 bit floating point, computed in the model's dtype",
+            weight_only=True,
+        ),
+        Scheme(
+            "int8_weights", "int8_tensorwise", "weights kept in 8 bit integers, computed in the model's dtype",
+            weight_only=True,
+        ),
+    )
+}  # fmt: skip
+
+# What comes first and last, what time and text enter by, and what scales whole layers: few weights, much of the picture.
+DEFAULT_EXCLUDE = (
+    "*embed*",
+    "label_emb",
+    "*.emb_layers",
+    "img_in",
+    "txt_in",
+    "time_in",
+    "vector_in",
+    "guidance_in",
+    "time_projection",
+    "*modulation*",
+    "*_mod",
+    "final_layer",
+    "norm_out",
+    "proj_out",
+    "head",
+    "out",
+)
+MULTIPLE = 16  # fp8 and int8 products want both sides of a weight in multiples of it
+ROTATIONS = (256, 64, 16)
+
+
+def patterns(exclude: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Names with * and ?, from a sequence or from text with commas or lines between them; None: DEFAULT_EXCLUDE."""
+    if exclude is None:
+        return DEFAULT_EXCLUDE
+    parts = re.split(r"[,\n]", exclude) if isinstance(exclude, str) else list(exclude)
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def excluded_by(name: str, exclude: Iterable[str]) -> str | None:
+    """The pattern that matches the layer `name` ("layers.0.attention.qkv") or something it lies in; None when none does."""
+    parts = name.split(".")
+    places = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return next((p for p in exclude if any(fnmatch.fnmatchcase(place, p) for place in places)), None)
+
+
+def rotation(scheme: Scheme, inputs: int) -> int:
+    """Size of the Hadamard blocks for a weight with `inputs` columns; 0: none."""
+    return next((size for size in ROTATIONS if scheme.rotated and inputs % size == 0), 0)
+
+
+def unavailable(scheme: Scheme, device: torch.device) -> str | None:
+    """Why `scheme` cannot run on `device`, with what can; None when it can. The CPU computes a slow reference."""
+    try:
+        import comfy.ops
+        import comfy.quant_ops
+    except ImportError as error:
+        return f"it needs ComfyUI with quantised layers, and {error.name} is missing: update ComfyUI"
+    if not hasattr(comfy.ops, "mixed_precision_ops") or scheme.format not in comfy.quant_ops.QUANT_ALGOS:
+        return f"this ComfyUI knows no {scheme.format} layers: update ComfyUI to 0.33 or later"
+    if device.type == "cpu" or scheme.weight_only:
+        return None
+    if device.type != "cuda":
+        return (
+            f"products of {scheme.name} have no kernel on {device.type}: choose {scheme.name[:4].rstrip('_')}_weights"
+        )
+    if torch.version.hip is not None:
+        return _unavailable_on_amd(scheme, comfy.model_management, device)
+    capability = torch.cuda.get_device_capability(device)
+    if scheme.least_capability is not None and capability < scheme.least_capability:
+        need, have = (".".join(map(str, c)) for c in (scheme.least_capability, capability))
+        instead = "int8" if scheme.name == "fp8" and capability >= (7, 5) else f"{scheme.name[:4].rstrip('_')}_weights"
+        return (
+            f"products of {scheme.name} need compute capability {need}, "
+            f"{torch.cuda.get_device_name(device)} has {have}: choose {instead}"
+        )
+    return None
+
+
+def _unavailable_on_amd(scheme: Scheme, management: Any, device: torch.device) -> str | None:
+    if scheme.format.startswith("float8") and not management.supports_fp8_compute(device):
+        return "ComfyUI has no fp8 products for this AMD GPU: choose fp8_weights"
+    return None
