@@ -5,7 +5,20 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from instantid_scenarios import Bench
+from instantid_scenarios import Bench, mask, photo
+
+DEFAULTS: dict[str, Any] = {
+    "weight": 0.7,
+    "cn_strength": 0.5,
+    "start_at": 0.0,
+    "end_at": 1.0,
+    "noise": 0.2,
+    "combine_embeds": "average",
+    "pose": True,
+    "face_tokens_for": "IdentityNet only",
+    "patch_mode": "full",
+    "custom_blocks": "",
+}
 
 
 @cache
@@ -32,3 +45,35 @@ def attention_patches(model: Any) -> dict[Any, Any]:
 
 def callback_counts(model: Any) -> list[int]:
     return [len(patch.callback) for patch in attention_patches(model).values()]
+
+
+def identity(bench: Bench, seed: int = 1) -> Any:
+    return bench.call("HotpathIdentity", insightface=bench.faces, image=photo(seed), name=f"person {seed}")[0]
+
+
+def apply(bench: Bench, **changes: Any) -> Any:
+    inputs = {
+        "instantid": bench.instantid,
+        "identity": identity(bench),
+        "model": bench.model,
+        "positive": bench.positive,
+        "negative": bench.negative,
+        "control_net": bench.control_net,
+        **DEFAULTS,
+    }
+    return bench.call("HotpathInstantID", **{**inputs, **changes})
+
+
+def several(bench: Bench, **changes: Any) -> Any:
+    inputs = {k: v for k, v in DEFAULTS.items() if k not in ("weight", "face_tokens_for")} | {
+        "instantid": bench.instantid,
+        "identity_1": identity(bench, 1),
+        "identity_2": identity(bench, 2),
+        "mask_1": mask(3),
+        "mask_2": 1 - mask(3),
+        "model": bench.model,
+        "positive": bench.positive,
+        "negative": bench.negative,
+        "control_net": bench.control_net,
+    }
+    return bench.call("HotpathIdentities", **{**inputs, **changes})
