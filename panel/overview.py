@@ -74,5 +74,6 @@ def model_entry(model: KnownModel, here: Host) -> dict[str, Any]:
         **describe(model, here),
         "place": model.place,
         "problem": problem,
-        "free": free_space(model, here) if path is None else None,
+        # To 10 MB, so that the panel is not drawn anew for every byte that is written somewhere.
+        "free": free_space(model, here) // 10**7 * 10**7 if path is None else None,
     }
