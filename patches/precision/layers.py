@@ -1,7 +1,7 @@
 """Linear layers with 8 bit weights, on ComfyUI's own, which know how to move, offload and take LoRAs.
 
-What is added to ComfyUI's: activations are scaled by their own largest value (ComfyUI's fp8 casts them at scale 1 where
-a checkpoint brings no scale), and weight-only schemes never round activations.
+What differs from ComfyUI's: fp8 activations are scaled by their own largest value, weight-only schemes never round
+activations, and torch compiles both without a break in the graph.
 """
 
 from __future__ import annotations
@@ -9,17 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-LARGEST_FP8 = 448.0
-
-
-def fp8_scale(x: Tensor) -> Tensor:
-    """The scale that puts the largest magnitude of `x` at e4m3's largest number, float32 scalar on x's device.
-
-    Zeros get a scale all the same: divided by a scale of zero they would be NaN.
-    """
-    return (x.abs().amax().float() / LARGEST_FP8).clamp_min(torch.finfo(torch.float32).tiny * 2**32)
+from .dynamic_fp8 import dynamic_fp8_layout
 
 
 def quantized_operations(compute_dtype: torch.dtype) -> Any:
@@ -27,25 +19,31 @@ def quantized_operations(compute_dtype: torch.dtype) -> Any:
     import comfy.ops
     from comfy.quant_ops import QuantizedTensor
 
+    layout = dynamic_fp8_layout()
     base = comfy.ops.mixed_precision_ops({}, compute_dtype, full_precision_mm=False, disabled=set())
 
     class Operations(base):  # type: ignore[misc, valid-type]
         class Linear(base.Linear):  # type: ignore[misc, name-defined]
+            def _load_from_state_dict(self, *args: Any) -> None:
+                super()._load_from_state_dict(*args)
+                if self.weight is not None and getattr(self, "quant_format", None) == "float8_e4m3fn":
+                    self.layout_type = layout
+                    weight = QuantizedTensor(self.weight._qdata, layout, self.weight._params)
+                    self.weight = nn.Parameter(weight, requires_grad=False)
+
             def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 dynamic = (
-                    getattr(self, "quant_format", None) == "float8_e4m3fn"
+                    getattr(self, "layout_type", None) == layout
                     and not self._full_precision_mm
                     and not getattr(self, "comfy_force_cast_weights", False)
-                    and not self.weight_function
-                    and not self.bias_function
-                    and input.dtype == compute_dtype
+                    and len(self.weight_function) == 0
+                    and len(self.bias_function) == 0
                 )
                 if not dynamic or input.numel() == 0:
                     return super().forward(input, *args, **kwargs)
-                rows = input.reshape(-1, input.shape[-1])
-                rounded = QuantizedTensor.from_float(rows, self.layout_type, scale=fp8_scale(rows))
-                out: Tensor = super().forward(rounded, *args, **kwargs)
-                return out.reshape(*input.shape[:-1], out.shape[-1])
+                comfy.ops.run_every_op()
+                out: Tensor = self.forward_comfy_cast_weights(input, input.dtype, weight_only_quant=True)
+                return out
 
             def _forward(self, input: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
                 if self._full_precision_mm and isinstance(weight, QuantizedTensor):

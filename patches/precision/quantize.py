@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ... import host
 from ...host.interface import tracked
-from .layers import fp8_scale, quantized_operations
+from .dynamic_fp8 import fp8_scale
+from .layers import quantized_operations
 from .schemes import MULTIPLE, SCHEMES, PrecisionUnavailable, Scheme, excluded_by, patterns, rotation, unavailable
 
 log = logging.getLogger("hotpath.precision")
