@@ -27,7 +27,9 @@ FAMILIES: tuple[str, ...] = (
     "qwen_vl",
     "ailab_qwen_vl",
     "vision_language",
+    "map",
     "text_to_image",
+    "acceleration",
 )
 
 NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {}
