@@ -7,9 +7,10 @@ Writes web/docs/images/<name>.jpg, each of 60 KB at most. Texts on the pictures 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def key_points_preprocessor() -> Image.Image:
     return labelled([("picture", shown(picture, 240)), ("key points", shown(drawing, 240))])
 
 
-def _crops() -> tuple[torch.Tensor, Any, Any]:
+def cut_face() -> tuple[torch.Tensor, Any, Any]:
     picture = photo("astronaut.png")
     faces = found(picture, choose="largest", embeddings=False)[0]
     options = {"size": 512, "margin": 0.3, "align": True, "when_none": "skip"}
@@ -101,12 +102,12 @@ def _crops() -> tuple[torch.Tensor, Any, Any]:
 
 
 def face_crop() -> Image.Image:
-    picture, crops, _ = _crops()
+    picture, crops, _ = cut_face()
     return labelled([("picture", shown(picture, 240)), ("crop, eyes level", shown(crops, 240))])
 
 
 def face_paste() -> Image.Image:
-    picture, crops, places = _crops()
+    picture, crops, places = cut_face()
     worked = crops.mean(-1, keepdim=True) * torch.tensor([1.0, 0.9, 0.72])
     pasted, mask = node("HotpathFacePaste", image=picture, crops=worked, places=places, feather=0.35)
     return labelled(
@@ -140,7 +141,7 @@ def identity() -> Image.Image:
     return stacked([labelled([("the photo", shown(photo("astronaut.png")))]), card("Identity from Faces", report, 420)])
 
 
-def _tokens() -> tuple[torch.Tensor, str]:
+def tokens_of_a_person() -> tuple[torch.Tensor, str]:
     adapter = node("InstantIDModelLoader", instantid_file="demo_adapter.safetensors")[0]
     options = {"noise": 0.35, "combine_embeds": "average"}
     _, picture, report = node("HotpathIdentityTokens", instantid=adapter, identity=person()[0], **options)
@@ -148,7 +149,7 @@ def _tokens() -> tuple[torch.Tensor, str]:
 
 
 def identity_tokens() -> Image.Image:
-    picture, report = _tokens()
+    picture, report = tokens_of_a_person()
     return stacked([labelled([("a row per token", shown(picture))]), card("Identity Tokens", report)])
 
 
@@ -165,7 +166,7 @@ def identity_saved() -> Image.Image:
 def apply_instantid() -> Image.Image:
     picture = photo("astronaut.png")
     drawing = node("FaceKeypointsPreprocessor", faceanalysis=analyser(), image=picture)[0]
-    tokens, _ = _tokens()
+    tokens, _ = tokens_of_a_person()
     tokens = shown(tokens, 190).resize((230, 190), Image.Resampling.NEAREST)
     return labelled(
         [
@@ -209,7 +210,7 @@ def people() -> Image.Image:
     return labelled([("a mask for each person", shown(tinted[None])), ("their poses, for image_kps", shown(drawing))])
 
 
-def _film(method: str = "Deep Exemplar") -> tuple[torch.Tensor, torch.Tensor, Any, str, torch.Tensor]:
+def coloured_film(method: str = "Deep Exemplar") -> tuple[torch.Tensor, torch.Tensor, Any, str, torch.Tensor]:
     from .colorize_scenes import held_out_clip
 
     truth = held_out_clip(16).permute(0, 2, 3, 1).contiguous()
@@ -227,12 +228,12 @@ def _strip(film: torch.Tensor, size: int = 148) -> Image.Image:
 
 
 def film() -> Image.Image:
-    grey, frames, *_ = _film()
+    grey, frames, *_ = coloured_film()
     return stacked([_strip(grey), _strip(frames)])
 
 
 def film_report() -> Image.Image:
-    _, frames, _, report, confidence = _film()
+    _, frames, _, report, confidence = coloured_film()
     row = labelled([("frame 15", shown(frames[15:])), ("confidence", shown(confidence[15:]))])
     return stacked(
         [row, card("Colorize Video", "\n".join(line for line in report.splitlines()[:5] if "fps" not in line))]
@@ -361,7 +362,7 @@ def prompt_enhancer() -> Image.Image:
 def cache_report() -> Image.Image:
     found(photo("astronaut.png"))
     found(photo("astronaut.png"))
-    _tokens()
+    tokens_of_a_person()
     return card("Hotpath Cache", node("HotpathCache", clear="nothing")[0])
 
 
@@ -399,8 +400,9 @@ MADE: dict[str, Callable[[], Image.Image]] = {
 }
 
 
-def main(names: Sequence[str]) -> int:
-    torch.set_num_threads(1)
+@contextlib.contextmanager
+def demo_host() -> Iterator[None]:
+    """The demo's models and inputs, and a folder for what is written, which is removed at the end."""
     with tempfile.TemporaryDirectory() as work:
         before = host.use(
             HeadlessHost(
@@ -413,11 +415,17 @@ def main(names: Sequence[str]) -> int:
             )
         )
         try:
-            for name in names or MADE:
-                size = save(MADE[name](), PICTURES / f"{name}.jpg")
-                print(f"{name}.jpg {size / 1000:.1f} KB")
+            yield
         finally:
             host.use(before)
+
+
+def main(names: Sequence[str]) -> int:
+    torch.set_num_threads(1)
+    with demo_host():
+        for name in names or MADE:
+            size = save(MADE[name](), PICTURES / f"{name}.jpg")
+            print(f"{name}.jpg {size / 1000:.1f} KB")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"  # a choice with inputs of its own, which follow it
 
 
 def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
@@ -26,6 +27,10 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
             for name, (kind, *rest) in info["input"].get(section, {}).items():
                 options = rest[0] if rest else {}
                 is_widget = isinstance(kind, list) or (kind in WIDGETS and not options.get("forceInput"))
+                if kind == DYNAMIC:
+                    if values and not options.get("hidden"):
+                        _take_dynamic(name, options, values, inputs)
+                    continue
                 if is_widget and values:
                     inputs[name] = values.pop(0)
                     if name in ("seed", "noise_seed") or options.get("control_after_generate"):
@@ -43,3 +48,15 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
         )
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def _take_dynamic(name: str, options: dict[str, Any], values: list[Any], inputs: dict[str, Any]) -> None:
+    """A choice whose option has inputs of its own: named choice.input, their values follow the choice's."""
+    inputs[name] = values.pop(0)
+    chosen = next(option for option in options["options"] if option["key"] == inputs[name])
+    for section in ("required", "optional"):
+        for inner, (kind, *rest) in chosen.get("inputs", {}).get(section, {}).items():
+            if kind == DYNAMIC:
+                _take_dynamic(f"{name}.{inner}", rest[0], values, inputs)
+            elif values:
+                inputs[f"{name}.{inner}"] = values.pop(0)

@@ -1,0 +1,165 @@
+"""Thumbnails of the example workflows for ComfyUI's template browser, from what the pack's own nodes make.
+
+    python -m hotpath.demo.thumbnails [NAME ...]
+
+Writes example_workflows/<name>.jpg. The tiny SDXL of the demo paints noise, so InstantID's examples show what goes into
+the sampler: the person, the pose, the masks, the tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+
+from . import help_pictures as made
+from .picture_rows import PAPER, card, shown
+
+FOLDER = Path(__file__).resolve().parent.parent / "example_workflows"
+SIDE, GAP = 400, 6
+Cells = Sequence[Image.Image]
+
+
+def tiles(*pictures: Image.Image) -> Image.Image:
+    """One picture fills the square, two share it in rows, three are one over two, four a grid."""
+    rows: list[Cells] = {1: [pictures], 2: [pictures[:1], pictures[1:]]}.get(
+        len(pictures), [pictures[: len(pictures) - 2], pictures[-2:]]
+    )
+    square = Image.new("RGB", (SIDE, SIDE), PAPER)
+    height = (SIDE - GAP * (len(rows) - 1)) // len(rows)
+    for r, row in enumerate(rows):
+        width = (SIDE - GAP * (len(row) - 1)) // len(row)
+        for c, picture in enumerate(row):
+            fitted = ImageOps.fit(
+                picture.convert("RGB"), (width, height), Image.Resampling.LANCZOS, centering=(0.5, 0.35)
+            )
+            square.paste(fitted, (c * (width + GAP), r * (height + GAP)))
+    return square
+
+
+def photo(name: str = "astronaut.png") -> Image.Image:
+    picture = made.photo(name)
+    return shown(picture[:, :300, 70:370] if name == "astronaut.png" else picture, 512)
+
+
+def text(title: str, said: str) -> Image.Image:
+    """A card that fills a row."""
+    return ImageOps.pad(card(title, said, 320), (SIDE, SIDE // 2), color=PAPER)
+
+
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures that fill a row."""
+    return tiles(left, right, left, right).crop((0, 0, SIDE, SIDE // 2 - GAP // 2))
+
+
+def key_points(name: str = "astronaut.png", zoom: bool = True) -> Image.Image:
+    picture = made.photo(name)
+    faces = made.found(picture)[0]
+    drawing = made.node("HotpathFaceKeypoints", faces=faces, width=0, height=0, fit="contain")[0]
+    return shown(drawing[:, 30:260, 110:340] if zoom else drawing, 512)
+
+
+def tokens() -> Image.Image:
+    return shown(made.tokens_of_a_person()[0], 400)
+
+
+def people() -> Image.Image:
+    row = made.people()
+    return row.crop((0, 0, row.width // 2 - 4, row.height - 24))
+
+
+def marked() -> Image.Image:
+    return shown(made.found(made.photo("faces_drawn_three.png"))[1], 448)
+
+
+def crop() -> Image.Image:
+    return shown(made.cut_face()[1], 400)
+
+
+def film_frames() -> tuple[Image.Image, Image.Image]:
+    grey, frames, *_ = made.coloured_film()
+    return shown(grey[8:9], 400), shown(frames[8:9], 400)
+
+
+def colorize_both() -> Image.Image:
+    grey, coloured = film_frames()
+    return tiles(grey, coloured, grey, coloured)
+
+
+def references() -> Image.Image:
+    first, later, other = (photo(f"colorize_{n}.png") for n in ("reference", "reference_12", "small"))
+    return tiles(first, later, other, film_frames()[1])
+
+
+def strip_of_film() -> Image.Image:
+    grey, frames, *_ = made.coloured_film()
+    return tiles(*(shown(f[i : i + 1], 300) for f, i in ((grey, 0), (grey, 15), (frames, 0), (frames, 15))))
+
+
+def shapes() -> Image.Image:
+    return tiles(*(photo(f"captioner_shapes_{n}.png") for n in range(1, 5)))
+
+
+def captions() -> Image.Image:
+    one, two, three, four = (photo(f"captioner_shapes_{n}.png") for n in range(1, 5))
+    row = Image.new("RGB", (SIDE, SIDE // 2), PAPER)
+    for n, picture in enumerate((one, two, three, four)):
+        row.paste(picture.resize((97, 97)), (n * 101, 50))
+    said = "one green square\ntwo yellow circles\nthree white triangles\nfour blue triangles"
+    return tiles(row, text("Caption Folder", said))
+
+
+def boxes() -> Image.Image:
+    sheet = made.vlm_boxes()
+    return tiles(sheet.crop((0, 0, 300, 300)))
+
+
+def transfer() -> Image.Image:
+    light, small = made.photo("colorize_grey.png"), made.photo("colorize_small.png")
+    done = made.node("HotpathColorTransfer", luminance=light, colours=small, strength=1.0, edge_filter="guided")[0]
+    return tiles(shown(light, 400), shown(done, 400))
+
+
+def restored() -> Image.Image:
+    return tiles(beside(*film_frames()), text("A film", "coloured, then described\nby a vision-language model"))
+
+
+THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
+    "caption_pictures": shapes,
+    "caption_qwenvl": lambda: tiles(photo("captioner_shapes_1.png")),
+    "captions_of_a_folder": captions,
+    "colorize_film": lambda: tiles(*film_frames()),
+    "colorize_film_with_colormnet": colorize_both,
+    "colorize_in_chunks": strip_of_film,
+    "colorize_many_references": references,
+    "colorize_transfer": transfer,
+    "colorize_video_file": strip_of_film,
+    "faces_crop_and_paste": lambda: tiles(photo(), crop()),
+    "faces_find_and_match": lambda: tiles(marked()),
+    "find_boxes": boxes,
+    "identity_from_photo": lambda: tiles(photo(), key_points(), tokens()),
+    "instantid_basic": lambda: tiles(photo(), key_points()),
+    "instantid_depth_controlnet": lambda: tiles(photo(), photo("depth_bust.png")),
+    "instantid_face_second_pass": lambda: tiles(crop(), photo()),
+    "instantid_identity": lambda: tiles(photo(), tokens()),
+    "instantid_posed": lambda: tiles(photo("faces_drawn_one.png"), key_points("faces_drawn_one.png", zoom=False)),
+    "instantid_two_people": lambda: tiles(people(), key_points("faces_drawn_three.png", zoom=False)),
+    "restore_a_film": restored,
+}
+
+
+def main(names: Sequence[str]) -> int:
+    torch.set_num_threads(1)
+    with made.demo_host():
+        for name in names or THUMBNAILS:
+            picture = THUMBNAILS[name]()
+            picture.save(FOLDER / f"{name}.jpg", quality=86, optimize=True)
+            print(name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

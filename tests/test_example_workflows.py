@@ -1,0 +1,136 @@
+"""The example workflows: what ComfyUI lists of them, what is in them, and that each of them runs."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from example_workflows import EXAMPLES, FOLDER, SUFFIX, demo_server, get, run_example, twin_of, twin_path
+
+NAMES = [path.stem for path in EXAMPLES]
+WANTED = {
+    "caption_pictures", "captions_of_a_folder", "colorize_film", "colorize_film_with_colormnet", "colorize_in_chunks",
+    "colorize_many_references", "colorize_video_file", "find_boxes", "instantid_basic", "instantid_depth_controlnet",
+    "instantid_face_second_pass", "instantid_identity", "instantid_posed", "instantid_two_people", "restore_a_film",
+}  # fmt: skip
+LARGEST_THUMBNAIL = 60_000
+# Nodes that draw nothing and say nothing of their own; each example must show something else.
+NOTES = ("Note", "MarkdownNote")
+
+
+def workflow(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+
+
+def test_the_promised_examples_are_there():
+    assert set(NAMES) >= WANTED, sorted(WANTED - set(NAMES))
+
+
+def test_nothing_clutters_the_template_browser():
+    """ComfyUI lists every .json of this folder as a template, and none of the folder below."""
+    assert not list(FOLDER.glob(f"*{SUFFIX}"))
+    assert {path.name.removesuffix(SUFFIX) for path in (FOLDER / "api").iterdir()} == set(NAMES)
+    assert {path.stem for path in FOLDER.glob("*.jpg")} == set(NAMES), "a thumbnail for each, and for nothing else"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_tells_what_to_do(name):
+    nodes = workflow(name)["nodes"]
+    notes = [node["widgets_values"][0] for node in nodes if node["type"] in NOTES]
+    assert notes and len(notes[0]) > 150, "a note inside the graph says what to do"
+    assert notes[0].startswith("#"), "with a heading"
+    missing = [node["type"] for node in nodes if node["type"].startswith("HotpathDemo")]
+    assert not missing, (
+        f"{missing} exist in the demo only: name ComfyUI's loaders, demo/stand_ins.json has the small ones"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_thumbnail_is_a_small_square(name):
+    path = FOLDER / f"{name}.jpg"
+    with Image.open(path) as picture:
+        assert picture.width == picture.height >= 300
+        assert max(picture.convert("L").getextrema()) > 60, "nothing can be seen on it"
+    assert path.stat().st_size <= LARGEST_THUMBNAIL
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_fit_their_sockets(name):
+    data = workflow(name)
+    nodes = {node["id"]: node for node in data["nodes"]}
+    assert data["last_node_id"] >= max(nodes) and len(nodes) == len(data["nodes"])
+    for link, source, output, target, slot, kind in data["links"]:
+        assert link in nodes[source]["outputs"][output]["links"], (link, "is not in its output")
+        assert nodes[target]["inputs"][slot]["link"] == link, (link, "is not in its input")
+        assert nodes[source]["outputs"][output]["type"] == kind
+    known = {link[0] for link in data["links"]}
+    for node in data["nodes"]:
+        assert {i["link"] for i in node.get("inputs", ()) if i.get("link") is not None} <= known
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_node_lies_on_another(name):
+    boxes = [(*node["pos"], *node["size"], node["type"]) for node in workflow(name)["nodes"]]
+    for i, (x, y, w, h, kind) in enumerate(boxes):
+        for x2, y2, w2, h2, other in boxes[i + 1 :]:
+            apart = x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
+            assert apart, f"{kind} and {other} overlap"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from conftest_paths import COMFYUI
+
+    assert COMFYUI is not None
+    with demo_server(COMFYUI, tmp_path_factory.mktemp("examples")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def object_info(server: Any) -> dict[str, Any]:
+    return get(server, "/object_info")
+
+
+@pytest.mark.comfy
+@pytest.mark.xdist_group("examples_server")
+class TestInComfyUI:
+    def test_the_template_browser_lists_them(self, server):
+        assert sorted(get(server, "/workflow_templates")["comfyui-hotpath"]) == NAMES
+        address = f"{server.url}/api/workflow_templates/comfyui-hotpath/{NAMES[0]}.jpg"
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            assert answer.headers["Content-Type"] == "image/jpeg"
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_the_twin_is_the_workflow(self, object_info, name):
+        path = FOLDER / f"{name}.json"
+        twin = json.loads(twin_path(path).read_text("utf-8"))
+        assert twin == twin_of(path, object_info), "run `python tests/make_example_files.py`"
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_it_runs(self, server, name, tmp_path: Path):
+        outcome = run_example(server, FOLDER / f"{name}.json", tmp_path)
+        assert outcome.files or any(text.strip() for _, text in outcome.texts), "it shows nothing"
+        for file in outcome.files:
+            assert file.path.stat().st_size > 0
+            if file.kind == "image":
+                with Image.open(file.path) as picture:
+                    picture.load()
+        assert "Traceback" not in server.log_tail(50)
+
+    def test_both_languages_are_served(self, server):
+        texts = get(server, "/i18n")
+        assert texts["en"]["nodeDefs"]["HotpathVLM"]["display_name"] == "Ask Vision-Language Model"
+        assert texts["zh"]["nodeDefs"]["HotpathVLM"]["display_name"] == "询问视觉语言模型"
+
+    def test_help_pages_and_their_pictures_are_served(self, server):
+        base = f"{server.url}/extensions/comfyui-hotpath/docs"
+        with urllib.request.urlopen(f"{base}/HotpathInstantID.md", timeout=60) as answer:
+            assert answer.read().startswith(b"# InstantID")
+        with urllib.request.urlopen(f"{base}/images/blocks.jpg", timeout=60) as answer:
+            assert answer.headers["Content-Type"] == "image/jpeg"
