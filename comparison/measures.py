@@ -35,12 +35,18 @@ def as_rgb(picture: Tensor, name: str) -> Tensor:
 
     Raises Incomparable for another shape and for values that are not finite.
     """
-    if picture.ndim != 3 or picture.shape[-1] not in (1, 3, 4) or 0 in picture.shape:
+    if drawable(picture) is not picture:
         raise Incomparable(f"{name} is no picture: its shape is {tuple(picture.shape)}, not height, width, 1, 3 or 4.")
     plain = picture.detach().float().cpu()[..., :3]
     if not torch.isfinite(plain).all():
         raise Incomparable(f"{name} holds values that are not finite (NaN): the run that made it went wrong.")
     return plain.clamp(0, 1).expand(*plain.shape[:2], 3)
+
+
+def drawable(picture: Tensor) -> Tensor:
+    """`picture` where it has the shape of one, else a small black one, to have something to show."""
+    is_picture = picture.ndim == 3 and picture.shape[-1] in (1, 3, 4) and 0 not in picture.shape
+    return picture if is_picture else torch.zeros(SMALLEST, SMALLEST, 3)
 
 
 def measure(a: Tensor, b: Tensor) -> Measures:

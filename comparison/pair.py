@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .face_agreement import FaceAgreement, FaceFinder, compare_faces
-from .measures import Incomparable, Measures, as_rgb, measure
+from .measures import Incomparable, Measures, as_rgb, drawable, measure
 from .perceptual import SMALLEST, Perceptual
 
 PASSED, FAILED, REFUSED = "passed", "failed", "not comparable"
@@ -122,7 +122,7 @@ def compare_pair(
         first, second = as_rgb(a, "A"), as_rgb(b, "B")
         measures = measure(first, second)
     except Incomparable as reason:
-        return Pair(name, a, b, problem=str(reason), at=place)
+        return Pair(name, drawable(a), drawable(b), problem=str(reason), at=place)
     # AlexNet leaves nothing of a tiny picture.
     distance = perceptual(first, second) if perceptual is not None and min(first.shape[:2]) >= SMALLEST else None
     agreement = compare_faces(faces, first, second) if faces is not None else None

@@ -137,4 +137,4 @@ def _write_pair(pair: Pair, folder: Path, name: str) -> Files:
 
 def file_name(name: str) -> str:
     """`name` as a part of a file name, in plain letters."""
-    return re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII).strip("._")[:80] or "pair"
+    return re.sub(r"\.{2,}|[^\w.-]+", "_", name, flags=re.ASCII).strip("._")[:80] or "pair"

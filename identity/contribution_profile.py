@@ -28,7 +28,6 @@ FORMAT = "hotpath.block_profile"
 VERSION = 1
 MAX_BYTES = 1 << 20
 UNKNOWN = "unknown"
-FOLDER = "profiles"  # below models/instantid
 BLOCK_OF = {block_name(block): block for block in SDXL_BLOCKS}
 
 

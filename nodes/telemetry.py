@@ -9,7 +9,6 @@ import torch
 from .. import host
 from ..identity.contribution_drawing import draw_contributions
 from ..identity.contribution_profile import (
-    FOLDER,
     ContributionProfile,
     ProfileError,
     load_profile,
@@ -21,7 +20,7 @@ from ..patches.telemetry import BlockTelemetry, record_blocks
 from .sockets import BLOCK_PROFILE, HIDDEN
 
 CATEGORY = "Hotpath/InstantID"
-KIND = "instantid"
+FOLDER = "block_profiles"
 TELEMETRY = "HOTPATH_TELEMETRY"
 
 
@@ -63,7 +62,7 @@ class HotpathBlockTelemetryReport:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "What Block Telemetry recorded: a heat map of blocks and steps, a table, and a profile for patch_mode adaptive, "
-        "kept in models/instantid/profiles."
+        "kept in models/block_profiles."
     )
     SEARCH_ALIASES = ["block weights", "heat map", "profile"]
     RETURN_TYPES = ("IMAGE", "STRING", BLOCK_PROFILE)
@@ -90,7 +89,7 @@ class HotpathBlockTelemetryReport:
                         "file of that name is replaced.",
                     },
                 ),
-                "save": ("BOOLEAN", {"default": True, "tooltip": "Write the profile to models/instantid/profiles."}),
+                "save": ("BOOLEAN", {"default": True, "tooltip": "Write the profile to models/block_profiles."}),
             },
             "hidden": HIDDEN,
         }
@@ -113,8 +112,8 @@ class HotpathBlockTelemetryReport:
         if len(profile.size) < len(found.blocks):
             said += f"; {len(found.blocks) - len(profile.size)} blocks were not patched: measure with patch_mode full"
         if save:
-            path = save_profile(profile, here.model_folders(KIND)[0] / FOLDER)
-            said += f"\nsaved as {FOLDER}/{path.name} in models/{KIND}"
+            path = save_profile(profile, here.model_folders(FOLDER)[0])
+            said += f"\nsaved as {path.name} in models/{FOLDER}"
         text = f"{said}\n{lines}"
         here.show_text(text, unique_id)
         return draw_contributions(found, f"{profile.name}: what the identity adds to each block"), text, profile
@@ -123,7 +122,7 @@ class HotpathBlockTelemetryReport:
 class HotpathLoadBlockProfile:
     DISPLAY_NAME = "Load Block Profile"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Reads a profile that Block Telemetry Report kept in models/instantid/profiles."
+    DESCRIPTION = "Reads a profile that Block Telemetry Report kept in models/block_profiles."
     SEARCH_ALIASES = ["adaptive", "block weights", "preset"]
     RETURN_TYPES = (BLOCK_PROFILE, "STRING")
     RETURN_NAMES = ("profile", "report")
@@ -132,8 +131,8 @@ class HotpathLoadBlockProfile:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        files = [f for f in host.current().model_files(KIND, (".json",)) if f.startswith(f"{FOLDER}/")]
-        return {"required": {"file": (files, {"tooltip": "A file in models/instantid/profiles."})}}
+        files = host.current().model_files(FOLDER, (".json",))
+        return {"required": {"file": (files, {"tooltip": "A file in models/block_profiles."})}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, file: Any) -> bool:
@@ -143,13 +142,13 @@ class HotpathLoadBlockProfile:
     @classmethod
     def IS_CHANGED(cls, file: str) -> str:
         try:
-            stat = host.current().model_path(KIND, file).stat()
+            stat = host.current().model_path(FOLDER, file).stat()
         except FileNotFoundError:
             return "missing"
         return f"{stat.st_mtime_ns}-{stat.st_size}"
 
     def load(self, file: str, unique_id: str | None = None) -> tuple[ContributionProfile, str]:
-        profile = load_profile(host.current().model_path(KIND, file or ""))
+        profile = load_profile(host.current().model_path(FOLDER, file or ""))
         weights = ", ".join(f"{entry.get('weight'):g}" for entry in profile.settings if _is_plain(entry.get("weight")))
         report = profile.describe() + (f", weight {weights}" if weights else "")
         host.current().show_text(report, unique_id)

@@ -148,7 +148,7 @@ def test_a_profile_is_measured_kept_and_used(bench: Bench, headless_host: Any) -
         full = sample(hooked_model, positive, negative)
     picture, text, profile = report(bench, telemetry, full, save=True)
     assert picture.ndim == 4 and "70 of 70 blocks measured over 3 steps" in text
-    assert "saved as profiles/portrait.json in models/instantid" in text
+    assert "saved as portrait.json in models/block_profiles" in text
     (file,) = bench.nodes["HotpathLoadBlockProfile"].INPUT_TYPES()["required"]["file"][0]
     loaded, said = bench.call("HotpathLoadBlockProfile", file=file)
     assert loaded == profile and "portrait: 70 blocks over 3 steps, 1 run" in said and "weight 0.7" in said
@@ -245,7 +245,7 @@ def test_other_adapters_and_their_unets_are_measured_too(bench: Bench, sd15: boo
         changes = {
             "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2], "transformer_depth_middle": 1,
             "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_output": [1] * 9 + [0] * 3,
-            "num_head_channels": 32,
+            "model_channels": 64,
         }  # fmt: skip
     model = tiny_sdxl.make_sdxl(**changes) if sd15 else bench.model
     blocks = list(transformer_blocks(model))

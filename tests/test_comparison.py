@@ -1,0 +1,368 @@
+"""Pictures compared: numbers against closed forms and against the libraries, faces, what is written, what is refused."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+from hotpath.comparison import (
+    ComparisonFolder,
+    FolderError,
+    Thresholds,
+    compare_batches,
+    compare_faces,
+    compare_pair,
+    describe,
+    difference_map,
+    load_perceptual,
+    pair_files,
+    read_picture,
+    side_by_side,
+    values,
+)
+from hotpath.comparison.measures import Incomparable, as_rgb, measure
+from hotpath.comparison.pictures import RAMP
+from hotpath.nodes import NODE_CLASS_MAPPINGS
+from PIL import Image
+
+
+def noise(seed: int, height: int = 40, width: int = 48) -> torch.Tensor:
+    return torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def flat(value: float, height: int = 24, width: int = 20) -> torch.Tensor:
+    return torch.full((height, width, 3), value)
+
+
+class TestMeasures:
+    def test_equal_pictures(self) -> None:
+        found = measure(noise(1), noise(1))
+        assert (found.ssim, found.psnr, found.mean_difference, found.max_difference) == (1.0, math.inf, 0.0, 0.0)
+        assert found.identical
+
+    @pytest.mark.parametrize(("a", "b"), [(0.2, 0.8), (0.0, 1.0), (0.5, 0.51)])
+    def test_flat_pictures_by_the_formula(self, a: float, b: float) -> None:
+        """Without variance SSIM is (2ab + C1) / (a^2 + b^2 + C1), C1 = 0.01^2."""
+        found = measure(flat(a), flat(b))
+        assert found.ssim == pytest.approx((2 * a * b + 1e-4) / (a * a + b * b + 1e-4), abs=1e-6)
+        assert found.psnr == pytest.approx(-20 * math.log10(b - a), abs=1e-4)
+        assert found.mean_difference == pytest.approx(b - a, abs=1e-6) == found.max_difference
+
+    def test_ssim_is_that_of_the_paper_written_out(self) -> None:
+        """Gaussian window of 11 pixels and sigma 1.5, sums of populations, mean over the inside and over the channels."""
+        a, b = noise(2), (noise(2) + 0.1 * noise(3)).clamp(0, 1)
+        taps = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
+        window = torch.outer(taps, taps) / torch.outer(taps, taps).sum()
+
+        def mean(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.conv2d(x[:, None], window[None, None])[:, 0]
+
+        x, y = (p.double().movedim(-1, 0) for p in (a, b))
+        mx, my = mean(x), mean(y)
+        vx, vy, vxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+        c1, c2 = 0.01**2, 0.03**2
+        expected = ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
+        assert measure(a, b).ssim == pytest.approx(float(expected), abs=1e-6)
+
+    def test_psnr_and_differences_are_the_plain_sums(self) -> None:
+        from skimage.metrics import peak_signal_noise_ratio
+
+        a, b = noise(4), noise(5)
+        found = measure(a, b)
+        assert found.psnr == pytest.approx(peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1.0), abs=1e-4)
+        assert found.mean_difference == pytest.approx(float((a - b).abs().mean()), abs=1e-6)
+        assert found.max_difference == pytest.approx(float((a - b).abs().max()))
+
+    def test_a_difference_map_is_brightest_where_most_differs(self) -> None:
+        a, b = flat(0.5), flat(0.5)
+        b[0, 0, 1], b[3, 3] = 0.55, 1.0
+        shown = difference_map(a, b)
+        assert shown[10, 10].tolist() == pytest.approx(RAMP[0]) and shown[3, 3].tolist() == pytest.approx(RAMP[-1])
+        assert shown[10, 10].sum() < shown[0, 0].sum() < shown[3, 3].sum()
+
+    @pytest.mark.parametrize(
+        ("a", "b", "reason"),
+        [
+            (flat(0.5), flat(0.5, 30, 20), "The sizes differ: A is 20x24, B is 20x30"),
+            (flat(0.5, 10, 40), flat(0.5, 10, 40), "are 40x10; to compare structures they need 11"),
+            (flat(0.5), flat(math.nan), r"B holds values that are not finite \(NaN\)"),
+            (torch.zeros(24, 20), flat(0.5), r"A is no picture: its shape is \(24, 20\)"),
+            (torch.zeros(24, 20, 2), flat(0.5), "A is no picture"),
+        ],
+    )
+    def test_what_cannot_be_compared_gets_a_sentence(self, a: Any, b: Any, reason: str) -> None:
+        pair = compare_pair("x", a, b, Thresholds())
+        assert pair.state == "not comparable"
+        with pytest.raises(Incomparable, match=reason):
+            raise Incomparable(pair.problem)
+        assert side_by_side(pair).isfinite().all()
+
+    def test_grey_and_transparent_pictures(self) -> None:
+        grey = torch.rand(20, 20, 1)
+        assert torch.equal(as_rgb(grey, "A"), grey.expand(20, 20, 3))
+        assert torch.equal(as_rgb(torch.cat([noise(1), noise(2)[..., :1]], -1), "A"), noise(1))
+
+
+class TestThresholds:
+    def test_each_is_judged(self) -> None:
+        a, b = noise(1), (noise(1) + 0.05 * noise(2)).clamp(0, 1)
+        ssim = measure(a, b).ssim
+        assert compare_pair("x", a, b, Thresholds(min_ssim=ssim)).state == "passed"
+        failed = compare_pair("x", a, b, Thresholds(min_ssim=ssim + 1e-4))
+        assert failed.state == "failed" and failed.failures == (f"SSIM {ssim:.4f} is below {ssim + 1e-4:g}.",)
+        with_lpips = compare_pair(
+            "x", noise(1, 64, 64), noise(2, 64, 64), Thresholds(-1, -1, 0.2), None, lambda a, b: 0.3
+        )
+        assert with_lpips.lpips == 0.3 and with_lpips.failures == ("LPIPS 0.3000 is above 0.2.",)
+
+    def test_batches_must_be_equally_long(self) -> None:
+        with pytest.raises(Incomparable, match="A has 2 pictures and B has 3"):
+            compare_batches(torch.rand(2, 20, 20, 3), torch.rand(3, 20, 20, 3), Thresholds())
+        with pytest.raises(Incomparable, match="B is no batch"):
+            compare_batches(torch.rand(2, 20, 20, 3), torch.rand(20, 20, 3), Thresholds())
+        with pytest.raises(Incomparable, match="A is no batch"):
+            compare_batches(torch.rand(0, 20, 20, 3), torch.rand(0, 20, 20, 3), Thresholds())
+
+
+def found_faces(*faces: tuple[list[float], list[float]]) -> Any:
+    class Found(SimpleNamespace):
+        def __len__(self) -> int:
+            return len(faces)
+
+    boxes = torch.tensor([box for box, _ in faces]).reshape(-1, 4)
+    return Found(boxes=boxes, embeddings=torch.tensor([e for _, e in faces]).reshape(len(faces), 2))
+
+
+class Faces:
+    """Gives the faces it was made with, A's and B's in turn."""
+
+    def __init__(self, *found: Any) -> None:
+        self.found = list(found)
+
+    def analyse(self, images: torch.Tensor, *, embed: bool = True) -> list[Any]:
+        assert images.shape[0] == 1 and embed
+        return [self.found.pop(0)]
+
+
+LEFT, RIGHT, FAR = [0.0, 0, 10, 10], [20.0, 0, 30, 10], [100.0, 100, 110, 110]
+
+
+class TestFaces:
+    def test_cosines_by_hand_and_pairs_by_place(self) -> None:
+        a = found_faces((LEFT, [3.0, 4.0]), (RIGHT, [1.0, 0.0]))
+        b = found_faces(([21.0, 0, 31, 10], [1.0, 1.0]), ([1.0, 1, 11, 11], [6.0, 8.0]))
+        found = compare_faces(Faces(a, b), flat(0), flat(0))
+        assert sorted(found.cosines) == pytest.approx([1 / math.sqrt(2), 1.0])
+        assert found.least == pytest.approx(1 / math.sqrt(2)) and not found.problem
+
+    def test_a_lone_face_that_moved_is_compared_all_the_same(self) -> None:
+        found = compare_faces(Faces(found_faces((LEFT, [1.0, 0])), found_faces((FAR, [0.0, 2]))), flat(0), flat(0))
+        assert found.cosines == (0.0,)
+
+    @pytest.mark.parametrize(
+        ("a", "b", "state", "said"),
+        [
+            ([(LEFT, [1.0, 0])], [], "failed", "There is a face in A and none in B."),
+            ([], [(LEFT, [1.0, 0])], "failed", "There is a face in B and none in A."),
+            ([], [], "passed", ""),
+            ([(LEFT, [1.0, 0])], [(LEFT, [1.0, 0]), (FAR, [0.0, 1])], "passed", "There are 1 faces in A and 2 in B"),
+            ([(LEFT, [1.0, 0]), (RIGHT, [1.0, 0])], [(FAR, [1.0, 0]), (FAR, [1.0, 0])], "failed", "No face of A is at"),
+            ([(LEFT, [1.0, 0])], [(LEFT, [1.0, 0.5])], "failed", "The face cosine 0.8944 is below 0.98."),
+        ],
+    )
+    def test_what_faces_say_about_a_pair(self, a: Any, b: Any, state: str, said: str) -> None:
+        picture = noise(1)
+        pair = compare_pair("x", picture, picture, Thresholds(), Faces(found_faces(*a), found_faces(*b)))
+        assert pair.state == state
+        assert any(remark.startswith(said) for remark in pair.remarks()) if said else not pair.remarks()
+
+
+def test_lpips_is_measured_only_from_files_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lpips = pytest.importorskip("lpips")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    measured, why = load_perceptual()
+    assert measured is None and "alexnet-owt-*.pth) is not in" in why and "nothing is downloaded" in why
+    # An AlexNet of random weights, saved as torchvision's would be: the sum must be lpips' own over the same weights.
+    generator = torch.Generator().manual_seed(0)
+    reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()  # its own heads, from its own file
+    trunk = {}
+    for name, parameter in reference.net.named_parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / max(parameter[0].numel(), 1) ** 0.5
+        trunk["features." + name.split(".", 1)[1]] = parameter.data
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(trunk, tmp_path / "checkpoints" / "alexnet-owt-00000000.pth")
+    before = torch.random.get_rng_state()
+    measured, why = load_perceptual()
+    assert measured is not None and why.startswith("LPIPS: AlexNet")
+    assert torch.equal(torch.random.get_rng_state(), before)
+    a, b = noise(1, 70, 66), noise(2, 70, 66)
+    with torch.no_grad():
+        expected = reference(*(p.movedim(-1, 0)[None] for p in (a, b)), normalize=True)
+    assert measured(a, b) == pytest.approx(float(expected), rel=1e-4) and measured(a, a) == 0
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert load_perceptual() == (None, "LPIPS is not measured: the package lpips is not installed (pip install lpips)")
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.files += [unquote(value) for name, value in attrs if name in ("src", "href") and value]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+class TestFolder:
+    def test_everything_is_written_and_escaped(self, tmp_path: Path) -> None:
+        evil = '<script>alert("x")</script> & ../../up'
+        writer = ComparisonFolder(tmp_path, evil, "b")
+        a = noise(1)
+        for number, b in enumerate((a, noise(2), flat(0.1))):
+            writer.add(compare_pair(f"{evil} {number}", a, b, Thresholds()))
+        made = writer.finish(Thresholds(), [evil], {"Hotpath": "1", "from": evil})
+        assert (made.count("passed"), made.count("failed"), made.count("not comparable")) == (
+            1,
+            1,
+            1,
+        ) and not made.passed
+        page = Page()
+        page.feed((tmp_path / "index.html").read_text("utf-8"))
+        assert "script" not in page.tags and evil in page.text
+        # A, B and the difference as a link and a picture, B once more behind A; of the last pair only A and B.
+        assert len(page.files) == 2 * (1 + 2 + 2 + 2) + 2 * 2
+        assert all((tmp_path / name).is_file() and ".." not in name for name in page.files)
+        assert all(p.resolve().is_relative_to(tmp_path) for p in tmp_path.rglob("*"))
+        data = json.loads((tmp_path / "results.json").read_text())
+        assert data["passed"] is False and [p["state"] for p in data["pairs"]] == ["passed", "failed", "not comparable"]
+        assert data["pairs"][0]["identical"] and data["pairs"][0]["psnr"] is None
+        assert data["pairs"][1]["ssim"] == pytest.approx(measure(a, noise(2)).ssim) == data["least_ssim"]
+        assert "sizes differ" in data["pairs"][2]["problem"]
+        for pair in data["pairs"]:
+            assert {*pair["files"]} >= {"a", "b"}
+            assert read_picture(tmp_path / pair["files"]["a"]) == pytest.approx(a, abs=0.5 / 255 + 1e-6)
+        assert Image.open(tmp_path / "side_by_side.png").height > 3 * 40
+        # Only numbers are kept.
+        assert all(pair.a.numel() == 0 for pair in made.pairs)
+
+    def test_a_grid_becomes_a_table(self, tmp_path: Path) -> None:
+        writer = ComparisonFolder(tmp_path, "a", "b")
+        for strength in (0.3, 0.6):
+            for weight in (0.5, 1.0):
+                for seed in (1, 2, 3):
+                    at = {"seed": seed, "weight": weight, "controlnet_strength": strength}
+                    writer.add(compare_pair(f"{seed} {weight} {strength}", noise(1), noise(1), Thresholds(), at=at))
+        made = writer.finish(Thresholds(), [], {})
+        page = Page()
+        page.feed((tmp_path / "index.html").read_text("utf-8"))
+        assert made.passed and page.tags.count("table") == 2 and page.tags.count("h2") == 2
+        assert page.tags.count("article") == 12 and page.tags.count("tr") == 2 * (3 + 1)
+        for text in ("seed 3", "weight 0.5", "ControlNet strength 0.6"):
+            assert text in page.text
+
+    def test_report(self) -> None:
+        made = compare_batches(torch.stack([noise(1), noise(1)]), torch.stack([noise(1), noise(2)]), Thresholds())
+        lines = describe(made).splitlines()
+        assert lines[0].startswith("not passed: 2 pairs, 1 passed, 1 failed (SSIM at least 0.95")
+        assert lines[2] == "picture 0: passed: identical"
+        assert values(made.pairs[0])["psnr"] is None
+        assert not compare_batches(noise(1)[None], noise(2)[None], Thresholds()).passed
+
+
+class TestPairing:
+    def make(self, folder: Path, *names: str) -> Path:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 12), "teal").save(folder / name)
+        return folder
+
+    def test_by_name_whatever_the_ending(self, tmp_path: Path) -> None:
+        a = self.make(tmp_path / "a", "x.png", "sub/y.png")
+        b = self.make(tmp_path / "b", "x.jpg", "sub/y.webp")
+        (a / "notes.txt").write_text("no picture")
+        pairs, note = pair_files(a, b)
+        assert [name for name, *_ in pairs] == ["sub/y", "x"] and not note
+        assert [(f.name, s.name) for _, f, s in pairs] == [("y.png", "y.webp"), ("x.png", "x.jpg")]
+
+    def test_by_order_only_when_no_name_fits(self, tmp_path: Path) -> None:
+        a, b = self.make(tmp_path / "a", "1.png", "2.png"), self.make(tmp_path / "b", "u.png", "v.png")
+        pairs, note = pair_files(a, b)
+        assert [(f.name, s.name) for _, f, s in pairs] == [("1.png", "u.png"), ("2.png", "v.png")]
+        assert "in the order of their names" in note
+
+    @pytest.mark.parametrize(
+        ("a", "b", "reason"),
+        [
+            (["1.png", "2.png"], ["1.png"], "A has 2 pictures and B has 1: 2 is only in A"),
+            (["1.png", "2.png"], ["1.png", "3.png"], "2 is only in A, 3 is only in B"),
+            ([], ["1.png"], "There is no picture in"),
+            (["1.png", "1.jpg"], ["1.png"], "only one can be compared"),
+        ],
+    )
+    def test_what_does_not_fit(self, tmp_path: Path, a: list[str], b: list[str], reason: str) -> None:
+        for name in "ab":
+            (tmp_path / name).mkdir()
+        with pytest.raises(FolderError, match=reason):
+            pair_files(self.make(tmp_path / "a", *a), self.make(tmp_path / "b", *b))
+
+    def test_broken_and_missing(self, tmp_path: Path) -> None:
+        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+        with pytest.raises(FolderError, match=r"x\.png cannot be read as a picture"):
+            read_picture(tmp_path / "x.png")
+        with pytest.raises(FolderError, match="is no folder"):
+            pair_files(tmp_path / "gone", tmp_path)
+
+
+class TestNode:
+    def call(self, **inputs: Any) -> Any:
+        node = NODE_CLASS_MAPPINGS["HotpathCompare"]()
+        return getattr(node, node.FUNCTION)(**{"min_ssim": 0.95, "min_cosine": 0.98, **inputs})
+
+    def test_a_batch_pair_by_pair(self, headless_host: Any) -> None:
+        a, b = torch.stack([noise(1), noise(2)]), torch.stack([noise(1), noise(3)])
+        pictures, report, listed, ssim, cosine, passed = self.call(image_a=a, image_b=b)
+        assert pictures.shape[0] == 2 and pictures.shape[3] == 3 and pictures.isfinite().all()
+        assert ssim == measure(noise(2), noise(3)).ssim and cosine == 0 and passed is False
+        assert [p["ssim"] for p in json.loads(listed)] == [1.0, ssim]
+        assert "Faces are not compared: connect faceanalysis." in report
+
+    def test_faces_of_the_demo_models(self, headless_host: Any) -> None:
+        """The tiny trained face models tell two drawn people apart, and know one that was made a little darker."""
+        from hotpath import face
+
+        root = Path(__file__).resolve().parent.parent / "demo"
+        analyser = face.load_analyser([root / "models" / "insightface"], "antelopev2", "torch", torch.device("cpu"))
+        picture = read_picture(root / "inputs" / "faces_drawn_one.png")[None]
+        *_, cosine, passed = self.call(image_a=picture, image_b=picture * 0.97, faceanalysis=analyser, min_ssim=0.9)
+        found = [analyser.analyse(p, embed=True)[0].embeddings[0].numpy() for p in (picture, picture * 0.97)]
+        expected = float(np.dot(*found) / math.prod(np.linalg.norm(f) for f in found))
+        assert cosine == pytest.approx(expected, abs=1e-5) and cosine > 0.98 and passed
+        _, report, *_, passed = self.call(image_a=picture, image_b=picture * 0, faceanalysis=analyser, min_ssim=-1.0)
+        assert not passed and "There is a face in A and none in B." in report
+
+    @pytest.mark.parametrize(
+        ("a", "b", "reason"),
+        [
+            (torch.rand(1, 20, 20, 3), torch.rand(2, 20, 20, 3), "A has 1 pictures and B has 2"),
+            (torch.rand(1, 20, 20, 3), torch.rand(1, 20, 24, 3), "The sizes differ: A is 20x20, B is 24x20"),
+            (torch.rand(1, 20, 20, 3) * math.nan, torch.rand(1, 20, 20, 3), "not finite"),
+        ],
+    )
+    def test_what_cannot_be_compared(self, headless_host: Any, a: Any, b: Any, reason: str) -> None:
+        with pytest.raises(ValueError, match=reason):
+            self.call(image_a=a, image_b=b)
