@@ -84,16 +84,16 @@ def make_identity_net(seed: int = 1, dtype: torch.dtype = torch.float32) -> Any:
     )
 
 
-def encode_text(text: str, tokens: int = 77) -> list[list[Any]]:
+def encode_text(text: str, tokens: int = 77, context: int = CONTEXT) -> list[list[Any]]:
     """A CONDITIONING for the tiny SDXL that depends on `text` and nothing else."""
     seed = int.from_bytes(hashlib.md5(text.encode(), usedforsecurity=False).digest()[:4], "little")
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randn(1, POOLED, generator=generator)
-    return [[torch.randn(1, tokens, CONTEXT, generator=generator), {"pooled_output": pooled}]]
+    return [[torch.randn(1, tokens, context, generator=generator), {"pooled_output": pooled}]]
 
 
 def make_adapter_state(
-    seed: int = 2, dim: int = 128, depth: int = 2, faces: int = 512
+    seed: int = 2, dim: int = 128, depth: int = 2, faces: int = 512, context: int = CONTEXT, channels: int = CHANNELS
 ) -> dict[str, dict[str, torch.Tensor]]:
     """The contents of an `ip-adapter.bin` that fits the tiny SDXL: {"image_proj": ..., "ip_adapter": ...}."""
     generator = torch.Generator().manual_seed(seed)
@@ -109,9 +109,9 @@ def make_adapter_state(
         "latents": torch.randn(1, 16, dim, generator=generator) / dim**0.5,
         "proj_in.weight": weight(dim, faces),
         "proj_in.bias": 0.1 * weight(dim),
-        "proj_out.weight": weight(CONTEXT, dim),
-        "proj_out.bias": 0.1 * weight(CONTEXT),
-        **norm("norm_out", CONTEXT),
+        "proj_out.weight": weight(context, dim),
+        "proj_out.bias": 0.1 * weight(context),
+        **norm("norm_out", context),
     }
     for i in range(depth):
         resampler |= {
@@ -124,8 +124,9 @@ def make_adapter_state(
             f"layers.{i}.1.1.weight": weight(4 * dim, dim),
             f"layers.{i}.1.3.weight": weight(dim, 4 * dim),
         }
-    widths = [64] * 4 + [128] * 20 + [128] * 30 + [64] * 6 + [128] * 10  # input, output, middle
+    middle, deep = 2 * channels, 4 * channels
+    widths = [middle] * 4 + [deep] * 20 + [deep] * 30 + [middle] * 6 + [deep] * 10  # input, output, middle
     projections = {
-        f"{2 * n + 1}.to_{kind}_ip.weight": weight(width, CONTEXT) for n, width in enumerate(widths) for kind in "kv"
+        f"{2 * n + 1}.to_{kind}_ip.weight": weight(width, context) for n, width in enumerate(widths) for kind in "kv"
     }
     return {"image_proj": resampler, "ip_adapter": projections}
