@@ -126,7 +126,7 @@ def _judges(options: argparse.Namespace) -> Judges:
     notes = []
     perceptual, why = comparison.load_perceptual()
     if perceptual is None and options.max_lpips is not None:
-        raise Refused(f"--max-lpips was given, but {why[0].lower()}{why[1:]}.")
+        raise Refused(f"--max-lpips was given. {why}.")
     notes.append(why)
     analyser, why = _face_finder(options)
     if analyser is None and options.min_cosine is not None:
