@@ -89,8 +89,9 @@ class Backend:
     """One way to compute attention.
 
     exact: nothing is rounded below the inputs' own dtype. in_graph: torch.compile may trace it; the others are an opaque
-    operator there. library: returns why the library cannot be used, or None. widths: the only head sizes, or None with
-    `largest_width`. architectures: the only compute capabilities, or None with `least_capability`.
+    operator there. distributions: packages that it comes in, beside torch. library: returns why the library cannot be
+    used, or None. widths: the only head sizes, or None with `largest_width`. architectures: the only compute
+    capabilities, or None with `least_capability`.
     further: what the other fields cannot say.
     """
 
@@ -99,6 +100,7 @@ class Backend:
     run: Run
     exact: bool = True
     in_graph: bool = False
+    distributions: tuple[str, ...] = ()
     library: Callable[[], str | None] = lambda: None
     devices: tuple[str, ...] = ("cuda",)
     least_capability: tuple[int, int] | None = None

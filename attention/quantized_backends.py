@@ -146,20 +146,24 @@ def _kitchen_library() -> str | None:
 QUANTIZED_BACKENDS = (
     Backend(
         "sage2", "SageAttention 2, int8 and fp8", sage_attention_2, exact=False, library=_sage2_library,
+        distributions=("sageattention",),
         architectures=((8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1)), largest_width=128,
         masks=(NO_MASK, BOOL_MASK, FLOAT_MASK), further=_sage2_masks,
     ),
     Backend(
         "comfy_kitchen_int8", "comfy-kitchen int8", kitchen_int8, exact=False, library=_kitchen_library,
+        distributions=("comfy-kitchen",),
         devices=("cuda", "hip"), least_capability=(7, 5), dtypes=FLOATS, largest_width=256,
         masks=(NO_MASK, BOOL_MASK, FLOAT_MASK, OTHER_FLOAT_MASK),
     ),
     Backend(
         "sage1", "SageAttention 1, int8", sage_attention_1, exact=False, library=_sage1_library,
+        distributions=("sageattention",),
         least_capability=(8, 0), dtypes=FLOATS, widths=(64, 96, 128),
     ),
     Backend(
         "sage3", "SageAttention 3, 4 bit", sage_attention_3, exact=False,
+        distributions=("sageattn3",),
         library=lambda: import_fault("sageattn3", "it is built from the SageAttention repository, on Blackwell"),
         architectures=((10, 0), (12, 0), (12, 1)), widths=(64, 128),
     ),

@@ -192,15 +192,17 @@ TORCH_BACKENDS = (
     ),
     Backend(
         "flash3", "flash-attn 3", flash_attention_3, architectures=((9, 0),), largest_width=256, width_multiple=8,
+        distributions=("flash-attn-3", "flash_attn_3"),
         library=lambda: import_fault("flash_attn_interface", "it is built from the flash-attention repository, folder hopper"),
     ),
     Backend(
         "flash2", "flash-attn 2", flash_attention_2, least_capability=(8, 0), largest_width=256, width_multiple=8,
+        distributions=("flash-attn",),
         library=lambda: import_fault("flash_attn", "pip install flash-attn --no-build-isolation"),
     ),
     Backend(
         "xformers", "xformers", xformers_attention, library=_xformers_library, least_capability=(5, 0), dtypes=FLOATS,
-        largest_width=256, width_multiple=8, further=_xformers_bug,
+        largest_width=256, width_multiple=8, further=_xformers_bug, distributions=("xformers",),
     ),
     Backend(
         "flex", "FlexAttention, compiled by torch", flex, in_graph=True, devices=("cuda", "cpu"),

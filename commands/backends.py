@@ -1,4 +1,4 @@
-"""Which optional libraries can be used here, in which version, and if not, why."""
+"""Which optional libraries and attention backends can be used here, in which version, and if not, why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from packaging.requirements import InvalidRequirement, Requirement
+
+from ..attention.dispatch import dispatcher
+from ..host.headless import best_device
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,6 @@ LIBRARIES = (
         "fused kernels on NVIDIA and AMD",
         "it comes with torch on Linux; on Windows `pip install triton-windows`",
     ),
-    _Library("sageattention", "optional attention kernels", "pip install comfyui-hotpath[sage]"),
-    _Library(
-        "flash_attn", "optional attention kernels", "pip install flash-attn --no-build-isolation", ("flash-attn",)
-    ),
-    _Library("xformers", "optional attention kernels", "pip install xformers"),
     _Library("onnx", "reads face models", "pip install onnx"),
     _Library(
         "onnxruntime",
@@ -84,7 +83,19 @@ LIBRARIES = (
 
 def look_at_backends() -> list[Backend]:
     """Import each library and see. Takes seconds when heavy ones are installed."""
-    return [_look(library) for library in LIBRARIES]
+    return [*(_look(library) for library in LIBRARIES), *attention_backends(best_device())]
+
+
+def attention_backends(device: torch.device) -> list[Backend]:
+    """Every way to compute attention that the dispatcher knows, as it stands on `device`."""
+    found: list[Backend] = []
+    reasons = dispatcher().available(device)
+    for name, reason in reasons.items():
+        backend = dispatcher().backends[name]
+        used_for = f"attention by {backend.what}" + ("" if backend.exact else ", lossy, by name only")
+        installed = _installed(backend.distributions)
+        found.append(Backend(name, used_for, reason is None, ", ".join(installed.values()), reason or ""))
+    return found
 
 
 def _look(library: _Library) -> Backend:

@@ -11,7 +11,6 @@ from ..patches.precision import DEFAULT_EXCLUDE, SCHEMES, set_precision
 CATEGORY = "Hotpath/acceleration"
 HIDDEN = {"unique_id": "UNIQUE_ID"}
 MODEL = ("MODEL", {"tooltip": "Any native model. It is cloned; the one you connect stays as it is."})
-OFF = "off"
 
 
 class HotpathAttention:
@@ -115,7 +114,7 @@ class HotpathPrecision:
             "required": {
                 "model": MODEL,
                 "scheme": (
-                    [OFF, *SCHEMES],
+                    list(SCHEMES),
                     {
                         "default": "fp8",
                         "tooltip": "fp8 (RTX 40, H100 and later), int8 (RTX 20 and later): weights and activations, faster. "
@@ -148,8 +147,6 @@ class HotpathPrecision:
         positive: Any = None,
         unique_id: str | None = None,
     ) -> tuple[Any, str]:
-        if scheme == OFF:
-            return model, "Precision: as loaded."
         patched, report = set_precision(model, scheme, exclude, latent, positive)
         host.current().show_text(report, unique_id)
         return patched, report

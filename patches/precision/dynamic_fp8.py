@@ -41,9 +41,9 @@ def fp8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
 
         rounded = comfy_kitchen.quantize_per_tensor_fp8(rows.contiguous(), scale, FP8)
     # cuBLAS has no fp8 product with a float32 result and a bias.
-    apart = bias is not None and (x.dtype == torch.float32 or x.device.type == "cpu")
+    apart = x.dtype == torch.float32 or x.device.type == "cpu"
     out = _scaled_product(rounded, weight, scale, weight_scale, None if apart else bias, x.dtype)
-    if apart:
+    if apart and bias is not None:
         out = out + bias
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
@@ -72,7 +72,7 @@ def dynamic_fp8_layout() -> str:
     from comfy.quant_ops import QuantizedTensor, TensorCoreFP8E4M3Layout, register_layout_op
     from comfy_kitchen.tensor.base import register_layout_class
 
-    class DynamicFP8Layout(TensorCoreFP8E4M3Layout):  # type: ignore[misc]
+    class DynamicFP8Layout(TensorCoreFP8E4M3Layout):
         """ComfyUI's e4m3 weights, with another idea of what a product with them is."""
 
     register_layout_class(NAME, DynamicFP8Layout)

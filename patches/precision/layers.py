@@ -23,12 +23,13 @@ def quantized_operations(compute_dtype: torch.dtype) -> Any:
     base = comfy.ops.mixed_precision_ops({}, compute_dtype, full_precision_mm=False, disabled=set())
 
     class Operations(base):  # type: ignore[misc, valid-type]
-        class Linear(base.Linear):  # type: ignore[misc, name-defined]
+        class Linear(base.Linear):  # type: ignore[name-defined]
             def _load_from_state_dict(self, *args: Any) -> None:
                 super()._load_from_state_dict(*args)
-                if self.weight is not None and getattr(self, "quant_format", None) == "float8_e4m3fn":
+                held: Any = self._parameters.get("weight")
+                if held is not None and getattr(self, "quant_format", None) == "float8_e4m3fn":
                     self.layout_type = layout
-                    weight = QuantizedTensor(self.weight._qdata, layout, self.weight._params)
+                    weight = QuantizedTensor(held._qdata, layout, held._params)
                     self.weight = nn.Parameter(weight, requires_grad=False)
 
             def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
