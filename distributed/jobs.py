@@ -102,7 +102,7 @@ class MapPlan:
                 raise WorkflowError("the item has a value, and no input was named that it goes into: give --input.")
             changed[str(self.target)] = graph.nodes[self.target.node].inputs[self.target.input] = item.value
         for name, value in item.inputs.items():
-            target = find_target(graph, name)
+            target = find_target(graph, self.catalog, name)
             changed[str(target)] = graph.nodes[target.node].inputs[target.input] = value
         if self.seeds == "item":
             for node_id, name, least, most in list(seed_inputs(graph, self.catalog)):
@@ -128,22 +128,27 @@ class MapPlan:
             validate(graph, self.catalog)
         except InvalidWorkflow as wrong:
             touched = {self.target.node} if self.target is not None and item.value is not None else set()
-            touched |= {find_target(graph, name).node for name in item.inputs}
+            touched |= {find_target(graph, self.catalog, name).node for name in item.inputs}
             general = [problem for problem in wrong.problems if problem.node_id not in touched]
             if general:
                 raise InvalidWorkflow(general) from None
 
 
-def find_target(graph: Graph, name: str) -> Target:
-    """`NODE.INPUT`, the node by id, title or class. Raises WorkflowError when there is no such input."""
+def find_target(graph: Graph, catalog: Mapping[str, type[Any]], name: str) -> Target:
+    """`NODE.INPUT`, the node by id, title or class. The input may be one that the workflow leaves at its default.
+
+    Raises WorkflowError when there is no such input.
+    """
     node_name, dot, entry = name.partition(".")
     if not dot or not node_name or not entry:
         raise WorkflowError(f"{name!r} is not NODE.INPUT, such as 1.image or LoadImage.image.")
     node = graph.find(node_name)
-    if entry not in node.inputs:
-        known = ", ".join(node.inputs) or "none"
-        raise WorkflowError(f"{node} has no input {entry!r} in this workflow; it has: {known}.")
-    if isinstance(node.inputs[entry], Link | LooseList):
+    node_class = catalog.get(node.class_type)
+    declared = [d.name for d in declared_inputs(node_class).values() if d.section != HIDDEN] if node_class else []
+    if entry not in node.inputs and entry not in declared:
+        known = ", ".join(dict.fromkeys([*node.inputs, *declared])) or "none"
+        raise WorkflowError(f"{node} has no input {entry!r}; it has: {known}.")
+    if isinstance(node.inputs.get(entry), Link | LooseList):
         raise WorkflowError(f"input {entry!r} of {node} is linked to another node, so items cannot go into it.")
     return Target(node.id, entry)
 

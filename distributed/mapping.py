@@ -159,7 +159,9 @@ def run_map(
             except NoWorkers as lost:
                 outcome.lost = str(lost)
             finally:
-                store.export()
+                # A film that was whole before has no items now; what the list says of it stays.
+                if status.over or status.running or not outcome.results.is_file():
+                    store.export()
         if request.shots:
             outcome.films = list(merge_films(request.source, store, manifest, suffix))
         failed = (item for item in manifest.items() if item.job is not None and item.job.error)
@@ -169,7 +171,7 @@ def run_map(
 
 def _target(request: MapRequest, catalog: Mapping[str, type[Any]]) -> Target | None:
     if request.target:
-        return find_target(request.graph, request.target)
+        return find_target(request.graph, catalog, request.target)
     try:
         return guess_target(request.graph, catalog, request.source.kind)
     except BadMap:

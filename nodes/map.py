@@ -1,0 +1,158 @@
+"""A workflow over many items from within a graph: the node is a form, the work is done in `distributed`.
+
+`distributed` runs the pack's nodes and so imports them; it is imported here when the node is asked, not before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+CATEGORY = "Hotpath/map"
+INLINE = "the text below"
+OVER = ["lines", "JSON lines", "pictures of a folder", "videos of a folder", "shots of a film"]
+
+
+class HotpathMap:
+    DISPLAY_NAME = "Map Workflow (Hotpath)"
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Runs a workflow in API format once per picture of a folder, line of a list, or shot of a film, on all GPUs of "
+        "this machine or of a Ray cluster. What is done is kept: after an interrupt or a crash the same node goes on. The "
+        "workflow may use the nodes that need no ComfyUI model."
+    )
+    SEARCH_ALIASES = ["map", "batch", "for each", "multi gpu", "distributed", "ray", "queue", "folder"]
+    RETURN_TYPES = ("STRING", "STRING", "STRING")
+    RETURN_NAMES = ("results", "folder", "report")
+    OUTPUT_IS_LIST = (True, False, False)
+    OUTPUT_TOOLTIPS = (
+        "Per item, in order: the text it gave, else the paths of its files; nothing for one that failed.",
+        "The folder with the results and results.jsonl.",
+        "How many are done, failed and why, by which workers, in what time.",
+    )
+    FUNCTION = "map"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        from ..distributed.in_graph import workflow_files
+
+        return {
+            "required": {
+                "workflow": (
+                    [INLINE, *workflow_files()],
+                    {
+                        "default": INLINE,
+                        "tooltip": "A workflow in API format in input/workflows (Workflow > Export (API)).",
+                    },
+                ),
+                "over": (OVER, {"default": OVER[2], "tooltip": "What the items are."}),
+                "items": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "multiline": True,
+                        "tooltip": "One item a line; or the name of a folder, film or .jsonl file in the input folder.",
+                    },
+                ),
+            },
+            "optional": {
+                "workflow_text": (
+                    "STRING",
+                    {"default": "", "multiline": True, "tooltip": "The workflow itself, where no file is chosen."},
+                ),
+                "target": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "NODE.INPUT that an item goes into, such as LoadImage.image; empty: the only one that fits.",
+                    },
+                ),
+                "folder": (
+                    "STRING",
+                    {
+                        "default": "map",
+                        "tooltip": "Folder for the results, in the output folder; one for each workflow.",
+                    },
+                ),
+                "executor": (
+                    ["local", "ray"],
+                    {
+                        "default": "local",
+                        "tooltip": "local: processes of this machine. ray: actors, of the cluster in HOTPATH_RAY_ADDRESS "
+                        "where the server sets that, else of this machine. The results are the same.",
+                    },
+                ),
+                "workers": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 1024, "tooltip": "0: one per GPU, or one on the CPU."},
+                ),
+                "gpus": ("STRING", {"default": "all", "tooltip": "all, none, or numbers by commas, such as 0,1."}),
+                "policy": (
+                    ["least_busy", "round_robin", "random"],
+                    {"default": "least_busy", "tooltip": "Which worker gets the next item."},
+                ),
+                "retries": (
+                    "INT",
+                    {
+                        "default": 2,
+                        "min": 0,
+                        "max": 20,
+                        "tooltip": "New attempts after errors that can pass: a worker that died, memory, a connection.",
+                    },
+                ),
+                "seeds": (
+                    ["item", "workflow"],
+                    {
+                        "default": "item",
+                        "tooltip": "item: every item has its own seeds, made of the workflow's and its content, the same on "
+                        "any worker. workflow: the workflow's seeds for all.",
+                    },
+                ),
+                "recursive": ("BOOLEAN", {"default": False, "tooltip": "Also the folders in the folder."}),
+                "restart": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Forget what was done before, and replace it."},
+                ),
+                "free_memory": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "tooltip": "Take ComfyUI's models off the GPU first, to make room for the workers'.",
+                    },
+                ),
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, workflow: str = INLINE) -> bool:
+        # A file that came after the list was made is found, or reported, when the node runs.
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:
+        # The folder may hold new pictures; items that are done are not done again.
+        return float("nan")
+
+    def map(
+        self,
+        workflow: str,
+        over: str,
+        items: str,
+        workflow_text: str = "",
+        target: str = "",
+        folder: str = "map",
+        recursive: bool = False,
+        free_memory: bool = True,
+        unique_id: str | None = None,
+        **options: Any,
+    ) -> tuple[list[str], str, str]:
+        from ..distributed.in_graph import MapForm, map_in_graph
+        from ..distributed.mapping import MapOptions
+
+        chosen = MapOptions(**options)
+        form = MapForm(workflow, workflow_text, over, items, target, folder, recursive, free_memory, chosen)
+        return map_in_graph(form, unique_id)
+
+
+NODES: dict[str, type[Any]] = {"HotpathMap": HotpathMap}
