@@ -347,6 +347,7 @@ class HotpathPanel {
       found.looking && element("p", { class: "hp-quiet" }, "Looking at each of them; this takes some seconds ..."),
       found.error && element("p", { class: "hp-bad hp-break" }, found.error),
       (found.unmet_requirements ?? []).map((line) => element("p", { class: "hp-alert" }, `Not met: ${line}`)),
+      found.attention && this.attention(found.attention),
       (found.backends ?? []).map(library),
       found.face_engines &&
         element(
@@ -356,6 +357,22 @@ class HotpathPanel {
           found.face_engines.map((line) => element("div", { class: "hp-quiet hp-break" }, line)),
         ),
       again,
+    );
+  }
+
+  attention(backends) {
+    return element(
+      "div",
+      { class: "hp-item" },
+      element("span", { class: "hp-name" }, "Attention backends of this process"),
+      backends.map((one) =>
+        element(
+          "div",
+          { class: "hp-quiet hp-break", "data-attention": one.name },
+          element("span", { class: one.reason === null ? "hp-good" : "" }, one.name),
+          one.reason === null ? `: works${one.exact ? "" : ", rounds"} (${one.what})` : `: ${one.reason}`,
+        ),
+      ),
     );
   }
 

@@ -1,0 +1,188 @@
+// What became of each of our nodes in the last run, on the node: computed in so many seconds or taken from ComfyUI's
+// cache, its report, and warnings. Kept for the session of the browser tab, so that it is still there after a reload.
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { isOurs } from "./node_families.js";
+
+const STORE = "Hotpath.NodeState";
+const LONGEST = 4000; // characters of a report that are kept
+const MOST = 40; // workflows that are kept
+const WARNING = "⚠"; // as a badge and before the sentence
+
+let running = null; // { id, node, since }
+
+// The node that an execution id such as "5", or "12:5" inside a subgraph, speaks of.
+export function nodeOf(id) {
+  let graph = app.rootGraph ?? app.graph;
+  let node = null;
+  for (const part of String(id).split(":")) {
+    if (!graph) return null;
+    node = graph.getNodeById(part) ?? graph.getNodeById(Number(part)) ?? null;
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+export function duration(seconds) {
+  if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 10) return `${seconds.toFixed(1)} s`;
+  if (seconds < 100) return `${Math.round(seconds)} s`;
+  return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
+}
+
+function stateOf(node) {
+  return (node.hotpathState ??= { badge: "", text: "", warnings: [] });
+}
+
+// ---- kept for the session
+
+function graphKey() {
+  return String((app.rootGraph ?? app.graph)?.id ?? "");
+}
+
+function stored() {
+  try {
+    return JSON.parse(sessionStorage.getItem(STORE)) ?? {};
+  } catch {
+    return {};
+  }
+}
+
+function keep(id, node) {
+  const all = stored();
+  const key = graphKey();
+  const { badge, text, warnings } = stateOf(node);
+  const kept = { ...(all[key] ?? {}), [id]: { type: node.type, badge, text: text.slice(0, LONGEST), warnings } };
+  delete all[key]; // the newest comes last
+  all[key] = kept;
+  for (const old of Object.keys(all).slice(0, -MOST)) delete all[old];
+  try {
+    sessionStorage.setItem(STORE, JSON.stringify(all));
+  } catch {
+    sessionStorage.removeItem(STORE); // full: the next runs are kept again
+  }
+}
+
+// ---- shown on the node
+
+function badge(read, colours) {
+  return () => new window.LGraphBadge({ text: read(), ...colours() });
+}
+
+function addBadges(node) {
+  if (typeof window.LGraphBadge !== "function" || !Array.isArray(node.badges)) return;
+  const quiet = () => ({ fgColor: window.LiteGraph.BADGE_FG_COLOR, bgColor: window.LiteGraph.BADGE_BG_COLOR });
+  const loud = () => ({ fgColor: "#1c1400", bgColor: "#f0a830" });
+  const count = () => node.hotpathState?.warnings.length ?? 0;
+  node.badges.push(
+    badge(() => (count() > 0 ? `${WARNING} ${count()}` : ""), loud),
+    badge(() => node.hotpathState?.badge ?? "", quiet),
+  );
+}
+
+function redraw() {
+  app.canvas?.setDirty(true, true);
+}
+
+// Warnings and report in the front end's own text field of the node: its listener has put the bare report there.
+function showText(id, node) {
+  const { text, warnings } = stateOf(node);
+  const whole = [...warnings.map((warning) => `${WARNING} ${warning}`), text].filter(Boolean).join("\n\n");
+  if (whole === "") return;
+  const field = node.widgets?.find((widget) => widget.name === "$$node-text-preview");
+  if (field === undefined) {
+    showing = true;
+    api.dispatchCustomEvent("progress_text", { nodeId: String(id), text: whole });
+    showing = false;
+  } else if (field.value !== whole) field.value = whole;
+  redraw();
+}
+
+let showing = false; // a text of ours is on its way to the front end's listener
+
+function finish() {
+  if (running === null) return;
+  const { id, node, since } = running;
+  running = null;
+  stateOf(node).badge = duration((performance.now() - since) / 1000);
+  keep(id, node);
+  redraw();
+}
+
+function onExecuting({ detail: id }) {
+  finish();
+  if (id === null || id === undefined) return;
+  const node = nodeOf(id);
+  if (!isOurs(node)) return;
+  node.hotpathState = { badge: "", text: "", warnings: [] };
+  const field = node.widgets?.find((widget) => widget.name === "$$node-text-preview");
+  if (field !== undefined) field.value = "";
+  running = { id, node, since: performance.now() };
+  redraw();
+}
+
+function onCached({ detail }) {
+  for (const id of detail?.nodes ?? []) {
+    const node = nodeOf(id);
+    if (!isOurs(node)) continue;
+    stateOf(node).badge = "cached";
+    keep(id, node);
+  }
+  redraw();
+}
+
+function onText({ detail }) {
+  if (showing) return;
+  const id = detail?.nodeId;
+  const node = id === undefined ? null : nodeOf(id);
+  if (!isOurs(node)) return;
+  stateOf(node).text = detail.text ?? "";
+  showText(id, node);
+  keep(id, node);
+}
+
+function onWarning({ detail }) {
+  const node = nodeOf(detail?.node);
+  if (!isOurs(node)) return;
+  const { warnings } = stateOf(node);
+  if (!warnings.includes(detail.text)) warnings.push(detail.text);
+  showText(detail.node, node);
+  keep(detail.node, node);
+}
+
+function* everyNode(graph, path = "") {
+  for (const node of graph?.nodes ?? graph?._nodes ?? []) {
+    const id = `${path}${node.id}`;
+    yield [id, node];
+    if (node.subgraph) yield* everyNode(node.subgraph, `${id}:`);
+  }
+}
+
+app.registerExtension({
+  name: "Hotpath.NodeState",
+  setup() {
+    api.addEventListener("executing", onExecuting);
+    api.addEventListener("execution_cached", onCached);
+    api.addEventListener("progress_text", onText);
+    api.addEventListener("hotpath.warning", onWarning);
+    for (const end of ["execution_success", "execution_error", "execution_interrupted"]) api.addEventListener(end, finish);
+  },
+  nodeCreated(node) {
+    if (isOurs(node)) addBadges(node);
+  },
+  afterConfigureGraph() {
+    const kept = stored()[graphKey()] ?? {};
+    for (const [id, node] of everyNode(app.rootGraph ?? app.graph)) {
+      if (!isOurs(node)) continue;
+      const before = kept[id];
+      if (before?.type === node.type) node.hotpathState = { ...before, warnings: [...before.warnings] };
+      // What saved_layouts.js found no place for.
+      for (const note of node.hotpathNotes ?? []) {
+        const { warnings } = stateOf(node);
+        if (!warnings.includes(note)) warnings.push(note);
+      }
+      if (node.hotpathState) showText(id, node);
+    }
+  },
+});
