@@ -89,11 +89,13 @@ class IdentityAttention:
         """Other packs copy the options of a MODEL deeply; what is bound to a device stays here."""
         return self.copy()
 
-    def to(self, device: Any, *_: Any, **__: Any) -> IdentityAttention:
+    def to(self, place: Any) -> IdentityAttention:
         """ComfyUI asks patches to move before it samples; IPAdapter's, which may be our base, keeps copies per device."""
         if hasattr(self.base, "to"):
-            self.base = self.base.to(device)
-            self._bound.clear()
+            moved = self.base.to(place)
+            if moved is not self.base:
+                self.base = moved
+                self._bound.clear()
         return self
 
     def drop_bound(self) -> None:

@@ -424,6 +424,30 @@ def test_telemetry_counts_the_contribution_of_every_block(bench: Bench) -> None:
     assert torch.allclose(ratio, torch.tensor([4.0, 1.0]), rtol=1e-3)
 
 
+def test_a_cfg_split_over_devices_gives_the_same_picture(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's multi-GPU sampling, one thread per device, with two names of the CPU for the devices."""
+    from hotpath.patches.model_call import ModelCall
+
+    model = bench.apply(mask=mask(1), end_at=0.7)[0]
+    second = bench.apply(model=model, image=photo(2), mask=1 - mask(1))[0]
+    expected = sample(second, bench.positive, bench.negative)
+    other = second.clone()
+    other.load_device, other.is_multigpu_base_clone = torch.device("cpu", 0), True
+    split = second.clone()
+    split.set_additional_models("multigpu", [other])
+    seen: list[tuple[int, ...]] = []
+    kind = ModelCall.__post_init__
+
+    def spy(call: ModelCall) -> None:
+        seen.append(call.roles)
+        kind(call)
+
+    monkeypatch.setattr(ModelCall, "__post_init__", spy)
+    result = sample(split, bench.positive, bench.negative)
+    assert set(seen) == {(0,), (1,)}, "one conditioning per device"
+    assert alike(result, expected)
+
+
 def test_masks_follow_context_windows() -> None:
     from hotpath.patches.mask import AttentionMask
     from hotpath.patches.model_call import ModelCall

@@ -274,3 +274,70 @@ for arch, kind, dim, mask in ((80, "fp16", 64, True), (90, "bf16", 64, False), (
     assert made.metadata.shared <= 99 << 10, (arch, kind, dim, made.metadata.shared)
 print("compiled")
 """
+
+
+LAUNCHED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest, torch, triton
+from types import SimpleNamespace
+from triton.backends.compiler import GPUTarget
+if "nvidia" not in triton.backends.backends:
+    print("no assembler")
+    sys.exit()
+launches = []
+
+class Launcher:
+    def __init__(self, src, metadata):
+        pass
+    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        launches.append((x, y, z, arguments))
+
+class Driver:
+    launcher_cls = Launcher
+    utils = SimpleNamespace(load_binary=lambda *_: (1, 2, 32, 0, 1024),
+                            get_device_properties=lambda _: {"max_shared_mem": 227 << 10})
+    get_current_target = lambda _: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda _: 0
+    get_current_stream = lambda _, device: 0
+
+triton.runtime.driver.set_active(Driver())
+from hotpath.attention import token_attention_kernel as kernel
+from test_token_attention import SHAPES, token_inputs
+asked = []
+run = type(kernel._attend_tokens).run
+type(kernel._attend_tokens).run = lambda *a, **k: (asked.append(1), run(*a, **k))[1]
+for shape in SHAPES:
+    inputs = token_inputs(shape, torch.float16)
+    stats = torch.zeros(2)
+    for measured in (None, stats):
+        launches.clear(), asked.clear()
+        kernel.attend_tokens_fused(**inputs, stats=measured)
+        kernel.attend_tokens_fused(**inputs, stats=measured)
+        trial, planned, again = launches  # Triton's own launch of the trial, then twice by the plan
+        assert len(asked) == 1
+        assert trial[:3] == planned[:3] == again[:3]
+        assert len(trial[3]) == len(planned[3]) == len(again[3])
+        for number, (first, later) in enumerate(zip(trial[3], again[3])):
+            if not torch.is_tensor(first):
+                assert first == later, number
+            elif number not in (2, 8):  # the result and what is counted into are others each time
+                assert first is later, number
+        assert again[3][8] is (stats if measured is not None else inputs["weights"])
+print("launched")
+"""
+
+
+def test_what_is_compiled_is_launched_with_the_same_arguments() -> None:
+    """Against a driver that only notes what it is given: the short way must pass on what Triton's own call passes."""
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-c", LAUNCHED, str(Path(__file__).parent)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "no assembler" in result.stdout:
+        pytest.skip("this Triton compiles for no card of NVIDIA")
+    assert result.returncode == 0 and "launched" in result.stdout, result.stderr[-3000:]
