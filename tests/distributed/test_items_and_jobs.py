@@ -1,0 +1,182 @@
+"""Items, job ids and seeds: what decides a result decides its id, and nothing else does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hotpath.distributed.items import BadItems, FolderItems, Item, JsonLinesItems, ListItems, open_items, text_item
+from hotpath.distributed.jobs import BadMap, MapPlan, Target, find_target, guess_target
+from hotpath.distributed.seeds import item_seed
+from hotpath.headless.catalog import available_nodes
+from hotpath.headless.graph import Graph, WorkflowError
+from hotpath.headless.validation import InvalidWorkflow, NeedsComfyUI
+from map_workflows import COPY, picture
+
+IMAGE = Target("1", "image")
+SEEDED = {
+    "1": {"class_type": "Draws", "inputs": {"prompt": "a cat", "seed": 5}},
+    "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+}
+
+
+class Draws:
+    """A node with a prompt and a seed."""
+
+    RETURN_TYPES = ("STRING",)
+    FUNCTION = "draw"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        seed = ("INT", {"default": 0, "min": -1, "max": 1000})
+        return {"required": {"prompt": ("STRING", {}), "seed": seed}}
+
+    def draw(self, prompt: str, seed: int) -> tuple[str]:
+        return (f"{prompt} {seed}",)
+
+
+@pytest.fixture
+def catalog() -> dict[str, Any]:
+    return {**available_nodes(), "Draws": Draws}
+
+
+@pytest.fixture
+def plan(catalog: dict[str, Any], headless_host: Any) -> Callable[..., MapPlan]:
+    def make(graph: Any = COPY, target: Target | None = IMAGE, **options: Any) -> MapPlan:
+        return MapPlan(Graph.parse(graph), catalog, target, headless_host.input_folder(), **options)
+
+    return make
+
+
+def test_a_folder_in_the_order_of_names(headless_host):
+    folder = headless_host.input_folder() / "in"
+    for name in ("b.png", "a.png", "a.jpg", ".hidden.png", "sub/c.png", "out/d.png"):
+        picture(folder / name, len(name))
+    (folder / "notes.txt").write_text("no picture")
+    flat = list(FolderItems(folder, headless_host.input_folder()))
+    assert [(item.label, item.value) for item in flat] == [
+        ("a_jpg", "in/a.jpg"),
+        ("a_png", "in/a.png"),
+        ("b", "in/b.png"),
+    ]
+    deep = FolderItems(folder, headless_host.input_folder(), recursive=True, without=folder / "out")
+    assert [item.label for item in deep] == ["a_jpg", "a_png", "b", "sub/c"]
+    assert deep.count() == 4
+
+
+def test_a_link_out_of_the_input_folder_is_left_out(headless_host, tmp_path):
+    inputs = headless_host.input_folder()
+    picture(tmp_path / "secret" / "s.png", 1)
+    picture(inputs / "a.png", 2)
+    (inputs / "b.png").symlink_to(tmp_path / "secret" / "s.png")
+    assert [item.label for item in FolderItems(inputs, inputs)] == ["a"]
+    with pytest.raises(BadItems, match="outside the input folder"):
+        FolderItems(tmp_path / "secret", inputs)
+
+
+def test_lines_and_objects(tmp_path):
+    (tmp_path / "l.txt").write_text("# comment\n\n a Red cat!\nein Käfer\n", encoding="utf-8")
+    lines = list(open_items(str(tmp_path / "l.txt"), tmp_path))
+    assert [item.value for item in lines] == ["a Red cat!", "ein Käfer"]
+    assert [item.label.rpartition("-")[0] for item in lines] == ["a-red-cat", "ein-käfer"]
+    (tmp_path / "l.jsonl").write_text(
+        '"x"\n{"1.image": "a.png", "name": "Anna / 1"}\n{"image": 3}\nnonsense\n{"1.a": [1]}\n'
+    )
+    found = list(JsonLinesItems(tmp_path / "l.jsonl"))
+    assert found[0].value == "x" and found[0].problem is None
+    assert found[1].inputs == {"1.image": "a.png"} and found[1].label.startswith("anna-1-")
+    assert [bool(item.problem) for item in found] == [False, False, True, True, True]
+    assert "line 4 is not JSON" in (found[3].problem or "")
+    assert open_items(str(tmp_path / "l.jsonl"), tmp_path).count() == 5
+
+
+def test_a_list_is_read_as_it_is_needed(tmp_path):
+    (tmp_path / "l.txt").write_text("".join(f"line {i}\n" for i in range(50_000)))
+    lines = iter(ListItems(file=tmp_path / "l.txt"))
+    assert [next(lines).value for _ in range(3)] == ["line 0", "line 1", "line 2"]
+
+
+def test_an_id_is_made_of_what_decides_the_result(plan, headless_host):
+    one, copy = picture(headless_host.input_folder() / "a.png", 1), headless_host.input_folder() / "b.png"
+    copy.write_bytes(one.read_bytes())
+    first, second = (
+        plan().job(item) for item in FolderItems(headless_host.input_folder(), headless_host.input_folder())
+    )
+    assert first.id == second.id, "the same picture under another name is the same job"
+    other = json.loads(json.dumps(COPY))
+    other["2"]["inputs"]["filename_prefix"] = "else"
+    titled = json.loads(json.dumps(COPY))
+    titled["1"]["_meta"] = {"title": "My picture"}
+    item = next(iter(FolderItems(headless_host.input_folder(), headless_host.input_folder())))
+    assert plan(other).job(item).id != first.id
+    assert plan(titled).job(item).id == first.id
+    picture(copy, 2)
+    assert plan().job(item).id == first.id
+
+
+def test_a_file_that_travels_along_is_part_of_the_id(plan, headless_host):
+    graph = {
+        **COPY,
+        "3": {"class_type": "LoadImage", "inputs": {"image": "reference.png"}},
+        "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}},
+    }
+    reference = picture(headless_host.input_folder() / "reference.png", 1)
+    before = plan(graph).key
+    assert plan(graph).key == before
+    picture(reference, 2)
+    assert plan(graph).key != before
+
+
+def test_seeds_follow_from_the_item_and_nothing_else(plan, catalog):
+    target = Target("1", "prompt")
+    jobs = {text: plan(SEEDED, target).job(text_item(text)) for text in ("a", "b")}
+    seeds = {text: job.prompt["1"]["inputs"]["seed"] for text, job in jobs.items()}
+    assert seeds["a"] != seeds["b"] and all(0 <= seed <= 1000 for seed in seeds.values())
+    assert plan(SEEDED, target).job(text_item("a")).prompt == jobs["a"].prompt
+    fixed = plan(SEEDED, target, seeds="workflow").job(text_item("a"))
+    assert fixed.prompt["1"]["inputs"]["seed"] == 5 and fixed.id != jobs["a"].id
+    wished = plan(SEEDED, target).job(Item("n", "c", "a", {"1.seed": 7}))
+    assert wished.prompt["1"]["inputs"]["seed"] == 7
+    assert {item_seed(5, "1", "x", 0, 1000) for _ in range(3)} == {item_seed(5, "1", "x", 0, 1000)}
+    assert item_seed(5, "1", "x") != item_seed(6, "1", "x") != item_seed(6, "2", "x")
+
+
+def test_where_an_item_goes(catalog):
+    graph = Graph.parse(COPY)
+    assert guess_target(graph, catalog, "picture") == Target("1", "image")
+    assert find_target(graph, catalog, "LoadImage.image") == Target("1", "image")
+    with pytest.raises(BadMap, match="no input of the workflow takes a video: say which one with --input"):
+        guess_target(graph, catalog, "video")
+    two = {**COPY, "3": {"class_type": "LoadImage", "inputs": {"image": "y.png"}}}
+    with pytest.raises(BadMap, match=r"could go into 1\.image \(LoadImage\), 3\.image"):
+        guess_target(Graph.parse(two), catalog, "picture")
+    with pytest.raises(WorkflowError, match="linked to another node"):
+        find_target(graph, catalog, "2.images")
+    with pytest.raises(WorkflowError, match="has no input 'nothing'"):
+        find_target(graph, catalog, "1.nothing")
+
+
+def test_what_no_item_could_run_with_is_refused(plan, headless_host):
+    item = Item("a", "c", "not there.png")
+    plan().check(item)  # this item fails by itself
+    wrong = json.loads(json.dumps(COPY))
+    wrong["2"]["inputs"] = {"filename_prefix": "x"}
+    with pytest.raises(InvalidWorkflow, match="'images': it is required"):
+        plan(wrong).check(item)
+    with pytest.raises(NeedsComfyUI, match="KSampler"):
+        plan({**COPY, "9": {"class_type": "KSampler", "inputs": {}}}).check(item)
+    nested = {**COPY, "9": {"class_type": "HotpathMap", "inputs": {}}}
+    with pytest.raises(BadMap, match="maps a workflow itself"):
+        plan(nested)
+
+
+def test_a_folder_or_list_that_is_not_there(tmp_path):
+    with pytest.raises(BadItems, match="There is no list"):
+        open_items(str(tmp_path / "no.txt"), tmp_path)
+    with pytest.raises(BadItems, match="There is no file"):
+        open_items(str(tmp_path / "no.png"), tmp_path)
+    with pytest.raises(BadItems, match="There is no folder"):
+        FolderItems(tmp_path / "no", Path(tmp_path))

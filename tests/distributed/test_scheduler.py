@@ -1,0 +1,247 @@
+"""The loop of a run on simulated workers: every job once, bounded, whatever dies; policies, retries, back-off."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+from hotpath.distributed.items import Item
+from hotpath.distributed.jobs import Job
+from hotpath.distributed.policy import POLICIES, LeastBusy, Random, RoundRobin, make_policy
+from hotpath.distributed.pool import Died, Finished
+from hotpath.distributed.retry import CONNECTION, ITEM, MEMORY, WORKER, RetryPlan, failure_kind
+from hotpath.distributed.scheduler import NoWorkers, Scheduler
+from hotpath.distributed.simulation import Cluster, CountingStore, SimulatedPool, simulate
+from hotpath.distributed.status import Status
+from hotpath.headless.executor import NodeFailed, RunResult
+from hotpath.headless.graph import Node
+
+
+class Rig:
+    """A scheduler on simulated workers. answers: what a job gives instead of done, attempt by attempt."""
+
+    def __init__(self, workers=2, seconds=1.0, policy="least_busy", retries=2, answers=None, depth=2, **cluster):
+        self.answers = answers or {}
+        self.pool = SimulatedPool(Cluster(workers, **cluster), lambda job_id: seconds, random.Random(0))
+        self.store = CountingStore()
+        self.status = Status(None, clock=self.pool.now)
+        self.given: list[tuple[int, str]] = []
+        self.attempts: list[tuple[str, int, float]] = []
+        plan = RetryPlan(retries, rng=random.Random(1))
+        self.scheduler = Scheduler(
+            self.pool, self.store, make_policy(policy, random.Random(2)), plan, self.status, self, self.stop, depth,
+            self.pool.now,
+        )  # fmt: skip
+        self.stop_at = float("inf")
+        self.most_known = 0
+        submit, wait = self.pool.submit, self.pool.wait
+
+        def watched_submit(slot, payload):
+            self.given.append((slot, payload["id"]))
+            self.attempts.append((payload["id"], payload["attempt"], self.pool.time))
+            submit(slot, payload)
+
+        def watched_wait(timeout):
+            events = []
+            for event in wait(timeout):
+                if isinstance(event, Finished) and self.answers.get(event.job_id):
+                    kind = self.answers[event.job_id].pop(0)
+                    result = {"status": "failed", "kind": kind, "error": f"{kind} was wrong.", "seconds": 1.0}
+                    event = Finished(event.slot, event.job_id, result)
+                events.append(event)
+            return events
+
+        self.pool.submit, self.pool.wait = watched_submit, watched_wait
+
+    def stop(self):
+        if self.pool.time >= self.stop_at:
+            raise KeyboardInterrupt
+
+    def changed(self, status):
+        self.most_known = max(self.most_known, self.scheduler.known)
+
+    def run(self, count, twins=()):
+        return self.scheduler.run(jobs(count, twins))
+
+
+def jobs(count: int, twins=()) -> Iterator[Job]:
+    for i in range(count):
+        yield Job(str(i), Item(f"label {i}", str(i)), {})
+        if i in twins:
+            yield Job(str(i), Item(f"twin of {i}", str(i)), {})
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_job_once(policy):
+    rig = Rig(workers=3, policy=policy)
+    status = rig.run(40)
+    assert sorted(rig.store.kept, key=int) == [str(i) for i in range(40)]
+    assert status.done == 40 and not status.running and rig.scheduler.known == 0
+
+
+def test_policies_choose_as_they_are_called():
+    assert LeastBusy().choose([1, 0, 0], 2) == 1
+    assert LeastBusy().choose([1, None, 2], 2) is None
+    turn = RoundRobin()
+    assert [turn.choose([0, None, 0], 2) for _ in range(4)] == [0, 2, 0, 2]
+    assert turn.choose([2, 0, 0], 2) is None, "the next in turn is full: the job waits for it"
+    lot = Random(random.Random(0))
+    drawn = [lot.choose([0, 0, 0], 2) for _ in range(50)]
+    assert set(drawn) == {0, 1, 2}
+    assert Random(random.Random(0)).choose([None, None], 2) is None
+    with pytest.raises(ValueError, match="choose one of least_busy, round_robin, random"):
+        make_policy("best")
+
+
+def test_a_million_items_are_never_held():
+    """Memory does not grow with the number of items, and no more is pulled than workers can soon do."""
+
+    def peak(count: int) -> int:
+        rig = Rig(workers=4)
+        rig.store.keep = lambda *_: None
+        rig.given = rig.attempts = type("Nothing", (), {"append": lambda self, x: None})()
+        tracemalloc.start()
+        rig.run(count)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert rig.most_known <= 4 * 2
+        return found
+
+    peak(200)
+    assert peak(8000) < peak(800) + 40_000
+
+
+def test_items_are_pulled_only_as_far_as_needed():
+    pulled = 0
+
+    def counted():
+        nonlocal pulled
+        for job in jobs(1000):
+            pulled += 1
+            yield job
+
+    rig = Rig(workers=2)
+    rig.stop_at = 10.0
+    with pytest.raises(KeyboardInterrupt):
+        rig.scheduler.run(counted())
+    assert len(rig.store.kept) <= pulled <= len(rig.store.kept) + 2 * 2
+
+
+def test_what_can_pass_is_tried_again_with_growing_waits():
+    rig = Rig(workers=1, answers={"1": [CONNECTION, CONNECTION], "2": [ITEM], "3": [MEMORY]}, retries=2)
+    status = rig.run(4)
+    assert sorted(rig.store.kept) == ["0", "1", "3"]
+    assert rig.store.failed == {"2": "item was wrong."}
+    assert (status.done, status.failed, status.retried) == (3, 1, 3)
+    times = [time for job, _, time in rig.attempts if job == "1"]
+    waits = [after - before - 1.0 for before, after in pairwise(times)]
+    assert waits[0] >= 0.5 and waits[1] >= 1.0
+    assert [attempt for job, attempt, _ in rig.attempts if job == "1"] == [1, 2, 3]
+
+
+def test_an_item_that_never_passes_is_recorded_with_its_sentence():
+    rig = Rig(answers={"0": [CONNECTION] * 5}, retries=1)
+    rig.run(3)
+    assert rig.store.failed == {"0": "connection was wrong. (attempt 2 of 2)"}
+    assert sorted(rig.store.kept) == ["1", "2"]
+
+
+def test_back_off_doubles_has_jitter_and_an_end():
+    plan = RetryPlan(10, base=1.0, longest=8.0, rng=random.Random(3))
+    state = random.getstate()
+    waits = [[plan.wait(attempt) for _ in range(50)] for attempt in range(1, 7)]
+    assert random.getstate() == state, "the global generator is not touched"
+    for attempt, drawn in enumerate(waits):
+        whole = min(8.0, 2.0**attempt)
+        assert all(whole / 2 <= wait <= whole for wait in drawn) and len(set(drawn)) > 40
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_deaths_lose_nothing(policy):
+    rig = Rig(workers=4, seconds=2.0, policy=policy, retries=30, deaths=0.2)
+    status = rig.run(60)
+    assert rig.pool.died > 10
+    assert sorted(rig.store.kept, key=int) == [str(i) for i in range(60)]
+    assert status.failed == 0
+
+
+def test_a_job_that_kills_every_worker_is_given_up():
+    rig = Rig(workers=2, retries=1)
+    submit = rig.pool.submit
+
+    def deadly(slot, payload):
+        submit(slot, payload)
+        if payload["id"] == "3":
+            rig.pool._events[:] = [e for e in rig.pool._events if e[3].slot != slot]
+            rig.pool._after(0.5, slot, Died(slot, "the worker was killed", "3"))
+
+    rig.pool.submit = deadly
+    status = rig.run(8)
+    assert status.failed == 1 and status.done == 7
+    assert rig.store.failed["3"] == "the worker was killed while it ran this (attempt 2 of 2)"
+
+
+def test_without_workers_the_run_ends_and_says_why():
+    rig = Rig(workers=2)
+    rig.pool.start = lambda: [
+        rig.pool._after(1.0, slot, Died(slot, "no such place", None, final=True)) for slot in (0, 1)
+    ]
+    wait = rig.pool.wait
+    rig.pool.wait = lambda timeout: [e for e in wait(timeout) if isinstance(e, Died) and e.final]
+    with pytest.raises(NoWorkers, match="no such place"):
+        rig.run(5)
+
+
+def test_the_same_content_is_computed_once():
+    rig = Rig(workers=2)
+    seen: list[str] = []
+    rig.store.done = lambda job: (
+        job.item.label.startswith("twin") and job.id in rig.store.kept and not seen.append(job.id)
+    )
+    status = rig.run(10, twins={2, 7})
+    assert sorted(rig.store.kept, key=int) == [str(i) for i in range(10)]
+    assert sorted(seen) == ["2", "7"] and status.over == 12
+
+
+def test_which_errors_can_pass():
+    def wrapped(error: Exception) -> NodeFailed:
+        try:
+            raise NodeFailed(Node("1", "X", {}), error, RunResult()) from error
+        except NodeFailed as failed:
+            return failed
+
+    import torch
+
+    assert failure_kind(wrapped(torch.OutOfMemoryError("CUDA out of memory"))) == MEMORY
+    assert failure_kind(wrapped(RuntimeError("DefaultCPUAllocator: not enough memory"))) == MEMORY
+    assert failure_kind(wrapped(ConnectionResetError())) == CONNECTION
+    assert failure_kind(OSError(116, "Stale file handle")) == CONNECTION
+    assert failure_kind(wrapped(ValueError("x.png is not a picture"))) == ITEM
+    assert failure_kind(FileNotFoundError(2, "none")) == ITEM
+    assert RetryPlan(2).again(WORKER, 2) and not RetryPlan(2).again(WORKER, 3) and not RetryPlan(2).again(ITEM, 1)
+
+
+def test_remaining_time():
+    now = [0.0]
+    status = Status(10, clock=lambda: now[0])
+    assert status.remaining() is None
+    for _ in range(4):
+        now[0] += 30.0
+        status.done += 1
+        status.ended()
+    status.running[0] = 0.5
+    assert status.remaining() == pytest.approx(5.5 * 30)
+    assert status.line() == "4 of 10, 1 running on 0 workers, 2.0 a minute, 2:45 left"
+
+
+def test_least_busy_is_best_when_jobs_differ():
+    """Why it is the default: simulated, lengths of jobs spread as those of captions are."""
+    rng = random.Random(0)
+    lengths = [rng.lognormvariate(0, 0.7) for _ in range(400)]
+    seconds = {policy: simulate(Cluster(8), lengths, policy).seconds for policy in POLICIES}
+    assert seconds["least_busy"] < seconds["round_robin"] and seconds["least_busy"] < seconds["random"]
+    assert seconds["least_busy"] < 1.1 * sum(lengths) / 8 + max(lengths)
+    assert simulate(Cluster(8), lengths, "random", seed=4) == simulate(Cluster(8), lengths, "random", seed=4)
