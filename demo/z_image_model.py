@@ -27,8 +27,8 @@ class Widths:
 
 TINY = Widths(
     transformer={
-        "dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 48,
-        "in_channels": 4, "axes_dims": [8, 12, 12], "axes_lens": [256, 64, 64],
+        "dim": 96, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 3, "n_kv_heads": 3, "cap_feat_dim": 48,
+        "in_channels": 4, "axes_dims": [8, 12, 12], "axes_lens": [640, 64, 64],
     },
     text_encoder={
         "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,

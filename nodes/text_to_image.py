@@ -77,7 +77,7 @@ class HotpathZImageLoader:
 
     @classmethod
     def IS_CHANGED(cls, checkpoint: str = "", **inputs: Any) -> str:
-        return folders.find(checkpoint).identity(*folders.CLASSES, "tokenizer")
+        return folders.find(checkpoint).identity(*folders.COMPONENTS)
 
     def load(
         self,
@@ -147,7 +147,7 @@ class HotpathZImage:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        side = {"min": 64, "max": 8192, "step": 16}
+        side = {"min": 16, "max": 8192, "step": 16}
         return {
             "required": {
                 "pipeline": (PIPELINE, {"tooltip": "From Load Z-Image Checkpoint, with or without LoRA files on it."}),

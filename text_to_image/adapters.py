@@ -78,7 +78,9 @@ def read(path: Path, transformer: nn.Module) -> dict[str, Product]:
         for name in layers
         if name.endswith(".to_q")
     }
-    downs, ups, alphas = {}, {}, {}
+    downs: dict[str, Tensor] = {}
+    ups: dict[str, Tensor] = {}
+    alphas: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         for pattern, found in ((DOWN, downs), (UP, ups), (ALPHA, alphas)):
             if (match := pattern.match(key)) is not None:
@@ -175,6 +177,9 @@ def _split(name: str, up: Tensor) -> dict[str, Tensor]:
 class AdaptedLinear(nn.Module):
     """A layer with low-rank products beside it: base(x) + sum of up (down x)."""
 
+    down: Tensor
+    up: Tensor
+
     def __init__(self, base: nn.Module, products: Sequence[Product], device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.base = base
@@ -261,6 +266,7 @@ def combined(stack: Sequence[Adapter], transformer: nn.Module) -> dict[str, list
 def is_dense(layer: nn.Module) -> bool:
     """Whether the layer's weight is a plain tensor, which can be added to."""
     weight = layer.weight
+    assert isinstance(weight, Tensor)
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 

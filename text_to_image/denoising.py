@@ -72,15 +72,10 @@ def shift(tokens: int, config: Any) -> float:
 
 
 def prepare(scheduler: Any, steps: int, tokens: int, device: torch.device, strength: float = 1.0) -> Tensor:
-    """Set `scheduler` up for one run and return its timesteps; strength under 1 leaves out the first ones.
-
-    Raises ValueError when no step is left.
-    """
+    """Set `scheduler` up for one run and return its timesteps, one at least; strength under 1 leaves out the first ones."""
     sigmas = torch.linspace(1.0, 1.0 / steps, steps).tolist()
     scheduler.set_timesteps(sigmas=sigmas, mu=shift(tokens, scheduler.config), device=device)
     begin = int(max(steps - min(steps * strength, steps), 0))
-    if begin >= steps:
-        raise ValueError(f"With {steps} steps a strength of {strength} leaves no step: raise one of them.")
     scheduler.set_begin_index(begin)
     return scheduler.timesteps[begin:]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ CLASSES = {
     "vae": ("AutoencoderKL",),
     "scheduler": ("FlowMatchEulerDiscreteScheduler",),
 }
+COMPONENTS = (*CLASSES, "tokenizer")
 WEIGHTS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 CONFIGS = ("config.json", "scheduler_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
@@ -172,9 +172,9 @@ def check(path: Path, name: str) -> Checkpoint:
     return Checkpoint(path, name, pipeline, index, variants)
 
 
-def _check_class(path: Path, index: dict[str, Any], component: str, classes: Iterable[str]) -> None:
+def _check_class(path: Path, index: dict[str, Any], component: str, classes: tuple[str, ...]) -> None:
     named = index.get(component)
-    found = named[1] if isinstance(named, list) and len(named) == 2 else None
+    found = str(named[1]) if isinstance(named, list) and len(named) == 2 else ""
     if found not in classes:
         raise UnusableCheckpoint(
             f"{path / INDEX} names {found or 'nothing'} as {component}, and a Z-Image checkpoint has "

@@ -92,8 +92,8 @@ def check(request: Request, model: ZImage) -> None:
         raise ValueError("The prompt is empty: say what the picture should show.")
     side = model.step_of_size
     for name, size, longest in (
-        ("height", request.height, model.longest[0]),
-        ("width", request.width, model.longest[1]),
+        ("height", request.height, model.tallest),
+        ("width", request.width, model.widest),
     ):
         if size % side or size <= 0:
             near = max(side, round(size / side) * side)
@@ -102,6 +102,10 @@ def check(request: Request, model: ZImage) -> None:
             raise ValueError(f"The {name} {size} is over {longest}, the largest this checkpoint has positions for.")
     if request.steps < 1 or request.pictures < 1 or request.pictures_at_a_time < 1:
         raise ValueError("Steps, pictures and pictures at a time are 1 or more.")
+    if not 1 <= request.max_tokens <= model.longest_prompt:
+        raise ValueError(
+            f"A prompt has 1 to {model.longest_prompt} tokens here, and {request.max_tokens} were asked for."
+        )
     if request.guidance.scale < 0:
         raise ValueError(
             f"Guidance {request.guidance.scale} is below 0: 0 is none, and more follows the prompt closer."

@@ -23,13 +23,14 @@ from .. import host
 from ..cache import content_key
 from . import compilation, interruption, precision, stream_attention
 from .adapters import Adapters
-from .folders import Checkpoint, UnusableCheckpoint, find
+from .folders import COMPONENTS, Checkpoint, UnusableCheckpoint, find
 
 log = logging.getLogger("hotpath.text_to_image")
 
 # Not float16: the transformer's activations run over its range.
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PATCH = 2  # latent pixels on a side of one token
+PROMPT_MULTIPLE = 32  # the transformer fills a prompt's tokens up to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,24 @@ class Component:
 
 
 class ZImage:
-    """A checkpoint ready to draw: its networks, tokenizer and schedule, and the facts in their configurations."""
+    """A checkpoint ready to draw: its networks, tokenizer and schedule, and the facts in their configurations.
+
+    text_identity: MD5 of all that a prompt's states depend on beside the prompt; identity: of all that a picture depends
+    on beside its request. Both are of the files as they were when this was made.
+    """
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
+        import transformers
+
         self.checkpoint, self.options = checkpoint, options
         self.device = host.current().device()
         self.dtype = choose_dtype(options.dtype, self.device)
         self.precision = precision.plan(options.precision, self.device)
         self.attention = stream_attention.choose(options.attention)
         self.compilation = compilation.plan(options.compile, self.device)
+        versions = (str(self.dtype), self.device.type, transformers.__version__)
+        self.text_identity = content_key(checkpoint.identity("text_encoder", "tokenizer"), *versions)
+        self.identity = content_key(checkpoint.identity(*COMPONENTS), str(self.dtype), self.precision.method)
         self.adapters = Adapters()
         self.preview: Any = None  # previews.LinearPreview, once one was fitted
         self.transformer = Component("transformer", self._load_transformer)
@@ -112,7 +122,9 @@ class ZImage:
         self.scaling_factor = float(vae.get("scaling_factor") or 1.0)
         self.shift_factor = float(vae.get("shift_factor") or 0.0)
         self.latent_scale = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)  # pixels on a side of one latent
-        self.longest = [int(n) * PATCH * self.latent_scale for n in transformer.get("axes_lens", (1024, 512, 512))[1:]]
+        positions = [int(n) for n in transformer.get("axes_lens", (1024, 512, 512))]
+        self.longest_prompt = (positions[0] - 1) // PROMPT_MULTIPLE * PROMPT_MULTIPLE  # tokens
+        self.tallest, self.widest = (n * self.step_of_size for n in positions[1:])
         if int(transformer.get("in_channels", 16)) != self.latent_channels:
             raise UnusableCheckpoint(
                 f"{checkpoint.path}: the transformer draws {transformer.get('in_channels')} channels and the VAE reads "
@@ -131,20 +143,6 @@ class ZImage:
         return AutoTokenizer.from_pretrained(
             self.checkpoint.path / "tokenizer", trust_remote_code=False, local_files_only=True
         )
-
-    @cached_property
-    def text_identity(self) -> str:
-        """MD5 of everything that a prompt's embedding depends on beside the prompt."""
-        import transformers
-
-        files = self.checkpoint.identity("text_encoder", "tokenizer")
-        return content_key(files, str(self.dtype), self.device.type, transformers.__version__)
-
-    @cached_property
-    def identity(self) -> str:
-        """MD5 of the checkpoint's files and of how they are computed with: what a picture's content depends on."""
-        files = self.checkpoint.identity("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
-        return content_key(files, str(self.dtype), self.precision.method)
 
     def scheduler(self) -> Any:
         """A schedule for one run; it holds the run's position, so it is never shared."""
@@ -277,7 +275,7 @@ class Registry:
         require_libraries()
         here = host.current()
         # With the files' content: a folder that was fetched anew is another model.
-        files = checkpoint.identity("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+        files = checkpoint.identity(*COMPONENTS)
         key = content_key(str(checkpoint.path.resolve()), files, vars(options), str(here.device()), here.name)
         with self._lock:
             model = self._models.get(key)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import host
 from ..attention import compiled
@@ -48,10 +48,20 @@ def make_traceable(choice: AttentionChoice) -> None:
     compiled.number_of(choice.record)
 
 
-def rotate(x: Tensor, frequencies: Tensor) -> Tensor:
-    """Rotary position embedding. x: [B, N, H, D]; frequencies: complex [B, N, D/2], of length one."""
-    turn = torch.view_as_real(frequencies).unsqueeze(2)
-    cos, sin = turn[..., 0], turn[..., 1]
+class RealRotations(nn.Module):
+    """The transformer's table of rotations, handed out as real numbers: positions [N, axes] -> [N, D/2, 2]."""
+
+    def __init__(self, table: Any) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return torch.view_as_real(self.table(positions))
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotary position embedding. x: [B, N, H, D]; rotations: [B, N, D/2, 2], cosine and sine."""
+    cos, sin = rotations.unsqueeze(2).unbind(-1)
     pairs = x.float().unflatten(-1, (-1, 2))
     a, b = pairs[..., 0], pairs[..., 1]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
@@ -87,10 +97,14 @@ class StreamAttention:
 
 
 def install(transformer: Any, choice: AttentionChoice) -> int:
-    """Give every attention module of `transformer` the choice, in place; returns how many there are."""
+    """Give every attention module of `transformer` the choice, in place; returns how many there are.
+
+    Only for the transformer of this pack's own copy: its blocks then expect rotations in real numbers.
+    """
     from diffusers.models.attention_processor import Attention
 
     modules = [module for module in transformer.modules() if isinstance(module, Attention)]
     for module in modules:
         module.processor = StreamAttention(choice)
+    transformer.rope_embedder = RealRotations(transformer.rope_embedder)
     return len(modules)

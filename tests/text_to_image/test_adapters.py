@@ -1,0 +1,224 @@
+"""LoRA files: every spelling of one file is the same change, stacks add up, and taking them off leaves no trace."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hotpath.text_to_image.adapters import Adapter, UnusableAdapter, read
+from hotpath.text_to_image.generation import Pipeline
+from safetensors.torch import save_file
+
+RANK = 3
+LAYERS = ("layers.0.attention.to_q", "layers.0.attention.to_k", "layers.0.attention.to_v",
+          "layers.1.attention.to_out.0", "noise_refiner.0.feed_forward.w1", "layers.1.adaLN_modulation.0")  # fmt: skip
+
+
+@pytest.fixture
+def network(load):
+    return load().transformer.managed.module.network
+
+
+@pytest.fixture
+def halves(network):
+    """(down, up) of each of LAYERS, the three of one attention with one down as a fused layer has."""
+    made, seeded = {}, torch.Generator().manual_seed(5)
+    for name in LAYERS:
+        out, inner = network.get_submodule(name).weight.shape
+        down = made[LAYERS[0]][0] if name in LAYERS[1:3] else torch.randn(RANK, inner, generator=seeded) * 0.1
+        made[name] = (down, torch.randn(out, RANK, generator=seeded))
+    return made
+
+
+def spelled(halves, how, alpha=None):
+    """The same file as diffusers, PEFT, kohya and ComfyUI's names write it."""
+    tensors = {}
+    for name, (down, up) in halves.items():
+        if how == "comfyui" and name in LAYERS[:3]:
+            if name == LAYERS[0]:
+                fused = torch.cat([halves[layer][1] for layer in LAYERS[:3]])
+                tensors["diffusion_model.layers.0.attention.qkv.lora_A.weight"] = down
+                tensors["diffusion_model.layers.0.attention.qkv.lora_B.weight"] = fused
+            continue
+        if how == "comfyui":
+            native = name.replace("attention.to_out.0", "attention.out")
+            keys = f"diffusion_model.{native}.lora_A.weight", f"diffusion_model.{native}.lora_B.weight"
+        else:
+            stem = {"kohya": f"lora_unet_{name.replace('.', '_')}", "peft": f"base_model.model.{name}"}.get(
+                how, f"transformer.{name}"
+            )
+            parts = {"kohya": ("lora_down.weight", "lora_up.weight"),
+                     "peft": ("lora_A.default.weight", "lora_B.default.weight")}  # fmt: skip
+            keys = tuple(f"{stem}.{part}" for part in parts.get(how, ("lora_A.weight", "lora_B.weight")))
+            if alpha is not None:
+                tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
+        tensors[keys[0]], tensors[keys[1]] = down, up
+    return {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+
+
+def write(path, tensors, **metadata):
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    return path
+
+
+def weights(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("how", ["diffusers", "peft", "kohya", "comfyui"])
+def test_every_spelling_is_one_change(network, halves, tmp_path, how):
+    products = read(write(tmp_path / "a.safetensors", spelled(halves, how)), network)
+    assert products.keys() == set(LAYERS)
+    for name, (down, up) in halves.items():
+        delta = products[name].delta(torch.device("cpu"))
+        assert delta.shape == network.get_submodule(name).weight.shape and torch.equal(delta, up @ down)
+
+
+def test_alpha_in_the_file_and_in_the_header(network, halves, tmp_path):
+    plain = read(write(tmp_path / "a.safetensors", spelled(halves, "diffusers")), network)
+    inside = read(write(tmp_path / "b.safetensors", spelled(halves, "kohya", alpha=6)), network)
+    settings = {"transformer.r": RANK, "transformer.lora_alpha": 6, "transformer.alpha_pattern": {LAYERS[0]: 12}}
+    header = {"lora_adapter_metadata": json.dumps(settings)}
+    outside = read(write(tmp_path / "c.safetensors", spelled(halves, "diffusers"), **header), network)
+    assert plain[LAYERS[3]].scale == 1.0 and inside[LAYERS[3]].scale == outside[LAYERS[3]].scale == 2.0
+    assert outside[LAYERS[0]].scale == 4.0
+
+
+@pytest.mark.parametrize("how", ["kohya", "diffusers", "comfyui"])
+def test_diffusers_reads_the_same_out_of_it(network, halves, tmp_path, how):
+    """diffusers' own reader, where it knows the spelling."""
+    from diffusers.loaders import ZImageLoraLoaderMixin
+
+    tensors = spelled({k: v for k, v in halves.items() if how != "comfyui" or k == LAYERS[4]}, how)
+    theirs = ZImageLoraLoaderMixin.lora_state_dict(dict(tensors))
+    ours = read(write(tmp_path / "a.safetensors", tensors), network)
+    for name, product in ours.items():
+        found = {key.removeprefix("transformer."): value for key, value in theirs.items()}
+        wanted = found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"]
+        assert torch.allclose(product.delta(torch.device("cpu")), wanted, atol=1e-6)
+
+
+def test_a_stack_is_added_and_taken_off_to_the_bit(load, draw, halves, tmp_path):
+    model = load()
+    network = model.transformer.managed.module.network
+    a = Adapter(write(tmp_path / "a.safetensors", spelled(halves, "diffusers")), 0.5)
+    b = Adapter(write(tmp_path / "b.safetensors", spelled({k: halves[k] for k in LAYERS[2:4]}, "kohya", alpha=6)), -0.3)
+    before, plain = weights(network), draw(model).pictures
+    bare = Pipeline(model)
+    one = bare.with_adapter(a)
+    both = one.with_adapter(b)
+    assert (bare.adapters, one.adapters, both.adapters) == ((), (a,), (a, b))
+    stacked = draw(both)
+    assert "a.safetensors at 0.5, b.safetensors at -0.3; 6 layers changed" in stacked.report
+    for name, tensor in weights(network).items():
+        layer = name.removesuffix(".weight")
+        delta = 0.5 * halves[layer][1] @ halves[layer][0] if layer in LAYERS and name.endswith(".weight") else 0.0
+        if layer in LAYERS[2:4]:
+            delta = delta - 0.3 * 2.0 * halves[layer][1] @ halves[layer][0]
+        assert torch.allclose(tensor, before[name] + delta, atol=1e-6), name
+    assert not torch.equal(stacked.pictures, plain)
+    # In any order: each pipeline draws its own, and the bare one has every bit back.
+    single = draw(one).pictures
+    assert torch.equal(draw(both).pictures, stacked.pictures) and torch.equal(draw(one).pictures, single)
+    assert torch.equal(draw(bare).pictures, plain)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(network).items())
+    assert torch.equal(draw(bare.with_adapter(Adapter(a.path, 0.0))).pictures, plain)
+
+
+def test_bfloat16_weights_come_back_to_the_bit(load, draw, halves, tmp_path):
+    model = load(dtype="bfloat16")
+    network = model.transformer.managed.module.network
+    before = weights(network)
+    path = write(tmp_path / "a.safetensors", spelled(halves, "diffusers"))
+    draw(Pipeline(model, (Adapter(path),)))
+    assert not torch.equal(network.state_dict()[f"{LAYERS[0]}.weight"], before[f"{LAYERS[0]}.weight"])
+    draw(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(network).items())
+
+
+def test_added_or_beside_is_the_same_picture(load, draw, halves, tmp_path, monkeypatch):
+    """The path for packed weights, run on plain ones."""
+    from hotpath.text_to_image import adapters
+
+    model = load()
+    pipeline = Pipeline(model, (Adapter(write(tmp_path / "a.safetensors", spelled(halves, "diffusers")), 0.7),))
+    wanted = draw(pipeline).pictures
+    draw(model)
+    monkeypatch.setattr(adapters, "is_dense", lambda layer: "w1" not in str(layer) and layer.in_features != 96)
+    assert (draw(pipeline).pictures - wanted).abs().max() < 1e-5
+    kinds = {type(layer).__name__ for layer in model.transformer.managed.module.network.modules()}
+    assert "AdaptedLinear" not in kinds
+
+
+def test_packed_weights_take_a_file_too(load, draw, halves, tmp_path):
+    pytest.importorskip("torchao")
+    path = write(tmp_path / "a.safetensors", spelled(halves, "diffusers"))
+    exact = draw(Pipeline(load(), (Adapter(path),))).pictures
+    model = load(precision="int8")
+    plain = draw(model).pictures
+    packed = draw(Pipeline(model, (Adapter(path),))).pictures
+    assert (packed - exact).abs().mean() < 0.03 < (packed - plain).abs().max()
+    assert torch.equal(draw(model).pictures, plain)
+
+
+def test_files_cost_no_graph(load, draw, halves, tmp_path, graphs):
+    model = load(compile="regional")
+    plain = draw(model).pictures
+    path = write(tmp_path / "a.safetensors", spelled(halves, "diffusers"))
+    changed = draw(Pipeline(model, (Adapter(path, 0.8),))).pictures
+    wanted = draw(Pipeline(load(), (Adapter(path, 0.8),))).pictures
+    assert (changed - wanted).abs().max() < 1e-5 and not torch.equal(changed, plain)
+    assert torch.equal(draw(model).pictures, plain) and len(graphs) == 1
+
+
+def test_a_failure_half_way_is_undone(load, draw, halves, tmp_path, monkeypatch):
+    from hotpath.text_to_image import adapters
+
+    model = load()
+    plain = draw(model).pictures
+    pipeline = Pipeline(model, (Adapter(write(tmp_path / "a.safetensors", spelled(halves, "diffusers"))),))
+    made, delta = [], adapters.Product.delta
+
+    def fails_later(self, device):
+        made.append(1)
+        if len(made) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return delta(self, device)
+
+    monkeypatch.setattr(adapters.Product, "delta", fails_later)
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(pipeline)
+    monkeypatch.setattr(adapters.Product, "delta", delta)
+    assert torch.equal(draw(model).pictures, plain)
+
+
+BAD = {
+    "another model": ({"transformer.blocks.0.attn.lora_A.weight": (3, 8), "transformer.blocks.0.attn.lora_B.weight": (8, 3)},
+                      "does not have: it was trained for another model"),
+    "another width": ({"layers.0.attention.to_q.lora_A.weight": (3, 8), "layers.0.attention.to_q.lora_B.weight": (96, 3)},
+                      "as 96 x 8, and it is 96 x 96"),
+    "half a pair": ({"layers.0.attention.to_q.lora_A.weight": (3, 96)}, "lacks half of its pair"),
+    "LoKr": ({"layers.0.attention.to_q.lokr_w1": (3, 64)}, "is a LoKr"),
+    "DoRA": ({"layers.0.attention.to_q.dora_scale": (64,)}, "is a DoRA"),
+    "text encoder": ({"text_encoder.layers.0.q.lora_A.weight": (3, 8)}, "changes the text encoder"),
+    "a checkpoint": ({"model.weight": (3, 8)}, "which is no part of a LoRA"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_files_that_cannot_be_used(network, tmp_path, case):
+    shapes, words = BAD[case]
+    path = write(tmp_path / "bad.safetensors", {key: torch.zeros(shape) for key, shape in shapes.items()})
+    with pytest.raises(UnusableAdapter, match=words):
+        read(path, network)
+
+
+def test_pickles_and_cut_files_are_not_opened(network, halves, tmp_path):
+    torch.save({}, tmp_path / "a.pt")
+    with pytest.raises(UnusableAdapter, match="no safetensors file"):
+        read(tmp_path / "a.pt", network)
+    path = write(tmp_path / "a.safetensors", spelled(halves, "diffusers"))
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(UnusableAdapter, match="bytes"):
+        read(path, network)

@@ -1,0 +1,109 @@
+"""Regional compilation: one graph for every prompt and size, the same pictures, and no stop where it cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hotpath import host
+from hotpath.text_to_image import compilation
+from hotpath.text_to_image.denoising import Guidance
+
+SIZES = ((64, 48), (48, 64), (128, 64), (80, 48), (32, 160), (64, 48))
+PROMPTS = ("a red fox", "a " + "very " * 30 + "long prompt", "x")
+
+
+def test_one_graph_for_every_prompt_and_size(load, draw, graphs):
+    model, plain = load(compile="regional"), load()
+    assert "compile: regional" in draw(model).report
+    first = len(graphs)
+    assert first == 1  # blocks of both lists, whatever their weights
+    for prompt in PROMPTS:
+        for width, height in SIZES:
+            found = draw(model, prompt, width=width, height=height, guidance=Guidance(2.0), negative="blurry, dark")
+            wanted = draw(plain, prompt, width=width, height=height, guidance=Guidance(2.0), negative="blurry, dark")
+            assert (found.pictures - wanted.pictures).abs().max() < 1e-5
+    assert len(graphs) == first
+    draw(model, steps=5, seed=3)
+    assert len(graphs) == first
+
+
+def test_a_leaving_and_returning_network_is_not_compiled_again(load, draw, graphs):
+    model = load(compile="regional")
+    wanted = draw(model).pictures
+    model.release()
+    assert torch.equal(draw(model).pictures, wanted) and len(graphs) == 1
+
+
+def test_machine_code_draws_the_same(load, draw):
+    """The real compiler, once: on the CPU it needs a C++ compiler, and says so where there is none."""
+    wanted = draw(load()).pictures
+    found = draw(load(compile="regional"))
+    assert (found.pictures - wanted).abs().max() < 1e-4
+    assert "compile: regional, one graph" in found.report or "compile: none instead of regional" in found.report
+
+
+def test_a_compiler_that_fails_is_left_out(load, draw, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no such operator")
+
+    planned = compilation.plan
+    monkeypatch.setattr(compilation, "plan", lambda asked, device: replace(planned(asked, device), backend=broken))
+    model = load(compile="regional")
+    found = draw(model)
+    assert "compile: none instead of regional, because BackendCompilerFailed" in found.report
+    assert torch.equal(found.pictures, draw(load()).pictures)
+    assert torch.equal(draw(model).pictures, found.pictures)
+    torch._dynamo.reset()
+
+
+def test_a_failing_network_is_not_blamed_on_the_compiler(load, draw, graphs, monkeypatch):
+    model = load(compile="regional")
+    draw(model)
+
+    def broken(*args, **kwargs):
+        raise ValueError("the network's own")
+
+    monkeypatch.setattr(model.transformer.managed.module.network, "forward", broken)
+    with pytest.raises(ValueError, match="the network's own"):
+        draw(model)
+    assert model.compilation.mode == "regional"
+
+
+def test_without_triton_on_cuda(monkeypatch):
+    monkeypatch.setattr(compilation.importlib.util, "find_spec", lambda name: None)
+    plan = compilation.plan("regional", torch.device("cuda"))
+    assert plan.mode == "none" and "triton package is not installed" in plan.note
+
+
+def test_int8_products(load, draw):
+    """torchao's int8 runs on the CPU as well; its pictures differ slightly, and the report says so."""
+    pytest.importorskip("torchao")
+    exact, model = draw(load()), load(precision="int8")
+    found = draw(model)
+    difference = (found.pictures - exact.pictures).abs().mean()
+    assert 0 < difference < 0.03 and "precision: int8" in found.report
+    network = model.transformer.managed.module.network
+    packed = [name for name, layer in network.named_modules() if "Int8" in str(type(getattr(layer, "weight", None)))]
+    assert any("layers.0.feed_forward.w1" in name for name in packed)
+    assert not [name for name in packed if "adaLN" in name or "embedder" in name or "final" in name]
+    model.release()
+    assert torch.equal(draw(model).pictures, found.pictures)
+
+
+def test_float8_says_why_not(load, draw, monkeypatch):
+    if host.current().device().type == "cpu":
+        assert (
+            "precision: none instead of float8, because there are no float8 products on cpu"
+            in draw(load(precision="float8")).report
+        )
+    from hotpath.text_to_image import precision
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert "compute capability 8.9, and this device has 8.6" in str(
+        precision.unavailable("float8", torch.device("cuda"))
+    )
+    assert precision.unavailable("int8", torch.device("cuda")) is None
+    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: None)
+    assert "torchao package is not installed" in str(precision.unavailable("int8", torch.device("cuda")))

@@ -1,0 +1,310 @@
+"""Seeds, caches, previews, tiles, interrupts, memory: what a person relies on when pictures are drawn."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hotpath import host
+from hotpath.text_to_image import decoding, denoising, previews
+from hotpath.text_to_image.denoising import Guidance
+from hotpath.text_to_image.folders import UnusableCheckpoint
+from hotpath.text_to_image.generation import Pipeline, Request, generate
+from hotpath.text_to_image.loading import MODELS, LoadOptions
+
+
+def count_calls(monkeypatch, owner, name):
+    calls = []
+    original = getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def test_a_picture_does_not_know_its_company(load, draw):
+    model = load()
+    batch = draw(model, seed=40, pictures=4, guidance=Guidance(2.0))
+    singles = [draw(model, seed=40 + i, guidance=Guidance(2.0)) for i in range(4)]
+    assert torch.equal(batch.pictures, torch.cat([one.pictures for one in singles]))
+    assert torch.equal(batch.latents, torch.cat([one.latents for one in singles]))
+    assert batch.seeds == [40, 41, 42, 43]
+    assert len({tuple(p.flatten().tolist()) for p in batch.pictures}) == 4
+    together = draw(model, seed=40, pictures=4, guidance=Guidance(2.0), pictures_at_a_time=3)
+    assert (together.pictures - batch.pictures).abs().max() < 1e-5
+
+
+def test_the_last_seed_goes_on_at_the_first(load, draw):
+    assert denoising.seeds((1 << 64) - 1, 2) == [(1 << 64) - 1, 0]
+    wrapped = draw(load(), seed=(1 << 64) - 1, pictures=2)
+    assert torch.equal(wrapped.pictures[1:], draw(load(), seed=0).pictures)
+
+
+def test_nothing_global_is_used_or_changed(load, draw):
+    model = load()
+    flags = (torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(), torch.get_default_dtype())
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = draw(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(draw(model).pictures, first.pictures)
+    assert flags == (
+        torch.backends.cudnn.benchmark,
+        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+    )
+    assert not first.pictures.is_inference() and not first.latents.is_inference()
+
+
+def test_runs_side_by_side_do_not_mix(load, draw):
+    model = load()
+    wanted = {steps: draw(model, seed=steps, steps=steps).pictures for steps in (2, 3, 4)}
+    found = {}
+
+    def run(steps):
+        found[steps] = draw(model, seed=steps, steps=steps).pictures
+
+    here = host.current()
+    threads = [threading.Thread(target=run, args=(steps,)) for steps in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert host.current() is here
+    assert all(torch.equal(found[steps], wanted[steps]) for steps in wanted)
+
+
+def test_a_known_prompt_needs_no_text_encoder(load, draw, monkeypatch):
+    model = load()
+    first = draw(model, guidance=Guidance(2.0), negative="blurry")
+    assert first.encoded == 2 and "the text encoder read 2" in first.report
+    calls = count_calls(monkeypatch, model.text_encoder.managed.module.network, "forward")
+    resident = count_calls(monkeypatch, model.text_encoder, "resident")
+    again = draw(model, guidance=Guidance(2.0), negative="blurry")
+    assert again.encoded == 0 and not calls and not resident and "the text encoder was not needed" in again.report
+    assert torch.equal(again.pictures, first.pictures)
+    assert draw(model, guidance=Guidance(2.0), negative="dark").encoded == 1 and len(calls) == 1
+    assert draw(model, prompt_cache="off").encoded == 1 and len(calls) == 2
+
+
+def test_a_prompt_from_the_disk_does_not_even_read_the_encoder(load, draw):
+    from hotpath.cache import clear_all
+
+    first = draw(load(), prompt_cache="memory and disk")
+    MODELS.clear()
+    clear_all()
+    model = load()
+    again = draw(model, prompt_cache="memory and disk")
+    assert torch.equal(again.pictures, first.pictures) and again.encoded == 0
+    assert model.transformer.loaded and model.vae.loaded and not model.text_encoder.loaded
+
+
+def test_another_prompt_length_or_model_is_another_entry(load, draw, folder):
+    from hotpath.demo.z_image_model import write_checkpoint
+
+    model = load()
+    draw(model)
+    assert draw(model, max_tokens=8).encoded == 1
+    write_checkpoint(folder / "other", seed=1)
+    assert draw(load("other")).encoded == 1
+    assert draw(load(precision="int8")).encoded == 0  # packs the transformer, not the encoder
+
+
+@pytest.mark.parametrize("needed", [1, 1 << 60])
+def test_tiles_only_without_room(load, draw, monkeypatch, needed):
+    model = load()
+    size = {"width": 128, "height": 96}  # tiles of this VAE are 64 pixels
+    whole = draw(model, **size, tiling="never")
+    monkeypatch.setattr(decoding, "activation_bytes", lambda *a: needed)
+    found = draw(model, **size)
+    if needed == 1:
+        assert "decoded whole: about 0 MiB" in found.report and torch.equal(found.pictures, whole.pictures)
+    else:
+        assert "decoded in tiles: about" in found.report
+        assert torch.equal(found.pictures, draw(model, **size, tiling="always").pictures)
+        assert not torch.equal(found.pictures, whole.pictures) and torch.equal(found.latents, whole.latents)
+    # The VAE of everybody else is as it was.
+    assert not model.vae.managed.module.network.use_tiling
+    assert "whole: a tile would be 64" in draw(model, tiling="always").report
+
+
+def test_tiles_when_the_whole_runs_out_of_memory(load, draw, monkeypatch):
+    model = load()
+    wanted = draw(model, width=128, height=96, tiling="always").pictures
+    network = model.vae.managed.module.network
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(network, "decode", full)
+    found = draw(model, width=128, height=96)
+    assert "decoded in tiles: whole it ran out of memory" in found.report and torch.equal(found.pictures, wanted)
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(model, width=128, height=96, tiling="never")
+
+
+def test_room_is_made_before_tiles(load, monkeypatch):
+    """On a device the transformer is sent away first."""
+    model = load()
+    free = [100]
+    monkeypatch.setattr(model, "device", torch.device("cuda"))
+    monkeypatch.setattr(host.current(), "free_memory", lambda device: free[0])
+    monkeypatch.setattr(decoding, "activation_bytes", lambda *a: 200)
+    monkeypatch.setattr(model.transformer, "release", lambda: free.__setitem__(0, 300))
+    plan = decoding.plan(model, "auto", 2048, 2048, 512)
+    assert not plan.tiled and free == [300]
+
+
+def test_progress_and_previews(load, draw, headless_host, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, total):
+            self.total, self.done, self.shown = total, 0, []
+            bars.append(self)
+
+        def update(self, steps=1, preview=None):
+            self.done += steps
+            if preview is not None:
+                self.shown.append(preview)
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr(headless_host, "progress", lambda total, label="": Bar(total))
+    model = load()
+    draw(model, pictures=2, steps=3, preview=previews.of_model(model))
+    (bar,) = bars
+    assert bar.total == bar.done == 2 * 3 + 2 and bar.closed
+    assert len(bar.shown) == 6 and all(picture.size == (8, 6) for picture in bar.shown)
+    assert model.preview is previews.of_model(model)
+
+
+def test_a_fitted_preview_finds_a_linear_decoder():
+    factors, bias = torch.tensor([[0.3, -0.1, 0.0], [0.0, 0.2, 0.4]]), torch.tensor([0.1, 0.0, -0.2])
+
+    def decode(latents):
+        rgb = torch.einsum("bchw,cr->brhw", latents, factors) + bias[:, None, None]
+        return torch.nn.functional.interpolate(rgb, scale_factor=8)
+
+    found = previews.fitted(decode, 2)
+    assert (found.factors - factors).abs().max() < 5e-3 and (found.bias - bias).abs().max() < 5e-3
+    shown = found.picture(torch.zeros(1, 2, 3, 5))
+    assert (
+        shown.size == (5, 3)
+        and max(map(abs, (a - b for a, b in zip(shown.getpixel((0, 0)), (140, 128, 102), strict=True)))) <= 1
+    )
+
+
+def test_the_preview_of_the_last_step_is_the_picture(load, draw):
+    seen = []
+    preview = SimpleNamespace(picture=lambda latents: seen.append(latents.clone()))
+    model = load()
+    drawn = draw(model, steps=3, preview=preview)
+    last = decoding.unscaled(model, seen[-1])
+    assert torch.allclose(last, drawn.latents, atol=1e-5) and not torch.allclose(seen[0], seen[-1], atol=1e-2)
+
+
+@pytest.mark.parametrize("compile", ["none", "regional"])
+def test_an_interrupt_ends_it_within_a_step(load, draw, headless_host, monkeypatch, graphs, compile):
+    model = load(compile=compile)
+    wanted = draw(model).pictures
+    assert bool(graphs) == (compile == "regional")
+    checks = []
+    check = headless_host.check_interrupt
+
+    def stop_at_the_third():
+        checks.append(1)
+        if len(checks) == 3:
+            headless_host.stop()
+        check()
+
+    blocks = []
+    handle = model.transformer.managed.module.network.layers[0].register_forward_pre_hook(lambda *_: blocks.append(1))
+    monkeypatch.setattr(headless_host, "check_interrupt", stop_at_the_third)
+    with pytest.raises(host.Interrupted):
+        draw(model)
+    assert len(checks) == 3 and not blocks  # after both refiners, before the first block of the first step
+    handle.remove()
+    monkeypatch.setattr(headless_host, "check_interrupt", check)
+    assert torch.equal(draw(model).pictures, wanted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"width": 70}, "The width 70 is no multiple of 16, which this checkpoint needs: try 64."),
+        ({"height": 4096}, "The height 4096 is over 1024"),
+        ({"prompt": " \n"}, "The prompt is empty"),
+        ({"steps": 0}, "1 or more"),
+        ({"guidance": Guidance(-1.0)}, "below 0"),
+        ({"mask": torch.ones(1, 8, 8)}, "A mask needs an image"),
+        ({"image": torch.ones(2, 48, 64, 3)}, "2 images for 1 pictures"),
+        ({"image": torch.ones(1, 48, 64, 3), "strength": 0.0}, "A strength of 0.0 draws nothing"),
+        ({"max_tokens": 700}, "A prompt has 1 to 608 tokens here, and 700 were asked for"),
+        ({"prompt_cache": "cloud"}, "no prompt cache"),
+        ({"tiling": "maybe"}, "no tiling"),
+    ],
+)
+def test_requests_that_cannot_be_drawn(load, draw, fields, words):
+    if words == "no tiling":
+        fields = {**fields, "width": 128}
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+        draw(load(), **fields)
+
+
+def test_an_image_of_another_shape_is_covered_and_cut(load, draw):
+    image = torch.zeros(1, 100, 300, 3)
+    image[:, :, 140:160] = 1.0
+    fitted = decoding.fit_pictures(image, 64, 48)
+    assert fitted.shape == (1, 48, 64, 3)
+    assert fitted[0, 24, 32].min() > 0.9 and fitted[0, 24, 0].max() < 0.1
+    assert draw(load(), image=image).pictures.shape == (1, 48, 64, 3)
+
+
+def test_a_negative_without_guidance_is_told(load, draw):
+    assert "the negative prompt was not used, because guidance is 0" in draw(load(), negative="blurry").report
+    assert "what comes after 8 was not read" in draw(load(), max_tokens=8).report
+
+
+def test_one_copy_of_a_checkpoint_however_many_ask(load, folder):
+    model = load()
+    assert load() is model and load(dtype="float32") is not model
+    assert MODELS.loaded() and MODELS.get("tiny", LoadOptions()) is model
+    del model
+    import gc
+
+    gc.collect()
+    assert not [m for m in MODELS.loaded() if m.options == LoadOptions()]
+
+
+def test_bfloat16_draws_nearly_the_same(load, draw):
+    exact, short = draw(load()), draw(load(dtype="bfloat16"))
+    assert short.pictures.dtype == torch.float32
+    assert (exact.pictures - short.pictures).abs().mean() < 0.02
+
+
+def test_a_wrong_word_for_an_option(load):
+    for options in ({"dtype": "float16"}, {"attention": "magic"}, {"compile": "all"}, {"precision": "int2"}):
+        with pytest.raises(ValueError, match=r"is no (dtype|attention|compile|precision)|no attention backend"):
+            load(**options)
+
+
+def test_generate_shows_its_report(load, headless_host):
+    drawn = generate(Pipeline(load()), Request("a red fox", width=32, height=32, steps=1), node_id="7")
+    assert headless_host.texts == [("7", drawn.report)]
+    assert drawn.seconds.keys() == {"prompts", "denoise", "decode"}
+
+
+def test_libraries_that_are_missing_are_named(load, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UnusableCheckpoint, match=r"comfyui-hotpath\[text-to-image\]"):
+        load()

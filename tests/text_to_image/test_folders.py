@@ -1,0 +1,163 @@
+"""Folders that are not what they should be are refused in a sentence, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from hotpath import host
+from hotpath.demo.z_image_model import write_checkpoint
+from hotpath.text_to_image import folders
+from hotpath.text_to_image.folders import UnusableCheckpoint
+from hotpath.text_to_image.loading import MODELS
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture
+def copy(folder, tiny_folder):
+    """The tiny checkpoint as a folder of its own, to be damaged."""
+    shutil.copytree(tiny_folder, folder / "copy")
+    return folder / "copy"
+
+
+def edit(file, **changes):
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in {**settings, **changes}.items() if v is not None}))
+
+
+def test_what_is_offered(folder, copy):
+    shutil.copytree(copy, folder / "owner" / "deep")
+    edit(copy / "model_index.json", _class_name="StableDiffusionPipeline")
+    (folder / ".hidden").mkdir()
+    shutil.copy(folder / "tiny" / "model_index.json", folder / ".hidden")
+    assert folders.scan() == ["owner/deep", "tiny"]
+    assert folders.find("owner/deep").pipeline == "ZImagePipeline"
+
+
+def test_names_do_not_lead_out(folder, tiny_folder):
+    for name in ("../diffusers/tiny", str(tiny_folder), "C:/tiny", "tiny/../../x"):
+        with pytest.raises(host.ModelNotFound, match="not a folder inside the model paths"):
+            folders.find(name)
+    assert folders.find(str(tiny_folder), anywhere=True).path == tiny_folder
+    with pytest.raises(host.ModelNotFound, match=r"was not found\. Looked in"):
+        folders.find("other")
+    with pytest.raises(host.ModelNotFound, match="No checkpoint is chosen"):
+        folders.find(" ")
+
+
+def test_siblings_with_the_same_networks(copy):
+    for name in ("ZImageImg2ImgPipeline", "ZImageInpaintPipeline"):
+        edit(copy / "model_index.json", _class_name=name)
+        assert folders.find("copy").pipeline == name
+
+
+DAMAGES = {
+    "another pipeline": (
+        lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline, not of the Z-Image family"),
+    "a pipeline for pictures": (
+        lambda f: edit(f / "model_index.json", _class_name="ZImageOmniPipeline"), "draws from reference pictures"),
+    "another transformer": (
+        lambda f: edit(f / "model_index.json", transformer=["diffusers", "FluxTransformer2DModel"]),
+        "names FluxTransformer2DModel as transformer"),
+    "a class of its own": (
+        lambda f: edit(f / "model_index.json", text_encoder=["my_code", "Encoder"]), "names Encoder as text_encoder"),
+    "no component": (lambda f: edit(f / "model_index.json", vae=None), "names nothing as vae"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),
+    "a broken index": (lambda f: (f / "model_index.json").write_text("{"), "cannot be read as JSON"),
+    "no folder": (lambda f: shutil.rmtree(f / "vae"), "has no folder vae"),
+    "no configuration": (lambda f: (f / "transformer" / "config.json").unlink(), "config.json is missing"),
+    "no weights": (
+        lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "has no weights"),
+    "pickles": (
+        lambda f: (f / "vae" / "diffusion_pytorch_model.safetensors").rename(f / "vae" / "diffusion_pytorch_model.bin"),
+        "a pickle, which can run code and is not opened"),
+    "no tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "has no tokenizer"),
+    "no chat template": (
+        lambda f: ((f / "tokenizer" / "chat_template.jinja").unlink(),
+                   edit(f / "tokenizer" / "tokenizer_config.json", chat_template=None)), "has no chat template"),
+    "another draw each time": (
+        lambda f: edit(f / "scheduler" / "scheduler_config.json", stochastic_sampling=True), "stochastic sampling"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders(copy, damage):
+    break_it, words = DAMAGES[damage]
+    break_it(copy)
+    with pytest.raises(UnusableCheckpoint, match=words):
+        MODELS.get("copy")
+
+
+def test_a_missing_and_a_cut_shard(folder):
+    path = write_checkpoint(folder / "shards", shard="150KB") / "transformer"
+    shards = sorted(path.glob("*-of-*.safetensors"))
+    assert len(shards) > 2
+    MODELS.get("shards")
+    whole = shards[1].read_bytes()
+    shards[1].write_bytes(whole[:-10])
+    with pytest.raises(UnusableCheckpoint, match=f"{shards[1].name}: it has {len(whole) - 10} bytes"):
+        MODELS.get("shards")
+    shards[1].unlink()
+    with pytest.raises(UnusableCheckpoint, match=f"is not whole, missing: {shards[1].name}"):
+        MODELS.get("shards")
+
+
+def test_shards_and_a_variant_draw_the_same(folder, draw, load):
+    wanted = draw(load()).pictures
+    write_checkpoint(folder / "shards", shard="150KB")
+    # Not to the bit: where a weight lies in its file decides which of its instructions a CPU takes.
+    assert (draw(load("shards")).pictures - wanted).abs().max() < 1e-5
+    for component, stem in folders.WEIGHTS.items():
+        index = folder / "shards" / component / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            continue
+        file = folder / "shards" / component / f"{stem}.safetensors"
+        file.rename(file.with_name(f"{stem}.fp16.safetensors"))
+    found = folders.find("shards")
+    assert "fp16" in found.variants.values()
+    # Not to the bit: where a weight lies in its file decides which of its instructions a CPU takes.
+    assert (draw(load("shards")).pictures - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
+@pytest.mark.parametrize("damage", ["missing", "shape", "strange"])
+def test_weights_that_do_not_fit(copy, draw, component, damage):
+    """The libraries would fill in random numbers and go on."""
+    file = copy / component / f"{folders.WEIGHTS[component]}.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if "layers.0" in n or "up_blocks.0" in n)
+    tensor = tensors.pop(name)
+    if damage == "shape":
+        tensors[name] = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1)
+    elif damage == "strange":
+        tensors |= {name: tensor, "adapter.other.weight": tensor.clone()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UnusableCheckpoint, match=str(copy / component)):
+        draw(MODELS.get("copy"))
+
+
+def test_a_sub_folder_and_a_single_file(folder, tiny_folder):
+    with pytest.raises(UnusableCheckpoint, match="choose the folder above it"):
+        folders.find("tiny/transformer")
+    (folder / "z.safetensors").write_bytes(b"")
+    with pytest.raises(UnusableCheckpoint, match="is a single file: load it with ComfyUI's Load Diffusion Model"):
+        folders.find("z.safetensors")
+
+
+def test_parts_of_two_checkpoints(copy):
+    edit(copy / "vae" / "config.json", latent_channels=16)
+    with pytest.raises(UnusableCheckpoint, match="draws 4 channels and the VAE reads 16"):
+        MODELS.get("copy")
+
+
+def test_a_folder_that_changed_is_another_model(copy, folder, load):
+    before = load("copy")
+    shutil.rmtree(copy)
+    write_checkpoint(copy, seed=9)
+    after = load("copy")
+    assert after is not before and after.identity != before.identity and after.text_identity != before.text_identity
+    # A renamed one is not.
+    copy.rename(folder / "renamed")
+    assert load("renamed").identity == after.identity
