@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +25,8 @@ WANTED = {
     "instantid_face_second_pass", "instantid_identity", "instantid_posed", "instantid_two_people", "restore_a_film",
 }  # fmt: skip
 LARGEST_THUMBNAIL = 60_000
-# Nodes that draw nothing and say nothing of their own; each example must show something else.
+# For a checkout that is not installed: `import hotpath` as the tests have it.
+IMPORTS = f"import sys; sys.path.insert(0, {str(FOLDER.parent / 'tests')!r}); import conftest; del sys.path[0]\n"
 NOTES = ("Note", "MarkdownNote")
 
 
@@ -134,3 +140,22 @@ class TestInComfyUI:
             assert answer.read().startswith(b"# InstantID")
         with urllib.request.urlopen(f"{base}/images/blocks.jpg", timeout=60) as answer:
             assert answer.headers["Content-Type"] == "image/jpeg"
+
+    @pytest.mark.parametrize(("kind", "number"), [("bash", 0), ("python", 0), ("python", 1)])
+    def test_the_guides_examples_run(self, server, tmp_path: Path, kind: str, number: int):
+        """The blocks of docs/api.md, as they stand, in a folder with the files they name."""
+        guide = (FOLDER.parent / "docs" / "api.md").read_text("utf-8")
+        block = re.findall(rf"^```{kind}\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)[number]
+        if kind == "bash" and (shutil.which("curl") is None or shutil.which("bash") is None):
+            pytest.skip("needs bash and curl")
+        shutil.copy(twin_path(FOLDER / "faces_find_and_match.json"), tmp_path)
+        shutil.copy(FOLDER.parent / "demo" / "inputs" / "astronaut.png", tmp_path / "portrait.png")
+        command = (
+            ["bash", "-euo", "pipefail", "-c", block] if kind == "bash" else [sys.executable, "-c", IMPORTS + block]
+        )
+        done = subprocess.run(
+            command, cwd=tmp_path, env={**os.environ, "SERVER": server.url}, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        pictures = list(tmp_path.rglob("*marked*.png"))
+        assert pictures and all(Image.open(path).size == (640, 448) for path in pictures)
