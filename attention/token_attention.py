@@ -77,7 +77,7 @@ def attend_tokens_reference(
     stats: Tensor | None = None,
     attention: Attention = scaled_dot_product,
 ) -> Tensor:
-    """`attend_tokens` in plain torch, summed in float32."""
+    """`attend_tokens` in plain torch, summed in float32; contiguous, as the kernel's result is."""
     total = out.float()
     for identity, identity_rows in enumerate(rows):
         attended = attention(q, keys[identity_rows], values[identity_rows], heads) * weights[identity, :, None, None]
@@ -87,7 +87,7 @@ def attend_tokens_reference(
     if stats is not None:
         added = total - out
         stats += torch.stack((added.square().sum(), out.float().square().sum()))
-    return total.to(out.dtype)
+    return total.to(out.dtype).contiguous()
 
 
 def _run(
@@ -125,8 +125,8 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, tokens: int, head_di
         return _failed[device]
     try:
         from .token_attention_kernel import why_not
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
+    except Exception as error:  # not installed, or too old to know what the kernel asks of it
+        return f"Triton does not serve ({type(error).__name__}: {error})"
     reason = why_not(dtype, tokens, head_dim)
     log.info("token attention on %s in %s: %s", device, dtype, f"plain torch, {reason}" if reason else "fused kernel")
     return reason

@@ -7,6 +7,7 @@ al., 2022) with a single key block; there is nothing to carry from block to bloc
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -136,44 +137,44 @@ def attend_tokens_fused(
         q = q.contiguous()
     if out.stride(-1) != 1:
         out = out.contiguous()
-    batch, queries, width = q.shape
-    result = torch.empty((batch, queries, width), dtype=out.dtype, device=out.device)
+    result = torch.empty(out.shape, dtype=out.dtype, device=out.device)
     if result.numel() == 0:
         return result
-    identities, tokens, dim = rows.shape[0], keys.shape[1], width // heads
-    unused = weights  # Triton wants a pointer where none is read
-    arguments = (
-        q, out, result, keys, values, rows, weights, unused if mask is None else mask, unused if stats is None else stats,
-        dim**-0.5, queries, batch, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-        0 if mask is None else mask.stride(0), 0 if mask is None or mask.shape[1] == 1 else mask.stride(1),
-        identities, tokens, max(16, triton.next_power_of_2(tokens)), dim, max(16, triton.next_power_of_2(dim)),
-        mask is not None, stats is not None, INTERPRETED and q.dtype == torch.bfloat16,
+    # Triton wants a pointer also where none is read.
+    tensors = (
+        q, out, result, keys, values, rows, weights, weights if mask is None else mask, weights if stats is None else stats
+    )  # fmt: skip
+    # All that Triton compiles for; of the pointers that is whether they are aligned to 16 bytes.
+    addresses = q.data_ptr() | out.data_ptr() | result.data_ptr() | keys.data_ptr() | values.data_ptr()
+    key = (
+        q.shape, q.stride(), out.stride(), q.dtype, out.dtype, q.device, keys.shape, keys.dtype, rows.shape, heads,
+        None if mask is None else mask.stride(), mask is not None and mask.shape[1] > 1, stats is not None, addresses & 15,
     )  # fmt: skip
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            _launch(arguments, heads)
+            (_plans.get(key) or _make_plan(key, tensors, heads, mask, stats is not None))(*tensors)
     else:
-        _launch(arguments, heads)
+        (_plans.get(key) or _make_plan(key, tensors, heads, mask, stats is not None))(*tensors)
     return result
 
 
-def _launch(arguments: tuple[Any, ...], heads: int) -> None:
-    q, out, result, keys, values = arguments[:5]
-    aligned = not (q.data_ptr() | out.data_ptr() | result.data_ptr() | keys.data_ptr() | values.data_ptr()) & 15
-    key = (q.dtype, out.dtype, keys.dtype, q.device, heads, aligned, arguments[9:])
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _make_plan(key, arguments, heads)
-    plan(*arguments)
-
-
-def _make_plan(key: tuple[Any, ...], arguments: tuple[Any, ...], heads: int) -> Callable[..., None]:
-    q = arguments[0]
-    batch, queries = q.shape[:2]
+def _make_plan(
+    key: tuple[Any, ...], tensors: tuple[Tensor, ...], heads: int, mask: Tensor | None, has_stats: bool
+) -> Callable[..., None]:
+    """The fastest of `CONFIGS` for this shape, measured once."""
+    q, out, keys, rows = tensors[0], tensors[1], tensors[3], tensors[5]
+    batch, queries, width = q.shape
+    dim, tokens = width // heads, keys.shape[1]
+    constants = (
+        dim**-0.5, queries, batch, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+        0 if mask is None else mask.stride(0), 0 if mask is None or mask.shape[1] == 1 else mask.stride(1),
+        rows.shape[0], tokens, _padded(tokens), dim, _padded(dim), mask is not None, has_stats,
+        INTERPRETED and q.dtype == torch.bfloat16,
+    )  # fmt: skip
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     # Trials must not count into a running measurement.
-    trial = (*arguments[:8], torch.zeros(2, device=q.device), *arguments[9:])
-    plans = list(_candidates(trial, batch, queries, heads, first_only=capturing or not q.is_cuda))
+    trial = (*tensors[:8], torch.zeros(2, device=q.device))
+    plans = list(_candidates(trial, constants, (queries, heads, batch), first_only=capturing or not q.is_cuda))
     plan = plans[0] if len(plans) == 1 else min(plans, key=lambda p: _milliseconds(p, trial))
     if not capturing:
         with _lock:
@@ -183,37 +184,49 @@ def _make_plan(key: tuple[Any, ...], arguments: tuple[Any, ...], heads: int) -> 
     return plan
 
 
+def _padded(size: int) -> int:
+    """The next power of two, and at least what a tensor core multiplies."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def _candidates(
-    arguments: tuple[Any, ...], batch: int, queries: int, heads: int, first_only: bool
+    tensors: tuple[Tensor, ...], constants: tuple[Any, ...], extent: tuple[int, int, int], first_only: bool
 ) -> Iterator[Callable[..., None]]:
+    queries, heads, batch = extent
     for block, warps in CONFIGS:
         grid = (triton.cdiv(queries, block), heads, batch)
+        options = {"BLOCK": block, "num_warps": warps, "num_stages": 1}
         try:
-            compiled = _attend_tokens[grid](*arguments, BLOCK=block, num_warps=warps, num_stages=1)
+            compiled = _attend_tokens[grid](*tensors, *constants, **options)
         except triton.runtime.errors.OutOfResources as error:
             log.debug("token attention: %d queries per program do not fit (%s)", block, error)
             continue
-        yield _direct(compiled, grid, block, warps)
+        if compiled is None:  # the interpreter compiles nothing
+            yield functools.partial(_interpret, grid, constants, options)
+        else:
+            yield _direct(compiled[grid], (*constants, block))
         if first_only:
             return
 
 
-def _direct(compiled: Any, grid: tuple[int, int, int], block: int, warps: int) -> Callable[..., None]:
+def _direct(launch: Callable[..., None], constants: tuple[Any, ...]) -> Callable[..., None]:
     """Launch what is compiled already: Triton's own call looks at every argument again each time."""
-    if hasattr(compiled, "__getitem__"):
-        runner = compiled[grid]
-        return lambda *arguments: runner(*arguments, block)
-    # The interpreter compiles nothing.
-    return lambda *arguments: _attend_tokens[grid](*arguments, BLOCK=block, num_warps=warps, num_stages=1)
+    return lambda *tensors: launch(*tensors, *constants)
 
 
-def _milliseconds(plan: Callable[..., None], arguments: tuple[Any, ...]) -> float:
+def _interpret(
+    grid: tuple[int, int, int], constants: tuple[Any, ...], options: dict[str, int], *tensors: Tensor
+) -> None:
+    _attend_tokens[grid](*tensors, *constants, **options)
+
+
+def _milliseconds(plan: Callable[..., None], tensors: tuple[Tensor, ...]) -> float:
     """Median of a few launches, by events: waits for the device, once per shape."""
     times = []
     for _ in range(MEASURED_LAUNCHES):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        plan(*arguments)
+        plan(*tensors)
         end.record()
         times.append((start, end))
     torch.cuda.synchronize()

@@ -97,7 +97,6 @@ class ModelCall:
         def gate() -> Tensor:
             exact = torch.float32 if self.device.type == "mps" else torch.float64
             limits = torch.tensor([(s.sigma_start, s.sigma_end) for s in settings], dtype=exact)
-            # From pageable memory this copy waits for nothing that runs on the device.
             limits = limits.to(self.device, non_blocking=True)
             sigma = timestep.flatten()[0].to(self.device, exact)
             return weights * ((sigma <= limits[:, 0]) & (sigma >= limits[:, 1]))[:, None]
@@ -107,7 +106,8 @@ class ModelCall:
     def _once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = make().to(self.device)
+            # Without non_blocking, torch would wait for everything that runs on the device.
+            made = self._made[key] = make().to(self.device, non_blocking=True)
         return made
 
 

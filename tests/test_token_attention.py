@@ -203,9 +203,10 @@ def test_measured_operator_counts_under_compile() -> None:
 
 
 def test_operators_pass_torchs_own_checks() -> None:
-    inputs = token_inputs(SHAPES[2], torch.float32)
-    arguments = [inputs[name] for name in ("q", "out", "keys", "values", "rows", "weights", "mask")]
-    torch.library.opcheck(torch.ops.hotpath.attend_tokens.default, (*arguments, inputs["heads"]))
+    for strided in (False, True):
+        inputs = token_inputs(SHAPES[2], torch.float32, strided)
+        arguments = [inputs[name] for name in ("q", "out", "keys", "values", "rows", "weights", "mask")]
+        torch.library.opcheck(torch.ops.hotpath.attend_tokens.default, (*arguments, inputs["heads"]))
     measured = torch.ops.hotpath.attend_tokens_measured.default
     torch.library.opcheck(measured, (*arguments, torch.zeros(2), inputs["heads"]))
 
