@@ -159,6 +159,7 @@ def run_map(
             except NoWorkers as lost:
                 outcome.lost = str(lost)
             finally:
+                store.clean()
                 # A film that was whole before has no items now; what the list says of it stays.
                 if status.over or status.running or not outcome.results.is_file():
                     store.export()
@@ -214,13 +215,15 @@ def _beacon(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _pool(request: MapRequest, devices: Devices, beacon: Path, interrupted: Callable[[], None]) -> Iterator[Pool]:
     options = request.options
+    inputs = request.input_folder.resolve()
     settings = WorkerSettings(
-        str(request.input_folder.resolve()),
+        str(inputs),
         [str(folder.resolve()) for folder in request.models],
         {kind: [str(folder) for folder in folders] for kind, folders in request.kind_folders.items()},
         None if devices.gpus else "cpu",
         choose_threads(options.threads),
-        str(beacon),
+        # A list of prompts needs no input folder.
+        [str(beacon), *([str(inputs)] if inputs.is_dir() else [])],
     )
     if options.executor == "local":
         if options.in_process and devices.workers == 1:

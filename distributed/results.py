@@ -137,6 +137,10 @@ class ResultStore:
             else:
                 self.manifest.forget(job_id)
         # What is left there belongs to attempts that a killed run left half made.
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what unfinished attempts left; no worker may be running."""
         shutil.rmtree(self.work / "staging", ignore_errors=True)
 
     def _move(self, moves: Sequence[tuple[str, str]]) -> None:

@@ -35,8 +35,8 @@ class WorkerSettings:
     """What a worker is made with; plain values, as it crosses processes and machines.
 
     models: model folders, the first to be searched first; kind_folders: further ones by kind. threads: of torch on the
-    CPU, the same on all workers, since sums are rounded by how they are split; 0 leaves it. beacon: a file that a worker
-    must see, beside the results.
+    CPU, the same on all workers, since sums are rounded by how they are split; 0 leaves it. sees: what a worker must be
+    able to see: the input folder, and a file that the run has just put beside the results.
     """
 
     input_folder: str
@@ -44,7 +44,7 @@ class WorkerSettings:
     kind_folders: dict[str, list[str]] = field(default_factory=dict)
     device: str | None = None
     threads: int = 0
-    beacon: str | None = None
+    sees: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,11 +124,11 @@ class WorkflowWorker:
         self.settings = settings
         if settings.threads and torch.get_num_threads() != settings.threads:
             torch.set_num_threads(settings.threads)
-        for path, what in ((settings.beacon, "output"), (settings.input_folder, "input")):
-            if path is not None and not Path(path).exists():
+        for path in settings.sees:
+            if not Path(path).exists():
                 raise NotShared(
-                    f"The worker on {socket.gethostname()} does not see the {what} folder of this run ({path}). "
-                    "Workers of other machines need both folders on shared storage, at the same path."
+                    f"The worker on {socket.gethostname()} does not see {path}. Workers of other machines need the input "
+                    "and the output folder on shared storage, at the same paths."
                 )
         self.host = WorkerHost(settings, tell, interrupted)
         self.executor = Executor(self.host, observer=self.host)

@@ -1,0 +1,170 @@
+"""Workers in processes of their own: the same results, deaths survived, stopped at once, killed without damage."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from hotpath.distributed import devices, local_pool
+from hotpath.distributed.jobs import BadMap
+from hotpath.distributed.local_pool import LocalPool
+from hotpath.distributed.mapping import run_map
+from hotpath.distributed.pool import Died, Ready
+from hotpath.distributed.worker import WorkerSettings
+from map_workflows import COPY, listed, made, picture
+
+posix = pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+SLOW = 1400  # side of a picture that takes a good part of a second to write
+
+
+class Killer:
+    """Kills the first worker it sees at work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pool: LocalPool | None = None
+        self.killed: int | None = None
+        start = LocalPool.start
+
+        def watched(pool: LocalPool) -> None:
+            self.pool = pool
+            start(pool)
+
+        monkeypatch.setattr(LocalPool, "start", watched)
+
+    def changed(self, status) -> None:
+        assert self.pool is not None
+        for slot in status.running:
+            pid = self.pool.pids()[slot]
+            if self.killed is None and pid is not None:
+                self.killed = pid
+                os.kill(pid, signal.SIGKILL)
+
+
+@posix
+def test_two_processes_one_of_which_is_killed_give_what_this_one_gives(
+    pictures, request_for, monkeypatch, headless_host
+):
+    for i in range(3):
+        picture(pictures / f"slow{i}.png", 50 + i, SLOW)
+    (pictures / "bad.png").write_text("no picture")
+    killer = Killer(monkeypatch)
+    together = run_map(request_for(pictures, "two", workers=2, in_process=False), killer)
+    assert killer.killed is not None and not psutil.pid_exists(killer.killed)
+    status = together.status
+    assert (status.done, status.failed, status.retried) == (8, 1, 1), (
+        "only the bad picture fails; the killed job is repeated"
+    )
+    assert "2 processes of this machine" in together.report()
+    alone = run_map(request_for(pictures, "one"))
+    assert made(together.folder) == made(alone.folder)
+    keys = ("item", "name", "status", "files", "texts")
+    assert [[line[k] for k in keys] for line in listed(together.folder)] == [
+        [line[k] for k in keys] for line in listed(alone.folder)
+    ]
+    assert max(line["attempts"] for line in listed(together.folder)) == 2
+
+
+def command(folder: Path, *more: str) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "COMFYUI_PATH": "none",
+        "OMP_NUM_THREADS": "1",
+        "HOTPATH_MODELS": str(folder / "models"),
+    }
+    root = Path(local_pool.PACK)
+    return subprocess.Popen(
+        [sys.executable, str(root), "map", str(folder / "w.json"), "--over", "in", "--output-folder", "out", *more],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@posix
+def test_killed_then_stopped_then_finished(tmp_path, headless_host, request_for):
+    """kill -9 of the run, Ctrl-C of the next one, and a third that finishes: every picture once, and whole."""
+    inputs = headless_host.input_folder()
+    headless_host._input = tmp_path
+    for i in range(12):
+        picture(tmp_path / "in" / f"p{i:02}.png", i, SLOW)
+    (tmp_path / "w.json").write_text(json.dumps(COPY))
+    out = tmp_path / "out"
+
+    first = command(tmp_path, "--workers", "2", "--gpus", "none")
+    wait_for(lambda: len(made(out)) >= 1)
+    workers = psutil.Process(first.pid).children(recursive=True)
+    assert len(workers) == 2
+    first.kill()
+    first.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive, "a worker does not outlive its run"
+    after_kill = made(out)
+
+    second = command(tmp_path, "--workers", "2", "--gpus", "none")
+    wait_for(lambda: len(made(out)) > len(after_kill))
+    workers = psutil.Process(second.pid).children(recursive=True)
+    asked = time.monotonic()
+    second.send_signal(signal.SIGINT)
+    _, said = second.communicate(timeout=60)
+    took = time.monotonic() - asked
+    assert second.returncode == 130 and "the same command goes on from there" in said
+    assert took < 5.0, f"{took:.1f} s"
+    assert not psutil.wait_procs(workers, timeout=1)[1]
+    assert {name: content for name, content in made(out).items() if name in after_kill} == after_kill
+    states = [line["status"] for line in listed(out)]
+    assert states.count("done") == len(made(out)) < 12
+
+    third = run_map(request_for(tmp_path / "in"))
+    assert third.status.skipped == len([s for s in states if s == "done"])
+    assert third.whole and len(made(out)) == 12
+    headless_host._input = inputs
+    assert not list(out.glob(".*.part"))
+
+
+def test_workers_that_cannot_begin_end_the_run(pictures, request_for, monkeypatch):
+    """As on a machine without the shared storage: the worker says what it does not see."""
+    pool = LocalPool(WorkerSettings(str(pictures), sees=[str(pictures / "nothing")]), [None])
+    pool.start()
+    events: list = []
+    wait_for(lambda: events.extend(pool.wait(0.1)) or events)
+    pool.close()
+    assert isinstance(events[0], Died) and events[0].final
+    assert "does not see" in events[0].reason and "shared storage" in events[0].reason
+    assert not [event for event in events if isinstance(event, Ready)]
+
+
+def test_which_gpu_each_worker_sees(monkeypatch):
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices.choose_devices().per_worker() == ["0", "1", "2"]
+    assert devices.choose_devices("2,0").per_worker() == ["2", "0"]
+    assert devices.choose_devices("1", 2).per_worker() == ["1", "1"]
+    assert devices.choose_devices("none", 2).per_worker() == ["", ""]
+    assert devices.choose_devices("none").device == "cpu" and devices.choose_devices("1").device == "cuda:1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-af,6")
+    assert devices.choose_devices("1,2").per_worker() == ["GPU-af", "6"]
+    with pytest.raises(BadMap, match="There is no GPU 3: this machine has 3, counted from 0"):
+        devices.choose_devices("3")
+    with pytest.raises(BadMap, match="no choice of GPUs"):
+        devices.choose_devices("one")
+
+
+def test_threads_do_not_depend_on_the_number_of_workers(monkeypatch):
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: 64)
+    assert devices.choose_threads() == 4 and devices.choose_threads(7) == 7

@@ -1,0 +1,233 @@
+"""What is on disk: nothing lost, nothing twice, nothing of others touched, one run at a time."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hotpath.distributed import results
+from hotpath.distributed.items import FolderItems, Item, JsonLinesItems, ListItems
+from hotpath.distributed.jobs import BadMap, Job
+from hotpath.distributed.manifest import Manifest, ManifestInUse
+from hotpath.distributed.mapping import run_map
+from hotpath.distributed.results import ResultStore
+from hotpath.host import Interrupted
+from map_workflows import COPY, listed, made, picture
+
+TEXT = {"1": {"class_type": "PreviewAny", "inputs": {"source": "nothing"}}}
+
+
+class Watch:
+    """Stops a run once `after` items are done."""
+
+    def __init__(self, after: int) -> None:
+        self.after, self.done = after, 0
+
+    def changed(self, status) -> None:
+        self.done = status.done
+
+    def check(self) -> None:
+        if self.done >= self.after:
+            raise Interrupted("Stopped on request.")
+
+
+def test_a_run_its_list_and_its_files(pictures, request_for):
+    (pictures / "bad.png").write_text("no picture")
+    (pictures / "copy.png").write_bytes((pictures / "p0.png").read_bytes())
+    outcome = run_map(request_for(pictures))
+    assert (outcome.status.done, outcome.status.skipped, outcome.status.failed) == (5, 1, 1)
+    assert not outcome.whole
+    assert "in/bad.png: LoadImage (#1): bad.png is not a picture that can be read." in outcome.report()
+    lines = listed(outcome.folder)
+    assert [line["name"] for line in lines] == ["bad", "copy", "p0", "p1", "p2", "p3", "p4"]
+    assert lines[0]["status"] == "failed" and lines[0]["files"] == []
+    assert [line["files"] for line in lines[1:]] == [[f"{name}.png"] for name in ("copy", "p0", "p1", "p2", "p3", "p4")]
+    assert sorted(made(outcome.folder)) == ["copy.png", "p0.png", "p1.png", "p2.png", "p3.png", "p4.png"]
+    assert not list((outcome.folder / ".hotpath-map").glob("beacon*"))
+    assert not (outcome.folder / ".hotpath-map" / "staging").exists()
+
+
+def test_nothing_is_done_twice(pictures, request_for):
+    first = run_map(request_for(pictures))
+    before = {path: path.stat().st_mtime_ns for path in first.folder.glob("*.png")}
+    again = run_map(request_for(pictures))
+    assert (again.status.done, again.status.skipped) == (0, 5) and again.whole
+    assert {path: path.stat().st_mtime_ns for path in first.folder.glob("*.png")} == before
+    picture(pictures / "new.png", 99)
+    (first.folder / "p1.png").unlink()
+    picture(pictures / "p2.png", 98)
+    whole = made(run_map(request_for(pictures, "other")).folder)
+    third = run_map(request_for(pictures))
+    assert (third.status.done, third.status.skipped) == (3, 3), "a new one, a deleted result, a changed picture"
+    assert made(third.folder) == whole
+
+
+def test_an_interrupt_leaves_what_is_done(pictures, request_for):
+    watch = Watch(2)
+    with pytest.raises(Interrupted):
+        run_map(request_for(pictures), watch, watch.check)
+    folder = request_for(pictures).output_folder
+    states = [line["status"] for line in listed(folder)]
+    assert states.count("done") == 2 and states.count("waiting") >= 1
+    assert len(made(folder)) == 2
+    rest = run_map(request_for(pictures))
+    assert (rest.status.done, rest.status.skipped) == (3, 2)
+    assert made(rest.folder) == made(run_map(request_for(pictures, "at once")).folder)
+
+
+def test_text_becomes_a_file_beside_the_list(request_for, tmp_path):
+    outcome = run_map(request_for(ListItems("a cat\nzwei Hunde\na cat"), graph=TEXT, target="1.source"))
+    files = made(outcome.folder)
+    assert sorted(files.values()) == [b"a cat\n", b"zwei Hunde\n"]
+    assert all(name.startswith(("a-cat-", "zwei-hunde-")) for name in files)
+    assert [line["texts"] for line in listed(outcome.folder)] == [["a cat"], ["zwei Hunde"], ["a cat"]]
+
+
+def test_lines_of_a_list_fail_alone(request_for, tmp_path):
+    (tmp_path / "l.jsonl").write_text('{"1.source": "one"}\nbroken\n{"7.source": "x"}\n{"PreviewAny.source": "two"}\n')
+    outcome = run_map(request_for(JsonLinesItems(tmp_path / "l.jsonl"), graph=TEXT))
+    lines = listed(outcome.folder)
+    assert [line["status"] for line in lines] == ["done", "failed", "failed", "done"]
+    assert "line 2 is not JSON" in lines[1]["error"] and "there is no node called '7'" in lines[2]["error"]
+
+
+def test_files_of_others_are_never_touched(pictures, request_for):
+    folder = request_for(pictures).output_folder
+    mine = picture(folder / "p1.png", 1234)
+    before = mine.read_bytes()
+    outcome = run_map(request_for(pictures))
+    assert mine.read_bytes() == before
+    assert "p1-2.png" in made(folder)
+    assert run_map(request_for(pictures)).status.skipped == 5
+    assert [line["files"] for line in listed(outcome.folder)][1] == ["p1-2.png"]
+
+
+def test_many_files_of_an_item_go_into_a_folder(pictures, request_for):
+    graph = {**COPY, "3": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "sub/again"}}}
+    outcome = run_map(request_for(pictures, graph=graph))
+    assert sorted(made(outcome.folder))[:2] == ["p0/copy_00001_.png", "p0/sub/again_00001_.png"]
+    assert len(made(outcome.folder)) == 10
+
+
+def test_an_unchanged_output_node_writes_for_every_item(pictures, request_for, headless_host):
+    """A branch that no item reaches is not computed again, but its file belongs to every item."""
+    picture(headless_host.input_folder() / "same.png", 5)
+    graph = {
+        **COPY,
+        "3": {"class_type": "LoadImage", "inputs": {"image": "same.png"}},
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "same"}},
+    }
+    outcome = run_map(request_for(pictures, graph=graph, target="1.image"))
+    assert sorted(made(outcome.folder)) == sorted(f"p{i}/{n}_00001_.png" for i in range(5) for n in ("copy", "same"))
+
+
+def test_another_workflow_is_refused_and_restart_replaces(pictures, request_for):
+    run_map(request_for(pictures))
+    other = json.loads(json.dumps(COPY))
+    other["2"]["inputs"]["filename_prefix"] = "else"
+    with pytest.raises(BadMap, match=r"holds results of another workflow.*--restart"):
+        run_map(request_for(pictures, graph=other))
+    outcome = run_map(request_for(pictures, graph=other, restart=True))
+    assert outcome.status.done == 5 and len(made(outcome.folder)) == 5
+
+
+def test_two_runs_in_one_folder(pictures, request_for):
+    request = request_for(pictures)
+    path = ResultStore.manifest_path(request.output_folder)
+    with Manifest.open(path, "x"):
+        code = (
+            "import sqlite3, sys\n"
+            f"db = sqlite3.connect({str(path)!r}, timeout=0, isolation_level=None)\n"
+            "try:\n    db.execute('BEGIN EXCLUSIVE')\nexcept sqlite3.OperationalError as e:\n    sys.exit(str(e))\n"
+        )
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "locked" in other.stderr
+        with pytest.raises(ManifestInUse, match="Another run works in"):
+            run_map(request)
+    with Manifest.open(path, "x"):
+        """The lock ends with the run."""
+
+
+def test_a_damaged_record_is_named(pictures, request_for):
+    request = request_for(pictures)
+    path = ResultStore.manifest_path(request.output_folder)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a database, " * 100)
+    with pytest.raises(BadMap, match=r"manifest\.sqlite, is damaged .* delete it"):
+        run_map(request)
+
+
+@pytest.mark.parametrize("moment", ["before the moves", "between the moves", "before it is confirmed"])
+def test_a_crash_while_a_result_becomes_final(tmp_path, moment, monkeypatch):
+    """Each moment of a power cut: afterwards the result is there once, whole, or the job is to be done again."""
+    folder, job = tmp_path / "out", Job("j1", Item("a", "c"), {})
+
+    def stage(store: ResultStore) -> Path:
+        staging = store.staging(job, 1)
+        for name in ("one.png", "two.png"):
+            (staging / "output").mkdir(parents=True, exist_ok=True)
+            (staging / "output" / name).write_text(name)
+        return staging
+
+    class PowerCutError(BaseException):
+        pass
+
+    def cut(*_):
+        raise PowerCutError
+
+    with pytest.raises(PowerCutError), Manifest.open(ResultStore.manifest_path(folder), "w") as manifest:
+        store = ResultStore(folder, manifest)
+        staging = stage(store)
+        if moment == "before the moves":
+            monkeypatch.setattr(store, "_move", cut)
+        elif moment == "between the moves":
+            move = store._move
+            monkeypatch.setattr(store, "_move", lambda moves: (move(moves[:1]), cut()))
+        else:
+            monkeypatch.setattr(manifest, "end_commit", cut)
+        store.keep(job, staging, [], 1.0, 1)
+    with Manifest.open(ResultStore.manifest_path(folder), "w") as manifest:
+        store = ResultStore(folder, manifest)
+        assert store.done(job)
+        assert made(folder) == {"a/one.png": b"one.png", "a/two.png": b"two.png"}
+        assert not manifest.committing()
+
+
+def test_a_result_that_was_lost_with_its_staging_is_done_again(tmp_path):
+    folder, job = tmp_path / "out", Job("j1", Item("a", "c"), {})
+    path = ResultStore.manifest_path(folder)
+    with Manifest.open(path, "w") as manifest:
+        ResultStore(folder, manifest)
+        record = results.JobRecord("j1", "committing", 1, 1.0, None, [], [".png"])
+        manifest.begin_commit(record, "a", "a", [("gone.png", "a.png")])
+    with Manifest.open(path, "w") as manifest:
+        assert not ResultStore(folder, manifest).done(job)
+        assert manifest.job("j1") is None
+
+
+def test_a_list_cannot_lead_out_of_the_output_folder(tmp_path):
+    with Manifest.open(ResultStore.manifest_path(tmp_path / "out"), "w") as manifest:
+        store = ResultStore(tmp_path / "out", manifest)
+        job = Job("j", Item("../../etc/x", "c"), {})
+        (store.staging(job, 1) / "output").mkdir(parents=True)
+        (store.staging(job, 1) / "output" / "x.png").write_text("x")
+        with pytest.raises(ValueError, match="leads out of"):
+            store.keep(job, store.staging(job, 1), [], 1.0, 1)
+
+
+def test_the_record_is_a_plain_database(pictures, request_for):
+    outcome = run_map(request_for(pictures))
+    with sqlite3.connect(ResultStore.manifest_path(outcome.folder)) as db:
+        assert db.execute("SELECT count(*) FROM jobs WHERE state = 'done'").fetchone() == (5,)
+    db.close()
+
+
+def test_an_empty_folder(request_for, headless_host):
+    folder = headless_host.input_folder() / "empty"
+    folder.mkdir(parents=True)
+    with pytest.raises(BadMap, match="nothing to map over"):
+        run_map(request_for(FolderItems(folder, headless_host.input_folder())))
