@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .options import NotTraceable
+from .options import OWN, NotTraceable
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:
@@ -37,6 +37,28 @@ def names_used(kind: type) -> frozenset[str]:
             if isinstance(function, types.FunctionType) and name != "__init__":
                 found.update(_names_in(function.__code__))
     return frozenset(found)
+
+
+def attributes_used(value: Any) -> dict[str, Any] | None:
+    """The attributes that the methods of a patch of ours use, or None for any other object."""
+    if not (type(value).__module__.startswith(OWN) or getattr(value, "compilable", False)):
+        return None
+    used = names_used(type(value))
+    return {name: part for name, part in getattr(value, "__dict__", {}).items() if name in used}
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a block is given in `value`, in containers and patches of ours too."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_in(part)
+    elif (attributes := attributes_used(value)) is not None:
+        yield from tensors_in(attributes)
 
 
 def _constant(value: Any) -> Hashable:

@@ -9,6 +9,7 @@ are inputs of the graph, so that a LoRA, an eviction or another block of the kin
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .blocks import tensors_in
 from .settings import CompileSettings
 
 log = logging.getLogger("hotpath.compile")
@@ -59,8 +61,11 @@ def compile_errors() -> tuple[type[Exception], ...]:
     return tuple(found)
 
 
+_ABOUT_THE_BLOCK = re.compile(r"(L\['block'\]|block)($|[.\[])")  # torch writes the name of a local in either form
+
+
 def _keep_guard(entry: Any) -> bool:
-    return "L['block']" not in entry.name
+    return _ABOUT_THE_BLOCK.match(entry.name) is None
 
 
 def _guard_options() -> dict[str, Any]:
@@ -86,7 +91,8 @@ class CompiledKind:
         self._lock = threading.Lock()
         self._backend = backend
         self._errors = compile_errors()
-        self._primed = not settings.dynamic
+        self._dynamic = settings.dynamic
+        self._marked: set[Any] = set()
 
         def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return forward(block, *args, **kwargs)
@@ -112,23 +118,22 @@ class CompiledKind:
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `block` compiled. Raises one of `compile_errors` when it cannot be."""
-        if not self._primed:
-            self._primed = True
-            self._prime(block, args, kwargs)
+        if self._dynamic:
+            self._mark_sizes((args, kwargs))
         return self._run(block, *args, **kwargs)
 
-    def _prime(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compile for a picture that is not square.
+    def _mark_sizes(self, arguments: Any) -> None:
+        """Let every size stand for itself in a graph that may be compiled now.
 
-        Torch takes two equal sizes for one and the same, so that a graph made from a square picture serves square ones
-        only.
+        Otherwise torch takes two sizes that are equal by chance for one and the same: a graph made from a square picture
+        would serve square ones only. Sizes that the block requires to be equal are found equal all the same.
         """
-        if not args or not isinstance(args[0], torch.Tensor) or args[0].ndim != 4:
+        tensors = list(tensors_in(arguments))
+        looks = tuple((tensor.dtype, tuple(size == 1 for size in tensor.shape)) for tensor in tensors)
+        if looks in self._marked:
             return
-        height, width = args[0].shape[-2:]
-        if height != width or width < 4:
-            return
-        try:
-            self._run(block, args[0][..., : width // 2].contiguous(), *args[1:], **kwargs)
-        except Exception as error:  # whatever it is, the call proper shows it, or goes well
-            log.debug("%s: no graph for pictures that are not square: %s", self.title, error)
+        self._marked.add(looks)
+        for tensor in tensors:
+            for dim, size in enumerate(tensor.shape):
+                if size > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..model_call import BOUND, BoundPatches
-from .blocks import names_used
+from .blocks import attributes_used
 from .options import CALL, OVERRIDE, OWN, NotTraceable, attention_that_traces, check_override, is_traceable, options_read_by
 
 if TYPE_CHECKING:
@@ -70,14 +70,6 @@ class _Flat:
     kept: list[Any]
 
 
-def _attributes(value: Any) -> dict[str, Any] | None:
-    """The attributes that the code of an object of ours uses, or None for any other object."""
-    if not (type(value).__module__.startswith(OWN) or getattr(value, "compilable", False)):
-        return None
-    used = names_used(type(value))
-    return {name: part for name, part in getattr(value, "__dict__", {}).items() if name in used}
-
-
 def _flatten(value: Any, flat: _Flat) -> Hashable:
     if isinstance(value, torch.Tensor):
         flat.tensors.append(value)
@@ -88,7 +80,7 @@ def _flatten(value: Any, flat: _Flat) -> Hashable:
         return dict, tuple((key, _flatten(part, flat)) for key, part in value.items())
     if isinstance(value, (list, tuple)):
         return type(value), tuple(_flatten(part, flat) for part in value)
-    if (attributes := _attributes(value)) is not None:
+    if (attributes := attributes_used(value)) is not None:
         return type(value), tuple((name, _flatten(part, flat)) for name, part in attributes.items())
     flat.kept.append(value)
     return "object", id(value)
@@ -102,7 +94,7 @@ def _rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
         return {key: _rebuild(part, tensors) for key, part in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_rebuild(part, tensors) for part in value)
-    if (attributes := _attributes(value)) is not None:
+    if (attributes := attributes_used(value)) is not None:
         made = copy.copy(value)
         for name, part in attributes.items():
             object.__setattr__(made, name, _rebuild(part, tensors))

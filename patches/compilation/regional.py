@@ -71,6 +71,7 @@ class BlockForward:
         self.original: Callable[..., Any] = type(region.module).forward
         self.kind: CompiledKind | None = None
         self.reason: str | None = None  # why this block ran as it is, the last time
+        self.key: Hashable = None
         names = list(inspect.signature(self.original).parameters)[1:]
         self.place = names.index("transformer_options") if "transformer_options" in names else None
         self._constants: Hashable = None
@@ -88,13 +89,15 @@ class BlockForward:
         try:
             if self._unknown:
                 raise NotTraceable(self._unknown)
-            key = (self._constants, live_state(self.module, device), self.owner.key)
+            self.key = (self._constants, live_state(self.module, device), self.owner.key)
+            if (failed := self.owner.failed.get(self.key)) is not None:
+                raise NotTraceable(failed)
         except NotTraceable as error:
             self.reason = str(error)
             return
         self.reason = None
         self.kind = shared_kind(
-            key, lambda: CompiledKind(self.title, self.original, self.owner.settings, self.owner.backend)
+            self.key, lambda: CompiledKind(self.title, self.original, self.owner.settings, self.owner.backend)
         )
         self.owner.kinds.add(self.kind)
         self.kind.blocks.add(self.name)
@@ -110,10 +113,10 @@ class BlockForward:
         try:
             out = kind(self.module, reduced, changed)
         except self.owner.errors as error:
-            kind.reason = _first_line(error)
+            reason = kind.reason = self.owner.failed[self.key] = _first_line(error)
             forget(kind)  # who asks for a compiled model next starts anew
-            log.warning("%s is not compiled: %s", self.title, kind.reason)
-            return self._as_it_is(kind.reason, args, kwargs, error)
+            log.warning("%s is not compiled: %s", self.title, reason)
+            return self._as_it_is(reason, args, kwargs, error)
         self.reason = None
         return out
 
@@ -139,7 +142,8 @@ class CompilationRefused(RuntimeError):
     """In strict mode, a block could not be compiled."""
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    error = getattr(error, "inner_exception", None) or error  # what a backend raised, inside of what torch says about it
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
@@ -185,9 +189,11 @@ class RegionalCompiler:
     def __init__(self, settings: CompileSettings, backend: Backend, backend_name: str) -> None:
         self.settings = settings
         self.backend = backend
-        self.key: Hashable = (settings, backend_name if backend_name else id(backend))
+        # Graphs depend on these; a backend given as a function has no name to share graphs by.
+        self.key: Hashable = (settings.graph_key, backend_name or id(backend))
         self.errors = compile_errors()
         self.kinds: set[CompiledKind] = set()
+        self.failed: dict[Hashable, str] = {}  # kinds that could not be compiled, and why
         self._plans: weakref.WeakKeyDictionary[Any, _Plan] = weakref.WeakKeyDictionary()
         self._loads = 0
         self._thread = threading.local()

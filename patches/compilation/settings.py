@@ -47,6 +47,11 @@ class CompileSettings:
         """Whether whole model calls are recorded as CUDA graphs."""
         return self.mode in GRAPH_MODES
 
+    @property
+    def graph_key(self) -> tuple[Any, ...]:
+        """What the graphs of two settings must have in common to be shared."""
+        return self.dynamic, tuple(sorted((name, repr(value)) for name, value in self.inductor_options().items()))
+
     def inductor_options(self) -> dict[str, Any]:
         """Inductor's settings for this compile alone; nothing is set for the process.
 
