@@ -7,6 +7,7 @@ there measures and checks as outside of graphs.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import weakref
@@ -25,17 +26,18 @@ IN_GRAPH = {backend.name: backend.run for backend in TORCH_BACKENDS if backend.i
 WIDTHS = tuple(range(4097))
 
 _prepared = False
-_logs: weakref.WeakValueDictionary[int, AttentionLog] = weakref.WeakValueDictionary()
+_logs: weakref.WeakValueDictionary[str, AttentionLog] = weakref.WeakValueDictionary()
 _numbers = threading.Lock()
-_next_number = 1
+_next_number = itertools.count(1)
 
 
-def number_of(record: AttentionLog) -> int:
-    """A number by which a graph, which holds no objects, finds `record`. Remembered by the log."""
-    global _next_number
+def number_of(record: AttentionLog) -> str:
+    """A number by which a graph, which holds no objects, finds `record`. Remembered by the log.
+
+    As text: a number would be one more size that the graph leaves open.
+    """
     with _numbers:
-        if not record.number:
-            record.number, _next_number = _next_number, _next_number + 1
+        record.number = record.number or str(next(_next_number))
         _logs[record.number] = record
     return record.number
 
@@ -61,7 +63,7 @@ def choose(
     backend: str,
     strict: bool,
     exact: bool,
-    number: int,
+    number: str,
 ) -> str:
     """The backend for a graph: a name in IN_GRAPH, or "" for the operator. Sizes are open, so they do not count."""
     from .dispatch import AttentionPolicy, AttentionUnavailable, dispatcher
@@ -90,7 +92,7 @@ def attend_operator(
     backend: str,
     strict: bool,
     exact: bool,
-    number: int,
+    number: str,
 ) -> Tensor:
     """The dispatcher as an operator. The result is laid out [B, N, H, D] in memory, as models use it next."""
     from .dispatch import AttentionPolicy, dispatcher
@@ -110,7 +112,7 @@ def _shape_of_result(
     backend: str,
     strict: bool,
     exact: bool,
-    number: int,
+    number: str,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
@@ -124,7 +126,7 @@ def attend_traced(
     backend: str,
     strict: bool,
     exact: bool,
-    number: int,
+    number: str,
 ) -> Tensor:
     """`attend` as torch traces it. Tensors as in `capabilities.Run`."""
     if _prepared:

@@ -349,7 +349,7 @@ def attend(
     if layout == NHD:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if torch.compiler.is_compiling():
-        number = record.number if record is not None else 0
+        number = record.number if record is not None else ""
         out = attend_traced(q, k, v, mask, scale, policy.backend, policy.strict, exact, number)
     else:
         out = dispatcher().attend(q, k, v, mask, scale, policy=policy, record=record, exact=exact)

@@ -37,7 +37,7 @@ class AttentionLog:
     def __init__(self, requested: str = "auto") -> None:
         self.requested = requested
         self.preface: tuple[str, ...] = ()
-        self.number = 0  # by which compiled graphs find it, once `compiled.number_of` gave it one
+        self.number = ""  # by which compiled graphs find it, once `compiled.number_of` gave it one
         self._counts: dict[AttentionEvent, int] = {}
         self._traced: dict[AttentionEvent, int] = {}
         self._uncounted = 0
