@@ -22,6 +22,7 @@ from .interrupts import stopped_by_ctrl_c
 from .launcher import LaunchError, LaunchOptions, RunningServer, launched
 from .locate import PACK
 from .outcome import Outcome, OutputFile, outcome_of
+from .picture_strip import write_strip
 from .server import PREVIEWS, ServerError, run_on_server
 from .stand_ins import StandIns
 from .validation import NeedsComfyUI
@@ -105,6 +106,7 @@ def run_demo(
         announce(f"{HELD_OUT} ...")
         results.append(_held_out_film(output / HELD_OUT))
         announce(f"  {results[-1].state}{': ' + results[-1].reason if results[-1].reason else ''}")
+    write_strip(output, results)
     write_sheet(output, Sheet(where, started, results))
     (output / "results.json").write_text(json.dumps(_as_data(results, output), indent=2) + "\n", encoding="utf-8")
     return results
