@@ -26,12 +26,13 @@ p { margin: .3rem 0; } p.facts, p.notes { color: var(--dim); overflow-wrap: anyw
 .verdict strong { font-size: 1.2rem; } .verdict span { color: var(--dim); font-variant-numeric: tabular-nums; }
 .passed strong, .state.passed { color: var(--good); } .failed strong, .state.failed { color: var(--bad); }
 .state { font-size: .8rem; font-weight: 600; color: var(--skip); }
-.scroll { overflow-x: auto; }
-table { border-collapse: separate; border-spacing: .8rem; margin: -.8rem; }
+.scroll { overflow-x: auto; overflow-y: hidden; }
+table { border-collapse: separate; border-spacing: 0; }
+th, td { padding: 0 .8rem .8rem 0; } th { padding-top: .1rem; } td:last-child { padding-right: 0; }
 th { font-weight: 600; color: var(--dim); text-align: left; white-space: nowrap; vertical-align: top; }
 td { vertical-align: top; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1rem; }
-article { min-width: 300px; padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+article { min-width: 270px; padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 article.failed { border-color: var(--bad); } article header { display: flex; justify-content: space-between; gap: .6rem; }
 article h3 { margin: 0; font-size: .9rem; overflow-wrap: anywhere; }
 .pictures { display: grid; grid-template-columns: repeat(3, 1fr); gap: .4rem; margin: .6rem 0 .5rem; }
