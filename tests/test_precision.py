@@ -1,0 +1,444 @@
+"""Native models in 8 bits in a real ComfyUI: the rounding itself, the pictures, LoRAs, memory, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hotpath.nodes.acceleration import HotpathPrecision
+from hotpath.patches.attention_override import override_of, set_attention
+from hotpath.patches.precision import (
+    DEFAULT_EXCLUDE,
+    SCHEMES,
+    PrecisionUnavailable,
+    compare,
+    quantize_model,
+    set_precision,
+    unavailable,
+)
+from hotpath.patches.precision.comparison import output_error
+from hotpath.patches.precision.dynamic_fp8 import fp8_scale
+from hotpath.patches.precision.schemes import excluded_by, patterns
+from tiny_native_models import make_z_image, tiny
+
+pytestmark = pytest.mark.comfy
+LAYER = "layers.1.attention.qkv"
+KEY = f"diffusion_model.{LAYER}.weight"
+# Relative error of the picture after two steps; e4m3 has 3 bits of mantissa, int8 has 127 steps to the largest weight.
+TOLERANCE = {"fp8": 0.05, "fp8_weights": 0.04, "int8": 0.015, "int8_rotated": 0.015, "int8_weights": 0.01}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+def layer(model, name: str = LAYER):
+    """A module of `model` as it is when loaded."""
+    import comfy.model_management as management
+
+    management.load_models_gpu([model])
+    return model.model.diffusion_model.get_submodule(name)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.model.diffusion_model.state_dict().items()}
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("name", "dtype"), [("z_image", torch.float32), ("flux", torch.bfloat16)])
+def test_the_picture_is_close_and_the_original_untouched(name, dtype, scheme):
+    import comfy.model_management as management
+
+    case = tiny(name, dtype)
+    picture, before = case.sample(), weights(case.model)
+    quantised, _ = set_precision(case.model, scheme)
+    out = case.sample(quantised)
+    assert 0 < relative(out, picture) < TOLERANCE[scheme]
+    after = weights(case.model)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    management.unload_all_models()
+    assert torch.equal(case.sample(quantised), out), "evicted and reloaded"
+    assert torch.equal(case.sample(), picture)
+    assert not quantised.is_clone(case.model)
+
+
+def test_with_instantid_controlnet_and_attention():
+    from instantid_bench import shared_bench
+    from instantid_scenarios import sample
+
+    bench = shared_bench()
+    expected = sample(*bench.apply())
+    quantised, report = quantize_model(bench.model, "int8")
+    assert len(report.layers) == 722 and not any("emb" in layer.name for layer in report.layers)
+    both, _ = set_attention(quantised, "auto")
+    out = sample(*bench.apply(model=both))
+    assert 0 < relative(out, expected) < 0.1 and override_of(both).log.calls
+
+
+# --- the rounding itself --------------------------------------------------------------------------------------------
+
+
+def test_fp8_rounds_weights_and_activations_by_their_largest_value():
+    case = tiny("z_image")
+    quantised, _ = set_precision(case.model, "fp8")
+    module, original = layer(quantised), case.model.model.diffusion_model.get_submodule(LAYER)
+    x = 30 * torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0))
+
+    def rounded(value):
+        scale = value.abs().max() / 448
+        return (value / scale).to(torch.float8_e4m3fn).float() * scale
+
+    expected = rounded(x) @ rounded(original.weight).T
+    torch.testing.assert_close(module(x), expected, rtol=1e-2, atol=1e-2 * float(expected.std()))
+    assert relative(module(x), expected) < 1e-3
+    assert 0.01 < relative(module(x), original(x)) < 0.06
+    # At ComfyUI's scale of 1, values past 448 would be cut off.
+    assert relative(module(x * 1e3), original(x * 1e3)) < 0.06
+    assert module(torch.zeros(3, 256)).isfinite().all() and float(fp8_scale(torch.zeros(3))) > 0
+    assert module(torch.zeros(0, 256)).shape == (0, 768)
+
+
+def test_int8_rounds_weights_per_channel_and_activations_per_row():
+    case = tiny("z_image")
+    quantised, _ = set_precision(case.model, "int8")
+    module, original = layer(quantised), case.model.model.diffusion_model.get_submodule(LAYER)
+    x = torch.randn(7, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 7)[:, None]
+
+    def rounded(value):
+        scale = value.abs().amax(dim=1, keepdim=True) / 127
+        return (value / scale).round().clamp(-128, 127) * scale
+
+    assert relative(module(x), rounded(x) @ rounded(original.weight).T) < 1e-3
+
+
+@pytest.mark.parametrize(("scheme", "error"), [("fp8_weights", 0.028), ("int8_weights", 0.01)])
+def test_weight_only_schemes_leave_activations_alone(scheme, error):
+    quantised, report = quantize_model(tiny("z_image").model, scheme)
+    module = layer(quantised)
+    x = torch.randn(7, 256, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(module(x), x @ module.weight.dequantize().T)
+    (entry,) = (entry for entry in report.layers if entry.name == LAYER)
+    original = tiny("z_image").model.model.diffusion_model.get_submodule(LAYER).weight
+    assert (
+        entry.error == pytest.approx(relative(module.weight.dequantize(), original), rel=1e-3) and entry.error < error
+    )
+    assert (entry.before, entry.after) == (768 * 256 * 4, module.weight.nbytes + module.weight.params.scale.nbytes)
+
+
+def test_rotation_spreads_outliers():
+    """One channel of the activations far above the others: the scale of every row is its, and the others are lost."""
+    case = tiny("z_image")
+    original = case.model.model.diffusion_model.get_submodule(LAYER)
+    x = torch.randn(7, 256, generator=torch.Generator().manual_seed(0))
+    x[:, 17] *= 100
+    plain, rotated = (
+        relative(layer(quantize_model(case.model, scheme)[0])(x), original(x)) for scheme in ("int8", "int8_rotated")
+    )
+    assert rotated < 0.6 * plain
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_torch_compiles_a_layer_without_a_break(scheme):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    module = layer(set_precision(tiny("z_image", torch.bfloat16).model, scheme)[0])
+    fast = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for mode in (torch.inference_mode, torch.no_grad):
+        for tokens in (40, 56):
+            x = torch.randn(1, tokens, 256).bfloat16()
+            with mode():
+                torch.testing.assert_close(fast(x), module(x), atol=2e-2, rtol=2e-2)
+
+
+# --- which layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("layers.0.attention.qkv", False),
+        ("layers.0.adaLN_modulation.0", True),
+        ("x_embedder", True),
+        ("cap_embedder.1", True),
+        ("final_layer.linear", True),
+        ("double_blocks.0.img_mod.lin", True),
+        ("double_blocks.0.img_attn.qkv", False),
+        ("img_in", True),
+        ("input_blocks.4.1.proj_in", False),
+        ("input_blocks.4.1.proj_out", False),
+        ("proj_out", True),
+        ("time_embed.0", True),
+        ("input_blocks.1.0.emb_layers.1", True),
+        ("blocks.3.self_attn.q", False),
+        ("head.head", True),
+        ("output_blocks.0.1.transformer_blocks.0.attn1.to_out.0", False),
+    ],
+)
+def test_what_is_left_alone_by_default(name, left):
+    assert (excluded_by(name, DEFAULT_EXCLUDE) is not None) == left
+
+
+def test_patterns():
+    assert patterns(None) == DEFAULT_EXCLUDE and patterns("a, b*\n c ,") == ("a", "b*", "c") and patterns("") == ()
+    case = tiny("z_image")
+    _, report = quantize_model(case.model, "fp8", ["layers.1", "*feed_forward*"])
+    names = {entry.name for entry in report.layers}
+    assert "layers.0.attention.qkv" in names and not any(
+        n.startswith("layers.1.") or "feed_forward" in n for n in names
+    )
+    assert report.left[LAYER] == "excluded by layers.1"
+    assert "x_embedder" in names, "only what is asked for is excluded"
+
+
+def test_layers_that_do_not_fit_are_left_with_the_reason():
+    narrow = make_z_image(cap_feat_dim=40)
+    _, report = quantize_model(narrow, "fp8", "")
+    assert report.left["cap_embedder.1"] == "its sides are no multiples of 16"
+    with pytest.raises(PrecisionUnavailable, match=r"excluded by \*"):
+        set_precision(narrow, "fp8", "*")
+
+
+# --- memory and reports ---------------------------------------------------------------------------------------------
+
+
+def test_memory_is_stated_and_smaller():
+    import comfy.model_management as management
+
+    case = tiny("flux")
+    quantised, report = quantize_model(case.model, "int8")
+    assert report.whole == quantised.model_size() == management.module_size(quantised.model)
+    assert report.original == management.module_size(case.model.model) == case.model.model_size()
+    saved = sum(entry.before - entry.after for entry in report.layers)
+    # What else ComfyUI notes beside each weight is some bytes.
+    assert report.original - report.whole == pytest.approx(saved, rel=0.01)
+    text = report.describe()
+    assert f"{len(report.layers)} layers quantised" in text and "the original keeps its own weights" in text
+    assert report.layers[0].error == max(entry.error for entry in report.layers)
+
+
+def test_the_error_on_the_users_own_latent():
+    case = tiny("z_image")
+    state = torch.get_rng_state()
+    quantised, report = set_precision(case.model, "fp8", None, case.latent(2), case.text("a lighthouse", 20))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert report.count("relative error") == 3 and "PSNR" in report
+    errors = compare(case.model, quantised, case.latent(), case.text("a lighthouse", 20))
+    assert all(0 < e.relative < 0.05 and e.cosine > 0.998 and 30 < e.psnr < 80 for e in errors)
+    assert [e.sigma for e in errors] == sorted((e.sigma for e in errors), reverse=True)
+    same = compare(case.model, case.model, case.latent(), case.text("a lighthouse", 20))
+    assert all(e.relative == 0 and e.psnr == float("inf") for e in same)
+
+
+def test_error_measures():
+    a = torch.tensor([0.0, 1.0, 2.0, 4.0])
+    error = output_error(a, a + torch.tensor([0.0, 0.0, 0.4, 0.0]), 1.0)
+    assert error.relative == pytest.approx(0.4 / 21**0.5) and error.psnr == pytest.approx(26.0206, abs=1e-3)
+    assert output_error(a, -a, 1.0).cosine == pytest.approx(-1)
+
+
+# --- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def lora(scale: float = 0.3) -> dict:
+    generator = torch.Generator().manual_seed(9)
+    up, down = torch.randn(768, 4, generator=generator), torch.randn(4, 256, generator=generator)
+    embedder = torch.randn(256, 64, generator=generator)
+    return {
+        KEY: ("diff", (scale * up @ down / 32,)),
+        "diffusion_model.x_embedder.weight": ("diff", (scale * embedder / 8,)),
+    }
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int8", "int8_rotated", "fp8_weights"])
+def test_a_lora_before_and_after(scheme):
+    case = tiny("z_image")
+    patched = case.model.clone()
+    patched.add_patches(lora(), 0.8)
+    picture, plain = case.sample(patched), case.sample()
+    change = relative(plain, picture)
+    assert change > 0.1
+
+    quantised, report = quantize_model(patched, scheme)
+    assert report.baked == 1 and "LoRA patches of 1 layers" in report.describe()
+    assert set(quantised.patches) == {"diffusion_model.x_embedder.weight"} and set(patched.patches) == set(lora())
+    assert relative(case.sample(quantised), picture) < TOLERANCE[scheme]
+
+    after = set_precision(case.model, scheme)[0].clone()
+    after.add_patches(lora(), 0.8)
+    assert relative(case.sample(after), picture) < 1.5 * TOLERANCE[scheme] < change
+    assert torch.equal(case.sample(), plain)
+
+
+def test_a_lora_in_a_model_that_is_loaded_in_part():
+    case = tiny("z_image")
+    patched = case.model.clone()
+    patched.add_patches(lora(), 0.8)
+    picture = case.sample(patched)
+    quantised = set_precision(case.model, "fp8")[0]
+    quantised.add_patches(lora(), 0.8)
+    import comfy.model_management as management
+
+    management.unload_all_models()
+    quantised.patch_model(torch.device("cpu"), lowvram_model_memory=200_000)
+    module = quantised.model.diffusion_model.get_submodule(LAYER)
+    assert module.weight_function, "its LoRA is added when it runs"
+    x = torch.randn(3, 256)
+    held = patched.patch_weight_to_device(KEY, return_weight=True)
+    assert relative(module(x), x @ held.T) < 0.05
+    quantised.unpatch_model(torch.device("cpu"))
+    assert relative(case.sample(quantised), picture) < 0.08
+
+
+def test_a_lora_that_changes_a_shape_leaves_its_layer():
+    case = tiny("z_image")
+    patched = case.model.clone()
+    wider = ("diff", (torch.zeros(784, 256), {"pad_weight": True}))
+    patched.add_patches({KEY: wider})
+    _, report = quantize_model(patched, "fp8")
+    assert report.left[LAYER] == "its LoRA changes its shape" and report.baked == 0
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheme", "capability", "words"),
+    [
+        ("fp8", (8, 6), "need compute capability 8.9, a card has 8.6: choose int8"),
+        ("fp8", (7, 0), "choose fp8_weights"),
+        ("fp8", (9, 0), None),
+        ("int8", (7, 0), "choose int8_weights"),
+        ("int8_rotated", (7, 5), None),
+        ("fp8_weights", (6, 1), None),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused(monkeypatch, scheme, capability, words):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
+    reason = unavailable(SCHEMES[scheme], torch.device("cuda"))
+    assert reason is None if words is None else words in reason
+
+
+def test_refusals_name_the_cure(monkeypatch):
+    case = tiny("z_image")
+    assert "int8_weights" in unavailable(SCHEMES["int8_rotated"], torch.device("mps"))
+    with pytest.raises(ValueError, match="there are fp8"):
+        set_precision(case.model, "fp4")
+    quantised, _ = set_precision(case.model, "int8", "")
+    with pytest.raises(PrecisionUnavailable, match="quantised already"):
+        set_precision(quantised, "fp8", "")
+    compiled = case.model.clone()
+    compiled.add_object_patch("diffusion_model.layers.0", torch.nn.Identity())
+    with pytest.raises(PrecisionUnavailable, match="put Hotpath Precision before that node"):
+        set_precision(compiled, "fp8")
+    import comfy.ops
+
+    monkeypatch.delattr(comfy.ops, "mixed_precision_ops")
+    with pytest.raises(PrecisionUnavailable, match="update ComfyUI"):
+        set_precision(case.model, "fp8")
+
+
+# --- in ComfyUI -----------------------------------------------------------------------------------------------------
+
+
+def test_patches_of_other_nodes_travel_along():
+    case = tiny("z_image")
+    upstream = case.model.clone()
+    upstream.model_options["transformer_options"]["a_flag"] = 3
+    upstream.set_model_sampler_post_cfg_function(lambda args: args["denoised"] * 0.5)
+    quantised, _ = set_precision(upstream, "int8")
+    assert quantised.model_options["transformer_options"]["a_flag"] == 3
+    assert relative(case.sample(quantised), case.sample(upstream)) < TOLERANCE["int8"]
+    quantised.model_options["transformer_options"]["a_flag"] = 4
+    assert upstream.model_options["transformer_options"]["a_flag"] == 3
+
+
+def test_another_copy_can_be_made_of_it():
+    """ComfyUI asks the loader for one when it compiles, and for every further GPU."""
+    case = tiny("z_image")
+    quantised, _ = set_precision(case.model, "fp8")
+    make, arguments = quantised.cached_patcher_init
+    again = make(*arguments, disable_dynamic=True)
+    assert again.model is not quantised.model
+    assert torch.equal(case.sample(again), case.sample(quantised))
+
+
+def test_a_saved_model_is_what_comfyui_reads():
+    case = tiny("z_image")
+    quantised, _ = set_precision(case.model, "int8_rotated")
+    state = quantised.model.diffusion_model.state_dict()
+    assert state[f"{LAYER}.weight"].dtype == torch.int8
+    assert bytes(state[f"{LAYER}.comfy_quant"].tolist()) == (
+        b'{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}'
+    )
+    import comfy.utils
+
+    found = comfy.utils.detect_layer_quantization(state, "")
+    assert found is not None
+
+
+def test_nothing_global_is_left(monkeypatch):
+    import comfy.ops
+    import comfy.quant_ops
+    from comfy_kitchen.tensor import base
+
+    def globals_():
+        return (
+            {name: dict(algorithm) for name, algorithm in comfy.quant_ops.QUANT_ALGOS.items()},
+            set(base.LAYOUTS) - {"HotpathDynamicFP8"},
+            comfy.ops.mixed_precision_ops,
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.get_float32_matmul_precision(),
+            torch.get_default_dtype(),
+            torch.get_rng_state().tolist(),
+        )
+
+    before = globals_()
+    case = tiny("z_image")
+    set_precision(case.model, "fp8", None, case.latent(), case.text("x", 20))
+    assert globals_() == before
+
+
+def test_the_node():
+    case = tiny("z_image")
+    inputs = HotpathPrecision.INPUT_TYPES()
+    assert inputs["required"]["scheme"][0] == list(SCHEMES)
+    model, report = HotpathPrecision().quantize(
+        case.model,
+        "int8",
+        inputs["required"]["exclude"][1]["default"],
+        case.latent(),
+        case.text("x", 20),
+        unique_id="3",
+    )
+    assert "Against the original" in report and relative(case.sample(model), case.sample()) < TOLERANCE["int8"]
+
+
+class TestOnCUDA:
+    pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+    @pytest.mark.parametrize("scheme", SCHEMES)
+    def test_the_kernels_round_as_the_reference(self, scheme):
+        """The GPU's products against the same quantised weights multiplied in float32."""
+        case = tiny("z_image", torch.bfloat16)
+        if (reason := unavailable(SCHEMES[scheme], torch.device("cuda"))) is not None:
+            pytest.skip(reason)
+        module = layer(set_precision(case.model, scheme)[0])
+        x = torch.randn(64, 256, device="cuda").bfloat16()
+        weight = module.weight.dequantize().float()
+        with torch.inference_mode():
+            assert relative(module(x), x.float() @ weight.T) < (0.04 if scheme == "fp8" else 0.02)
+
+    @pytest.mark.parametrize("scheme", ["fp8", "int8"])
+    def test_inductor(self, scheme):
+        module = layer(set_precision(tiny("z_image", torch.bfloat16).model, scheme)[0])
+        fast = torch.compile(module, fullgraph=True)
+        for tokens in (64, 96):
+            x = torch.randn(1, tokens, 256, device="cuda").bfloat16()
+            with torch.inference_mode():
+                assert relative(fast(x), module(x)) < 0.02
