@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .faces import FaceError
 from .onnx_operators import OPERATORS, Attributes, UnsupportedOperator, scale_shift
+from .packed_convolution import PackedConvolution, can_pack
 
 READS_NUMBERS = ("Clip", "Expand", "Pad", "Resize", "Slice", "Upsample")
 
@@ -72,6 +73,7 @@ class OnnxNetwork(nn.Module):
 
         graph = read_model(path).graph
         self.file = path
+        self._packed: dict[int, PackedConvolution] = {}
         self._constants: dict[str, Tensor] = {
             t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer
         }
@@ -204,7 +206,8 @@ class OnnxNetwork(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         values: dict[str, Tensor] = {self.input_name: x}
         weights, parameter_of, constants = self._parameters, self._parameter_of, self._constants
-        for node in self.nodes:
+        pack = can_pack(x)
+        for position, node in enumerate(self.nodes):
             given: list[Tensor | None] = []
             for name in node.inputs:
                 if name in values:
@@ -213,10 +216,26 @@ class OnnxNetwork(nn.Module):
                     given.append(weights[parameter_of[name]])
                 else:
                     given.append(constants[name] if name else None)
-            values[node.output] = node.function(node.attributes, *given)
+            if pack and node.kind == "Conv" and given[1] is not None and given[1].dim() == 4:
+                values[node.output] = self._packed_conv(position, node, *given)
+            else:
+                values[node.output] = node.function(node.attributes, *given)
             for name in node.finished:
                 values.pop(name, None)
         return tuple(values[name] if name in values else self._fixed(name) for name in self.output_names)
+
+    def _packed_conv(
+        self, position: int, node: Node, x: Tensor | None, weight: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
+        assert x is not None and weight is not None
+        packed = self._packed.get(position)
+        if packed is None:
+            packed = self._packed[position] = PackedConvolution(node.attributes, x, weight)
+        return packed(x, bias)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._packed.clear()  # the weights move or change their type
+        return super()._apply(*args, **kwargs)
 
     def _fixed(self, name: str) -> Tensor:
         found = self._parameters.get(self._parameter_of.get(name, ""))

@@ -59,11 +59,16 @@ def _pad(x: Tensor, pads: list[int], value: float = 0.0) -> tuple[Tensor, list[i
     return F.pad(x, flat, value=value), [0] * half
 
 
+def padded_for_conv(attributes: Attributes, x: Tensor, weight: Tensor) -> tuple[Tensor, list[int]]:
+    """The input of a convolution, and the symmetric padding that is left for the convolution to do."""
+    return _pad(x, _same(attributes, list(x.shape[2:]), list(weight.shape[2:])))
+
+
 def conv(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dimensions = weight.dim() - 2
     if dimensions not in (1, 2):
         raise UnsupportedOperator(f"Conv over {dimensions} dimensions is not supported, only over 1 or 2.")
-    x, padding = _pad(x, _same(attributes, list(x.shape[2:]), list(weight.shape[2:])))
+    x, padding = padded_for_conv(attributes, x, weight)
     strides = attributes.get("strides", [1] * dimensions)
     dilations = attributes.get("dilations", [1] * dimensions)
     function = F.conv2d if dimensions == 2 else F.conv1d

@@ -229,3 +229,28 @@ def test_another_kind_of_file_is_refused(tmp_path):
         outline(page)
     with pytest.raises(FaceError, match="no readable ONNX file"):
         OnnxNetwork(page)
+
+
+@pytest.mark.parametrize(
+    "attributes", [{"pads": [1, 1, 1, 1]}, {"auto_pad": "SAME_UPPER", "strides": [2, 2]}, {"group": 4}]
+)
+def test_packed_convolutions_are_the_plain_ones_and_follow_the_weights(tmp_path, attributes):
+    from hotpath.face.packed_convolution import PackedConvolution
+
+    kernel = floats(8, 4 // attributes.get("group", 1), 3, 3)
+    path = write(tmp_path / "conv.onnx", [node("Conv", "x w b", **attributes)], {"w": kernel, "b": floats(8)})
+    network = OnnxNetwork(path)
+    for size in (8, 11):
+        x = torch.randn(2, 4, size, size, generator=torch.Generator().manual_seed(size))
+        plain = network(x)[0]  # gradients are on, so this is torch's own convolution
+        with torch.inference_mode():
+            packed = network(x)[0]
+        assert torch.allclose(packed, plain, atol=1e-5)
+    assert isinstance(network._packed[0], PackedConvolution)
+    network.double().float()
+    assert not network._packed
+    with torch.no_grad():
+        next(network.parameters()).mul_(2)
+        network.to(torch.float32)
+        x = torch.randn(1, 4, 8, 8)
+        assert torch.allclose(network(x)[0], torch.enable_grad()(network)(x)[0], atol=1e-5)
