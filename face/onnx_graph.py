@@ -235,7 +235,10 @@ class OnnxNetwork(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._packed.clear()  # the weights move or change their type
-        return super()._apply(*args, **kwargs)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": {}}  # what oneDNN packed cannot be copied
 
     def _fixed(self, name: str) -> Tensor:
         found = self._parameters.get(self._parameter_of.get(name, ""))

@@ -14,12 +14,12 @@ from .onnx_operators import Attributes, padded_for_conv
 
 def can_pack(x: Tensor) -> bool:
     """Whether `x`, the input of a network, is computed by oneDNN."""
-    return (
+    return bool(
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+        and torch.backends.mkldnn.enabled
         and not torch.compiler.is_compiling()
         and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
     )

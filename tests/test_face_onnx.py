@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import pytest
@@ -247,6 +249,8 @@ def test_packed_convolutions_are_the_plain_ones_and_follow_the_weights(tmp_path,
             packed = network(x)[0]
         assert torch.allclose(packed, plain, atol=1e-5)
     assert isinstance(network._packed[0], PackedConvolution)
+    copied = copy.deepcopy(network)
+    assert not copied._packed and network._packed
     network.double().float()
     assert not network._packed
     with torch.no_grad():
