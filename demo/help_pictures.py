@@ -22,6 +22,8 @@ from .. import host
 from ..host.headless import HeadlessHost
 from ..nodes import NODE_CLASS_MAPPINGS
 from .picture_rows import ACCENT, DIM, INK, PAPER, card, font, labelled, save, shown, stacked
+from .text_to_image_pictures import z_image, z_image_loader, z_image_lora
+
 
 HERE = Path(__file__).resolve().parent
 PICTURES = HERE.parent / "web" / "docs" / "images"
@@ -396,6 +398,9 @@ MADE: dict[str, Callable[[], Image.Image]] = {
         caption_folder,
         prompt_enhancer,
         cache_report,
+        z_image_loader,
+        z_image_lora,
+        z_image,
     )
 }
 

@@ -127,6 +127,12 @@ def restored() -> Image.Image:
     return tiles(beside(*film_frames()), text("A film", "coloured, then described\nby a vision-language model"))
 
 
+def prompt_and_report() -> Image.Image:
+    """A checkpoint of random weights draws noise, so this shows what is asked and what is told."""
+    said = "text encoder: from the cache\ntransformer: compiled once,\nfor every prompt and size\nVAE: whole picture"
+    return tiles(text("Z-Image", "A red fox in fresh snow\nat the edge of a birch forest"), text("Report", said))
+
+
 THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
     "caption_pictures": shapes,
     "caption_qwenvl": lambda: tiles(photo("captioner_shapes_1.png")),
@@ -148,6 +154,7 @@ THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
     "instantid_posed": lambda: tiles(photo("faces_drawn_one.png"), key_points("faces_drawn_one.png", zoom=False)),
     "instantid_two_people": lambda: tiles(people(), key_points("faces_drawn_three.png", zoom=False)),
     "restore_a_film": restored,
+    "z_image_fast": prompt_and_report,
 }
 
 

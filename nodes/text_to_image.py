@@ -97,7 +97,7 @@ class HotpathZImageLora:
     DESCRIPTION = (
         "Puts a LoRA file on a Z-Image checkpoint. Several may follow each other; the checkpoint stays as it is."
     )
-    SEARCH_ALIASES = ["lora", "z-image lora", "adapter", "style"]
+    SEARCH_ALIASES = ["adapter", "style", "load lora", "diffusers"]
     RETURN_TYPES = (PIPELINE,)
     RETURN_NAMES = ("pipeline",)
     OUTPUT_TOOLTIPS = ("The checkpoint with the file on it; the one that came in is unchanged.",)
@@ -135,7 +135,7 @@ class HotpathZImage:
     DESCRIPTION = (
         "Draws pictures from a prompt. Each picture depends on its own seed alone, not on the batch it came with."
     )
-    SEARCH_ALIASES = ["text to image", "t2i", "z-image", "generate", "img2img", "inpaint", "sampler"]
+    SEARCH_ALIASES = ["text to image", "t2i", "zimage", "generate", "img2img", "inpaint", "sampler"]
     RETURN_TYPES = ("IMAGE", "LATENT", "STRING")
     RETURN_NAMES = ("images", "latent", "report")
     OUTPUT_TOOLTIPS = (

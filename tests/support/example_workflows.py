@@ -37,13 +37,15 @@ def twin_of(path: Path, object_info: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def demo_server(comfyui: Path, work: Path) -> Iterator[Any]:
-    """A ComfyUI with the demo's models, and a small ColorMNet of random weights, which the demo does not have."""
+    """A ComfyUI with the demo's models, and a small ColorMNet and Z-Image of random weights, which the demo lacks."""
+    from hotpath.demo.z_image_model import write_checkpoint
     from hotpath.headless.launcher import LaunchOptions, launched
 
     models = work / "models"
     shutil.copytree(ROOT / "demo" / "models", models)
     (models / "colormnet").mkdir()
     torch.save(tiny_colormnet(), models / "colormnet" / "tiny.pth")
+    write_checkpoint(models / "diffusers" / "Z-Image-Turbo")
     shutil.copytree(ROOT / "demo" / "inputs", work / "input")
     options = LaunchOptions(
         input_folder=work / "input",

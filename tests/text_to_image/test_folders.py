@@ -104,21 +104,20 @@ def test_a_missing_and_a_cut_shard(folder):
         MODELS.get("shards")
 
 
-def test_shards_and_a_variant_draw_the_same(folder, draw, load):
+@pytest.mark.parametrize("shard", ["150KB", "10GB"])
+@pytest.mark.parametrize("variant", ["", "bf16"])
+def test_shards_and_variants_draw_the_same(folder, draw, load, shard, variant):
     wanted = draw(load()).pictures
-    write_checkpoint(folder / "shards", shard="150KB")
+    path = write_checkpoint(folder / "other", shard=shard)
+    for component, stem in folders.WEIGHTS.items() if variant else ():
+        for file in (path / component).glob(f"{stem}*"):
+            renamed = file.name.replace(f"{stem}.safetensors.index", f"{stem}.safetensors.index.{variant}")
+            if file.name == f"{stem}.safetensors":
+                renamed = f"{stem}.{variant}.safetensors"
+            file.rename(file.with_name(renamed))
+    assert set(folders.find("other").variants.values()) == {variant}
     # Not to the bit: where a weight lies in its file decides which of its instructions a CPU takes.
-    assert (draw(load("shards")).pictures - wanted).abs().max() < 1e-5
-    for component, stem in folders.WEIGHTS.items():
-        index = folder / "shards" / component / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            continue
-        file = folder / "shards" / component / f"{stem}.safetensors"
-        file.rename(file.with_name(f"{stem}.fp16.safetensors"))
-    found = folders.find("shards")
-    assert "fp16" in found.variants.values()
-    # Not to the bit: where a weight lies in its file decides which of its instructions a CPU takes.
-    assert (draw(load("shards")).pictures - wanted).abs().max() < 1e-5
+    assert (draw(load("other")).pictures - wanted).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder", "vae"])
