@@ -53,6 +53,7 @@ def test_the_fields_are_complete(project):
     assert len(name) < 100 and re.fullmatch(r"[a-z][a-z0-9-]*", name)
     assert re.fullmatch(r"\d+\.\d+\.\d+", project["project"]["version"])
     assert len(project["project"]["description"]) <= 200
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"]), "major.minor.patch, or it is not read"
 
 
 def test_classifiers_are_those_the_registry_reads(project):
