@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..cache import file_fingerprint
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".ogv", ".ts")
 BLOCK = 1 << 20
@@ -229,7 +231,9 @@ def file_item(path: Path, input_folder: Path, label: str) -> Item:
     """The file at `path` as an item; one that cannot be read gets a problem."""
     name = path.relative_to(input_folder).as_posix()
     try:
-        content, problem = file_digest(path), None
+        # A film is long to read whole, and is asked for more than once.
+        film = path.suffix.lower() in VIDEOS
+        content, problem = file_fingerprint(path) if film else file_digest(path), None
     except OSError as error:
         content, problem = digest(name.encode()), f"{name} cannot be read: {error.strerror or error}."
     # Two pictures with the same bytes are one job; what they are called goes with the results.

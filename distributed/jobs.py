@@ -75,9 +75,6 @@ class MapPlan:
         present = migrate_prompt(graph.prompt())
         self.graph = Graph.parse(present)
         self.catalog, self.target, self.seeds = catalog, target, seeds
-        nested = [node for node in self.graph.nodes.values() if node.class_type == NESTED]
-        if nested:
-            raise BadMap(f"{nested[0]} maps a workflow itself; a workflow that is mapped must not.")
         files = {
             f"{node.id}.{name}": file_fingerprint(path)
             for node in self.graph.nodes.values()
@@ -132,6 +129,13 @@ class MapPlan:
             general = [problem for problem in wrong.problems if problem.node_id not in touched]
             if general:
                 raise InvalidWorkflow(general) from None
+
+
+def refuse_nested(graph: Graph) -> None:
+    """A map in a map would start workers by the square. Raises BadMap."""
+    nested = next((node for node in graph.nodes.values() if node.class_type == NESTED), None)
+    if nested is not None:
+        raise BadMap(f"{nested} maps a workflow itself; a workflow that is mapped must not.")
 
 
 def find_target(graph: Graph, catalog: Mapping[str, type[Any]], name: str) -> Target:

@@ -126,7 +126,7 @@ class Manifest:
             self._db.execute("DELETE FROM jobs")
             # Which films are ours is still known, so that new ones take their places.
             self._db.execute("DELETE FROM meta WHERE key NOT LIKE 'film %'")
-        elif before is not None and before != workflow_key:
+        elif before not in (None, workflow_key) and self._db.execute("SELECT 1 FROM names").fetchone() is not None:
             raise BadMap(
                 f"{self.path.parent.parent} holds results of another workflow, other values in it, or another input for "
                 "the items. Choose another output folder, or replace those results with --restart."

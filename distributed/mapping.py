@@ -19,7 +19,7 @@ from . import ray_cluster
 from .devices import Devices, choose_devices, choose_threads
 from .film import Merged, ShotItems, film_node, merge_films, whole_film
 from .items import Item, ItemSource
-from .jobs import BadMap, Job, MapPlan, Target, find_target, guess_target
+from .jobs import BadMap, Job, MapPlan, Target, find_target, guess_target, refuse_nested
 from .local_pool import LocalPool
 from .manifest import Manifest
 from .policy import POLICIES, make_policy
@@ -128,24 +128,20 @@ def run_map(
     catalog = available_nodes()
     options = request.options
     devices = choose_devices(options.gpus, options.workers)
+    refuse_nested(request.graph)
     target = _target(request, catalog)
     plan = MapPlan(request.graph, catalog, target, request.input_folder, options.seeds)
+    films = film_node(request.graph, catalog, target) if request.shots and target is not None else None
+    first = next(iter(request.source), None)
+    if first is None:
+        raise BadMap("There is nothing to map over: the folder or list holds no item.")
+    plan.check(first)
     output = request.output_folder.resolve()
     with Manifest.open(ResultStore.manifest_path(output), plan.key, options.restart) as manifest:
         store = ResultStore(output, manifest)
-        source, suffix = request.source, ""
-        if request.shots:
-            assert target is not None
-            node = film_node(request.graph, catalog, target)
-            suffix = node.suffix
-            source = ShotItems(request.source, node, lambda film: whole_film(film, manifest) is not None)
-        items = iter(source)
-        first = next(items, None)
-        if first is None and not request.shots:
-            raise BadMap("There is nothing to map over: the folder or list holds no item.")
-        if first is not None:
-            plan.check(first)
-            items = itertools.chain([first], items)
+        source = request.source
+        if films is not None:
+            source = ShotItems(source, films, lambda film: whole_film(film, manifest) is not None)
         status = Status(source.count())
         outcome = MapOutcome(status, output, output / "results.jsonl", "nobody")
         with _beacon(store.work) as beacon, _pool(request, devices, beacon, interrupted) as pool:
@@ -155,16 +151,16 @@ def run_map(
             if isinstance(pool, InProcessPool):
                 pool.advanced = lambda fraction: scheduler.tell(0, fraction)
             try:
-                scheduler.run(_jobs(items, plan, store, manifest, status))
+                scheduler.run(_jobs(iter(source), plan, store, manifest, status))
             except NoWorkers as lost:
                 outcome.lost = str(lost)
             finally:
                 store.clean()
                 # A film that was whole before has no items now; what the list says of it stays.
-                if status.over or status.running or not outcome.results.is_file():
+                if status.over or not outcome.results.is_file():
                     store.export()
-        if request.shots:
-            outcome.films = list(merge_films(request.source, store, manifest, suffix))
+        if films is not None:
+            outcome.films = list(merge_films(request.source, store, manifest, films.suffix))
         failed = (item for item in manifest.items() if item.job is not None and item.job.error)
         outcome.failures = [f"{f.shown}: {f.job.error}" for f in itertools.islice(failed, SHOWN_FAILURES) if f.job]
     return outcome

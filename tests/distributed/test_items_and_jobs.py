@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hotpath.distributed.items import BadItems, FolderItems, Item, JsonLinesItems, ListItems, open_items, text_item
-from hotpath.distributed.jobs import BadMap, MapPlan, Target, find_target, guess_target
+from hotpath.distributed.jobs import BadMap, MapPlan, Target, find_target, guess_target, refuse_nested
 from hotpath.distributed.seeds import item_seed
 from hotpath.headless.catalog import available_nodes
 from hotpath.headless.graph import Graph, WorkflowError
@@ -170,7 +170,7 @@ def test_what_no_item_could_run_with_is_refused(plan, headless_host):
         plan({**COPY, "9": {"class_type": "KSampler", "inputs": {}}}).check(item)
     nested = {**COPY, "9": {"class_type": "HotpathMap", "inputs": {}}}
     with pytest.raises(BadMap, match="maps a workflow itself"):
-        plan(nested)
+        refuse_nested(Graph.parse(nested))
 
 
 def test_a_folder_or_list_that_is_not_there(tmp_path):

@@ -1,0 +1,240 @@
+"""Ray actors: the results of this process, a killed actor survived, a token asked for, nothing open to the network."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hotpath.distributed import mapping, ray_cluster, ray_pool
+from hotpath.distributed.jobs import BadMap
+from hotpath.distributed.mapping import run_map
+from hotpath.distributed.pool import Advanced, Died, Finished, Ready
+from hotpath.distributed.ray_cluster import ClusterOptions, connected, is_loopback, make_token, token_environment
+from hotpath.distributed.ray_pool import RayPool
+from hotpath.distributed.worker import WorkerSettings
+from hotpath.host import Interrupted
+from map_workflows import listed, made, picture
+
+pytestmark = pytest.mark.xdist_group("ray")
+needs_ray = pytest.mark.skipif(ray_cluster.missing() is not None, reason="Ray is not installed")
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A cluster of this machine's own, as `hotpath map --executor ray` starts it. Runs use the connection that stands."""
+    with connected(ClusterOptions(cpus=2, gpus=0), tmp_path_factory.mktemp("token")) as module:
+        yield module
+
+
+class Killer:
+    """Kills the first actor it sees at work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pool: RayPool | None = None
+        self.killed: int | None = None
+        start = RayPool.start
+
+        def watched(pool: RayPool) -> None:
+            self.pool = pool
+            start(pool)
+
+        monkeypatch.setattr(RayPool, "start", watched)
+
+    def changed(self, status) -> None:
+        assert self.pool is not None
+        if self.killed is None and status.done and status.running:
+            self.killed = self.pool._ray.get(self.pool._actors[next(iter(status.running))].pid.remote())
+            os.kill(self.killed, signal.SIGKILL)
+
+
+@needs_ray
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+def test_actors_one_of_which_is_killed_give_what_this_process_gives(ray, pictures, request_for, monkeypatch):
+    for i in range(4):
+        picture(pictures / f"slow{i}.png", 50 + i, 1400)
+    (pictures / "bad.png").write_text("no picture")
+    killer = Killer(monkeypatch)
+    actors = run_map(request_for(pictures, "ray", executor="ray", workers=2), killer)
+    assert killer.killed is not None
+    assert (actors.status.done, actors.status.failed) == (9, 1) and actors.status.retried >= 1
+    assert "2 Ray actors with 1 CPU each" in actors.report()
+    alone = run_map(request_for(pictures, "one"))
+    assert made(actors.folder) == made(alone.folder)
+    assert [(line["name"], line["status"], line["files"]) for line in listed(actors.folder)] == [
+        (line["name"], line["status"], line["files"]) for line in listed(alone.folder)
+    ]
+
+
+@needs_ray
+def test_an_interrupt_ends_the_actors_work(ray, pictures, request_for, monkeypatch):
+    for i in range(3):
+        picture(pictures / f"slow{i}.png", 50 + i, 2500)
+    stopped_at: list[float] = []
+    running: dict[int, float] = {}
+
+    class Watch:
+        def changed(self, status) -> None:
+            running.update(status.running)
+
+    def interrupted() -> None:
+        if len(running) and not stopped_at:
+            stopped_at.append(time.monotonic())
+            raise Interrupted("Stopped on request.")
+
+    request = request_for(pictures, executor="ray", workers=1)
+    with pytest.raises(Interrupted):
+        run_map(request, Watch(), interrupted)
+    assert time.monotonic() - stopped_at[0] < 3.0
+    assert not (request.output_folder / ".hotpath-map" / "staging").exists()
+    assert len([line for line in listed(request.output_folder) if line["status"] == "done"]) == len(
+        made(request.output_folder)
+    )
+
+
+@needs_ray
+def test_only_this_machine_reaches_it_and_only_with_the_token(ray):
+    address = ray.get_runtime_context().gcs_address
+    assert is_loopback(address)
+    code = f"import ray; ray.init(address={address!r}, log_to_driver=False); print('let in')"
+    stranger = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    # The last one keeps the stranger from looking for the cluster at this machine's address in its network.
+    stranger |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0" * 64,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=stranger, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "let in" not in done.stdout
+    assert "token" in done.stderr
+
+
+@needs_ray
+def test_an_actor_that_does_not_see_the_files_says_so(ray, tmp_path):
+    pool = RayPool(ray, WorkerSettings(str(tmp_path), sees=[str(tmp_path / "nothing")]), 1, 0.0, 0.5)
+    pool.start()
+    events: list = []
+    end = time.monotonic() + 90
+    while not events and time.monotonic() < end:
+        events += pool.wait(0.2)
+    pool.close()
+    assert isinstance(events[0], Died) and events[0].final
+    assert events[0].reason.startswith("The worker on ") and "shared storage" in events[0].reason
+
+
+class FakeRay:
+    """Ray's calls, answered at once: for what a real cluster does only when something breaks."""
+
+    class Call:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def remote(self, *_: Any) -> tuple[str, int]:
+            FakeRay.count += 1
+            return self.name, FakeRay.count
+
+    count = 0
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self.answers, self.killed = answers, 0
+
+    def remote(self, **_: Any):
+        fake = self
+
+        class Actor:
+            pid, run, fraction = (fake.Call(name) for name in ("pid", "run", "fraction"))
+
+        class Handle:
+            remote = staticmethod(lambda *_: Actor())
+
+        return lambda _: Handle
+
+    def wait(self, references, num_returns, timeout):
+        there = [r for r in references if self.answers.get(r[0]) is not None]
+        return there[:num_returns], []
+
+    def get(self, reference):
+        answer = self.answers[reference[0]]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def kill(self, actor, no_restart):
+        self.killed += 1
+
+
+@needs_ray
+def test_a_cluster_without_room_or_with_failing_actors():
+    settings = WorkerSettings(".")
+    full = RayPool(FakeRay({}), settings, 2, 1.0, 0.0, patience=0.0)
+    full.start()
+    assert [(e.final, "no room" in e.reason) for e in full.wait(0)] == [(True, True)] * 2
+    broken = RayPool(FakeRay({"pid": RuntimeError("gone")}), settings, 1, 0.0, 1.0)
+    broken.start()
+    ends = [broken.wait(0)[0] for _ in range(ray_pool.STARTS)]
+    assert [e.final for e in ends] == [False, False, True] and "before it was ready" in ends[-1].reason
+    fine = RayPool(FakeRay({"pid": 1, "run": {"status": "done"}, "fraction": 0.5}), settings, 1, 0.0, 1.0)
+    fine.start()
+    assert fine.wait(0) == [Ready(0)]
+    fine.submit(0, {"id": "j"})
+    fine._asked_at[0] = -10.0
+    assert fine.wait(0) == [Finished(0, "j", {"status": "done"})]
+    working = RayPool(FakeRay({"pid": 1, "fraction": 0.5}), settings, 1, 0.0, 1.0)
+    working.start()
+    working.wait(0)
+    working.submit(0, {"id": "j"})
+    working._asked_at[0] = -10.0
+    assert working.wait(0) == [Advanced(0, 0.5)]
+
+
+def test_which_addresses_are_this_machine():
+    for address in ("127.0.0.1:6379", "localhost", "ray://localhost:10001", "[::1]:6379", "127.3.2.1", "::1"):
+        assert is_loopback(address), address
+    for address in ("10.0.0.5:6379", "example.org:1", "ray://192.168.0.2:10001", "127.0.0.1.example.org", "0.0.0.0:1"):
+        assert not is_loopback(address), address
+
+
+def test_another_machine_needs_a_token(tmp_path, monkeypatch):
+    for name in (ray_cluster.TOKEN, ray_cluster.TOKEN_PATH):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    with pytest.raises(BadMap, match=r"10\.0\.0\.5:6379 is another machine, and there is no token"):
+        token_environment(ClusterOptions("10.0.0.5:6379"), tmp_path)
+    token = tmp_path / "token"
+    token.write_text("a" * 64)
+    token.chmod(0o644)
+    if os.name == "posix":
+        with pytest.raises(BadMap, match=r"Others can read the token in .*chmod 600"):
+            token_environment(ClusterOptions("10.0.0.5:6379", token), tmp_path)
+    token.chmod(0o600)
+    found = token_environment(ClusterOptions("10.0.0.5:6379", token), tmp_path)
+    assert found == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    (tmp_path / "empty").touch(0o600)
+    with pytest.raises(BadMap, match="is empty"):
+        token_environment(ClusterOptions("10.0.0.5:6379", tmp_path / "empty"), tmp_path)
+    with pytest.raises(BadMap, match="There is no token file"):
+        token_environment(ClusterOptions(None, tmp_path / "no"), tmp_path)
+
+
+def test_the_token_is_made_once_and_is_the_users_alone(tmp_path):
+    path = make_token(tmp_path / "cache")
+    text = path.read_text()
+    assert len(text) == 64 and make_token(tmp_path / "cache").read_text() == text
+    if os.name == "posix":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        path.chmod(0o640)
+        with pytest.raises(BadMap, match="Others can read"):
+            make_token(tmp_path / "cache")
+
+
+def test_without_ray_one_sentence(pictures, request_for, monkeypatch):
+    monkeypatch.setattr(mapping.ray_cluster.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadMap, match=r"Ray is not installed: .*\[distributed\]"):
+        run_map(request_for(pictures, executor="ray"))
