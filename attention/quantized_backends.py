@@ -38,7 +38,7 @@ def _sage_generation() -> int | None:
 
 
 def _sage1_library() -> str | None:
-    cure = "pip install comfyui-hotpath[sage]"
+    cure = "pip install sageattention"
     return import_fault("sageattention", cure) or (
         None if _sage_generation() == 1 else "the installed sageattention is generation 2: choose sage2"
     )

@@ -58,12 +58,12 @@ LIBRARIES = (
         ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-migraphx"),
         _onnxruntime,
     ),
-    _Library("insightface", "optional face engine", "pip install comfyui-hotpath[insightface]"),
-    _Library("transformers", "Qwen-VL", "pip install comfyui-hotpath[vision-language]"),
-    _Library("diffusers", "text to image without ComfyUI", "pip install comfyui-hotpath[text-to-image]"),
-    _Library("torchao", "weights in fewer bits", "pip install comfyui-hotpath[precision]"),
+    _Library("insightface", "optional face engine", "pip install insightface"),
+    _Library("transformers", "Qwen-VL", "pip install transformers accelerate"),
+    _Library("diffusers", "text to image without ComfyUI", "pip install diffusers transformers accelerate"),
+    _Library("torchao", "weights in fewer bits", "pip install torchao"),
     _Library("bitsandbytes", "optional 4-bit weights of Qwen-VL", "pip install bitsandbytes"),
-    _Library("ray", "many GPUs and machines", "pip install comfyui-hotpath[distributed]"),
+    _Library("ray", "many GPUs and machines", "pip install ray[default]"),
     _Library(
         "cv2",
         "optional edge filter of Deep Exemplar",
@@ -77,7 +77,7 @@ LIBRARIES = (
         _cv2,
     ),
     _Library("av", "video files", "pip install av"),
-    _Library("spatial_correlation_sampler", "optional ColorMNet backend", "pip install comfyui-hotpath[correlation]"),
+    _Library("spatial_correlation_sampler", "optional ColorMNet backend", "pip install spatial-correlation-sampler"),
 )
 
 

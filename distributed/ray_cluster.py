@@ -48,7 +48,7 @@ class ClusterOptions:
 def missing() -> str | None:
     """Why Ray cannot be used here, as a sentence; None when it can."""
     if importlib.util.find_spec("ray") is None:
-        return "Ray is not installed: `pip install 'comfyui-hotpath[distributed]'` brings it; the executor local needs none."
+        return "Ray is not installed: `pip install 'ray[default]'` brings it; the executor local needs none."
     return None
 
 

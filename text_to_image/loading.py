@@ -257,7 +257,7 @@ def require_libraries() -> None:
     except (ImportError, RuntimeError) as error:
         raise UnusableCheckpoint(
             f"Text to image needs diffusers 0.36 and transformers 4.57 or newer ({error}): install them with "
-            'pip install "comfyui-hotpath[text-to-image]".'
+            'pip install "diffusers>=0.36" "transformers>=4.57" accelerate.'
         ) from error
 
 
