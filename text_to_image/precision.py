@@ -43,7 +43,7 @@ def plan(asked: str, device: torch.device) -> PrecisionPlan:
 def unavailable(method: str, device: torch.device) -> str | None:
     """Why `method` cannot run on `device`; None when it can."""
     if importlib.util.find_spec("torchao") is None:
-        return 'the torchao package is not installed (pip install torchao)'
+        return "the torchao package is not installed (pip install torchao)"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         needed = {"float8": (8, 9), "int8": (8, 0)}[method]
