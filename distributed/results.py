@@ -67,7 +67,7 @@ class ResultStore:
     def keep(
         self, job: Job, staging: Path, texts: Sequence[tuple[bool, str]], seconds: float, attempts: int
     ) -> list[Path]:
-        """Make what a worker staged final; returns the files. texts: (from an output node, text)."""
+        """Make what a worker staged final; returns the files. texts: (from where the workflow ends, text)."""
         label = self.label(job)
         made = staging / OUTPUT
         names = sorted(p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()) if made.is_dir() else []

@@ -136,7 +136,7 @@ class WorkflowWorker:
     def run(self, payload: Mapping[str, Any]) -> dict[str, Any]:
         """Run a job's payload; returns its result as plain JSON. A stop of the host is raised, nothing else is.
 
-        {"status": "done", "texts": [[from an output node, text]], "seconds"} or
+        {"status": "done", "texts": [[whether it comes from where the workflow ends, text]], "seconds"} or
         {"status": "failed", "kind": as in `retry`, "error": a sentence, "seconds"}.
         """
         started = time.perf_counter()
@@ -150,15 +150,18 @@ class WorkflowWorker:
             self.host.use_folder(staging)
             # What an output node wrote lies in the folder of the job that it ran for.
             self.executor.forget_output_nodes()
-            result = self.executor.run(Graph.parse(payload["prompt"]))
+            graph = Graph.parse(payload["prompt"])
+            result = self.executor.run(graph)
         except Exception as error:
             kind = failure_kind(error)
             if kind == MEMORY:
                 self.let_go()
             log.info("job %s failed (%s)", payload.get("id"), kind, exc_info=error)
             return self._failed(kind, str(error) or type(error).__name__, started)
-        outputs = {i for i, run in result.runs.items() if self._is_output(run.node)}
-        texts = [[node.id in outputs, text] for node, text in outcome_of(result, self.host).texts]
+        # What a node says whose answer goes on to another one, such as its report, is not what the workflow is for.
+        asked = {link.node for node in graph.nodes.values() for _, link in node.links()}
+        ends = {i for i, run in result.runs.items() if i not in asked and self._is_output(run.node)}
+        texts = [[node.id in ends, text] for node, text in outcome_of(result, self.host).texts]
         return {"status": "done", "texts": texts, "seconds": time.perf_counter() - started}
 
     def let_go(self) -> None:

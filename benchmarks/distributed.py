@@ -1,0 +1,247 @@
+"""How `hotpath map` scales: measured on CPU workers of this machine, and simulated for machines that are not here.
+
+    python benchmarks/distributed.py                     measure 1 and 2 workers, local and Ray, then simulate up to 64
+    python benchmarks/distributed.py --no-ray --items 24
+
+Measured: captions by the demo's small model, one picture per job, one thread per worker; outputs are compared byte by byte
+first. The time counts from the first worker that is ready, as workers start once, and is given with the start as well.
+
+Simulated: the scheduler that `hotpath map` uses, on workers that only exist in time, with job times drawn from those that
+were measured. It shows what dispatching, stragglers and deaths cost. It knows nothing of disks, networks and heat, and is
+no measurement of any GPU; the chart says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+# `python benchmarks/distributed.py` puts benchmarks/ on the path; the pack is installed or found beside it.
+if importlib.util.find_spec("hotpath") is None:
+    root = Path(__file__).resolve().parent.parent
+    spec = importlib.util.spec_from_file_location(
+        "hotpath", root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["hotpath"])
+
+from hotpath import host
+from hotpath.distributed import ray_cluster
+from hotpath.distributed.items import FolderItems
+from hotpath.distributed.mapping import MapOptions, MapRequest, run_map
+from hotpath.distributed.policy import POLICIES
+from hotpath.distributed.simulation import Cluster, simulate
+from hotpath.distributed.status import Status
+from hotpath.headless.graph import Graph
+from hotpath.host.headless import HeadlessHost
+
+PACK = Path(__file__).resolve().parent.parent
+CAPTION = {
+    "1": {"class_type": "LoadImage", "inputs": {"image": "x.png"}},
+    "2": {"class_type": "HotpathVLMLoader", "inputs": {"model": "hotpath-captioner"}},
+    "3": {
+        "class_type": "HotpathVLM",
+        "inputs": {
+            "model": ["2", 0], "images": ["1", 0], "prompt": "Describe this image.", "max_new_tokens": 24,
+            "cache": "off", "decode": "plain",
+        },
+    },
+    "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 0]}},
+}  # fmt: skip
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+JOBS = 4000  # of a simulated run
+SPEEDUP_SEEDS = 5
+
+
+class Clock:
+    """When the first worker was ready, and how many seconds of work that run had."""
+
+    def __init__(self) -> None:
+        self.ready: float | None = None
+        self.last = 0.0
+
+    def changed(self, status: Status) -> None:
+        if status.workers and self.ready is None:
+            self.ready = time.perf_counter()
+        self.last = time.perf_counter()
+
+
+def pictures(folder: Path, count: int) -> None:
+    """Pictures of several sizes, so that jobs differ as they do in a real folder."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        side = int(rng.integers(96, 320))
+        blocks = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize((side * 3 // 2, side), Image.Resampling.NEAREST).save(folder / f"{i:04}.png")
+
+
+def measure(folder: Path, executor: str, workers: int) -> dict[str, Any]:
+    """One run in a fresh output folder."""
+    here = host.current()
+    models, kinds = here.all_model_folders()
+    output = folder / f"{executor}-{workers}"
+    # Always processes, so that one worker is started like two.
+    options = MapOptions(executor, workers, "none", threads=1, in_process=False)
+    request = MapRequest(
+        Graph.parse(json.loads(json.dumps(CAPTION))), FolderItems(folder / "in", folder), folder, output,
+        folder / "cache", "1.image", models=models, kind_folders=kinds, options=options,
+    )  # fmt: skip
+    clock = Clock()
+    begin = time.perf_counter()
+    outcome = run_map(request, clock)
+    end = time.perf_counter()
+    assert outcome.whole, outcome.report()
+    lines = [json.loads(line) for line in outcome.results.read_text("utf-8").splitlines()]
+    texts = {line["item"]: (output / line["files"][0]).read_bytes() for line in lines}
+    jobs = [line["seconds"] for line in lines]
+    return {
+        "executor": executor,
+        "workers": workers,
+        "whole_seconds": end - begin,
+        "work_seconds": clock.last - (clock.ready or begin),
+        "jobs": jobs,
+        "texts": texts,
+    }
+
+
+def simulated(jobs: Sequence[float], start: float, serial: float) -> dict[str, Any]:
+    """Speed-up over one worker by policy and number, and by trouble for least_busy; the mean of a few drawings."""
+
+    def drawn(seed: int) -> list[float]:
+        rng = random.Random(seed)
+        return [rng.choice(list(jobs)) for _ in range(JOBS)]
+
+    def speedup(workers: int, policy: str, **trouble: Any) -> float:
+        found = []
+        for seed in range(SPEEDUP_SEEDS):
+            lengths = drawn(seed)
+            ran = simulate(Cluster(workers, start, serial, **trouble), lengths, policy, seed)
+            found.append(sum(lengths) / ran.seconds)
+        return sum(found) / len(found)
+
+    mean = sum(jobs) / len(jobs)
+    troubles: dict[str, dict[str, Any]] = {
+        "nothing goes wrong": {},
+        "2% of jobs take 10 times as long": {"straggler": (0.02, 10.0)},
+        "a worker dies every 500 jobs": {"deaths": 1 / (500 * mean)},
+    }
+    return {
+        "policies": {p: [speedup(n, p) for n in SIZES] for p in POLICIES},
+        "troubles": {name: [speedup(n, "least_busy", **kind) for n in SIZES] for name, kind in troubles.items()},
+    }
+
+
+def chart(path: Path, measured: Sequence[dict[str, Any]], found: dict[str, Any], note: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5.2), sharey=True)
+    styles = {"least_busy": "o-", "round_robin": "s--", "random": "^:"}
+    for axis, title in zip(axes, ("policies", "least_busy, when things go wrong"), strict=True):
+        axis.plot(SIZES, SIZES, color="0.75", linewidth=1, label="as many times as fast as there are workers")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xticks(SIZES, [str(n) for n in SIZES])
+        axis.set_yticks(SIZES, [str(n) for n in SIZES])
+        axis.set_xlabel("workers (simulated)")
+        axis.set_title(f"SIMULATION: {title}", fontsize=11)
+        axis.grid(color="0.92")
+    axes[0].set_ylabel("times as fast as one worker")
+    for policy, values in found["policies"].items():
+        axes[0].plot(SIZES, values, styles[policy], markersize=5, label=f"{policy}, simulated")
+    base = {run["executor"]: run["work_seconds"] for run in measured if run["workers"] == 1}
+    for executor, marker in (("local", "*"), ("ray", "P")):
+        points = [(r["workers"], base[executor] / r["work_seconds"]) for r in measured if r["executor"] == executor]
+        if points:
+            label = f"{executor}: measured on CPU workers of this machine"
+            axes[0].plot(
+                *zip(*points, strict=True), marker, markersize=12, color="black", fillstyle="none", label=label
+            )
+    for style, (name, values) in zip(("o-", "s--", "^:"), found["troubles"].items(), strict=True):
+        axes[1].plot(SIZES, values, style, markersize=5, label=f"{name}, simulated")
+    for axis in axes:
+        axis.legend(fontsize=8, loc="upper left")
+    figure.text(0.5, 0.01, note, ha="center", fontsize=8, color="0.35")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--items", type=int, default=48, help="pictures to caption")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--no-ray", action="store_true")
+    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--chart", type=Path, default=PACK / "docs" / "images" / "map_scaling.png")
+    options = parser.parse_args(arguments)
+    logging.getLogger("hotpath").setLevel(logging.ERROR)  # simulated deaths are many
+    executors = ["local"] if options.no_ray or ray_cluster.missing() else ["local", "ray"]
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        pictures(folder / "in", options.items)
+        before = host.use(HeadlessHost(PACK / "demo" / "models", folder, folder / "out", "cpu", show_progress=False))
+        try:
+            measured = [measure(folder, e, n) for e in executors for n in options.workers]
+        finally:
+            host.use(before)
+    texts = [run.pop("texts") for run in measured]
+    assert all(found == texts[0] for found in texts), "the captions differ between runs"
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores{load}, torch {torch.__version__}"
+    print(f"{date.today()}  {machine}")
+    print(f"{options.items} captions; the same bytes from every run\n")
+    print("executor  workers  work s  times  with start s  median job s")
+    for run in measured:
+        base = next(r for r in measured if r["executor"] == run["executor"] and r["workers"] == options.workers[0])
+        times = base["work_seconds"] / run["work_seconds"]
+        median = sorted(run["jobs"])[len(run["jobs"]) // 2]
+        print(
+            f"{run['executor']:8}  {run['workers']:7}  {run['work_seconds']:6.1f}  {times:5.2f}  "
+            f"{run['whole_seconds']:12.1f}  {median:12.3f}"
+        )
+    first = measured[0]
+    # The first job of a worker loads the model; later ones are what a long run is made of.
+    jobs = first["jobs"][1:]
+    start = first["whole_seconds"] - first["work_seconds"]
+    serial = max(0.0, first["work_seconds"] - sum(first["jobs"])) / len(first["jobs"])
+    found = simulated(jobs, start, serial)
+    print(
+        f"\nSIMULATION: {JOBS} jobs, start {start:.1f} s and {serial * 1000:.1f} ms of the scheduler per job, as measured"
+    )
+    print("workers                             " + "".join(f"{n:7}" for n in SIZES))
+    for name, values in {**found["policies"], **found["troubles"]}.items():
+        print(f"{name:36}" + "".join(f"{value:7.1f}" for value in values))
+    note = (
+        f"Simulated with the real scheduler and job times measured on a CPU ({JOBS} jobs, mean {sum(jobs) / len(jobs):.2f} s, "
+        f"{serial * 1000:.0f} ms of scheduling each). No GPU was measured."
+    )
+    chart(options.chart, measured, found, note)
+    print(f"\n{options.chart}")
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "measured": measured, "simulated": found}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
