@@ -30,6 +30,8 @@ FAMILIES: tuple[str, ...] = (
     "map",
     "text_to_image",
     "acceleration",
+    "compilation",
+    "profiling",
 )
 
 NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {}

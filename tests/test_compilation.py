@@ -435,3 +435,18 @@ def test_inductor_compiles_for_the_cpu() -> None:
     graphs = compiler_of(model).graphs
     assert_same_picture(sample(bench, model, size=(16, 24), tokens=50), sample(bench, size=(16, 24), tokens=50))
     assert compiler_of(model).graphs == graphs
+
+
+def test_attention_of_a_node_that_runs_again_needs_no_new_graph() -> None:
+    from hotpath.patches.attention_override import attention_report, set_attention
+
+    bench = tiny("z_image")
+    graphs = []
+    for _ in range(3):
+        chosen, _ = set_attention(bench.model, "sdpa_math")
+        model, compiler = compiled(chosen)
+        assert_same_picture(sample(bench, model), sample(bench))
+        assert compiler.fallbacks() == {}
+        graphs.append(compiler.graphs)
+    assert graphs[0] == graphs[1] == graphs[2]
+    assert "compiled into a graph" in attention_report(model)

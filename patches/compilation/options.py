@@ -114,6 +114,27 @@ def attention_that_traces() -> tuple[Callable[..., Any] | None, str]:
     return instead, f"{name} cannot be compiled; compiled blocks use torch's scaled_dot_product_attention"
 
 
+_logs: dict[Any, Any] = {}  # the first log of each attention policy
+
+
+def share_attention_log(options: dict[str, Any]) -> None:
+    """Let the attention override of this call write into its own log from graphs that another one was traced with.
+
+    A graph knows a log by a number. All overrides of one policy share theirs, so that none of them needs its own graph;
+    the number leads to the one whose model runs.
+    """
+    from ...attention.compiled import number_of
+    from ..attention_override import AttentionOverride
+
+    override = options.get(OVERRIDE)
+    if isinstance(override, AttentionOverride):
+        first = _logs.setdefault(override.policy, override.log)
+        if override.log is not first:
+            override.log.number = first.number
+            override.log._traced = first._traced  # graphs are shared, so is what is known of them
+        number_of(override.log)
+
+
 def block_options(options: dict[str, Any], read: frozenset[str]) -> dict[str, Any]:
     """`options` reduced to what concerns the block they were set for.
 

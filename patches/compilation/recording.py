@@ -22,7 +22,16 @@ import torch
 
 from ..model_call import BOUND, BoundPatches
 from .blocks import attributes_used
-from .options import CALL, OVERRIDE, OWN, NotTraceable, attention_that_traces, check_override, is_traceable, options_read_by
+from .options import (
+    CALL,
+    OVERRIDE,
+    OWN,
+    NotTraceable,
+    attention_that_traces,
+    check_override,
+    is_traceable,
+    options_read_by,
+)
 
 if TYPE_CHECKING:
     from .regional import RegionalCompiler
@@ -77,11 +86,19 @@ def _flatten(value: Any, flat: _Flat) -> Hashable:
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         return type(value), value
     if isinstance(value, dict):
-        return dict, tuple((key, _flatten(part, flat)) for key, part in value.items())
+        parts = tuple((key, _flatten(part, flat)) for key, part in value.items() if key != OVERRIDE)
+        return dict, parts, _same(value.get(OVERRIDE), flat)
     if isinstance(value, (list, tuple)):
         return type(value), tuple(_flatten(part, flat) for part in value)
     if (attributes := attributes_used(value)) is not None:
         return type(value), tuple((name, _flatten(part, flat)) for name, part in attributes.items())
+    return _same(value, flat)
+
+
+def _same(value: Any, flat: _Flat) -> Hashable:
+    """The very object counts, not what is in it: an attention override, a function."""
+    if value is None:
+        return None
     flat.kept.append(value)
     return "object", id(value)
 
@@ -91,7 +108,7 @@ def _rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         return next(tensors)
     if isinstance(value, dict):
-        return {key: _rebuild(part, tensors) for key, part in value.items()}
+        return {key: part if key == OVERRIDE else _rebuild(part, tensors) for key, part in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_rebuild(part, tensors) for part in value)
     if (attributes := attributes_used(value)) is not None:
@@ -216,7 +233,10 @@ class CallRecorder:
         bound = kwargs.pop(BOUND, None)
         if place is not None and place < len(args):
             return (*args[:place], self._options(model, args[place] or {}, bound), *args[place + 1 :]), kwargs
-        return args, {**kwargs, "transformer_options": self._options(model, kwargs.get("transformer_options") or {}, bound)}
+        return args, {
+            **kwargs,
+            "transformer_options": self._options(model, kwargs.get("transformer_options") or {}, bound),
+        }
 
     def _options(self, model: type, options: dict[str, Any], bound: BoundPatches | None) -> dict[str, Any]:
         made = {key: options[key] for key in self._read[model] if key in options}

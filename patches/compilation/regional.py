@@ -21,7 +21,7 @@ from torch import nn
 
 from .blocks import constants_of, live_state
 from .graphs import Backend, CompiledKind, compile_errors
-from .options import NotTraceable, block_options, options_read_by
+from .options import NotTraceable, block_options, options_read_by, share_attention_log
 from .recording import CallRecorder
 from .regions import Region, find_regions
 from .settings import CompileSettings
@@ -143,7 +143,9 @@ class CompilationRefused(RuntimeError):
 
 
 def _first_line(error: BaseException) -> str:
-    error = getattr(error, "inner_exception", None) or error  # what a backend raised, inside of what torch says about it
+    error = (
+        getattr(error, "inner_exception", None) or error
+    )  # what a backend raised, inside of what torch says about it
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
@@ -226,6 +228,8 @@ class RegionalCompiler:
 
     def apply_model(self, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """An APPLY_MODEL wrapper: the blocks are compiled inside, and as they were outside."""
+        options = kwargs.get("transformer_options", args[4] if len(args) > 4 else None)
+        share_attention_log(options or {})
         plan = self.plan(executor.class_obj, x.device)
         before = getattr(self._thread, "plan", None)
         self._thread.plan = plan

@@ -1,0 +1,175 @@
+"""A profile as a table and as a picture: the run on one line, and under it every step."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import numpy as np
+import torch
+
+from .profiling import DECODE, ENCODE, ENCODE_IMAGE, PREPARE, STEP, Profile, Row
+
+COLOURS = {
+    ENCODE: "#5B8DB8",
+    PREPARE: "#B9A44C",
+    STEP: "#3F7D58",
+    "after the last step": "#B9A44C",
+    DECODE: "#8C5E9B",
+    ENCODE_IMAGE: "#B07AA1",
+    "gaps": "#D5D8DC",
+}
+COMPILING = "#D1495B"
+INK, FAINT = "#22303C", "#7B8794"
+NEEDS_MATPLOTLIB = "The chart needs matplotlib: pip install matplotlib. Table and JSON are there without it."
+
+
+def table(profile: Profile) -> str:
+    """The profile as lines a person can read."""
+    if not profile.rows:
+        return "Nothing ran since the last report: connect model, clip and vae of Profile to the nodes that work."
+    lines = [f"{profile.total:.3f} s on {profile.device}, {_share(profile.gap, profile)} in none of the stages"]
+    lines.append(f"{'stage':<24}{'s':>9}{'share':>8}{'model s':>10}{'python s':>10}")
+    for name, rows in _stages(profile).items():
+        seconds = sum(row.seconds for row in rows)
+        title = f"{len(rows)} x {name}" if len(rows) > 1 else name
+        host = [row.host_seconds for row in rows if row.host_seconds is not None]
+        python = f"{sum(host):>10.3f}" if host else f"{'':>10}"
+        model = sum(row.model_seconds for row in rows)
+        model_text = f"{model:>10.3f}" if model else f"{'':>10}"
+        lines.append(f"{title:<24}{seconds:>9.3f}{_share(seconds, profile):>8}{model_text}{python}")
+    for number, step in enumerate(profile.steps, 1):
+        lines.append(f"  step {number:<3}{1000 * step.seconds:>9.1f} ms{_remark(step)}")
+    if ENCODE not in _stages(profile):
+        lines.append("text encode did not run: its result was remembered, or another CLIP was used")
+    waiting = sum(step.waits_for_python for step in profile.steps)
+    if waiting:
+        lines.append(f"in {waiting} of {len(profile.steps)} steps the GPU waits for Python: CUDA graphs would help")
+    lines += profile.notes
+    lines.append(f"measuring took {1000 * profile.overhead:.2f} ms in all")
+    return "\n".join(lines)
+
+
+def _stages(profile: Profile) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in profile.rows:
+        found.setdefault(row.stage, []).append(row)
+    return found
+
+
+def _share(seconds: float, profile: Profile) -> str:
+    return f"{100 * seconds / profile.total:.0f} %" if profile.total else ""
+
+
+def _remark(step: Row) -> str:
+    remarks = []
+    if step.calls > 1:
+        remarks.append(f"{step.calls} evaluations")
+    if step.graphs:
+        remarks.append(f"{step.graphs} graphs compiled")
+    if step.waits_for_python:
+        remarks.append("waits for Python")
+    return f"  {', '.join(remarks)}" if remarks else ""
+
+
+def draw(profile: Profile) -> torch.Tensor:
+    """A picture [1, H, W, 3] in 0..1. Without matplotlib, the sentence that says so."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return _sentence(NEEDS_MATPLOTLIB)
+    if not profile.rows:
+        return _sentence(table(profile))
+    figure = Figure(figsize=(10, 5.6), dpi=110, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    line, steps = figure.subplots(2, 1, gridspec_kw={"height_ratios": [1, 3.2], "hspace": 0.62})
+    figure.subplots_adjust(left=0.075, right=0.97, top=0.86, bottom=0.11)
+    figure.text(0.075, 0.945, f"{profile.total:.2f} s on {profile.device}", fontsize=15, color=INK, weight="bold")
+    figure.text(0.97, 0.95, _headline(profile), fontsize=9.5, color=FAINT, ha="right")
+    _draw_run(line, profile)
+    _draw_steps(steps, profile)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].astype(np.float32) / 255
+    return torch.from_numpy(pixels.copy())[None]
+
+
+def _headline(profile: Profile) -> str:
+    steps = [step.seconds for step in profile.steps if not step.graphs] or [step.seconds for step in profile.steps]
+    if not steps:
+        return ""
+    return f"{len(profile.steps)} steps, median {1000 * statistics.median(steps):.1f} ms"
+
+
+def _draw_run(axes: Any, profile: Profile) -> None:
+    """Where each stage lies in the run."""
+    axes.barh(0, profile.total, color=COLOURS["gaps"], height=0.9)
+    seen: dict[str, float] = {}
+    for row in profile.rows:
+        colour = COMPILING if row.graphs else COLOURS.get(row.stage, COLOURS["gaps"])
+        axes.barh(0, row.seconds, left=row.start, color=colour, height=0.9, edgecolor="white", linewidth=0.5)
+        seen[row.stage] = seen.get(row.stage, 0.0) + row.seconds
+    handles = [axes.barh(0, 0, color=COLOURS.get(name, COLOURS["gaps"])) for name in seen]
+    labels = [f"{name} {seconds:.2f} s" for name, seconds in seen.items()]
+    if profile.gap > 0.005 * profile.total:
+        handles.append(axes.barh(0, 0, color=COLOURS["gaps"]))
+        labels.append(f"gaps {profile.gap:.2f} s")
+    axes.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(-0.005, -0.32), ncol=min(4, len(labels)), frameon=False,
+        fontsize=8.5, labelcolor=INK, handlelength=1.0, columnspacing=1.6,
+    )  # fmt: skip
+    axes.set_xlim(0, profile.total)
+    axes.set_yticks([])
+    axes.tick_params(colors=FAINT, labelsize=8, length=2)
+    axes.set_xlabel("s", color=FAINT, fontsize=8, loc="right", labelpad=-2)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _draw_steps(axes: Any, profile: Profile) -> None:
+    """Each step's time, of which in the model, and what Python needed for it."""
+    steps = profile.steps
+    positions = range(1, len(steps) + 1)
+    colours = [COMPILING if step.graphs else COLOURS[STEP] for step in steps]
+    milliseconds = [1000 * step.seconds for step in steps]
+    axes.bar(positions, milliseconds, color=colours, alpha=0.35, width=0.74)
+    axes.bar(positions, [1000 * step.model_seconds for step in steps], color=colours, width=0.74)
+    host = [step.host_seconds for step in steps]
+    handles = [axes.bar(0, 0, color=COLOURS[STEP]), axes.bar(0, 0, color=COLOURS[STEP], alpha=0.35)]
+    labels = ["in the model", "sampler and gaps"]
+    if any(value is not None for value in host):
+        axes.plot(
+            positions, [1000 * (value or 0.0) for value in host], "_", color=INK, markersize=14, markeredgewidth=1.6
+        )
+        handles.append(axes.plot([], [], "_", color=INK, markersize=10, markeredgewidth=1.6)[0])
+        labels.append("Python")
+    if any(step.graphs for step in steps):
+        handles.append(axes.bar(0, 0, color=COMPILING))
+        labels.append("compiling")
+    ordinary = [value for value, step in zip(milliseconds, steps, strict=True) if not step.graphs] or milliseconds
+    top = 1.35 * max(ordinary, default=1.0)
+    axes.set_ylim(0, top)
+    for position, value in zip(positions, milliseconds, strict=True):
+        if value > top:  # a step that compiled would flatten all others
+            axes.text(position, 0.97 * top, f"{value / 1000:.1f} s", ha="center", va="top", fontsize=8, color="white")
+    axes.set_xlim(0.4, max(len(steps), 1) + 0.6)
+    axes.set_title("step, ms", loc="left", fontsize=9.5, color=INK, pad=6)
+    axes.legend(
+        handles, labels, loc="lower right", bbox_to_anchor=(1.005, 0.985), ncol=4, frameon=False, fontsize=8.5,
+        labelcolor=INK, handlelength=1.0, columnspacing=1.6,
+    )  # fmt: skip
+    axes.tick_params(colors=FAINT, labelsize=8, length=2)
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(axis="y", color="#E6E9EC", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#C8CED4")
+
+
+def _sentence(text: str) -> torch.Tensor:
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (900, 60), "white")
+    ImageDraw.Draw(picture).text((16, 22), text, fill=INK)
+    return torch.from_numpy(np.asarray(picture).astype(np.float32) / 255)[None]

@@ -1,0 +1,365 @@
+"""Where the time of a picture goes: text encoding, every sampler step, decoding, and the gaps between them.
+
+MODEL, CLIP and VAE are handed on as clones that note when their work begins and ends. On a GPU these are CUDA events, which
+cost some microseconds and wait for nothing; the only wait is when the report is made. Beside each step's time on the GPU
+stands the time Python needed to launch it: where the two are equal, the GPU waits for Python.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .attention_override import override_of
+from .compilation import RegionalCompiler, compiler_of
+
+KEY = "hotpath_profile"
+MOST_SPANS = 20_000  # a run has a few hundred
+ENCODE, SAMPLE, PREPARE, STEP, DECODE, ENCODE_IMAGE = (
+    "text encode",
+    "sampling",
+    "before the first step",
+    "step",
+    "decode",
+    "image encode",
+)
+CLIP_METHODS = {"encode_from_tokens": ENCODE, "encode_from_tokens_scheduled": ENCODE, "generate": ENCODE}
+VAE_METHODS = {
+    "decode": DECODE, "decode_tiled": DECODE, "encode": ENCODE_IMAGE, "encode_tiled": ENCODE_IMAGE
+}  # fmt: skip
+
+
+@dataclass
+class Moment:
+    """A point in time: on the host, and in the GPU's queue."""
+
+    host: float
+    event: Any = None
+
+    @classmethod
+    def now(cls, device: torch.device | None) -> Moment:
+        if device is None or device.type != "cuda":
+            return cls(time.perf_counter())
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return cls(time.perf_counter(), event)
+
+
+@dataclass
+class Span:
+    """From `start` to `end`, something of `stage`. model: the part of it inside the model, as (start, end) pairs."""
+
+    stage: str
+    start: Moment
+    end: Moment
+    graphs: int = 0  # compiled meanwhile
+    model: list[tuple[Moment, Moment]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. seconds: what it took; host_seconds: what Python needed for it, where a GPU ran beside.
+
+    start: seconds after the run began. model_seconds: of `seconds`, inside the model.
+    """
+
+    stage: str
+    start: float
+    seconds: float
+    host_seconds: float | None
+    model_seconds: float
+    calls: int
+    graphs: int
+
+    @property
+    def waits_for_python(self) -> bool:
+        return self.host_seconds is not None and self.host_seconds > 0.95 * self.seconds
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A run, resolved to numbers."""
+
+    rows: tuple[Row, ...]
+    total: float
+    device: str
+    notes: tuple[str, ...]
+    overhead: float
+
+    @property
+    def steps(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.stage == STEP)
+
+    @property
+    def gap(self) -> float:
+        """Seconds in none of the stages: other nodes, loading, saving."""
+        return max(0.0, self.total - sum(row.seconds for row in self.rows))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "total_seconds": self.total,
+            "gap_seconds": self.gap,
+            "overhead_seconds": self.overhead,
+            "stages": [asdict(row) for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+
+class ProfileSession:
+    """What the clones of one profile node note. Safe across threads; holds a run until it is reported."""
+
+    def __init__(self) -> None:
+        self._model: weakref.ref[Any] | None = None
+        self._spans: list[Span] = []
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._before = dynamo_counts()
+
+    def __deepcopy__(self, _: Any) -> ProfileSession:
+        return self
+
+    def watch(self, model: Any) -> None:
+        """Report what happens inside `model`, a ModelPatcher, as long as others keep it."""
+        self._model = weakref.ref(model)
+
+    def add(self, span: Span) -> None:
+        with self._lock:
+            if len(self._spans) < MOST_SPANS:
+                self._spans.append(span)
+
+    @contextmanager
+    def stage(self, name: str, device: torch.device | None) -> Iterator[None]:
+        """Note what happens inside as `name`, unless that is itself part of a stage."""
+        if getattr(self._local, "inside", False):
+            yield
+            return
+        self._local.inside = True
+        start = Moment.now(device)
+        try:
+            yield
+        finally:
+            self._local.inside = False
+            self.add(Span(name, start, Moment.now(device)))
+
+    def outer_sample(
+        self, executor: Any, noise: Any, latent: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """An OUTER_SAMPLE wrapper: what comes before the first step, and each step up to the sampler's callback.
+
+        Samplers of second order call it between the two evaluations of a step, so there a bar holds the second one of
+        the step before.
+        """
+        device = executor.class_obj.model_patcher.load_device
+        mask, callback, *rest = (
+            args if len(args) >= 2 else (kwargs.pop("denoise_mask", None), kwargs.pop("callback", None))
+        )
+        self.watch(executor.class_obj.model_patcher)  # patches that came after the profile node count too
+        compiler = compiler_of(executor.class_obj.model_patcher)
+        run = _Steps(self, device, compiler)
+        before = getattr(self._local, "run", None)
+        self._local.run, self._local.inside = run, True
+
+        def after_step(*step: Any) -> Any:
+            run.step_done()
+            return callback(*step) if callback is not None else None
+
+        try:
+            return executor(noise, latent, sampler, sigmas, mask, after_step, *rest, **kwargs)
+        finally:
+            self._local.run, self._local.inside = before, False
+            run.close()
+
+    def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """A PREDICT_NOISE wrapper: one evaluation of the model, all of CFG included."""
+        run = getattr(self._local, "run", None)
+        if run is None:
+            return executor(*args, **kwargs)
+        start = run.model_starts()
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            run.model_ends(start)
+
+    def take(self) -> Profile:
+        """The run since the last report, as numbers. Waits for the GPU, and forgets the run."""
+        with self._lock:
+            spans, self._spans = self._spans, []
+        counts, self._before = self._before, dynamo_counts()
+        return resolve(spans, self._notes(counts))
+
+    def _notes(self, before: dict[str, int]) -> tuple[str, ...]:
+        notes = [f"torch.compile: {text}" for text in _changes(before, dynamo_counts())]
+        model = self._model() if self._model is not None else None
+        compiler = compiler_of(model) if model is not None else None
+        if compiler is not None:
+            notes += [f"compiled model: {line.strip()}" for line in compiler.report().splitlines()]
+        override = override_of(model) if model is not None else None
+        if override is not None:
+            notes += [f"attention: {line}" for line in override.log.report().splitlines()[1:]]
+        return tuple(notes)
+
+
+class _Steps:
+    """The steps of one sampling."""
+
+    def __init__(self, session: ProfileSession, device: torch.device, compiler: RegionalCompiler | None) -> None:
+        self.session, self.device, self.compiler = session, device, compiler
+        self.last = Moment.now(device)
+        self.graphs = self._graphs()
+        self.model: list[tuple[Moment, Moment]] = []
+        self.started = False
+
+    def _graphs(self) -> int:
+        return self.compiler.graphs if self.compiler is not None else 0
+
+    def model_starts(self) -> Moment:
+        moment = Moment.now(self.device)
+        if not self.started:
+            self.started = True
+            self._close(PREPARE, moment)
+        return moment
+
+    def model_ends(self, start: Moment) -> None:
+        self.model.append((start, Moment.now(self.device)))
+
+    def step_done(self) -> None:
+        self._close(STEP, Moment.now(self.device))
+
+    def _close(self, stage: str, moment: Moment) -> None:
+        graphs = self._graphs()
+        self.session.add(Span(stage, self.last, moment, graphs - self.graphs, self.model))
+        self.last, self.graphs, self.model = moment, graphs, []
+
+    def close(self) -> None:
+        """What follows the last step; a step that was interrupted counts as that."""
+        self._close("after the last step", Moment.now(self.device))
+
+
+def resolve(spans: list[Span], notes: tuple[str, ...] = ()) -> Profile:
+    """Spans as rows in order, times of the GPU where there is one."""
+    events = [span.end.event for span in spans if span.end.event is not None]
+    if events:
+        events[-1].synchronize()
+    spans = sorted(spans, key=lambda span: span.start.host)
+    if not spans:
+        return Profile((), 0.0, "", notes, 0.0)
+    origin = spans[0].start
+    rows = []
+    for span in spans:
+        seconds = _between(span.start, span.end)
+        on_gpu = span.start.event is not None
+        rows.append(
+            Row(
+                span.stage,
+                span.start.host - origin.host,
+                seconds,
+                span.end.host - span.start.host if on_gpu else None,
+                sum(_between(*part) for part in span.model),
+                max(1, len(span.model)),
+                span.graphs,
+            )
+        )
+    moments = sum(2 + 2 * len(span.model) for span in spans)
+    last = max(row.start + max(row.seconds, row.host_seconds or 0.0) for row in rows)
+    device = "CUDA" if events else "CPU"
+    return Profile(tuple(rows), last, device, notes, moments * cost_of_a_moment(bool(events)))
+
+
+def _between(start: Moment, end: Moment) -> float:
+    if start.event is not None and end.event is not None:
+        return float(start.event.elapsed_time(end.event)) / 1000
+    return end.host - start.host
+
+
+@functools.cache
+def cost_of_a_moment(cuda: bool) -> float:
+    """Seconds that noting one moment takes on this machine, measured."""
+    device = torch.device("cuda") if cuda else None
+    Moment.now(device)
+    start = time.perf_counter()
+    for _ in range(200):
+        Moment.now(device)
+    return (time.perf_counter() - start) / 200
+
+
+def dynamo_counts() -> dict[str, int]:
+    """What torch.compile counted so far in this process; read, never changed."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    if utils is None:
+        return {}
+    counters = utils.counters
+    return {
+        "graphs compiled": counters["stats"].get("unique_graphs", 0),
+        "graph breaks": sum(counters["graph_break"].values()),
+        "CUDA graphs skipped": counters["inductor"].get("cudagraph_skips", 0),
+    }
+
+
+def _changes(before: dict[str, int], after: dict[str, int]) -> list[str]:
+    return [f"{n - before.get(name, 0)} {name}" for name, n in after.items() if n > before.get(name, 0)]
+
+
+def _timed_class(kind: type, methods: tuple[tuple[str, str], ...]) -> type:
+    """A subclass of `kind` whose `methods` (name, stage) are noted, and whose clones are of the same class."""
+
+    def timed(name: str, stage: str) -> Callable[..., Any]:
+        original = getattr(kind, name)
+
+        @functools.wraps(original)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.hotpath_profile.stage(stage, self.patcher.load_device):
+                return original(self, *args, **kwargs)
+
+        return method
+
+    members: dict[str, Any] = {name: timed(name, stage) for name, stage in methods if hasattr(kind, name)}
+    if hasattr(kind, "clone"):
+
+        def clone(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return timed_copy(kind.clone(self, *args, **kwargs), self.hotpath_profile, dict(methods))  # type: ignore[attr-defined]
+
+        members["clone"] = clone
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, **members})
+
+
+_timed_class_of = functools.cache(_timed_class)
+
+
+def timed_copy(thing: Any, session: ProfileSession, methods: dict[str, str]) -> Any:
+    """A shallow copy of a CLIP or VAE that notes its work in `session`. The original is not changed."""
+    made = copy.copy(thing)
+    kind = type(thing)
+    if "hotpath_profile" in vars(thing):
+        kind = kind.__mro__[1]  # profiled before: not twice
+    made.__class__ = _timed_class_of(kind, tuple(methods.items()))
+    made.hotpath_profile = session
+    return made
+
+
+def profile(model: Any, clip: Any = None, vae: Any = None) -> tuple[Any, Any, Any, ProfileSession]:
+    """Clones of a MODEL, and of a CLIP and a VAE if given, that note their work, and the session they note it in."""
+    from comfy.patcher_extension import WrappersMP
+
+    session = ProfileSession()
+    made = model.clone()
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, session.outer_sample),
+        (WrappersMP.PREDICT_NOISE, session.predict_noise),
+    ):
+        made.remove_wrappers_with_key(kind, KEY)
+        made.add_wrapper_with_key(kind, KEY, wrapper)
+    session.watch(made)
+    timed_clip = timed_copy(clip.clone(), session, CLIP_METHODS) if clip is not None else None
+    timed_vae = timed_copy(vae, session, VAE_METHODS) if vae is not None else None
+    return made, timed_clip, timed_vae, session

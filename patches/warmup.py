@@ -1,0 +1,150 @@
+"""The first steps of a model before the first picture: compiled, measured and recorded for the sizes to come.
+
+A warm-up is a sampling of a few steps on noise, through ComfyUI's own sampler, so that it meets what a picture meets: the
+conditioning with its IdentityNet, CFG's batch, the dtype, the device. What it makes is thrown away.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import host
+from ..host.interface import tracked
+from .compilation import RegionalCompiler, compiler_of
+
+STEPS = 2  # the first compiles, the second runs what was compiled
+MOST_SIZES = 32
+EXAMPLE = "1024x1024, 832x1216"
+
+
+@dataclass(frozen=True)
+class SizeWarmup:
+    """What one size took. graphs, recordings: made for it. step_seconds: of the last step, with everything in place."""
+
+    width: int
+    height: int
+    seconds: float
+    step_seconds: float
+    graphs: int
+    recordings: int
+
+    def sentence(self) -> str:
+        made = f"{self.graphs} graphs" + (f", {self.recordings} recordings" if self.recordings else "")
+        return (
+            f"{self.width}x{self.height}: {self.seconds:.1f} s, {made}; a step then {1000 * self.step_seconds:.0f} ms"
+        )
+
+
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """ "1024x1024, 832x1216" as [(width, height)] in pixels. Raises ValueError naming the piece that is no size."""
+    sizes: list[tuple[int, int]] = []
+    for piece in re.split(r"[,;\n]+", text):
+        if not piece.strip():
+            continue
+        found = re.fullmatch(r"\s*(\d+)\s*[x×*]\s*(\d+)\s*", piece)
+        if found is None:
+            raise ValueError(f"{piece.strip()!r} is no size; write them as {EXAMPLE}.")
+        width, height = int(found[1]), int(found[2])
+        if not (16 <= width <= 16384 and 16 <= height <= 16384):
+            raise ValueError(f"{piece.strip()!r} is out of range; both sides are 16 to 16384 pixels.")
+        if (width, height) not in sizes:
+            sizes.append((width, height))
+    if not sizes:
+        raise ValueError(f"There is no size to warm up; write some, such as {EXAMPLE}.")
+    if len(sizes) > MOST_SIZES:
+        raise ValueError(f"There are {len(sizes)} sizes; at most {MOST_SIZES} are warmed up in one go.")
+    return sizes
+
+
+def latent_for(model: Any, width: int, height: int, batch: int) -> torch.Tensor:
+    """An empty latent [batch, channels, height / f, width / f] in the format of `model` (f its compression)."""
+    layout = model.get_model_object("latent_format")
+    shrink = int(getattr(layout, "spacial_downscale_ratio", 8) or 8)
+    frames = [1] if getattr(layout, "latent_dimensions", 2) == 3 else []
+    return torch.zeros(batch, layout.latent_channels, *frames, max(1, height // shrink), max(1, width // shrink))
+
+
+def empty_prompt(model: Any, tokens: int = 77) -> list[list[Any]]:
+    """A CONDITIONING of zeros in the widths `model` reads; for models whose widths can be told from their settings."""
+    config = model.model.model_config.unet_config
+    width = next(
+        (config[key] for key in ("context_dim", "context_in_dim", "cap_feat_dim", "text_dim") if config.get(key)), 0
+    )
+    if isinstance(width, (list, tuple)):
+        width = width[0]
+    if not width:
+        raise ValueError(
+            f"What prompts of {type(model.model).__name__} look like cannot be told from the model; connect a positive "
+            "conditioning to warm up with."
+        )
+    pooled = config.get("vec_in_dim") or {"SDXL": 1280, "SDXLRefiner": 1280}.get(type(model.model).__name__, 1280)
+    return [[torch.zeros(1, tokens, int(width)), {"pooled_output": torch.zeros(1, int(pooled))}]]
+
+
+def warm_up(
+    model: Any,
+    sizes: Sequence[tuple[int, int]],
+    batch: int = 1,
+    positive: Any = None,
+    negative: Any = None,
+    cfg: float = 1.0,
+    sampler: str = "euler",
+    scheduler: str = "simple",
+) -> tuple[list[SizeWarmup], str]:
+    """Sample `STEPS` steps of `model` at each of `sizes` (width, height in pixels), and say what each took.
+
+    positive, negative: CONDITIONINGs as the pictures will have; without, empty prompts. cfg: 1 leaves the negative out,
+    as samplers do. Shows progress by size and can be interrupted between steps; the model stays usable then.
+    """
+    import comfy.sample
+
+    compiler = compiler_of(model)
+    positive = positive if positive is not None else empty_prompt(model)
+    negative = negative if negative is not None else positive
+    done: list[SizeWarmup] = []
+    with tracked(host.current(), len(sizes) * STEPS, "warm-up") as bar:
+        for width, height in sizes:
+            latent = comfy.sample.fix_empty_latent_channels(model, latent_for(model, width, height, batch))
+            noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+            before = _made(compiler)
+            moments = [_now(model)]
+
+            def after_step(*_: Any, moments: list[float] = moments) -> None:
+                moments.append(_now(model))
+                bar.update()
+
+            comfy.sample.sample(
+                model, noise, STEPS, cfg, sampler, scheduler, positive, negative, latent,
+                callback=after_step, disable_pbar=True, seed=0,
+            )  # fmt: skip
+            graphs, recordings = (now - then for now, then in zip(_made(compiler), before, strict=True))
+            step = moments[-1] - moments[-2]
+            done.append(SizeWarmup(width, height, _now(model) - moments[0], step, graphs, recordings))
+    return done, describe(done, compiler)
+
+
+def describe(done: Sequence[SizeWarmup], compiler: RegionalCompiler | None) -> str:
+    """The report of a warm-up."""
+    lines = [f"Warmed up {len(done)} sizes in {sum(size.seconds for size in done):.1f} s"]
+    lines += [size.sentence() for size in done]
+    lines.append(compiler.report() if compiler is not None else "The model is not compiled: only kernels were chosen.")
+    return "\n".join(lines)
+
+
+def _made(compiler: RegionalCompiler | None) -> tuple[int, int]:
+    if compiler is None:
+        return 0, 0
+    return compiler.graphs, compiler.recorder.recorded if compiler.recorder is not None else 0
+
+
+def _now(model: Any) -> float:
+    """Seconds, when the device has done what it was given. Warming up may wait for it."""
+    if model.load_device.type == "cuda":
+        torch.cuda.synchronize(model.load_device)
+    return time.perf_counter()

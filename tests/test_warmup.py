@@ -1,0 +1,111 @@
+"""A warm-up runs what the pictures will run, says what it took, can be stopped, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tiny_native_models import tiny
+
+from hotpath import host
+from hotpath.patches.compilation import compile_model, compiler_of, forget_compiled_kinds
+from hotpath.patches.warmup import STEPS, parse_sizes, warm_up
+
+
+@pytest.fixture(autouse=True)
+def inference(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
+    with torch.inference_mode():
+        yield
+
+
+def test_sizes_are_read_and_refused() -> None:
+    assert parse_sizes("1024x1024, 832 x 1216;64X64\n512×768, 64x64".replace("X", "x")) == [
+        (1024, 1024),
+        (832, 1216),
+        (64, 64),
+        (512, 768),
+    ]
+    for text, said in (
+        ("1024", "'1024' is no size"),
+        ("", "There is no size"),
+        ("8x8", "out of range"),
+        (", ".join(f"{n}x64" for n in range(64, 100)), "36 sizes"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            parse_sizes(text)
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("name", ["z_image", "flux", "sdxl"])
+def test_an_empty_prompt_fits_the_model(name: str) -> None:
+    bench = tiny(name)
+    before = bench.sample(steps=1)
+    done, report = warm_up(bench.model, [(128, 128), (64, 128)])
+    assert [(size.width, size.height) for size in done] == [(128, 128), (64, 128)]
+    assert all(0 < size.step_seconds < size.seconds for size in done)
+    assert "64x128: " in report and "not compiled" in report
+    assert torch.equal(bench.sample(steps=1), before)
+
+
+@pytest.mark.comfy
+def test_pictures_after_a_warm_up_compile_nothing() -> None:
+    bench = tiny("flux")
+    forget_compiled_kinds()
+    model, _ = compile_model(bench.model, backend="eager")
+    compiler = compiler_of(model)
+    done, report = warm_up(model, [(128, 128), (128, 192)])
+    assert [size.graphs for size in done] == [2, 0]
+    assert "2 graphs" in report
+    for changes in ({}, {"tokens": 50}, {"size": (24, 16)}, {"size": (32, 32)}):
+        bench.sample(model, **changes)
+    assert compiler.graphs == 2
+
+
+@pytest.mark.comfy
+def test_a_warm_up_shows_progress_and_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.model_management as management
+
+    bench = tiny("flux")
+    model, _ = compile_model(bench.model, backend="eager")
+    updates = []
+
+    class Bar:
+        def update(self, steps: int = 1, preview: Any = None) -> None:
+            updates.append(steps)
+            if len(updates) == 3:
+                raise management.InterruptProcessingException()
+
+        def close(self) -> None:
+            updates.append("closed")
+
+    totals = []
+    monkeypatch.setattr(type(host.current()), "progress", lambda self, total, label="": totals.append(total) or Bar())
+    with pytest.raises(management.InterruptProcessingException):
+        warm_up(model, [(128, 128), (64, 64)])
+    assert totals == [2 * STEPS]
+    assert updates == [1, 1, 1, "closed"]
+    monkeypatch.undo()
+    expected = bench.sample()
+    assert (bench.sample(model) - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@pytest.mark.comfy
+def test_the_nodes_compile_and_warm_up() -> None:
+    from hotpath.nodes import NODE_CLASS_MAPPINGS as nodes
+
+    bench = tiny("flux")
+    assert "no size" in nodes["HotpathWarmup"].VALIDATE_INPUTS(sizes="big")
+    assert nodes["HotpathWarmup"].VALIDATE_INPUTS(sizes="64x64") is True
+    defaults = {
+        name: options["default"]
+        for name, (_, options) in nodes["HotpathCompile"].INPUT_TYPES()["required"].items()
+        if "default" in options
+    }
+    model, report = nodes["HotpathCompile"]().compile(bench.model, **defaults)
+    assert "2 DoubleStreamBlock" in report or "Not compiled" in report
+    prompt = bench.text("warm", 20)
+    same, report = nodes["HotpathWarmup"]().warm_up(bench.model, "64x64", 2, prompt, prompt, cfg=1.0)
+    assert same is bench.model and "64x64: " in report
