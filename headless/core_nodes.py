@@ -168,6 +168,48 @@ class SolidMask:
         return (torch.full((1, height, width), value),)
 
 
+class MaskToImage:
+    """Masks as grey pictures."""
+
+    DISPLAY_NAME = "Convert Mask to Image"
+    DESCRIPTION = "Masks as grey pictures."
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "convert"
+    CATEGORY = "mask"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"mask": ("MASK", {})}}
+
+    def convert(self, mask: Tensor) -> tuple[Tensor]:
+        return (mask.reshape(-1, mask.shape[-2], mask.shape[-1])[..., None].expand(-1, -1, -1, 3),)
+
+
+class ImageFromBatch:
+    """Some pictures of a batch; an index below 0 counts from the end."""
+
+    DISPLAY_NAME = "Get Image from Batch"
+    DESCRIPTION = "Some pictures of a batch."
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "take"
+    CATEGORY = "image/batch"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "image": ("IMAGE", {}),
+                "batch_index": ("INT", {"default": 0, "min": -MAX_SIZE, "max": MAX_SIZE}),
+                "length": ("INT", {"default": 1, "min": 1, "max": 4096}),
+            }
+        }
+
+    def take(self, image: Tensor, batch_index: int, length: int) -> tuple[Tensor]:
+        first = batch_index + len(image) if batch_index < 0 else batch_index
+        first = min(max(first, 0), len(image) - 1)
+        return (image[first : first + length].clone(),)
+
+
 class PreviewAny:
     """Any value as text."""
 
@@ -268,5 +310,7 @@ NODES: dict[str, type[Any]] = {
     "PreviewImage": PreviewImage,
     "ImageBatch": ImageBatch,
     "SolidMask": SolidMask,
+    "MaskToImage": MaskToImage,
+    "ImageFromBatch": ImageFromBatch,
     "PreviewAny": PreviewAny,
 }

@@ -165,6 +165,20 @@ def test_solid_mask():
     assert mask.shape == (1, 4, 6) and mask.unique().item() == 0.25
 
 
+def test_mask_to_image():
+    (picture,) = core_nodes.MaskToImage().convert(torch.full((2, 4, 6), 0.25))
+    assert picture.shape == (2, 4, 6, 3) and picture.unique().item() == 0.25
+
+
+@pytest.mark.parametrize(
+    ("index", "length", "wanted"), [(0, 2, [0, 1]), (3, 9, [3, 4]), (-1, 1, [4]), (-9, 1, [0]), (9, 3, [4])]
+)
+def test_image_from_batch(index, length, wanted):
+    batch = torch.arange(5.0)[:, None, None, None].expand(5, 2, 2, 3)
+    (taken,) = core_nodes.ImageFromBatch().take(batch, index, length)
+    assert taken[:, 0, 0, 0].tolist() == wanted
+
+
 def clip(frames: int = 6, height: int = 32, width: int = 48, sound: bool = False) -> VideoComponents:
     ramp = torch.linspace(0.1, 0.9, frames)[:, None, None, None].expand(frames, height, width, 3).clone()
     audio = {"waveform": torch.sin(torch.arange(12000) / 20)[None, None], "sample_rate": 48000} if sound else None
@@ -256,13 +270,13 @@ def test_the_interface_is_comfyuis(node_id, comfyui_path):
     """Same inputs in the same order, same outputs, same FUNCTION where the class is a V1 one."""
     import asyncio
 
-    from comfy_extras import nodes_mask, nodes_preview_any, nodes_video
+    from comfy_extras import nodes_images, nodes_mask, nodes_preview_any, nodes_video
 
     import nodes as comfyui_nodes
 
     theirs = {**comfyui_nodes.NODE_CLASS_MAPPINGS}
     theirs.update(nodes_preview_any.NODE_CLASS_MAPPINGS)
-    for module in (nodes_video, nodes_mask):
+    for module in (nodes_video, nodes_mask, nodes_images):
         for item in asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list()):
             theirs[item.GET_SCHEMA().node_id] = item
     original, ours = theirs[node_id], ALL[node_id]
