@@ -40,6 +40,7 @@ class AttentionLog:
         self.number = ""  # by which compiled graphs find it, once `compiled.number_of` gave it one
         self._counts: dict[AttentionEvent, int] = {}
         self._traced: dict[AttentionEvent, int] = {}
+        self._said: set[AttentionEvent] = set()
         self._uncounted = 0
         self._runs = 0
         self._lock = threading.Lock()
@@ -55,16 +56,18 @@ class AttentionLog:
             self._runs += 1
 
     def note(self, event: AttentionEvent) -> None:
-        """Count one call, and write a line when it is the first of its kind."""
+        """Count one call, and write a line when it is the first of its kind on this model."""
         with self._lock:
             kept = self._traced if event.compiled else self._counts
-            first = event not in kept
-            if first and len(kept) >= LONGEST:
+            if event not in kept and len(kept) >= LONGEST:
                 self._uncounted += 1
                 return
             kept[event] = kept.get(event, 0) + 1
+            first = event not in self._said
+            if first and len(self._said) < 4 * LONGEST:
+                self._said.add(event)
         if first:
-            log.debug("attention: %s asked for, %s", event.requested, event.sentence())
+            log.info("attention: %s asked for, %s", event.requested, event.sentence())
 
     @property
     def calls(self) -> int:

@@ -85,12 +85,13 @@ class AttentionOverride:
         return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
     def begin(self, _: Any) -> None:
+        """Before a run of the model: counting starts at zero."""
         prepare()
         self.log.begin()
 
     def end(self, _: Any) -> None:
-        if self.log.calls:
-            host.current().show_text(self.log.report(), self.node_id)
+        """After it: the report appears under the node."""
+        host.current().show_text(self.log.report(), self.node_id)
 
 
 def override_of(model: Any) -> AttentionOverride | None:

@@ -164,6 +164,17 @@ def test_a_missing_library_is_named_with_its_cure():
             assert cure in reasons[name]
 
 
+def test_every_kind_of_call_is_in_the_log_once(caplog):
+    log = AttentionLog("auto")
+    with caplog.at_level(logging.INFO, "hotpath.attention"):
+        for _ in range(2):
+            log.begin()
+            for queries in (5, 6, 5):
+                AttentionDispatcher().attend(*qkv(1, 2, queries, 7, 8), policy=AUTO, record=log)
+    said = [r.message for r in caplog.records if r.levelno == logging.INFO]
+    assert len(said) == 2 and said[0].startswith("attention: auto asked for, 1 x 2 heads x 5 by 7")
+
+
 def test_what_differs_in_a_signature():
     q, k, v = qkv(key_heads=2)
     kinds = [AttentionCall.of(q, k, v, m).mask for m in (None, masks()["bool"], masks()["float"])]

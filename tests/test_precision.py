@@ -239,6 +239,14 @@ def test_error_measures():
     assert output_error(a, -a, 1.0).cosine == pytest.approx(-1)
 
 
+def test_the_two_models_share_no_storage():
+    case = tiny("z_image")
+    quantised, _ = set_precision(case.model, "fp8")
+    ours = {value.data_ptr() for value in quantised.model.state_dict().values() if value.numel()}
+    theirs = {value.data_ptr() for value in case.model.model.state_dict().values() if value.numel()}
+    assert not ours & theirs
+
+
 # --- LoRA -----------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +329,17 @@ def test_what_a_gpu_cannot_do_is_refused(monkeypatch, scheme, capability, words)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
     reason = unavailable(SCHEMES[scheme], torch.device("cuda"))
     assert reason is None if words is None else words in reason
+
+
+def test_weights_of_another_pack_are_left():
+    class Packed(torch.Tensor):
+        """As GGUF packs keep their weights."""
+
+    model = make_z_image()
+    module = model.model.diffusion_model.get_submodule(LAYER)
+    module.weight = torch.nn.Parameter(module.weight.detach().as_subclass(Packed), requires_grad=False)
+    _, report = quantize_model(model, "fp8")
+    assert report.left[LAYER] == "its weight is in another pack's format"
 
 
 def test_refusals_name_the_cure(monkeypatch):

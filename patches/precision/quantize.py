@@ -132,12 +132,19 @@ def _quantized_state(
     left: dict[str, str] = {}
     baked: set[str] = set()
     linear = {name: module for name, module in network.named_modules() if _is_linear(module)}
+
+    def leave(name: str, reason: str) -> None:
+        left[name] = reason
+        # A linear layer takes the tensor it is given, where others copy; the two models must not share storage.
+        if (held := state.get(f"{name}.weight")) is not None:
+            state[f"{name}.weight"] = held.clone()
+
     with tracked(host.current(), len(linear), "quantising") as progress:
         for name, module in linear.items():
             progress.update()
             reason = _refusal(name, module, exclude)
             if reason is not None:
-                left[name] = reason
+                leave(name, reason)
                 continue
             weight = module.weight.detach()
             key = f"{PREFIX}{name}.weight"
@@ -145,7 +152,7 @@ def _quantized_state(
             if key in model.patches:
                 value = _patched(model.patches[key], value, key)
                 if value.shape != weight.shape:
-                    left[name] = "its LoRA changes its shape"
+                    leave(name, "its LoRA changes its shape")
                     continue
                 baked.add(key)
             entries, restored = _quantized(value, scheme, model.model.get_dtype_inference())
@@ -172,6 +179,8 @@ def _refusal(name: str, module: Any, exclude: tuple[str, ...]) -> str | None:
         return "its weight is no matrix"
     if hasattr(weight, "_layout_cls"):
         return "it is quantised already"
+    if type(weight.detach()) is not Tensor:
+        return "its weight is in another pack's format"
     if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
         return f"its sides are no multiples of {MULTIPLE}"
     return None
@@ -225,8 +234,6 @@ def _built(source: Any, state: dict[str, Tensor], dtype: torch.dtype, device: to
 
 def _with_diffusion_model(source: Any, network: nn.Module, device: torch.device) -> Any:
     """A BaseModel like `source` around `network`: own modules, parameters and bookkeeping, same everything else."""
-    import comfy.model_management
-
     made = copy.copy(source)
     for name in RUNTIME:
         made.__dict__.pop(name, None)
@@ -241,7 +248,6 @@ def _with_diffusion_model(source: Any, network: nn.Module, device: torch.device)
     made.current_weight_patches_uuid = None
     made.model_loaded_weight_memory = made.model_offload_buffer_memory = made.lowvram_patch_counter = 0
     made.model_lowvram = False
-    comfy.model_management.archive_model_dtypes(network)
     return made
 
 
