@@ -14,6 +14,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from .. import host
+from ..attention.capabilities import device_facts
+from ..attention.dispatch import dispatcher
+
 log = logging.getLogger("hotpath.panel")
 
 PACK = Path(__file__).resolve().parent.parent
@@ -57,3 +61,13 @@ class LibraryReport:
                 "`hotpath doctor` in a terminal tells which."
             }
         return found
+
+
+def attention_backends() -> list[dict[str, Any]]:
+    """Every attention backend of this process: what it is, and why it cannot be used on the device, or None."""
+    device = device_facts(host.current().device())
+    found = []
+    for backend in dispatcher().backends.values():
+        reason = backend.unavailable(device)
+        found.append({"name": backend.name, "what": backend.what, "exact": backend.exact, "reason": reason})
+    return found

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from ..cache import all_caches, clear_all
 from .downloads import DownloadDesk, Refused
-from .libraries import LibraryReport
+from .libraries import LibraryReport, attention_backends
 from .overview import caches, overview
 
 log = logging.getLogger("hotpath.panel")
@@ -57,14 +57,17 @@ class PanelRoutes:
             "overview": lambda _: {**overview(self.version), "downloads": self.desk.states()},
             "caches": lambda _: {"caches": caches()},
             "downloads": lambda _: {"downloads": self.desk.states()},
-            "libraries": lambda _: self.report.read(),
+            "libraries": lambda _: self.libraries(again=False),
         }
         self.changes: dict[str, Action] = {
             "caches/clear": self.clear,
             "downloads/start": lambda body: self.desk.start(text(body, "model"), body.get("accept_licence") is True),
             "downloads/stop": lambda body: self.desk.cancel(text(body, "model")),
-            "libraries/look": lambda _: self.report.read(again=True),
+            "libraries/look": lambda _: self.libraries(again=True),
         }
+
+    def libraries(self, again: bool) -> dict[str, Any]:
+        return {**self.report.read(again), "attention": attention_backends()}
 
     def clear(self, body: Body) -> dict[str, Any]:
         """Empty the cache called `name`, or all of them when it is null."""

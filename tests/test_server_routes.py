@@ -346,6 +346,15 @@ def test_the_real_report():
     assert found["face_engines"][0] == "torch: ready"
 
 
+def test_attention_backends_say_why_not(routes):
+    ((status, found),) = ask(routes, get("libraries"))
+    backends = {entry["name"]: entry for entry in found["attention"]}
+    assert status == 200 and backends["sdpa"]["reason"] is None
+    if not torch.cuda.is_available():
+        assert "cuda" in backends["flash2"]["reason"]
+    assert all(entry["what"] for entry in backends.values())
+
+
 def test_unknown_names_are_refused_without_a_server(table):
     with pytest.raises(Refused) as refused:
         DownloadDesk(Bringer()).cancel("x")

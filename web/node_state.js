@@ -37,8 +37,11 @@ function stateOf(node) {
 
 // ---- kept for the session
 
-function graphKey() {
-  return String((app.rootGraph ?? app.graph)?.id ?? "");
+// The id of the open graph; for one without (opened from an API prompt, it gets its id later) what it is made of.
+function graphKeys() {
+  const graph = app.rootGraph ?? app.graph;
+  const made = [...everyNode(graph)].map(([id, node]) => `${id} ${node.type}`).sort().join(", ");
+  return /[1-9a-f]/.test(graph?.id ?? "") ? [graph.id, made] : [made];
 }
 
 function stored() {
@@ -51,7 +54,7 @@ function stored() {
 
 function keep(id, node) {
   const all = stored();
-  const key = graphKey();
+  const [key] = graphKeys();
   const { badge, text, warnings } = stateOf(node);
   const kept = { ...(all[key] ?? {}), [id]: { type: node.type, badge, text: text.slice(0, LONGEST), warnings } };
   delete all[key]; // the newest comes last
@@ -66,8 +69,15 @@ function keep(id, node) {
 
 // ---- shown on the node
 
+// The renderer that draws nodes as elements makes a badge anew when something observable that it read has changed.
+// ComfyUI's extension manager is observable, so a number on it does that.
+const REVISION = "hotpathRevision";
+
 function badge(read, colours) {
-  return () => new window.LGraphBadge({ text: read(), ...colours() });
+  return () => {
+    void app.extensionManager?.[REVISION];
+    return new window.LGraphBadge({ text: read(), ...colours() });
+  };
 }
 
 function addBadges(node) {
@@ -82,6 +92,7 @@ function addBadges(node) {
 }
 
 function redraw() {
+  if (app.extensionManager) app.extensionManager[REVISION] = (app.extensionManager[REVISION] ?? 0) + 1;
   app.canvas?.setDirty(true, true);
 }
 
@@ -96,22 +107,22 @@ function showText(id, node) {
     api.dispatchCustomEvent("progress_text", { nodeId: String(id), text: whole });
     showing = false;
   } else if (field.value !== whole) field.value = whole;
-  redraw();
 }
 
 let showing = false; // a text of ours is on its way to the front end's listener
 
-function finish() {
+// The node that ran has ended; `well` is false when it failed or was interrupted, which ComfyUI itself shows.
+function finish(well) {
   if (running === null) return;
   const { id, node, since } = running;
   running = null;
-  stateOf(node).badge = duration((performance.now() - since) / 1000);
+  stateOf(node).badge = well ? duration((performance.now() - since) / 1000) : "";
   keep(id, node);
   redraw();
 }
 
 function onExecuting({ detail: id }) {
-  finish();
+  finish(true);
   if (id === null || id === undefined) return;
   const node = nodeOf(id);
   if (!isOurs(node)) return;
@@ -149,6 +160,7 @@ function onWarning({ detail }) {
   if (!warnings.includes(detail.text)) warnings.push(detail.text);
   showText(detail.node, node);
   keep(detail.node, node);
+  redraw();
 }
 
 function* everyNode(graph, path = "") {
@@ -166,13 +178,16 @@ app.registerExtension({
     api.addEventListener("execution_cached", onCached);
     api.addEventListener("progress_text", onText);
     api.addEventListener("hotpath.warning", onWarning);
-    for (const end of ["execution_success", "execution_error", "execution_interrupted"]) api.addEventListener(end, finish);
+    api.addEventListener("execution_success", () => finish(true));
+    api.addEventListener("execution_error", () => finish(false));
+    api.addEventListener("execution_interrupted", () => finish(false));
   },
   nodeCreated(node) {
     if (isOurs(node)) addBadges(node);
   },
   afterConfigureGraph() {
-    const kept = stored()[graphKey()] ?? {};
+    const all = stored();
+    const kept = all[graphKeys().find((key) => key in all)] ?? {};
     for (const [id, node] of everyNode(app.rootGraph ?? app.graph)) {
       if (!isOurs(node)) continue;
       const before = kept[id];
@@ -184,5 +199,6 @@ app.registerExtension({
       }
       if (node.hotpathState) showText(id, node);
     }
+    redraw();
   },
 });

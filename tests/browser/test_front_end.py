@@ -1,0 +1,352 @@
+"""What a person sees in the browser: graphs open right, nodes tell what became of them, the panel does its work."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from front_end import FrontEnd
+from saved_values import SAVED
+
+pytestmark = [pytest.mark.comfy, pytest.mark.xdist_group("browser")]
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SHARED = sorted(
+    [
+        *(ROOT / "tests" / "data" / "workflows").glob("*.json"),
+        *(ROOT / "tests" / "data").glob("vision_language/Qwen*.json"),
+    ]
+)
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+# Nodes of other packs in shared workflows; what they are connected to is still checked.
+FOREIGN = {"ShowText|pysssss"}
+OF_THE_BROWSER = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
+FACES: dict[str, Any] = {
+    "1": {"class_type": "LoadImage", "inputs": {"image": "faces_drawn_one.png"}},
+    "2": {
+        "class_type": "HotpathFaceLoader",
+        "inputs": {"model": "antelopev2", "engine": "onnxruntime", "precision": "fp32", "provider": "MIGraphX"},
+    },
+    "3": {
+        "class_type": "HotpathFaces",
+        "inputs": {
+            "faceanalysis": ["2", 0],
+            "image": ["1", 0],
+            "choose": "all",
+            "index": 0,
+            "threshold": 0.5,
+            "embeddings": False,
+            "when_none": "error",
+        },
+    },
+    "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 1]}},
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def links_of(workflow: dict[str, Any]) -> set[tuple[Any, ...]]:
+    """(link, node it comes from, its output, node it goes to). Inputs are compared by name: the front end orders them."""
+    return {(link[0], str(link[1]), link[2], str(link[3])) for link in workflow["links"]}
+
+
+def check_opened(workflow: dict[str, Any], opened: dict[str, Any]) -> None:
+    """No node missing, every link where it was, every saved value in the widget it was saved from."""
+    known = {node["id"]: node for node in opened["nodes"]}
+    missing = {n["type"] for n in opened["nodes"] if not n["known"]} - OF_THE_BROWSER - FOREIGN
+    assert not missing, f"missing nodes: {missing}"
+    assert {tuple(link) for link in opened["links"]} == links_of(workflow)
+    for saved in workflow["nodes"]:
+        node = known[str(saved["id"])]
+        for socket in saved.get("inputs") or []:
+            if socket.get("link") is not None:
+                assert node["inputs"].get(socket["name"]) == socket["link"], f"{node['type']}.{socket['name']}"
+        if not node["module"].startswith("custom_nodes.comfyui-hotpath"):
+            continue
+        values = saved.get("widgets_values") or []
+        shown = [value for _, value in node["widgets"]]
+        assert shown[: len(values)] == values, f"{node['type']} shows {node['widgets']}"
+
+
+def test_every_extension_of_ours_is_loaded(front_end: FrontEnd) -> None:
+    names = front_end.page.evaluate("() => app.extensions.map((one) => one.name)")
+    expected = {"Panel", "NodeState", "NodeFamilies", "Replacements", "SavedLayouts"}
+    assert {f"Hotpath.{name}" for name in expected} <= set(names)
+    assert front_end.problems == []
+
+
+@pytest.mark.parametrize("path", SHARED, ids=lambda path: path.stem)
+def test_a_shared_workflow_opens(front_end: FrontEnd, path: Path) -> None:
+    workflow = read(path)
+    opened = front_end.load(workflow)
+    check_opened(workflow, opened)
+    prompt = front_end.prompt()  # and can be queued: what it needs is in it
+    ours = [n["id"] for n in opened["nodes"] if n["module"].startswith("custom_nodes.comfyui-hotpath")]
+    assert ours and all(node_id in prompt for node_id in ours)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_opens_and_is_its_api_twin(front_end: FrontEnd, path: Path) -> None:
+    workflow = read(path)
+    check_opened(workflow, front_end.load(workflow))
+    twin = read(path.parent / "api" / f"{path.stem}.api.json")
+    prompt = front_end.prompt()
+    assert prompt.keys() == twin.keys()
+    for key, node in prompt.items():
+        assert node["class_type"] == twin[key]["class_type"]
+        inputs, expected = node["inputs"], twin[key]["inputs"]
+        if not node["class_type"].startswith("Hotpath"):
+            # ComfyUI's own nodes bring fields of the browser, such as a player's.
+            inputs = {name: value for name, value in inputs.items() if name in expected}
+        inputs.pop("video-preview", None)
+        assert inputs == expected, node["class_type"]
+
+
+def test_graphs_of_older_layouts(front_end: FrontEnd) -> None:
+    """One graph with a node of every older layout; the server's half of the table says what the values mean."""
+    from hotpath.host import saved_layouts
+
+    nodes = [
+        {"id": n, "type": kind, "pos": [n % 4 * 420, n // 4 * 520], "size": [380, 300], "widgets_values": values}
+        for n, (kind, values, _, _) in enumerate(SAVED, 1)
+    ]
+    front_end.load({"last_node_id": len(nodes), "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4})
+    for n, (kind, values, _, notes) in enumerate(SAVED, 1):
+        node = front_end.node(str(n))
+        meant = saved_layouts.widget_values(kind, values)
+        assert meant is not None and meant.items() <= dict(node["widgets"]).items(), kind
+        assert node["text"].count("⚠") == notes, f"{kind} says {node['text']!r}"
+    front_end.shot("older_layouts")
+
+
+def test_a_first_picture_called_image_keeps_its_link(front_end: FrontEnd) -> None:
+    graph = {
+        "last_node_id": 2,
+        "last_link_id": 1,
+        "version": 0.4,
+        "nodes": [
+            {"id": 1, "type": "LoadImage", "widgets_values": ["colorize_small.png", "image"],
+             "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [1]}]},
+            {"id": 2, "type": "QwenVL", "inputs": [{"name": "image", "type": "IMAGE", "link": 1}],
+             "widgets_values": ["ask", "Qwen2.5-VL-7B-Instruct", "none", False, 0.7, 512, 7, "fixed"]},
+        ],
+        "links": [[1, 1, 0, 2, 0, "IMAGE"]],
+    }  # fmt: skip
+    front_end.load(graph)
+    assert front_end.prompt()["2"]["inputs"]["image1"] == ["1", 0]
+
+
+def load_faces(front_end: FrontEnd, **changed: Any) -> None:
+    """FACES with other inputs; what differs from all earlier runs is computed again."""
+    prompt = json.loads(json.dumps(FACES))
+    for node in prompt.values():
+        node["inputs"].update({name: value for name, value in changed.items() if name in node["inputs"]})
+    front_end.page.evaluate("async (prompt) => { await app.loadApiJson(prompt, 'faces'); }", prompt)
+    front_end.page.wait_for_function("() => app.rootGraph.nodes.length === 4")
+
+
+def test_nodes_tell_what_became_of_them(front_end: FrontEnd) -> None:
+    """Computed, then cached; a report and a warning on the node; all of it again after the page was reloaded."""
+    load_faces(front_end)
+    assert front_end.run()["end"] == "execution_success"
+    front_end.page.wait_for_function("() => app.rootGraph.getNodeById(3)?.hotpathState?.badge")
+    loader, faces = front_end.node("2"), front_end.node("3")
+    assert any(text.endswith("s") and text[0].isdigit() for text in faces["badges"]), faces["badges"]
+    assert "1 face" in faces["text"] and "⚠" not in faces["text"]
+    # The provider is for AMD on Linux, so that it cannot be had here; the loader says so and goes on.
+    assert "⚠ 1" in loader["badges"]
+    assert loader["text"].startswith("⚠ Faces run on torch: onnxruntime MIGraphX was asked for")
+    assert "Faces by torch" in loader["text"]
+    front_end.page.evaluate("() => { app.rootGraph.getNodeById(3).widgets.find((w) => w.name === 'index').value = 1; }")
+    assert front_end.run()["end"] == "execution_success"
+    front_end.page.wait_for_function("() => app.rootGraph.getNodeById(2)?.hotpathState?.badge === 'cached'")
+    loader = front_end.node("2")
+    assert "cached" in loader["badges"] and "⚠ 1" in loader["badges"]
+    assert "cached" not in front_end.node("3")["badges"]
+    front_end.page.wait_for_timeout(1500)  # the front end saves its draft after a while
+    front_end.open()
+    front_end.page.wait_for_function("() => app.rootGraph.getNodeById(3)?.hotpathState?.badge")
+    again = front_end.node("2")
+    assert again["text"] == loader["text"] and again["badges"] == loader["badges"]
+    assert "1 face" in front_end.node("3")["text"]
+    front_end.shot("node_state")
+    preview = front_end.page.evaluate("async () => (await fetch('/history')).json()")
+    assert any("4" in entry["outputs"] for entry in preview.values())
+
+
+def test_a_run_that_fails_leaves_no_time(front_end: FrontEnd) -> None:
+    load_faces(front_end, image="captioner_shapes_1.png")
+    assert front_end.run()["end"] == "execution_error"
+    front_end.page.keyboard.press("Escape")
+    assert not any(text.endswith("s") and text[0].isdigit() for text in front_end.node("3")["badges"] if text)
+
+
+def test_colours_and_titles(front_end: FrontEnd) -> None:
+    """A family has its title colour on the class: chosen colours win and workflows stay as they were."""
+    load_faces(front_end)
+    found = front_end.page.evaluate(
+        "() => { const node = app.rootGraph.getNodeById(3); return { own: node.color ?? null,"
+        " ofClass: node.constructor.color, saved: node.serialize().color ?? null }; }"
+    )
+    assert found == {"own": None, "ofClass": "#31455a", "saved": None}
+
+
+def test_an_older_node_is_replaced_from_its_menu(front_end: FrontEnd) -> None:
+    prompt = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": "colorize_grey.png"}},
+        "2": {"class_type": "LoadImage", "inputs": {"image": "colorize_reference.png"}},
+        "3": {
+            "class_type": "DeepExColorVideoNode",
+            "inputs": {"video_frames": ["1", 0], "reference_image": ["2", 0], "frame_propagate": False,
+                       "use_half_resolution": True, "target_width": 64, "target_height": 64,
+                       "use_torch_compile": False, "use_sage_attention": False},
+        },
+        "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "x"}},
+        "5": {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}},
+    }  # fmt: skip
+    front_end.page.evaluate("async (prompt) => { await app.loadApiJson(prompt, 'older'); }", prompt)
+    words = front_end.page.evaluate(
+        "() => { const node = app.rootGraph.getNodeById(3);"
+        " const one = app.extensions.find((e) => e.name === 'Hotpath.Replacements');"
+        " const [item] = one.getNodeMenuItems(node); item.callback(); return item.content; }"
+    )
+    assert words == "Replace with Colorize Video (Hotpath)"
+    prompt = front_end.prompt()
+    (new_id,) = [key for key, node in prompt.items() if node["class_type"] == "HotpathColorizeVideo"]
+    inputs = prompt[new_id]["inputs"]
+    assert inputs["frames"] == ["1", 0] and inputs["reference"] == ["2", 0]
+    assert inputs["method"] == "Deep Exemplar" and inputs["propagate"] is False
+    assert prompt["4"]["inputs"]["images"] == [new_id, 0] and prompt["5"]["inputs"]["source"] == [new_id, 3]
+    assert "DeepExColorVideoNode" not in {node["class_type"] for node in prompt.values()}
+
+
+def test_templates_list_the_examples_and_no_api_twins(front_end: FrontEnd) -> None:
+    with urllib.request.urlopen(f"{front_end.url}/api/workflow_templates", timeout=30) as answer:
+        listed = json.load(answer)["comfyui-hotpath"]
+    assert sorted(listed) == [path.stem for path in EXAMPLES]
+    front_end.page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = front_end.page.get_by_role("dialog")
+    dialog.get_by_text("comfyui-hotpath").first.click()
+    dialog.get_by_text("faces_find_and_match").first.wait_for()
+    front_end.shot("templates")
+    front_end.page.keyboard.press("Escape")
+
+
+def test_the_panel_shows_and_clears_caches(front_end: FrontEnd) -> None:
+    load_faces(front_end, threshold=0.41)
+    assert front_end.run()["end"] == "execution_success"
+    panel = front_end.open_panel()
+    panel.get_by_role("button", name="Refresh").click()
+    cache = panel.locator("[data-cache]").filter(has_text="faces").first
+    cache.get_by_text("hit rate").wait_for()
+    assert "0 entries" not in cache.inner_text()
+    front_end.shot("panel_dark")
+    # By keyboard: the button takes the focus, and Enter clears.
+    button = cache.get_by_role("button", name="Clear the cache")
+    button.focus()
+    front_end.page.keyboard.press("Enter")
+    panel.get_by_text("entries cleared.").wait_for()
+    cache.get_by_text(", 0 entries").wait_for()
+    assert cache.get_by_role("button", name="Clear the cache").is_disabled()
+
+
+def test_the_panel_downloads_known_files_and_stops(front_end: FrontEnd) -> None:
+    panel = front_end.open_panel()
+    models = panel.get_by_test_id("hotpath-models")
+    models.locator("summary", has_text="instantid").click()
+    adapter = models.locator("[data-model=instantid-adapter]")
+    adapter.get_by_role("button", name="Download").click()
+    adapter.get_by_text("of 64.0 MB").wait_for()
+    assert float(adapter.get_by_role("progressbar").get_attribute("value") or 0) > 0
+    front_end.shot("panel_download")
+    adapter.get_by_role("button", name="Stop").click()
+    adapter.get_by_text("the next download goes on from there").wait_for()
+    # A licence that forbids commercial use must be accepted first.
+    models.locator("summary", has_text="colormnet").click()
+    bound = models.locator("[data-model=colormnet]")
+    assert bound.get_by_role("button", name="Download").is_disabled()
+    bound.get_by_role("checkbox").check()
+    assert bound.get_by_role("button", name="Download").is_enabled()
+    bound.get_by_role("checkbox").uncheck()
+
+
+REFUSED = [
+    ({"model": "https://example.com/x.bin"}, {}, 404),
+    ({"model": "../../x"}, {}, 404),
+    ({"model": "colormnet"}, {}, 403),
+    ({"model": "instantid-controlnet"}, {"Origin": "https://evil.example"}, 403),
+    ({"model": "instantid-controlnet"}, {"Content-Type": "text/plain"}, 415),
+]
+
+
+@pytest.mark.parametrize(("body", "headers", "status"), REFUSED)
+def test_the_server_refuses(server: Any, body: Any, headers: dict[str, str], status: int) -> None:
+    request = urllib.request.Request(
+        f"{server.url}/hotpath/downloads/start",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json", **headers},
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    assert refused.value.code == status
+
+
+def test_a_refusal_is_said_in_the_panel(front_end: FrontEnd) -> None:
+    panel = front_end.open_panel()
+    front_end.page.route(
+        "**/hotpath/caches/clear",
+        lambda route: route.fulfill(status=404, json={"error": "<img src=x onerror=alert(1)> is no cache."}),
+    )
+    load_faces(front_end, threshold=0.42)
+    assert front_end.run()["end"] == "execution_success"
+    panel.get_by_role("button", name="Refresh").click()
+    panel.get_by_role("button", name="Clear the cache").first.click()
+    panel.get_by_text("<img src=x onerror=alert(1)> is no cache.").wait_for()  # as text
+    assert panel.locator("img").count() == 0
+    front_end.page.unroute("**/hotpath/caches/clear")
+
+
+def test_libraries_and_the_light_theme(front_end: FrontEnd) -> None:
+    panel = front_end.open_panel()
+    front_end.setting("Comfy.ColorPalette", "light")
+    panel.get_by_test_id("hotpath-libraries").locator("summary").first.click()
+    panel.locator("[data-library=onnxruntime]").wait_for()
+    assert panel.locator("[data-attention=sdpa]").inner_text().startswith("sdpa: works")
+    assert panel.locator("[data-library]").count() > 8
+    colours = panel.evaluate("(e) => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor]")
+    assert colours[0] != colours[1]
+    front_end.shot("panel_light")
+    front_end.setting("Comfy.ColorPalette", "dark")
+
+
+def test_the_panel_asks_only_while_it_is_seen(front_end: FrontEnd) -> None:
+    panel = front_end.open_panel()
+    asked: list[str] = []
+    front_end.page.on("request", lambda request: asked.append(request.url) if "/hotpath/" in request.url else None)
+    front_end.page.wait_for_timeout(6000)
+    assert len(asked) >= 1
+    front_end.page.locator("button.side-bar-button[aria-label^='Hotpath']").click()
+    panel.wait_for(state="detached")
+    asked.clear()
+    front_end.page.wait_for_timeout(6000)
+    assert asked == []
+
+
+def test_the_other_renderer_shows_the_same(front_end: FrontEnd) -> None:
+    front_end.setting("Comfy.VueNodes.Enabled", True)
+    load_faces(front_end, provider="DirectML")
+    assert front_end.run()["end"] == "execution_success"
+    front_end.page.get_by_text("⚠ 1").first.wait_for()
+    front_end.shot("vue_nodes")
+    front_end.setting("Comfy.VueNodes.Enabled", False)
+
+
+def test_nothing_of_ours_complained(front_end: FrontEnd) -> None:
+    """Last: no script failed and no message on the console named a file of ours, in all of the above."""
+    assert front_end.problems == []

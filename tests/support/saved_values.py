@@ -1,0 +1,66 @@
+"""Widget values of older layouts, for the Python and the browser half of the migration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Saved values as published graphs of each time have them, and what they mean today. The last: notes on what is gone.
+SAVED: list[tuple[str, list[Any], dict[str, Any], int]] = [
+    (
+        "DeepExColorVideoNode",  # March 2025
+        [True, True, 768, 432, True, 500, 4],
+        {"target_width": 768, "target_height": 432, "frame_propagate": True},
+        1,
+    ),
+    (
+        "DeepExColorVideoNode",  # November 2025, for three days
+        [True, False, 640, 384, "vgg19", "wls", 0.8, True, False, 500, 4, False, True, "", 0.3],
+        {"use_half_resolution": False, "target_width": 640, "use_torch_compile": False, "use_sage_attention": True},
+        1,
+    ),
+    ("DeepExColorVideoNode", [True, True, 768, 432, False, True], {}, 0),  # the present one: nothing to do
+    ("DeepExColorImageNode", [768, 432, False, 500, 4], {"target_width": 768, "target_height": 432}, 0),
+    (
+        "DeepExColorImageNode",
+        [768, 432, "vgg19", "none", 0.8, True, 500, 4, True, False, "", 0.3],
+        {"use_torch_compile": True, "use_sage_attention": False},
+        1,
+    ),
+    ("ColorMNetVideo", [768, 432, "low_memory", True], {"memory_mode": "low_memory", "use_fp16": True}, 0),
+    (
+        "ColorMNetVideo",
+        [512, 288, "balanced", "dinov2_vitb", "color_matcher", 0.8, True, False, True, "warm", 0.3],
+        {"feature_encoder": "dinov2_vitb", "use_fp16": False, "use_torch_compile": True, "text_guidance": "warm"},
+        1,
+    ),
+    ("ColorMNetVideo", [768, 432, "balanced", "dinov2_vitl", True, False, "", 0.3], {}, 0),
+    ("ColorMNetImage", [768, 432, "none", 0.8, False, True], {"use_fp16": False, "use_torch_compile": True}, 0),
+    ("ColorMNetImage", [768, 432, True, False], {}, 0),
+    (
+        "AILab_QwenVL",  # October 2025
+        ["Qwen3-VL-4B-Instruct", "8-bit (Balanced)", "Describe it.", "", 1024, True, 2895649, "randomize"],
+        {"preset_prompt": "Describe it.", "max_tokens": 1024, "keep_model_loaded": True, "seed": 2895649},
+        0,
+    ),
+    (
+        "AILab_QwenVL_Advanced",
+        [
+            "Qwen3-VL-4B-Instruct",
+            "8-bit (Balanced)",
+            "Describe.",
+            "",
+            1024,
+            0.6,
+            0.9,
+            1,
+            1.2,
+            16,
+            "auto",
+            True,
+            1,
+            "fixed",
+        ],
+        {"preset_prompt": "Describe.", "temperature": 0.6, "frame_count": 16, "device": "auto", "seed": 1},
+        0,
+    ),
+]
