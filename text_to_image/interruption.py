@@ -1,18 +1,45 @@
 """Interrupts within a step: the transformer's lists of blocks ask the host between any two blocks.
 
-The check stands outside the blocks, so that a compiled block is one graph with it as without it.
+The check stands outside the blocks, so that a compiled block is one graph with it as without it. A GPU works far behind
+the program that feeds it; the lists keep that distance to a few blocks, or an interrupt would be heard when everything is
+under way already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import host
 
 LISTS = ("noise_refiner", "context_refiner", "layers")
+LEAD = 8  # blocks the program may be ahead of the GPU; enough that the GPU never waits
+
+
+class Lead:
+    """How far the program is ahead of the device: each `step` marks a place, and waits for the one LEAD places back.
+
+    mark: makes an event that is recorded where the device is to pass.
+    """
+
+    def __init__(self, mark: Callable[[], Any]) -> None:
+        self._mark = mark
+        self._ahead: deque[Any] = deque()
+
+    def step(self) -> None:
+        self._ahead.append(self._mark())
+        if len(self._ahead) > LEAD:
+            self._ahead.popleft().synchronize()
+
+
+def recorded_event() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 class WatchedBlocks(nn.ModuleList):
@@ -20,9 +47,15 @@ class WatchedBlocks(nn.ModuleList):
 
     def __iter__(self) -> Iterator[nn.Module]:
         check = host.current().check_interrupt
+        lead: Lead | None = None
         for block in super().__iter__():
             check()
             yield block
+            # Here again when the block's work is queued.
+            if lead is None and next(block.parameters()).device.type == "cuda":
+                lead = Lead(recorded_event)
+            if lead is not None:
+                lead.step()
 
 
 def watch(transformer: Any) -> None:

@@ -67,44 +67,46 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 
-class StreamAttention:
-    """The attention processor of Z-Image's blocks: projections, norms of queries and keys, rotation, attention."""
+class StreamAttention(nn.Module):
+    """The attention of one of Z-Image's blocks: projections, norms of queries and keys, rotation, attention.
 
-    def __init__(self, choice: AttentionChoice) -> None:
+    Takes over the layers of diffusers' module under their names; what that module does besides, for other models, takes
+    longer in Python than a small picture's attention.
+    """
+
+    def __init__(self, attention: Any, choice: AttentionChoice) -> None:
+        super().__init__()
+        self.heads = attention.heads
+        self.to_q, self.to_k, self.to_v, self.to_out = attention.to_q, attention.to_k, attention.to_v, attention.to_out
+        self.norm_q, self.norm_k = attention.norm_q, attention.norm_k
         self.policy, self.record = choice.policy, choice.record
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        freqs_cis: Tensor | None = None,
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, freqs_cis: Tensor | None = None
     ) -> Tensor:
-        query = attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1))
-        key = attn.to_k(hidden_states).unflatten(-1, (attn.heads, -1))
-        value = attn.to_v(hidden_states).unflatten(-1, (attn.heads, -1))
-        if attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if attn.norm_k is not None:
-            key = attn.norm_k(key)
+        """hidden_states: [B, N, width]; attention_mask: bool [B, N] or None; freqs_cis: rotations [B, N, D/2, 2]."""
+        query = self.to_q(hidden_states).unflatten(-1, (self.heads, -1))
+        key = self.to_k(hidden_states).unflatten(-1, (self.heads, -1))
+        value = self.to_v(hidden_states).unflatten(-1, (self.heads, -1))
+        if self.norm_q is not None:
+            query = self.norm_q(query)
+        if self.norm_k is not None:
+            key = self.norm_k(key)
         if freqs_cis is not None:
             query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
         if attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, None, None, :]
         out = attend(query, key, value, attention_mask, layout=NHD, policy=self.policy, record=self.record)
-        return attn.to_out[0](out.flatten(2, 3).to(query.dtype))
+        return self.to_out[0](out.flatten(2, 3).to(query.dtype))
 
 
 def install(transformer: Any, choice: AttentionChoice) -> int:
-    """Give every attention module of `transformer` the choice, in place; returns how many there are.
+    """Give every block of `transformer` its attention under the choice, in place; returns how many there are.
 
     Only for the transformer of this pack's own copy: its blocks then expect rotations in real numbers.
     """
-    from diffusers.models.attention_processor import Attention
-
-    modules = [module for module in transformer.modules() if isinstance(module, Attention)]
-    for module in modules:
-        module.processor = StreamAttention(choice)
+    blocks = [module for module in transformer.modules() if hasattr(module, "attention")]
+    for block in blocks:
+        block.attention = StreamAttention(block.attention, choice)
     transformer.rope_embedder = RealRotations(transformer.rope_embedder)
-    return len(modules)
+    return len(blocks)

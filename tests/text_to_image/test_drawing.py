@@ -306,5 +306,23 @@ def test_libraries_that_are_missing_are_named(load, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UnusableCheckpoint, match=r"comfyui-hotpath\[text-to-image\]"):
+    with pytest.raises(UnusableCheckpoint, match=r"needs diffusers 0\.36 and transformers 4\.57 or newer.*pip install"):
         load()
+
+
+def test_the_program_stays_near_the_device():
+    """A GPU that is many steps behind would hear an interrupt when all is queued."""
+    from hotpath.text_to_image.interruption import LEAD, Lead
+
+    made, passed = [], []
+
+    def mark():
+        number = len(made)
+        made.append(number)
+        return SimpleNamespace(synchronize=lambda: passed.append(number))
+
+    lead = Lead(mark)
+    for _ in range(LEAD + 5):
+        lead.step()
+        assert len(made) - len(passed) <= LEAD
+    assert passed == [0, 1, 2, 3, 4]
