@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw
 from .. import host
 from ..host.headless import HeadlessHost
 from ..nodes import NODE_CLASS_MAPPINGS
+from .comparison_pictures import block_profile, block_telemetry, compare
 from .picture_rows import ACCENT, DIM, INK, PAPER, card, font, labelled, save, shown, stacked
 from .text_to_image_pictures import z_image, z_image_loader, z_image_lora
-
 
 HERE = Path(__file__).resolve().parent
 PICTURES = HERE.parent / "web" / "docs" / "images"
@@ -401,6 +401,9 @@ MADE: dict[str, Callable[[], Image.Image]] = {
         z_image_loader,
         z_image_lora,
         z_image,
+        block_telemetry,
+        block_profile,
+        compare,
     )
 }
 

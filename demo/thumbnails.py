@@ -127,6 +127,22 @@ def restored() -> Image.Image:
     return tiles(beside(*film_frames()), text("A film", "coloured, then described\nby a vision-language model"))
 
 
+def heat_map() -> Image.Image:
+    """The upper half: the blocks of the input side."""
+    picture = Image.open(made.PICTURES / "block_telemetry.jpg")
+    return picture.crop((0, 0, picture.width, picture.width))
+
+
+def comparison() -> Image.Image:
+    """Half of the picture, and half of where it differs."""
+    row = made.compare()
+    panel = row.width // 3
+    first, last = (row.crop((x + 4, 14, x + panel - 2, 8 + panel)) for x in (0, 2 * panel))
+    half = first.width // 2
+    first.paste(last.crop((half, 0, last.width, last.height)), (half, 0))
+    return tiles(first)
+
+
 def prompt_and_report() -> Image.Image:
     """A checkpoint of random weights draws noise, so this shows what is asked and what is told."""
     said = "text encoder: from the cache\ntransformer: compiled once,\nfor every prompt and size\nVAE: whole picture"
@@ -134,6 +150,8 @@ def prompt_and_report() -> Image.Image:
 
 
 THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
+    "ab_compare": comparison,
+    "block_telemetry": lambda: tiles(heat_map()),
     "caption_pictures": shapes,
     "caption_qwenvl": lambda: tiles(photo("captioner_shapes_1.png")),
     "captions_of_a_folder": captions,
