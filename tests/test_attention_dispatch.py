@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -553,16 +554,23 @@ def flags() -> tuple:
     )
 
 
-def test_kernel_flags_are_restored_from_many_threads():
+def test_kernel_flags_are_restored_when_two_threads_overlap(monkeypatch):
+    """The first to ask for a kernel is the first to leave: it would undo the other's, which would then undo to its."""
     before, q = flags(), qkv()
+    real, waits = torch.nn.functional.scaled_dot_product_attention, iter((0.05, 0.15))
 
-    def work(policy):
-        for _ in range(30):
-            attend(*q, policy=AttentionPolicy(policy))
+    def slow(*args, **kwargs):
+        time.sleep(next(waits))
+        return real(*args, **kwargs)
 
-    threads = [threading.Thread(target=work, args=(p,)) for p in ("sdpa_flash", "sdpa_math", "sdpa_flash", "sdpa_math")]
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", slow)
+    threads = [
+        threading.Thread(target=lambda p=policy: attend(*q, policy=AttentionPolicy(p)))
+        for policy in ("sdpa_flash", "sdpa_math")
+    ]
     for thread in threads:
         thread.start()
+        time.sleep(0.02)
     for thread in threads:
         thread.join()
     assert flags() == before
