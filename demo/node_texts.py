@@ -35,6 +35,8 @@ DATA_TYPES = {
     "HOTPATH_IDENTITY": "identity",
     "HOTPATH_VLM": "vision-language model",
     "HOTPATH_COLOR_STATE": "color state",
+    "HOTPATH_TELEMETRY": "block telemetry",
+    "HOTPATH_BLOCK_PROFILE": "block profile",
 }
 
 
