@@ -147,8 +147,8 @@ def _launch_options(files: DemoFiles) -> LaunchOptions:
 def _run_one(name: str, path: Path, output: Path, files: DemoFiles, server: RunningServer | None) -> DemoResult:
     outcome = Outcome("ComfyUI" if server is not None else "headless")
     inputs: list[Path] = []
+    small = StandIns.read(files.stand_ins)
     try:
-        small = StandIns.read(files.stand_ins)
         if reason := small.not_here.get(name):
             return DemoResult(name, "skipped", outcome, reason)
         graph = small.apply(Graph.load(path))
@@ -159,13 +159,27 @@ def _run_one(name: str, path: Path, output: Path, files: DemoFiles, server: Runn
         else:
             outcome = _run_here(graph, output, files)
     except NeedsComfyUI as error:
-        missing = ", ".join(dict.fromkeys(node.class_type for node in error.missing))
+        names = dict.fromkeys(node.class_type for node in error.missing)
+        # The small stand-ins are ComfyUI's nodes too, but nobody knows them by name.
+        missing = ", ".join(name for name in names if name not in small.nodes.values())
         return DemoResult(name, "skipped", outcome, f"it needs a ComfyUI for {missing}", inputs)
     except (WorkflowError, ServerError, NodeFailed, OSError) as error:
         if isinstance(error, NodeFailed):
+            if _lacks_a_package(error):
+                return DemoResult(name, "skipped", outcome, str(error), inputs)
             outcome.times = outcome_of(error.finished, HeadlessHost(output_folder=output, device="cpu")).times
         return DemoResult(name, "failed", outcome, str(error), inputs)
     return DemoResult(name, "done", outcome, "", inputs)
+
+
+def _lacks_a_package(error: BaseException) -> bool:
+    """Whether a library that is optional is at the bottom of it: then nothing failed, something is not installed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ImportError):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _run_here(graph: Graph, output: Path, files: DemoFiles) -> Outcome:

@@ -123,3 +123,33 @@ def test_shipped_workflows_name_files_that_are_shipped(path):
             assert (files.inputs / entry.inputs["image"]).is_file()
         if entry.class_type == "LoadVideo":
             assert (files.inputs / entry.inputs["file"]).is_file()
+
+
+def test_a_missing_package_is_no_failure(files, tmp_path, monkeypatch):
+    from hotpath.headless import core_nodes
+
+    def needs_more(self, **inputs):
+        try:
+            import a_package_nobody_has  # noqa: F401
+        except ImportError as error:
+            raise RuntimeError("Saving needs a_package_nobody_has: install it.") from error
+
+    monkeypatch.setattr(core_nodes.SaveImage, "save_images", needs_more)
+    results = run_demo(tmp_path / "out", files, None, lambda _: None, ["copy"])
+    assert [(r.state, "install it" in r.reason) for r in results] == [("skipped", True)]
+
+
+def test_stand_ins(tmp_path):
+    from hotpath.headless.graph import Graph
+    from hotpath.headless.stand_ins import StandIns
+
+    path = tmp_path / "stand_ins.json"
+    path.write_text(json.dumps({"nodes": {"Large": "Small"}, "values": {"Large.name": "tiny", "Large.source": 1}}))
+    graph = Graph.parse({"1": node("Large", name="huge", other=2), "2": node("Large", source=["1", 0])})
+    small = StandIns.read(path).apply(graph).prompt()
+    assert small["1"] == {"class_type": "Small", "inputs": {"name": "tiny", "other": 2}}
+    assert small["2"]["inputs"]["source"] == ["1", 0], "a link stays a link"
+    assert (
+        graph.nodes["1"].class_type == "Large"
+        and StandIns.read(tmp_path / "none").apply(graph).prompt() == graph.prompt()
+    )
