@@ -3,8 +3,8 @@
     python benchmarks/distributed.py                     measure 1 and 2 workers, local and Ray, then simulate up to 64
     python benchmarks/distributed.py --no-ray --items 24
 
-Measured: captions by the demo's small model, one picture per job, one thread per worker; outputs are compared byte by byte
-first. The time counts from the first worker that is ready, as workers start once, and is given with the start as well.
+Measured: chroma transfer onto large pictures, one per job, one thread per worker; the pictures are compared byte by byte
+first. The time counts from the moment all workers are ready, as they start once, and is given with the start as well.
 
 Simulated: the scheduler that `hotpath map` uses, on workers that only exist in time, with job times drawn from those that
 were measured. It shows what dispatching, stragglers and deaths cost. It knows nothing of disks, networks and heat, and is
@@ -23,7 +23,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -45,42 +45,59 @@ if importlib.util.find_spec("hotpath") is None:
 from hotpath import host
 from hotpath.distributed import ray_cluster
 from hotpath.distributed.items import FolderItems
+from hotpath.distributed.local_pool import LocalPool
 from hotpath.distributed.mapping import MapOptions, MapRequest, run_map
 from hotpath.distributed.policy import POLICIES
+from hotpath.distributed.ray_pool import RayPool
 from hotpath.distributed.simulation import Cluster, simulate
 from hotpath.distributed.status import Status
 from hotpath.headless.graph import Graph
 from hotpath.host.headless import HeadlessHost
 
 PACK = Path(__file__).resolve().parent.parent
-CAPTION = {
+COLOUR = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "x.png"}},
-    "2": {"class_type": "HotpathVLMLoader", "inputs": {"model": "hotpath-captioner"}},
-    "3": {
-        "class_type": "HotpathVLM",
-        "inputs": {
-            "model": ["2", 0], "images": ["1", 0], "prompt": "Describe this image.", "max_new_tokens": 24,
-            "cache": "off", "decode": "plain",
-        },
-    },
-    "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 0]}},
-}  # fmt: skip
+    "2": {"class_type": "LoadImage", "inputs": {"image": "colours.png"}},
+    "3": {"class_type": "HotpathColorTransfer", "inputs": {"luminance": ["1", 0], "colours": ["2", 0]}},
+    "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "coloured"}},
+}
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 JOBS = 4000  # of a simulated run
 SPEEDUP_SEEDS = 5
 
 
 class Clock:
-    """When the first worker was ready, and how many seconds of work that run had."""
+    """When all workers were ready, when the last result came, and how long the run itself waited for workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
         self.ready: float | None = None
+        self.done_before = 0
         self.last = 0.0
+        self.waited = 0.0
 
     def changed(self, status: Status) -> None:
-        if status.workers and self.ready is None:
-            self.ready = time.perf_counter()
         self.last = time.perf_counter()
+        if self.ready is None and status.workers == self.workers:
+            self.ready, self.done_before, self.waited = self.last, status.done, 0.0
+
+    def watch(self, pool_class: type[Any]) -> Callable[[], None]:
+        """Count the seconds in the pool's `wait`; returns what undoes it."""
+        wait = pool_class.wait
+
+        def watched(pool: Any, timeout: float) -> Any:
+            begin = time.perf_counter()
+            try:
+                return wait(pool, timeout)
+            finally:
+                self.waited += time.perf_counter() - begin
+
+        pool_class.wait = watched
+
+        def undo() -> None:
+            pool_class.wait = wait
+
+        return undo
 
 
 def pictures(folder: Path, count: int) -> None:
@@ -88,9 +105,12 @@ def pictures(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(count):
-        side = int(rng.integers(96, 320))
-        blocks = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
-        Image.fromarray(blocks).resize((side * 3 // 2, side), Image.Resampling.NEAREST).save(folder / f"{i:04}.png")
+        side = int(rng.integers(500, 1100))
+        blocks = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize((side * 3 // 2, side), Image.Resampling.BICUBIC).save(folder / f"{i:04}.png")
+    Image.fromarray(rng.integers(0, 256, (12, 18, 3), dtype=np.uint8)).resize((300, 200)).save(
+        folder.parent / "colours.png"
+    )
 
 
 def measure(folder: Path, executor: str, workers: int) -> dict[str, Any]:
@@ -101,24 +121,29 @@ def measure(folder: Path, executor: str, workers: int) -> dict[str, Any]:
     # Always processes, so that one worker is started like two.
     options = MapOptions(executor, workers, "none", threads=1, in_process=False)
     request = MapRequest(
-        Graph.parse(json.loads(json.dumps(CAPTION))), FolderItems(folder / "in", folder), folder, output,
+        Graph.parse(json.loads(json.dumps(COLOUR))), FolderItems(folder / "in", folder), folder, output,
         folder / "cache", "1.image", models=models, kind_folders=kinds, options=options,
     )  # fmt: skip
-    clock = Clock()
+    clock = Clock(workers)
+    undo = clock.watch(LocalPool if executor == "local" else RayPool)
     begin = time.perf_counter()
-    outcome = run_map(request, clock)
-    end = time.perf_counter()
-    assert outcome.whole, outcome.report()
+    try:
+        outcome = run_map(request, clock)
+    finally:
+        undo()
+    whole = time.perf_counter() - begin
+    assert outcome.whole and clock.ready is not None, outcome.report()
     lines = [json.loads(line) for line in outcome.results.read_text("utf-8").splitlines()]
-    texts = {line["item"]: (output / line["files"][0]).read_bytes() for line in lines}
-    jobs = [line["seconds"] for line in lines]
+    work = clock.last - clock.ready
     return {
         "executor": executor,
         "workers": workers,
-        "whole_seconds": end - begin,
-        "work_seconds": clock.last - (clock.ready or begin),
-        "jobs": jobs,
-        "texts": texts,
+        "whole_seconds": whole,
+        # Scaled to all items: one worker may have begun before the other was there.
+        "work_seconds": work * len(lines) / max(1, len(lines) - clock.done_before),
+        "serial_seconds": max(0.0, work - clock.waited) / len(lines),
+        "jobs": [line["seconds"] for line in lines],
+        "files": {line["item"]: (output / line["files"][0]).read_bytes() for line in lines},
     }
 
 
@@ -189,7 +214,7 @@ def chart(path: Path, measured: Sequence[dict[str, Any]], found: dict[str, Any],
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--items", type=int, default=48, help="pictures to caption")
+    parser.add_argument("--items", type=int, default=48, help="pictures to colour")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--json", type=Path, help="write everything there")
@@ -205,26 +230,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured = [measure(folder, e, n) for e in executors for n in options.workers]
         finally:
             host.use(before)
-    texts = [run.pop("texts") for run in measured]
-    assert all(found == texts[0] for found in texts), "the captions differ between runs"
+    files = [run.pop("files") for run in measured]
+    assert all(found == files[0] for found in files), "the pictures differ between runs"
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores{load}, torch {torch.__version__}"
     print(f"{date.today()}  {machine}")
-    print(f"{options.items} captions; the same bytes from every run\n")
-    print("executor  workers  work s  times  with start s  median job s")
+    print(f"{options.items} pictures; the same bytes from every run\n")
+    print("executor  workers  work s  times  with start s  median job s  scheduling ms a job")
     for run in measured:
         base = next(r for r in measured if r["executor"] == run["executor"] and r["workers"] == options.workers[0])
         times = base["work_seconds"] / run["work_seconds"]
         median = sorted(run["jobs"])[len(run["jobs"]) // 2]
         print(
             f"{run['executor']:8}  {run['workers']:7}  {run['work_seconds']:6.1f}  {times:5.2f}  "
-            f"{run['whole_seconds']:12.1f}  {median:12.3f}"
+            f"{run['whole_seconds']:12.1f}  {median:12.3f}  {run['serial_seconds'] * 1000:20.1f}"
         )
     first = measured[0]
-    # The first job of a worker loads the model; later ones are what a long run is made of.
+    # The first job of a worker pays for what is made once; later ones are what a long run is made of.
     jobs = first["jobs"][1:]
     start = first["whole_seconds"] - first["work_seconds"]
-    serial = max(0.0, first["work_seconds"] - sum(first["jobs"])) / len(first["jobs"])
+    serial = first["serial_seconds"]
     found = simulated(jobs, start, serial)
     print(
         f"\nSIMULATION: {JOBS} jobs, start {start:.1f} s and {serial * 1000:.1f} ms of the scheduler per job, as measured"

@@ -48,14 +48,6 @@ class MapForm:
     options: MapOptions = field(default_factory=MapOptions)
 
 
-def workflow_files() -> list[str]:
-    """Workflow files below the folder for them, sorted."""
-    folder = host.current().input_folder() / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.json") if path.is_file())
-
-
 def map_in_graph(form: MapForm, node_id: str | None) -> tuple[list[str], str, str]:
     """Results by item, the folder they are in, and the report. A result is the text an item gave, else the paths of its
     files by lines; nothing for one that failed."""

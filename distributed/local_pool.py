@@ -25,6 +25,8 @@ from .worker import WorkerSettings
 log = logging.getLogger("hotpath.distributed")
 
 PACK = Path(__file__).resolve().parent.parent
+# Bars of libraries in workers would run through the one line of the run.
+QUIET = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 GRACE = 5.0  # seconds for a killed process to be gone
 
 
@@ -54,7 +56,7 @@ class LocalPool:
     def _start(self, slot: int) -> None:
         self._starts[slot] += 1
         self._generation[slot] += 1
-        environment = dict(os.environ)
+        environment = {**QUIET, **os.environ}
         if self.gpus[slot] is not None:
             environment["CUDA_VISIBLE_DEVICES"] = str(self.gpus[slot])
         if self.settings.threads:

@@ -106,9 +106,10 @@ class MapOutcome:
     def report(self) -> str:
         status = self.status
         seconds = status.clock() - status.started
+        before = f", {status.skipped} done before" if status.skipped else ""
         lines = [
-            f"{status.done} done, {status.skipped} done before, {status.failed} failed, in {clock_time(seconds)} by "
-            f"{self.workers}" + (f"; {status.retried} attempts were repeated" if status.retried else "")
+            f"{status.done} done{before}, {status.failed} failed, in {clock_time(seconds)} by {self.workers}"
+            + (f"; {status.retried} attempts were repeated" if status.retried else "")
         ]
         lines += [self.lost] if self.lost else []
         lines += self.failures

@@ -79,7 +79,7 @@ class InProcessPool:
     """One worker in this process. A job runs inside `wait`; nodes ask `interrupted`, which raises to stop it, and
     `advanced` is told how much of the job is done."""
 
-    name = "in this process"
+    name = "one worker in this process"
     slots = 1
 
     def __init__(self, settings: WorkerSettings, interrupted: Callable[[], None] = lambda: None) -> None:

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import host
+
 CATEGORY = "Hotpath/map"
+FOLDER = "workflows"  # in the input folder
 INLINE = "the text below"
 OVER = ["lines", "JSON lines", "pictures of a folder", "videos of a folder", "shots of a film"]
 
 
+def workflow_files() -> list[str]:
+    """Workflow files below their folder in the input folder, sorted."""
+    folder = host.current().input_folder() / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.json") if path.is_file())
+
+
 class HotpathMap:
-    DISPLAY_NAME = "Map Workflow (Hotpath)"
+    DISPLAY_NAME = "Map Workflow"
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Runs a workflow in API format once per picture of a folder, line of a list, or shot of a film, on all GPUs of "
@@ -34,8 +45,6 @@ class HotpathMap:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        from ..distributed.in_graph import workflow_files
-
         return {
             "required": {
                 "workflow": (

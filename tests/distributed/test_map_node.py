@@ -43,7 +43,7 @@ def test_lines(map_node, headless_host):
     )
     assert results == ["a cat", "a dog"]
     assert folder == str(headless_host.output_folder() / "words")
-    assert report.startswith("2 done, 0 done before, 0 failed")
+    assert report.startswith("2 done, 0 failed")
     assert headless_host.texts[-1][1] == report
 
 
@@ -120,7 +120,8 @@ def test_in_a_graph_it_stops_with_the_graph(pictures, headless_host):
     left = len(made(headless_host.output_folder()))
     assert left < 5
     result = Executor(headless_host).run(Graph.parse(graph))
-    assert f"{5 - left} done, {left} done before" in result.shown("text")[0]
+    done_before = f", {left} done before" if left else ""
+    assert result.shown("text")[0].startswith(f"{5 - left} done{done_before}, 0 failed")
 
 
 class TestCommand:
@@ -141,7 +142,7 @@ class TestCommand:
         assert self.run("--over", "in") == 0
         said = capsys.readouterr()
         assert said.out.strip() == str(tmp_path / "output" / "results.jsonl")
-        assert "2 done, 0 done before, 0 failed" in said.err
+        assert "2 done, 0 failed" in said.err
         assert sorted(made(tmp_path / "output")) == ["p0.png", "p1.png"]
         assert self.run("--over", "in", "--quiet") == 0
 
