@@ -21,6 +21,7 @@ from .. import host
 from ..cache import BoundedCache, content_key, named_cache
 from ..cache.disk import DiskCache
 from .budgets import Budget, fitted
+from .interruption import interruptible
 from .loading import LoadedModel
 from .pictures import Clip, Picture
 from .timing import Timing
@@ -262,7 +263,7 @@ def tower(model: LoadedModel, kind: str, items: Sequence[VisualItem], timing: Ti
     with timing.stage("transfer", on_device=True):
         patches = to_device(torch.cat([item.patches for item in items if item.patches is not None]), model.device)
         grids = torch.tensor([item.grid for item in items], device=model.device)
-    with timing.stage("tower", on_device=True), torch.no_grad():
+    with timing.stage("tower", on_device=True), torch.no_grad(), interruptible(model.network):
         inner = model.network.model
         method = inner.get_image_features if kind == "image" else inner.get_video_features
         pooled, deep = split(method(patches, grids), len(items), items, model)

@@ -26,6 +26,7 @@ from ..host import Managed
 from . import decoding, download, offloading, projections
 from .budgets import TokenPixels
 from .folders import ModelFolder, UnusableModel
+from .interruption import interruptible_loading
 from .quantization import QuantizationPlan, plan, quantize
 
 log = logging.getLogger("hotpath.vision_language")
@@ -290,10 +291,13 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
     start = time.perf_counter()
     auto = AutoModelForImageTextToText if folder.sees else AutoModelForCausalLM
     try:
-        network, found = auto.from_pretrained(folder.path, output_loading_info=True, **settings)
+        with interruptible_loading():
+            network, found = auto.from_pretrained(folder.path, output_loading_info=True, **settings)
     except (torch.OutOfMemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the library raises anything from KeyError to ImportError
+        if type(error).__name__ == "InterruptProcessingException":  # ordinary in older versions of ComfyUI
+            raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnusableModel(
             f"The model folder {folder.path} could not be loaded as {folder.model_type}: {first[:300]}"

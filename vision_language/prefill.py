@@ -19,6 +19,7 @@ from ..cache import BoundedCache, content_key
 from . import decoding
 from .embeddings import VisualItem
 from .encoder_outputs import given, grids
+from .interruption import interruptible
 from .loading import LoadedModel
 from .prompts import Prompt
 
@@ -150,7 +151,7 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
     }
     if items and "mm_token_type_ids" in model.tower_signature:
         arguments["mm_token_type_ids"] = kinds[:, start:]
-    with torch.no_grad(), given(model, items if known is None else ()) as seen:
+    with torch.no_grad(), interruptible(model.network), given(model, items if known is None else ()) as seen:
         logits = model.network(**arguments, **seen).logits[:, -1]
     if key and known is None:
         length = prompts[0].prefix
