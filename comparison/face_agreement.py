@@ -38,7 +38,7 @@ class FaceAgreement:
         if not self.in_a or not self.in_b:
             here, gone = ("A", "B") if self.in_a else ("B", "A")
             return f"There is a face in {here} and none in {gone}."
-        return f"There are {self.in_a} faces in A and {self.in_b} in B; those at the same places were compared."
+        return f"Faces: {self.in_a} in A, {self.in_b} in B; those at the same places were compared."
 
     @property
     def lost(self) -> bool:

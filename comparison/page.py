@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from .pair import FAILED, PASSED, Comparison, Pair
+from .pictures import GAIN
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1c1f; --dim: #63666d; --paper: #f7f6f3; --card: #fff; --line: #e2dfd8;
@@ -145,7 +146,7 @@ def _card(pair: Pair, files: Files, comparison: Comparison) -> str:
     if files.b:
         figures.append(_figure(files.b, "B"))
     if files.difference:
-        figures.append(_figure(files.difference, "difference x8"))
+        figures.append(_figure(files.difference, f"difference x{GAIN}"))
     return f"""<article class="{state}"><header><h3>{_text(pair.name)}</h3><span class="state {state}">{_text(pair.state)}</span>
 </header><div class="pictures">{"".join(figures)}</div>{_numbers(pair)}{f"<ul>{remarks}</ul>" if remarks else ""}</article>"""
 

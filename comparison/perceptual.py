@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -26,14 +27,14 @@ def load_perceptual() -> tuple[Perceptual | None, str]:
     heads = Path(spec.origin).parent / "weights" / "v0.1" / "alex.pth"
     if not backbones:
         return None, (
-            f"LPIPS is not measured: torchvision's AlexNet ({BACKBONE}) is not in {checkpoints}, and nothing is downloaded "
-            'here; python -c "import torchvision; torchvision.models.alexnet(weights=1)" fetches it'
+            f"LPIPS is not measured: torchvision's AlexNet ({BACKBONE}) is not in {checkpoints}, and nothing is downloaded here"
         )
     if not heads.is_file():
         return None, f"LPIPS is not measured: this installation of lpips lacks {heads.name}"
     return _load(backbones[-1], heads), "LPIPS: AlexNet, version 0.1"
 
 
+@functools.lru_cache(maxsize=1)  # 10 MB, and a file of 240 MB to read
 def _load(backbone: Path, heads: Path) -> Perceptual:
     import lpips
 

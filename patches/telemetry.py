@@ -8,6 +8,7 @@ never waits for the recorder.
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,6 +162,15 @@ class _Measured:
         return contribution
 
 
+@functools.cache
+def _keep_out_of_compiled_graphs() -> None:
+    """A graph would go on adding to the record of the call it was traced in.
+
+    Done with the first recorder and not by a decorator, because it imports torch's compiler, which takes seconds.
+    """
+    BlockTelemetry.add = torch.compiler.disable(BlockTelemetry.add)  # type: ignore[method-assign]
+
+
 def note_identity(model: Any, adapter: InstantIDAdapter, **settings: Any) -> None:
     """Remember on `model`, a ModelPatcher that is already our clone, what an identity was applied with."""
     options = model.model_options.setdefault("transformer_options", {})
@@ -180,6 +190,7 @@ def record_blocks(model: Any, keep_runs: bool = False) -> tuple[Any, BlockTeleme
             f"Block Telemetry looks at the cross-attention blocks of a UNet, and this model ({name}) has none. Use it "
             "with SDXL and InstantID, or with a UNet that another adapter acts on."
         )
+    _keep_out_of_compiled_graphs()
     patched = model.clone()
     options = patched.model_options.setdefault("transformer_options", {})
     foreign = _measure_foreign_callbacks(options.get("patches_replace", {}).get("attn2", {}), layout.keys())

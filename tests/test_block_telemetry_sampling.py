@@ -292,3 +292,27 @@ def test_a_comparison_of_full_and_adaptive_reports_the_difference(bench: Bench, 
     _, text, _, ssim, _, passed = bench.call("HotpathCompare", image_a=a, image_b=b, min_ssim=0.5, min_cosine=0.98)
     expected = measure(a[0], b[0])
     assert ssim == expected.ssim < 1 and passed == (ssim >= 0.5) and f"SSIM {ssim:.4f}" in text
+
+
+def test_a_compiled_callback_adds_to_the_call_it_runs_in(bench: Bench) -> None:
+    patched = bench.model.clone()
+    attention = ForeignAttention()
+    attention.add(half_of_the_query, weight=0.5)
+    block = SDXL_BLOCKS[0]
+    patched.set_model_attn2_replace(attention, *block)
+    watched, telemetry = recorded(bench, patched)
+    (callback,) = attention_patches(watched)[block].callback
+    options = {"hotpath_telemetry": telemetry}
+
+    def run(q: torch.Tensor) -> torch.Tensor:
+        return q + callback(q * 3, q, q, q, options, weight=0.5)
+
+    compiled = torch.compile(run, backend="eager")
+    for size in (1.0, 2.0, 3.0):
+        telemetry.begin_call(torch.tensor([size]), torch.device("cpu"))
+        q = torch.full((1, 4, 8), size)
+        assert torch.equal(compiled(q), q * 1.5)
+    found = telemetry.contributions()
+    assert found.sigmas.tolist() == [3, 2, 1]
+    assert found.identity[:, 0].tolist() == [32 * 0.25 * s * s for s in (3, 2, 1)]
+    assert found.own[:, 0].tolist() == [32 * 9 * s * s for s in (3, 2, 1)]

@@ -174,7 +174,7 @@ class TestFaces:
             ([(LEFT, [1.0, 0])], [], "failed", "There is a face in A and none in B."),
             ([], [(LEFT, [1.0, 0])], "failed", "There is a face in B and none in A."),
             ([], [], "passed", ""),
-            ([(LEFT, [1.0, 0])], [(LEFT, [1.0, 0]), (FAR, [0.0, 1])], "passed", "There are 1 faces in A and 2 in B"),
+            ([(LEFT, [1.0, 0])], [(LEFT, [1.0, 0]), (FAR, [0.0, 1])], "passed", "Faces: 1 in A, 2 in B"),
             ([(LEFT, [1.0, 0]), (RIGHT, [1.0, 0])], [(FAR, [1.0, 0]), (FAR, [1.0, 0])], "failed", "No face of A is at"),
             ([(LEFT, [1.0, 0])], [(LEFT, [1.0, 0.5])], "failed", "The face cosine 0.8944 is below 0.98."),
         ],
