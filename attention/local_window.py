@@ -1,8 +1,9 @@
 """Attention of every place to the window of places around it in another map, without unfolding that map.
 
-ColorMNet's short-term memory uses it with a 15x15 window: an unfolded value would be 225 times the value. Three ways
-to the same numbers: `local_window_reference` unfolds (for tests), `local_window_banded` multiplies row by row and
-reads the window as a diagonal band (portable), and a Triton kernel keeps everything in registers.
+ColorMNet's short-term memory uses it with a 15x15 window: an unfolded value would be 225 times the value. Ways to the
+same numbers: `local_window_reference` unfolds (for tests), `local_window_banded` multiplies row by row and reads the
+window as a diagonal band (portable), a Triton kernel keeps everything in registers, and `correlation_sampler` has the
+logits computed by the extension that the original uses.
 
 Offsets run row by row: offset i of a window of side s is (i // s - s // 2, i % s - s // 2).
 """
@@ -22,25 +23,46 @@ VALUE_SLICE = 128  # channels of the value that one program of the kernel accumu
 QUERY_TILE = 16
 
 
-def local_window_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int) -> Tensor:
+AUTOMATIC, SAMPLER = "automatic", "spatial_correlation_sampler"
+BACKENDS = (AUTOMATIC, "banded", SAMPLER)
+
+
+def local_window_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int, backend: str = AUTOMATIC
+) -> Tensor:
     """softmax over the window of (query . key + bias), times value. Places outside the map take no part.
 
     query: [T, C, H, W], already scaled; key: [1, C, H, W]; value: [1, V, H, W]; bias: [T, window^2, H, W]; query, key
-    and bias float32, value of any float dtype. Returns [T, V, H, W] in the value's dtype.
+    and bias float32, value of any float dtype. backend: one of BACKENDS. Returns [T, V, H, W] in the value's dtype.
     """
     if torch.is_grad_enabled() and (query.requires_grad or value.requires_grad):
         # Training: the other two write in place, or have no backward pass.
         return local_window_reference(query, key, value, bias, window)
-    implementation, _ = select_local_window(query.device)
+    implementation, _ = select_local_window(query.device, query.dtype, backend)
     return implementation(query, key, value, bias, window)
 
 
-def select_local_window(device: torch.device) -> tuple[Any, str]:
-    """The implementation for `device` and why it was chosen."""
+def select_local_window(
+    device: torch.device, dtype: torch.dtype = torch.float32, backend: str = AUTOMATIC
+) -> tuple[Any, str]:
+    """The implementation for queries of `dtype` on `device`, and why it was chosen. backend: one of BACKENDS; what
+    cannot run gives way to the automatic choice, and the sentence says so. Raises ValueError for an unknown one."""
+    if backend not in BACKENDS:
+        raise ValueError(f"There is no local attention {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    asked = ""
+    if backend == SAMPLER:
+        from .correlation_sampler import local_window_sampler, sampler_unavailable
+
+        refusal = sampler_unavailable(device, dtype)
+        if refusal is None:
+            return local_window_sampler, f"{SAMPLER}: asked for"
+        asked = f"; not {SAMPLER}: {refusal}"
+    if backend == "banded":
+        return local_window_banded, "banded: asked for"
     reason = triton_unavailable(device)
     if reason is None:
-        return local_window_triton, "triton: fused kernel"
-    return local_window_banded, f"banded: {reason}"
+        return local_window_triton, f"triton: fused kernel{asked}"
+    return local_window_banded, f"banded: {reason}{asked}"
 
 
 def triton_unavailable(device: torch.device) -> str | None:
@@ -74,10 +96,8 @@ def local_window_banded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
     """
     frames, _, height, width = query.shape
     radius = window // 2
-    wide = width + 2 * radius
     q = query.permute(0, 2, 3, 1)  # [T, H, W, C]
     k = F.pad(key[0], (radius, radius, radius, radius)).permute(1, 2, 0)  # [H', W', C]
-    v = F.pad(value[0], (radius, radius, radius, radius)).permute(1, 2, 0)
     inside = F.pad(query.new_ones(height, width), (radius, radius, radius, radius))
     band = bias.permute(0, 2, 3, 1).reshape(frames, height, width, window, window).clone()
     for row in range(window):
@@ -85,9 +105,17 @@ def local_window_banded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
         band[..., row, :] += _diagonals(products, window)
         outside = inside[row : row + height].unfold(1, window, 1) == 0  # [H, W, window]
         band[..., row, :].masked_fill_(outside, float("-inf"))
+    return sum_values(band, value, window)
+
+
+def sum_values(band: Tensor, value: Tensor, window: int) -> Tensor:
+    """softmax over the window of logits [T, H, W, window, window], times value [1, V, H, W]: [T, V, H, W]."""
+    frames, height, width = band.shape[:3]
+    radius = window // 2
+    v = F.pad(value[0], (radius, radius, radius, radius)).permute(1, 2, 0)
     weights = band.flatten(3).softmax(dim=-1).view_as(band).to(value.dtype)
     out: Tensor | None = None
-    spread = value.new_zeros(frames, height, width, wide)
+    spread = value.new_zeros(frames, height, width, width + 2 * radius)
     for row in range(window):
         _diagonals(spread, window).copy_(weights[..., row, :])
         part = torch.matmul(spread, v[row : row + height])

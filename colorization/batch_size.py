@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from .. import host
+
 log = logging.getLogger("hotpath.colorization")
 
 Result = TypeVar("Result")
@@ -52,6 +54,7 @@ class BatchSize:
         results: list[Result] = []
         done = 0
         while done < len(items):
+            host.current().check_interrupt()
             start = done
 
             def part(size: int, start: int = start) -> tuple[Result, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import host
-from .film import FilmOptions, FilmSession, Reference, activations
+from .film import ColouredFrames, ColouringFrames, FilmSession, activations
+from .film_options import FilmOptions, Reference
 from .film_state import FilmState
 from .networks import AUTOMATIC, COLORMNET_LICENCE, LoadedNetwork, load_colormnet, load_deep_exemplar
 from .pictures import as_frames, is_grey, network_size
 from .report import JobReport
 
-# Frames between two looks at the interrupt: whole windows between memory frames, after the first frame of a film.
-PORTION = 20
+PORTIONS = (20, 10, 5)
+PORTION_BYTES = 512 << 20  # two of them are held beside the film
 PREVIEW_SIDE = 512
 GREY_REFERENCE = "has next to no colour, so it gives the film none; connect a picture in colour."
 
@@ -58,11 +60,9 @@ def colorize_clip(
         if state is not None:
             film.load(state)
             report.fact("continued", f"from frame {film.frame}")
-        for portion, shown in portions(count, options.method):
-            done = film.colorize(_floating(frames[portion]))
-            pictures[portion] = done.pictures
-            shown(preview_of(done.pictures[-1]))
-            confidence[portion] = F.interpolate(done.confidence[:, None], (height, width), mode="bilinear")[:, 0]
+        for rows, done in _coloured(film, frames, options.method):
+            pictures[rows] = done.pictures
+            confidence[rows] = F.interpolate(done.confidence[:, None], (height, width), mode="bilinear")[:, 0]
         after = film.state()
         finish_report(report, film, count)
     return ColouredClip(pictures, confidence, after, report.text(film.times, film.engines(), film.notes()))
@@ -78,8 +78,8 @@ def colorize_stills(
     pictures = torch.empty(count, height, width, 3)
     with loaded.resident(room_for(loaded, options, height, width)) as network:
         film = FilmSession(network, loaded, options, references, height, width, stills=True)
-        for portion, _ in portions(count, options.method):
-            pictures[portion] = film.colorize(_floating(frames[portion])).pictures
+        for rows, done in _coloured(film, frames, options.method):
+            pictures[rows] = done.pictures
         finish_report(report, film, count)
     return pictures, report.text(film.times, film.engines(), film.notes())
 
@@ -115,19 +115,41 @@ def finish_report(report: JobReport, film: FilmSession, frames: int) -> None:
         report.fact("shots", f"{film.shot + 1}; cuts at {cuts}" if film.cuts else "1, no cut found")
 
 
-def portions(count: int, label: str) -> Iterator[tuple[slice, Callable[[Any], None]]]:
-    """Parts of 0..count, the first with a frame more, each with a function that takes a preview of it.
+def _coloured(film: FilmSession, frames: Tensor, label: str) -> Iterator[tuple[slice, ColouredFrames]]:
+    """The film in portions. While one is computed, the next one is on its way to the device and the last one back.
 
     Every step moves the bar and looks for an interrupt.
     """
-    with host.tracked(host.current(), count, label) as bar:
+    size = portion_frames(*film.size, 4)
+    waiting: deque[tuple[slice, ColouringFrames]] = deque()
+    with host.tracked(host.current(), len(frames), label) as bar:
+
+        def taken() -> tuple[slice, ColouredFrames]:
+            rows, queued = waiting.popleft()
+            done = queued.wait()
+            bar.update(len(done.pictures), preview_of(done.pictures[-1]))
+            return rows, done
+
         first = 0
-        while first < count:
-            stop = min(count, first + PORTION + (first == 0))
-            previews: list[Any] = []
-            yield slice(first, stop), previews.append
-            bar.update(stop - first, previews[-1] if previews else None)
-            first = stop
+        while first < len(frames):
+            portion = frames[first : first + size + (first == 0)]
+            prepared = film.prepare(_floating(portion))
+            for segment in prepared.segments:
+                if segment.cut:
+                    film.begin_shot()
+                queued = film.colour(prepared, segment)
+                waiting.append((slice(first + segment.first, first + segment.stop), queued))
+                while len(waiting) > 1:
+                    yield taken()
+            first += len(portion)
+        while waiting:
+            yield taken()
+
+
+def portion_frames(height: int, width: int, bytes_per_number: int) -> int:
+    """Frames of a portion: whole windows between memory frames, fewer where frames are large."""
+    fitting = PORTION_BYTES // (height * width * 3 * bytes_per_number)
+    return next((frames for frames in PORTIONS if frames <= fitting), 1)
 
 
 def preview_of(picture: Tensor) -> Any:

@@ -6,6 +6,8 @@ functions repeat its formulas instead of the exact sRGB constants. Pictures are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ CHROMA_SCALE = 110.0
 def rgb_to_lab(rgb: Tensor) -> Tensor:
     """rgb: [..., 3, H, W] float sRGB in 0..1. Returns Lab of the same shape: L in 0..100, ab about -110..110."""
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).clamp_min(0) ** 2.4, rgb / 12.92)
-    xyz = _mix(linear, XYZ_FROM_RGB) / _column(WHITE, rgb)
+    xyz = _scaled(_mix(linear, XYZ_FROM_RGB), [1 / white for white in WHITE])
     f = torch.where(xyz > 0.008856, xyz.clamp_min(0) ** (1 / 3), 7.787 * xyz + 16 / 116)
     x, y, z = f.unbind(-3)
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=-3)
@@ -51,7 +53,7 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     x = a / 500 + y
     z = (y - b / 200).clamp_min(0)
     f = torch.stack((x, y, z), dim=-3)
-    xyz = torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787) * _column(WHITE, lab)
+    xyz = _scaled(torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787), WHITE)
     linear = _mix(xyz, RGB_FROM_XYZ)
     gamma = 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055
     return torch.where(linear > 0.0031308, gamma, linear * 12.92).clamp(0, 1)
@@ -73,5 +75,6 @@ def _mix(channels: Tensor, rows: tuple[tuple[float, ...], ...]) -> Tensor:
     return torch.stack([first * r[0] + second * r[1] + third * r[2] for r in rows], dim=-3)
 
 
-def _column(values: tuple[float, float, float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(3, 1, 1)
+def _scaled(channels: Tensor, factors: Sequence[float]) -> Tensor:
+    """Dimension -3 by a number each. As a tensor the numbers would be copied to the device, which waits for it."""
+    return torch.stack([x * factor for x, factor in zip(channels.unbind(-3), factors, strict=True)], dim=-3)

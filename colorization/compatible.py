@@ -4,16 +4,18 @@ shared workflows expect. Our own nodes' job is `film`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import host
+from .colormnet.engine import ColorMNetEngine, ColorMNetFunctions
 from .colormnet.session import ColorMNetSession
 from .colormnet.settings import ColorMNetSettings
 from .colour_space import rgb_to_lab, with_luminance
+from .deep_exemplar.engine import DeepExemplarEngine, DeepExemplarFunctions
 from .deep_exemplar.framing import cover_and_crop
 from .deep_exemplar.session import DeepExemplarSession
 from .frame_budget import colormnet_batch, deep_exemplar_batch
@@ -21,6 +23,7 @@ from .networks import COLORMNET_LICENCE, LoadedNetwork
 from .pictures import as_frames, is_grey, resized, to_channels_first
 from .report import JobReport
 from .stage_times import StageTimes
+from .transfers import Download, copies_for, download, upload
 
 PORTION = 16  # frames between two looks at the interrupt
 # Deep Exemplar's programs enlarge half-size chroma with this factor.
@@ -63,12 +66,16 @@ def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job
         if all(is_grey(example) for example in examples):
             report.note(GREY_REFERENCE)
         settings = ColorMNetSettings.for_mode(job.memory_mode)
-        session = ColorMNetSession(
-            network, settings, job.height, job.width, examples, batch, times, compile=job.compile
+        functions = loaded.kept(
+            (id(network), "compatible", job.compile), lambda: ColorMNetFunctions(network, job.compile)
         )
-        for portion in _portions(count, "ColorMNet"):
+        session = ColorMNetSession(
+            network, settings, job.height, job.width, examples, batch, times, ColorMNetEngine(functions)
+        )
+
+        def coloured(portion: slice, arrived: Tensor) -> Tensor:
             with times.stage("colour space in"):
-                full = rgb_to_lab(to_channels_first(frames[portion], device))
+                full = rgb_to_lab(to_channels_first(arrived, device))
                 lab = resized(full, job.height, job.width, antialias=False)
             if job.stills:
                 chroma = session.colorize_stills(lab[:, :1]).chroma
@@ -79,7 +86,9 @@ def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job
                     rgb = with_luminance(full[:, :1], resized(chroma, height, width, antialias=False))
                 else:
                     rgb = resized(with_luminance(lab[:, :1], chroma), height, width, antialias=False)
-                result[portion] = rgb.permute(0, 2, 3, 1).cpu()
+                return rgb.permute(0, 2, 3, 1)
+
+        _through(frames, result, coloured, device, "ColorMNet")
         report.fact("memory", f"{session.memory.nbytes / 2**20:.1f} MiB of remembered frames at the fullest")
     report.frames = count
     report.note(COLORMNET_LICENCE)
@@ -120,18 +129,22 @@ def run_deep_exemplar(
         example = _halved(_framed(reference[:1], device, job), small)[0]
         if is_grey(example):
             report.note(GREY_REFERENCE)
+        functions = loaded.kept((id(networks), job.compile), lambda: DeepExemplarFunctions(networks, job.compile))
         session = DeepExemplarSession(
-            networks, *small, example, job.propagate, batch=batch, times=times, compile=job.compile
+            networks, *small, example, job.propagate, batch=batch, times=times, engine=DeepExemplarEngine(functions)
         )
-        for portion in _portions(count, "Deep Exemplar"):
+
+        def coloured(portion: slice, arrived: Tensor) -> Tensor:
             with times.stage("colour space in"):
-                lab = _framed(frames[portion], device, job)
+                lab = _framed(arrived, device, job)
             chroma = session.colorize(_halved(lab, small)[:, :1]).chroma
             with times.stage("colour space out"):
                 if job.half:
                     chroma = resized(chroma, job.height, job.width, antialias=False) * HALF_SIZE_GAIN
                 rgb = with_luminance(lab[:, :1], chroma)
-                result[portion] = ((rgb * 255).floor() / 255).permute(0, 2, 3, 1).cpu()
+                return ((rgb * 255).floor() / 255).permute(0, 2, 3, 1)
+
+        _through(frames, result, coloured, device, "Deep Exemplar")
     report.frames = count
     return result, report.text(times, session.engines(), [*session.notes(), *job.notes])
 
@@ -154,10 +167,22 @@ def _halved(lab: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.avg_pool2d(lab, 2)
 
 
-def _portions(count: int, label: str) -> Iterator[slice]:
-    """Parts of 0..count; every step moves the progress bar, which also looks whether the user wants to stop."""
-    with host.tracked(host.current(), count, label) as bar:
-        for first in range(0, count, PORTION):
-            stop = min(first + PORTION, count)
-            yield slice(first, stop)
-            bar.update(stop - first)
+def _through(
+    frames: Tensor, result: Tensor, coloured: Callable[[slice, Tensor], Tensor], device: torch.device, label: str
+) -> None:
+    """`coloured` over the frames, portion by portion, into `result`. While one is computed, the last one is on its way
+    back. Every step moves the progress bar, which also looks whether the user wants to stop."""
+    copies = copies_for(device)
+    waiting: tuple[slice, Download] | None = None
+    with host.tracked(host.current(), len(frames), label) as bar:
+        for first in range(0, len(frames), PORTION):
+            portion = slice(first, min(first + PORTION, len(frames)))
+            arriving = upload(copies, frames[portion])
+            copies.computing_waits(arriving.tensor, arriving.mark)
+            leaving = download(copies, coloured(portion, arriving.tensor))
+            if waiting is not None:
+                result[waiting[0]] = waiting[1].wait()
+            waiting = portion, leaving
+            bar.update(portion.stop - first)
+        if waiting is not None:
+            result[waiting[0]] = waiting[1].wait()

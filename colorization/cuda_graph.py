@@ -1,4 +1,4 @@
-"""One CUDA graph for a step that runs thousands of times on tensors of the same shapes.
+"""CUDA graphs for a step that runs thousands of times on tensors of the same few shapes.
 
 The recurrent part of a film is hundreds of small kernels per frame, and launching them takes longer than running them.
 """
@@ -6,8 +6,8 @@ The recurrent part of a film is hundreds of small kernels per frame, and launchi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,60 +15,98 @@ from torch import Tensor
 log = logging.getLogger("hotpath.colorization")
 
 TOLERANCE = 2e-2  # of the largest number; a graph that reads wrong memory is off by far more
+MOST_SHAPES = 4  # a film has one; every graph keeps the memory of its step
+
+Step = Callable[..., tuple[Tensor, ...]]
+
+
+class Recording(Protocol):
+    """A step with the tensors it reads and writes; `replay` computes the second from the first."""
+
+    @property
+    def inputs(self) -> Sequence[Tensor]: ...
+
+    @property
+    def outputs(self) -> Sequence[Tensor]: ...
+
+    def replay(self) -> None: ...
+
+
+Record = Callable[[Step, Sequence[Tensor]], Recording]
+
+
+class CudaRecording:
+    """`function` of copies of `tensors`, captured after two runs that let libraries choose their kernels."""
+
+    def __init__(self, function: Step, tensors: Sequence[Tensor]) -> None:
+        self.inputs = [tensor.clone() for tensor in tensors]
+        stream: Any = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph: Any = torch.cuda.CUDAGraph()
+        # Other threads decode, pin memory and copy meanwhile; that is no business of this capture.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self.outputs = function(*self.inputs)
+
+    def replay(self) -> None:
+        self._graph.replay()
 
 
 class GraphedStep:
-    """`function` of tensors to a tuple of tensors, replayed from a graph after its first call on CUDA.
+    """`function` of tensors to a tuple of tensors, replayed from a graph from the second call of each shape on.
 
-    The first call runs plainly, captures, replays, and compares: a capture that fails or differs is not used, and
-    `status` says why. On other devices it always runs plainly.
+    The first call of a shape runs plainly, records, replays, and compares: a recording that fails or differs ends all
+    recording, and `status` says why. record: makes a Recording, or None where there are no graphs.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
+    def __init__(
+        self,
+        function: Step,
+        device: torch.device,
+        record: Record | None = None,
+    ) -> None:
         self._function = function
-        self._wanted = device.type == "cuda"
-        self._graph: Any = None
-        self._inputs: list[Tensor] = []
-        self._outputs: tuple[Tensor, ...] = ()
-        self.status = "not captured yet" if self._wanted else f"none: CUDA only, this is {device.type}"
+        self._record: Record | None = record or (CudaRecording if device.type == "cuda" else None)
+        self._recordings: dict[tuple[Any, ...], Recording] = {}
+        self.status = "not captured yet" if self._record else f"none: CUDA only, this is {device.type}"
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        if not self._wanted:
+        if self._record is None:
             return self._function(*tensors)
-        if self._graph is None:
-            expected = self._function(*tensors)
-            self._capture(tensors, expected)
-            return expected
-        if [t.shape for t in tensors] != [t.shape for t in self._inputs]:
-            return self._function(*tensors)
-        return self._replay(tensors)
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
+        recording = self._recordings.get(shapes)
+        if recording is not None:
+            return _replay(recording, tensors)
+        result = self._function(*tensors)
+        if len(self._recordings) < MOST_SHAPES:
+            self._capture(shapes, tensors, result)
+        else:
+            self.status = f"captured for {MOST_SHAPES} shapes, which is the most; others run plainly"
+        return result
 
-    def _replay(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for held, given in zip(self._inputs, tensors, strict=True):
-            held.copy_(given)
-        self._graph.replay()
-        # The next replay writes over the outputs.
-        return tuple(output.clone() for output in self._outputs)
-
-    def _capture(self, tensors: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    def _capture(self, shapes: tuple[Any, ...], tensors: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        assert self._record is not None
         try:
-            self._inputs = [tensor.clone() for tensor in tensors]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._function(*self._inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._outputs = self._function(*self._inputs)
-            self._graph = graph
-            replayed = self._replay(tensors)
-            for one, other in zip(replayed, expected, strict=True):
+            recording = self._record(self._function, tensors)
+            for one, other in zip(_replay(recording, tensors), expected, strict=True):
                 if (one - other).abs().max() > TOLERANCE * other.abs().max().clamp_min(1e-6):
                     raise RuntimeError("the replay differs from the plain run")
-            self.status = "captured, equal to the plain run"
+            self._recordings[shapes] = recording
+            count = len(self._recordings)
+            self.status = "captured, equal to the plain run" + (f", {count} shapes" if count > 1 else "")
         except RuntimeError as error:
-            self._wanted, self._graph, self._inputs, self._outputs = False, None, [], ()
-            self.status = f"none: {str(error).splitlines()[0][:160]}"
+            self._record = None
+            self._recordings.clear()
+            self.status = f"none: {(str(error).splitlines() or ['no message'])[0][:160]}"
             log.warning("no CUDA graph: %s", self.status)
+
+
+def _replay(recording: Recording, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    for held, given in zip(recording.inputs, tensors, strict=True):
+        held.copy_(given)
+    recording.replay()
+    # The next replay writes over the outputs.
+    return tuple(output.clone() for output in recording.outputs)

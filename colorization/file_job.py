@@ -1,31 +1,38 @@
 """A film from video file to video file, never whole in memory: parts on disk with the state after each, so that a
-crash costs one part, an interrupt leaves a playable file, and the same call goes on where it stopped.
+crash costs the shot that was under way, an interrupt leaves a playable file, and the same call goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import host
 from ..cache import content_key, file_fingerprint
-from .clip_job import PORTION, finish_report, load_method, preview_of, room_for, start_report
-from .film import FilmOptions, FilmSession, Reference, read_references
-from .film_state import FilmState, load_state, save_state
+from .clip_job import finish_report, load_method, portion_frames, preview_of, room_for, start_report
+from .film import FilmSession, PreparedFrames, Snapshot
+from .film_options import FilmOptions, Reference, read_references
+from .film_state import load_state
+from .manifest import Manifest, read_manifest
 from .networks import AUTOMATIC, LoadedNetwork
-from .video_file import PartWriter, VideoFacts, assemble, read_facts, read_portions
+from .part_recorder import PartRecorder
+from .shots import Segment
+from .video_file import VideoFacts, assemble, read_facts, read_portions
 
 log = logging.getLogger("hotpath.colorization")
 
-PART_FRAMES = 240  # about ten seconds: what a crash costs at most
-PLAN = "plan.json"
+Result = TypeVar("Result")
+
+PART_FRAMES = 240  # a longer shot is split: about ten seconds are what a crash costs at most
+AHEAD = 2  # portions decoded ahead of the device, and portions behind it that are not encoded yet
+PATIENCE = 0.1  # seconds between two looks at the interrupt while another thread is waited for
 
 
 @dataclass(frozen=True)
@@ -45,21 +52,6 @@ class FileJob:
     resume: bool = True
 
 
-@dataclass
-class Progress:
-    """The plan file: what the parts so far belong to, and where the next one starts."""
-
-    key: str
-    parts: int = 0
-    frames: int = 0
-    next_time: int | None = None
-
-    def save(self, folder: Path) -> None:
-        unfinished = folder / (PLAN + ".part")
-        unfinished.write_text(json.dumps(asdict(self)))
-        unfinished.replace(folder / PLAN)
-
-
 def colorize_file(job: FileJob, references: Sequence[Reference], status: Callable[[str], None] | None = None) -> str:
     """Colour `job.source` into `job.output` and return the report. `status` gets a line about once a second.
 
@@ -70,24 +62,25 @@ def colorize_file(job: FileJob, references: Sequence[Reference], status: Callabl
     loaded = load_method(job.options, job.checkpoint, job.precision)
     folder = job.output.with_name(job.output.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
-    progress = _progress(job, references, loaded, folder)
+    manifest = _manifest(job, references, loaded, folder)
     report = start_report(loaded, references, job.options, facts.height, facts.width)
     report.fact("file", f"{job.source.name} to {job.output.name}, {job.codec} crf {job.quality}")
-    if progress.frames:
-        report.fact("continued", f"after {progress.frames} frames that were finished before")
-    before = progress.frames
+    before = manifest.frames
+    if before:
+        report.fact("continued", f"after {before} frames in {len(manifest.parts)} parts that were finished before")
     with loaded.resident(room_for(loaded, job.options, facts.height, facts.width)) as network:
         film = FilmSession(network, loaded, job.options, references, facts.height, facts.width)
-        if progress.parts:
-            film.load(_state_after(folder, progress.parts))
+        if manifest.parts:
+            film.load(load_state(manifest.state_file(folder, len(manifest.parts))))
         try:
-            _FileRun(job, facts, film, folder, progress, status or _unheard).run()
+            _FileRun(job, facts, film, folder, manifest, status or _unheard).run()
         except BaseException:
-            _leave_playable(job, folder, progress)
+            _leave_playable(job, folder, manifest)
             raise
-    assemble(_parts(folder, progress.parts), job.source, job.output)
+    for lost in assemble(manifest.part_files(folder), job.source, job.output):
+        report.note(lost)
     shutil.rmtree(folder, ignore_errors=True)
-    finish_report(report, film, progress.frames - before)
+    finish_report(report, film, manifest.frames - before)
     return report.text(film.times, film.engines(), film.notes())
 
 
@@ -116,7 +109,8 @@ def colorize_file_by_path(
 
 
 class _FileRun:
-    """Decoding, colouring and encoding of one call, each in its own thread, a portion apart."""
+    """One call. This thread queues work for the device and never waits for it; one thread decodes and sends frames there,
+    one takes pictures from there and encodes them, and AHEAD bounds what lies between them."""
 
     def __init__(
         self,
@@ -124,91 +118,101 @@ class _FileRun:
         facts: VideoFacts,
         film: FilmSession,
         folder: Path,
-        progress: Progress,
+        manifest: Manifest,
         status: Callable[[str], None],
     ) -> None:
-        self.job, self.facts, self.film = job, facts, film
-        self.folder, self.progress, self.status = folder, progress, status
-        self.writer: PartWriter | None = None
+        self.film, self.status = film, status
+        self.total, self.done = max(facts.frames, manifest.frames), manifest.frames
+        self.recorder = PartRecorder(folder, manifest, facts, job.codec, job.quality, film.times)
+        self.name = job.source.name
+        size = portion_frames(facts.height, facts.width, 1)
+        self.portions = read_portions(job.source, facts, size, manifest.next_time)
+        self.encoding: deque[Future[Any]] = deque()
         self.in_part = 0
-        self.next_time = progress.next_time
-        self.whole = True  # whether the film's state is that after a whole portion
-        self.encoding: Future[None] | None = None
+        self.part_shot = 0
+        # Where the film stands behind the last segment that was queued whole.
+        self.reached: tuple[Snapshot, int] | None = None
 
     def run(self) -> None:
-        portions = read_portions(self.job.source, self.facts, PORTION, self.progress.next_time)
-        total = max(self.facts.frames, self.progress.frames)
-        clock = _Clock(total, self.progress.frames, self.status)
+        clock = _Clock(self.total, self.done, self.status)
         with (
             ThreadPoolExecutor(1, "decode") as decoder,
             ThreadPoolExecutor(1, "encode") as encoder,
-            host.tracked(host.current(), total, self.job.source.name) as bar,
+            host.tracked(host.current(), self.total, self.name) as bar,
         ):
-            if self.progress.frames:
-                bar.update(self.progress.frames)
+
+            def told(most: int) -> None:
+                """Wait until at most `most` jobs of the encoder are left, and say what became of the others."""
+                while len(self.encoding) > most:
+                    preview = _result(self.encoding[0])
+                    self.encoding.popleft()
+                    if preview is not None:
+                        count, picture = preview
+                        clock.tick(count)
+                        bar.update(count, preview_of(picture))
+
+            if self.done:
+                bar.update(self.done)
+            decoding = deque(decoder.submit(self._decode) for _ in range(AHEAD))
             try:
-                upcoming = decoder.submit(next, portions, None)
-                while (portion := upcoming.result()) is not None:
-                    upcoming = decoder.submit(next, portions, None)
-                    self.whole = False
-                    done = self.film.colorize(portion.frames)
-                    self._settle()
-                    self.encoding = encoder.submit(self._write, done.pictures, portion.times)
-                    self.next_time = portion.times[-1] + 1
-                    self.in_part += len(portion.times)
-                    self.whole = True
-                    clock.tick(len(portion.times))
-                    if self.in_part >= PART_FRAMES:
-                        self._finish_part()
-                    bar.update(len(portion.times), preview_of(done.pictures[-1]))
-                self._finish_part()
+                while (arrived := _result(decoding.popleft())) is not None:
+                    decoding.append(decoder.submit(self._decode))
+                    times, prepared = arrived
+                    for segment in prepared.segments:
+                        if segment.cut:
+                            self.film.begin_shot()
+                            self.reached = self.film.snapshot(), times[segment.first]
+                            self._end_part(encoder, ends_shot=True)
+                        elif self.in_part >= PART_FRAMES:
+                            self._end_part(encoder, ends_shot=False)
+                        self._colour(encoder, prepared, segment, times[segment.first : segment.stop])
+                        told(AHEAD)
+                self._end_part(encoder, ends_shot=True)
+                told(0)
             except BaseException:
-                self._stop()
+                decoder.shutdown(wait=False, cancel_futures=True)
+                self._stop(encoder)
                 raise
 
-    def _write(self, pictures: Any, times: list[int]) -> None:
-        if self.writer is None:
-            path = _part(self.folder, self.progress.parts + 1)
-            self.writer = PartWriter(path, self.facts, self.job.codec, self.job.quality)
-        self.writer.write(pictures, times)
+    def _decode(self) -> tuple[list[int], PreparedFrames] | None:
+        """The next portion, on its way to the device; in the decoder's thread."""
+        with self.film.times.beside("decoding, beside it"):
+            portion = next(self.portions, None)
+            if portion is None:
+                return None
+            return portion.times, self.film.prepare(portion.frames)
 
-    def _settle(self) -> None:
-        """Wait for the encoder, and raise what it raised."""
-        if self.encoding is not None:
-            encoding, self.encoding = self.encoding, None
-            encoding.result()
+    def _colour(
+        self, encoder: ThreadPoolExecutor, prepared: PreparedFrames, segment: Segment, times: list[int]
+    ) -> None:
+        queued = self.film.colour(prepared, segment)
+        self.encoding.append(encoder.submit(self.recorder.write, queued, times))
+        self.in_part += len(times)
+        self.part_shot = self.film.shot
+        self.reached = self.film.snapshot(), times[-1] + 1
 
-    def _finish_part(self) -> None:
-        self._settle()
-        if self.writer is None:
-            return
-        writer, self.writer = self.writer, None
-        writer.close()
-        number = self.progress.parts + 1
-        save_state(self.film.state(), _state(self.folder, number))
-        self.progress.parts = number
-        self.progress.frames += self.in_part
-        self.progress.next_time = self.next_time
-        self.progress.save(self.folder)
-        _state(self.folder, number - 1).unlink(missing_ok=True)
-        self.in_part = 0
+    def _end_part(self, encoder: ThreadPoolExecutor, ends_shot: bool) -> None:
+        if self.in_part and self.reached is not None:
+            job = encoder.submit(self.recorder.finish, *self.reached, self.part_shot, ends_shot)
+            self.encoding.append(job)
+            self.in_part = 0
 
-    def _stop(self) -> None:
+    def _stop(self, encoder: ThreadPoolExecutor) -> None:
         """Something was raised: keep what is whole. What fails here too is logged, not raised over the cause."""
         try:
-            if self.whole:
-                self._finish_part()
-            elif self.writer is not None:
-                self._settle()
+            self._end_part(encoder, ends_shot=False)
+            for future in self.encoding:
+                future.result()
         except Exception as error:
-            log.warning("The last part of %s is lost: %s", self.job.output.name, error)
-        finally:
-            if self.writer is not None:
-                writer, self.writer = self.writer, None
-                try:
-                    writer.close()
-                except Exception as error:
-                    log.debug("closing an unfinished part: %s", error)
+            log.warning("The last part of %s is lost: %s", self.name, error)
+        encoder.submit(self.recorder.abandon).result()
+
+
+def _result(future: Future[Result]) -> Result:
+    """What another thread computes. The interrupt is looked for meanwhile."""
+    while not wait([future], PATIENCE).done:
+        host.current().check_interrupt()
+    return future.result()
 
 
 class _Clock:
@@ -232,7 +236,7 @@ class _Clock:
         )
 
 
-def _progress(job: FileJob, references: Sequence[Reference], loaded: LoadedNetwork, folder: Path) -> Progress:
+def _manifest(job: FileJob, references: Sequence[Reference], loaded: LoadedNetwork, folder: Path) -> Manifest:
     """Where the work stands; anew when the parts belong to another film, reference, option or checkpoint."""
     key = content_key(
         file_fingerprint(job.source),
@@ -242,41 +246,23 @@ def _progress(job: FileJob, references: Sequence[Reference], loaded: LoadedNetwo
         loaded.precision.dtype,
         [job.quality, job.codec],
     )
-    try:
-        found = Progress(**json.loads((folder / PLAN).read_text()))
-        if job.resume and found.key == key and all(part.is_file() for part in _parts(folder, found.parts)):
-            return found
+    found = read_manifest(folder, key) if job.resume else None
+    if found is not None:
+        return found
+    if any(folder.iterdir()):
         log.info("%s belongs to another job and is replaced.", folder.name)
-    except (OSError, ValueError, TypeError):
-        pass
     for file in folder.iterdir():
         file.unlink()
-    return Progress(key)
+    return Manifest(key)
 
 
-def _leave_playable(job: FileJob, folder: Path, progress: Progress) -> None:
-    if not progress.parts:
+def _leave_playable(job: FileJob, folder: Path, manifest: Manifest) -> None:
+    if not manifest.parts:
         return
     try:
-        assemble(_parts(folder, progress.parts), job.source, job.output, complete=False)
+        assemble(manifest.part_files(folder), job.source, job.output, complete=False)
     except Exception as error:
         log.warning("The finished parts of %s stay in %s: %s", job.output.name, folder, error)
-
-
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.nut"
-
-
-def _parts(folder: Path, count: int) -> list[Path]:
-    return [_part(folder, number) for number in range(1, count + 1)]
-
-
-def _state(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.safetensors"
-
-
-def _state_after(folder: Path, number: int) -> FilmState:
-    return load_state(_state(folder, number))
 
 
 def _unheard(line: str) -> None:

@@ -4,84 +4,34 @@ references, shots, filters, and a state that lets a film be done in portions and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch_size import BatchSize
+from .colormnet.engine import ColorMNetEngine, ColorMNetFunctions
 from .colormnet.session import ColorMNetSession
-from .colormnet.settings import MODES, ColorMNetSettings
-from .colour_space import luminance_of, rgb_to_lab, with_luminance
+from .colormnet.settings import ColorMNetSettings
+from .colour_space import luminance_of, with_luminance
+from .deep_exemplar.engine import DeepExemplarEngine, DeepExemplarFunctions
 from .deep_exemplar.session import DeepExemplarSession
-from .edge_filter import FILTERS, apply_filter
+from .edge_filter import apply_filter
+from .film_options import FilmOptions, Reference
 from .film_state import FilmState, check_state
 from .frame_budget import colormnet_batch, deep_exemplar_batch
 from .networks import LoadedNetwork
-from .pictures import as_frames, network_size, resized, to_channels_first
-from .shots import ShotDetector
+from .pictures import network_size, resized, to_channels_first
+from .shots import Segment, ShotDetector
 from .smoothing import ChromaSmoother
 from .stage_times import StageTimes
+from .transfers import Copies, Download, Upload, copies_for, download, upload
 
-METHODS = ("ColorMNet", "Deep Exemplar")
-SHOTS = ("off", "reset", "reference per shot")
 # Deep Exemplar was trained at half the size of its result, with chroma this much too weak.
 HALF_SIZE_GAIN = 1.25
 FULL_SIZE_PIXELS = 1 << 23  # of frames converted together at full size
-
-
-@dataclass(frozen=True)
-class FilmOptions:
-    """How a film is coloured.
-
-    colour_size: short side of the picture whose colours are computed; 0 for the frames' own size. Deep Exemplar's
-    networks see half of it, as they were trained. strength: factor on the chroma. temporal_smoothing: 0..1, how much
-    of the last frame's chroma stays where the luminance stays. shots: forget everything at a cut, or also take the
-    next reference. propagate: Deep Exemplar's feedback of the last frame.
-    """
-
-    method: str = "ColorMNet"
-    colour_size: int = 432
-    memory_mode: str = "balanced"
-    strength: float = 1.0
-    edge_filter: str = "none"
-    temporal_smoothing: float = 0.0
-    shots: str = "off"
-    shot_threshold: float = 27.0
-    propagate: bool = True
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("method", self.method, METHODS),
-            ("memory mode", self.memory_mode, MODES),
-            ("edge filter", self.edge_filter, FILTERS),
-            ("shots", self.shots, SHOTS),
-        ):
-            if value not in choices:
-                raise ValueError(f"There is no {name} {value!r}; choose one of {', '.join(choices)}.")
-        if not 0 <= self.temporal_smoothing < 1:
-            raise ValueError(f"temporal_smoothing must be from 0 to under 1, not {self.temporal_smoothing}.")
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A picture whose colours are wanted. lab: [3, h, w], any size. frame: the frame of the film that it is in
-    colour, or None for an example."""
-
-    lab: Tensor
-    frame: int | None = None
-
-
-class Session(Protocol):
-    """What both methods' sessions have in common here."""
-
-    def engines(self) -> dict[str, str]: ...
-    def notes(self) -> list[str]: ...
-    def state(self) -> dict[str, Tensor]: ...
-    def load(self, state: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -93,8 +43,47 @@ class ColouredFrames:
     confidence: Tensor
 
 
+@dataclass(frozen=True)
+class PreparedFrames:
+    """Frames on their way to the device, and where they are cut."""
+
+    upload: Upload
+    segments: list[Segment]
+
+
+@dataclass(frozen=True)
+class ColouringFrames:
+    """Frames that are queued to be coloured and copied back."""
+
+    pictures: Download
+    confidence: Download
+
+    def wait(self) -> ColouredFrames:
+        """From any thread."""
+        return ColouredFrames(self.pictures.wait(), self.confidence.wait())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A film's state on the device, as what is queued so far will leave it."""
+
+    tensors: Mapping[str, Tensor]
+    description: Mapping[str, Any]
+    copies: Copies
+    mark: Any
+
+    def state(self) -> FilmState:
+        """The state on the CPU. From any thread; waits for the device."""
+        self.copies.host_waits(self.mark)
+        return FilmState({name: tensor.cpu() for name, tensor in self.tensors.items()}, self.description)
+
+
 class FilmSession:
-    """One film of height x width. Use it while `loaded` is resident; `network` is what that yields."""
+    """One film of height x width. Use it while `loaded` is resident; `network` is what that yields.
+
+    `colorize` colours frames and waits for them. A job that has more to do meanwhile calls `prepare` ahead of time,
+    then for each segment `begin_shot` if it is a cut, and `colour`; neither waits for the device.
+    """
 
     def __init__(
         self,
@@ -119,7 +108,9 @@ class FilmSession:
         self.halved = options.method == "Deep Exemplar"
         self.small = (max(1, small[0] // 2), max(1, small[1] // 2)) if self.halved else small
         self.batch, _ = activations(options, self.small, loaded.precision.dtype, self.device)
+        self.copies = copies_for(self.device)
         self.detector = ShotDetector(options.shot_threshold) if options.shots != "off" else None
+        self.seen: Tensor | None = None  # the last frame as the detector saw it
         self.smoother = ChromaSmoother(options.temporal_smoothing)
         self.at_full_size = BatchSize(max(1, FULL_SIZE_PIXELS // (height * width)), "full-size frames at a time")
         self.stills = stills
@@ -127,6 +118,9 @@ class FilmSession:
         self.shot = 0
         self.shot_start = 0
         self.cuts: list[int] = []
+        # One per film: what was recorded for one shot serves the next.
+        self._engine = self._new_engine(loaded)
+        self._given: dict[int, Tensor] = {}
         self._session = self._new_session()
         self._notes: list[str] = []
 
@@ -142,10 +136,33 @@ class FilmSession:
 
         The device is waited for once, at the end.
         """
+        prepared = self.prepare(frames)
+        queued: list[ColouringFrames] = []
+        for segment in prepared.segments:
+            if segment.cut:
+                self.begin_shot()
+            queued.append(self.colour(prepared, segment))
+        done = [part.wait() for part in queued]
+        if len(done) == 1:
+            return done[0]
+        return ColouredFrames(torch.cat([d.pictures for d in done]), torch.cat([d.confidence for d in done]))
+
+    def prepare(self, frames: Tensor) -> PreparedFrames:
+        """Look for cuts in the next frames and start their way to the device. In the order of the film; from another
+        thread if one likes, and ahead of `colour`."""
         if tuple(frames.shape[1:3]) != self.size:
             raise ValueError(
                 f"This film has frames of {self.size[1]}x{self.size[0]}; these are {frames.shape[2]}x{frames.shape[1]}."
             )
+        whole = [Segment(0, len(frames))]
+        segments = self.detector.segments(frames) if self.detector is not None else whole
+        return PreparedFrames(upload(self.copies, frames), segments)
+
+    def colour(self, prepared: PreparedFrames, segment: Segment) -> ColouringFrames:
+        """Queue the colouring of one segment, the next one of the film."""
+        arriving = prepared.upload
+        self.copies.computing_waits(arriving.tensor, arriving.mark)
+        frames = arriving.tensor[segment.first : segment.stop]
         with self.times.stage("colour space in"):
             luminance = torch.cat(
                 self.at_full_size.map(
@@ -154,35 +171,31 @@ class FilmSession:
                 )
             )
             small = resized(luminance, *self.small)
-        with self.times.stage("shot detection"):
-            cuts = self.detector.cuts(frames) if self.detector is not None else []
-        chroma, confidence = self._through_shots(small, cuts)
+        chroma, confidence = self._through(small)
         with self.times.stage("colour space out"):
-            cuda = self.device.type == "cuda"
             dtype = torch.uint8 if frames.dtype == torch.uint8 else torch.float32
-            pictures = torch.empty(len(frames), *self.size, 3, dtype=dtype, pin_memory=cuda)
-            self.at_full_size.map(range(len(frames)), lambda part: self._finish(luminance, chroma, part, pictures))
-            confidence = confidence.cpu()
-            if cuda:
-                torch.cuda.current_stream(self.device).synchronize()
-        return ColouredFrames(pictures, confidence)
+            pictures = Download(self.copies, (len(frames), *self.size, 3), dtype)
+            self.at_full_size.map(
+                range(len(frames)), lambda part: self._finish(luminance, chroma, part, pictures, dtype)
+            )
+            certain = download(self.copies, confidence)
+        self.seen = segment.seen
+        return ColouringFrames(pictures, certain)
 
-    def _through_shots(self, luminance: Tensor, cuts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _through(self, luminance: Tensor) -> tuple[Tensor, Tensor]:
+        """Chroma and confidence of frames of one shot."""
         first, end = self.frame, self.frame + len(luminance)
-        stops = {end, *(first + cut for cut in cuts)}
+        stops = {end}
         if self.halved:
             stops |= {r.frame for r in self.references if r.frame is not None and first < r.frame < end}
         chroma: list[Tensor] = []
         confidence: list[Tensor] = []
         for stop in sorted(stops):
-            if stop > self.frame:
-                part = luminance[self.frame - first : stop - first]
-                colours, certain = self._colour(part)
-                chroma.append(self.smoother(part, colours))
-                confidence.append(certain)
-                self.frame = stop
-            if stop - first in cuts and stop < end:
-                self._cut()
+            part = luminance[self.frame - first : stop - first]
+            colours, certain = self._colour(part)
+            chroma.append(self.smoother(part, colours))
+            confidence.append(certain)
+            self.frame = stop
         return torch.cat(chroma), torch.cat(confidence)
 
     def _colour(self, luminance: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,12 +203,7 @@ class FilmSession:
             still = self._session.colorize_stills(luminance)
             return still.chroma, still.confidence[:, 0]
         if isinstance(self._session, ColorMNetSession):
-            given = {
-                reference.frame - self.shot_start: resized(reference.lab[None].to(self.device), *self.small)[0, 1:]
-                for reference in self._chosen()
-                if reference.frame is not None and reference.frame >= self.shot_start
-            }
-            coloured = self._session.colorize(luminance, given)
+            coloured = self._session.colorize(luminance, self._given)
             return coloured.chroma, coloured.confidence[:, 0]
         due = [r for r in self._chosen() if r.frame == self.frame and self.frame > self.shot_start]
         if due:
@@ -203,17 +211,17 @@ class FilmSession:
         result = self._session.colorize(luminance)
         return result.chroma * HALF_SIZE_GAIN, result.confidence[:, 0]
 
-    def _finish(self, luminance: Tensor, chroma: Tensor, part: Sequence[int], pictures: Tensor) -> None:
+    def _finish(
+        self, luminance: Tensor, chroma: Tensor, part: Sequence[int], pictures: Download, dtype: torch.dtype
+    ) -> None:
         """Put the colours of some frames on their luminance at full size, and that into `pictures`."""
         rows = slice(part[0], part[-1] + 1)
         enlarged = resized(chroma[rows], *self.size)
         filtered = apply_filter(self.options.edge_filter, luminance[rows], enlarged)
         rgb = with_luminance(luminance[rows], filtered * self.options.strength).permute(0, 2, 3, 1)
-        if pictures.dtype == torch.uint8:
-            rgb = (rgb * 255).round().to(torch.uint8)
-        pictures[rows].copy_(rgb, non_blocking=True)
+        pictures.put(rows, (rgb * 255).round().to(dtype) if dtype == torch.uint8 else rgb)
 
-    def _cut(self) -> None:
+    def begin_shot(self) -> None:
         """A new shot starts at the next frame."""
         self._notes += self._session.notes()
         self.shot += 1
@@ -239,13 +247,29 @@ class FilmSession:
             return DeepExemplarSession(
                 self.network, *self.small, self._reference_for_matching(first),
                 self.options.propagate and not self.stills, None if self.stills else last,
-                self.batch, self.times, self.options.compile,
+                self.batch, self.times, self._engine if isinstance(self._engine, DeepExemplarEngine) else None,
             )  # fmt: skip
         # References that are later frames are examples until then: they are known from the start.
         examples = [r for r in chosen if self.stills or r.frame != self.shot_start]
         labs = [resized(r.lab[None], *self.small)[0] for r in examples]
         settings = ColorMNetSettings.for_mode(self.options.memory_mode)
-        return ColorMNetSession(self.network, settings, *self.small, labs, self.batch, self.times, self.options.compile)
+        self._given = {
+            r.frame - self.shot_start: resized(r.lab[None], *self.small)[0, 1:].to(self.device)
+            for r in chosen
+            if r.frame is not None and r.frame >= self.shot_start
+        }
+        engine = self._engine if isinstance(self._engine, ColorMNetEngine) else None
+        return ColorMNetSession(self.network, settings, *self.small, labs, self.batch, self.times, engine)
+
+    def _new_engine(self, loaded: LoadedNetwork) -> ColorMNetEngine | DeepExemplarEngine:
+        options, network = self.options, self.network
+        # The host may hand out another copy of the network from one job to the next.
+        name = (id(network), options.method, options.compile, options.attention)
+        if options.method == "Deep Exemplar":
+            matching = loaded.kept(name, lambda: DeepExemplarFunctions(network, options.compile))
+            return DeepExemplarEngine(matching)
+        functions = loaded.kept(name, lambda: ColorMNetFunctions(network, options.compile, options.attention))
+        return ColorMNetEngine(functions, options.local_attention)
 
     def _reference_for_matching(self, reference: Reference) -> Tensor:
         """Deep Exemplar matches references of any shape, so they keep theirs at a size like the frames'."""
@@ -262,12 +286,17 @@ class FilmSession:
         """Bytes of what is remembered between frames."""
         return sum(tensor.nbytes for tensor in self._session.state().values())
 
-    def state(self) -> FilmState:
-        """Everything the next frames depend on. Shot detection starts afresh: a cut right there may be missed."""
+    def snapshot(self) -> Snapshot:
+        """Everything the next frames depend on, without waiting for the device."""
         tensors = {f"session.{name}": tensor for name, tensor in self._session.state().items()}
         tensors.update({f"smoother.{name}": tensor for name, tensor in self.smoother.state().items()})
         tensors["film"] = torch.tensor([self.frame, self.shot, self.shot_start])
-        return FilmState(tensors, self.description())
+        if self.seen is not None:
+            tensors["shots.seen"] = self.seen
+        return Snapshot(tensors, self.description(), self.copies, self.copies.mark())
+
+    def state(self) -> FilmState:
+        return self.snapshot().state()
 
     def load(self, state: FilmState) -> None:
         """Go on where `state` was taken. Raises ValueError when it belongs to another film or other options."""
@@ -276,6 +305,15 @@ class FilmSession:
         self._session = self._new_session()
         self._session.load(state.part("session."))
         self.smoother.load(state.part("smoother."), self.device)
+        if isinstance(self._session, DeepExemplarSession):
+            passed = [r for r in self._chosen() if r.frame is not None and self.shot_start < r.frame < self.frame]
+            if passed:
+                latest = max(passed, key=lambda reference: reference.frame or 0)
+                self._session.change_reference(self._reference_for_matching(latest))
+        seen = state.part("shots.").get("seen")
+        if self.detector is not None and seen is not None:
+            self.seen = seen
+            self.detector.go_on(self.frame, self.shot_start, seen)
 
     def description(self) -> dict[str, Any]:
         """What a state must agree with to be continued here."""
@@ -291,22 +329,3 @@ def activations(
     if options.method == "Deep Exemplar":
         return deep_exemplar_batch(*small, device)
     return colormnet_batch(*small, dtype, device, options.memory_mode)
-
-
-def read_references(pictures: Sequence[Tensor], frames: str = "") -> list[Reference]:
-    """pictures: each [H, W, C]. frames: the film's frame that each of them is, by commas; empty or "-" for none."""
-    written = [part.strip() for part in frames.split(",")] if frames.strip() else []
-    if len(written) > len(pictures):
-        raise ValueError(f"reference_frames names {len(written)} frames for {len(pictures)} reference pictures.")
-    numbers: list[int | None] = []
-    for part in written:
-        if part in ("", "-"):
-            numbers.append(None)
-        elif part.isdigit():
-            numbers.append(int(part))
-        else:
-            raise ValueError(f"reference_frames must be whole numbers by commas, or - for none; {part!r} is not one.")
-    numbers += [None] * (len(pictures) - len(numbers))
-    cpu = torch.device("cpu")
-    labs = [rgb_to_lab(to_channels_first(as_frames(picture, "a reference"), cpu))[0] for picture in pictures]
-    return [Reference(lab, frame) for lab, frame in zip(labs, numbers, strict=True)]

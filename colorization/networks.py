@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,9 +17,11 @@ from .checkpoint_file import SUFFIXES, WrongCheckpoint, key_names, load_network
 from .colormnet import checkpoint as colormnet_checkpoint
 from .colormnet.network import ColorMNet
 from .deep_exemplar import checkpoint as deep_exemplar_checkpoint
-from .deep_exemplar.session import DeepExemplar
+from .deep_exemplar.networks import DeepExemplar
 
 log = logging.getLogger("hotpath.colorization")
+
+Kept = TypeVar("Kept")
 
 AUTOMATIC = "automatic"
 PRECISIONS = ("automatic", "float32", "float16", "bfloat16")
@@ -46,10 +48,18 @@ class LoadedNetwork:
         self.files = files
         self.precision = precision
         self.nbytes = sum(parameter.nbytes for parameter in network.parameters())
+        self._kept: dict[object, Any] = {}
 
     @property
     def names(self) -> str:
         return ", ".join(path.name for path in self.files)
+
+    def kept(self, name: object, make: Callable[[], Kept]) -> Kept:
+        """What `make` gave the first time: what is worth keeping as long as the network, such as compiled functions."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        kept: Kept = self._kept[name]
+        return kept
 
     @contextmanager
     def resident(self, extra_bytes: int = 0) -> Iterator[Any]:

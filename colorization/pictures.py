@@ -32,9 +32,7 @@ def as_frames(images: Tensor, name: str) -> Tensor:
 
 def to_channels_first(frames: Tensor, device: torch.device) -> Tensor:
     """[T, H, W, 3], float in 0..1 or uint8, to float [T, 3, H, W] in 0..1 on `device`; NaN becomes black."""
-    if device.type == "cuda" and frames.device.type == "cpu":
-        frames = frames.pin_memory()
-    moved = frames.to(device, non_blocking=True)
+    moved = frames.to(device)
     if moved.dtype == torch.uint8:
         return moved.permute(0, 3, 1, 2).float() / 255
     return moved.permute(0, 3, 1, 2).float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import host
-from .clip_job import PORTION, finish_report, load_method, preview_of, room_for, start_report
+from .clip_job import finish_report, load_method, portion_frames, preview_of, room_for, start_report
 from .file_job import FileJob
-from .film import FilmSession, Reference
+from .film import FilmSession
+from .film_options import Reference
 from .shots import ShotDetector
 from .video_file import FramePortion, PartWriter, assemble, read_facts, read_portions
 
@@ -51,7 +52,8 @@ def find_shots(path: Path, threshold: float) -> Iterator[Shot]:
     detector = ShotDetector(threshold)
     frame = number = start = 0
     time: int | None = None
-    for portion in read_portions(path, read_facts(path), PORTION):
+    facts = read_facts(path)
+    for portion in read_portions(path, facts, portion_frames(facts.height, facts.width, 1)):
         host.current().check_interrupt()
         if time is None:
             time = portion.times[0]
@@ -110,7 +112,7 @@ def _portions_of(path: Path, shot: Shot) -> Iterator[FramePortion]:
     """The frames of a shot, a portion at a time; without a time they are counted from the start of the film."""
     facts = read_facts(path)
     frame = 0 if shot.time is None else shot.first
-    for portion in read_portions(path, facts, PORTION, shot.time):
+    for portion in read_portions(path, facts, portion_frames(facts.height, facts.width, 1), shot.time):
         begin, end = max(0, shot.first - frame), min(len(portion.times), shot.stop - frame)
         if begin < end:
             yield FramePortion(portion.frames[begin:end], portion.times[begin:end])

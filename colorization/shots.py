@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +14,19 @@ from torch.nn import functional as F
 LOOKED_AT = 256  # longer side of the pictures the detector sees
 THRESHOLD = 27.0
 SHORTEST = 12  # frames; a flash is no shot
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Frames first..stop-1 of a portion, all of one shot. cut: whether that shot starts here.
+
+    seen: the last of them as the detector saw it, [h, w] uint8; None without a detector.
+    """
+
+    first: int
+    stop: int
+    cut: bool = False
+    seen: Tensor | None = None
 
 
 class ShotDetector:
@@ -39,26 +54,45 @@ class ShotDetector:
         self._stamp: Any = int if counted else lambda frame: FrameTimecode(frame, 25.0)
         self._next = 0
 
+    def go_on(self, frame: int, shot_start: int, seen: Tensor) -> None:
+        """Look at a film from `frame` on, as if from its beginning: `seen` is the picture before it, of a detector that
+        went there, and `shot_start` the first frame of that shot. Only for a detector that has seen nothing yet."""
+        # All it remembers is the last picture, and when it last found a cut.
+        self._detector.process_frame(self._stamp(shot_start), _in_colour(seen))
+        self._next = frame
+
     def cuts(self, frames: Tensor) -> list[int]:
         """Which of the next frames start a new shot, counted from the first frame of these. frames: [T, H, W, 3],
         float in 0..1 or uint8. The first frame of a film is none."""
+        return [segment.first for segment in self.segments(frames) if segment.cut]
+
+    def segments(self, frames: Tensor) -> list[Segment]:
+        """The next frames, cut up."""
         start = self._next
         found: list[int] = []
-        for picture in _small(frames):
-            found += [self._number(cut) for cut in self._detector.process_frame(self._stamp(self._next), picture)]
+        pictures: list[Tensor] = []
+        for frame in frames:
+            pictures.append(_small(frame))
+            cuts = self._detector.process_frame(self._stamp(self._next), _in_colour(pictures[-1]))
+            found += [self._number(cut) for cut in cuts]
             self._next += 1
-        return [cut - start for cut in found if cut >= start and cut > 0]
+        inner = [cut - start for cut in found if cut >= start and cut > 0]
+        stops = [*(cut for cut in inner if cut > 0), len(frames)]
+        return [Segment(first, stop, first in inner, pictures[stop - 1]) for first, stop in pairwise([0, *stops])]
 
     def _number(self, cut: Any) -> int:
         return cut if isinstance(cut, int) else int(cut.get_frames() if hasattr(cut, "get_frames") else cut.frame_num)
 
 
-def _small(frames: Tensor) -> Any:
-    """Frames as the detector wants them: [T, h, w, 3] uint8 arrays; grey, so the order of channels is nothing."""
-    scale = max(1.0, max(frames.shape[1:3]) / LOOKED_AT)
-    size = max(1, round(frames.shape[1] / scale)), max(1, round(frames.shape[2] / scale))
-    for frame in frames:
-        levels = frame.float() if frame.dtype == torch.uint8 else frame.float().nan_to_num().clamp(0, 1) * 255
-        grey = levels.mean(dim=-1)[None, None]
-        shrunk = F.interpolate(grey, size, mode="area")[0, 0].round().to(torch.uint8)
-        yield shrunk[..., None].expand(-1, -1, 3).contiguous().cpu().numpy()
+def _small(frame: Tensor) -> Tensor:
+    """A frame as the detector wants it, but for the channels: [h, w] uint8 on the CPU."""
+    scale = max(1.0, max(frame.shape[:2]) / LOOKED_AT)
+    size = max(1, round(frame.shape[0] / scale)), max(1, round(frame.shape[1] / scale))
+    levels = frame.float() if frame.dtype == torch.uint8 else frame.float().nan_to_num().clamp(0, 1) * 255
+    grey = levels.mean(dim=-1)[None, None]
+    return F.interpolate(grey, size, mode="area")[0, 0].round().to(torch.uint8).cpu()
+
+
+def _in_colour(picture: Tensor) -> Any:
+    """[h, w, 3] as an array; grey, so the order of channels is nothing."""
+    return picture[..., None].expand(-1, -1, 3).contiguous().numpy()

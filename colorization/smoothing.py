@@ -38,7 +38,7 @@ class ChromaSmoother:
     def state(self) -> dict[str, Tensor]:
         if self._luminance is None or self._chroma is None:
             return {}
-        return {"luminance": self._luminance.cpu().clone(), "chroma": self._chroma.cpu().clone()}
+        return {"luminance": self._luminance.clone(), "chroma": self._chroma.clone()}
 
     def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         self._luminance = state["luminance"].to(device) if "luminance" in state else None

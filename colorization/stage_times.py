@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ class StageTimes:
         self._events = device.type == "cuda"
         self._seconds: dict[str, float] = {}
         self._pending: list[tuple[str, Any, Any]] = []
+        self._lock = threading.Lock()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -36,13 +38,23 @@ class StageTimes:
         yield
         self._add(name, time.perf_counter() - before)
 
+    @contextmanager
+    def beside(self, name: str) -> Iterator[None]:
+        """A stage of another thread, by the clock; it overlaps with the others."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._add(name, time.perf_counter() - before)
+
     def seconds(self) -> dict[str, float]:
         """Seconds so far by stage, in the order the stages first ran. Waits for the device."""
         self._settle()
         return dict(self._seconds)
 
     def _add(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        with self._lock:
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def _settle(self) -> None:
         for name, start, stop in self._pending:

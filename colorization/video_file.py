@@ -133,11 +133,12 @@ class PartWriter:
             self._container.close()
 
 
-def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool = True) -> None:
+def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool = True) -> list[str]:
     """Put the parts' packets in a row, with the source's sound beside them as it is; of a film that is not complete,
     as much sound as there are pictures.
 
-    A file called `output` stays whole until the new one is.
+    A file called `output` stays whole until the new one is. Returns a sentence for every sound track that its container
+    cannot hold.
     """
     import av
 
@@ -146,6 +147,12 @@ def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool =
         with av.open(str(unfinished), "w") as target, _open(source) as original, _open(parts[0]) as first:
             video = target.add_stream_from_template(_video_stream(first, parts[0]))
             sounds = {stream.index: _same_sound(target, stream) for stream in original.streams.audio}
+            lost = [
+                f"{output.suffix} cannot hold the film's {original.streams[index].codec_context.name} sound, which is left "
+                "out; choose another ending, such as .mkv."
+                for index, stream in sounds.items()
+                if stream is None
+            ]
             sounds = {index: stream for index, stream in sounds.items() if stream is not None}
             heard = original.demux([original.streams[index] for index in sounds]) if sounds else iter(())
             waiting: Any = next(heard, None)
@@ -160,6 +167,7 @@ def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool =
                 _mux(target, waiting, sounds)
                 waiting = next(heard, None)
         unfinished.replace(output)
+        return lost
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ REFUSED = 2
 def run(options: argparse.Namespace) -> int:
     """Exit code: 0 done, 2 refused before it began, 130 stopped; what is finished is then in the output file."""
     from ..colorization.file_job import colorize_file_by_path
-    from ..colorization.film import FilmOptions
+    from ..colorization.film_options import FilmOptions
 
     mine = headless_host(options.models, device=options.device, show_progress=not options.quiet)
     before = host.use(mine)

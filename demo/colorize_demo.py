@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .. import host
 from ..colorization.clip_job import colorize_clip, load_method
 from ..colorization.colour_space import luminance_of, rgb_to_lab
-from ..colorization.film import FilmOptions, read_references
+from ..colorization.film_options import FilmOptions, read_references
 from ..host.headless import HeadlessHost
 from .colorize_scenes import held_out_clip
 

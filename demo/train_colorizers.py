@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..colorization.checkpoint_file import read_tensors
 from ..colorization.colour_space import lab_to_rgb, rgb_to_lab
 from ..colorization.deep_exemplar.color_net import ColorVidNet
-from ..colorization.deep_exemplar.session import DeepExemplar
+from ..colorization.deep_exemplar.networks import DeepExemplar
 from ..colorization.deep_exemplar.vgg import VGG19
 from ..colorization.deep_exemplar.warp import WarpNet
 from ..colorization.film import HALF_SIZE_GAIN

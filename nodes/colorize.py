@@ -14,7 +14,7 @@ from ..colorization.colormnet.settings import MODES
 from ..colorization.edge_filter import FILTERS
 from ..colorization.file_job import FileJob, colorize_file
 from ..colorization.file_names import VIDEO_SUFFIXES, inside, videos_in
-from ..colorization.film import METHODS, SHOTS, FilmOptions, Reference, read_references
+from ..colorization.film_options import METHODS, SHOTS, FilmOptions, Reference, read_references
 from ..colorization.film_state import FilmState, load_state, save_state
 from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, PRECISIONS, colormnet_files
 from ..colorization.pictures import as_frames

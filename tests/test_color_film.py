@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,53 +12,17 @@ import torch
 from hotpath import host
 from hotpath.colorization import clip_job, file_job, film, networks, video_file
 from hotpath.colorization.checkpoint_file import WrongCheckpoint
-from hotpath.colorization.colormnet.decoder import DecoderWidths
-from hotpath.colorization.colormnet.key_encoder import EncoderWidths
-from hotpath.colorization.colormnet.network import ColorMNet, ColorMNetWidths
-from hotpath.colorization.colormnet.value_encoder import ValueWidths
 from hotpath.colorization.colour_space import luminance_of
-from hotpath.colorization.deep_exemplar.color_net import ColorVidNet
-from hotpath.colorization.deep_exemplar.vgg import VGG19
-from hotpath.colorization.deep_exemplar.warp import WarpNet
-from hotpath.colorization.film import FilmOptions, read_references
+from hotpath.colorization.film_options import METHODS, FilmOptions, Reference, read_references
 from hotpath.colorization.film_state import load_state, save_state
+from tiny_colorizers import save_models
 from torch import Tensor
 from torch.nn import functional as F
-
-TINY = ColorMNetWidths(
-    EncoderWidths(
-        stem=4, planes=(2, 2, 4), outputs=(4, 8, 8), depths=(1, 1, 1), vit_width=8, vit_depth=4, vit_hidden=8,
-        vit_grid=4, heads=2, fused=(8, 8, 4),
-    ),
-    ValueWidths(stem=4, outputs=(4, 4, 8), depths=(1, 1, 1), value=8, reduced=2, hidden=4),
-    DecoderWidths(fused=8, reduced=2, up8=4, up4=4, middle=4),
-    key=4,
-    window=5,
-)  # fmt: skip
-METHODS = film.METHODS
 
 
 @pytest.fixture(scope="module")
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A models folder with tiny networks, under names nobody published."""
-    from safetensors.torch import save_file
-
-    models = tmp_path_factory.mktemp("models")
-    for folder in ("colormnet", "deep_exemplar"):
-        (models / folder).mkdir()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = ColorMNet(TINY).state_dict()
-        state["decoder.pred.weight"] *= 8
-        save_file(state, models / "colormnet" / "mine.safetensors")
-        parts = {
-            "a": VGG19((4, 6, 8, 8, 8)),
-            "b": WarpNet((6, 8, 8, 8), (4, 4, 6, 6), 4, 12),
-            "c": ColorVidNet(4, (4, 6, 8, 8), 6),
-        }
-        for name, part in parts.items():
-            torch.save(part.state_dict(), models / "deep_exemplar" / f"{name}.pth")
-    return models
+    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(autouse=True)
@@ -273,7 +236,7 @@ def read_video(path: Path) -> tuple[Tensor, list[Fraction], float]:
     return pictures, times, samples
 
 
-def file_task(folder: Path, **changes: Any) -> tuple[file_job.FileJob, list[film.Reference]]:
+def file_task(folder: Path, **changes: Any) -> tuple[file_job.FileJob, list[Reference]]:
     options = FilmOptions(colour_size=32, **changes)
     return file_job.FileJob(folder / "in.mp4", folder / "out.mp4", options, quality=4), read_references([*frames(1)])
 
@@ -291,73 +254,6 @@ def test_file_keeps_frames_times_and_sound(tmp_path: Path) -> None:
     assert colours > 2
     assert "frames: 30 in" in report and lines and "left" in lines[-1]
     assert not (tmp_path / "out.mp4.parts").exists()
-
-
-def test_interrupt_leaves_a_playable_file_and_resume_finishes_it(
-    tmp_path: Path, here: Any, model_files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
-    write_video(tmp_path / "in.mp4", frames(70))
-    job, references = file_task(tmp_path)
-    file_job.colorize_file(job, references)
-    whole = read_video(job.output)
-    job.output.unlink()
-
-    stopped_at = 45
-    here.on_preview = None
-    update = type(here.progress(1)).update
-
-    def interrupt(self: Any, steps: int = 1, preview: Any = None) -> None:
-        update(self, steps, preview)
-        interrupt.seen += steps  # type: ignore[attr-defined]
-        if interrupt.seen > stopped_at:  # type: ignore[attr-defined]
-            raise host.Interrupted("stopped")
-
-    interrupt.seen = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(type(here.progress(1)), "update", interrupt)
-    with pytest.raises(host.Interrupted):
-        file_job.colorize_file(job, references)
-    part = read_video(job.output)
-    assert stopped_at < len(part[0]) < 70
-    assert 0 < part[2] <= float(part[1][-1]) + 0.2
-    monkeypatch.undo()
-    host.use(here)
-    monkeypatch.setattr(here, "_models", [model_files])
-    report = file_job.colorize_file(job, references)
-    assert f"continued: after {len(part[0])} frames" in report
-    again = read_video(job.output)
-    assert again[1:] == whole[1:]
-    assert (again[0].float() - whole[0].float()).abs().mean() < 1.0
-
-
-def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
-    write_video(tmp_path / "in.mp4", frames(66), sound=False)
-    job, references = file_task(tmp_path)
-    colorize = film.FilmSession.colorize
-    calls = [0]
-
-    def crash(self: film.FilmSession, images: Tensor) -> Any:
-        calls[0] += 1
-        if calls[0] == 3:
-            raise RuntimeError("the machine went away")
-        return colorize(self, images)
-
-    monkeypatch.setattr(film.FilmSession, "colorize", crash)
-    with pytest.raises(RuntimeError, match="went away"):
-        file_job.colorize_file(job, references)
-    plan = json.loads((tmp_path / "out.mp4.parts" / "plan.json").read_text())
-    assert plan["frames"] == 41 and len(read_video(job.output)[0]) == 41
-    report = file_job.colorize_file(job, references)
-    assert "continued: after 41 frames" in report
-    assert len(read_video(job.output)[0]) == 66
-    # Other options: nothing of the old work may be used.
-    calls[0] = 1
-    with pytest.raises(RuntimeError, match="went away"):
-        file_job.colorize_file(file_task(tmp_path)[0], references)
-    changed, _ = file_task(tmp_path, strength=0.0)
-    assert "continued" not in file_job.colorize_file(changed, references)
-    assert read_video(job.output)[0].float().std(-1).mean() < 3
 
 
 def test_full_disk_is_raised_and_the_old_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,7 +381,7 @@ def test_command_line_colours_a_film(
     def stopped(*_: Any) -> None:
         raise host.Interrupted("stopped")
 
-    monkeypatch.setattr(film.FilmSession, "colorize", stopped)
+    monkeypatch.setattr(film.FilmSession, "colour", stopped)
     assert cli.main([*call, *film_options]) == 130
 
 

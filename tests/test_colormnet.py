@@ -15,25 +15,14 @@ from hotpath.colorization import colour_space
 from hotpath.colorization.batch_size import BatchSize, is_out_of_memory
 from hotpath.colorization.checkpoint_file import WrongCheckpoint, load_network
 from hotpath.colorization.colormnet import checkpoint
-from hotpath.colorization.colormnet.decoder import DecoderWidths
-from hotpath.colorization.colormnet.key_encoder import EncoderWidths, convolve_enlarged
+from hotpath.colorization.colormnet.key_encoder import convolve_enlarged
 from hotpath.colorization.colormnet.network import ColorMNet, ColorMNetWidths
 from hotpath.colorization.colormnet.session import ColorMNetSession
 from hotpath.colorization.colormnet.settings import MODES, ColorMNetSettings
-from hotpath.colorization.colormnet.value_encoder import ValueWidths
+from tiny_colorizers import TINY, colormnet_state
 from torch import Tensor
 
 DATA = Path(__file__).parent / "data" / "colorization"
-TINY = ColorMNetWidths(
-    EncoderWidths(
-        stem=4, planes=(2, 2, 4), outputs=(4, 8, 8), depths=(1, 1, 1), vit_width=8, vit_depth=4, vit_hidden=8,
-        vit_grid=4, heads=2, fused=(8, 8, 4),
-    ),
-    ValueWidths(stem=4, outputs=(4, 4, 8), depths=(1, 1, 1), value=8, reduced=2, hidden=4),
-    DecoderWidths(fused=8, reduced=2, up8=4, up4=4, middle=4),
-    key=4,
-    window=5,
-)  # fmt: skip
 
 
 def filled(name: str, seed: str) -> dict[str, Tensor]:
@@ -45,12 +34,7 @@ def filled(name: str, seed: str) -> dict[str, Tensor]:
 
 def tiny_state() -> dict[str, Tensor]:
     """A small network whose keys differ enough between places for a memory to tell them apart."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        state = ColorMNet(TINY).state_dict()
-    for name in ("key_proj.key_proj.weight", "decoder.pred.weight"):
-        state[name] *= 8
-    return state
+    return colormnet_state("key_proj.key_proj.weight", "decoder.pred.weight")
 
 
 @pytest.fixture(scope="module")
@@ -287,14 +271,14 @@ def test_out_of_memory_halves_the_batch_and_says_so(tiny: ColorMNet, monkeypatch
     settings = ColorMNetSettings(memory_every=5, top_k=1000)
     expected = ColorMNetSession(tiny, settings, 40, 60, [reference]).colorize(luminance).chroma
     session = ColorMNetSession(tiny, settings, 40, 60, [reference], batch=8)
-    encode = session.encode_keys
+    encode = session.engine.encode_keys
 
     def scarce(frames: Tensor, position: Tensor) -> Any:
         if len(frames) > 1:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return encode(frames, position)
 
-    monkeypatch.setattr(session, "encode_keys", scarce)
+    monkeypatch.setattr(session.engine, "encode_keys", scarce)
     torch.testing.assert_close(session.colorize(luminance).chroma, expected, atol=1e-3, rtol=0)
     assert session.frames_together.size == 1
     assert any("halved from" in note for note in session.notes())

@@ -13,11 +13,11 @@ import torch
 from hotpath.colorization import colour_space
 from hotpath.colorization.checkpoint_file import WrongCheckpoint, load_network
 from hotpath.colorization.deep_exemplar import checkpoint
-from hotpath.colorization.deep_exemplar.color_net import ColorVidNet
 from hotpath.colorization.deep_exemplar.framing import cover_and_crop
-from hotpath.colorization.deep_exemplar.session import DeepExemplar, DeepExemplarSession
-from hotpath.colorization.deep_exemplar.vgg import VGG19
-from hotpath.colorization.deep_exemplar.warp import WarpNet, legal_size
+from hotpath.colorization.deep_exemplar.networks import DeepExemplar
+from hotpath.colorization.deep_exemplar.session import DeepExemplarSession
+from hotpath.colorization.deep_exemplar.warp import legal_size
+from tiny_colorizers import deep_exemplar_parts
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -41,12 +41,7 @@ def networks() -> DeepExemplar:
 
 @pytest.fixture(scope="module")
 def tiny() -> DeepExemplar:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = DeepExemplar(
-            VGG19((4, 6, 8, 8, 8)), WarpNet((6, 8, 8, 8), (4, 4, 6, 6), 4, 12), ColorVidNet(4, (4, 6, 8, 8), 6)
-        )
-    return made.eval().requires_grad_(False)
+    return DeepExemplar(*deep_exemplar_parts()).eval().requires_grad_(False)
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .resnet import grey_convolution
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q, k, v), each [B, heads, N, D], to the same shape: softmax(q k^T / sqrt(D)) v."""
 
 HEAD_WIDTH = 64  # every DINOv2 model has 64 channels per head
 EPS = 1e-6
@@ -30,11 +34,11 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = attention(q, k, v)
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -58,8 +62,8 @@ class TransformerBlock(nn.Module):
         self.mlp = Feedforward(width, hidden)
         self.ls2 = LayerScale(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), attention))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -101,7 +105,13 @@ class VisionTransformer(nn.Module):
         patches = patches.flatten(2).transpose(1, 2)
         return torch.cat((embedding[:, :1], patches), dim=1).to(self.pos_embed.dtype)
 
-    def forward(self, luminance: Tensor, levels: int, position: Tensor | None = None) -> list[Tensor]:
+    def forward(
+        self,
+        luminance: Tensor,
+        levels: int,
+        position: Tensor | None = None,
+        attention: Attention = F.scaled_dot_product_attention,
+    ) -> list[Tensor]:
         """luminance: [B, 1, H, W], multiples of the patch. Returns the last `levels` blocks' normalised patch tokens,
         each [B, width, H / patch, W / patch]."""
         x = grey_convolution(self.patch_embed.proj, luminance)
@@ -111,7 +121,7 @@ class VisionTransformer(nn.Module):
         x = x + (self.position_embedding(rows, columns) if position is None else position)
         features: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, attention)
             if index >= len(self.blocks) - levels:
                 tokens = self.norm(x)[:, 1:]
                 features.append(tokens.transpose(1, 2).unflatten(2, (rows, columns)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dinov2 import VisionTransformer
+from .dinov2 import Attention, VisionTransformer
 from .resnet import Bottleneck, grey_convolution, stage
 
 
@@ -137,8 +137,10 @@ class SemanticEncoder(nn.Module):
         self.conv3 = nn.Conv2d(channels, channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)
 
-    def forward(self, luminance: Tensor, size: tuple[int, int], position: Tensor | None) -> Tensor:
-        tokens = torch.cat(self.backbone(luminance, self.levels, position), dim=1)
+    def forward(
+        self, luminance: Tensor, size: tuple[int, int], position: Tensor | None, attention: Attention
+    ) -> Tensor:
+        tokens = torch.cat(self.backbone(luminance, self.levels, position, attention), dim=1)
         tokens = F.relu(self.bn3(self.conv3(tokens)))
         return F.interpolate(tokens, size=size, mode="bilinear", align_corners=False)
 
@@ -160,12 +162,17 @@ class KeyEncoder(nn.Module):
         self.fuse2 = GuidedFusion(guide, outputs[1], widths.fused[1], widths.heads)
         self.fuse3 = GuidedFusion(guide, outputs[0], widths.fused[2], widths.heads)
 
-    def forward(self, luminance: Tensor, position: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self,
+        luminance: Tensor,
+        position: Tensor | None = None,
+        attention: Attention = F.scaled_dot_product_attention,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x = F.relu(self.bn1(grey_convolution(self.conv1, luminance)))
         f4 = self.res2(F.max_pool2d(x, 3, 2, 1))
         f8 = self.layer2(f4)
         f16 = self.layer3(f8)
-        guide = self.network2(luminance, (f16.shape[-2], f16.shape[-1]), position)
+        guide = self.network2(luminance, (f16.shape[-2], f16.shape[-1]), position, attention)
         return self.fuse1(guide, f16), self.fuse2(guide, f8), self.fuse3(guide, f4)
 
 

@@ -144,9 +144,9 @@ class FrameMemory:
         self.long = len(survivors)
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of what is remembered, on the CPU."""
+        """Copies of what is remembered."""
         filled = self.filled
-        tensors = {name: getattr(self, name)[filled].cpu().clone() for name in COLUMNS}
+        tensors = {name: getattr(self, name)[filled].clone() for name in COLUMNS}
         return {**tensors, "sizes": torch.tensor([self.long, self.work])}
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -173,11 +173,11 @@ class SensoryMemory:
 
     def state(self) -> dict[str, Tensor]:
         if self.last_key is None or self.last_value is None:
-            return {"hidden": self.hidden.cpu().clone()}
+            return {"hidden": self.hidden.clone()}
         return {
-            "hidden": self.hidden.cpu().clone(),
-            "last_key": self.last_key.cpu().clone(),
-            "last_value": self.last_value.cpu().clone(),
+            "hidden": self.hidden.clone(),
+            "last_key": self.last_key.clone(),
+            "last_value": self.last_value.clone(),
         }
 
     def load(self, state: dict[str, Tensor]) -> None:

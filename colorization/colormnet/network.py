@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...attention.local_window import local_window_attention
+from ...attention.local_window import AUTOMATIC, local_window_attention
 from .decoder import Decoder, DecoderContext, DecoderWidths
+from .dinov2 import Attention
 from .feature_fusion import PLANES
 from .key_encoder import EncoderWidths, KeyEncoder, KeyProjection
 from .value_encoder import ValueEncoder, ValueWidths
@@ -68,12 +69,12 @@ class LocalAttention(nn.Module):
         self.dw_conv = Depthwise(value)
         self.projection = nn.Linear(value, value)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, backend: str = AUTOMATIC) -> Tensor:
         """query [T, C, h, w] float32; key [1, C, h, w] float32; value [1, V, h, w]. Returns [T, V, h, w]."""
         # The bias is added to float32 logits, so its convolution runs in float32 too.
         weight, bias = self.relative_emb_k.weight.float(), self.relative_emb_k.bias
         position = F.conv2d(query, weight, None if bias is None else bias.float())
-        y = local_window_attention(query * query.shape[1] ** -0.5, key, value, position, self.window)
+        y = local_window_attention(query * query.shape[1] ** -0.5, key, value, position, self.window, backend)
         y = self.dw_conv(y.to(self.projection.weight.dtype))
         return self.projection(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -104,9 +105,14 @@ class ColorMNet(nn.Module):
         vit = self.key_encoder.network2.backbone
         return vit.position_embedding(height // vit.patch_embed.patch, width // vit.patch_embed.patch)
 
-    def encode_keys(self, luminance: Tensor, position: Tensor | None = None) -> FrameKeys:
-        """luminance: [T, 1, H, W] in -1..1, H and W multiples of 112."""
-        f16, f8, f4 = self.key_encoder(luminance.to(self.dtype), position)
+    def encode_keys(
+        self,
+        luminance: Tensor,
+        position: Tensor | None = None,
+        attention: Attention = F.scaled_dot_product_attention,
+    ) -> FrameKeys:
+        """luminance: [T, 1, H, W] in -1..1, H and W multiples of 112. attention: DINOv2's, exact unless told otherwise."""
+        f16, f8, f4 = self.key_encoder(luminance.to(self.dtype), position, attention)
         key, shrinkage, selection = self.key_proj(f16)
         return FrameKeys(key, shrinkage, selection, f16, self.decoder.from_picture(f16, f8, f4))
 

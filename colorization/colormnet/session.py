@@ -6,21 +6,20 @@ frames are encoded, matched and fused together; only the decoder's recurrent res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...attention.local_window import select_local_window
+from ... import host
 from ...attention.topk_memory import SIMILARITIES
 from ..batch_size import BatchSize
 from ..colour_space import CHROMA_SCALE, normalise_luminance
-from ..compilation import MaybeCompiled
-from ..cuda_graph import GraphedStep
 from ..stage_times import StageTimes
 from .decoder import DecoderContext
+from .engine import ColorMNetEngine, ColorMNetFunctions
 from .feature_fusion import PLANES
 from .memory import FrameMemory, SensoryMemory
 from .network import PATCH, ColorMNet, FrameKeys
@@ -41,7 +40,7 @@ class ColorMNetSession:
 
     height, width: of the frames and references this session will see.
     references: Lab pictures [3, H, W], examples of colours, kept in memory for good. Without any, frame 0 must be
-    given (see `colorize`).
+    given (see `colorize`). engine: how the network runs; its own when None.
     """
 
     def __init__(
@@ -53,13 +52,10 @@ class ColorMNetSession:
         references: Sequence[Tensor] = (),
         batch: int = 8,
         times: StageTimes | None = None,
-        compile: bool = False,
+        engine: ColorMNetEngine | None = None,
     ) -> None:
         self.network = network
-        self.encode_keys = MaybeCompiled(network.encode_keys, compile, "key encoder")
-        self.decode = MaybeCompiled(network.decode, compile, "decoder")
-        # One for frames that update the sensory memory, one for those that do not.
-        self.steps = {update: GraphedStep(self._step(update), network.compute_device) for update in (True, False)}
+        self.engine = engine or ColorMNetEngine(ColorMNetFunctions(network))
         self.settings = settings
         self.size = (height, width)
         self.padding = padding_to(height, width, PATCH)
@@ -125,11 +121,14 @@ class ColorMNetSession:
         normal = F.pad(normalise_luminance(luminance), self.padding)
 
         def part(chosen: Sequence[int]) -> Coloured:
-            keys = self.encode_keys(normal[chosen[0] : chosen[-1] + 1], self.position)
+            keys = self.engine.encode_keys(normal[chosen[0] : chosen[-1] + 1], self.position)
             readout, confidence = self._read(keys, local=False)
             context = self.network.decoder.add_readout(keys.context, readout)
             rest = torch.zeros_like(self.sensory.hidden)
-            frames = [self.decode(context.frame(i), rest, False)[0] for i in range(len(chosen))]
+            frames = []
+            for index in range(len(chosen)):
+                host.current().check_interrupt()
+                frames.append(self.engine.decode(context.frame(index), rest, False)[0])
             return Coloured(torch.cat(frames), confidence)
 
         with self.times.stage("stills"):
@@ -170,10 +169,11 @@ class ColorMNetSession:
             context = self.network.decoder.add_readout(keys.context, readout)
             frames: list[Tensor] = []
             for index in range(len(luminance)):
+                host.current().check_interrupt()
                 closing = index == len(luminance) - 1
                 update = not (closing and (remember or is_last))
                 frame = context.frame(index)
-                colours, self.sensory.hidden = self.steps[update](
+                colours, self.sensory.hidden = self.engine.steps[update](
                     frame.entry, frame.skip, frame.skip8, frame.skip4, self.sensory.hidden
                 )
                 frames.append(colours)
@@ -183,19 +183,11 @@ class ColorMNetSession:
             self._remember(keys.last(), luminance[-1:], chroma[-1:], deep=not exemplar_only)
         return Coloured(chroma, confidence)
 
-    def _step(self, update: bool) -> Callable[..., tuple[Tensor, ...]]:
-        """The decoder as a function of tensors alone."""
-
-        def step(entry: Tensor, skip: Tensor, skip8: Tensor, skip4: Tensor, hidden: Tensor) -> tuple[Tensor, ...]:
-            return self.decode(DecoderContext(entry, skip, skip8, skip4), hidden, update)
-
-        return step
-
     def _encode(self, luminance: Tensor) -> FrameKeys:
         """The key encoder over all frames of a group, in as many batches as memory asks for."""
         indices = range(len(luminance))
         parts = self.frames_together.map(
-            indices, lambda chosen: self.encode_keys(luminance[chosen[0] : chosen[-1] + 1], self.position)
+            indices, lambda chosen: self.engine.encode_keys(luminance[chosen[0] : chosen[-1] + 1], self.position)
         )
         if len(parts) == 1:
             return parts[0]
@@ -219,7 +211,7 @@ class ColorMNetSession:
         confidence = reading.nearest.clamp_max(0).exp().view(frames, 1, rows, columns)
         key, value = self.sensory.last_key, self.sensory.last_value
         if local and key is not None and value is not None:
-            near = self.network.short_term_attn(keys.key, key, value)
+            near = self.engine.near(keys.key, key, value)
             readout = readout + near.reshape(readout.shape)
         return readout, confidence
 
@@ -236,7 +228,7 @@ class ColorMNetSession:
         picture = lab[None].to(self.network.compute_device)
         luminance = F.pad(normalise_luminance(picture[:, :1]), self.padding)
         chroma = F.pad(picture[:, 1:] / CHROMA_SCALE, self.padding)
-        self._remember(self.encode_keys(luminance, self.position), luminance, chroma, deep=False)
+        self._remember(self.engine.encode_keys(luminance, self.position), luminance, chroma, deep=False)
 
     def _checked(self, reference: Tensor) -> Tensor:
         if tuple(reference.shape) != (3, *self.size):
@@ -246,9 +238,7 @@ class ColorMNetSession:
     def engines(self) -> dict[str, str]:
         """Which implementation of each kernel runs here, and why."""
         return {
-            "local attention": select_local_window(self.network.compute_device)[1],
-            "torch.compile": f"key encoder {self.encode_keys.status}; decoder {self.decode.status}",
-            "CUDA graph of the decoder": self.steps[True].status,
+            **self.engine.report(),
             "memory read": f"tiled top-{self.settings.top_k}, {self.similarities_together.size} similarities at a time",
         }
 

@@ -6,40 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ...attention.best_match import MeasuredMatch
+from ... import host
 from ..batch_size import BatchSize
 from ..colour_space import LUMINANCE_CENTRE, lab_to_rgb
-from ..compilation import MaybeCompiled
-from ..cuda_graph import GraphedStep
 from ..stage_times import StageTimes
-from .color_net import ColorVidNet
-from .vgg import VGG19
-from .warp import WarpNet, legal_size
+from .engine import DeepExemplarEngine, DeepExemplarFunctions
+from .networks import DeepExemplar
+from .warp import legal_size
 
 CELL = 4  # correspondence is found between cells of 4x4 pixels
-
-
-class DeepExemplar(nn.Module):
-    """The three networks. The first two stay in float32 whatever the third computes in: half precision flips matches,
-    and every flip changes the whole frame through its instance norms."""
-
-    def __init__(self, vgg: VGG19, warp: WarpNet, color_net: ColorVidNet) -> None:
-        super().__init__()
-        self.vgg = vgg
-        self.warp = warp
-        self.color_net = color_net
-
-    @property
-    def compute_device(self) -> torch.device:
-        # Not `device`: ComfyUI's patcher keeps an attribute of its own under that name.
-        return self.color_net.conv10_ab.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.color_net.conv10_ab.weight.dtype
 
 
 @dataclass(frozen=True)
@@ -73,6 +51,7 @@ class DeepExemplarSession:
 
     reference: Lab picture [3, h, w] of any size. propagate: feed each frame's colours to the next; without it every
     frame starts from nothing. last: Lab picture of the frame's size that stands before frame 0 (zeros when None).
+    engine: how the networks run; its own when None.
     """
 
     def __init__(
@@ -85,17 +64,14 @@ class DeepExemplarSession:
         last: Tensor | None = None,
         batch: int = 8,
         times: StageTimes | None = None,
-        compile: bool = False,
+        engine: DeepExemplarEngine | None = None,
     ) -> None:
         self.networks = networks
-        self.vgg = MaybeCompiled(networks.vgg, compile, "VGG")
-        self.color_net = MaybeCompiled(networks.color_net, compile, "colour network")
+        self.engine = engine or DeepExemplarEngine(DeepExemplarFunctions(networks))
         self.size = (height, width)
         self.padding = _padding(height, width)
         self.propagate = propagate
         self.times = times or StageTimes(networks.compute_device)
-        self.find_matches = MeasuredMatch()
-        self.step = GraphedStep(lambda known: (self.color_net(known),), networks.compute_device)
         self.frames_together = BatchSize(batch, "frames per batch")
         self.time = 0
         self.reference = self._prepare(reference)
@@ -122,6 +98,7 @@ class DeepExemplarSession:
             centred = padded - LUMINANCE_CENTRE
             known = torch.cat((centred, matched_chroma, similarity), dim=1)
             for index in range(len(padded)):
+                host.current().check_interrupt()
                 frames.append(self._colour(known[index : index + 1], centred[index : index + 1]))
         chroma = torch.cat(frames)
         self.time += len(luminance)
@@ -130,7 +107,7 @@ class DeepExemplarSession:
 
     def _colour(self, known: Tensor, luminance: Tensor) -> Tensor:
         last = torch.zeros_like(known[:, :3]) if self.last is None else self.last
-        chroma = self.step(torch.cat((known, last), dim=1).to(self.networks.dtype))[0]
+        chroma = self.engine.step(torch.cat((known, last), dim=1).to(self.networks.dtype))[0]
         if self.propagate:
             self.last = torch.cat((luminance, chroma), dim=1)
         return chroma
@@ -139,11 +116,11 @@ class DeepExemplarSession:
         """Correspondence of frames with the reference. luminance: [T, 1, H, W] padded, L in 0..100."""
         with self.times.stage("features"):
             grey = (luminance / 100).expand(-1, 3, -1, -1)
-            features = self.networks.warp.frame_features(self.vgg(grey))
+            features = self.networks.warp.frame_features(self.engine.vgg(grey))
         with self.times.stage("match"):
             frames, channels, rows, columns = features.shape
             theta = features.flatten(2).transpose(1, 2).reshape(-1, channels)
-            score, index = self.find_matches(theta, self.reference.features)
+            score, index = self.engine.find_matches(theta, self.reference.features)
             chroma = self.reference.colours[index, 1:].view(frames, rows, columns, 2).permute(0, 3, 1, 2)
             similarity = score.view(frames, 1, rows, columns)
         return Matched(_enlarged(chroma), _enlarged(similarity), index.view(frames, -1))
@@ -152,24 +129,22 @@ class DeepExemplarSession:
         picture = reference[None].to(self.networks.compute_device)
         picture = _padded(picture, _padding(*picture.shape[-2:]))
         with self.times.stage("reference"):
-            features = self.networks.warp.reference_features(self.vgg(lab_to_rgb(picture)))
+            features = self.networks.warp.reference_features(self.engine.vgg(lab_to_rgb(picture)))
             colours = F.avg_pool2d(picture, CELL)
         return ReferenceColours(features[0].flatten(1).T.contiguous(), colours[0].flatten(1).T.contiguous())
 
     def engines(self) -> dict[str, str]:
         """Which implementation of each kernel runs here, and why."""
-        compiled = f"VGG {self.vgg.status}; colour network {self.color_net.status}"
-        graph = self.step.status
-        return {"match": self.find_matches.status, "torch.compile": compiled, "CUDA graph of the colour network": graph}
+        return self.engine.report()
 
     def notes(self) -> list[str]:
         return list(self.frames_together.notes)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next frames depend on, as tensors on the CPU; see `load`."""
+        """Everything that the next frames depend on, copied; see `load`."""
         state = {"time": torch.tensor([self.time])}
         if self.last is not None:
-            state["last"] = self.last.cpu().clone()
+            state["last"] = self.last.clone()
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:

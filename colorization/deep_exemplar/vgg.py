@@ -30,8 +30,9 @@ class VGG19(nn.Module):
     def forward(self, rgb: Tensor) -> list[Tensor]:
         """rgb: [B, 3, H, W] in 0..1. Returns the features at 1/2, 1/4, 1/8 and 1/16; what lies behind the last of
         them is not computed."""
-        mean = torch.tensor(MEAN, dtype=rgb.dtype, device=rgb.device).view(3, 1, 1)
-        x = (rgb.flip(1) - mean) * 255
+        # Numbers, not a tensor of them: its copy to the device would wait for the device.
+        blue_first = rgb.flip(1).unbind(1)
+        x = torch.stack([(x - mean) * 255 for x, mean in zip(blue_first, MEAN, strict=True)], dim=1)
         found: list[Tensor] = []
         for block, depth in enumerate(DEPTHS, start=1):
             for index in range(1, depth + 1):

@@ -1,0 +1,376 @@
+"""Film files that are stopped, killed and crashed: by shots, with no frame lost or doubled, and with their sound."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hotpath import host
+from hotpath.colorization import file_job, film
+from hotpath.colorization.film_options import FilmOptions, Reference, read_references
+from hotpath.colorization.manifest import FinishedPart, Manifest, read_manifest
+from hotpath.colorization.shots import ShotDetector
+from tiny_colorizers import save_models
+from torch import Tensor
+
+RATE = 12
+# A film in another process, with short parts, slow enough to be killed in the middle.
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from hotpath import host
+from hotpath.colorization import file_job, film
+from hotpath.colorization.film_options import FilmOptions
+from hotpath.host.headless import HeadlessHost
+host.use(HeadlessHost(models=Path(sys.argv[1]), device="cpu", show_progress=False))
+file_job.PART_FRAMES = 20
+colour = film.FilmSession.colour
+def slowly(self, *parts):
+    time.sleep(0.3)
+    return colour(self, *parts)
+film.FilmSession.colour = slowly
+folder = Path(sys.argv[2])
+file_job.colorize_file_by_path(
+    folder / "in.mp4", folder / "out.mp4", [folder / "r.png"], FilmOptions(colour_size=32), quality=4
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(autouse=True)
+def here(model_files: Path, headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(headless_host, "_models", [model_files])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield headless_host
+    torch.set_num_threads(threads)
+
+
+def counted(count: int, start: int = 0, light: float = 0.0) -> Tensor:
+    """[count, 40, 56, 3] in 0..1: a gradient, below which every frame tells its number in 8 bars, one of which changes
+    from frame to frame, as in Gray's code."""
+    x = torch.linspace(0, 0.3, 56)
+    frames = (x + 0.2 + light)[None, None, :, None] + torch.linspace(0, 0.1, 40)[None, :, None, None]
+    frames = frames.expand(count, -1, -1, 3).clone()
+    for index in range(count):
+        code = (start + index) ^ (start + index) >> 1
+        for bit in range(8):
+            frames[index, 30:, bit * 7 : bit * 7 + 7] = 0.9 if code >> bit & 1 else 0.1
+    return frames
+
+
+def numbers(pictures: Tensor) -> list[int]:
+    """What `counted` wrote. pictures: uint8."""
+    bars = pictures[:, 32:38].float().mean(dim=(1, 3)).unflatten(1, (8, 7))[..., 2:5].mean(dim=2) > 128
+    found = [sum(int(bit) << place for place, bit in enumerate(row)) for row in bars]
+    for shift in (1, 2, 4):
+        found = [code ^ code >> shift for code in found]
+    return found
+
+
+def write_film(path: Path, pictures: Tensor, sound: bool = True) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=RATE, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv444p"
+        voice: Any = container.add_stream("aac", rate=16000) if sound else None
+        for picture in (pictures * 255).to(torch.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+        if voice is not None:
+            wave = np.sin(np.arange(16000 * len(pictures) // RATE) / 6).astype(np.float32)[None]
+            heard = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+            heard.sample_rate = 16000
+            for part in (heard, None):
+                container.mux(voice.encode(part))
+
+
+def read_film(path: Path) -> tuple[Tensor, list[Fraction], Tensor]:
+    """Pictures, times in seconds, and the sound's samples."""
+    import av
+
+    with av.open(str(path)) as container:
+        decoded = list(container.decode(container.streams.video[0]))
+        pictures = torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in decoded])
+        times = [f.pts * f.time_base for f in decoded]
+    with av.open(str(path)) as container:
+        heard = [torch.from_numpy(f.to_ndarray()) for f in container.decode(container.streams.audio[0])]
+    return pictures, times, torch.cat(heard, dim=1)
+
+
+def file_task(folder: Path, **changes: Any) -> tuple[file_job.FileJob, list[Reference]]:
+    options = FilmOptions(colour_size=32, **changes)
+    return file_job.FileJob(folder / "in.mp4", folder / "out.mp4", options, quality=4), read_references([*counted(1)])
+
+
+def save_reference(folder: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray((counted(1)[0] * 255).to(torch.uint8).numpy()).save(folder / "r.png")
+
+
+def test_a_killed_process_costs_one_part_and_no_frame(
+    tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_film(tmp_path / "in.mp4", counted(130))
+    save_reference(tmp_path)
+    folder, output = tmp_path / "out.mp4.parts", tmp_path / "out.mp4"
+    running = subprocess.Popen([sys.executable, "-c", KILLED, str(model_files), str(tmp_path)])
+    try:
+        deadline = time.monotonic() + 60
+        while running.poll() is None and time.monotonic() < deadline:
+            named = folder / "manifest.json"
+            if named.is_file() and len(json.loads(named.read_text())["parts"]) >= 2:
+                break
+            time.sleep(0.02)
+        assert running.poll() is None, "the film was done before it could be killed"
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    found = json.loads((folder / "manifest.json").read_text())["parts"]
+    assert 41 <= found[-1]["stop"] < 130 and not output.exists()
+    # What the crash left half done is there, and counts for nothing.
+    (folder / f"{len(found) + 1:05d}.nut").write_bytes(b"half a part")
+
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    again = (tmp_path / "in.mp4", output, [tmp_path / "r.png"], FilmOptions(colour_size=32))
+    report = file_job.colorize_file_by_path(*again, quality=4)
+    assert f"continued: after {found[-1]['stop']} frames in {len(found)} parts" in report
+    resumed = read_film(output)
+    output.unlink()
+    file_job.colorize_file_by_path(*again, quality=4)
+    whole, source = read_film(output), read_film(tmp_path / "in.mp4")
+    assert numbers(resumed[0]) == list(range(130))
+    assert resumed[1] == whole[1] == source[1]
+    assert torch.equal(resumed[2], source[2])
+    assert torch.equal(resumed[0], whole[0])
+
+
+def shots_film(path: Path) -> None:
+    """Three shots of 30, 45 and 25 frames."""
+    parts = (counted(30), counted(45, 30, 0.45), counted(25, 75))
+    write_film(path, torch.cat(parts))
+
+
+def test_parts_are_shots_and_long_shots_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("scenedetect")
+    monkeypatch.setattr(file_job, "PART_FRAMES", 40)
+    shots_film(tmp_path / "in.mp4")
+    job, references = file_task(tmp_path, shots="reset")
+    seen: list[FinishedPart] = []
+    add = Manifest.add
+
+    def noted(self: Manifest, folder: Path, part: FinishedPart, next_time: int | None) -> None:
+        seen.append(part)
+        add(self, folder, part, next_time)
+
+    monkeypatch.setattr(Manifest, "add", noted)
+    report = file_job.colorize_file(job, references)
+    assert "shots: 3; cuts at 30, 75" in report
+    assert [(p.first, p.stop, p.shot, p.ends_shot) for p in seen] == [
+        (0, 30, 0, True), (30, 75, 1, True), (75, 100, 2, True)
+    ]  # fmt: skip
+    whole = read_film(job.output)
+    assert numbers(whole[0]) == list(range(100))
+    seen.clear()
+    monkeypatch.setattr(file_job, "PART_FRAMES", 15)
+    file_job.colorize_file(job, references)
+    assert [(p.first, p.stop, p.shot, p.ends_shot) for p in seen] == [
+        (0, 21, 0, False), (21, 30, 0, True), (30, 61, 1, False), (61, 75, 1, True), (75, 100, 2, True)
+    ]  # fmt: skip
+    # Where a long shot is split shows nowhere: only the encoder starts anew.
+    split = read_film(job.output)
+    assert split[1] == whole[1] and (split[0].float() - whole[0].float()).abs().mean() < 0.6
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_resume_begins_with_the_shot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    pytest.importorskip("scenedetect")
+    shots_film(tmp_path / "in.mp4")
+    job, references = file_task(tmp_path, shots="reset", temporal_smoothing=0.5)
+    file_job.colorize_file(job, references)
+    whole = read_film(job.output)
+    job.output.unlink()
+    colour = film.FilmSession.colour
+    calls = [0]
+
+    def crash(self: film.FilmSession, *parts: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == stop:
+            raise MemoryError("the machine went away")
+        return colour(self, *parts)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(film.FilmSession, "colour", crash)
+        broken.setattr(file_job._FileRun, "_stop", lambda *_: None)  # as if killed
+        with pytest.raises(MemoryError):
+            file_job.colorize_file(job, references)
+    if stop == 4:
+        # Segments are 21, 9, 11, 20, ... frames: one shot is finished, the next one was under way.
+        part = read_film(job.output)
+        assert numbers(part[0]) == list(range(30))
+        assert part[2].shape[1] / 16000 <= 30 / RATE + 0.2
+    else:
+        assert not job.output.exists()
+    resumed_report = file_job.colorize_file(job, references)
+    assert ("continued: after 30 frames in 1 parts" in resumed_report) == (stop == 4)
+    resumed = read_film(job.output)
+    assert resumed[1] == whole[1] and numbers(resumed[0]) == list(range(100))
+    assert torch.equal(resumed[2], whole[2])
+    assert (resumed[0].float() - whole[0].float()).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("place", [1, 30, 31, 41, 42, 52])
+def test_detection_goes_on_where_it_stopped(place: int) -> None:
+    """Also right at a cut, and so near behind one that a second cut is held back."""
+    pytest.importorskip("scenedetect")
+    frames = torch.cat((counted(30), counted(11, 0, 0.45), counted(11), counted(20, 0, 0.45)))
+    whole = ShotDetector()
+    cuts = whole.cuts(frames)
+    assert cuts == [30, 52]
+    first, second = ShotDetector(), ShotDetector()
+    seen = first.segments(frames[:place])[-1].seen
+    assert seen is not None
+    second.go_on(place, max([cut for cut in cuts if cut < place], default=0), seen)
+    assert [place + cut for cut in second.cuts(frames[place:])] == [cut for cut in cuts if cut >= place]
+    if place in cuts:
+        # The shot was begun before the film stopped: it is not begun again.
+        third = ShotDetector()
+        third.go_on(place, place, seen)
+        assert [place + cut for cut in third.cuts(frames[place:])] == [cut for cut in cuts if cut > place]
+
+
+def test_interrupt_keeps_what_is_done_and_comes_within_a_second(
+    tmp_path: Path, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While frames take 60 ms each: it is looked for between two frames, not between two portions."""
+    from hotpath.colorization.colormnet import session
+
+    write_film(tmp_path / "in.mp4", counted(60))
+    job, references = file_task(tmp_path)
+    decode = session.ColorMNetEngine.near
+
+    def slow(self: Any, *tensors: Tensor) -> Tensor:
+        time.sleep(0.06 * len(tensors[0]))
+        return decode(self, *tensors)
+
+    monkeypatch.setattr(session.ColorMNetEngine, "near", slow)
+    asked = [0.0]
+
+    def stop() -> None:
+        asked[0] = time.monotonic()
+        here.stop()
+
+    # In the second portion: one is finished.
+    colour, calls = film.FilmSession.colour, [0]
+
+    def timed(self: film.FilmSession, *parts: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            threading.Timer(0.2, stop).start()
+        return colour(self, *parts)
+
+    monkeypatch.setattr(film.FilmSession, "colour", timed)
+    with pytest.raises(host.Interrupted):
+        file_job.colorize_file(job, references)
+    assert asked[0] > 0 and time.monotonic() - asked[0] < 1.0
+    part = read_film(job.output)
+    assert numbers(part[0]) == list(range(21))
+    monkeypatch.setattr(session.ColorMNetEngine, "near", decode)
+    monkeypatch.setattr(film.FilmSession, "colour", colour)
+    assert "continued: after 21 frames" in file_job.colorize_file(job, references)
+    assert numbers(read_film(job.output)[0]) == list(range(60))
+
+
+def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    write_film(tmp_path / "in.mp4", counted(66))
+    job, references = file_task(tmp_path)
+    colour = film.FilmSession.colour
+    calls = [0]
+
+    def crash(self: film.FilmSession, *parts: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise RuntimeError("the machine went away")
+        return colour(self, *parts)
+
+    monkeypatch.setattr(film.FilmSession, "colour", crash)
+    with pytest.raises(RuntimeError, match="went away"):
+        file_job.colorize_file(job, references)
+    found = json.loads((tmp_path / "out.mp4.parts" / "manifest.json").read_text())
+    assert [part["stop"] for part in found["parts"]] == [21, 41]
+    assert numbers(read_film(job.output)[0]) == list(range(41))
+    report = file_job.colorize_file(job, references)
+    assert "continued: after 41 frames" in report
+    assert numbers(read_film(job.output)[0]) == list(range(66))
+    # Other options: nothing of the old work may be used.
+    calls[0] = 1
+    with pytest.raises(RuntimeError, match="went away"):
+        file_job.colorize_file(file_task(tmp_path)[0], references)
+    changed, _ = file_task(tmp_path, strength=0.0)
+    assert "continued" not in file_job.colorize_file(changed, references)
+    assert read_film(job.output)[0].float().std(-1).mean() < 3
+
+
+def test_a_crash_while_the_film_is_put_together_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_film(tmp_path / "in.mp4", counted(30))
+    job, references = file_task(tmp_path)
+    assemble = file_job.assemble
+
+    def full(*_: Any, **__: Any) -> list[str]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(file_job, "assemble", full)
+    with pytest.raises(OSError, match="No space left"):
+        file_job.colorize_file(job, references)
+    monkeypatch.setattr(file_job, "assemble", assemble)
+    assert "continued: after 30 frames in 1 parts" in file_job.colorize_file(job, references)
+    assert numbers(read_film(job.output)[0]) == list(range(30))
+
+
+def test_manifest_names_only_what_is_there(tmp_path: Path) -> None:
+    manifest = Manifest("this film")
+    for number in (1, 2):
+        manifest.part_file(tmp_path, number).write_bytes(b"part")
+        manifest.state_file(tmp_path, number).write_bytes(b"state")
+        manifest.add(tmp_path, FinishedPart(10 * number - 10, 10 * number, 0, False), 10 * number)
+    again = read_manifest(tmp_path, "this film")
+    assert again == manifest and again.frames == 20 and again.next_time == 20
+    assert not manifest.state_file(tmp_path, 1).exists()
+    assert read_manifest(tmp_path, "another film") is None
+    manifest.part_file(tmp_path, 1).unlink()
+    assert read_manifest(tmp_path, "this film") is None
+    (tmp_path / "manifest.json").write_text('{"key": "this film", "parts": [{"first"')
+    assert read_manifest(tmp_path, "this film") is None
+
+
+def test_sound_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    write_film(tmp_path / "in.mp4", counted(3))
+    job, references = file_task(tmp_path)
+    webm = file_job.FileJob(job.source, tmp_path / "out.webm", job.options, codec="libvpx-vp9", quality=30)
+    try:
+        report = file_job.colorize_file(webm, references)
+    except Exception as error:  # this build of ffmpeg has no VP9
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    assert ".webm cannot hold the film's aac sound" in report
