@@ -16,10 +16,16 @@ from hotpath.attention.torch_backends import TORCH_BACKENDS
 from hotpath.nodes.acceleration import HotpathAttention, HotpathAttentionReport
 from hotpath.patches import attention_override
 from hotpath.patches.attention_override import OPTION, AttentionOverride, attention_report, override_of, set_attention
-from tiny_native_models import tiny
+from tiny_native_models import Tiny
+from tiny_native_models import tiny as tiny_on
 
 pytestmark = pytest.mark.comfy
 MODELS = ("z_image", "flux", "sdxl")
+
+
+def tiny(name: str) -> Tiny:
+    """On the CPU, also where there is a GPU: what is said of backends here is what a CPU says."""
+    return tiny_on(name, device="cpu")
 
 
 def flags() -> tuple:

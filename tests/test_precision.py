@@ -18,13 +18,19 @@ from hotpath.patches.precision import (
 from hotpath.patches.precision.comparison import output_error
 from hotpath.patches.precision.dynamic_fp8 import fp8_scale
 from hotpath.patches.precision.schemes import excluded_by, patterns
-from tiny_native_models import make_z_image, tiny
+from tiny_native_models import Tiny, make_z_image
+from tiny_native_models import tiny as tiny_on
 
 pytestmark = pytest.mark.comfy
 LAYER = "layers.1.attention.qkv"
 KEY = f"diffusion_model.{LAYER}.weight"
 # Relative error of the picture after two steps; e4m3 has 3 bits of mantissa, int8 has 127 steps to the largest weight.
 TOLERANCE = {"fp8": 0.05, "fp8_weights": 0.04, "int8": 0.015, "int8_rotated": 0.015, "int8_weights": 0.01}
+
+
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> Tiny:
+    """On the CPU, also where there is a GPU: the numbers here are the reference's."""
+    return tiny_on(name, dtype, "cpu")
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -444,18 +450,18 @@ class TestOnCUDA:
     @pytest.mark.parametrize("scheme", SCHEMES)
     def test_the_kernels_round_as_the_reference(self, scheme):
         """The GPU's products against the same quantised weights multiplied in float32."""
-        case = tiny("z_image", torch.bfloat16)
+        case = tiny_on("z_image", torch.bfloat16)
         if (reason := unavailable(SCHEMES[scheme], torch.device("cuda"))) is not None:
             pytest.skip(reason)
         module = layer(set_precision(case.model, scheme)[0])
         x = torch.randn(64, 256, device="cuda").bfloat16()
-        weight = module.weight.dequantize().float()
+        weight = module.weight.dequantize().float().cuda()
         with torch.inference_mode():
             assert relative(module(x), x.float() @ weight.T) < (0.04 if scheme == "fp8" else 0.02)
 
     @pytest.mark.parametrize("scheme", ["fp8", "int8"])
     def test_inductor(self, scheme):
-        module = layer(set_precision(tiny("z_image", torch.bfloat16).model, scheme)[0])
+        module = layer(set_precision(tiny_on("z_image", torch.bfloat16).model, scheme)[0])
         fast = torch.compile(module, fullgraph=True)
         for tokens in (64, 96):
             x = torch.randn(1, tokens, 256, device="cuda").bfloat16()

@@ -130,13 +130,20 @@ class Tiny:
 
 
 @cache
-def tiny(name: str, dtype: torch.dtype = torch.float32) -> Tiny:
-    """Of `name` sdxl, z_image or flux. One per process, for tests that leave the model as it is."""
+def tiny(name: str, dtype: torch.dtype = torch.float32, device: str | None = None) -> Tiny:
+    """Of `name` sdxl, z_image or flux. One per process, for tests that leave the model as it is.
+
+    device: where it computes, ComfyUI's choice by default.
+    """
+    text_width, pooled = FLUX["context_in_dim"], FLUX["vec_in_dim"]
     if name == "sdxl":
-        return Tiny(name, tiny_sdxl.make_sdxl(dtype=dtype), tiny_sdxl.encode_text, 4, 4.0)
-    if name == "z_image":
-        return Tiny(name, make_z_image(dtype=dtype), lambda text, n: encode(text, n, Z_IMAGE["cap_feat_dim"]), 16, 1.0)
-    if name == "flux":
-        text_width, pooled = FLUX["context_in_dim"], FLUX["vec_in_dim"]
-        return Tiny(name, make_flux(dtype=dtype), lambda text, n: encode(text, n, text_width, pooled), 16, 1.0)
-    raise ValueError(f"there is no tiny {name}")
+        made = Tiny(name, tiny_sdxl.make_sdxl(dtype=dtype), tiny_sdxl.encode_text, 4, 4.0)
+    elif name == "z_image":
+        made = Tiny(name, make_z_image(dtype=dtype), lambda text, n: encode(text, n, Z_IMAGE["cap_feat_dim"]), 16, 1.0)
+    elif name == "flux":
+        made = Tiny(name, make_flux(dtype=dtype), lambda text, n: encode(text, n, text_width, pooled), 16, 1.0)
+    else:
+        raise ValueError(f"there is no tiny {name}")
+    if device is not None:
+        made.model.load_device = torch.device(device)
+    return made
