@@ -60,8 +60,12 @@ def write_checkpoint(
     padding_side: str = "right",
     shard: str = "10GB",
     device: str = "cpu",
+    control: int = 0,
 ) -> Path:
-    """Write a random Z-Image checkpoint into `folder` and return it. The global random state is left as it was."""
+    """Write a random Z-Image checkpoint into `folder` and return it. The global random state is left as it was.
+
+    control: channels of a ControlNet that is written with it; 0 writes none.
+    """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
     from transformers import Qwen3Config, Qwen3Model
 
@@ -99,8 +103,29 @@ def write_checkpoint(
         "transformer": ["diffusers", "ZImageTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if control:
+        _write_controlnet(folder / "controlnet", transformer, control, seed)
+        index |= {"_class_name": "ZImageControlNetPipeline", "controlnet": ["diffusers", "ZImageControlNetModel"]}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
+
+
+def _write_controlnet(folder: Path, transformer: Any, channels: int, seed: int) -> None:
+    """With the layers that it shares with the transformer, as a pipeline saves it."""
+    from diffusers import ZImageControlNetModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        network = ZImageControlNetModel(
+            control_layers_places=list(range(transformer.config.n_layers)),
+            control_refiner_layers_places=list(range(transformer.config.n_refiner_layers)),
+            control_in_dim=channels,
+            add_control_noise_refiner="control_noise_refiner",
+            **{key: transformer.config[key] for key in ("dim", "n_refiner_layers", "n_heads", "n_kv_heads")},
+        )
+        _spread(network)
+    network.to(transformer.dtype)
+    ZImageControlNetModel.from_transformer(network, transformer).save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -210,6 +210,14 @@ class HotpathZImage:
                     list(prompts.CACHES),
                     {"default": "memory", "tooltip": "A prompt that was read before needs no text encoder."},
                 ),
+                "control_image": (
+                    "IMAGE",
+                    {"tooltip": "Edges, depth or a pose to draw after, for checkpoints with a ControlNet."},
+                ),
+                "control_strength": (
+                    "FLOAT",
+                    {"default": 0.75, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "How closely it is followed."},
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }  # fmt: skip
@@ -233,6 +241,8 @@ class HotpathZImage:
         pictures_at_a_time: int = 1,
         vae_tiling: str = "auto",
         prompt_cache: str = "memory",
+        control_image: torch.Tensor | None = None,
+        control_strength: float = 0.75,
         unique_id: str | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], str]:
         request = Request(
@@ -247,6 +257,8 @@ class HotpathZImage:
             image,
             mask,
             strength,
+            control_image,
+            control_strength,
             pictures_at_a_time=pictures_at_a_time,
             tiling=vae_tiling,
             prompt_cache=prompt_cache,

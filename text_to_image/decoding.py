@@ -6,7 +6,7 @@ Tiles cost overlap and can show seams, so they are a means against a full device
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,8 @@ def activation_bytes(model: ZImage, width: int, height: int) -> int:
 def plan(model: ZImage, tiling: str, width: int, height: int, tile: int) -> DecodePlan:
     """The plan for pictures of width x height pixels with the VAE resident; tile: the side of its tiles, in pixels.
 
-    Makes room on the device, if need be by sending the transformer away, before it settles for tiles.
+    The transformer and the text encoder have left by then if there was no room beside them; the host is asked for more
+    before it settles for tiles.
     """
     if tiling not in TILING:
         raise ValueError(f"{tiling!r} is no tiling: choose one of {', '.join(TILING)}.")
@@ -64,10 +65,6 @@ def plan(model: ZImage, tiling: str, width: int, height: int, tile: int) -> Deco
     here = host.current()
     free = here.free_memory(model.device)
     if free < needed:
-        here.make_room(needed, model.device)
-        free = here.free_memory(model.device)
-    if free < needed and model.device.type != "cpu":
-        model.transformer.release()
         here.make_room(needed, model.device)
         free = here.free_memory(model.device)
     fits = free >= needed
@@ -113,18 +110,19 @@ def unscaled(model: ZImage, latents: Tensor) -> Tensor:
     return latents / model.scaling_factor + model.shift_factor
 
 
-def encode(model: ZImage, pictures: Tensor, generators: list[torch.Generator]) -> Tensor:
+def encode(model: ZImage, pictures: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
     """Scaled latents [B, C, h, w] (float32, on the device) of pictures [B, H, W, 3] in 0..1, one sample each.
 
-    Drawn from the VAE's distribution with the picture's own generator, on the CPU.
+    Drawn from the VAE's distribution with the picture's own generator, on the CPU; its middle for a generator of None.
     """
     height, width = pictures.shape[1:3]
     found: list[Tensor] = []
     with model.vae.resident(activation_bytes(model, width, height)) as vae:
         for picture, private in zip(pictures.split(1), generators, strict=True):
             pixels = picture.permute(0, 3, 1, 2).to(model.device, model.dtype) * 2 - 1
-            sample = vae.encode(pixels).latent_dist.sample(generator=private).float()
-            found.append((sample - model.shift_factor) * model.scaling_factor)
+            spread = vae.encode(pixels).latent_dist
+            sample = spread.mode() if private is None else spread.sample(generator=private)
+            found.append((sample.float() - model.shift_factor) * model.scaling_factor)
     return torch.cat(found)
 
 

@@ -20,12 +20,12 @@ DEPTH = 3  # models/diffusers/<owner>/<name> and one deeper
 INDEX = "model_index.json"
 
 # All of them hold the networks that text to image needs.
-PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
+CONTROL = "ZImageControlNetPipeline"
+PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline", CONTROL)
 # Of the family, but drawn from pictures through networks these nodes do not run.
 OTHER_PIPELINES = {
     "ZImageOmniPipeline": "it draws from reference pictures through a SigLIP network",
-    "ZImageControlNetPipeline": "it draws after a control picture",
-    "ZImageControlNetInpaintPipeline": "it draws after a control picture",
+    "ZImageControlNetInpaintPipeline": "its ControlNet wants a mask and what is around it as well",
 }
 CLASSES = {
     "transformer": ("ZImageTransformer2DModel",),
@@ -33,7 +33,8 @@ CLASSES = {
     "vae": ("AutoencoderKL",),
     "scheduler": ("FlowMatchEulerDiscreteScheduler",),
 }
-COMPONENTS = (*CLASSES, "tokenizer")
+COMPONENTS = (*CLASSES, "tokenizer", "controlnet")
+CONTROL_CLASSES = ("ZImageControlNetModel",)
 WEIGHTS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 CONFIGS = ("config.json", "scheduler_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
@@ -55,6 +56,11 @@ class Checkpoint:
     pipeline: str
     index: dict[str, Any]
     variants: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether it has a ControlNet, and can draw after a control picture."""
+        return self.pipeline == CONTROL
 
     def config(self, component: str) -> dict[str, Any]:
         """The component's configuration; {} when it has none."""
@@ -161,7 +167,11 @@ def check(path: Path, name: str) -> Checkpoint:
         )
     for component, classes in CLASSES.items():
         _check_class(path, index, component, classes)
-    variants = {component: _check_weights(path / component, stem) for component, stem in WEIGHTS.items()}
+    weights = dict(WEIGHTS)
+    if pipeline == CONTROL:
+        _check_class(path, index, "controlnet", CONTROL_CLASSES)
+        weights["controlnet"] = "diffusion_pytorch_model"
+    variants = {component: _check_weights(path / component, stem) for component, stem in weights.items()}
     _check_tokenizer(path / "tokenizer")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     if scheduler.get("stochastic_sampling"):

@@ -50,8 +50,9 @@ class Request:
     """What is drawn. width, height: pixels, multiples of `ZImage.step_of_size`. seed: of the first picture.
 
     image: [B, H, W, 3] in 0..1 to draw over, with `strength` (over 0 to 1) of the schedule; mask: [B, H, W] or [H, W],
-    1 where it is drawn. pictures_at_a_time: 1 makes a picture independent of its company to the last bit; more is faster
-    for small pictures. tiling, prompt_cache: one of decoding.TILING, prompts.CACHES.
+    1 where it is drawn. control: [B, H, W, 3], edges, depth or a pose that a checkpoint with a ControlNet draws after, with
+    the weight `control_strength`. pictures_at_a_time: 1 makes a picture independent of its company to the last bit; more is
+    faster for small pictures. tiling, prompt_cache: one of decoding.TILING, prompts.CACHES.
     """
 
     prompt: str
@@ -65,6 +66,8 @@ class Request:
     image: Tensor | None = None
     mask: Tensor | None = None
     strength: float = 0.6
+    control: Tensor | None = None
+    control_strength: float = 0.75
     max_tokens: int = MAX_TOKENS
     pictures_at_a_time: int = 1
     tiling: str = "auto"
@@ -114,9 +117,12 @@ def check(request: Request, model: ZImage) -> None:
         raise ValueError(f"A strength of {request.strength} draws nothing: choose over 0 to 1.")
     if request.mask is not None and request.image is None:
         raise ValueError("A mask needs an image that it lies on: connect one.")
-    if request.image is not None and request.image.shape[0] not in (1, request.pictures):
+    for images, name in ((request.image, "images"), (request.control, "control images")):
+        if images is not None and images.shape[0] not in (1, request.pictures):
+            raise ValueError(f"{images.shape[0]} {name} for {request.pictures} pictures: connect one, or one for each.")
+    if request.control is not None and not model.checkpoint.controlled:
         raise ValueError(
-            f"{request.image.shape[0]} images for {request.pictures} pictures: connect one image, or one for each."
+            f"{model.checkpoint.name} has no ControlNet to draw after a control image: choose a ZImageControlNetPipeline."
         )
 
 
@@ -145,7 +151,7 @@ class Run:
         steps = len(self._schedule()[1])
         parts = list(range(0, request.pictures, request.pictures_at_a_time))
         with host.tracked(host.current(), len(parts) * steps + request.pictures, "drawing") as self.bar:
-            source = self._source(private)
+            source, control = self._source(private), self._control()
             shape = (model.latent_channels, request.height // model.latent_scale, request.width // model.latent_scale)
             noise = denoising.noise(private, shape)
             found: list[Tensor] = []
@@ -154,7 +160,7 @@ class Run:
                 against = None if negative is None else negative.states.to(model.device, model.dtype)
                 for begin in parts:
                     part = slice(begin, begin + request.pictures_at_a_time)
-                    found.append(self._denoise(network, noise[part], source, part, states, against))
+                    found.append(self._denoise(network, noise[part], source, control, part, states, against))
                 latents = torch.cat(found)
                 # Copied here, so that the time before is the time it took.
                 latents = latents.cpu()
@@ -207,6 +213,19 @@ class Run:
             drawn = (planes[..., 0] >= 0.5).float()[:, None]
             return latents, F.interpolate(drawn, size=latents.shape[-2:]).bool().to(model.device)
 
+    def _control(self) -> Tensor | None:
+        """What the ControlNet reads, [B, channels, 1, h, w]: the control picture's latents, and zeros for what it could
+        be given besides."""
+        request, model = self.request, self.model
+        if request.control is None:
+            return None
+        with self.stage("control"):
+            fitted = decoding.fit_pictures(request.control, request.width, request.height)
+            latents = decoding.encode(model, fitted, [None] * len(fitted)).to(model.dtype)
+        channels = int(model.checkpoint.config("controlnet").get("control_in_dim") or latents.shape[1])
+        wide = F.pad(latents, (0, 0, 0, 0, 0, channels - latents.shape[1]))
+        return wide.unsqueeze(2).expand(request.pictures, -1, -1, -1, -1)
+
     @contextmanager
     def _transformer(self, tokens: int) -> Iterator[Any]:
         """The transformer on its device with the run's LoRA files on it."""
@@ -227,6 +246,7 @@ class Run:
         network: Any,
         noise: Tensor,
         image: tuple[Tensor, Tensor | None] | None,
+        control: Tensor | None,
         part: slice,
         positive: Tensor,
         negative: Tensor | None,
@@ -239,7 +259,7 @@ class Run:
             source = Source(image[0][part], latents, image[1])
             latents = scheduler.scale_noise(source.latents, timesteps[:1], latents)
         return denoising.denoise(
-            lambda x, t, states: self._forward(network, x, t, states),
+            lambda x, t, states: self._forward(network, x, t, states, None if control is None else control[part]),
             scheduler,
             timesteps,
             latents,
@@ -251,9 +271,19 @@ class Run:
             source,
         )
 
-    def _forward(self, network: Any, x: list[Tensor], t: Tensor, states: list[Tensor]) -> list[Tensor]:
+    def _forward(
+        self, network: Any, x: list[Tensor], t: Tensor, states: list[Tensor], control: Tensor | None
+    ) -> list[Tensor]:
+        def forward() -> list[Tensor]:
+            added = None
+            if control is not None:
+                added = network.controlnet(
+                    x, t, states, list(control.unbind(0)), conditioning_scale=self.request.control_strength
+                )
+            return list(network(x, t, states, return_dict=False, controlnet_block_samples=added)[0])
+
         try:
-            return list(network(x, t, states, return_dict=False)[0])
+            return forward()
         except Exception as error:
             if self.model.compilation.mode == "none" or not compilation.is_compiler_error(error):
                 raise
@@ -262,7 +292,7 @@ class Run:
             log.warning("%s", note)
             self.model.compilation = CompilationPlan("none", note)
             compilation.undo(network)
-        return list(network(x, t, states, return_dict=False)[0])
+        return forward()
 
     def _on_step(self, step: int, estimate: Tensor) -> None:
         self.bar.update(1, self.preview.picture(estimate) if self.preview is not None else None)

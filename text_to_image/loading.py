@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,16 @@ log = logging.getLogger("hotpath.text_to_image")
 # Not float16: the transformer's activations run over its range.
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PATCH = 2  # latent pixels on a side of one token
+SHARED = (
+    "t_embedder",
+    "all_x_embedder",
+    "cap_embedder",
+    "rope_embedder",
+    "noise_refiner",
+    "context_refiner",
+    "x_pad_token",
+    "cap_pad_token",
+)  # fmt: skip - what a ControlNet takes from the transformer, and its files hold again
 PROMPT_MULTIPLE = 32  # the transformer fills a prompt's tokens up to a multiple of it
 
 
@@ -56,11 +66,18 @@ class Holder(nn.Module):
 
 
 class Component:
-    """One network of a checkpoint, read from the disk when it is first needed, then in the host's management."""
+    """One network of a checkpoint, read from the disk when it is first needed, then in the host's management.
 
-    def __init__(self, name: str, load: Callable[[], nn.Module]) -> None:
+    One run at a time computes with it, and nobody sends it away meanwhile. others: the checkpoint's other networks, which
+    leave the device first when there is no room for this one.
+    """
+
+    def __init__(
+        self, name: str, load: Callable[[], nn.Module], others: Callable[[], Iterable[Component]] = tuple
+    ) -> None:
         self.name = name
         self._load = load
+        self._others = others
         self._lock = threading.RLock()
         self._managed: Any = None
 
@@ -84,13 +101,27 @@ class Component:
     @contextmanager
     def resident(self, extra_bytes: int = 0) -> Iterator[Any]:
         """The network on its device, in inference mode, with room for `extra_bytes` of activations."""
-        with self.managed.resident(extra_bytes) as holder, torch.inference_mode():
+        self._make_room(extra_bytes)
+        with self._lock, self.managed.resident(extra_bytes) as holder, torch.inference_mode():
             yield holder.network
 
+    def _make_room(self, extra_bytes: int) -> None:
+        """Send the others away when this one does not fit beside them; without ComfyUI nobody else would."""
+        managed = self.managed
+        weights = list(managed.module.parameters())
+        if managed.device.type == "cpu" or not weights:
+            return
+        arriving = 0 if weights[0].device.type == managed.device.type else sum(w.nbytes for w in weights)
+        if host.current().free_memory(managed.device) < arriving + extra_bytes:
+            for other in self._others():
+                if other is not self:
+                    other.release()
+
     def release(self) -> None:
-        """Send the weights back to the offload device; nothing when they were never read."""
-        if self._managed is not None:
-            self._managed.release()
+        """Send the weights back to the offload device; nothing when they were never read. Waits for who uses them."""
+        with self._lock:
+            if self._managed is not None:
+                self._managed.release()
 
 
 class ZImage:
@@ -114,9 +145,9 @@ class ZImage:
         self.identity = content_key(checkpoint.identity(*COMPONENTS), str(self.dtype), self.precision.method)
         self.adapters = Adapters()
         self.preview: Any = None  # previews.LinearPreview, once one was fitted
-        self.transformer = Component("transformer", self._load_transformer)
-        self.text_encoder = Component("text encoder", self._load_text_encoder)
-        self.vae = Component("VAE", self._load_vae)
+        self.transformer = Component("transformer", self._load_transformer, self.components)
+        self.text_encoder = Component("text encoder", self._load_text_encoder, self.components)
+        self.vae = Component("VAE", self._load_vae, self.components)
         vae, transformer = checkpoint.config("vae"), checkpoint.config("transformer")
         self.latent_channels = int(vae.get("latent_channels", 16))
         self.scaling_factor = float(vae.get("scaling_factor") or 1.0)
@@ -176,9 +207,17 @@ class ZImage:
         from diffusers import ZImageTransformer2DModel
 
         network = _from_pretrained(ZImageTransformer2DModel, self.checkpoint, "transformer", torch_dtype=self.dtype)
+        if self.checkpoint.controlled:
+            from diffusers import ZImageControlNetModel
+
+            network.controlnet = _from_pretrained(
+                ZImageControlNetModel, self.checkpoint, "controlnet", SHARED, torch_dtype=self.dtype
+            )
         stream_attention.install(network, self.attention)
         precision.apply(network, self.precision, self.device)
         interruption.watch(network)
+        if self.checkpoint.controlled:
+            share_layers(network)
         if compilation.apply(network, self.compilation):
             stream_attention.make_traceable(self.attention)
         return network
@@ -206,8 +245,23 @@ def without_last_layer(encoder: Any) -> Any:
     return encoder
 
 
-def _from_pretrained(kind: Any, checkpoint: Checkpoint, component: str, **settings: Any) -> Any:
-    """Load strictly: every weight of the network is in the files, with its shape. Raises UnusableCheckpoint."""
+def share_layers(transformer: Any) -> None:
+    """Let the transformer's ControlNet use the layers it has in common with it.
+
+    As plain attributes, not as modules of its own: whoever counts or moves weights must meet them once.
+    """
+    for name in SHARED:
+        transformer.controlnet.__dict__[name] = getattr(transformer, name)
+    transformer.controlnet.t_scale = transformer.t_scale
+
+
+def _from_pretrained(
+    kind: Any, checkpoint: Checkpoint, component: str, besides: tuple[str, ...] = (), **settings: Any
+) -> Any:
+    """Load strictly: every weight of the network is in the files, with its shape, and nothing else but `besides`.
+
+    Raises UnusableCheckpoint.
+    """
     folder = checkpoint.path / component
     try:
         network, found = kind.from_pretrained(
@@ -230,7 +284,7 @@ def _from_pretrained(kind: Any, checkpoint: Checkpoint, component: str, **settin
             f"The weights in {folder} do not fit its config.json: {len(wrong)} are missing or of another shape, such as "
             f"{sorted(map(str, wrong))[0][:200]}. Fetch the folder again."
         )
-    strange = [str(key) for key in found.get("unexpected_keys", ()) if not str(key).startswith("lm_head")]
+    strange = [str(key) for key in found.get("unexpected_keys", ()) if not str(key).startswith(besides or ("lm_head",))]
     if strange:
         raise UnusableCheckpoint(
             f"The weights in {folder} are of another architecture: {len(strange)} have no place in {kind.__name__}, such "

@@ -150,13 +150,11 @@ def test_tiles_when_the_whole_runs_out_of_memory(load, draw, monkeypatch):
 
 
 def test_room_is_made_before_tiles(load, monkeypatch):
-    """On a device the transformer is sent away first."""
     model = load()
     free = [100]
-    monkeypatch.setattr(model, "device", torch.device("cuda"))
     monkeypatch.setattr(host.current(), "free_memory", lambda device: free[0])
+    monkeypatch.setattr(host.current(), "make_room", lambda nbytes, device: free.__setitem__(0, 300))
     monkeypatch.setattr(decoding, "activation_bytes", lambda *a: 200)
-    monkeypatch.setattr(model.transformer, "release", lambda: free.__setitem__(0, 300))
     plan = decoding.plan(model, "auto", 2048, 2048, 512)
     assert not plan.tiled and free == [300]
 
@@ -246,6 +244,7 @@ def test_an_interrupt_ends_it_within_a_step(load, draw, headless_host, monkeypat
         ({"guidance": Guidance(-1.0)}, "below 0"),
         ({"mask": torch.ones(1, 8, 8)}, "A mask needs an image"),
         ({"image": torch.ones(2, 48, 64, 3)}, "2 images for 1 pictures"),
+        ({"control": torch.ones(1, 48, 64, 3)}, "tiny has no ControlNet"),
         ({"image": torch.ones(1, 48, 64, 3), "strength": 0.0}, "A strength of 0.0 draws nothing"),
         ({"max_tokens": 700}, "A prompt has 1 to 608 tokens here, and 700 were asked for"),
         ({"prompt_cache": "cloud"}, "no prompt cache"),
@@ -326,3 +325,57 @@ def test_the_program_stays_near_the_device():
         lead.step()
         assert len(made) - len(passed) <= LEAD
     assert passed == [0, 1, 2, 3, 4]
+
+
+class Device:
+    """A host's handle of a network that is on a device with little room, or waits beside it."""
+
+    def __init__(self, nbytes):
+        self.device, self.nbytes, self.released = torch.device("cuda"), nbytes, 0
+        self.module = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=nbytes, device=torch.device("cpu"))])
+
+    def release(self):
+        self.released += 1
+
+
+@pytest.mark.parametrize(("free", "sent_away"), [(1000, 0), (120, 0), (119, 1)])
+def test_a_network_without_room_sends_its_neighbours_away(headless_host, monkeypatch, free, sent_away):
+    from hotpath.text_to_image.loading import Component
+
+    monkeypatch.setattr(headless_host, "free_memory", lambda device: free)
+    components = [Component(name, lambda: None, lambda: components) for name in ("a", "b", "never read")]
+    components[0]._managed, components[1]._managed = Device(100), Device(50)
+    components[0]._make_room(20)
+    assert (components[0]._managed.released, components[1]._managed.released) == (0, sent_away)
+    assert not components[2].loaded
+
+
+def test_nobody_sends_away_what_another_computes_with(load):
+    model = load()
+    order = []
+    with model.transformer.resident():
+        thread = threading.Thread(target=lambda: (model.release(), order.append("released")))
+        thread.start()
+        thread.join(0.2)
+        order.append("computed")
+    thread.join()
+    assert order == ["computed", "released"]
+
+
+def test_a_text_encoder_saved_with_its_head(tiny_folder, folder, draw, load):
+    """Published checkpoints name Qwen3Model or Qwen3ForCausalLM; the states are the same."""
+    import json
+    import shutil
+
+    from transformers import Qwen3ForCausalLM, Qwen3Model
+
+    shutil.copytree(tiny_folder, folder / "head")
+    body = Qwen3Model.from_pretrained(tiny_folder / "text_encoder")
+    whole = Qwen3ForCausalLM(body.config)
+    whole.model.load_state_dict(body.state_dict())
+    shutil.rmtree(folder / "head" / "text_encoder")
+    whole.save_pretrained(folder / "head" / "text_encoder")
+    index = folder / "head" / "model_index.json"
+    told = json.loads(index.read_text()) | {"text_encoder": ["transformers", "Qwen3ForCausalLM"]}
+    index.write_text(json.dumps(told))
+    assert (draw(load("head")).pictures - draw(load()).pictures).abs().max() < 1e-5

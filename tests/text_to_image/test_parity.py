@@ -9,6 +9,7 @@ from hotpath.text_to_image import stream_attention
 from hotpath.text_to_image.denoising import Guidance, shift
 from hotpath.text_to_image.loading import without_last_layer
 from hotpath.text_to_image.prompts import PromptCache, encode, tokenize
+from safetensors.torch import load_file
 
 TOLERANCE = 1e-5  # float32 on the CPU; measured 3e-6
 LONG = "a very long negative prompt that has far more tokens than the prompt itself has, so that lengths differ " * 2
@@ -82,6 +83,37 @@ def test_drawing_in_a_mask(load, draw, library):
     kept, drawn = found.latents[:, :, :2], found.latents[:, :, 2:]
     over = draw(load(), image=image, mask=mask, prompt="something else", strength=1.0, steps=3, seed=4)
     assert torch.equal(over.latents[:, :, :2], kept) and not torch.equal(over.latents[:, :, 2:], drawn)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("compile", ["none", "regional"])
+def test_drawing_after_a_control_image(load, draw, folder, graphs, channels, compile):
+    from diffusers import ZImageControlNetModel, ZImageControlNetPipeline, ZImagePipeline
+
+    path = write_checkpoint(folder / "control", control=channels)
+    parts = ZImagePipeline.from_pretrained(path).components
+    own = ZImageControlNetModel(**{k: v for k, v in ZImageControlNetModel.load_config(path / "controlnet").items()
+                                   if not k.startswith("_")})  # fmt: skip
+    own.load_state_dict(load_file(path / "controlnet" / "diffusion_pytorch_model.safetensors"), strict=False)
+    pipeline = ZImageControlNetPipeline(controlnet=own.eval(), **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    control = torch.rand(1, 48, 64, 3, generator=torch.Generator().manual_seed(3))
+    wanted = pipeline(
+        "a red fox", control_image=control.permute(0, 3, 1, 2) * 2 - 1, controlnet_conditioning_scale=0.8, width=64,
+        height=48, num_inference_steps=2, guidance_scale=2.0, negative_prompt="blurry", output_type="np",
+        generator=torch.Generator().manual_seed(4),
+    ).images  # fmt: skip
+    model = load("control", compile=compile)
+    drawing = {"negative": "blurry", "guidance": Guidance(2.0), "seed": 4}
+    found = draw(model, control=control, control_strength=0.8, **drawing)
+    assert (found.pictures - torch.from_numpy(wanted)).abs().max() <= TOLERANCE
+    plain = draw(model, **drawing).pictures
+    assert (found.pictures - plain).abs().max() > 0.01
+    assert (plain - draw(load(), **drawing).pictures).abs().max() <= TOLERANCE
+    holder = model.transformer.managed.module
+    assert not [name for name in holder.state_dict() if "controlnet.noise_refiner" in name]  # counted once
+    model.release()
+    assert torch.equal(draw(model, control=control, control_strength=0.8, **drawing).pictures, found.pictures)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
