@@ -25,6 +25,7 @@ from .remembering import analyse_in_parts, picture_keys
 from .runner import DETECTOR_BYTES_PER_PIXEL
 
 PICTURES_AT_ONCE = 32
+FACES_AT_ONCE_ON_CPU = 16
 
 
 class PictureAnalyser:
@@ -128,6 +129,7 @@ class PictureAnalyser:
         for size in sizes:
             missed = []
             for start in range(0, len(still), step):
+                host.current().check_interrupt()
                 together = still[start : start + step]
                 canvases, scales = [], []
                 for group in part:
@@ -155,11 +157,20 @@ class PictureAnalyser:
             if rows:
                 crops.append(self.aligned(group.pixels, torch.tensor(rows), torch.cat([one.keypoints for one in own])))
             start += len(own)
-        vectors = self.recogniser.embed(torch.cat(crops)).cpu() if crops else torch.zeros(0, self.embedding_width)
+        vectors = self._vectors(torch.cat(crops)).cpu() if crops else torch.zeros(0, self.embedding_width)
         return [
             Faces(one.boxes, one.keypoints, one.scores, vector.clone(), one.size, one.detector_size)
             for one, vector in zip(faces, torch.split(vectors, counts), strict=True)
         ]
+
+    def _vectors(self, crops: Tensor) -> Tensor:
+        """One embedding a crop; a CPU, which takes its time, hears a stop between a few of them."""
+        step = FACES_AT_ONCE_ON_CPU if self.device.type == "cpu" else len(crops)
+        parts = []
+        for start in range(0, len(crops), step):
+            host.current().check_interrupt()
+            parts.append(self.recogniser.embed(crops[start : start + step]))
+        return torch.cat(parts)
 
     def aligned(self, pixels: Tensor, rows: Tensor, keypoints: Tensor) -> Tensor:
         """[F, S, S, 3] float RGB 0..255 crops for the recogniser, of `pixels` [n, H, W, 3] on the device.

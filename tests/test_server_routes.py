@@ -338,14 +338,6 @@ def test_a_library_that_kills_its_process(code, sentence):
     assert sentence in LibraryReport((sys.executable, "-c", code), timeout=1.0).read()["error"]
 
 
-def test_the_real_report():
-    found = LibraryReport().read()
-    names = {entry["name"] for entry in found["backends"]}
-    assert {"triton", "onnxruntime", "diffusers", "ray", "transformers"} <= names
-    assert all(entry["available"] or entry["detail"] for entry in found["backends"])
-    assert found["face_engines"][0] == "torch: ready"
-
-
 def test_attention_backends_say_why_not(routes):
     ((status, found),) = ask(routes, get("libraries"))
     backends = {entry["name"]: entry for entry in found["attention"]}

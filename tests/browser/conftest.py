@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -76,6 +77,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, hub: str) -> Iterator[Any]:
         environment={"OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub, "no_proxy": "127.0.0.1"},
     )
     with launched(COMFYUI, options) as running:
+        # Otherwise a first visit opens the templates.
+        seen = urllib.request.Request(f"{running.url}/settings/Comfy.TutorialCompleted", b"true")
+        urllib.request.urlopen(seen, timeout=30).close()
         yield running
 
 
