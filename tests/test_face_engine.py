@@ -484,7 +484,7 @@ def test_a_stop_is_heard_between_the_pictures_of_a_batch(headless_host, analyser
 
     headless_host.check_interrupt = stop_at_third
     with pytest.raises(Interrupted):
-        analyser.analyse(pictures, once)
+        analyser.analyse(pictures, options=once)
     asked = 10
-    analyser.analyse(pictures, once)
+    analyser.analyse(pictures, options=once)
     assert asked >= 10 + len(pictures)
