@@ -22,6 +22,7 @@ from .. import host
 from ..host.headless import HeadlessHost
 from ..nodes import NODE_CLASS_MAPPINGS
 from .comparison_pictures import block_profile, block_telemetry, compare
+from .map_pictures import map_workflow
 from .picture_rows import ACCENT, DIM, INK, PAPER, card, font, labelled, save, shown, stacked
 from .text_to_image_pictures import z_image, z_image_loader, z_image_lora
 
@@ -404,6 +405,7 @@ MADE: dict[str, Callable[[], Image.Image]] = {
         block_telemetry,
         block_profile,
         compare,
+        map_workflow,
     )
 }
 

@@ -112,6 +112,15 @@ def captions() -> Image.Image:
     return tiles(row, text("Caption Folder", said))
 
 
+def mapped() -> Image.Image:
+    """The pictures of a folder, and what becomes of them."""
+    one, two, three, four = (photo(f"captioner_shapes_{n}.png") for n in range(1, 5))
+    row = Image.new("RGB", (SIDE, SIDE // 2), PAPER)
+    for n, picture in enumerate((one, two, three, four)):
+        row.paste(picture.resize((97, 97)), (n * 101, 50))
+    return tiles(row, text("Map Workflow", "one workflow, every picture,\nall GPUs; goes on where it was"))
+
+
 def boxes() -> Image.Image:
     sheet = made.vlm_boxes()
     return tiles(sheet.crop((0, 0, 300, 300)))
@@ -171,6 +180,7 @@ THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
     "instantid_identity": lambda: tiles(photo(), tokens()),
     "instantid_posed": lambda: tiles(photo("faces_drawn_one.png"), key_points("faces_drawn_one.png", zoom=False)),
     "instantid_two_people": lambda: tiles(people(), key_points("faces_drawn_three.png", zoom=False)),
+    "map_captions": mapped,
     "restore_a_film": restored,
     "z_image_fast": prompt_and_report,
 }

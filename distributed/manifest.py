@@ -114,6 +114,8 @@ class Manifest:
                 ) from None
             yield manifest
         finally:
+            if db.in_transaction:
+                db.execute("COMMIT")
             db.close()
         _sync_folder(path.parent)
 
@@ -187,8 +189,10 @@ class Manifest:
             self._db.execute("INSERT OR REPLACE INTO names VALUES (?, ?, ?)", (label, record.id, actual))
 
     def end_commit(self, job_id: str) -> None:
-        with self._transaction():
-            self._db.execute("UPDATE jobs SET state = ?, moves = '[]' WHERE id = ?", (DONE, job_id))
+        """The moves are made. On disk with the next result: lost in a crash, it is found out from the files."""
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN")
+        self._db.execute("UPDATE jobs SET state = ?, moves = '[]' WHERE id = ?", (DONE, job_id))
 
     def fail(self, record: JobRecord) -> None:
         with self._transaction():

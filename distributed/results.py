@@ -67,7 +67,10 @@ class ResultStore:
     def keep(
         self, job: Job, staging: Path, texts: Sequence[tuple[bool, str]], seconds: float, attempts: int
     ) -> list[Path]:
-        """Make what a worker staged final; returns the files. texts: (from where the workflow ends, text)."""
+        """Make final what a worker staged and has put on disk; returns the files.
+
+        texts: (from where the workflow ends, text).
+        """
         label = self.label(job)
         made = staging / OUTPUT
         names = sorted(p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()) if made.is_dir() else []
@@ -75,13 +78,12 @@ class ResultStore:
         if not names and shown:
             made.mkdir(parents=True, exist_ok=True)
             (made / "text.txt").write_text("\n\n".join(shown) + "\n", encoding="utf-8")
+            sync(made / "text.txt")
             names = ["text.txt"]
         tails = [Path(names[0]).suffix] if len(names) == 1 else [f"/{name}" for name in names]
         actual, stale = self._place(label, job.id, tails)
         base = made.relative_to(self.folder).as_posix()
         moves = [(f"{base}/{name}", actual + tail) for name, tail in zip(names, tails, strict=True)]
-        for source, _ in moves:
-            _sync(self.folder / source)
         record = JobRecord(job.id, COMMITTING, attempts, seconds, None, shown, tails)
         self.manifest.begin_commit(record, label, actual, [*moves, *((path, "") for path in stale)])
         self._move([*moves, *((path, "") for path in stale)])
@@ -154,7 +156,7 @@ class ResultStore:
                 (self.folder / source).replace(path)
                 folders.add(path.parent)
         for folder in folders:
-            _sync(folder)
+            sync(folder)
 
     def _remove(self, paths: Sequence[str]) -> None:
         for path in paths:
@@ -196,7 +198,7 @@ def _copy(source: Path, target: Path) -> None:
     unfinished.replace(target)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Make a file, or the names in a folder, durable."""
     if os.name != "posix" and path.is_dir():
         return

@@ -18,7 +18,7 @@ from ..headless.executor import Executor, NodeRun
 from ..headless.graph import Graph, Node
 from ..headless.outcome import outcome_of
 from ..host.headless import HeadlessHost
-from .results import OUTPUT, TEMP
+from .results import OUTPUT, TEMP, sync
 from .retry import CONNECTION, MEMORY, failure_kind
 
 log = logging.getLogger("hotpath.distributed")
@@ -152,6 +152,10 @@ class WorkflowWorker:
             self.executor.forget_output_nodes()
             graph = Graph.parse(payload["prompt"])
             result = self.executor.run(graph)
+            # Here and not in the run, which would wait for one disk after the other.
+            for path in (staging / OUTPUT).rglob("*"):
+                if path.is_file():
+                    sync(path)
         except Exception as error:
             kind = failure_kind(error)
             if kind == MEMORY:

@@ -14,6 +14,8 @@ from typing import Any
 
 from .graph import Graph, Link, Node
 
+MAP = "HotpathMap"
+
 
 @dataclass(frozen=True)
 class StandIns:
@@ -37,6 +39,10 @@ class StandIns:
                 name: value if isinstance(value, Link) else self.values.get(f"{node.class_type}.{name}", value)
                 for name, value in node.inputs.items()
             }
+            nested = inputs.get("workflow_text")
+            if node.class_type == MAP and isinstance(nested, str) and nested.strip():
+                # The models are in the workflow that is mapped.
+                inputs["workflow_text"] = json.dumps(self.apply(Graph.parse(json.loads(nested))).prompt())
             return Node(node.id, self.nodes.get(node.class_type, node.class_type), inputs, node.title)
 
         return Graph({node.id: small(node) for node in graph.nodes.values()})
