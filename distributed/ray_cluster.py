@@ -6,6 +6,7 @@ address and asks for a token, and another machine's is spoken to only with one (
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import ipaddress
 import logging
@@ -22,6 +23,7 @@ from .jobs import BadMap
 
 log = logging.getLogger("hotpath.distributed")
 
+FIRST_WITH_TOKENS = "2.52"
 TOKEN_FILE = "ray_auth_token"
 OBJECT_STORE = 80 << 20  # bytes; jobs are a few kilobytes of JSON, files never go through Ray
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -48,8 +50,15 @@ class ClusterOptions:
 def missing() -> str | None:
     """Why Ray cannot be used here, as a sentence; None when it can."""
     if importlib.util.find_spec("ray") is None:
-        return "Ray is not installed: `pip install 'ray[default]'` brings it; the executor local needs none."
+        return "Ray is not installed: `pip install 'ray>=2.52'` brings it; the executor local needs none."
     return None
+
+
+def without_tokens(version: str) -> bool:
+    """Whether this Ray knows no token authentication: it would ignore what asks for it and let everybody in."""
+    from packaging.version import Version
+
+    return Version(version) < Version(FIRST_WITH_TOKENS)
 
 
 def is_loopback(address: str) -> bool:
@@ -130,6 +139,11 @@ def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = (
         raise BadMap(why)
     if options.address is not None and options.address.lower() in ("auto", "local"):
         raise BadMap("Give the address as HOST:PORT, or none to start a cluster of this machine's own.")
+    if without_tokens(version := importlib.metadata.version("ray")):
+        raise BadMap(
+            f"Ray {version} has no token authentication, so anybody who reaches it could run code here: install "
+            f"{FIRST_WITH_TOKENS} or later."
+        )
     settings = {**SETTINGS, **token_environment(options, own_folder)}
     if options.address is None and gpus:
         settings["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

@@ -234,7 +234,17 @@ def test_the_token_is_made_once_and_is_the_users_alone(tmp_path):
             make_token(tmp_path / "cache")
 
 
+@needs_ray
+def test_a_ray_that_knows_no_tokens_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_cluster.importlib.metadata, "version", lambda name: "2.51.3")
+    with (
+        pytest.raises(BadMap, match=r"Ray 2\.51\.3 has no token authentication.* install 2\.52 or later"),
+        connected(ClusterOptions(), tmp_path),
+    ):
+        pass
+
+
 def test_without_ray_one_sentence(pictures, request_for, monkeypatch):
     monkeypatch.setattr(mapping.ray_cluster.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadMap, match=r"Ray is not installed: .*\[distributed\]"):
+    with pytest.raises(BadMap, match=r"Ray is not installed: .pip install 'ray"):
         run_map(request_for(pictures, executor="ray"))
