@@ -67,7 +67,7 @@ class Plan:
 class AttentionDispatcher:
     """A registry, what was measured, and what went wrong. The pack has one (`dispatcher`); tests make their own.
 
-    device, clock: stand in for torch's facts and for timing. may_measure: False where timing would disturb.
+    device, clock: stand in for torch's facts and for timing.
     """
 
     def __init__(

@@ -90,8 +90,9 @@ class AttentionOverride:
         self.log.begin()
 
     def end(self, _: Any) -> None:
-        """After it: the report appears under the node."""
-        host.current().show_text(self.log.report(), self.node_id)
+        """After it: the report appears under the node, if one is known."""
+        if self.node_id is not None:
+            host.current().show_text(self.log.report(), self.node_id)
 
 
 def override_of(model: Any) -> AttentionOverride | None:
@@ -123,7 +124,7 @@ def set_attention(model: Any, backend: str, strict: bool = False, node_id: str |
     for kind, callback in ((CallbacksMP.ON_PRE_RUN, override.begin), (CallbacksMP.ON_CLEANUP, override.end)):
         patched.remove_callbacks_with_key(kind, KEY)
         patched.add_callback_with_key(kind, KEY, callback)
-    return patched, "\n".join((override.log.report(), *_availability(patched.load_device, policy)))
+    return patched, "\n".join((override.log.report(), *_availability(patched.load_device)))
 
 
 def _below(held: Any) -> tuple[Callable[..., Tensor] | None, str]:
@@ -138,7 +139,7 @@ def _below(held: Any) -> tuple[Callable[..., Tensor] | None, str]:
     return held, f"Another pack's attention ({getattr(held, '__module__', '?')}) stays and uses this one."
 
 
-def _availability(device: Any, policy: AttentionPolicy) -> list[str]:
+def _availability(device: Any) -> list[str]:
     """One line per backend: whether it can run on `device`, else why not."""
     lines = [f"On {device}:"]
     for name, reason in dispatcher().available(device).items():

@@ -360,8 +360,12 @@ def test_refusals_name_the_cure(monkeypatch):
     compiled.add_object_patch("diffusion_model.layers.0", torch.nn.Identity())
     with pytest.raises(PrecisionUnavailable, match="put Hotpath Precision before that node"):
         set_precision(compiled, "fp8")
+    import comfy.model_patcher
     import comfy.ops
 
+    foreign = comfy.model_patcher.ModelPatcher(torch.nn.Linear(16, 16), torch.device("cpu"), torch.device("cpu"))
+    with pytest.raises(PrecisionUnavailable, match="Linear is no model of ComfyUI's own"):
+        set_precision(foreign, "fp8")
     monkeypatch.delattr(comfy.ops, "mixed_precision_ops")
     with pytest.raises(PrecisionUnavailable, match="update ComfyUI"):
         set_precision(case.model, "fp8")
@@ -466,4 +470,4 @@ class TestOnCUDA:
         for tokens in (64, 96):
             x = torch.randn(1, tokens, 256, device="cuda").bfloat16()
             with torch.inference_mode():
-                assert relative(fast(x), module(x)) < 0.02
+                assert relative(fast(x), module(x)) < 0.03

@@ -88,6 +88,10 @@ def quantize_model(
     scheme = SCHEMES[scheme_name]
     if (reason := unavailable(scheme, model.load_device)) is not None:
         raise PrecisionUnavailable(f"{scheme.name} cannot be used, because {reason}.")
+    if not all(hasattr(model.model, name) for name in ("model_config", "diffusion_model", "get_dtype_inference")):
+        raise PrecisionUnavailable(
+            f"{type(model.model).__name__} is no model of ComfyUI's own and cannot be built anew: load it with ComfyUI's nodes."
+        )
     _refuse_replaced_modules(model)
 
     import comfy.model_management
