@@ -38,7 +38,7 @@ class Guidance:
 class Source:
     """What is drawn over. latents: [B, C, h, w], scaled; noise: of the same shape, what was added to them.
 
-    mask: bool [1, 1, h, w], true where it is drawn and false where the source stays; None draws everywhere.
+    mask: bool [B, 1, h, w], true where it is drawn and false where the source stays; None draws everywhere.
     """
 
     latents: Tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,8 +49,8 @@ class Pipeline:
 class Request:
     """What is drawn. width, height: pixels, multiples of `ZImage.step_of_size`. seed: of the first picture.
 
-    image: [B, H, W, 3] in 0..1 to draw over, with `strength` (over 0 to 1) of the schedule; mask: [B, H, W] or [H, W],
-    1 where it is drawn. control: [B, H, W, 3], edges, depth or a pose that a checkpoint with a ControlNet draws after, with
+    image: [B, H, W, 3] in 0..1 to draw over, with `strength` (over 0 to 1) of the schedule; mask: [B, H, W] or [H, W], 1
+    where it is drawn. control: [B, H, W, 3], edges, depth or a pose that a checkpoint with a ControlNet draws after, with
     the weight `control_strength`. pictures_at_a_time: 1 makes a picture independent of its company to the last bit; more is
     faster for small pictures. tiling, prompt_cache: one of decoding.TILING, prompts.CACHES.
     """
@@ -117,9 +117,10 @@ def check(request: Request, model: ZImage) -> None:
         raise ValueError(f"A strength of {request.strength} draws nothing: choose over 0 to 1.")
     if request.mask is not None and request.image is None:
         raise ValueError("A mask needs an image that it lies on: connect one.")
-    for images, name in ((request.image, "images"), (request.control, "control images")):
-        if images is not None and images.shape[0] not in (1, request.pictures):
-            raise ValueError(f"{images.shape[0]} {name} for {request.pictures} pictures: connect one, or one for each.")
+    given = (("images", request.image, 4), ("masks", request.mask, 3), ("control images", request.control, 4))
+    for name, batch, dimensions in given:
+        if batch is not None and batch.ndim == dimensions and batch.shape[0] not in (1, request.pictures):
+            raise ValueError(f"{batch.shape[0]} {name} for {request.pictures} pictures: connect one, or one for each.")
     if request.control is not None and not model.checkpoint.controlled:
         raise ValueError(
             f"{model.checkpoint.name} has no ControlNet to draw after a control image: choose a ZImageControlNetPipeline."
@@ -155,15 +156,14 @@ class Run:
             shape = (model.latent_channels, request.height // model.latent_scale, request.width // model.latent_scale)
             noise = denoising.noise(private, shape)
             found: list[Tensor] = []
-            with self.stage("denoise"), self._transformer(self._tokens + len(positive.states)) as network:
+            with self._transformer(self._tokens + len(positive.states)) as network, self.stage("denoise"):
                 states = positive.states.to(model.device, model.dtype)
                 against = None if negative is None else negative.states.to(model.device, model.dtype)
                 for begin in parts:
                     part = slice(begin, begin + request.pictures_at_a_time)
                     found.append(self._denoise(network, noise[part], source, control, part, states, against))
-                latents = torch.cat(found)
                 # Copied here, so that the time before is the time it took.
-                latents = latents.cpu()
+                latents = torch.cat(found).cpu()
             with self.stage("decode"):
                 pictures, how = decoding.decode(model, latents, request.tiling, lambda: self.bar.update(1))
         self.notes.append(f"decoded {how}")
@@ -208,10 +208,11 @@ class Run:
             latents = decoding.encode(model, fitted, private)
             if request.mask is None:
                 return latents, None
-            mask = request.mask[None] if request.mask.ndim == 2 else request.mask[:1]
+            mask = request.mask[None] if request.mask.ndim == 2 else request.mask
             planes = decoding.fit_pictures(mask[..., None].expand(-1, -1, -1, 3), request.width, request.height)
             drawn = (planes[..., 0] >= 0.5).float()[:, None]
-            return latents, F.interpolate(drawn, size=latents.shape[-2:]).bool().to(model.device)
+            small = F.interpolate(drawn, size=latents.shape[-2:]).bool().to(model.device)
+            return latents, small.expand(request.pictures, -1, -1, -1)
 
     def _control(self) -> Tensor | None:
         """What the ControlNet reads, [B, channels, 1, h, w]: the control picture's latents, and zeros for what it could
@@ -231,10 +232,10 @@ class Run:
         """The transformer on its device with the run's LoRA files on it."""
         width = int(self.model.checkpoint.config("transformer").get("dim", 3840))
         room = LIVE_ACTIVATIONS * tokens * width * self.request.pictures_at_a_time * self.model.dtype.itemsize
-        with (
-            self.model.transformer.resident(room) as network,
-            self.model.adapters.on(network, self.adapters) as changed,
-        ):
+        with ExitStack() as held:
+            with self.stage("transformer"):
+                network = held.enter_context(self.model.transformer.resident(room))
+                changed = held.enter_context(self.model.adapters.on(network, self.adapters))
             self.model.attention.record.begin()
             if self.adapters:
                 names = ", ".join(f"{a.path.name} at {a.strength:g}" for a in self.adapters)
@@ -256,7 +257,7 @@ class Run:
         latents = noise.to(model.device)
         source = None
         if image is not None:
-            source = Source(image[0][part], latents, image[1])
+            source = Source(image[0][part], latents, None if image[1] is None else image[1][part])
             latents = scheduler.scale_noise(source.latents, timesteps[:1], latents)
         return denoising.denoise(
             lambda x, t, states: self._forward(network, x, t, states, None if control is None else control[part]),

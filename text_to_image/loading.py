@@ -30,16 +30,9 @@ log = logging.getLogger("hotpath.text_to_image")
 # Not float16: the transformer's activations run over its range.
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 PATCH = 2  # latent pixels on a side of one token
-SHARED = (
-    "t_embedder",
-    "all_x_embedder",
-    "cap_embedder",
-    "rope_embedder",
-    "noise_refiner",
-    "context_refiner",
-    "x_pad_token",
-    "cap_pad_token",
-)  # fmt: skip - what a ControlNet takes from the transformer, and its files hold again
+# What a ControlNet takes from the transformer, and its files hold again.
+SHARED: tuple[str, ...] = ("t_embedder", "all_x_embedder", "cap_embedder", "rope_embedder", "noise_refiner")
+SHARED += ("context_refiner", "x_pad_token", "cap_pad_token")
 PROMPT_MULTIPLE = 32  # the transformer fills a prompt's tokens up to a multiple of it
 
 
@@ -68,16 +61,15 @@ class Holder(nn.Module):
 class Component:
     """One network of a checkpoint, read from the disk when it is first needed, then in the host's management.
 
-    One run at a time computes with it, and nobody sends it away meanwhile. others: the checkpoint's other networks, which
-    leave the device first when there is no room for this one.
+    One run at a time computes with it, and nobody sends it away meanwhile. load: reads it; others: the checkpoint's
+    networks, which leave the device first when there is no room for this one. Both are methods of the checkpoint, and kept
+    weakly: a checkpoint that nobody holds must go at once, with its gigabytes.
     """
 
-    def __init__(
-        self, name: str, load: Callable[[], nn.Module], others: Callable[[], Iterable[Component]] = tuple
-    ) -> None:
+    def __init__(self, name: str, load: Callable[[], nn.Module], others: Callable[[], Iterable[Component]]) -> None:
         self.name = name
-        self._load = load
-        self._others = others
+        self._load = weakref.WeakMethod(load)
+        self._others = weakref.WeakMethod(others)
         self._lock = threading.RLock()
         self._managed: Any = None
 
@@ -92,8 +84,10 @@ class Component:
             if self._managed is None:
                 start = time.perf_counter()
                 # Ordinary tensors also where the host runs nodes in inference mode.
+                load = self._load()
+                assert load is not None, "a checkpoint's network was used after the checkpoint was gone"
                 with torch.inference_mode(False):
-                    network = self._load().eval().requires_grad_(False)
+                    network = load().eval().requires_grad_(False)
                 self._managed = host.current().manage(Holder(network))
                 log.info("%s read in %.1f s", self.name, time.perf_counter() - start)
             return self._managed
@@ -113,7 +107,8 @@ class Component:
             return
         arriving = 0 if weights[0].device.type == managed.device.type else sum(w.nbytes for w in weights)
         if host.current().free_memory(managed.device) < arriving + extra_bytes:
-            for other in self._others():
+            others = self._others()
+            for other in others() if others is not None else ():
                 if other is not self:
                     other.release()
 

@@ -25,7 +25,7 @@ def test_an_item_goes_anywhere_and_its_picture_comes_back(folder, draw, load, tm
     item = pickle.loads(pickle.dumps(ITEM))
     done = run_item(item, tmp_path / "out")
     assert json.loads(json.dumps(done)) == done == pickle.loads(pickle.dumps(done))
-    assert not done["skipped"] and done["seconds"].keys() == {"prompts", "denoise", "decode"}
+    assert not done["skipped"] and done["seconds"].keys() == {"prompts", "transformer", "denoise", "decode"}
     (file,) = done["files"]
     wanted = (draw(load(), seed=3).pictures[0] * 255).round().byte().numpy()
     assert np.array_equal(pixels(file), wanted)

@@ -81,6 +81,9 @@ def test_drawing_in_a_mask(load, draw, library):
     found = draw(load(), image=image, mask=mask, strength=1.0, steps=3, seed=4)
     assert (found.pictures - wanted).abs().max() <= TOLERANCE
     kept, drawn = found.latents[:, :, :2], found.latents[:, :, 2:]
+    # A mask for each of two pictures.
+    both = draw(load(), image=image, mask=torch.cat([1 - mask, mask]), strength=1.0, steps=3, seed=3, pictures=2)
+    assert torch.equal(both.latents[1:], found.latents)
     over = draw(load(), image=image, mask=mask, prompt="something else", strength=1.0, steps=3, seed=4)
     assert torch.equal(over.latents[:, :, :2], kept) and not torch.equal(over.latents[:, :, 2:], drawn)
 
