@@ -1,0 +1,399 @@
+"""ComfyUI, its own TorchCompileModel, diffusers and this pack's accelerations, in one run on equal weights.
+
+    python benchmarks/acceleration.py                 # a GPU, ten minutes; writes acceleration.json and acceleration.md
+    python benchmarks/acceleration.py --only sdxl --minutes 5 --write      # appends the table to RESULTS.md
+    python benchmarks/acceleration.py --tiny          # a test of itself on the CPU, with graphs that are not compiled
+
+Z-Image's transformer (6.15 billion weights, bf16, 9 steps, cfg 1; diffusers' own class on the same tensors) and SDXL's
+UNet (fp16, 8 steps, CFG, with and without InstantID), random weights. Every contestant first gives its latents, which are
+compared with ComfyUI's as PSNR over their range, for three cases: a prompt, a second prompt of another length, a second
+size; graphs that the second and third needed are counted. Then all run in turn, round after round; figures are medians.
+Contestants for which no time is left are named as left out. Random weights show speed and equality, never quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 1 << 30
+
+
+def prepare_imports(tiny: bool) -> None:
+    """Let the pack and a ComfyUI beside it be imported."""
+    places = [os.environ.get("COMFYUI_PATH"), *ROOT.parents, Path.home() / "ComfyUI"]
+    comfy = next((Path(p) for p in places if p and (Path(p) / "comfy_api").is_dir()), None)
+    if comfy is None:
+        sys.exit("No ComfyUI found: set COMFYUI_PATH.")
+    sys.path.insert(0, str(comfy))
+    from comfy.cli_args import args
+
+    args.cpu = tiny or not torch.cuda.is_available()
+    if importlib.util.find_spec("hotpath") is None:
+        spec = importlib.util.spec_from_file_location(
+            "hotpath", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["hotpath"])
+
+
+@dataclass
+class Contestant:
+    """prepare: makes what samples a Case to a latent. est: seconds it is likely to need before it is warm."""
+
+    name: str
+    prepare: Callable[[], Callable[[Any], torch.Tensor]]
+    est: float = 10.0
+    run: Callable[[Any], torch.Tensor] | None = None
+    warm_up: float = 0.0
+    first: dict[str, float] = field(default_factory=dict)
+    new_graphs: dict[str, int] = field(default_factory=dict)
+    psnr: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    extra_gib: float = 0.0
+    left_out: str = ""
+    notes: str = ""
+
+    def median(self, case: str) -> float | None:
+        return statistics.median(self.seconds[case]) if self.seconds.get(case) else None
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def clock(run: Callable[[], Any]) -> tuple[float, Any]:
+    wait()
+    start = time.perf_counter()
+    out = run()
+    wait()
+    return time.perf_counter() - start, out
+
+
+def graphs_so_far() -> int:
+    utils = sys.modules.get("torch._dynamo.utils")
+    return int(utils.counters["stats"]["unique_graphs"]) if utils is not None else 0
+
+
+def psnr(made: torch.Tensor, expected: torch.Tensor) -> float:
+    made, expected = made.float().cpu(), expected.float().cpu()
+    error = (made - expected).square().mean()
+    span = expected.max() - expected.min()
+    return float(10 * torch.log10(span.square() / error)) if error > 0 else float("inf")
+
+
+@contextlib.contextmanager
+def fast_settings() -> Iterator[None]:
+    """What ComfyUI's --fast sets for the process: fp16 accumulation and autotuned convolutions. Undone afterwards."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (getattr(matmul, "allow_fp16_accumulation", None), cudnn.benchmark)
+    try:
+        cudnn.benchmark = True
+        if before[0] is not None:
+            matmul.allow_fp16_accumulation = True
+        yield
+    finally:
+        cudnn.benchmark = before[1]
+        if before[0] is not None:
+            matmul.allow_fp16_accumulation = before[0]
+
+
+class Family:
+    """One model and everything that runs it."""
+
+    def __init__(self, title: str, steps: int, cfg: float, shrink: int, channels: int, tiny: bool) -> None:
+        from acceleration_models import cases
+
+        self.title, self.steps, self.cfg, self.shrink, self.channels, self.tiny = (
+            title, steps, cfg, shrink, channels, tiny,
+        )  # fmt: skip
+        self.cases = cases(tiny)
+        self.backend = "eager" if tiny else "inductor"
+
+    def text(self, case: Any) -> Any:
+        raise AssertionError("set by the family")
+
+    def latent(self, case: Any) -> torch.Tensor:
+        return torch.zeros(1, self.channels, case.height // self.shrink, case.width // self.shrink)
+
+    def noise(self, case: Any) -> torch.Tensor:
+        return torch.randn(self.latent(case).shape, generator=torch.Generator().manual_seed(11))
+
+    def sampler(self, model: Any) -> Callable[[Any], torch.Tensor]:
+        """Samples `model`, a ModelPatcher, as KSampler does."""
+        import comfy.sample
+
+        def run(case: Any) -> torch.Tensor:
+            positive, negative = self.text(case)
+            return comfy.sample.sample(
+                model, self.noise(case), self.steps, self.cfg, "euler", "simple", positive, negative,
+                self.latent(case), disable_pbar=True, seed=11,
+            )  # fmt: skip
+
+        return run
+
+    def compiled(self, model: Any, **settings: Any) -> Callable[[], Callable[[Any], torch.Tensor]]:
+        from hotpath.patches.compilation import CompileSettings, compile_model
+
+        return lambda: self.sampler(compile_model(model, CompileSettings(**settings), self.backend)[0])
+
+    def core_compiled(self, model: Any) -> Callable[[], Callable[[Any], torch.Tensor]]:
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+        from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+        def prepare() -> Callable[[Any], torch.Tensor]:
+            made = model.clone()
+            set_torch_compile_wrapper(made, self.backend, options={"guard_filter_fn": skip_torch_compile_dict})
+            return self.sampler(made)
+
+        return prepare
+
+    def fast(self, model: Any) -> Callable[[], Callable[[Any], torch.Tensor]]:
+        def prepare() -> Callable[[Any], torch.Tensor]:
+            run = self.sampler(model)
+
+            def fast_run(case: Any) -> torch.Tensor:
+                with fast_settings():
+                    return run(case)
+
+            return fast_run
+
+        return prepare
+
+
+def z_image(tiny: bool) -> tuple[Family, list[Contestant]]:
+    import comfy.samplers
+    from acceleration_models import TINY_Z_IMAGE, Z_IMAGE, diffusers_twin, native, prompt
+
+    config = TINY_Z_IMAGE if tiny else Z_IMAGE
+    steps = 2 if tiny else 9
+    family = Family(f"Z-Image, {'tiny, fp32' if tiny else 'bf16'}, {steps} steps, cfg 1", steps, 1.0, 8, 16, tiny)
+    model = native("ZImage", config, torch.float32 if tiny else torch.bfloat16, seed=1)
+    device = model.load_device
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", family.steps).to(
+        device
+    )
+
+    def text(case: Any) -> Any:
+        made = prompt(case.seed, case.tokens, config["cap_feat_dim"])
+        return made, made
+
+    family.text = text  # type: ignore[method-assign]
+
+    def with_diffusers(compile_blocks: bool) -> Callable[[Any], torch.Tensor]:
+        twin = diffusers_twin(model, config)
+        dtype = next(twin.parameters()).dtype
+        if compile_blocks:
+            twin.compile_repeated_blocks(fullgraph=True, backend=family.backend)
+
+        def run(case: Any) -> torch.Tensor:
+            x = family.noise(case).to(device) * sigmas[0]
+            caption = text(case)[0][0][0][0].to(device, dtype)
+            for sigma, following in itertools.pairwise(sigmas):
+                out = twin([x[0, :, None].to(dtype)], 1 - sigma[None], [caption], return_dict=False)[0][0]
+                x = x - out[:, 0].float()[None] * (following - sigma)
+            return model.model.process_latent_out(x)
+
+        return run
+
+    def maximum_speed() -> Callable[[Any], torch.Tensor]:
+        from hotpath.patches.speed_profiles import PROFILES, apply_profile
+
+        made, report = apply_profile(model, PROFILES["maximum speed"])
+        contestants[3].notes = report
+        return family.sampler(made)
+
+    contestants = [
+        Contestant("ComfyUI", lambda: family.sampler(model)),
+        Contestant("Hotpath compile, default", family.compiled(model), 40),
+        Contestant("Hotpath compile, reduce-overhead", family.compiled(model, mode="reduce-overhead"), 10),
+        Contestant("Hotpath maximum speed (fp8)", maximum_speed, 60),
+        Contestant("diffusers, eager", lambda: with_diffusers(False)),
+        Contestant("diffusers, compile_repeated_blocks", lambda: with_diffusers(True), 40),
+        Contestant("ComfyUI, --fast settings", family.fast(model)),
+        Contestant("ComfyUI TorchCompileModel", family.core_compiled(model), 150),
+    ]
+    if tiny:  # its compiled profile needs a compiler
+        contestants.pop(3)
+    return family, contestants
+
+
+def sdxl(tiny: bool) -> tuple[Family, list[Contestant]]:
+    from acceleration_models import POOLED, SDXL, TINY_SDXL, native, prompt, with_identity
+
+    config = TINY_SDXL if tiny else SDXL
+    steps = 2 if tiny else 8
+    family = Family(f"SDXL, {'tiny, fp32' if tiny else 'fp16'}, {steps} steps, CFG", steps, 7.0, 8, 4, tiny)
+    model = native("SDXL", config, torch.float32 if tiny else torch.float16, seed=2)
+
+    def text(case: Any) -> Any:
+        tokens = 77 * -(-case.tokens // 77)  # CLIP's
+        made = (prompt(seed, tokens, config["context_dim"], POOLED) for seed in (case.seed, 99))
+        return tuple(made)
+
+    family.text = text  # type: ignore[method-assign]
+    person = with_identity(model)
+    return family, [
+        Contestant("ComfyUI", lambda: family.sampler(model)),
+        Contestant("Hotpath compile, default", family.compiled(model), 60),
+        Contestant("Hotpath compile, reduce-overhead", family.compiled(model, mode="reduce-overhead"), 10),
+        Contestant("InstantID", lambda: family.sampler(person)),
+        Contestant("InstantID, Hotpath compile, reduce-overhead", family.compiled(person, mode="reduce-overhead"), 30),
+        Contestant("Hotpath compile, transformer blocks", family.compiled(model, regions="transformer blocks"), 10),
+        Contestant("ComfyUI, --fast settings", family.fast(model)),
+        Contestant("ComfyUI TorchCompileModel", family.core_compiled(model), 150),
+    ]
+
+
+FAMILIES = {"z_image": z_image, "sdxl": sdxl}
+
+
+def measure(family: Family, contestants: list[Contestant], until: float, rounds: int) -> None:
+    """Outputs first, then `rounds` rounds of every contestant in turn, or as many as fit before `until`."""
+    references: dict[str, dict[str, torch.Tensor]] = {}
+    for contestant in contestants:
+        if time.monotonic() + contestant.est > until:
+            contestant.left_out = "no time was left"
+            continue
+        try:
+            _warm(family, contestant, references)
+        except Exception as error:
+            contestant.left_out = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            traceback.print_exc()
+        print(f"  {contestant.name}: {contestant.left_out or f'warm after {contestant.warm_up:.1f} s'}", flush=True)
+    running = [c for c in contestants if c.run is not None and not c.left_out]
+    for number in range(rounds):
+        for case in family.cases:
+            for contestant in running:
+                seconds, _ = clock(lambda c=contestant, k=case: c.run(k))  # type: ignore[misc]
+                contestant.seconds.setdefault(case.name, []).append(seconds)
+        if number >= 2 and time.monotonic() > until:
+            break
+
+
+def _warm(family: Family, contestant: Contestant, references: dict[str, dict[str, torch.Tensor]]) -> None:
+    identity = "InstantID" if contestant.name.startswith("InstantID") else "plain"
+    known = references.setdefault(identity, {})
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    run = contestant.run = contestant.prepare()
+    for case in family.cases:
+        graphs = graphs_so_far()
+        seconds, out = clock(lambda c=case: run(c))
+        contestant.first[case.name] = seconds
+        contestant.new_graphs[case.name] = graphs_so_far() - graphs
+        if case is family.cases[0]:
+            contestant.warm_up = time.perf_counter() - start
+        assert torch.isfinite(out).all(), f"{contestant.name} gives values that are not finite"
+        contestant.psnr[case.name] = psnr(out, known.setdefault(case.name, out))
+    if torch.cuda.is_available():
+        contestant.extra_gib = (torch.cuda.max_memory_allocated() - before) / GIB
+
+
+def table(family: Family, contestants: list[Contestant]) -> str:
+    first, prompt, size = (case.name for case in family.cases)
+    where = ", ".join(f"{case.name} {case.width}x{case.height}, {case.tokens} tokens" for case in family.cases)
+    lines = [
+        f"### {family.title}",
+        "",
+        f"{where}. Seconds for all steps, medians; PSNR is the lowest of the three cases. PSNR and x for InstantID are "
+        "against InstantID in plain ComfyUI."
+        if any(c.name == "InstantID" for c in contestants)
+        else f"{where}. Seconds for all steps, medians; PSNR is the lowest of the three cases.",
+        "",
+        "| | warm-up s | s | per step ms | x ComfyUI | second prompt s | second size s | graphs: first, then new | PSNR dB "
+        "| peak beyond the weights GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    stock: dict[str, float] = {}
+    for c in contestants:
+        seconds = c.median(first)
+        if c.left_out or seconds is None:
+            lines.append(f"| {c.name} | left out: {c.left_out} |" + " |" * 8)
+            continue
+        base = stock.setdefault("InstantID" if c.name.startswith("InstantID") else "plain", seconds)
+        new = c.new_graphs[prompt] + c.new_graphs[size]
+        lines.append(
+            f"| {c.name} | {c.warm_up:.1f} | {seconds:.3f} | {1000 * seconds / family.steps:.1f} | {seconds / base:.2f} "
+            f"| {c.median(prompt) or 0:.3f} | {c.median(size) or 0:.3f} | {c.new_graphs[first]}, {new} "
+            f"| {min(c.psnr.values()):.1f} | {c.extra_gib:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def as_dict(family: Family, contestants: list[Contestant]) -> dict[str, Any]:
+    kept = ("name", "warm_up", "first", "new_graphs", "psnr", "seconds", "extra_gib", "left_out", "notes")
+    return {
+        "title": family.title,
+        "steps": family.steps,
+        "cases": [vars(case) for case in family.cases],
+        "contestants": [{name: getattr(contestant, name) for name in kept} for contestant in contestants],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=FAMILIES, help="one of the two models")
+    parser.add_argument("--minutes", type=float, default=9.3, help="no contestant begins after its share of these")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for acceleration.json and acceleration.md")
+    parser.add_argument("--write", action="store_true", help="append the table to benchmarks/RESULTS.md")
+    parser.add_argument("--tiny", action="store_true", help="small models on the CPU: a test of this script")
+    options = parser.parse_args()
+    start = time.monotonic()
+    prepare_imports(options.tiny)
+    chosen = [options.only] if options.only else list(FAMILIES)
+    results, tables = [], []
+    for number, name in enumerate(chosen):
+        left = start + 60 * options.minutes - time.monotonic()
+        until = time.monotonic() + left / (len(chosen) - number)
+        print(f"{name}: {until - time.monotonic():.0f} s", flush=True)
+        with torch.inference_mode():
+            family, contestants = FAMILIES[name](options.tiny)
+            measure(family, contestants, until, options.rounds)
+        tables.append(table(family, contestants))
+        results.append(as_dict(family, contestants))
+        del family, contestants
+        if torch.cuda.is_available():
+            import comfy.model_management
+
+            comfy.model_management.unload_all_models()
+            torch.cuda.empty_cache()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and not options.tiny else platform.processor()
+    arguments = " ".join(sys.argv[1:])
+    head = (
+        f"{date.today()}, {device or 'CPU'}, torch {torch.__version__}, `python benchmarks/acceleration.py {arguments}`"
+    )
+    text = "\n\n".join(["## Acceleration of native models", f"{head.strip()}", *tables]) + "\n"
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "acceleration.json").write_text(json.dumps({"where": head, "families": results}, indent=1))
+    (options.out / "acceleration.md").write_text(text)
+    print(text)
+    if options.write:
+        with (ROOT / "benchmarks" / "RESULTS.md").open("a") as file:
+            file.write("\n" + text)
+
+
+if __name__ == "__main__":
+    main()
