@@ -327,13 +327,13 @@ def _timed_class(kind: type, methods: tuple[tuple[str, str], ...]) -> type:
     if hasattr(kind, "clone"):
 
         def clone(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return timed_copy(kind.clone(self, *args, **kwargs), self.hotpath_profile, dict(methods))  # type: ignore[attr-defined]
+            return timed_copy(kind.clone(self, *args, **kwargs), self.hotpath_profile, dict(methods))
 
         members["clone"] = clone
     return type(kind.__name__, (kind,), {"__module__": kind.__module__, **members})
 
 
-_timed_class_of = functools.cache(_timed_class)
+_timed_class_of: Callable[..., type] = functools.cache(_timed_class)
 
 
 def timed_copy(thing: Any, session: ProfileSession, methods: dict[str, str]) -> Any:

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_native_models import tiny
-
 from hotpath.patches import profile_drawing
 from hotpath.patches.compilation import compile_model, forget_compiled_kinds
 from hotpath.patches.profile_drawing import COMPILING, draw, table
@@ -28,6 +26,7 @@ from hotpath.patches.profiling import (
     resolve,
     timed_copy,
 )
+from tiny_native_models import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +105,17 @@ def test_samplers_with_two_evaluations_per_step_are_told() -> None:
     model, _, _, session = profile(bench.model)
     latent = torch.zeros(1, 16, 8, 8)
     comfy.sample.sample(
-        model, latent, 3, 1.0, "heun", "simple", bench.text("a", 8), bench.text("b", 8), latent, disable_pbar=True, seed=1
+        model,
+        latent,
+        3,
+        1.0,
+        "heun",
+        "simple",
+        bench.text("a", 8),
+        bench.text("b", 8),
+        latent,
+        disable_pbar=True,
+        seed=1,
     )
     found = session.take()
     assert [step.calls for step in found.steps] == [1, 2, 2]  # heun reports a step after its first evaluation
@@ -118,7 +127,9 @@ def test_compiling_and_falling_back_are_part_of_the_report() -> None:
     bench = tiny("flux")
     forget_compiled_kinds()
 
-    def foreign(q: Any, k: Any, v: Any, pe: Any = None, attn_mask: Any = None, extra_options: Any = None) -> dict[str, Any]:
+    def foreign(
+        q: Any, k: Any, v: Any, pe: Any = None, attn_mask: Any = None, extra_options: Any = None
+    ) -> dict[str, Any]:
         return {"q": q * 0.5}
 
     model, _, _, session = profile(bench.model)
@@ -201,7 +212,7 @@ def test_times_of_the_gpu_stand_beside_those_of_python(on_gpu: bool, monkeypatch
     assert len(again["stages"]) == 12 and again["total_seconds"] == pytest.approx(1.63)
     picture = draw(found)
     assert picture.shape[0] == 1 and picture.shape[3] == 3 and picture.shape[1] > 500
-    assert 0 <= picture.min() and picture.max() <= 1
+    assert picture.min() >= 0 and picture.max() <= 1
     red = torch.tensor([int(COMPILING[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     assert ((picture - red).abs().amax(-1) < 0.02).any()  # the step that compiled stands out
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_native_models import tiny
-
 from hotpath.cache import named_cache
 from hotpath.patches import speed_profiles
 from hotpath.patches.attention_override import override_of
@@ -27,6 +25,7 @@ from hotpath.patches.speed_profiles import (
     parse_section,
     source_fingerprint,
 )
+from tiny_native_models import tiny
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "hotpath.example.yaml"
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_native_models import tiny
-
 from hotpath import host
 from hotpath.patches.compilation import compile_model, compiler_of, forget_compiled_kinds
 from hotpath.patches.warmup import STEPS, parse_sizes, warm_up
+from tiny_native_models import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +103,7 @@ def test_the_nodes_compile_and_warm_up() -> None:
         for name, (_, options) in nodes["HotpathCompile"].INPUT_TYPES()["required"].items()
         if "default" in options
     }
-    model, report = nodes["HotpathCompile"]().compile(bench.model, **defaults)
+    _model, report = nodes["HotpathCompile"]().compile(bench.model, **defaults)
     assert "2 DoubleStreamBlock" in report or "Not compiled" in report
     prompt = bench.text("warm", 20)
     same, report = nodes["HotpathWarmup"]().warm_up(bench.model, "64x64", 2, prompt, prompt, cfg=1.0)

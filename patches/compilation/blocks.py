@@ -25,8 +25,12 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
+def _kind(value: Any) -> Hashable:
+    return type(value)
+
+
 @functools.cache
-def names_used(kind: type) -> frozenset[str]:
+def names_used(kind: Any) -> frozenset[str]:
     """Attribute names that the methods of a class use, apart from its constructors."""
     found: set[str] = set()
     for base in kind.__mro__:
@@ -43,7 +47,7 @@ def attributes_used(value: Any) -> dict[str, Any] | None:
     """The attributes that the methods of a patch of ours use, or None for any other object."""
     if not (type(value).__module__.startswith(OWN) or getattr(value, "compilable", False)):
         return None
-    used = names_used(type(value))
+    used = names_used(_kind(value))
     return {name: part for name, part in getattr(value, "__dict__", {}).items() if name in used}
 
 
@@ -83,7 +87,7 @@ def constants_of(block: nn.Module) -> Hashable:
     """The part of a block's kind that stays: classes, names, and attributes that its code uses."""
     found: list[Hashable] = []
     for path, part in block.named_modules():
-        used = names_used(type(part))
+        used = names_used(_kind(part))
         attributes = tuple(
             (name, _constant(value))
             for name, value in sorted(vars(part).items())

@@ -33,7 +33,8 @@ def inductor(settings: CompileSettings) -> Backend:
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs, config_patches=options)
+        made: Any = compile_fx(graph, inputs, config_patches=options)
+        return made
 
     return backend
 

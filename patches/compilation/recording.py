@@ -152,6 +152,7 @@ class CallRecorder:
         self.recorded = 0
         self.replayed = 0
         self.reason: str | None = None
+        self._errors: tuple[type[Exception], ...] = (RuntimeError, *compiler.errors)
         self._kept: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._failed: dict[Hashable, str] = {}
         self._read: dict[type, frozenset[str]] = {}
@@ -182,7 +183,7 @@ class CallRecorder:
         if held is None:
             try:
                 held = self._make(executor, arguments, flat)
-            except (RuntimeError, *self.compiler.errors) as error:
+            except self._errors as error:
                 self._failed[key] = f"{type(error).__name__} while recording: {str(error).splitlines()[0][:160]}"
                 if isinstance(error, torch.OutOfMemoryError):
                     self._kept.clear()
