@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .pair import FAILED, PASSED, Pair
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw, ImageFont
+
+    Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 GAIN = 8  # a difference of an eighth of the range is shown at its brightest
 # From no difference to the largest: readable in grey and with any colour vision, as values rise in lightness.
@@ -32,6 +38,8 @@ def side_by_side(pair: Pair, label_a: str = "A", label_b: str = "B", longest: in
 
     longest: reduce each of the three to this many pixels, if it is larger.
     """
+    from PIL import Image, ImageDraw
+
     panels = [(label_a, _pixels(pair.a)), (label_b, _pixels(pair.b))]
     if pair.measures is not None:
         panels.append((f"difference x{GAIN}", _pixels(difference_map(pair.a, pair.b))))
@@ -74,16 +82,20 @@ def as_image(picture: Tensor) -> Image.Image:
 
 
 def _pixels(picture: Tensor) -> Image.Image:
+    from PIL import Image
+
     plain = picture.detach().float().cpu()[..., :3].nan_to_num(0, 0, 0).clamp(0, 1)
     plain = plain.expand(*plain.shape[:2], 3)
     return Image.fromarray((plain.numpy() * 255).round().astype(np.uint8))
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def _font(size: int) -> Font:
+    from PIL import ImageFont
+
     return ImageFont.load_default(size)
 
 
-def _cut(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, room: int) -> str:
+def _cut(draw: ImageDraw.ImageDraw, text: str, font: Font, room: int) -> str:
     """As much of `text` as fits into `room` pixels."""
     if draw.textlength(text, font=font) <= room:
         return text

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .contributions import GROUPS, Contributions
@@ -41,6 +40,8 @@ def draw_contributions(found: Contributions, title: str = "") -> Tensor:
     _heat(figure, heat, found, order, relative)
     _bars(bars, found, order)
     figure.suptitle(title or "What the identity adds to each block, relative to the block's own output", fontsize=10)
+    from PIL import Image
+
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     pixels = np.asarray(Image.open(buffer).convert("RGB"), np.float32) / 255
@@ -93,6 +94,8 @@ def _borders(blocks: list[Any]) -> list[int]:
 
 
 def _sentence(text: str) -> Tensor:
+    from PIL import Image, ImageDraw
+
     picture = Image.new("RGB", (640, 64), "white")
     ImageDraw.Draw(picture).text((12, 24), text, fill="black")
     return torch.from_numpy(np.asarray(picture, np.float32) / 255)[None]

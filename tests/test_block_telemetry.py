@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,12 @@ class TestContributions:
         assert [found.blocks[i][0] for i in found.in_network_order()] == ["input"] * 24 + ["middle"] * 10 + [
             "output"
         ] * 36
+
+    def test_without_matplotlib_the_picture_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        drawn = draw_contributions(random_contributions())
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        sentence = draw_contributions(random_contributions())
+        assert sentence.shape == (1, 64, 640, 3) != drawn.shape and sentence.min() < 0.5
 
     def test_a_picture_of_nothing_is_still_a_picture(self) -> None:
         nothing = Contributions(SDXL_BLOCKS, np.zeros(0), np.zeros((0, 70)), np.zeros((0, 70)))

@@ -195,6 +195,9 @@ def test_what_needs_comfyui_says_so(tmp_path: Path, out: Path, capsys: Any) -> N
     path.write_text(json.dumps({"1": node("KSampler", seed=1, steps=3)}))
     compare(path, "--set-b", "1.seed=2", out=out, code=2)
     assert "KSampler" in capsys.readouterr().err
+    picture(tmp_path / "pictures" / "x.png")
+    compare(tmp_path / "pictures", out=out, code=2)
+    assert "name another one, or a workflow, to compare it with" in capsys.readouterr().err
     compare(tmp_path / "gone.json", out=out, code=2)
     assert "There is no file" in capsys.readouterr().err
 
