@@ -134,6 +134,15 @@ class HotpathPrecision:
             "optional": {
                 "latent": ("LATENT", {"tooltip": "To measure the error on; the first one of a batch is used."}),
                 "positive": ("CONDITIONING", {"tooltip": "The prompt to measure the error with."}),
+                "table": (
+                    "INT",
+                    {
+                        "default": 10,
+                        "min": 0,
+                        "max": 10000,
+                        "tooltip": "Layers the report lists with the error of their weights, the largest first.",
+                    },
+                ),
             },
             "hidden": HIDDEN,
         }
@@ -145,9 +154,10 @@ class HotpathPrecision:
         exclude: str,
         latent: Any = None,
         positive: Any = None,
+        table: int = 10,
         unique_id: str | None = None,
     ) -> tuple[Any, str]:
-        patched, report = set_precision(model, scheme, exclude, latent, positive)
+        patched, report = set_precision(model, scheme, exclude, latent, positive, table)
         host.current().show_text(report, unique_id)
         return patched, report
 

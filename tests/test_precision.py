@@ -222,6 +222,8 @@ def test_memory_is_stated_and_smaller():
     assert report.original - report.whole == pytest.approx(saved, rel=0.01)
     text = report.describe()
     assert f"{len(report.layers)} layers quantised" in text and "the original keeps its own weights" in text
+    assert text.count(" %  ") == 10 and report.describe(10000).count(" %  ") == len(report.layers)
+    assert "weight errors" not in report.describe(0)
     assert report.layers[0].error == max(entry.error for entry in report.layers)
 
 

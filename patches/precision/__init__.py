@@ -17,15 +17,17 @@ def set_precision(
     exclude: str | Iterable[str] | None = None,
     latent: dict[str, Any] | None = None,
     positive: Any = None,
+    table: int = 10,
 ) -> tuple[Any, str]:
     """A MODEL like `model` with its linear layers in `scheme`, one of SCHEMES, and a report. `model` is not changed.
 
     exclude: patterns of layers that stay (see `schemes.excluded_by`); None: DEFAULT_EXCLUDE. With a LATENT and a
-    CONDITIONING, both models run on them and the report says how far apart they are.
+    CONDITIONING, both models run on them and the report says how far apart they are. table: layers listed with their
+    weight errors, largest first.
     Raises PrecisionUnavailable with the reason and the cure where it cannot be done.
     """
     patched, report = quantize_model(model, scheme, exclude)
-    text = report.describe()
+    text = report.describe(table)
     if latent is not None and positive is not None:
         text += "\n" + describe_errors(compare(model, patched, latent, positive))
     return patched, text

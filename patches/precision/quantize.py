@@ -65,7 +65,8 @@ class QuantizationReport:
             lines.append("On the CPU this is a reference: the same rounding as on a GPU, and slower than the original.")
         if self.baked:
             lines.append(f"LoRA patches of {self.baked} layers are in the quantised weights.")
-        lines.append("Largest weight errors:")
+        if worst:
+            lines.append("Largest weight errors:")
         lines += [f"  {100 * layer.error:.2f} %  {layer.name}" for layer in self.layers[:worst]]
         reasons: dict[str, int] = {}
         for reason in self.left.values():
