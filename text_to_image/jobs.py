@@ -28,6 +28,7 @@ from .prompts import MAX_TOKENS
 
 KEY = "hotpath"  # the PNG text that holds a picture's description
 STEM_LENGTH = 40
+KINDS = {str: "text", int: "a whole number", float: "a number", tuple: "a list"}
 
 _kept: dict[str, ZImage] = {}
 _lock = threading.Lock()
@@ -71,14 +72,14 @@ class Item:
         values: dict[str, Any] = {}
         for key, value in description.items():
             kind = known[key]
-            if key == "loras":
+            if key == "loras" and isinstance(value, list | tuple):
                 values[key] = tuple(_lora(entry) for entry in value)
             elif kind is float and isinstance(value, int) and not isinstance(value, bool):
                 values[key] = float(value)
             elif isinstance(value, kind) and not isinstance(value, bool):
                 values[key] = value
             else:
-                raise ValueError(f"{key} is {value!r}, and should be {'text' if kind is str else 'a number'}.")
+                raise ValueError(f"{key} is {value!r}, and should be {KINDS[kind]}.")
         for key in ("model", "prompt"):
             if not str(values.get(key, "")).strip():
                 raise ValueError(f"A picture's description needs a {key}, which is missing or empty.")

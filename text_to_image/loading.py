@@ -132,7 +132,7 @@ class ZImage:
         self.checkpoint, self.options = checkpoint, options
         self.device = host.current().device()
         self.dtype = choose_dtype(options.dtype, self.device)
-        self.precision = precision.plan(options.precision, self.device)
+        self.precision = precision.plan(options.precision, self.device, self.dtype)
         self.attention = stream_attention.choose(options.attention)
         self.compilation = compilation.plan(options.compile, self.device)
         versions = (str(self.dtype), self.device.type, transformers.__version__)

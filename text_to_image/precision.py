@@ -29,19 +29,19 @@ class PrecisionPlan:
     note: str
 
 
-def plan(asked: str, device: torch.device) -> PrecisionPlan:
-    """The plan for one of PRECISIONS on `device`. Raises ValueError for another word."""
+def plan(asked: str, device: torch.device, dtype: torch.dtype) -> PrecisionPlan:
+    """The plan for one of PRECISIONS on `device`, for a network of `dtype`. Raises ValueError for another word."""
     if asked not in PRECISIONS:
         raise ValueError(f"{asked!r} is no precision: choose {', '.join(PRECISIONS)}.")
     if asked == "none":
         return PrecisionPlan("none", "")
-    if (reason := unavailable(asked, device)) is not None:
+    if (reason := unavailable(asked, device, dtype)) is not None:
         return PrecisionPlan("none", f"precision: none instead of {asked}, because {reason}")
     return PrecisionPlan(asked, f"precision: {asked} weights and activations in the blocks; pictures differ slightly")
 
 
-def unavailable(method: str, device: torch.device) -> str | None:
-    """Why `method` cannot run on `device`; None when it can."""
+def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `method` cannot run on `device` for a network of `dtype`; None when it can."""
     if importlib.util.find_spec("torchao") is None:
         return "the torchao package is not installed (pip install torchao)"
     if device.type == "cuda":
@@ -49,6 +49,8 @@ def unavailable(method: str, device: torch.device) -> str | None:
         needed = {"float8": (8, 9), "int8": (8, 0)}[method]
         if capability < needed:
             return f"it needs compute capability {needed[0]}.{needed[1]}, and this device has {capability[0]}.{capability[1]}"
+        if method == "float8" and dtype != torch.bfloat16:
+            return f"its products are made for bfloat16, and the dtype is {str(dtype).removeprefix('torch.')}"
         return None
     if method == "int8" and device.type == "cpu":
         return None

@@ -102,8 +102,13 @@ def test_float8_says_why_not(load, draw, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert "compute capability 8.9, and this device has 8.6" in str(
-        precision.unavailable("float8", torch.device("cuda"))
+        precision.unavailable("float8", torch.device("cuda"), torch.bfloat16)
     )
-    assert precision.unavailable("int8", torch.device("cuda")) is None
+    assert precision.unavailable("int8", torch.device("cuda"), torch.bfloat16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert precision.unavailable("float8", torch.device("cuda"), torch.bfloat16) is None
+    assert "the dtype is float32" in str(precision.unavailable("float8", torch.device("cuda"), torch.float32))
     monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: None)
-    assert "torchao package is not installed" in str(precision.unavailable("int8", torch.device("cuda")))
+    assert "torchao package is not installed" in str(
+        precision.unavailable("int8", torch.device("cuda"), torch.bfloat16)
+    )

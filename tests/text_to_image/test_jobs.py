@@ -60,13 +60,14 @@ def test_what_the_id_is_made_of(folder, tmp_path):
     ("change", "words"),
     [
         ({"promt": "x"}, "'promt' is no part of a picture's description"),
-        ({"seed": "3"}, "seed is '3', and should be a number"),
+        ({"seed": "3"}, "seed is '3', and should be a whole number"),
         ({"width": 64.5}, "width is 64.5"),
         ({"seed": True}, "seed is True"),
         ({"prompt": 3}, "prompt is 3, and should be text"),
         ({"prompt": " "}, "needs a prompt"),
         ({"model": ""}, "needs a model"),
         ({"loras": [["a"]]}, "is no LoRA"),
+        ({"loras": "a.safetensors"}, "loras is 'a.safetensors', and should be a list"),
     ],
 )
 def test_descriptions_that_are_wrong(change, words):
