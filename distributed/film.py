@@ -123,9 +123,10 @@ def merge_films(films: ItemSource, store: ResultStore, manifest: Manifest, suffi
         while path.exists() and str(path) != known:
             path = store.folder / f"{film.label}-{number}{suffix}"
             number += 1
+        # In this order a crash at any moment costs a second merge at most, and no second file.
+        manifest.record(mark, str(path))
         merge_shots(parts, film.file, path)
-        manifest.set_meta(mark, str(path))
-        manifest.set_meta(_whole_mark(film), file_fingerprint(path))
+        manifest.record(_whole_mark(film), file_fingerprint(path))
         shutil.rmtree(store.work / "parts" / film.label, ignore_errors=True)
         yield Merged(film.label, path)
 

@@ -133,8 +133,8 @@ class Manifest:
                 f"{self.path.parent.parent} holds results of another workflow, other values in it, or another input for "
                 "the items. Choose another output folder, or replace those results with --restart."
             )
-        self.set_meta("format", FORMAT)
-        self.set_meta("workflow", workflow_key)
+        self._set_meta("format", FORMAT)
+        self._set_meta("workflow", workflow_key)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -152,7 +152,12 @@ class Manifest:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else str(row[0])
 
-    def set_meta(self, key: str, value: str) -> None:
+    def record(self, key: str, value: str) -> None:
+        """A fact, on disk when this returns."""
+        with self._transaction():
+            self._set_meta(key, value)
+
+    def _set_meta(self, key: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def list_item(self, position: int, label: str, shown: str, job_id: str, film: str = "") -> None:
