@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hotpath.attention import best_match as matching
-from hotpath.attention import local_window, topk_memory
+from hotpath.attention import correlation_sampler, local_window, topk_memory
 from torch import Tensor
 
 SHAPES = [(2, 8, 5, 7, 20, 5), (1, 64, 9, 20, 40, 15), (3, 16, 17, 33, 24, 15), (1, 4, 1, 1, 6, 15)]
@@ -66,6 +66,56 @@ def test_gradients_take_the_definition() -> None:
 def test_choice_names_its_reason() -> None:
     _, reason = local_window.select_local_window(torch.device("cpu"))
     assert reason == "banded: the fused kernel needs CUDA, this is cpu"
+
+
+class Unfolded:
+    """spatial-correlation-sampler's formula, without its kernel."""
+
+    def spatial_correlation_sample(self, query: Tensor, key: Tensor, patch_size: int) -> Tensor:
+        frames, channels, height, width = key.shape
+        keys = torch.nn.functional.unfold(key, patch_size, padding=patch_size // 2)
+        keys = keys.view(frames, channels, patch_size, patch_size, height, width)
+        return (query[:, :, None, None] * keys).sum(1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("library", ["its formula", "installed"])
+def test_sampler_equals_definition(shape: tuple[int, ...], library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library == "installed":
+        pytest.importorskip("spatial_correlation_sampler", reason="optional, and has to be compiled")
+    else:
+        monkeypatch.setattr(correlation_sampler, "_library", lambda: Unfolded().spatial_correlation_sample)
+    query, key, value, bias, window = window_inputs(shape)
+    out = local_window.local_window_attention(query, key, value, bias, window, local_window.SAMPLER)
+    expected = local_window.local_window_reference(query, key, value, bias, window)
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=0)
+    _, reason = local_window.select_local_window(query.device, query.dtype, local_window.SAMPLER)
+    assert reason == "spatial_correlation_sampler: asked for"
+
+
+def test_sampler_is_kept_from_what_would_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never() -> None:
+        raise AssertionError("the library must not be reached")
+
+    monkeypatch.setattr(correlation_sampler, "_library", never)
+    cpu = torch.device("cpu")
+    for dtype in (torch.float16, torch.bfloat16):
+        refusal = correlation_sampler.sampler_unavailable(cpu, dtype)
+        assert refusal is not None and "on cpu it computes float32" in refusal
+        chosen, reason = local_window.select_local_window(cpu, dtype, local_window.SAMPLER)
+        assert chosen is local_window.local_window_banded and "not spatial_correlation_sampler: on cpu" in reason
+    assert "this is mps" in str(correlation_sampler.sampler_unavailable(torch.device("mps"), torch.float32))
+
+
+def test_sampler_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    correlation_sampler._library.cache_clear()
+    monkeypatch.setitem(sys.modules, "spatial_correlation_sampler", None)
+    chosen, reason = local_window.select_local_window(torch.device("cpu"), backend=local_window.SAMPLER)
+    correlation_sampler._library.cache_clear()
+    assert chosen is local_window.local_window_banded
+    assert "it is not installed; `pip install spatial-correlation-sampler` compiles it" in reason
+    with pytest.raises(ValueError, match="no local attention 'cudnn'"):
+        local_window.select_local_window(torch.device("cpu"), backend="cudnn")
 
 
 INTERPRETED = """
