@@ -100,7 +100,6 @@ class HeadlessHost:
         self.show_progress = show_progress
         self.on_preview: Any = None
         self.texts: list[tuple[str | None, str]] = []
-        self.warnings: list[tuple[str | None, str]] = []
         self.node_id: str | None = None
 
     def model_folders(self, kind: str) -> list[Path]:
@@ -190,7 +189,7 @@ class HeadlessHost:
 
     def warn(self, text: str, node_id: str | None = None) -> None:
         log.warning("%s", text)
-        self.warnings.append((node_id if node_id is not None else self.node_id, text))
+        self.show_text(f"Warning: {text}", node_id)
 
 
 def best_device() -> torch.device:

@@ -110,10 +110,9 @@ class InstantIDFaceAnalysis:
         here = host.current()
         device = torch.device("cpu") if provider == "CPU" else here.device()
         analyser = face.load_analyser(here.model_folders("insightface"), name="antelopev2", device=device)
-        line = analyser.report()
+        here.show_text(analyser.report(), unique_id)
         if provider != "CPU" and device.type == "cpu":
-            line = f"{provider} was asked for, but torch sees no graphics card here, so the CPU is used. {line}"
-        here.show_text(line, unique_id)
+            here.warn(f"{provider} was asked for, but torch sees no graphics card here: the CPU is used.", unique_id)
         return (analyser,)
 
 
@@ -143,7 +142,7 @@ class FaceKeypointsPreprocessor:
         found = find_poses(face.adapt(faceanalysis), image)
         missing = sum(1 for f in found if not len(f))
         if missing:
-            host.current().show_text(f"No face in {missing} of {len(found)} pictures: drawn black.", unique_id)
+            host.current().warn(f"No face in {missing} of {len(found)} pictures: drawn black.", unique_id)
         return (draw_aligned(found),)
 
 

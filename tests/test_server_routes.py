@@ -388,7 +388,7 @@ def test_warnings_of_the_pack_reach_the_node():
 
 def test_without_comfyui_a_warning_is_logged_and_kept(headless_host, caplog):
     headless_host.warn("slow", "7")
-    assert headless_host.warnings == [("7", "slow")] and "slow" in caplog.text
+    assert headless_host.texts == [("7", "Warning: slow")] and "slow" in caplog.text
 
 
 @pytest.mark.comfy
