@@ -168,6 +168,8 @@ def test_an_earlier_run_is_the_reference_for_a_new_one(workflow: Path, out: Path
     compare(workflow, "--seeds", "1,2,3", "--set-b", "1.strength=0.02", out=out, code=0)
     data = compare(out / "b", workflow, "--seeds", "3,1", "--set-b", "1.strength=0.02", out=tmp_path / "again", code=0)
     assert [p["seed"] for p in data["pairs"]] == [3, 1] and all(p["identical"] for p in data["pairs"])
+    compare(out / "b", workflow, "--seeds", "3,1", out=out, code=2)
+    assert "lies in the output folder, which is emptied" in capsys.readouterr().err and (out / "b").is_dir()
     compare(out / "a", workflow, "--seeds", "4", out=tmp_path / "again", code=2)
     assert "has no picture for seed 4: its name would end in seed_4" in capsys.readouterr().err
 
