@@ -223,5 +223,6 @@ def running_node() -> str | None:
 def send_warning(text: str, node_id: str | None = None) -> None:
     """Mark a node (the one that runs, unless `node_id` names another) in the browser that queued it."""
     server, node_id = prompt_server(), node_id or running_node()
-    if server is not None and node_id is not None:
+    # Without a client it would go to everybody, whose graphs have other nodes under that id.
+    if server is not None and server.client_id is not None and node_id is not None:
         server.send_sync(WARNING_EVENT, {"node": node_id, "text": text}, server.client_id)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,14 +65,29 @@ def caches() -> list[dict[str, Any]]:
     return found
 
 
+def folder_problem(path: Path) -> str | None:
+    """What is wrong with a model folder by its lists and headers; a checksum of 65 GB is for `hotpath models verify`.
+
+    Looked at again when a file in it has changed: the panel asks every few seconds.
+    """
+    try:
+        with os.scandir(path) as entries:
+            state = frozenset((e.name, (s := e.stat()).st_size, s.st_mtime_ns) for e in entries)
+    except OSError as error:
+        return f"it cannot be read: {error}."
+    return _folder_problem(path, state)
+
+
+@functools.lru_cache(maxsize=256)
+def _folder_problem(path: Path, state: frozenset[tuple[str, int, int]]) -> str | None:
+    verdict = verify(path)
+    return verdict.detail if verdict.status == "damaged" else None
+
+
 def model_entry(model: KnownModel, here: Host) -> dict[str, Any]:
     """One known model: where it is or belongs, what is wrong with it, and the room on the disk it would go to."""
     path = find(model, here)
-    problem = None
-    # Only what is told by lists and headers: a checksum of 65 GB is for `hotpath models verify`.
-    if path is not None and isinstance(model.source, HubRepository):
-        verdict = verify(path)
-        problem = verdict.detail if verdict.status == "damaged" else None
+    problem = folder_problem(path) if path is not None and isinstance(model.source, HubRepository) else None
     return {
         **describe(model, here),
         "place": model.place,

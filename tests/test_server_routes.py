@@ -129,6 +129,21 @@ def test_the_overview_tells_what_is_there_and_what_is_missing(routes, table):
     assert found["downloads"] == []
 
 
+def test_a_folder_is_read_again_only_when_it_changed(routes, table, monkeypatch):
+    module = sys.modules["hotpath.panel.overview"]
+    folder = table.model_folders("LLM")[0] / "Tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    read: list[Path] = []
+    verify = module.verify
+    monkeypatch.setattr(module, "verify", lambda path: (read.append(path), verify(path))[1])
+    ask(routes, get("overview"), get("overview"))
+    assert read == [folder]
+    (folder / "model.safetensors").write_bytes(b"x")
+    ((_, found),) = ask(routes, get("overview"))
+    assert read == [folder, folder] and "model.safetensors" in found["models"][3]["problem"]
+
+
 def test_caches_are_shown_and_cleared_by_name(routes):
     first, second = named_cache("panel test one", 1 << 20), named_cache("panel test two", 1 << 20)
     for cache in (first, second):
@@ -406,6 +421,8 @@ def test_in_comfyui_a_warning_goes_to_the_browser_that_queued(monkeypatch, caplo
         assert sent == [("hotpath.warning", {"node": "7", "text": "slow"}, "me")]  # once, though it is logged, too
         assert "slow" in caplog.text
         host.warn("nobody runs")
+        server.client_id = None  # a prompt that a program queued, and nobody looks on
+        host.warn("slow", "7")
         assert len(sent) == 1
     finally:
         logging.getLogger("hotpath").removeHandler(handler)
