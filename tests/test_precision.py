@@ -83,6 +83,19 @@ def test_with_instantid_controlnet_and_attention():
     assert 0 < relative(out, expected) < 0.1 and override_of(both).log.calls
 
 
+def test_quantised_with_chosen_attention_and_compiled():
+    from hotpath.patches.compilation import compile_model, compiler_of, forget_compiled_kinds
+
+    forget_compiled_kinds()
+    case = tiny("z_image", torch.bfloat16)
+    model, _ = set_attention(set_precision(case.model, "fp8")[0], "auto")
+    compiled, _ = compile_model(model, backend="eager")
+    for changes in ({}, {"tokens": 50, "size": (16, 24)}):
+        assert relative(case.sample(compiled, **changes), case.sample(model, **changes)) < 0.01
+        # Layers and refiners with modulation, and the refiners of the caption without: a graph each, whatever the size.
+        assert compiler_of(compiled).graphs == 2 and compiler_of(compiled).fallbacks() == {}
+
+
 # --- the rounding itself --------------------------------------------------------------------------------------------
 
 
@@ -145,7 +158,7 @@ def test_rotation_spreads_outliers():
     assert rotated < 0.6 * plain
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["fp8", "int8_rotated", "int8_weights"])
 def test_torch_compiles_a_layer_without_a_break(scheme):
     import torch._dynamo
 
