@@ -58,7 +58,7 @@ def plan(model: ZImage, tiling: str, width: int, height: int, tile: int) -> Deco
     if tiling not in TILING:
         raise ValueError(f"{tiling!r} is no tiling: choose one of {', '.join(TILING)}.")
     if max(width, height) <= tile:
-        return DecodePlan(False, f"whole: a tile would be {tile} pixels, as large as the picture")
+        return DecodePlan(False, f"whole: the picture is no larger than a tile of {tile} pixels")
     if tiling != "auto":
         return DecodePlan(tiling == "always", f"{'in tiles' if tiling == 'always' else 'whole'}, as asked")
     needed = activation_bytes(model, width, height)

@@ -131,7 +131,7 @@ def test_tiles_only_without_room(load, draw, monkeypatch, needed):
         assert not torch.equal(found.pictures, whole.pictures) and torch.equal(found.latents, whole.latents)
     # The VAE of everybody else is as it was.
     assert not model.vae.managed.module.network.use_tiling
-    assert "whole: a tile would be 64" in draw(model, tiling="always").report
+    assert "whole: the picture is no larger than a tile of 64 pixels" in draw(model, tiling="always").report
 
 
 def test_tiles_when_the_whole_runs_out_of_memory(load, draw, monkeypatch):
