@@ -17,7 +17,7 @@ from pathlib import Path
 from ..host.headless import HeadlessHost
 from .contact_sheet import Sheet, write_sheet
 from .executor import Executor, NodeFailed
-from .graph import Graph, Link, Node, WorkflowError
+from .graph import Graph, Node, WorkflowError
 from .interrupts import stopped_by_ctrl_c
 from .launcher import LaunchError, LaunchOptions, RunningServer, launched
 from .locate import PACK
@@ -29,6 +29,7 @@ from .validation import NeedsComfyUI
 
 MARK = ".hotpath-demo"  # in a folder that the demo made and may empty again
 SUFFIX = ".api.json"
+LONGEST_NAME = 200
 HELD_OUT = "colorize_held_out_film"
 
 
@@ -200,7 +201,9 @@ def _input_files(graph: Graph, folder: Path) -> Iterator[Path]:
     seen: set[Path] = set()
     for node in graph.nodes.values():
         for value in node.inputs.values():
-            if isinstance(value, str) and not isinstance(value, Link) and value and Path(value).name == value:
+            # A text, such as a workflow in a workflow, is longer than any file's name may be.
+            named = isinstance(value, str) and 0 < len(value) < LONGEST_NAME and Path(value).name == value
+            if named:
                 path = folder / value
                 if path.is_file() and path not in seen:
                     seen.add(path)
