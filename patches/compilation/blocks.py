@@ -25,7 +25,7 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
             yield from _names_in(constant)
 
 
-def _kind(value: Any) -> Hashable:
+def _kind(value: Any) -> Any:
     return type(value)
 
 
