@@ -175,6 +175,7 @@ def compiled(model: Any, way: str) -> Any:
 
 
 def contestants(stage: Stage, ways: list[str]) -> list[Contestant]:
+    from hotpath.patches.telemetry import record_blocks
     from instantid_scenarios import mask, photo
 
     two = stage.ours(weight=0.8, mask=mask(1))
@@ -187,6 +188,7 @@ def contestants(stage: Stage, ways: list[str]) -> list[Contestant]:
         "Hotpath, balanced (55)": stage.ours_in("balanced"),
         "Hotpath, output_only (36)": stage.ours_in("output_only"),
         "Hotpath, fast (20)": stage.ours_in("fast"),
+        "Hotpath, 70 blocks, telemetry": record_blocks(stage.ours(weight=0.8))[0],
         "original pack, 70 blocks": stage.original(),
         "IPAdapter_plus, 70 blocks": stage.ip_adapter(),
     }
