@@ -84,13 +84,14 @@ def server(tmp_path_factory: pytest.TempPathFactory, hub: str) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def front_end(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEnd]:
+def front_end(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEnd]:
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed: pip install playwright"
     )
     browser_path = chromium()
     if browser_path is None:
         pytest.skip("no Chromium: apt install chromium, or name one in HOTPATH_CHROMIUM")
+    server = request.getfixturevalue("server")  # started only now that there is something to look at it with
     shots = Path(os.environ.get("HOTPATH_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
     # Closed with the module: while it is open no other test of this process could run an event loop.
     with playwright.sync_playwright() as driver:
