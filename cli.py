@@ -112,6 +112,8 @@ def _add_colorize(commands: Commands) -> None:
     colorize.add_argument("--shots", choices=("off", "reset", "reference-per-shot"), default="off")
     colorize.add_argument("--quality", type=int, default=16, help="x264's rate factor, lower is better")
     colorize.add_argument("--precision", choices=("automatic", "float32", "float16", "bfloat16"), default="automatic")
+    colorize.add_argument("--attention", default="auto", help="backend of DINOv2's attention; sage is faster and lossy")
+    colorize.add_argument("--local-attention", default="automatic", help="or banded, spatial-correlation-sampler")
     colorize.add_argument("--restart", action="store_true", help="forget what an unfinished run left")
     colorize.add_argument("--device", help="such as cpu or cuda:1")
     colorize.add_argument("-q", "--quiet", action="store_true", help="say only where the film is")

@@ -29,6 +29,8 @@ def run(options: argparse.Namespace) -> int:
             edge_filter=options.edge_filter.replace("-", "_"),
             temporal_smoothing=options.smoothing,
             shots=options.shots.replace("-", " "),
+            attention=options.attention,
+            local_attention=options.local_attention.replace("-", "_"),
         )
         with stopped_by_ctrl_c(mine):
             report = colorize_file_by_path(

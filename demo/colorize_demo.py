@@ -1,4 +1,4 @@
-"""The colour part of the demo: a clip of a photograph no training saw, coloured by the small Deep Exemplar.
+"""The colour part of the demo: a clip of a photograph no training saw, coloured by the small networks of both methods.
 
 Writes before, after and truth side by side as a picture strip and as a video, and says how near the colours came.
 """
@@ -23,6 +23,7 @@ from .colorize_scenes import held_out_clip
 MODELS = Path(__file__).parent / "models"
 ENLARGED = 2
 SHOWN = 6  # frames in the picture strip
+SHOWN_METHODS = ("Deep Exemplar", "ColorMNet")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,11 @@ def chroma_psnr(pictures: Tensor, truth: Tensor) -> tuple[float, float]:
 
 def colour_held_out(method: str, frames: int = 24) -> DemoResult:
     """Colour the held-out clip from its first frame. Every later frame is judged."""
-    truth = held_out_clip(frames).permute(0, 2, 3, 1)
+    return colour_clip(method, held_out_clip(frames).permute(0, 2, 3, 1))
+
+
+def colour_clip(method: str, truth: Tensor) -> DemoResult:
+    """The same for any clip [T, H, W, 3]."""
     grey = luminance_of(truth.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) / 100
     before = host.use(HeadlessHost(models=MODELS, device="cpu", show_progress=False))
     try:
@@ -61,25 +66,25 @@ def colour_held_out(method: str, frames: int = 24) -> DemoResult:
     return DemoResult(method, done.pictures, psnr, uncoloured, done.report)
 
 
-def run(folder: Path, method: str = "Deep Exemplar") -> tuple[Path, Path, Path]:
-    """Writes a picture strip, a film and a text to `folder` and returns their paths."""
+def run(folder: Path) -> tuple[Path, Path, Path]:
+    """Writes a picture strip, a film and a text to `folder` and returns their paths. Rows and columns: grey, Deep
+    Exemplar, ColorMNet, truth."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    result = colour_held_out(method)
-    truth = held_out_clip(len(result.pictures)).permute(0, 2, 3, 1)
+    results = [colour_held_out(method) for method in SHOWN_METHODS]
+    truth = held_out_clip(len(results[0].pictures)).permute(0, 2, 3, 1)
     light = luminance_of(truth.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).expand(-1, -1, -1, 3) / 100
-    rows = [_large(clip) for clip in (light, result.pictures, truth)]
-    name = method.lower().replace(" ", "_")
-    picture, film, text = (folder / f"colorize_{name}{suffix}" for suffix in (".png", ".mp4", ".txt"))
+    rows = [_large(clip) for clip in (light, *(result.pictures for result in results), truth)]
+    picture, film, text = (folder / f"colorize_held_out{suffix}" for suffix in (".png", ".mp4", ".txt"))
     chosen = torch.linspace(0, len(truth) - 1, SHOWN).round().long()
     strip = torch.cat([torch.cat([row[i] for i in chosen], dim=1) for row in rows], dim=0)
     Image.fromarray(strip.numpy()).save(picture)
     _write(film, torch.cat(rows, dim=2))
-    text.write_text(
-        f"chroma PSNR {result.psnr:.1f} dB, without colours {result.uncoloured:.1f} dB\n{result.report}\n",
-        encoding="utf-8",
-    )
+    said = [
+        f"{r.method}: chroma PSNR {r.psnr:.1f} dB, without colours {r.uncoloured:.1f} dB\n{r.report}" for r in results
+    ]
+    text.write_text("\n\n".join(said) + "\n", encoding="utf-8")
     return picture, film, text
 
 

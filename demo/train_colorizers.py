@@ -10,7 +10,9 @@ pictures by their luminance and to carry chroma over; a photograph that training
 from __future__ import annotations
 
 import argparse
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ MODELS = Path(__file__).parent / "models"
 SIDE = 112
 RATE = 1.5e-3
 FRAMES = 3
+WARM_UP = 50  # steps
 
 
 class Scenes:
@@ -87,25 +90,23 @@ def prepare(network: nn.Module) -> None:
                 nn.init.normal_(module.weight, std=0.02)
 
 
-def train(network: DeepExemplar, side: int, minutes: float, seed: int, fresh: bool) -> None:
-    """Adam with a cosine schedule over wall time."""
-    scenes = Scenes(seed)
-    if fresh:
-        prepare(network)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4)
+def train(network: nn.Module, loss_of: Callable[[int], Tensor], minutes: float, rate: float) -> None:
+    """Adam with a cosine schedule over wall time. loss_of: of the step's number."""
+    optimiser = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-4)
     start, steps, shown = time.monotonic(), 0, 0.0
     while (spent := (time.monotonic() - start) / 60) < minutes:
+        cosine = 0.5 + 0.5 * math.cos(math.pi * spent / minutes)
         for group in optimiser.param_groups:
-            group["lr"] = RATE * (0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * spent / minutes)).item()) + 1e-5
-        loss = deep_exemplar_loss(network, scenes.clip(FRAMES, side))
+            group["lr"] = rate * cosine * min(1.0, (steps + 1) / WARM_UP) + 1e-5
+        loss = loss_of(steps)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         steps += 1
         shown += loss.item()
-        if steps % 100 == 0:
-            print(f"{spent:5.1f} min, step {steps}: loss {shown / 100:.4f}", flush=True)
+        if steps % 50 == 0:
+            print(f"{spent:5.1f} min, step {steps}: loss {shown / 50:.4f}", flush=True)
             shown = 0.0
 
 
@@ -138,7 +139,10 @@ def main() -> None:
     if chosen.more:
         for name, part in parts.items():
             part.load_state_dict(read_tensors(paths[name]))
-    train(networks.float(), SIDE, chosen.minutes, chosen.seed, not chosen.more)
+    else:
+        prepare(networks)
+    scenes = Scenes(chosen.seed)
+    train(networks, lambda step: deep_exemplar_loss(networks, scenes.clip(FRAMES, SIDE)), chosen.minutes, RATE)
     for name, part in parts.items():
         save(part, paths[name])
 

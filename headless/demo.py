@@ -118,7 +118,7 @@ def _held_out_film(output: Path) -> DemoResult:
     from ..demo import colorize_demo
 
     outcome = Outcome("headless")
-    node = Node("film", "hotpath.demo.colorize_demo", {}, "grey, coloured, truth")
+    node = Node("film", "hotpath.demo.colorize_demo", {}, "grey, Deep Exemplar, ColorMNet, truth")
     started = time.perf_counter()
     try:
         picture, film, text = colorize_demo.run(output)

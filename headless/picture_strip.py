@@ -17,7 +17,7 @@ SHOWN = (
     ("identity_from_photo", "identity_tokens"),
     ("faces_find_and_match", "faces_marked"),
     ("faces_crop_and_paste", "faces_crop"),
-    ("colorize_held_out_film", "colorize_deep_exemplar"),
+    ("colorize_held_out_film", "colorize_held_out"),
     ("colorize_transfer", "colorize_transfer"),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from ..colorization.file_job import FileJob, colorize_file
 from ..colorization.file_names import VIDEO_SUFFIXES, inside, videos_in
 from ..colorization.film_options import METHODS, SHOTS, FilmOptions, Reference, read_references
 from ..colorization.film_state import FilmState, load_state, save_state
-from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, PRECISIONS, colormnet_files
+from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, PRECISIONS
 from ..colorization.pictures import as_frames
 from ..colorization.shot_job import Shot, colorize_shot
+from .colour_sockets import ALIASES as COLOUR_ALIASES
+from .colour_sockets import FRAMES, HIDDEN, AnyCheckpoint, attention_inputs, checkpoint_input
 
 CATEGORY = "Hotpath/colorization"
 STATE = "HOTPATH_COLOR_STATE"
 STATES_FOLDER = "color_states"
-ALIASES = ["colorize", "colourise", "black and white", "ColorMNet", "Deep Exemplar", "restore film"]
+ALIASES = [*COLOUR_ALIASES, "ColorMNet", "Deep Exemplar", "restore film"]
 
 METHOD = (
     list(METHODS),
@@ -78,9 +81,7 @@ COMPILE = (
 REPORT_TOOLTIP = "Frames, speed, time per stage, which engine ran and why, memory."
 
 
-def _checkpoint() -> tuple[list[str], dict[str, Any]]:
-    tooltip = f"ColorMNet's file in models/colormnet; Deep Exemplar finds its three by itself. {COLORMNET_LICENCE}"
-    return (colormnet_files(), {"default": AUTOMATIC, "tooltip": tooltip})
+CHECKPOINT = f"ColorMNet's file in models/colormnet; Deep Exemplar finds its three by itself. {COLORMNET_LICENCE}"
 
 
 def _film_inputs() -> dict[str, Any]:
@@ -127,7 +128,7 @@ def _film_inputs() -> dict[str, Any]:
         ),
         "precision": PRECISION,
         "use_torch_compile": COMPILE,
-        "checkpoint": _checkpoint(),
+        "checkpoint": checkpoint_input(CHECKPOINT),
     }
 
 
@@ -140,12 +141,12 @@ def _references(first: torch.Tensor, more: torch.Tensor | None, frames: str) -> 
 
 def _options(method: str, settings: dict[str, Any]) -> FilmOptions:
     """FilmOptions from the widgets that are options; the others are read by the node."""
-    names = {"colour_size", "memory_mode", "strength", "edge_filter", "temporal_smoothing", "shots", "shot_threshold"}
-    chosen = {name: value for name, value in settings.items() if name in names | {"propagate"}}
+    names = {field.name for field in fields(FilmOptions)}
+    chosen = {name: value for name, value in settings.items() if name in names}
     return FilmOptions(method=method, compile=settings.get("use_torch_compile", False), **chosen)
 
 
-class HotpathColorizeVideo:
+class HotpathColorizeVideo(AnyCheckpoint):
     DISPLAY_NAME = "Colorize Video (Hotpath)"
     CATEGORY = CATEGORY
     DESCRIPTION = (
@@ -168,18 +169,13 @@ class HotpathColorizeVideo:
         state = (STATE, {"tooltip": "From the portion of the film before this one."})
         return {
             "required": {
-                "frames": ("IMAGE", {"tooltip": "The frames. Only their luminance is looked at."}),
+                "frames": FRAMES,
                 "reference": REFERENCE,
                 "method": METHOD,
             },
-            "optional": {**_film_inputs(), "state": state},
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "optional": {**_film_inputs(), "state": state, **attention_inputs()},
+            "hidden": HIDDEN,
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, checkpoint: Any = AUTOMATIC) -> bool:
-        # A name from somebody else's workflow is reported when the node runs, with the folders that were searched.
-        return True
 
     def colorize(
         self,
@@ -249,8 +245,9 @@ class HotpathColorizeFile:
                         "`hotpath map --shots` sets it, to colour the shots of a film in several places.",
                     },
                 ),
+                **attention_inputs(),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }
 
     @classmethod
@@ -299,7 +296,7 @@ class HotpathColorizeFile:
         return str(job.output), report
 
 
-class HotpathColorizeImage:
+class HotpathColorizeImage(AnyCheckpoint):
     DISPLAY_NAME = "Colorize Images (Hotpath)"
     CATEGORY = CATEGORY
     DESCRIPTION = f"Colours pictures after reference pictures, each on its own. {COLORMNET_LICENCE}"
@@ -324,14 +321,10 @@ class HotpathColorizeImage:
                 "edge_filter": EDGE_FILTER,
                 "precision": PRECISION,
                 "use_torch_compile": COMPILE,
-                "checkpoint": _checkpoint(),
+                "checkpoint": checkpoint_input(CHECKPOINT),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, checkpoint: Any = AUTOMATIC) -> bool:
-        return True
 
     def colorize(
         self,

@@ -10,10 +10,19 @@ from typing import Any
 
 import torch
 
-from .. import host
 from ..colorization.colormnet.settings import MODES
 from ..colorization.compatible import ColorMNetJob, run_colormnet
-from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, colormnet_files, load_colormnet
+from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, load_colormnet
+from .colour_sockets import (
+    FRAMES,
+    HIDDEN,
+    AnyCheckpoint,
+    CompatibleImageNode,
+    CompatibleVideoNode,
+    checkpoint_input,
+    compile_input,
+    shown,
+)
 
 ENCODERS = ["resnet50", "vgg19", "dinov2_vits", "dinov2_vitb", "dinov2_vitl", "clip_vitb"]
 ENCODER_NOTE = (
@@ -40,14 +49,7 @@ USE_FP16 = (
         "throughout. A CPU always computes in float32.",
     },
 )
-USE_TORCH_COMPILE = (
-    "BOOLEAN",
-    {
-        "default": False,
-        "tooltip": "torch.compile for the key encoder and the decoder: a minute or more at the first run of a size, "
-        "then faster. The report says if this machine cannot.",
-    },
-)
+USE_TORCH_COMPILE = compile_input("the key encoder and the decoder")
 ORIGINAL_LUMINANCE = (
     "BOOLEAN",
     {
@@ -56,38 +58,26 @@ ORIGINAL_LUMINANCE = (
         "to the frames' size, which blurs it where the target is smaller.",
     },
 )
-HIDDEN = {"unique_id": "UNIQUE_ID"}
+CHECKPOINT = (
+    "A file in models/colormnet. Automatic takes the published DINOv2FeatureV6_LocalAtten_s2_154000, or else the first "
+    "ColorMNet checkpoint there."
+)
 
 
-def _checkpoint() -> tuple[list[str], dict[str, Any]]:
-    return (
-        colormnet_files(),
-        {
-            "default": AUTOMATIC,
-            "tooltip": "A file in models/colormnet. Automatic takes the published "
-            "DINOv2FeatureV6_LocalAtten_s2_154000, or else the first ColorMNet checkpoint there.",
-        },
-    )
-
-
-class ColorMNetVideo:
+class ColorMNetVideo(CompatibleVideoNode, AnyCheckpoint):
     DISPLAY_NAME = "ColorMNet Video Colorization (New)"
     CATEGORY = "ColorMNet/Video"
     DESCRIPTION = (
         "Colours a film after a reference picture (ColorMNet, ECCV 2024). "
         f"For new graphs: Colorize Video (Hotpath). {COLORMNET_LICENCE}"
     )
-    SEARCH_ALIASES = ["colorize", "colourise", "black and white", "restore film"]
-    RETURN_TYPES = ("IMAGE", "STRING")
-    RETURN_NAMES = ("colorized_frames", "performance_report")
     OUTPUT_TOOLTIPS = ("The frames in colour, of their own size.", "What ran, how fast, and what was left out and why.")
-    FUNCTION = "colorize_video"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "video_frames": ("IMAGE", {"tooltip": "The frames. Only their luminance is looked at."}),
+                "video_frames": FRAMES,
                 "reference_image": REFERENCE,
                 "target_width": WIDTH,
                 "target_height": HEIGHT,
@@ -110,15 +100,10 @@ class ColorMNetVideo:
                     {"default": 0.3, "min": 0.0, "max": 1.0, "step": 0.05, "tooltip": TEXT_NOTE},
                 ),
                 "original_luminance": ORIGINAL_LUMINANCE,
-                "checkpoint": _checkpoint(),
+                "checkpoint": checkpoint_input(CHECKPOINT),
             },
             "hidden": HIDDEN,
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, checkpoint: Any = AUTOMATIC) -> bool:
-        # A name from somebody else's workflow is reported when the node runs, with the folders that were searched.
-        return True
 
     def colorize_video(
         self,
@@ -141,23 +126,17 @@ class ColorMNetVideo:
             notes=(ENCODER_NOTE, TEXT_NOTE) if text_guidance.strip() else (ENCODER_NOTE,),
         )  # fmt: skip
         network = load_colormnet(checkpoint, AUTOMATIC if use_fp16 else "float32")
-        frames, report = run_colormnet(network, video_frames, reference_image, job)
-        host.current().show_text(report, unique_id)
-        return frames, report
+        return shown(run_colormnet(network, video_frames, reference_image, job), unique_id)
 
 
-class ColorMNetImage:
+class ColorMNetImage(CompatibleImageNode, AnyCheckpoint):
     DISPLAY_NAME = "ColorMNet Image Colorization (New)"
     CATEGORY = "ColorMNet/Image"
     DESCRIPTION = (
         "Colours pictures after a reference picture, each on its own (ColorMNet). "
         f"For new graphs: Colorize Images (Hotpath). {COLORMNET_LICENCE}"
     )
-    SEARCH_ALIASES = ["colorize", "colourise", "black and white"]
-    RETURN_TYPES = ("IMAGE", "STRING")
-    RETURN_NAMES = ("colorized_image", "performance_report")
     OUTPUT_TOOLTIPS = ("The pictures in colour, of their own size.", "What ran, how fast, and why.")
-    FUNCTION = "colorize_image"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -170,13 +149,9 @@ class ColorMNetImage:
                 "use_fp16": USE_FP16,
                 "use_torch_compile": USE_TORCH_COMPILE,
             },
-            "optional": {"original_luminance": ORIGINAL_LUMINANCE, "checkpoint": _checkpoint()},
+            "optional": {"original_luminance": ORIGINAL_LUMINANCE, "checkpoint": checkpoint_input(CHECKPOINT)},
             "hidden": HIDDEN,
         }
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, checkpoint: Any = AUTOMATIC) -> bool:
-        return True
 
     def colorize_image(
         self,
@@ -194,9 +169,7 @@ class ColorMNetImage:
             target_height, target_width, original_luminance=original_luminance, stills=True, compile=use_torch_compile
         )
         network = load_colormnet(checkpoint, AUTOMATIC if use_fp16 else "float32")
-        pictures, report = run_colormnet(network, image, reference_image, job)
-        host.current().show_text(report, unique_id)
-        return pictures, report
+        return shown(run_colormnet(network, image, reference_image, job), unique_id)
 
 
 NODES: dict[str, type[Any]] = {"ColorMNetVideo": ColorMNetVideo, "ColorMNetImage": ColorMNetImage}

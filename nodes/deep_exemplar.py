@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from .. import host
 from ..colorization.compatible import DeepExemplarJob, run_deep_exemplar
 from ..colorization.networks import load_deep_exemplar
+from .colour_sockets import FRAMES, HIDDEN, CompatibleImageNode, CompatibleVideoNode, compile_input, shown
 
 SAGE_NOTE = (
     "use_sage_attention does nothing: Deep Exemplar has no attention layer. Its match of frame and reference is an "
@@ -30,30 +30,18 @@ WIDTH = (
     },
 )
 HEIGHT = ("INT", {"default": 432, **SIZE, "tooltip": "Height of the result."})
-USE_TORCH_COMPILE = (
-    "BOOLEAN",
-    {
-        "default": False,
-        "tooltip": "torch.compile for VGG and the colour network: a minute or more at the first run of a size, then "
-        "faster. The report says if this machine cannot.",
-    },
-)
+USE_TORCH_COMPILE = compile_input("VGG and the colour network")
 USE_SAGE_ATTENTION = ("BOOLEAN", {"default": False, "tooltip": SAGE_NOTE})
-HIDDEN = {"unique_id": "UNIQUE_ID"}
 
 
-class DeepExColorImageNode:
+class DeepExColorImageNode(CompatibleImageNode):
     DISPLAY_NAME = "Deep Exemplar Image Colorization (Original)"
     CATEGORY = "DeepExemplar/Image"
     DESCRIPTION = (
         "Colours pictures after a reference picture, each on its own (Deep Exemplar, CVPR 2019). "
         "For new graphs: Colorize Images (Hotpath), which does not crop."
     )
-    SEARCH_ALIASES = ["colorize", "colourise", "black and white"]
-    RETURN_TYPES = ("IMAGE", "STRING")
-    RETURN_NAMES = ("colorized_image", "performance_report")
     OUTPUT_TOOLTIPS = ("The pictures in colour, of the target size.", "What ran, how fast, and why.")
-    FUNCTION = "colorize_image"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -81,29 +69,24 @@ class DeepExColorImageNode:
     ) -> tuple[torch.Tensor, str]:
         notes = (SAGE_NOTE,) if use_sage_attention else ()
         job = DeepExemplarJob(target_height, target_width, True, False, use_torch_compile, notes)
-        pictures, report = run_deep_exemplar(load_deep_exemplar("float32"), image_to_colorize, reference_image, job)
-        host.current().show_text(report, unique_id)
-        return pictures, report
+        done = run_deep_exemplar(load_deep_exemplar("float32"), image_to_colorize, reference_image, job)
+        return shown(done, unique_id)
 
 
-class DeepExColorVideoNode:
+class DeepExColorVideoNode(CompatibleVideoNode):
     DISPLAY_NAME = "Deep Exemplar Video Colorization (Original)"
     CATEGORY = "DeepExemplar/Video"
     DESCRIPTION = (
         "Colours a film after a reference picture (Deep Exemplar, CVPR 2019). "
         "For new graphs: Colorize Video (Hotpath), which does not crop."
     )
-    SEARCH_ALIASES = ["colorize", "colourise", "black and white", "restore film"]
-    RETURN_TYPES = ("IMAGE", "STRING")
-    RETURN_NAMES = ("colorized_frames", "performance_report")
     OUTPUT_TOOLTIPS = ("The frames in colour, of the target size.", "What ran, how fast, and why.")
-    FUNCTION = "colorize_video"
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "video_frames": ("IMAGE", {"tooltip": "The frames. Only their luminance is looked at."}),
+                "video_frames": FRAMES,
                 "reference_image": REFERENCE,
                 "frame_propagate": (
                     "BOOLEAN",
@@ -145,9 +128,8 @@ class DeepExColorVideoNode:
         job = DeepExemplarJob(
             target_height, target_width, use_half_resolution, frame_propagate, use_torch_compile, notes
         )
-        frames, report = run_deep_exemplar(load_deep_exemplar("float32"), video_frames, reference_image, job)
-        host.current().show_text(report, unique_id)
-        return frames, report
+        done = run_deep_exemplar(load_deep_exemplar("float32"), video_frames, reference_image, job)
+        return shown(done, unique_id)
 
 
 NODES: dict[str, type[Any]] = {
