@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hotpath.patches.compilation import CompileSettings, compile_model, compiler_of, recording
+from hotpath.patches.compilation import (
+    CompileSettings,
+    compile_model,
+    compiler_of,
+    forget_compiled_kinds,
+    recording,
+)
 from hotpath.patches.compilation.recording import record_calls
 from hotpath.patches.model_call import ModelCall
 from instantid_bench import tiny_adapter
@@ -42,6 +48,7 @@ def bench() -> Bench:
 
 @cache
 def bases() -> tuple[Any, Any]:
+    forget_compiled_kinds()
     made, _ = compile_model(bench().model, CompileSettings(regions="transformer blocks"), backend="eager")
     return made, compiler_of(made)
 
