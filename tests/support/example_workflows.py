@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import runpy
 import shutil
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from ui_workflows import to_prompt
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -37,14 +35,12 @@ def twin_of(path: Path, object_info: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def demo_server(comfyui: Path, work: Path) -> Iterator[Any]:
-    """A ComfyUI with the demo's models, and a small ColorMNet and Z-Image of random weights, which the demo lacks."""
+    """A ComfyUI with the demo's models, and a small Z-Image of random weights, which the demo lacks."""
     from hotpath.demo.z_image_model import write_checkpoint
     from hotpath.headless.launcher import LaunchOptions, launched
 
     models = work / "models"
     shutil.copytree(ROOT / "demo" / "models", models)
-    (models / "colormnet").mkdir()
-    torch.save(tiny_colormnet(), models / "colormnet" / "tiny.pth")
     write_checkpoint(models / "diffusers" / "Z-Image-Turbo")
     shutil.copytree(ROOT / "demo" / "inputs", work / "input")
     options = LaunchOptions(
@@ -57,10 +53,6 @@ def demo_server(comfyui: Path, work: Path) -> Iterator[Any]:
     )
     with launched(comfyui, options) as running:
         yield running
-
-
-def tiny_colormnet() -> dict[str, torch.Tensor]:
-    return dict(runpy.run_path(str(ROOT / "tests" / "test_colormnet.py"))["tiny_state"]())
 
 
 def run_example(server: Any, path: Path, output: Path) -> Any:
