@@ -91,8 +91,9 @@ class IdentityAttention:
 
     def to(self, place: Any) -> IdentityAttention:
         """ComfyUI asks patches to move before it samples; IPAdapter's, which may be our base, keeps copies per device."""
-        if hasattr(self.base, "to"):
-            moved = self.base.to(place)
+        move = getattr(self.base, "to", None)
+        if move is not None:
+            moved = move(place)
             if moved is not self.base:
                 self.base = moved
                 self._bound.clear()
