@@ -17,7 +17,7 @@ from hotpath.patches.compilation import (
     forget_compiled_kinds,
     settings,
 )
-from hotpath.patches.compilation.blocks import constants_of, live_state
+from hotpath.patches.compilation.blocks import LiveParts, constants_of
 from hotpath.patches.compilation.graphs import CompiledKind, inductor
 from hotpath.patches.compilation.options import NotTraceable, block_options, options_read_by
 from hotpath.patches.compilation.regions import describe_regions, find_regions
@@ -342,13 +342,13 @@ def test_a_graph_holds_no_constant_of_another_block() -> None:
         assert constants_of(first) != constants_of(second)
     finally:
         norm.eps = eps
-    assert live_state(first, torch.device("cpu")) == live_state(second, torch.device("cpu"))
+    assert LiveParts(first).state(torch.device("cpu")) == LiveParts(second).state(torch.device("cpu"))
     with pytest.raises(NotTraceable, match="weights lie on cpu"):
-        live_state(first, torch.device("meta"))
+        LiveParts(first).state(torch.device("meta"))
     second.linear1.weight_function = [lambda weight: weight]
     try:
         with pytest.raises(NotTraceable, match="not loaded whole"):
-            live_state(second, torch.device("cpu"))
+            LiveParts(second).state(torch.device("cpu"))
     finally:
         second.linear1.weight_function = []
 

@@ -80,7 +80,7 @@ def _constant(value: Any) -> Hashable:
     return type(value), value  # 1, 1.0 and True are equal, and give different graphs
 
 
-LIVE = frozenset({"training", "comfy_cast_weights", "weight_function", "bias_function"})  # read by `live_state`
+LIVE = frozenset({"training", "comfy_cast_weights", "weight_function", "bias_function"})  # read by `LiveParts`
 
 
 def constants_of(block: nn.Module) -> Hashable:
@@ -97,27 +97,34 @@ def constants_of(block: nn.Module) -> Hashable:
     return tuple(found)
 
 
-def live_state(block: nn.Module, device: torch.device) -> Hashable:
-    """The part of a block's kind that changes with loading. Raises NotTraceable when it cannot be compiled so."""
-    found: list[Hashable] = []
-    for part in block.modules():
-        own = vars(part)
-        forward = own.get("forward")
-        # ComfyUI's bypass LoRA leaves the class's own method behind as an attribute.
-        if forward is not None and getattr(forward, "__func__", None) is not type(part).forward:
-            raise NotTraceable(f"a pack replaced the forward of a {type(part).__name__} inside")
-        if part._forward_hooks or part._forward_pre_hooks:
-            raise NotTraceable(f"a pack hooked a {type(part).__name__} inside")
-        if getattr(part, "weight_function", None) or getattr(part, "bias_function", None):
-            raise NotTraceable("weights are patched at every call, because the model is not loaded whole")
-        if hasattr(part, "_v"):
-            raise NotTraceable("weights come through DynamicVRAM")
-        weights = []
-        for name, parameter in (*part._parameters.items(), *part._buffers.items()):
-            if parameter is None:
-                continue
-            if parameter.device != device:
-                raise NotTraceable(f"weights lie on {parameter.device}, because the model is not loaded whole")
-            weights.append((name, type(parameter), type(parameter.data), parameter.dtype, tuple(parameter.shape)))
-        found.append((part.training, getattr(part, "comfy_cast_weights", None), tuple(weights)))
-    return device, tuple(found)
+class LiveParts:
+    """The modules of a block, listed once, because they are looked at again with every run."""
+
+    def __init__(self, block: nn.Module, without: frozenset[nn.Module] = frozenset()) -> None:
+        self._parts = [
+            (part, vars(part), part._parameters, part._buffers) for part in block.modules() if part not in without
+        ]
+
+    def state(self, device: torch.device) -> Hashable:
+        """The part of a block's kind that changes with loading. Raises NotTraceable when it cannot be compiled so."""
+        found: list[Hashable] = []
+        for part, own, parameters, buffers in self._parts:
+            forward = own.get("forward")
+            # ComfyUI's bypass LoRA leaves the class's own method behind as an attribute.
+            if forward is not None and getattr(forward, "__func__", None) is not type(part).forward:
+                raise NotTraceable(f"a pack replaced the forward of a {type(part).__name__} inside")
+            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                raise NotTraceable(f"a pack hooked a {type(part).__name__} inside")
+            if own.get("weight_function") or own.get("bias_function"):
+                raise NotTraceable("weights are patched at every call, because the model is not loaded whole")
+            if "_v" in own:
+                raise NotTraceable("weights come through DynamicVRAM")
+            found.append((part.training, getattr(part, "comfy_cast_weights", None)) if parameters else part.training)
+            for held in (parameters, buffers):
+                for name, weight in held.items():
+                    if weight is None:
+                        continue
+                    if weight.device != device:
+                        raise NotTraceable(f"weights lie on {weight.device}, because the model is not loaded whole")
+                    found.append((name, type(weight), weight.dtype, weight.shape))
+        return device, tuple(found)

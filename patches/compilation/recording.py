@@ -10,6 +10,7 @@ code, our patches, and nothing of another pack. Where that is not so, the call r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -209,7 +210,9 @@ class CallRecorder:
             # The model writes into its options while it runs.
             return executor(*_fresh(args), **_fresh(kwargs))
 
-        made = _Recorded(self.record(call), buffers, flat.kept)
+        devices = [buffer.device for buffer in buffers if buffer.device.type == "cuda"]
+        with torch.cuda.device(devices[0]) if devices else contextlib.nullcontext():
+            made = _Recorded(self.record(call), buffers, flat.kept)
         self.recorded += 1
         return made
 

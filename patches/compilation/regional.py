@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import constants_of, live_state
+from .blocks import LiveParts, constants_of
 from .graphs import Backend, CompiledKind, compile_errors
 from .options import NotTraceable, block_options, options_read_by, share_attention_log
 from .recording import CallRecorder
@@ -69,6 +69,7 @@ class BlockForward:
         self.module = region.module
         self.owner = owner
         self.original: Callable[..., Any] = type(region.module).forward
+        self._live = LiveParts(region.module)
         self.kind: CompiledKind | None = None
         self.reason: str | None = None  # why this block ran as it is, the last time
         self.key: Hashable = None
@@ -85,11 +86,11 @@ class BlockForward:
 
     def examine(self, device: torch.device) -> None:
         """Find the kind this block is of, as its weights are now."""
-        self.kind = None
+        self.kind = self.key = None
         try:
             if self._unknown:
                 raise NotTraceable(self._unknown)
-            self.key = (self._constants, live_state(self.module, device), self.owner.key)
+            self.key = (self._constants, self._live.state(device), self.owner.key)
             if (failed := self.owner.failed.get(self.key)) is not None:
                 raise NotTraceable(failed)
         except NotTraceable as error:
@@ -158,17 +159,21 @@ class _Plan:
         self.blocks = [BlockForward(region, owner) for region in found]
         self.stamp: Any = None
         self.problem: str | None = None  # why the model as a whole cannot be recorded
+        inside = frozenset(part for block in self.blocks for part in block.module.modules())
+        self._around = LiveParts(model.diffusion_model, without=inside)
         self._holders = [held for part in model.diffusion_model.modules() for held in (part._parameters, part._buffers)]
 
-    def examine(self, model: Any, device: torch.device) -> None:
+    def examine(self, device: torch.device) -> None:
+        """Look at where weights are, and what other packs did, now."""
+        self.problem = None
         for block in self.blocks:
             block.examine(device)
+            if block.kind is None and block.key not in block.owner.failed:
+                self.problem = self.problem or block.reason
         try:
-            live_state(model.diffusion_model, device)
+            self._around.state(device)
         except NotTraceable as error:
             self.problem = str(error)
-        else:
-            self.problem = None
 
     def weights(self) -> Hashable:
         """Where every weight of the model lies now."""
@@ -182,7 +187,7 @@ class _Plan:
 
 def _address(weight: torch.Tensor) -> int:
     # Quantized weights are made of several tensors and have no address of their own.
-    return weight.data_ptr() if type(weight.data) is torch.Tensor else id(weight)
+    return weight.data_ptr() if type(weight) in (nn.Parameter, torch.Tensor) else id(weight)
 
 
 class RegionalCompiler:
@@ -222,7 +227,7 @@ class RegionalCompiler:
             return plan
         if plan is None or not plan.fits(model.diffusion_model):
             plan = self._plans[model] = _Plan(model, self)
-        plan.examine(model, device)
+        plan.examine(device)
         plan.stamp = stamp
         return plan
 
