@@ -109,6 +109,7 @@ def _draw_run(axes: Any, profile: Profile) -> None:
         colour = COMPILING if row.graphs else COLOURS.get(row.stage, COLOURS["gaps"])
         axes.barh(0, row.seconds, left=row.start, color=colour, height=0.9, edgecolor="white", linewidth=0.5)
         seen[row.stage] = seen.get(row.stage, 0.0) + row.seconds
+    seen = {name: seconds for name, seconds in seen.items() if seconds > 0.003 * profile.total}
     handles = [axes.barh(0, 0, color=COLOURS.get(name, COLOURS["gaps"])) for name in seen]
     labels = [f"{name} {seconds:.2f} s" for name, seconds in seen.items()]
     if profile.gap > 0.005 * profile.total:
