@@ -8,7 +8,8 @@ Z-Image's transformer (6.15 billion weights, bf16, 9 steps, cfg 1; diffusers' ow
 UNet (fp16, 8 steps, CFG, with and without InstantID), random weights. Every contestant first gives its latents, which are
 compared with ComfyUI's as PSNR over their range, for three cases: a prompt, a second prompt of another length, a second
 size; graphs that the second and third needed are counted. Then all run in turn, round after round; figures are medians.
-Contestants for which no time is left are named as left out. Random weights show speed and equality, never quality.
+Hotpath's contestants after the first of a model use its graphs, so their warm-up holds only what they add. Contestants
+for which no time is left are named as left out. Random weights show speed and equality, never quality.
 """
 
 from __future__ import annotations
@@ -321,6 +322,8 @@ def table(family: Family, contestants: list[Contestant]) -> str:
         "against InstantID in plain ComfyUI."
         if any(c.name == "InstantID" for c in contestants)
         else f"{where}. Seconds for all steps, medians; PSNR is the lowest of the three cases.",
+        "",
+        "Contestants of Hotpath after the first share its graphs; their warm-up is what they add.",
         "",
         "| | warm-up s | s | per step ms | x ComfyUI | second prompt s | second size s | graphs: first, then new | PSNR dB "
         "| peak beyond the weights GiB |",
