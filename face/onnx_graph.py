@@ -234,8 +234,12 @@ class OnnxNetwork(nn.Module):
         return packed(x, bias)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._packed.clear()  # the weights move or change their type
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        before = [weight.data_ptr() for weight in self.parameters()]
+        made = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        # Hosts ask a module to be where it is already before every use; then nothing has changed.
+        if before != [weight.data_ptr() for weight in self.parameters()]:
+            self._packed.clear()
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": {}}  # what oneDNN packed cannot be copied

@@ -251,10 +251,13 @@ def test_packed_convolutions_are_the_plain_ones_and_follow_the_weights(tmp_path,
     assert isinstance(network._packed[0], PackedConvolution)
     copied = copy.deepcopy(network)
     assert not copied._packed and network._packed
+    held = dict(network._packed)
+    network.to("cpu")
+    assert network._packed == held, "a move to where it is changes nothing"
     network.double().float()
     assert not network._packed
     with torch.no_grad():
         next(network.parameters()).mul_(2)
-        network.to(torch.float32)
+        network.double().float()
         x = torch.randn(1, 4, 8, 8)
         assert torch.allclose(network(x)[0], torch.enable_grad()(network)(x)[0], atol=1e-5)
