@@ -1,11 +1,15 @@
 """Speed and memory of ColorMNet and Deep Exemplar against the original programs, on random weights of true sizes.
 
-    python benchmarks/colorization.py [--sizes 768x432 1920x1080] [--frames 60] [--peers DIR] [--long 10000] [--write]
+    python benchmarks/colorization.py [--peers DIR] [--compile] [--long 10000] [--write]
+    python benchmarks/colorization.py --tiny
 
-fps end to end go from uint8 frames to uint8 frames in memory; network alone from luminance on the device to chroma on
-the device. --peers: a folder with checkouts `colormnet`, `dinov2` and `deep_exemplar` of the originals, run in the same
-process round after round. --long simulates a film of that many frames and gives the time per frame along it. --write
-appends the table to benchmarks/RESULTS.md. Weights are random: times and memory count, colours do not.
+The first line does everything for a card within --seconds (540): both sizes, both methods, three precisions, the peers in
+the same process; what there was no time for is named. fps end to end go from uint8 frames to uint8 frames in memory;
+network alone from luminance on the device to chroma on the device. --peers: a folder with checkouts `colormnet`, `dinov2`
+and `deep_exemplar` of the originals; they colour --peer-frames of the same film. "near" is the share of pixels within
+1/255 of our float32 in every channel. --long simulates a film of that many frames and gives the time per frame along it.
+--write appends the table to benchmarks/RESULTS.md. --tiny tests the benchmark itself: networks of the demo's widths.
+Weights are random: times and memory count, colours do not.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("ColorMNet", "Deep Exemplar")
+HALVES = ("float16", "bfloat16")
 
 
 def pack() -> Any:
@@ -54,6 +59,7 @@ class Row:
     allocated: float  # MiB at the peak; of the process on a CPU
     reserved: float
     note: str = ""
+    engines: str = ""
 
 
 def clip(frames: int, height: int, width: int) -> Tensor:
@@ -68,21 +74,25 @@ def clip(frames: int, height: int, width: int) -> Tensor:
     return torch.stack(parts)
 
 
-def networks(method: str) -> Any:
+def networks(method: str, tiny: bool = False) -> Any:
+    """(state, network) of random weights, the same every time."""
     pack()
     from hotpath.colorization.colormnet.checkpoint import build
     from hotpath.colorization.colormnet.network import ColorMNet
     from hotpath.colorization.deep_exemplar.color_net import ColorVidNet
-    from hotpath.colorization.deep_exemplar.session import DeepExemplar
+    from hotpath.colorization.deep_exemplar.networks import DeepExemplar
     from hotpath.colorization.deep_exemplar.vgg import VGG19
     from hotpath.colorization.deep_exemplar.warp import WarpNet
+    from hotpath.demo import train_colorizers, train_colormnet
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if method == "ColorMNet":
-            state = ColorMNet().state_dict()
+            state = ColorMNet(train_colormnet.WIDTHS if tiny else None).state_dict()
             return state, build(state)
-        network = DeepExemplar(VGG19(), WarpNet(), ColorVidNet()).eval().requires_grad_(False)
+        small = train_colorizers.small_deep_exemplar
+        network = small() if tiny else DeepExemplar(VGG19(), WarpNet(), ColorVidNet())
+        network.eval().requires_grad_(False)
         return {name: getattr(network, name).state_dict() for name in ("vgg", "warp", "color_net")}, network
 
 
@@ -127,17 +137,27 @@ class Ours:
         self.loaded = LoadedNetwork(network, (), Precision(dtype, precision))
 
     def _session(self, network: Any, height: int, width: int, short_side: int) -> Any:
-        from hotpath.colorization.film import FilmOptions, FilmSession, read_references
+        from hotpath.colorization.film import FilmSession
+        from hotpath.colorization.film_options import FilmOptions, read_references
 
         options = FilmOptions(method=self.method, colour_size=short_side, compile=self.compiled)
         references = read_references([clip(1, height, width)[0]])
         return FilmSession(network, self.loaded, options, references, height, width)
 
-    def film(self, frames: Tensor, portion: int = 20) -> None:
+    def film(self, frames: Tensor, portion: int = 20) -> Tensor:
+        """As the jobs do it: one portion on its way to the device, one computed, one on its way back."""
+        done: list[Tensor] = []
         with self.loaded.resident() as network:
             session = self._session(network, *frames.shape[1:3], 0)
+            waiting: list[Any] = []
             for start in range(0, len(frames), portion):
-                session.colorize(frames[start : start + portion])
+                prepared = session.prepare(frames[start : start + portion])
+                waiting += [session.colour(prepared, segment) for segment in prepared.segments]
+                if len(waiting) > 1:
+                    done.append(waiting.pop(0).wait().pictures)
+            done += [queued.wait().pictures for queued in waiting]
+            self.engines = "; ".join(f"{name}: {status}" for name, status in session.engines().items())
+        return torch.cat(done)
 
     def network_only(self, frames: Tensor) -> Callable[[], object]:
         """The sessions alone, on luminance that is on the device already."""
@@ -176,26 +196,46 @@ def contest(method: str, size: tuple[int, int], options: argparse.Namespace, dev
     frames = clip(options.frames, height, width)
     name = f"{width}x{height}"
     rows: list[Row] = []
+    full: Tensor | None = None
     for precision in options.precisions:
         for compiled in (False, True) if options.compile else (False,):
-            _, network = networks(method)
-            ours = Ours(method, network, precision, compiled)
             label = f"Hotpath {precision}{' compiled' if compiled else ''}"
+            if out_of_time(options, f"{method} {name} {label}"):
+                continue
+            _, network = networks(method, options.tiny)
+            ours = Ours(method, network, precision, compiled)
             alone = timed(ours.network_only(frames), device, options.rounds)
             film = timed(lambda ours=ours: ours.film(frames), device, options.rounds)
-            memory = peak(lambda ours=ours: ours.film(frames), device)
+            kept: list[Tensor] = []
+            memory = peak(lambda ours=ours, kept=kept: kept.append(ours.film(frames)), device)
             rows.append(Row(method, label, name, len(frames) / film, len(frames) / alone, *memory))
-            print(rows[-1], flush=True)
-            if options.long and not compiled:
-                tenths = ours.long(options.long, height, width)
-                rows[-1].note = f"{options.long} frames, ms per frame by tenths: " + " ".join(
-                    f"{t:.1f}" for t in tenths
-                )
+            rows[-1].engines = ours.engines
+            if precision == "float32" and not compiled:
+                full = kept[0]
+            elif full is not None:
+                near = ((kept[0].int() - full.int()).abs().amax(-1) <= 1).float().mean().item()
+                rows[-1].note = f"near: {near:.4f}"
+            if options.long and not compiled and precision != "bfloat16" and not out_of_time(options, f"{label} long"):
+                tenths = " ".join(f"{t:.1f}" for t in ours.long(options.long, height, width))
+                rows[-1].note += f" {options.long} frames, ms per frame by tenths: {tenths}"
+            say(rows[-1])
             del ours, network
-    if options.peers is not None:
-        rows.append(peer_row(method, frames, options, device, name))
-        print(rows[-1], flush=True)
+    if options.peers is not None and not out_of_time(options, f"{method} {name} original"):
+        rows.append(peer_row(method, frames[: options.peer_frames], options, device, name))
+        say(rows[-1])
     return rows
+
+
+def say(row: Row) -> None:
+    print(row, flush=True)
+
+
+def out_of_time(options: argparse.Namespace, what: str) -> bool:
+    """Whether the time is up; then `what` is put on the list of what was left out."""
+    if time.monotonic() < options.deadline:
+        return False
+    options.left_out.append(what)
+    return True
 
 
 def peer_row(method: str, frames: Tensor, options: argparse.Namespace, device: torch.device, name: str) -> Row:
@@ -204,6 +244,14 @@ def peer_row(method: str, frames: Tensor, options: argparse.Namespace, device: t
 
     state, network = networks(method)
     del network
+    note = f"{len(frames)} frames"
+    if method == "Deep Exemplar":
+        # The original takes no other sizes: its half size must be a multiple of 8 by 16.
+        down, across = -frames.shape[1] % 16, -frames.shape[2] % 32
+        if down or across:
+            planes = F.pad(frames.permute(0, 3, 1, 2).float(), (0, across, 0, down), mode="replicate")
+            frames = planes.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+            note += f" of {frames.shape[2]}x{frames.shape[1]}"
     arrays, reference = frames.numpy(), clip(1, *frames.shape[1:3])[0].numpy()
     height, width = frames.shape[1:3]
     luminance = (torch.rand(len(frames), 1, height, width) * 2 - 1).to(device)
@@ -219,7 +267,7 @@ def peer_row(method: str, frames: Tensor, options: argparse.Namespace, device: t
         label = "original float32"
     film = timed(lambda: original.film(arrays, reference), device, options.rounds)
     memory = peak(lambda: original.film(arrays, reference), device)
-    return Row(method, label, name, len(frames) / film, len(frames) / alone, *memory)
+    return Row(method, label, name, len(frames) / film, len(frames) / alone, *memory, note=note)
 
 
 def table(rows: list[Row]) -> str:
@@ -230,7 +278,7 @@ def table(rows: list[Row]) -> str:
     for r in rows:
         lines.append(
             f"| {r.method} | {r.contestant} | {r.size} | {r.film_fps:.2f} | {r.network_fps:.2f} | {r.allocated:.0f} | "
-            f"{r.reserved:.0f} | {r.note} |"
+            f"{r.reserved:.0f} | {r.note.strip()} |"
         )
     return "\n".join(lines)
 
@@ -242,35 +290,55 @@ def machine(device: torch.device) -> str:
     )
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=["768x432", "1920x1080"] if cuda else ["256x144"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--precisions", nargs="+", default=["float32", "float16", "bfloat16"] if cuda else ["float32"])
+    parser.add_argument("--precisions", nargs="+", default=["float32", *HALVES] if cuda else ["float32"])
     parser.add_argument("--frames", type=int, default=60 if cuda else 11)
     parser.add_argument("--rounds", type=int, default=3 if cuda else 1)
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--peers", type=Path, help="folder of the originals' checkouts")
+    parser.add_argument("--peer-frames", type=int, default=20, help="the originals take up to a second for one")
     parser.add_argument("--long", type=int, default=0, help="frames of a long film to simulate")
+    parser.add_argument("--seconds", type=float, default=540, help="nothing is begun after this time")
+    parser.add_argument("--tiny", action="store_true", help="test the benchmark itself with small networks")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="append to benchmarks/RESULTS.md")
     options = parser.parse_args()
+    if options.tiny:
+        options.sizes, options.frames, options.rounds, options.precisions = ["112x112"], 6, 1, ["float32"]
+        if options.peers is not None or options.write:
+            parser.error("--tiny has no peers, which come in one size only, and no results to write.")
+    options.deadline, options.left_out = time.monotonic() + options.seconds, []
+    return options
+
+
+def main() -> None:
+    options = arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
     pack()
     from hotpath import host
     from hotpath.host.headless import HeadlessHost
 
-    device = torch.device("cuda") if cuda else torch.device("cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     host.use(HeadlessHost(device=device, show_progress=False))
     rows: list[Row] = []
     for size in options.sizes:
         width, height = (int(n) for n in size.split("x"))
         for method in options.methods:
             rows += contest(method, (width, height), options, device)
-    text = f"\n## Colorization, {date.today()}\n\n{machine(device)}. `{' '.join(sys.argv)}`\n\n{table(rows)}\n"
+    # By the tool's names alone: a path says where it ran, and nothing about what.
+    command = " ".join([Path(sys.argv[0]).name, *("DIR" if "/" in part else part for part in sys.argv[1:])])
+    text = f"\n## Colorization, {date.today()}\n\n{machine(device)}. `{command}`\n\n{table(rows)}\n"
+    if options.left_out:
+        text += f"\nLeft out after {options.seconds:.0f} seconds: {', '.join(options.left_out)}.\n"
     print(text)
+    for row in rows:
+        if row.engines:
+            print(f"{row.method} {row.size} {row.contestant}: {row.engines}")
     if options.write:
         with (ROOT / "benchmarks" / "RESULTS.md").open("a") as file:
             file.write(text)

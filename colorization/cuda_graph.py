@@ -5,6 +5,7 @@ The recurrent part of a film is hundreds of small kernels per frame, and launchi
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -36,9 +37,12 @@ Record = Callable[[Step, Sequence[Tensor]], Recording]
 
 
 class CudaRecording:
-    """`function` of copies of `tensors`, captured after two runs that let libraries choose their kernels."""
+    """`function` of copies of `tensors`, captured after two runs that let libraries choose their kernels.
 
-    def __init__(self, function: Step, tensors: Sequence[Tensor]) -> None:
+    pool: memory that recordings share. They may: one runs at a time, and what it leaves is copied at once.
+    """
+
+    def __init__(self, function: Step, tensors: Sequence[Tensor], pool: Any = None) -> None:
         self.inputs = [tensor.clone() for tensor in tensors]
         stream: Any = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -48,18 +52,24 @@ class CudaRecording:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph: Any = torch.cuda.CUDAGraph()
         # Other threads decode, pin memory and copy meanwhile; that is no business of this capture.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.outputs = function(*self.inputs)
 
     def replay(self) -> None:
         self._graph.replay()
 
 
+def graph_memory(device: torch.device) -> Any:
+    """For the steps of one job to share."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
 class GraphedStep:
     """`function` of tensors to a tuple of tensors, replayed from a graph from the second call of each shape on.
 
     The first call of a shape runs plainly, records, replays, and compares: a recording that fails or differs ends all
-    recording, and `status` says why. record: makes a Recording, or None where there are no graphs.
+    recording, and `status` says why. record: makes a Recording; CUDA's by default, and none elsewhere. pool: see
+    `graph_memory`.
     """
 
     def __init__(
@@ -67,9 +77,11 @@ class GraphedStep:
         function: Step,
         device: torch.device,
         record: Record | None = None,
+        pool: Any = None,
     ) -> None:
         self._function = function
-        self._record: Record | None = record or (CudaRecording if device.type == "cuda" else None)
+        on_cuda = functools.partial(CudaRecording, pool=pool) if device.type == "cuda" else None
+        self._record: Record | None = record or on_cuda
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         self.status = "not captured yet" if self._record else f"none: CUDA only, this is {device.type}"
 

@@ -213,7 +213,7 @@ def people() -> Image.Image:
     return labelled([("a mask for each person", shown(tinted[None])), ("their poses, for image_kps", shown(drawing))])
 
 
-def coloured_film(method: str = "Deep Exemplar") -> tuple[torch.Tensor, torch.Tensor, Any, str, torch.Tensor]:
+def coloured_film(method: str = "ColorMNet") -> tuple[torch.Tensor, torch.Tensor, Any, str, torch.Tensor]:
     from .colorize_scenes import held_out_clip
 
     truth = held_out_clip(16).permute(0, 2, 3, 1).contiguous()
@@ -247,7 +247,7 @@ def film_state() -> Image.Image:
     from .colorize_scenes import held_out_clip
 
     truth = held_out_clip(16).permute(0, 2, 3, 1).contiguous()
-    options = {"method": "Deep Exemplar", "colour_size": 0, "edge_filter": "none"}
+    options = {"method": "ColorMNet", "colour_size": 0, "edge_filter": "none"}
     first, _, state, _ = node("HotpathColorizeVideo", frames=truth[:8], reference=truth[:1], **options)
     path = node("HotpathSaveColorState", state=state, name="film")[0]
     state, frame = node("HotpathLoadColorState", name="film")
@@ -264,7 +264,7 @@ def images_coloured() -> Image.Image:
 
     truth = held_out_clip(16).permute(0, 2, 3, 1).contiguous()
     grey = (truth @ torch.tensor([0.2126, 0.7152, 0.0722]))[..., None].expand(-1, -1, -1, 3)
-    options = {"method": "Deep Exemplar", "colour_size": 0, "edge_filter": "none"}
+    options = {"method": "ColorMNet", "colour_size": 0, "edge_filter": "none"}
     coloured = node("HotpathColorizeImage", images=grey[12:13], reference=truth[:1], **options)[0]
     return labelled([("reference", shown(truth[:1])), ("picture", shown(grey[12:13])), ("coloured", shown(coloured))])
 

@@ -53,6 +53,14 @@ class Scenes:
         return rgb_to_lab(camera_move(picture, frames, side, side, self.random))
 
 
+def small_deep_exemplar() -> DeepExemplar:
+    return DeepExemplar(
+        VGG19((12, 16, 24, 32, 32)),
+        WarpNet((16, 24, 32, 32), (24, 24, 32, 32), 16, 48),
+        ColorVidNet(12, (16, 24, 32, 40), 24),
+    )
+
+
 def deep_exemplar_loss(networks: DeepExemplar, lab: Tensor) -> Tensor:
     """The first frame is the reference; a soft match stands in for the argmax, which has no gradient."""
     reference, frames = lab[:1], lab[1:]
@@ -129,11 +137,7 @@ def main() -> None:
     chosen = arguments.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(chosen.seed)
-    networks = DeepExemplar(
-        VGG19((12, 16, 24, 32, 32)),
-        WarpNet((16, 24, 32, 32), (24, 24, 32, 32), 16, 48),
-        ColorVidNet(12, (16, 24, 32, 40), 24),
-    )
+    networks = small_deep_exemplar()
     parts = {"vgg": networks.vgg, "nonlocal_net": networks.warp, "colornet": networks.color_net}
     paths = {name: MODELS / "deep_exemplar" / f"demo_{name}.safetensors" for name in parts}
     if chosen.more:

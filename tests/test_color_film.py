@@ -15,7 +15,7 @@ from hotpath.colorization.checkpoint_file import WrongCheckpoint
 from hotpath.colorization.colour_space import luminance_of
 from hotpath.colorization.film_options import METHODS, FilmOptions, Reference, read_references
 from hotpath.colorization.film_state import load_state, save_state
-from tiny_colorizers import save_models
+from tiny_colorizers import TINY, save_models
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -107,6 +107,52 @@ def test_options_do_what_they_say() -> None:
     for wrong in ({"method": "DeOldify"}, {"edge_filter": "wls"}, {"shots": "all"}, {"temporal_smoothing": 1.0}):
         with pytest.raises(ValueError):
             FilmOptions(**wrong)
+
+
+def test_attention_is_chosen_and_what_ran_is_told() -> None:
+    images, reference = frames(4), frames(1, seed=5)
+    plain = run(images, reference, colour_size=32)
+    assert "DINOv2 attention: auto was asked for; " in plain.report and "sdpa" in plain.report
+    sage = run(images, reference, colour_size=32, attention="sage", local_attention="spatial_correlation_sampler")
+    assert (
+        "DINOv2 attention: sage was asked for; " in sage.report and "sage2: it is for cuda, this is cpu" in sage.report
+    )
+    torch.testing.assert_close(sage.pictures, plain.pictures, atol=1e-4, rtol=0)
+    banded = run(images, reference, colour_size=32, local_attention="banded")
+    assert "local attention: banded: asked for" in banded.report and torch.equal(banded.pictures, plain.pictures)
+    for wrong in ({"attention": "flash9"}, {"local_attention": "unfold"}):
+        with pytest.raises(ValueError, match=r"There is no (local )?attention"):
+            FilmOptions(**wrong)
+
+
+def test_an_attention_asked_for_reaches_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hotpath.colorization.colormnet import engine
+
+    policies: list[str] = []
+
+    def rounded(q: Tensor, k: Tensor, v: Tensor, *, policy: Any, record: Any) -> Tensor:
+        policies.append(policy.backend)
+        return F.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+
+    images, reference = frames(2), frames(1, seed=5)
+    exact = run(images, reference, colour_size=32).pictures
+    monkeypatch.setattr(engine, "attend", rounded)
+    lossy = run(images, reference, colour_size=32, attention="sage2").pictures
+    # One pass for the reference, one for each frame: the first stands alone.
+    assert policies == ["sage2"] * (3 * TINY.encoder.vit_depth)
+    assert 0 < (lossy - exact).abs().max() < 0.1
+
+
+def test_deep_exemplar_goes_on_with_the_reference_it_had_changed_to() -> None:
+    images = frames(9)
+    two = torch.stack((frames(1, seed=9)[0], images[2]))
+    deep: dict[str, Any] = {"method": "Deep Exemplar", "colour_size": 64, "where": "-,3"}
+    whole = run(images, two, **deep).pictures
+    first = run(images[:6], two, **deep)
+    second = run(images[6:], two, first.state, **deep)
+    torch.testing.assert_close(second.pictures, whole[6:], atol=0.05, rtol=0)
+    never = run(images, two[:1], method="Deep Exemplar", colour_size=64).pictures
+    assert (never[6:] - whole[6:]).abs().max() > 0.05
 
 
 def test_reference_that_is_a_frame_comes_back_as_it_is() -> None:

@@ -286,7 +286,7 @@ def test_one_recording_serves_all_shots(monkeypatch: pytest.MonkeyPatch) -> None
 
     original = GraphedStep.__init__
     monkeypatch.setattr(
-        GraphedStep, "__init__", lambda self, function, device: original(self, function, device, record)
+        GraphedStep, "__init__", lambda self, function, device, **_: original(self, function, device, record)
     )
     options = FilmOptions(colour_size=32, shots="reset")
     images = torch.cat((frames(20) * 0.2, frames(20, seed=4) * 0.3 + 0.7, frames(20, seed=5) * 0.2))
@@ -336,9 +336,10 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setattr(film, "copies_for", DirectCopies)
     monkeypatch.setattr(film, "activations", lambda *_: (8, 0))
     monkeypatch.setattr(stage_times.StageTimes, "__init__", _without_events)
+    monkeypatch.setattr(engine, "graph_memory", lambda device: None)
     original = GraphedStep.__init__
 
-    def plain(self: GraphedStep, function: Any, device: torch.device) -> None:
+    def plain(self: GraphedStep, function: Any, device: torch.device, **_: Any) -> None:
         original(self, function, CPU)
 
     monkeypatch.setattr(GraphedStep, "__init__", plain)

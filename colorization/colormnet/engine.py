@@ -15,7 +15,7 @@ from ...attention.dispatch import AttentionPolicy, attend
 from ...attention.events import AttentionLog
 from ...attention.local_window import AUTOMATIC, select_local_window
 from ..compilation import MaybeCompiled
-from ..cuda_graph import GraphedStep
+from ..cuda_graph import GraphedStep, graph_memory
 from .decoder import DecoderContext
 from .network import ColorMNet, FrameKeys
 
@@ -56,9 +56,9 @@ class ColorMNetEngine:
         self.local_attention = local_attention
         _, self._local_reason = select_local_window(network.compute_device, backend=local_attention)
         # One for frames that update the sensory memory, one for those that do not.
-        self.steps = {
-            update: GraphedStep(_step(self.decode, update), network.compute_device) for update in (True, False)
-        }
+        device = network.compute_device
+        memory = graph_memory(device)
+        self.steps = {update: GraphedStep(_step(self.decode, update), device, pool=memory) for update in (True, False)}
         functions.calls.begin()
 
     def near(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
