@@ -200,6 +200,8 @@ class _FileRun:
     def _stop(self, encoder: ThreadPoolExecutor) -> None:
         """Something was raised: keep what is whole. What fails here too is logged, not raised over the cause."""
         try:
+            for future in self.encoding:
+                future.result()
             self._end_part(encoder, ends_shot=False)
             for future in self.encoding:
                 future.result()

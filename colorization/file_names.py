@@ -12,7 +12,7 @@ def inside(folder: Path, name: str, suffixes: Sequence[str] = ()) -> Path:
     """`folder / name`; raises ValueError for names that are empty, absolute, lead outside, or end in another suffix."""
     parts = PureWindowsPath(name).parts if "\\" in name else PurePosixPath(name).parts
     outside = PureWindowsPath(name).drive or name.startswith(("/", "\\")) or ".." in parts
-    if not name.strip() or outside:
+    if not name.strip() or not parts or outside:
         raise ValueError(f"{name!r} is not a file name inside {folder}.")
     if suffixes and Path(parts[-1]).suffix.lower() not in suffixes:
         raise ValueError(f"{name!r} must end in one of {', '.join(suffixes)}.")

@@ -26,9 +26,11 @@ class PartRecorder:
         self.codec, self.quality, self.times = codec, quality, times
         self._writer: PartWriter | None = None
         self._frames = 0  # in the open part
+        self._broken = False  # a frame is missing: nothing after it may count
 
     def write(self, queued: ColouringFrames, times: list[int]) -> tuple[int, Tensor]:
         """Encode frames once they are there. Returns how many, and the last of them."""
+        whole, self._broken = not self._broken, True
         pictures = queued.wait().pictures
         with self.times.beside("encoding, beside it"):
             if self._writer is None:
@@ -36,18 +38,24 @@ class PartRecorder:
                 self._writer = PartWriter(path, self.facts, self.codec, self.quality)
             self._writer.write(pictures, times)
         self._frames += len(times)
+        self._broken = not whole
         return len(times), pictures[-1]
 
     def finish(self, snapshot: Snapshot, next_time: int, shot: int, ends_shot: bool) -> None:
-        """Close the open part, which is of shot `shot`; the film goes on with `snapshot` at `next_time`."""
-        writer, self._writer = self._writer, None
-        if writer is None:
+        """Close the open part, which is of shot `shot`; the film goes on with `snapshot` at `next_time`.
+
+        After a write or a finish that failed, this does nothing: the film goes on before it another time.
+        """
+        if self._broken or self._writer is None:
             return
+        self._broken = True
+        writer, self._writer = self._writer, None
         writer.close()
         first = self.manifest.frames
         save_state(snapshot.state(), self.manifest.state_file(self.folder, len(self.manifest.parts) + 1))
         self.manifest.add(self.folder, FinishedPart(first, first + self._frames, shot, ends_shot), next_time)
         self._frames = 0
+        self._broken = False
 
     def abandon(self) -> None:
         """Close a part that will not be finished."""

@@ -21,6 +21,7 @@ from hotpath.colorization import file_job, film
 from hotpath.colorization.film_options import FilmOptions, Reference, read_references
 from hotpath.colorization.manifest import FinishedPart, Manifest, read_manifest
 from hotpath.colorization.shots import ShotDetector
+from hotpath.colorization.video_file import PartWriter
 from tiny_colorizers import save_models
 from torch import Tensor
 
@@ -329,6 +330,31 @@ def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     changed, _ = file_task(tmp_path, strength=0.0)
     assert "continued" not in file_job.colorize_file(changed, references)
     assert read_film(job.output)[0].float().std(-1).mean() < 3
+
+
+@pytest.mark.parametrize("failing", [2, 4])
+def test_a_disk_that_fills_loses_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
+    """Whatever is queued behind the frames that were not written must not count."""
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    write_film(tmp_path / "in.mp4", counted(120))
+    job, references = file_task(tmp_path)
+    write, calls = PartWriter.write, [0]
+
+    def full(self: PartWriter, *parts: Any) -> None:
+        calls[0] += 1
+        time.sleep(0.02)
+        if calls[0] == failing:
+            raise OSError(28, "No space left on device")
+        write(self, *parts)
+
+    with monkeypatch.context() as small:
+        small.setattr(PartWriter, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            file_job.colorize_file(job, references)
+    done = 1 + 20 * (failing - 1)
+    assert numbers(read_film(job.output)[0]) == list(range(done))
+    assert f"continued: after {done} frames" in file_job.colorize_file(job, references)
+    assert numbers(read_film(job.output)[0]) == list(range(120))
 
 
 def test_a_crash_while_the_film_is_put_together_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
