@@ -7,7 +7,8 @@ every value that may change from step to step or from picture to picture is a te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,16 +58,18 @@ class TokenStep:
         """`out` [B, N, C] with these identities."""
         from comfy.ldm.modules.attention import optimized_attention
 
-        keys, values, mask = self.keys, self.values, self.mask
+        keys, values, rows, weights, mask = self.keys, self.values, self.rows, self.weights, self.mask
         if keys.dtype != q.dtype:
             keys, values = keys.to(q.dtype), values.to(q.dtype)
         if mask is not None and mask.shape[-1] != q.shape[1]:
             mask = _other_mask(self, q.shape[1])
+        if rows.shape[1] != q.shape[0]:
+            rows, weights, mask = _other_batch(rows, weights, mask, q.shape[0], extra_options["cond_or_uncond"])
         stats = self.stats
         if stats is not None and not self.counts_out:
             stats = torch.zeros_like(stats)
         made = attend_tokens(
-            q, out, keys, values, self.rows, self.weights, extra_options["n_heads"], mask, stats, optimized_attention
+            q, out, keys, values, rows, weights, extra_options["n_heads"], mask, stats, optimized_attention
         )
         if self.stats is not None and stats is not None and not self.counts_out:
             self.stats[0] += stats[0]
@@ -119,7 +122,42 @@ def _other_mask(step: TokenStep, length: int) -> Tensor:
     return step.mask_for(length)
 
 
+def _other_batch(
+    rows: Tensor, weights: Tensor, mask: Tensor | None, batch: int, cond_or_uncond: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`rows`, `weights` and `mask` for queries of another `batch`: attention couples compute each positive once for every
+    region, one copy of its samples behind the other, and each negative once.
+
+    Raises ValueError for a batch that no such copying gives.
+    """
+    chunk = rows.shape[1] // len(cond_or_uncond)
+    negatives = sum(i == 1 for i in cond_or_uncond)
+    copies = (batch // chunk - negatives) // max(len(cond_or_uncond) - negatives, 1)
+    samples = [
+        sample
+        for place, i in enumerate(cond_or_uncond)
+        for _ in range(1 if i == 1 else copies)
+        for sample in range(place * chunk, (place + 1) * chunk)
+    ]
+    if len(samples) != batch:
+        raise ValueError(
+            f"Another pack made {batch} samples of the {rows.shape[1]} that the attention of an identity is for; take one of "
+            "the two off the model."
+        )
+    index = _on_device(tuple(samples), rows.device)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask[:, index]
+    return rows[:, index], weights[:, index], mask
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(samples: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied once: a copy in each of the 70 blocks would wait for the device as often."""
+    return torch.tensor(samples, device=device)
+
+
 def keep_out_of_compiled_graphs() -> None:
     """Other packs' callbacks may read what a graph would bake in. Call it once, before anything is traced."""
-    global _call_foreign, _other_mask
+    global _call_foreign, _other_mask, _other_batch
     _call_foreign, _other_mask = torch.compiler.disable(_call_foreign), torch.compiler.disable(_other_mask)
+    _other_batch = torch.compiler.disable(_other_batch)

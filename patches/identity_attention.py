@@ -104,8 +104,9 @@ class IdentityAttention:
         self._bound.clear()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
-        """For samplers that go past ComfyUI's wrappers; elsewhere the result of `bind` stands in this place."""
-        return self.bind(current_call(extra_options).of(q), None)(q, k, v, extra_options)
+        """For whatever goes past ComfyUI's wrappers; elsewhere the result of `bind` stands in this place."""
+        call = current_call(extra_options).of(q)
+        return self.bind(call, call.counts)(q, k, v, extra_options)
 
     def bind(self, call: ModelCall, counts: Tensor | None) -> BoundAttention:
         """What this block does in `call`; made once per kind of call.

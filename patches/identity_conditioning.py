@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .mask import fit_batch
-from .model_call import COND, ROLE, UNCOND, role_condition
+from .model_call import COND, OURS, UNCOND, mark
 
 ONLY_IDENTITY_NET = "IdentityNet only"
 ALL_NETS = "every ControlNet"
 
-TOKENS = "hotpath_face_tokens"
+TOKENS = f"{OURS}face_tokens"
 
 Conditioning = list[list[Any]]
 
@@ -85,13 +85,7 @@ def mark_roles(positive: Conditioning, negative: Conditioning) -> tuple[Conditio
     """Both conditionings, marked so that identity attention knows them apart in any guider; nothing else changes."""
     marked = []
     for role, conditioning in ((COND, positive), (UNCOND, negative)):
-        entries = []
-        for cross_attention, options in conditioning:
-            mask = options.get("mask")
-            masks = mask.shape[0] if isinstance(mask, Tensor) and mask.ndim == 3 else 1
-            model_conds = {**options.get("model_conds", {}), ROLE: role_condition(role, masks)}
-            entries.append([cross_attention, {**options, "model_conds": model_conds}])
-        marked.append(entries)
+        marked.append([[cross_attention, mark(options, role)] for cross_attention, options in conditioning])
     return marked[0], marked[1]
 
 

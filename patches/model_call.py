@@ -2,20 +2,28 @@
 
 An APPLY_MODEL wrapper notes it once per call, outside whatever is compiled, and binds our attention patches to it. They
 reach the UNet as an argument of its own and not in `transformer_options`, because under torch.compile ComfyUI drops the
-guards on those: a graph traced without a patch would go on being used with it. What is noted is kept per thread: with a
-CFG split over GPUs, one thread runs each part.
+guards on those: a graph traced without a patch would go on being used with it. Where another pack has put a forward of
+fixed arguments in the UNet's place, each block's patch finds the call by itself. What is noted is kept per thread: with
+a CFG split over GPUs, one thread runs each part.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import logging
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+log = logging.getLogger("hotpath.attention")
+
+OURS = "hotpath_"  # begins the names of all that our nodes put on a conditioning
 KEY = "hotpath_model_call"
 BOUND = "hotpath_bound_patches"
 TELEMETRY = "hotpath_telemetry"
@@ -27,6 +35,7 @@ COND, UNCOND = 0, 1
 CPU = torch.device("cpu")
 
 _thread = threading.local()
+_closed: weakref.WeakSet[Any] = weakref.WeakSet()  # forwards that take no argument of ours
 
 
 @dataclass
@@ -35,7 +44,7 @@ class ModelCall:
 
     roles: COND or UNCOND for each chunk of the batch. height, width: of the latent. batch: samples. dtype: what the
     model computes in. window: indices into the whole batch of the frames in this call (sliding context), or None;
-    full_length: length of that whole batch.
+    full_length: length of that whole batch. counts: [70, 2] for telemetry, see `attend_tokens`; a row per block.
     """
 
     roles: tuple[int, ...]
@@ -47,6 +56,7 @@ class ModelCall:
     batch: int = 1
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
+    counts: Tensor | None = None
     _sigma: float | None = field(default=None, repr=False)
     _made: dict[object, Tensor] = field(default_factory=dict, repr=False)
 
@@ -57,8 +67,8 @@ class ModelCall:
         """Calls of one kind differ in the sigma only."""
 
     def of(self, q: Tensor) -> ModelCall:
-        """This call with the batch, device and dtype of `q` [B, N, C]."""
-        return replace(self, batch=q.shape[0], device=q.device, dtype=q.dtype)
+        """This call with the device and dtype of `q` [B, N, C]."""
+        return replace(self, device=q.device, dtype=q.dtype)
 
     @property
     def sigma_is_near(self) -> bool:
@@ -97,17 +107,25 @@ class ModelCall:
         def gate() -> Tensor:
             exact = torch.float32 if self.device.type == "mps" else torch.float64
             limits = torch.tensor([(s.sigma_start, s.sigma_end) for s in settings], dtype=exact)
-            limits = limits.to(self.device, non_blocking=True)
+            limits = limits.to(self.device, non_blocking=self._copies_at_once)
             sigma = timestep.flatten()[0].to(self.device, exact)
             return weights * ((sigma <= limits[:, 0]) & (sigma >= limits[:, 1]))[:, None]
 
         return self._once(settings, gate)
 
+    @property
+    def _copies_at_once(self) -> bool:
+        """Whether a copy without waiting has read ordinary memory when it returns: CUDA's, and ROCm's, has.
+
+        There, waiting would be for everything that runs on the device. Elsewhere (Metal) the copy may read memory that is
+        free again by then.
+        """
+        return self.device.type == "cuda"
+
     def _once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
-        made = self._made.get(key)
+        made = self._made.get((key, self.device))
         if made is None:
-            # Without non_blocking, torch would wait for everything that runs on the device.
-            made = self._made[key] = make().to(self.device, non_blocking=True)
+            made = self._made[key, self.device] = make().to(self.device, non_blocking=self._copies_at_once)
         return made
 
 
@@ -123,9 +141,9 @@ def current_call(extra_options: dict[str, Any]) -> ModelCall:
     call = getattr(_thread, "call", None)
     if call is not None:
         return call
-    height, width = extra_options["original_shape"][-2:]
+    batch, *_, height, width = extra_options["original_shape"]
     roles = index_roles(extra_options.get("cond_or_uncond", [0]))
-    return ModelCall(roles, height, width, extra_options.get("sigmas"), *_window(extra_options))
+    return ModelCall(roles, height, width, extra_options.get("sigmas"), *_window(extra_options), batch=batch)
 
 
 def index_roles(cond_or_uncond: Sequence[int]) -> tuple[int, ...]:
@@ -160,20 +178,61 @@ def _note_call(
     roles = kwargs.pop(ROLE, None)
     if roles is None or len(roles) != len(by_index) or options.get(ROLES_BY_INDEX):
         roles = by_index
-    dtype = getattr(executor.class_obj, "get_dtype_inference", lambda: x.dtype)()
-    call = ModelCall(
-        tuple(roles), x.shape[-2], x.shape[-1], t, *_window(options), batch=x.shape[0], device=x.device, dtype=dtype
-    )
+    # What stands on the conditionings for us is read by now, and no model knows it.
+    kwargs = {name: value for name, value in kwargs.items() if not name.startswith(OURS)}
     recorder = options.get(TELEMETRY)
-    counts = recorder.begin_call(t, x.device) if recorder is not None else None
-    attn2 = options.get("patches_replace", {}).get("attn2", {})
-    bound = {block: patch.bind(call, counts) for block, patch in attn2.items() if hasattr(patch, "bind")}
+    call = ModelCall(
+        tuple(roles),
+        x.shape[-2],
+        x.shape[-1],
+        t,
+        *_window(options),
+        batch=x.shape[0],
+        device=x.device,
+        dtype=getattr(executor.class_obj, "get_dtype_inference", lambda: x.dtype)(),
+        counts=recorder.begin_call(t, x.device) if recorder is not None else None,
+    )
     before = getattr(_thread, "call", None)
     _thread.call = call
     try:
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs, **{BOUND: BoundPatches(bound)})
+        forward = _forward_of(getattr(executor.class_obj, "diffusion_model", None))
+        if takes_bound(forward):
+            attn2 = options.get("patches_replace", {}).get("attn2", {})
+            bound = {block: patch.bind(call, call.counts) for block, patch in attn2.items() if hasattr(patch, "bind")}
+            try:
+                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs, **{BOUND: BoundPatches(bound)})
+            except TypeError as error:
+                if BOUND not in str(error):
+                    raise
+                _note_closed(forward)
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     finally:
         _thread.call = before
+
+
+def _forward_of(model: Any) -> Any:
+    forward = getattr(model, "forward", model)
+    return getattr(forward, "__func__", forward)
+
+
+def takes_bound(forward: Any) -> bool:
+    """Whether a diffusion model's forward can be handed `BoundPatches`; other packs replace it by ones that cannot."""
+    try:
+        if forward in _closed:
+            return False
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # nothing that tells: the call will
+        return True
+    if any(p.kind is p.VAR_KEYWORD or p.name == BOUND for p in parameters):
+        return True
+    _note_closed(forward)
+    return False
+
+
+def _note_closed(forward: Any) -> None:
+    log.info("identity attention finds its call in each block: this model's forward takes fixed arguments")
+    with contextlib.suppress(TypeError):  # what cannot be remembered is asked again
+        _closed.add(forward)
 
 
 def _use_bound(
@@ -196,11 +255,52 @@ def _use_bound(
     return executor(x, timesteps, context, y, control, options, **kwargs)
 
 
+def mark(entry: Mapping[str, Any], role: int) -> dict[str, Any]:
+    """A conditioning's options that say whose rows they are, COND's or UNCOND's; nothing else changes."""
+    mask = entry.get("mask")
+    masks = mask.shape[0] if isinstance(mask, Tensor) and mask.ndim == 3 else 1
+    return {**entry, "model_conds": {**entry.get("model_conds", {}), ROLE: role_condition(role, masks)}}
+
+
+def roles_by_name(conds: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The conditionings of a guider, marked by the names that it gives them: "positive", and those of a negative.
+
+    Marks that stand stay, but for a negative that was made of the marked positive (zeroed out, say). Conditionings of
+    other names are as they were.
+    """
+    positive = {_mark_of(entry) for entry in conds.get("positive") or ()}
+    named: dict[str, Any] = {}
+    for name, entries in conds.items():
+        role = COND if name == "positive" else UNCOND
+        if not entries or (role == UNCOND and "negative" not in name):
+            named[name] = entries
+            continue
+        copied = role == UNCOND and positive <= {COND, None}
+        named[name] = [
+            mark(entry, role) if _mark_of(entry) is None or (copied and _mark_of(entry) == COND) else entry
+            for entry in entries
+        ]
+    return named
+
+
+def _mark_of(entry: Mapping[str, Any]) -> int | None:
+    marked = entry.get("model_conds", {}).get(ROLE)
+    return marked.cond if marked is not None else None
+
+
+def _note_names(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """A sampler starts: its guider has the conditionings under their names, which are lost where they are computed."""
+    guider = executor.class_obj
+    if isinstance(getattr(guider, "conds", None), dict):
+        guider.conds = roles_by_name(guider.conds)
+    return executor(*args, **kwargs)
+
+
 def _note_conditionings(
     executor: Any, model: Any, conds: Sequence[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
 ) -> Any:
     """A pair of conditionings with the same mark is a positive and a negative that was made of it (zeroed out, say)."""
-    marks = [{c["model_conds"][ROLE].cond for c in cond or () if ROLE in c.get("model_conds", {})} for cond in conds]
+    marks = [{_mark_of(entry) for entry in cond or ()} - {None} for cond in conds]
     if len(marks) == 2 and marks[0] and marks[0] == marks[1]:
         options = {**model_options.get("transformer_options", {}), ROLES_BY_INDEX: True}
         model_options = {**model_options, "transformer_options": options}
@@ -214,6 +314,7 @@ def note_model_calls(model: Any) -> None:
     for kind, wrapper in (
         (WrappersMP.APPLY_MODEL, _note_call),
         (WrappersMP.DIFFUSION_MODEL, _use_bound),
+        (WrappersMP.OUTER_SAMPLE, _note_names),
         (WrappersMP.CALC_COND_BATCH, _note_conditionings),
     ):
         if not model.get_wrappers(kind, KEY):

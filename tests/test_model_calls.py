@@ -1,0 +1,279 @@
+"""Model calls out of the ordinary: guiders with other orders, other packs' forwards, batches that grow inside the UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from instantid_bench import apply, attention_patches, shared_bench
+from instantid_scenarios import Bench, mask, photo, sample
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return shared_bench()
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).abs().max() < 1e-4 * b.abs().max())
+
+
+def run_guider(guider: Any) -> torch.Tensor:
+    import comfy.samplers
+
+    latent = torch.zeros(1, 4, 8, 8)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
+    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "normal", 2)
+    found: torch.Tensor = guider.sample(
+        noise, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True
+    )
+    return found
+
+
+def roles_by_index(model: Any, run: Callable[[Any], Any]) -> dict[int, int]:
+    """The role that every index of `cond_or_uncond` had while `run` sampled."""
+    from comfy.patcher_extension import WrappersMP
+    from hotpath.patches.model_call import current_call
+
+    seen: dict[int, int] = {}
+
+    def spy(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.update(zip(args[3]["cond_or_uncond"], current_call({}).roles, strict=True))
+        return executor(x, t, *args, **kwargs)
+
+    watched = model.clone()
+    watched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", spy)
+    run(watched)
+    return seen
+
+
+def dual_cfg(model: Any, positive: Any, middle: Any, negative: Any) -> torch.Tensor:
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    guider = Guider_DualCFG(model)
+    guider.set_conds(positive, middle, negative)
+    guider.set_cfg(4.0, 2.0)
+    return run_guider(guider)
+
+
+def zeroed(positive: Any) -> Any:
+    import nodes
+
+    return nodes.ConditioningZeroOut().zero_out(positive)[0]
+
+
+@pytest.mark.parametrize("negative", ["zeroed out", "its own", "marked"])
+@pytest.mark.parametrize("positive", ["marked", "plain"])
+def test_dual_cfg_knows_its_negative_by_name(bench: Bench, positive: str, negative: str) -> None:
+    model, marked, its_negative = bench.apply()
+    first = marked if positive == "marked" else bench.positive
+    last = {"zeroed out": zeroed(first), "its own": bench.negative, "marked": its_negative}[negative]
+    before = [dict(entry[1].get("model_conds", {})) for entry in first]
+    seen = roles_by_index(model, lambda watched: dual_cfg(watched, first, bench.positive, last))
+    assert seen[0] == 1, "it comes first in the guider's list"
+    assert seen[2] == 0
+    assert [dict(entry[1].get("model_conds", {})) for entry in first] == before
+
+
+def test_perp_neg_with_everything_made_of_the_positive(bench: Bench) -> None:
+    from comfy_extras.nodes_perpneg import Guider_PerpNeg
+
+    model, positive, _ = bench.apply()
+
+    def run(watched: Any) -> None:
+        guider = Guider_PerpNeg(watched)
+        guider.set_conds(positive, zeroed(positive), zeroed(positive))
+        guider.set_cfg(4.0, 1.0)
+        run_guider(guider)
+
+    assert roles_by_index(model, run) == {0: 0, 1: 1, 2: 1}
+
+
+def test_a_negative_that_is_computed_by_itself(bench: Bench) -> None:
+    """Self-attention guidance and two models for one guider ask for the negative alone, at index 0."""
+    from comfy_extras.nodes_custom_sampler import Guider_DualModel
+
+    model, positive, _ = bench.apply()
+    roles: list[tuple[int, ...]] = []
+
+    def spy(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        from hotpath.patches.model_call import current_call
+
+        roles.append(current_call({}).roles)
+        return executor(*args, **kwargs)
+
+    from comfy.patcher_extension import WrappersMP
+
+    watched, other = model.clone(), model.clone()
+    for patched in (watched, other):
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", spy)
+    guider = Guider_DualModel(watched, other)
+    guider.set_conds(positive, zeroed(positive))
+    guider.set_cfg(4.0)
+    run_guider(guider)
+    assert set(roles) == {(0,), (1,)}
+
+
+def fixed_forward(unet: Any) -> Any:
+    """A forward as packs wrote them when ComfyUI had no other arguments."""
+    original = unet.forward
+
+    def forward(
+        x: Any,
+        timesteps: Any = None,
+        context: Any = None,
+        y: Any = None,
+        control: Any = None,
+        transformer_options: Any = None,
+    ) -> Any:
+        return original(x, timesteps, context=context, y=y, control=control, transformer_options=transformer_options)
+
+    return forward
+
+
+def anything_to_fixed(unet: Any) -> Any:
+    inner = fixed_forward(unet)
+    return lambda *args, **kwargs: inner(*args, **kwargs)
+
+
+def past_the_wrappers(unet: Any) -> Any:
+    """A forward of its own, which knows nothing of ComfyUI's wrappers of the diffusion model."""
+
+    def forward(
+        x: Any, timesteps: Any = None, context: Any = None, y: Any = None, control: Any = None,
+        transformer_options: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        return unet._forward(x, timesteps, context, y, control, transformer_options, **kwargs)
+
+    return forward
+
+
+@pytest.mark.parametrize("other", [fixed_forward, anything_to_fixed, past_the_wrappers])
+def test_a_forward_that_another_pack_replaced(bench: Bench, other: Any) -> None:
+    model, positive, negative = apply(bench, model=bench.model)[:3]
+    expected = sample(model, positive, negative)
+    replaced = model.clone()
+    replaced.add_object_patch("diffusion_model.forward", other(model.model.diffusion_model))
+    for _ in range(2):
+        assert torch.equal(sample(replaced, positive, negative), expected)
+    assert torch.equal(sample(model, positive, negative), expected), "ours is as it was"
+
+
+@pytest.mark.parametrize("other", [fixed_forward, anything_to_fixed, past_the_wrappers])
+def test_telemetry_counts_whatever_the_forward_is(bench: Bench, other: Any) -> None:
+    import numpy as np
+    from hotpath.patches.telemetry import record_blocks
+
+    model = bench.patch(weight=0.7)[0]
+
+    def energies(patched: Any) -> Any:
+        watched, recorder = record_blocks(patched)
+        sample(watched, bench.positive, bench.negative)
+        return recorder.contributions().identity
+
+    expected = energies(model)
+    replaced = model.clone()
+    replaced.add_object_patch("diffusion_model.forward", other(model.model.diffusion_model))
+    assert (expected > 0).all()
+    assert np.array_equal(energies(replaced), expected)
+
+
+def test_an_error_of_the_model_is_not_tried_again(bench: Bench) -> None:
+    calls = []
+
+    def forward(x: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(x)
+        raise TypeError("unsupported operand")
+
+    model = bench.patch()[0].clone()
+    model.add_object_patch("diffusion_model.forward", forward)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        sample(model, bench.positive, bench.negative)
+    assert len(calls) == 1
+
+
+def couple(model: Any, regions: int) -> Any:
+    """As attention couples do: every positive once per region in cross-attention, and their mean behind it."""
+    layout: list[list[int]] = []
+
+    def split(q: Any, k: Any, v: Any, extra_options: Any) -> Any:
+        indices = extra_options["cond_or_uncond"]
+        layout.append([1 if i == 1 else regions for i in indices])
+
+        def copied(x: torch.Tensor) -> torch.Tensor:
+            chunks = zip(x.chunk(len(indices)), layout[-1], strict=True)
+            return torch.cat([chunk.repeat(count, 1, 1) for chunk, count in chunks])
+
+        return copied(q), copied(k), copied(v)
+
+    def join(out: torch.Tensor, extra_options: Any) -> torch.Tensor:
+        counts = layout.pop()
+        parts = out.chunk(sum(counts))
+        joined = []
+        for count in counts:
+            here, parts = parts[:count], parts[count:]
+            joined.append(torch.stack(here).mean(0))
+        return torch.cat(joined)
+
+    made = model.clone()
+    made.set_model_attn2_patch(split)
+    made.set_model_attn2_output_patch(join)
+    return made
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_couples_that_copy_the_positive(bench: Bench, batch: int) -> None:
+    """Regions that are all alike are the picture without regions: no sample got another's identity, weight or mask."""
+    model = bench.patch(mask=mask(1, count=batch), weight=0.9)[0]
+    model = bench.patch(model=model, image=photo(2), mask=1 - mask(1, count=batch), end_at=0.6)[0]
+    expected = sample(model, bench.positive, bench.negative, batch=batch)
+    assert alike(sample(couple(model, 3), bench.positive, bench.negative, batch=batch), expected)
+    assert not alike(expected, sample(bench.model, bench.positive, bench.negative, batch=batch))
+
+
+def test_attention_couples_with_a_foreign_object_around_ours(bench: Bench) -> None:
+    """A pack that puts our callbacks into its own object asks each of them for what it adds."""
+
+    class Theirs:
+        def __init__(self, callbacks: list[Any]) -> None:
+            self.callbacks = callbacks
+
+        def __call__(self, q: Any, k: Any, v: Any, extra_options: Any) -> Any:
+            from comfy.ldm.modules.attention import optimized_attention
+
+            out = optimized_attention(q, k, v, extra_options["n_heads"])
+            return out + sum(callback(out, q, k, v, extra_options) for callback in self.callbacks)
+
+    ours = bench.patch(weight=0.9)[0]
+    model = bench.model.clone()
+    for block, patch in attention_patches(ours).items():
+        model.set_model_attn2_replace(Theirs(patch.callback), *block)
+    expected = sample(ours, bench.positive, bench.negative)
+    assert alike(sample(couple(model, 2), bench.positive, bench.negative), expected)
+
+
+def test_a_batch_that_no_copying_gives_is_one_sentence() -> None:
+    from hotpath.patches.bound_attention import _other_batch
+
+    rows, weights = torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, 2)
+    with pytest.raises(ValueError, match="made 7 samples of the 2"):
+        _other_batch(rows, weights, None, 7, [0, 0])
+
+
+def test_tensors_of_a_call_go_to_the_device_that_asks() -> None:
+    from hotpath.patches.model_call import ModelCall
+
+    call = ModelCall((0, 1), 8, 8, None, batch=2)
+    here = call.weights((0.5,))
+    there = call.of(torch.empty(2, 4, 4, device="meta")).weights((0.5,))
+    assert (here.device.type, there.device.type) == ("cpu", "meta")
