@@ -402,3 +402,22 @@ def test_memory_waits_only_when_long_term_memory_is_full(pretended_gpu: torch.de
     with pytest.raises(Exception, match=r"_local_scalar_dense|nonzero"):
         full.colorize(luminance)
     assert full.memory.long == 16
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_compiled_is_kept_with_the_network(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second film compiles nothing anew, and what it says of its attention is about itself."""
+    compiled: list[Any] = []
+
+    def compile(function: Any, **_: Any) -> Any:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    options = FilmOptions(method=method, colour_size=32, compile=True)
+    loaded = clip_job.load_method(options)
+    references = read_references([*frames(1, seed=3)])
+    reports = [clip_job.colorize_clip(loaded, frames(6), references, options).report for _ in range(2)]
+    assert len(compiled) == 2
+    first, second = ([line for line in r.splitlines() if line.startswith(("DINOv2", "torch.compile"))] for r in reports)
+    assert first == second and "compiled" in first[-1]
