@@ -64,6 +64,30 @@ def test_pictures_after_a_warm_up_compile_nothing() -> None:
 
 
 @pytest.mark.comfy
+def test_attention_is_measured_before_graphs_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph keeps the attention chosen while it is traced, so the first call of the dispatcher must not be traced."""
+    from hotpath.attention import dispatch
+    from hotpath.patches.attention_override import set_attention
+
+    bench = tiny("flux")
+    forget_compiled_kinds()
+    traced: list[bool] = []
+    for name in ("attend", "traced"):
+        whole = getattr(dispatch.AttentionDispatcher, name)
+
+        def noted(*args: Any, whole: Any = whole, name: str = name, **kwargs: Any) -> Any:
+            traced.append(name == "traced")
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(dispatch.AttentionDispatcher, name, noted)
+    model, _ = compile_model(set_attention(bench.model, "auto")[0], backend="eager")
+    done, _ = warm_up(model, [(128, 128)])
+    assert done[0].graphs == 2
+    assert not traced[0]
+    assert any(traced)
+
+
+@pytest.mark.comfy
 def test_a_warm_up_shows_progress_and_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     import comfy.model_management as management
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from .graphs import Backend, named_backend
 from .options import attention_that_traces
+from .recording import KEY as RECORDING_KEY
 from .recording import record_calls
 from .regional import CompilationRefused, RegionalCompiler, forget_compiled_kinds
 from .regions import describe_regions, find_regions
@@ -20,6 +21,7 @@ __all__ = [
     "compile_model",
     "compiler_of",
     "forget_compiled_kinds",
+    "uncompiled",
 ]
 
 KEY = "hotpath_compile"
@@ -92,3 +94,13 @@ def _static_clone(model: Any) -> tuple[Any, list[str]]:
     return model.clone(disable_dynamic=True), [
         "DynamicVRAM is off for this model, since compiled graphs need weights that stay: it is loaded a second time"
     ]
+
+
+def uncompiled(model: Any) -> Any:
+    """A clone of a MODEL that `compile_model` returned whose blocks run as they are."""
+    from comfy.patcher_extension import WrappersMP
+
+    made = model.clone()
+    made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, RECORDING_KEY)
+    return made
