@@ -199,7 +199,8 @@ class ComfyUIHost:
 
     def show_text(self, text: str, node_id: str | None = None) -> None:
         server, node_id = prompt_server(), node_id or running_node()
-        if server is not None and node_id is not None:
+        # As in `send_warning`: without a client it would go to everybody.
+        if server is not None and server.client_id is not None and node_id is not None:
             server.send_progress_text(text, node_id, server.client_id)
 
     def warn(self, text: str, node_id: str | None = None) -> None:

@@ -139,7 +139,7 @@ def _receive(url: str, part: Path, size: int | None, progress: ProgressCallback 
         if not resumed:
             have = 0
         length = answer.headers.get("Content-Length")
-        total_bytes = have + int(length) if length is not None else size
+        total_bytes = have + int(length) if length is not None and length.isdecimal() else size
         check_space(part.parent, (total_bytes or 0) - have, part.name.removesuffix(".part"))
         etag = answer.headers.get("ETag")
         if etag and not etag.startswith("W/"):
@@ -150,6 +150,8 @@ def _receive(url: str, part: Path, size: int | None, progress: ProgressCallback 
             while chunk := answer.read(CHUNK):
                 file.write(chunk)
                 have += len(chunk)
+                if size is not None and have > size:
+                    return True  # not the file, as `check` will say; a stream without end must not fill the disk
                 if progress is not None:
                     progress(have, total_bytes)
     return total_bytes is None or have >= total_bytes
@@ -205,6 +207,11 @@ class _SecureRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         _check_address(newurl)
+        if urlsplit(newurl).scheme != "https" and not _is_loopback(urlsplit(req.full_url).hostname or ""):
+            # Else a server could have this machine's own services asked, ComfyUI among them.
+            raise DownloadError(
+                f"{req.full_url} leads to {newurl}, which is not an https address, so it is not followed."
+            )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .downloads import STAGING, DownloadError, ProgressCallback, check_space, fetch, safe_target
+from .downloads import STAGING, TIMEOUT, DownloadError, ProgressCallback, check_space, fetch, safe_target
 
 # What a model folder needs; not the same weights again in another format, and no code.
 REPOSITORY_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
@@ -41,7 +41,7 @@ def fetch_repository(
     if target.exists():
         raise DownloadError(f"{target} is there already; move it away to download {repo} again.")
     with _hub_errors(repo):
-        stated = HfApi().model_info(repo, files_metadata=True)
+        stated = HfApi().model_info(repo, files_metadata=True, timeout=TIMEOUT)
     siblings = {file.rfilename: file for file in stated.siblings or ()}
     wanted = list(filter_repo_objects(siblings, allow_patterns=list(patterns)))
     if not wanted:

@@ -15,6 +15,8 @@ from typing import Literal
 
 CHUNK = 1 << 22
 MAX_HEADER = 100 << 20  # bytes of JSON that a safetensors file may begin with
+# What JSON of any other shape than the one that is meant can end in.
+MISSHAPEN = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
 
 Status = Literal["verified", "unverified", "damaged"]
 
@@ -84,9 +86,9 @@ def _safetensors_problem(path: Path) -> str | None:
             return "it does not begin like a safetensors file."
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except MISSHAPEN:
             return "the list of its tensors cannot be read."
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     needed = 8 + length + max(ends, default=0)
     return None if needed == size else f"it has {size} bytes and its own list of tensors needs {needed}."
 
@@ -114,15 +116,17 @@ def _folder(path: Path) -> Verdict:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+            missing = [name for name in names if not (path / name).is_file()]
+        except MISSHAPEN:
             return Verdict("damaged", f"{index.name} cannot be read.")
     else:
         names = sorted(p.name for p in path.glob("*.safetensors"))
+        missing = []
     if not (path / "config.json").is_file():
         return Verdict("damaged", "there is no config.json in it.")
     if not names:
         return Verdict("damaged", "there are no weights (*.safetensors) in it.")
-    if missing := [name for name in names if not (path / name).is_file()]:
+    if missing:
         return Verdict("damaged", f"{len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:3])}.")
     for name in names:
         if (problem := structure_problem(path / name)) is not None:

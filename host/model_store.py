@@ -29,8 +29,13 @@ def find(model: KnownModel, host: Host) -> Path | None:
 
 
 def belongs(model: KnownModel, host: Host) -> Path:
-    """Where a download puts it."""
+    """Where a download puts it. Raises DownloadError where a link leads out of the folder."""
     return safe_target(host.model_folders(model.kind)[0], model.file)
+
+
+def place_of(model: KnownModel, host: Host) -> Path:
+    """The same to look at: a file may be a link to another disk, which is nothing against one that is here."""
+    return host.model_folders(model.kind)[0] / model.file
 
 
 def describe(model: KnownModel, host: Host) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def describe(model: KnownModel, host: Host) -> dict[str, Any]:
         "name": model.name,
         "family": model.family,
         "found": str(found) if found is not None else None,
-        "belongs": str(belongs(model, host)),
+        "belongs": str(place_of(model, host)),
         "source": str(model.source),
         "licence": model.licence,
         "non_commercial": model.non_commercial,
@@ -48,12 +53,15 @@ def describe(model: KnownModel, host: Host) -> dict[str, Any]:
     }
 
 
-def free_space(model: KnownModel, host: Host) -> int:
-    """Bytes free on the disk that a download of `model` goes to."""
-    folder = belongs(model, host).parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+def free_space(model: KnownModel, host: Host) -> int | None:
+    """Bytes free on the disk that a download of `model` goes to; None where that disk is away."""
+    folder = place_of(model, host).parent
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 def jobs(models: Sequence[KnownModel]) -> list[list[KnownModel]]:

@@ -44,7 +44,14 @@ class LibraryReport:
     def _ask(self) -> dict[str, Any]:
         try:
             done = subprocess.run(
-                self._command, capture_output=True, text=True, timeout=self._timeout, check=False, encoding="utf-8"
+                self._command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=self._timeout,
+                check=False,
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # ComfyUI's desktop program has no console
             )
         except subprocess.TimeoutExpired:
             return {"error": f"Looking at the libraries took longer than {self._timeout:.0f} s; try again later."}

@@ -80,7 +80,10 @@ def folder_problem(path: Path) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _folder_problem(path: Path, state: frozenset[tuple[str, int, int]]) -> str | None:
-    verdict = verify(path)
+    try:
+        verdict = verify(path)
+    except OSError as error:
+        return f"it cannot be read: {error}."
     return verdict.detail if verdict.status == "damaged" else None
 
 
@@ -88,10 +91,11 @@ def model_entry(model: KnownModel, here: Host) -> dict[str, Any]:
     """One known model: where it is or belongs, what is wrong with it, and the room on the disk it would go to."""
     path = find(model, here)
     problem = folder_problem(path) if path is not None and isinstance(model.source, HubRepository) else None
+    free = free_space(model, here) if path is None else None
     return {
         **describe(model, here),
         "place": model.place,
         "problem": problem,
         # To 10 MB, so that the panel is not drawn anew for every byte that is written somewhere.
-        "free": free_space(model, here) // 10**7 * 10**7 if path is None else None,
+        "free": free // 10**7 * 10**7 if free is not None else None,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ log = logging.getLogger("hotpath.panel")
 PREFIX = "/hotpath"
 MAX_BODY = 4096
 PORTS = {"http": 80, "https": 443}
+THREADS = 4
 
 Body = dict[str, Any]
 Action = Callable[[Body], Any]
@@ -53,6 +55,8 @@ class PanelRoutes:
         self.version = version
         self.desk = desk or DownloadDesk()
         self.report = report or LibraryReport()
+        # Of our own: the server sends its files with the event loop's threads, and looking at libraries takes minutes.
+        self.threads = ThreadPoolExecutor(THREADS, "hotpath-panel")
         self.reads: dict[str, Action] = {
             "overview": lambda _: {**overview(self.version), "downloads": self.desk.states()},
             "caches": lambda _: {"caches": caches()},
@@ -91,7 +95,7 @@ class PanelRoutes:
                 if not same_origin(request.headers):
                     raise Refused("Only ComfyUI's own pages may ask this.", 403)
                 body = await read_body(request) if changes else {}
-                answer = await asyncio.get_running_loop().run_in_executor(None, action, body)
+                answer = await asyncio.get_running_loop().run_in_executor(self.threads, action, body)
             except Refused as refused:
                 return web.json_response({"error": str(refused)}, status=refused.status)
             except Exception as error:

@@ -616,7 +616,7 @@ def test_progress_reaches_comfyuis_hook_with_the_preview(comfy_host: Any, monkey
 
 
 class RecordingServer:
-    client_id = "me"
+    client_id: str | None = "me"
 
     def __init__(self) -> None:
         self.sent: list[tuple[Any, ...]] = []
@@ -637,6 +637,8 @@ def test_a_text_goes_under_its_node(comfy_host: Any, monkeypatch: pytest.MonkeyP
         comfy_host.show_text("running")
         comfy_host.show_text("for another", "56")
     comfy_host.show_text("nobody runs")
+    server.client_id = None  # a program queued the prompt: other people's graphs have another node under that id
+    comfy_host.show_text("for nobody", "12")
     assert server.sent == [("found", "12", "me"), ("running", "34", "me"), ("for another", "56", "me")]
 
 

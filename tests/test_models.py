@@ -9,6 +9,7 @@ import json
 import os
 import struct
 import threading
+import urllib.request
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -241,6 +242,21 @@ def test_a_redirect_to_plain_http_is_refused(server, tmp_path):
         get(server, tmp_path)
 
 
+def test_a_server_cannot_have_this_machine_asked():
+    request = urllib.request.Request("https://example.com/a")
+    with pytest.raises(DownloadError, match="not followed"):
+        downloads._SecureRedirects().redirect_request(request, None, 302, "", {}, "http://127.0.0.1:8188/free")
+
+
+def test_more_than_the_stated_size_is_not_read(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "CHUNK", 1000)
+    steps: list[int] = []
+    with pytest.raises(DownloadError, match="gave 3000 bytes instead of 2500"):
+        get(server, tmp_path, size=2500, progress=lambda done, _: steps.append(done))
+    assert steps == [1000, 2000] and len(Handler.requests) == 1
+    assert leftovers(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", "..\\a", "C:a", "C:\\a", "", "a\0b"])
 def test_names_that_leave_the_folder(name, tmp_path):
     with pytest.raises(DownloadError, match="nothing is written"):
@@ -299,8 +315,8 @@ def a_hub(server, monkeypatch):
         lfs = type("Lfs", (), {"sha256": hashlib.sha256(whole).hexdigest()}) if name.endswith("safetensors") else None
         return type("Sibling", (), {"rfilename": name, "size": len(whole), "lfs": lfs})
 
-    def info(self: Any, repo: str, files_metadata: bool) -> Any:
-        assert repo == "a/Tiny" and files_metadata
+    def info(self: Any, repo: str, files_metadata: bool, timeout: float) -> Any:
+        assert repo == "a/Tiny" and files_metadata and timeout < 120
         return type("Info", (), {"sha": "abc", "siblings": [sibling(name) for name in files]})
 
     Handler.files = {f"/a/Tiny/{name}": content for name, content in files.items()}
