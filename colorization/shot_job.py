@@ -102,10 +102,11 @@ def colorize_shot(job: FileJob, references: Sequence[Reference], shot: Shot) -> 
     return report.text(film.times, film.engines(), film.notes())
 
 
-def merge_shots(parts: Sequence[Path], source: Path, output: Path) -> None:
-    """Parts in the order of the film, with its sound, into `output`, which appears whole or not at all."""
+def merge_shots(parts: Sequence[Path], source: Path, output: Path) -> list[str]:
+    """Parts in the order of the film, with its sound, into `output`, which appears whole or not at all. Returns a sentence
+    for every sound track that its container cannot hold."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    assemble(parts, source, output)
+    return assemble(parts, source, output)
 
 
 def _portions_of(path: Path, shot: Shot) -> Iterator[FramePortion]:

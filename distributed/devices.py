@@ -7,23 +7,35 @@ from dataclasses import dataclass
 
 import torch
 
+from ..host.headless import best_device
 from .jobs import BadMap
 
 MOST_THREADS = 4  # of torch on the CPU, per worker
+# Which GPUs a process may see. On AMD, where both are read, this one has the last word.
+VISIBLE = "CUDA_VISIBLE_DEVICES" if torch.version.hip is None else "HIP_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
 class Devices:
-    """gpus: those that were chosen, named as CUDA_VISIBLE_DEVICES names them; empty: the CPU. workers: how many."""
+    """gpus: those that were chosen, named as the variable VISIBLE names them; empty: none of those. workers: how many.
+
+    other: the accelerator of another kind that all workers share, such as mps.
+    """
 
     gpus: tuple[str, ...]
     indices: tuple[int, ...]
     workers: int
+    other: str | None = None
 
     @property
-    def device(self) -> str | None:
+    def device(self) -> str:
         """The device of a worker that may see all GPUs, as one in this process does."""
-        return f"cuda:{self.indices[0]}" if self.indices else "cpu"
+        return f"cuda:{self.indices[0]}" if self.indices else self.other or "cpu"
+
+    @property
+    def device_apart(self) -> str | None:
+        """The device of a worker that sees its own GPU alone; None: that one."""
+        return None if self.gpus else self.device
 
     def per_worker(self) -> list[str | None]:
         """The GPU each worker sees; workers share when there are more of them. Empty hides all."""
@@ -33,22 +45,27 @@ class Devices:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use, by the names CUDA_VISIBLE_DEVICES gives them, else by number."""
+    """The GPUs this process may use, by the names VISIBLE gives them, else by number."""
     count = torch.cuda.device_count()
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    given = os.environ.get(VISIBLE) or os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    named = [name.strip() for name in given.split(",") if name.strip()]
     return named[:count] if len(named) >= count else [str(i) for i in range(count)]
 
 
 def choose_devices(gpus: str = "all", workers: int = 0) -> Devices:
-    """gpus: all, none, or numbers by commas. workers: 0 is one per GPU, or one on the CPU. Raises BadMap."""
+    """gpus: all, none, or numbers by commas. workers: 0 is one per GPU; where there is none, one on the accelerator of
+    another kind, else on the CPU. Raises BadMap."""
     if workers < 0:
         raise BadMap("The number of workers must be 0 (one per GPU) or more.")
     there = visible_gpus()
     wanted = gpus.strip().lower()
+    other = None
     if wanted in ("none", "cpu", ""):
         indices: list[int] = []
     elif wanted == "all":
         indices = list(range(len(there)))
+        best = best_device().type
+        other = best if best not in ("cuda", "cpu") else None
     else:
         try:
             indices = list(dict.fromkeys(int(part) for part in wanted.split(",")))
@@ -58,7 +75,7 @@ def choose_devices(gpus: str = "all", workers: int = 0) -> Devices:
         if missing:
             has = f"this machine has {len(there)}, counted from 0" if there else "this machine has none"
             raise BadMap(f"There is no GPU {missing[0]}: {has}.")
-    return Devices(tuple(there[i] for i in indices), tuple(indices), workers or max(1, len(indices)))
+    return Devices(tuple(there[i] for i in indices), tuple(indices), workers or max(1, len(indices)), other)
 
 
 def choose_threads(asked: int = 0) -> int:

@@ -4,6 +4,7 @@ in a row, in the order of the film, with its sound beside them.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from .items import Item, ItemSource
 from .jobs import BadMap, Target
 from .manifest import DONE, Manifest
 from .results import ResultStore
+
+log = logging.getLogger("hotpath.distributed")
 
 SHOT_INPUT = "shot_frames"
 
@@ -86,11 +89,15 @@ class ShotItems:
 
 @dataclass(frozen=True)
 class Merged:
-    """A film that is whole. failed: why it is not."""
+    """A film that is whole. failed: why it is not. notes: what it lacks, a sentence each."""
 
     film: str
     path: Path
     failed: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        return self.failed or " ".join((f"{self.film}: {self.path.name}", *self.notes))
 
 
 def merge_films(films: ItemSource, store: ResultStore, manifest: Manifest, suffix: str) -> Iterator[Merged]:
@@ -125,10 +132,16 @@ def merge_films(films: ItemSource, store: ResultStore, manifest: Manifest, suffi
             number += 1
         # In this order a crash at any moment costs a second merge at most, and no second file.
         manifest.record(mark, str(path))
-        merge_shots(parts, film.file, path)
+        try:
+            notes = merge_shots(parts, film.file, path)
+        except Exception as error:  # whatever FFmpeg comes up with; the other films are put together all the same
+            log.warning("%s was not put together", film.label, exc_info=error)
+            why = f"{film.label}: its shots could not be put together ({error}); they are kept, run the same again."
+            yield Merged(film.label, path, why)
+            continue
         manifest.record(_whole_mark(film), file_fingerprint(path))
         shutil.rmtree(store.work / "parts" / film.label, ignore_errors=True)
-        yield Merged(film.label, path)
+        yield Merged(film.label, path, notes=tuple(notes))
 
 
 def whole_film(film: Item, manifest: Manifest) -> Path | None:

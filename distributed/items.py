@@ -21,6 +21,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".ogv", ".ts")
 BLOCK = 1 << 20
 SLUG = 48  # letters of a line that go into the name of its results
+# Neither UTF-8 nor the record of the work can hold it.
+BROKEN_TEXT = "is not Unicode: it holds a surrogate, \\ud800 to \\udfff, without its other half"
 
 
 class BadItems(ValueError):
@@ -174,7 +176,10 @@ class JsonLinesItems:
     def _item(self, line: str, number: int) -> Item:
         try:
             data = json.loads(line)
-        except ValueError as error:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return self._broken(line, number, BROKEN_TEXT)
+        except (ValueError, RecursionError) as error:
             return self._broken(line, number, f"is not JSON: {error}")
         if isinstance(data, str | int | float):
             return text_item(data)
@@ -230,6 +235,9 @@ class OneFile:
 def file_item(path: Path, input_folder: Path, label: str) -> Item:
     """The file at `path` as an item; one that cannot be read gets a problem."""
     name = path.relative_to(input_folder).as_posix()
+    if (shown := _readable(name)) != name:
+        why = f"{shown} has a name that is not Unicode: rename it."
+        return Item(_readable(label), digest(os.fsencode(name)), shown, problem=why)
     try:
         # A film is long to read whole, and is asked for more than once.
         film = path.suffix.lower() in VIDEOS
@@ -242,7 +250,14 @@ def file_item(path: Path, input_folder: Path, label: str) -> Item:
 
 def text_item(value: str | int | float) -> Item:
     content = digest(json.dumps(value).encode())
+    if isinstance(value, str) and (shown := _readable(value)) != value:
+        return Item(_label(shown, content), content, shown, problem=f"{shown} {BROKEN_TEXT}.")
     return Item(_label(str(value), content), content, value)
+
+
+def _readable(text: str) -> str:
+    """The text, with marks in place of what is no letter: bytes of a file name, halves of letters in JSON."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _label(shown: str, content: str) -> str:

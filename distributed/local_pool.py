@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .devices import VISIBLE
 from .pool import STARTS, Advanced, Died, Event, Finished, Ready
 from .worker import WorkerSettings
 
@@ -31,7 +32,7 @@ GRACE = 5.0  # seconds for a killed process to be gone
 
 
 class LocalPool:
-    """gpus: for each worker the GPU that it sees, as CUDA_VISIBLE_DEVICES wants it named; None: as this process does."""
+    """gpus: for each worker the GPU that it sees, as VISIBLE wants it named; None: as this process does."""
 
     def __init__(self, settings: WorkerSettings, gpus: Sequence[str | None]) -> None:
         self.settings, self.gpus = settings, list(gpus)
@@ -58,21 +59,20 @@ class LocalPool:
         self._generation[slot] += 1
         environment = {**QUIET, **os.environ}
         if self.gpus[slot] is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpus[slot])
+            environment[VISIBLE] = str(self.gpus[slot])
         if self.settings.threads:
             # Also for libraries that read it when they load.
             environment["OMP_NUM_THREADS"] = str(self.settings.threads)
-        apart: dict[str, Any] = (
-            {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
-            if os.name == "nt"
-            else {"start_new_session": True}  # a Ctrl-C at the terminal is for the run alone
-        )
+        # A Ctrl-C at the terminal is for the run alone. On Windows: and no window where the program around has none.
+        alone = ("CREATE_NEW_PROCESS_GROUP", "CREATE_NO_WINDOW")
+        flags = sum(getattr(subprocess, name, 0) for name in alone)
         process = subprocess.Popen(
             [sys.executable, str(PACK / "distributed" / "bootstrap.py"), str(PACK)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            **apart,
+            creationflags=flags,
+            start_new_session=os.name == "posix",
         )
         self._processes[slot] = process
         self._send(slot, self.settings.plain())

@@ -7,6 +7,7 @@ Only the run itself opens this file, never a worker, so shared storage needs no 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -20,6 +21,7 @@ from .jobs import BadMap
 
 FORMAT = "1"
 DONE, FAILED, COMMITTING = "done", "failed", "committing"
+REFUSED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # to make the names in a folder durable
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS jobs (
@@ -117,7 +119,7 @@ class Manifest:
             if db.in_transaction:
                 db.execute("COMMIT")
             db.close()
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
     def _belongs_to(self, workflow_key: str, restart: bool) -> None:
         found = self.meta("format")
@@ -243,12 +245,15 @@ def _record(row: Sequence[Any]) -> JobRecord:
     return JobRecord(job_id, state, attempts, seconds or 0.0, error, json.loads(texts), json.loads(tails))
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make names in a folder durable; Windows does it by itself and cannot be asked."""
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable. Windows does it by itself and cannot be asked; some network file systems refuse."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
     finally:
         os.close(handle)

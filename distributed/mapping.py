@@ -115,7 +115,7 @@ class MapOutcome:
         lines += self.failures
         if status.failed > len(self.failures):
             lines.append(f"... and {status.failed - len(self.failures)} more; all are in {self.results.name}")
-        lines += [film.failed or f"{film.film}: {film.path.name}" for film in self.films]
+        lines += [film.line() for film in self.films]
         return "\n".join(lines)
 
 
@@ -217,7 +217,7 @@ def _pool(request: MapRequest, devices: Devices, beacon: Path, interrupted: Call
         str(inputs),
         [str(folder.resolve()) for folder in request.models],
         {kind: [str(folder) for folder in folders] for kind, folders in request.kind_folders.items()},
-        None if devices.gpus else "cpu",
+        devices.device_apart,
         choose_threads(options.threads),
         # A list of prompts needs no input folder.
         [str(beacon), *([str(inputs)] if inputs.is_dir() else [])],
@@ -241,8 +241,8 @@ def _pool(request: MapRequest, devices: Devices, beacon: Path, interrupted: Call
         workers = options.workers or max(1, int(gpus))
         # Rounded down, so that the shares of a GPU fit into it.
         share = 1.0 if gpus >= workers else int(gpus / workers * 1000) / 1000
-        if not gpus:
-            settings = replace(settings, device="cpu")
-        elif settings.device == "cpu":
+        if gpus:
             settings = replace(settings, device=None)
+        elif cluster.address is not None:
+            settings = replace(settings, device="cpu")
         yield RayPool(ray, settings, workers, share if gpus else 0.0, 0.0 if gpus else 1.0)

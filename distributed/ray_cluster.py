@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .devices import VISIBLE
 from .jobs import BadMap
 
 log = logging.getLogger("hotpath.distributed")
@@ -146,7 +147,7 @@ def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = (
         )
     settings = {**SETTINGS, **token_environment(options, own_folder)}
     if options.address is None and gpus:
-        settings["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        settings[VISIBLE] = ",".join(gpus)
     with _environment(settings):
         import ray
 

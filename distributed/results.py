@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .jobs import Job
-from .manifest import COMMITTING, DONE, FAILED, ItemRecord, JobRecord, Manifest
+from .manifest import COMMITTING, DONE, FAILED, ItemRecord, JobRecord, Manifest, sync_folder
 
 log = logging.getLogger("hotpath.distributed")
 
@@ -156,7 +156,7 @@ class ResultStore:
                 (self.folder / source).replace(path)
                 folders.add(path.parent)
         for folder in folders:
-            sync(folder)
+            sync_folder(folder)
 
     def _remove(self, paths: Sequence[str]) -> None:
         for path in paths:
@@ -199,9 +199,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    if os.name != "posix" and path.is_dir():
-        return
+    """Make the content of a file durable."""
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(handle)

@@ -98,9 +98,10 @@ class Scheduler:
 
     def run(self, jobs: Iterator[Job]) -> Status:
         """Until every job has ended. Raises NoWorkers, or what `interrupted` raises; what is finished is then kept."""
-        self.pool.start()
         exhausted = False
         try:
+            # Inside, for the workers that did start when one cannot.
+            self.pool.start()
             while True:
                 self.interrupted()
                 exhausted = exhausted or self._pull(jobs)

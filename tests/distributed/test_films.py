@@ -11,7 +11,7 @@ import pytest
 import torch
 from hotpath.colorization.film import FilmOptions
 from hotpath.colorization.shot_job import Shot, find_shots
-from hotpath.distributed.items import OneFile
+from hotpath.distributed.items import VIDEOS, FolderItems, OneFile
 from hotpath.distributed.jobs import BadMap
 from hotpath.distributed.mapping import run_map
 from hotpath.headless.executor import Executor
@@ -133,6 +133,29 @@ def test_a_film_goes_on_after_a_shot_that_failed(film, request_for, headless_hos
         run_map(request_for(source, "at once", graph=FILM, shots=True)).folder / "film.mp4"
     ).read_bytes()
     assert not (second.folder / ".hotpath-map" / "parts" / "film").exists()
+
+
+def test_a_film_that_cannot_be_put_together_leaves_the_others(film, request_for, headless_host, monkeypatch):
+    from hotpath.distributed import film as films
+
+    inputs, real = headless_host.input_folder(), films.merge_shots
+    (inputs / "films").mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        (inputs / "films" / name).write_bytes(film.read_bytes())
+
+    def merge(parts, source, output):
+        if source.name == "a.mp4":
+            raise OSError("the disk is full")
+        return [*real(parts, source, output), "its sound is left out."]
+
+    monkeypatch.setattr(films, "merge_shots", merge)
+    source = FolderItems(inputs / "films", inputs, VIDEOS)
+    outcome = run_map(request_for(source, graph=FILM, shots=True))
+    assert not outcome.whole and "a: its shots could not be put together (the disk is full)" in outcome.report()
+    assert list(made(outcome.folder)) == ["b.mp4"] and "b: b.mp4 its sound is left out." in outcome.report()
+    monkeypatch.setattr(films, "merge_shots", real)
+    again = run_map(request_for(source, graph=FILM, shots=True))
+    assert again.whole and list(made(again.folder)) == ["a.mp4", "b.mp4"] and again.status.done == 0
 
 
 def test_a_workflow_that_cannot_do_shots(film, request_for, headless_host):

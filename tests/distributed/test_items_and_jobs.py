@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from hotpath.distributed.items import BadItems, FolderItems, Item, JsonLinesItems, ListItems, open_items, text_item
 from hotpath.distributed.jobs import BadMap, MapPlan, Target, find_target, guess_target, refuse_nested
+from hotpath.distributed.mapping import run_map
 from hotpath.distributed.seeds import item_seed
 from hotpath.headless.catalog import available_nodes
 from hotpath.headless.graph import Graph, WorkflowError
@@ -65,6 +68,29 @@ def test_a_folder_in_the_order_of_names(headless_host):
     deep = FolderItems(folder, headless_host.input_folder(), recursive=True, without=folder / "out")
     assert [item.label for item in deep] == ["a_jpg", "a_png", "b", "sub/c"]
     assert deep.count() == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_unicode_fails_alone(pictures, request_for):
+    with open(os.fsencode(pictures) + b"/caf\xe9.png", "wb") as file:  # noqa: PTH123 - bytes are no path
+        file.write((pictures / "p0.png").read_bytes())
+    outcome = run_map(request_for(pictures))
+    assert (outcome.status.done, outcome.status.failed) == (5, 1)
+    assert outcome.failures == ["in/caf\ufffd.png: in/caf\ufffd.png has a name that is not Unicode: rename it."]
+
+
+@pytest.mark.parametrize("line", ['{"1.text": "\\ud800"}', '"\\ud800"', '{"\\udc80": 1}', "[" * 100_000])
+def test_a_line_that_nothing_can_hold_fails_alone(tmp_path, line):
+    (tmp_path / "list.jsonl").write_text(f'{line}\n"a cat"\n')
+    broken, sound = JsonLinesItems(tmp_path / "list.jsonl")
+    assert sound.value == "a cat" and sound.problem is None
+    assert "not Unicode" in broken.problem or "not JSON" in broken.problem
+    json.dumps([broken.label, str(broken.value), broken.problem], ensure_ascii=False).encode()
+
+
+def test_half_a_letter_in_a_list():
+    (broken,) = ListItems("a \ud83d")
+    assert "not Unicode" in broken.problem and broken.label.encode()
 
 
 def test_a_link_out_of_the_input_folder_is_left_out(headless_host, tmp_path):

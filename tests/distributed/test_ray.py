@@ -92,7 +92,7 @@ def test_an_interrupt_ends_the_actors_work(ray, pictures, request_for, monkeypat
     request = request_for(pictures, executor="ray", workers=1)
     with pytest.raises(Interrupted):
         run_map(request, Watch(), interrupted)
-    assert time.monotonic() - stopped_at[0] < 3.0
+    assert time.monotonic() - stopped_at[0] < 30.0  # not the minutes that Ray would wait for the actors
     assert not (request.output_folder / ".hotpath-map" / "staging").exists()
     assert len([line for line in listed(request.output_folder) if line["status"] == "done"]) == len(
         made(request.output_folder)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sqlite3
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,25 @@ from hotpath.host import Interrupted
 from map_workflows import COPY, listed, made, picture
 
 TEXT = {"1": {"class_type": "PreviewAny", "inputs": {"source": "nothing"}}}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are made durable on POSIX")
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_make_folders_durable(pictures, request_for, monkeypatch, number, passes):
+    """As network shares and FUSE mounts do; a disk that fails is another matter."""
+    real = os.fsync
+
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if passes:
+        assert run_map(request_for(pictures)).whole
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            run_map(request_for(pictures))
 
 
 class Watch:

@@ -74,6 +74,18 @@ def jobs(count: int, twins=()) -> Iterator[Job]:
             yield Job(str(i), Item(f"twin of {i}", str(i)), {})
 
 
+def test_workers_that_did_start_are_ended_when_one_cannot():
+    rig, closed = Rig(), []
+
+    def start():
+        raise OSError("no more processes")
+
+    rig.pool.start, rig.pool.close = start, lambda: closed.append(True)
+    with pytest.raises(OSError, match="no more"):
+        rig.run(1)
+    assert closed == [True]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_job_once(policy):
     rig = Rig(workers=3, policy=policy)
