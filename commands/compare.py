@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         sides = _sides(options)
         judges = _judges(options)
-        output = _prepared(options.output_folder.resolve(), [side.folder for side in sides if side.folder is not None])
+        needed = [path for path in (options.a, options.b, options.input_folder, options.models) if path is not None]
+        output = _prepared(options.output_folder.resolve(), needed)
         writer = ComparisonFolder(output, sides[0].label, sides[1].label)
         unfinished = _fill(writer, sides, judges, options)
     except (Refused, FolderError, WorkflowError, FileNotFoundError, face.FaceError) as error:
@@ -157,11 +158,11 @@ def _face_finder(options: argparse.Namespace) -> tuple[Any, str]:
     return analyser, f"Faces: {wanted}."
 
 
-def _prepared(output: Path, compared: Sequence[Path]) -> Path:
-    """An empty folder; only one that this command made is emptied, and never one that holds what is `compared`."""
-    for folder in compared:
-        if folder.resolve().is_relative_to(output):
-            raise Refused(f"{folder} lies in the output folder, which is emptied; choose another --output-folder.")
+def _prepared(output: Path, needed: Sequence[Path]) -> Path:
+    """An empty folder; only one that this command made is emptied, and never one that holds what is `needed`."""
+    for path in needed:
+        if path.resolve().is_relative_to(output):
+            raise Refused(f"{path} lies in the output folder, which is emptied; choose another --output-folder.")
     if output.exists() and not output.is_dir():
         raise Refused(f"{output} is a file; name a folder with --output-folder.")
     if output.is_dir() and any(output.iterdir()):

@@ -74,6 +74,8 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise ValueError(f"There is no file {file}: give a file of prompts.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): give a file of prompts in UTF-8.") from error
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -31,7 +31,11 @@ def load_perceptual() -> tuple[Perceptual | None, str]:
         )
     if not heads.is_file():
         return None, f"LPIPS is not measured: this installation of lpips lacks {heads.name}"
-    return _load(backbones[-1], heads), "LPIPS: AlexNet, version 0.1"
+    try:
+        return _load(backbones[-1], heads), "LPIPS: AlexNet, version 0.1"
+    except Exception as error:  # a torchvision that is missing or of another torch, a file that was cut off
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        return None, f"LPIPS is not measured: it cannot be loaded ({type(error).__name__}: {first})"
 
 
 @functools.lru_cache(maxsize=1)  # 10 MB, and a file of 240 MB to read

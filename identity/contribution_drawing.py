@@ -39,7 +39,11 @@ def draw_contributions(found: Contributions, title: str = "") -> Tensor:
     heat, bars = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [width - 4.2, 2.0]})
     _heat(figure, heat, found, order, relative)
     _bars(bars, found, order)
-    figure.suptitle(title or "What the identity adds to each block, relative to the block's own output", fontsize=10)
+    figure.suptitle(
+        title or "What the identity adds to each block, relative to the block's own output",
+        fontsize=10,
+        parse_math=False,
+    )
     from PIL import Image
 
     buffer = io.BytesIO()

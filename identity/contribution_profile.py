@@ -27,6 +27,7 @@ from .contributions import Contributions, block_name
 FORMAT = "hotpath.block_profile"
 VERSION = 1
 MAX_BYTES = 1 << 20
+MAX_NAME = 200
 UNKNOWN = "unknown"
 BLOCK_OF = {block_name(block): block for block in SDXL_BLOCKS}
 
@@ -91,7 +92,8 @@ def make_profile(
 ) -> ContributionProfile:
     """A profile of what was measured now. Raises ProfileError when nothing was, or not on SDXL's blocks.
 
-    settings: one mapping per identity; their key "adapter" says which adapter it was, if all had the same one.
+    name: one line; what is over MAX_NAME characters is cut off. settings: one mapping per identity; their key "adapter"
+    says which adapter it was, if all had the same one.
     """
     if not found.is_sdxl:
         raise ProfileError(
@@ -104,7 +106,7 @@ def make_profile(
         )
     adapters = {str(entry.get("adapter", UNKNOWN)) for entry in settings}
     return ContributionProfile(
-        name=name,
+        name=re.sub(r"[\x00-\x20\ud800-\udfff]+", " ", name).strip()[:MAX_NAME] or "profile",
         size=size,
         model=model,
         adapter=adapters.pop() if len(adapters) == 1 else UNKNOWN,

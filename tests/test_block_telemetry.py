@@ -277,3 +277,12 @@ class TestAdaptiveChoice:
     def test_another_layout_is_patched_in_full(self) -> None:
         blocks, line = choose_blocks(SDXL_BLOCKS[:17], "adaptive", adaptive=AdaptiveChoice(random_profile(), 0.5))
         assert len(blocks) == 17 and "17 of SDXL's 70 blocks, so all 17 blocks are patched" in line
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "x" * 1200, "bell\x07", "half\ud800", "\n", "cost $\\frac{1$"])
+def test_every_name_can_be_saved_read_and_drawn(tmp_path: Path, name: str) -> None:
+    found = random_contributions()
+    made = make_profile(found, name)
+    assert load_profile(save_profile(made, tmp_path)) == made
+    pytest.importorskip("matplotlib")
+    assert draw_contributions(found, made.name).shape[-1] == 3

@@ -147,6 +147,20 @@ def test_a_folder_of_somebody_else_is_not_emptied(tmp_path: Path, out: Path, cap
     assert "is a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("inside", ["workflow", "input folder"])
+def test_what_a_run_needs_is_not_emptied_with_an_earlier_run(
+    workflow: Path, out: Path, inside: str, capsys: Any
+) -> None:
+    changed = ["--set-b", "1.weight=0.6", "--min-ssim", "-1"]
+    compare(workflow, *changed, out=out, code=0)
+    kept = out / "mine" / "pattern.api.json"
+    kept.parent.mkdir()
+    kept.write_bytes(workflow.read_bytes())
+    arguments = [kept] if inside == "workflow" else [workflow, "--input-folder", kept.parent]
+    compare(*arguments, *changed, out=out, code=2)
+    assert kept.is_file() and "lies in the output folder" in capsys.readouterr().err
+
+
 def test_a_grid_is_rendered_in_two_settings(workflow: Path, out: Path) -> None:
     grid = ["--seeds", "1,2", "--weights", "0.5,1", "--weight-input", "1.weight"]
     data = compare(workflow, *grid, "--set-b", "1.strength=0.02", out=out, code=0)

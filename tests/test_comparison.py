@@ -186,6 +186,15 @@ class TestFaces:
         assert any(remark.startswith(said) for remark in pair.remarks()) if said else not pair.remarks()
 
 
+def test_lpips_that_cannot_be_loaded_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lpips")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "alexnet-owt-00000000.pth").write_bytes(b"cut off")
+    measured, why = load_perceptual()
+    assert measured is None and why.startswith("LPIPS is not measured: it cannot be loaded")
+
+
 def test_lpips_is_measured_only_from_files_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lpips = pytest.importorskip("lpips")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,12 @@ def read(path: Path, transformer: nn.Module) -> dict[str, Product]:
     for key, tensor in tensors.items():
         for pattern, found in ((DOWN, downs), (UP, ups), (ALPHA, alphas)):
             if (match := pattern.match(key)) is not None:
-                found[_layer_name(match["module"], by_underscores)] = tensor
+                name = _layer_name(match["module"], by_underscores)
+                if name in found:
+                    raise UnusableAdapter(
+                        f"{path} has two entries for {name}, one of them {key!r}: choose another file."
+                    )
+                found[name] = tensor
                 break
         else:
             raise UnusableAdapter(f"{path} holds {key!r}, which is no part of a LoRA: choose a LoRA file for Z-Image.")
@@ -93,8 +99,17 @@ def read(path: Path, transformer: nn.Module) -> dict[str, Product]:
         raise UnusableAdapter(f"{path} is not whole: {odd[0] if odd else 'every layer'} lacks half of its pair.")
     products: dict[str, Product] = {}
     for name, down in downs.items():
+        if down.ndim != 2 or ups[name].ndim != 2 or not down.shape[0]:
+            sizes = " and ".join(str(tuple(part.shape)) for part in (down, ups[name]))
+            raise UnusableAdapter(
+                f"{path} changes {name} by {sizes}, and a LoRA's are two matrices: choose another file."
+            )
+        if name in alphas and alphas[name].numel() != 1:
+            raise UnusableAdapter(f"{path} has {alphas[name].numel()} alphas for {name}, and one belongs there.")
         alpha = float(alphas[name]) if name in alphas else trained.get(name, trained.get("", None))
         scale = 1.0 if alpha is None else alpha / down.shape[0]
+        if not (math.isfinite(scale) and down.isfinite().all() and ups[name].isfinite().all()):
+            raise UnusableAdapter(f"{path} holds values that are not finite (NaN) for {name}: fetch or train it again.")
         for target, rows in _split(name, ups[name]).items():
             if target not in layers:
                 raise UnusableAdapter(
@@ -128,16 +143,24 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         raise UnusableAdapter(
             f"{path} changes the text encoder ({foreign[0]}), which Z-Image's LoRAs do not: choose another."
         )
-    return {_bare(key): tensor for key, tensor in tensors.items()}, _trained_alphas(header)
+    bare: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if _bare(key) in bare:
+            raise UnusableAdapter(
+                f"{path} has {_bare(key)!r} under two prefixes, one of them in {key!r}: choose another file."
+            )
+        bare[_bare(key)] = tensor
+    try:
+        return bare, _trained_alphas(header)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise UnusableAdapter(
+            f"{path}: the LoRA settings in its header cannot be read ({error}): fetch or save it again."
+        ) from error
 
 
 def _trained_alphas(header: dict[str, str]) -> dict[str, float]:
-    try:
-        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
-    except ValueError:
-        return {}
     found = {}
-    for key, value in settings.items():
+    for key, value in json.loads(header.get("lora_adapter_metadata", "{}")).items():
         name = key.removeprefix("transformer.")
         if name == "lora_alpha" and value is not None:
             found[""] = float(value)
@@ -171,7 +194,7 @@ def _split(name: str, up: Tensor) -> dict[str, Tensor]:
     if not name.endswith(".to_qkv"):
         return {name: up}
     stem = name.removesuffix("to_qkv")
-    return {stem + part: rows for part, rows in zip(FUSED, up.chunk(3, dim=0), strict=True)}
+    return {stem + part: rows for part, rows in zip(FUSED, up.tensor_split(3, dim=0), strict=True)}
 
 
 class AdaptedLinear(nn.Module):

@@ -24,7 +24,7 @@ from .compilation import CompilationPlan
 from .denoising import Guidance, Source
 from .loading import ZImage
 from .previews import Preview
-from .prompts import MAX_TOKENS, Prompt, PromptCache, encode
+from .prompts import CACHES, MAX_TOKENS, Prompt, PromptCache, encode
 
 log = logging.getLogger("hotpath.text_to_image")
 
@@ -109,6 +109,9 @@ def check(request: Request, model: ZImage) -> None:
         raise ValueError(
             f"A prompt has 1 to {model.longest_prompt} tokens here, and {request.max_tokens} were asked for."
         )
+    for asked, known in ((request.tiling, decoding.TILING), (request.prompt_cache, CACHES)):
+        if asked not in known:
+            raise ValueError(f"{asked!r} is none of {', '.join(known)}: choose one of them.")
     if request.guidance.scale < 0:
         raise ValueError(
             f"Guidance {request.guidance.scale} is below 0: 0 is none, and more follows the prompt closer."

@@ -7,6 +7,7 @@ was done is known by its file, whoever did it, and is not done again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -22,7 +23,7 @@ from .. import host
 from ..cache import content_key
 from .adapters import Adapter, UnusableAdapter, stack_identity
 from .denoising import Guidance
-from .generation import Drawn, Pipeline, Request, generate
+from .generation import Drawn, Pipeline, Request, check, generate
 from .loading import MODELS, LoadOptions, ZImage
 from .prompts import MAX_TOKENS
 
@@ -80,6 +81,8 @@ class Item:
                 values[key] = value
             else:
                 raise ValueError(f"{key} is {value!r}, and should be {KINDS[kind]}.")
+            if kind is float and not math.isfinite(values[key]):
+                raise ValueError(f"{key} is {value!r}, and should be a finite number.")
         for key in ("model", "prompt"):
             if not str(values.get(key, "")).strip():
                 raise ValueError(f"A picture's description needs a {key}, which is missing or empty.")
@@ -107,8 +110,10 @@ def _lora(entry: Any) -> tuple[str, float]:
     if isinstance(entry, str):
         return entry, 1.0
     if isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str):
-        return entry[0], float(entry[1])
-    raise ValueError(f"{entry!r} is no LoRA: give a file, or a file and its strength.")
+        strength = entry[1]
+        if isinstance(strength, int | float) and not isinstance(strength, bool) and math.isfinite(strength):
+            return entry[0], float(strength)
+    raise ValueError(f"{entry!r} is no LoRA: give a file, or a file and its strength, a number such as 0.8.")
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ def prepare(item: Item, output_folder: Path) -> Job:
     model = _model(item)
     adapters = tuple(Adapter(adapter_file(name), strength) for name, strength in item.loras)
     request = item.request()
+    check(request, model)
     key = content_key(
         model.identity,
         stack_identity(adapters),

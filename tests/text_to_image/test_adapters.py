@@ -17,7 +17,8 @@ LAYERS = ("layers.0.attention.to_q", "layers.0.attention.to_k", "layers.0.attent
 
 @pytest.fixture
 def network(load):
-    return load().transformer.managed.module.network
+    model = load()  # held while the test runs: a checkpoint goes with its last holder
+    yield model.transformer.managed.module.network
 
 
 @pytest.fixture
@@ -193,6 +194,7 @@ def test_a_failure_half_way_is_undone(load, draw, halves, tmp_path, monkeypatch)
     assert torch.equal(draw(model).pictures, plain)
 
 
+TO_Q = "layers.0.attention.to_q"
 BAD = {
     "another model": ({"transformer.blocks.0.attn.lora_A.weight": (3, 8), "transformer.blocks.0.attn.lora_B.weight": (8, 3)},
                       "does not have: it was trained for another model"),
@@ -203,6 +205,17 @@ BAD = {
     "DoRA": ({"layers.0.attention.to_q.dora_scale": (64,)}, "is a DoRA"),
     "text encoder": ({"text_encoder.layers.0.q.lora_A.weight": (3, 8)}, "changes the text encoder"),
     "a checkpoint": ({"model.weight": (3, 8)}, "which is no part of a LoRA"),
+    "one dimension": ({f"{TO_Q}.lora_A.weight": (96,), f"{TO_Q}.lora_B.weight": (96, 3)}, "two matrices"),
+    "no dimension": ({f"{TO_Q}.lora_A.weight": (3, 96), f"{TO_Q}.lora_B.weight": ()}, "two matrices"),
+    "a convolution": ({f"{TO_Q}.lora_A.weight": (3, 96, 1, 1), f"{TO_Q}.lora_B.weight": (96, 3, 1, 1)}, "two matrices"),
+    "no rank": ({f"{TO_Q}.lora_A.weight": (0, 96), f"{TO_Q}.lora_B.weight": (96, 0), f"{TO_Q}.alpha": ()}, "two matrices"),
+    "many alphas": ({f"{TO_Q}.lora_A.weight": (3, 96), f"{TO_Q}.lora_B.weight": (96, 3), f"{TO_Q}.alpha": (2,)}, "2 alphas"),
+    "too few fused rows": ({"layers.0.attention.qkv.lora_A.weight": (3, 96), "layers.0.attention.qkv.lora_B.weight": (2, 3)},
+                           "trained for another model"),
+    "two prefixes": ({f"{TO_Q}.lora_A.weight": (3, 96), f"{TO_Q}.lora_B.weight": (96, 3),
+                      f"transformer.{TO_Q}.lora_A.weight": (3, 96)}, "two prefixes"),
+    "two spellings": ({f"{TO_Q}.lora_A.weight": (3, 96), f"{TO_Q}.lora_B.weight": (96, 3),
+                       f"{TO_Q}.lora_down.weight": (3, 96)}, "two entries"),
 }  # fmt: skip
 
 
@@ -212,6 +225,26 @@ def test_files_that_cannot_be_used(network, tmp_path, case):
     path = write(tmp_path / "bad.safetensors", {key: torch.zeros(shape) for key, shape in shapes.items()})
     with pytest.raises(UnusableAdapter, match=words):
         read(path, network)
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "alpha"])
+def test_values_that_are_not_finite_are_refused(network, tmp_path, part):
+    tensors = {"lora_A.weight": torch.ones(3, 96), "lora_B.weight": torch.ones(96, 3), "alpha": torch.ones(())}
+    tensors[part] = tensors[part] * float("nan")
+    path = write(tmp_path / "a.safetensors", {f"{TO_Q}.{name}": tensor for name, tensor in tensors.items()})
+    with pytest.raises(UnusableAdapter, match=f"not finite .NaN. for {TO_Q}"):
+        read(path, network)
+
+
+@pytest.mark.parametrize("settings", ["[1]", "{", '{"transformer.lora_alpha": "x"}', '{"alpha_pattern": [1]}'])
+def test_settings_that_cannot_be_read_are_not_passed_over(network, tmp_path, settings):
+    """A file without its alpha would be drawn at another strength."""
+    from safetensors.torch import save_file
+
+    tensors = {f"{TO_Q}.lora_A.weight": torch.ones(3, 96), f"{TO_Q}.lora_B.weight": torch.ones(96, 3)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": settings})
+    with pytest.raises(UnusableAdapter, match=r"a\.safetensors: the LoRA settings in its header cannot be read"):
+        read(tmp_path / "a.safetensors", network)
 
 
 def test_pickles_and_cut_files_are_not_opened(network, halves, tmp_path):

@@ -200,3 +200,33 @@ def test_refusals_and_failures(run, tmp_path):
     (tmp_path / "mixed.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "width": 50}\n{"prompt": "c"}\n')
     code, files, said = run("--prompts", "mixed.jsonl")
     assert code == command.FAILED and len(files) == 2 and "2 drawn, 0 were there already, 1 failed" in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"width": 50}, {"tiling": "sometimes"}, {"prompt_cache": "tape"}, {"max_tokens": 100000}, {"guidance": -1}],
+)
+def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(folder, tmp_path, change):
+    with pytest.raises(ValueError, match=str(next(iter(change.values())))):
+        prepare(Item.of({**ITEM, **change}), tmp_path)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("strength", [None, "x", [1], True, float("nan"), float("inf")])
+def test_a_strength_is_a_number(strength):
+    with pytest.raises(ValueError, match=r"a number such as 0\.8"):
+        Item.of({**ITEM, "loras": [["a.safetensors", strength]]})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_of_an_item_are_finite(value):
+    with pytest.raises(ValueError, match=r"guidance is .*finite"):
+        Item.of({**ITEM, "guidance": value})
+
+
+def test_prompts_in_another_encoding_or_place_are_one_sentence(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("ein Fuchs".encode("utf-16"))
+    for wrong in (file, tmp_path):
+        with pytest.raises(ValueError, match=f"{wrong.name} cannot be read .*UTF-8"):
+            command.read_prompts(wrong)
