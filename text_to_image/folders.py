@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from .. import host
@@ -125,19 +125,28 @@ def find(name: str, anywhere: bool = False) -> Checkpoint:
     wanted = name.strip().replace("\\", "/").rstrip("/")
     if not wanted:
         raise host.ModelNotFound(f"No checkpoint is chosen: put a Z-Image folder into {roots()[0]} and press R.")
-    if anywhere and Path(name.strip()).expanduser().exists():
-        path = Path(name.strip()).expanduser().resolve()
+    if anywhere and (path := existing(name.strip())) is not None:
+        path = path.resolve()
         return check(path, path.name)
     if wanted.startswith("/") or ".." in wanted.split("/") or ":" in wanted:
         raise host.ModelNotFound(f"{name!r} is not a folder inside the model paths, so it is not opened.")
     for root in roots():
-        if (root / wanted).exists():
-            return check(root / wanted, wanted)
+        if (path := existing(root / wanted)) is not None:
+            return check(path, wanted)
     looked = ", ".join(str(root) for root in roots())
     raise host.ModelNotFound(
         f"The checkpoint folder {name!r} was not found. Looked in: {looked}. Put the whole Hugging Face folder "
         "(with model_index.json) there and press R."
     )
+
+
+def existing(named: str | Path) -> Path | None:
+    """The file or folder `named` means, ~ for the home folder; None where there is none, and for what can be no path."""
+    try:
+        path = Path(named).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such home, a zero byte
+        return None
 
 
 def check(path: Path, name: str) -> Checkpoint:
@@ -201,7 +210,7 @@ def _check_weights(folder: Path, stem: str) -> str:
     files = sorted(folder.glob(f"{stem}*.safetensors"), key=lambda file: len(file.name))
     whole = [file for file in files if file.name.count(".") <= 2 and "-of-" not in file.name]
     if indexes:
-        shards = sorted(set(map(str, dict(read_json(indexes[0]).get("weight_map") or {}).values())))
+        shards = _shards(indexes[0])
         if missing := [shard for shard in shards if not (folder / shard).is_file()]:
             shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
             raise UnusableCheckpoint(f"{folder} is not whole, missing: {shown}. Download them into it.")
@@ -221,6 +230,19 @@ def _check_weights(folder: Path, stem: str) -> str:
         if (problem := structure_problem(file)) is not None:
             raise UnusableCheckpoint(f"{file}: {problem} Fetch it again.")
     return variant
+
+
+def _shards(index: Path) -> list[str]:
+    """The weight files an index names: plain names, beside it. Raises UnusableCheckpoint for anything else."""
+    named = read_json(index).get("weight_map")
+    shards = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
+    if not shards:
+        raise UnusableCheckpoint(f"{index} names no weight files: fetch it again.")
+    if outside := [s for s in shards if PurePath(s).name != s or s == ".." or "\\" in s or ":" in s]:
+        raise UnusableCheckpoint(
+            f"{index} names {outside[0]!r}, which is no file beside it: fetch the checkpoint again."
+        )
+    return shards
 
 
 def _check_tokenizer(folder: Path) -> None:

@@ -109,9 +109,12 @@ def check(request: Request, model: ZImage) -> None:
         raise ValueError(
             f"A prompt has 1 to {model.longest_prompt} tokens here, and {request.max_tokens} were asked for."
         )
-    for asked, known in ((request.tiling, decoding.TILING), (request.prompt_cache, CACHES)):
+    for what, asked, known in (
+        ("tiling", request.tiling, decoding.TILING),
+        ("prompt cache", request.prompt_cache, CACHES),
+    ):
         if asked not in known:
-            raise ValueError(f"{asked!r} is none of {', '.join(known)}: choose one of them.")
+            raise ValueError(f"{asked!r} is no {what}: choose one of {', '.join(known)}.")
     if request.guidance.scale < 0:
         raise ValueError(
             f"Guidance {request.guidance.scale} is below 0: 0 is none, and more follows the prompt closer."

@@ -23,6 +23,7 @@ from .. import host
 from ..cache import content_key
 from .adapters import Adapter, UnusableAdapter, stack_identity
 from .denoising import Guidance
+from .folders import existing
 from .generation import Drawn, Pipeline, Request, check, generate
 from .loading import MODELS, LoadOptions, ZImage
 from .prompts import MAX_TOKENS
@@ -181,7 +182,9 @@ def forget_models() -> None:
 
 def adapter_file(name: str) -> Path:
     """The LoRA file `name` means: a path, else a file under models/loras. Raises ModelNotFound or UnusableAdapter."""
-    path = Path(name).expanduser()
+    path = existing(name) if name.strip() else None
+    if path is None:
+        return host.current().model_path("loras", name)
     if path.is_dir():
         files = sorted(path.glob("*.safetensors"))
         if len(files) != 1:
@@ -189,7 +192,7 @@ def adapter_file(name: str) -> Path:
                 f"{path} holds {len(files)} safetensors files, and a LoRA folder holds one: name the file."
             )
         return files[0]
-    return path if path.is_file() else host.current().model_path("loras", name)
+    return path
 
 
 def run_item(item: Mapping[str, Any], output_folder: str | Path) -> dict[str, Any]:

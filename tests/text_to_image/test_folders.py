@@ -9,8 +9,10 @@ import pytest
 import torch
 from hotpath import host
 from hotpath.demo.z_image_model import write_checkpoint
+from hotpath.host import ModelNotFound
 from hotpath.text_to_image import folders
 from hotpath.text_to_image.folders import UnusableCheckpoint
+from hotpath.text_to_image.jobs import adapter_file
 from hotpath.text_to_image.loading import MODELS
 from safetensors.torch import load_file, save_file
 
@@ -102,6 +104,37 @@ def test_a_missing_and_a_cut_shard(folder):
     shards[1].unlink()
     with pytest.raises(UnusableCheckpoint, match=f"is not whole, missing: {shards[1].name}"):
         MODELS.get("shards")
+
+
+@pytest.mark.parametrize(
+    "named", ["../../tiny.safetensors", "/tiny.safetensors", r"..\tiny.safetensors", "C:tiny", ".."]
+)
+def test_an_index_names_files_beside_it_only(copy, folder, named):
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(file, folder / "tiny.safetensors")
+    index = {"weight_map": dict.fromkeys(load_file(file), named)}
+    file.with_name(f"{file.name}.index.json").write_text(json.dumps(index))
+    with pytest.raises(UnusableCheckpoint, match="which is no file beside it"):
+        folders.find("copy")
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [1], 3])
+def test_an_index_without_names_is_one_sentence(copy, weight_map):
+    index = copy / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UnusableCheckpoint, match="names no weight files"):
+        folders.find("copy")
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "x" * 5000])
+def test_what_can_be_no_path_is_not_found(folder, name):
+    with pytest.raises(ModelNotFound):
+        folders.find(name, anywhere=True)
+    with pytest.raises(ModelNotFound):
+        folders.find(name)
+    if len(name) < 100:
+        with pytest.raises(ModelNotFound):
+            adapter_file(name)
 
 
 @pytest.mark.parametrize("shard", ["150KB", "10GB"])
