@@ -132,7 +132,7 @@ def _other_batch(
     """
     chunk = rows.shape[1] // len(cond_or_uncond)
     negatives = sum(i == 1 for i in cond_or_uncond)
-    copies = (batch // chunk - negatives) // max(len(cond_or_uncond) - negatives, 1)
+    copies = (batch // max(chunk, 1) - negatives) // max(len(cond_or_uncond) - negatives, 1)
     samples = [
         sample
         for place, i in enumerate(cond_or_uncond)

@@ -262,12 +262,52 @@ def test_attention_couples_with_a_foreign_object_around_ours(bench: Bench) -> No
     assert alike(sample(couple(model, 2), bench.positive, bench.negative), expected)
 
 
-def test_a_batch_that_no_copying_gives_is_one_sentence() -> None:
+@pytest.mark.parametrize("samples", [0, 2])
+def test_a_batch_that_no_copying_gives_is_one_sentence(samples: int) -> None:
     from hotpath.patches.bound_attention import _other_batch
 
-    rows, weights = torch.zeros(1, 2, dtype=torch.int32), torch.ones(1, 2)
-    with pytest.raises(ValueError, match="made 7 samples of the 2"):
+    rows, weights = torch.zeros(1, samples, dtype=torch.int32), torch.ones(1, samples)
+    with pytest.raises(ValueError, match=f"made 7 samples of the {samples}"):
         _other_batch(rows, weights, None, 7, [0, 0])
+
+
+def test_conditioning_with_hooks_keeps_its_role(bench: Bench) -> None:
+    """A LoRA schedule computes the conditionings that it is on by themselves; one of no weights changes nothing."""
+    import comfy.hooks
+
+    model, positive, negative = bench.apply()
+    expected = sample(model, positive, negative)
+    hooks = comfy.hooks.create_hook_lora(lora={}, strength_model=1.0, strength_clip=0.0)
+    keyframes = comfy.hooks.HookKeyframeGroup()
+    keyframes.add(comfy.hooks.HookKeyframe(strength=0.5, start_percent=0.0))
+    keyframes.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.5))
+    hooks.set_keyframes_on_hooks(keyframes)
+    scheduled = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
+    seen = roles_by_index(model, lambda watched: sample(watched, scheduled, negative))
+    assert seen == {0: 0, 1: 1}
+    assert alike(sample(model, scheduled, negative), expected)
+
+
+def test_a_wrapper_that_runs_each_conditioning_by_itself(bench: Bench) -> None:
+    """Packs split the batch in `model_function_wrapper` and say so in `cond_or_uncond`."""
+    model = bench.patch(weight=0.9, mask=mask(1))[0]
+    expected = sample(model, bench.positive, bench.negative)
+
+    def apart(apply_model: Any, arguments: dict[str, Any]) -> torch.Tensor:
+        made = []
+        for place, index in enumerate(arguments["cond_or_uncond"]):
+            part = slice(place, place + 1)
+            c = {
+                name: value[part] if isinstance(value, torch.Tensor | tuple) else value
+                for name, value in arguments["c"].items()
+            }
+            c["transformer_options"] = {**c["transformer_options"], "cond_or_uncond": [index]}
+            made.append(apply_model(arguments["input"][part], arguments["timestep"][part], **c))
+        return torch.cat(made)
+
+    split = model.clone()
+    split.set_model_unet_function_wrapper(apart)
+    assert alike(sample(split, bench.positive, bench.negative), expected)
 
 
 def test_tensors_of_a_call_go_to_the_device_that_asks() -> None:
