@@ -99,9 +99,10 @@ class AttentionDispatcher:
     ) -> Tensor:
         """q [B, H, N, D]; see the function `attend`."""
         call = AttentionCall.of(q, k, v, mask)
+        recording = _recording(q.device)
         while True:
-            plan = self.plan(call, policy, exact, lambda choice: self._measure(choice, q, k, v, mask, scale))
-            recording = _recording(q.device)
+            measure = None if recording else lambda able: self._measure(able, q, k, v, mask, scale)
+            plan = self.plan(call, policy, exact, measure)
             if plan.proved or recording:
                 out = plan.backend.run(q, k, v, mask, scale)
                 break
@@ -187,27 +188,35 @@ class AttentionDispatcher:
             return "; ".join(filter(None, (because, reason)))
 
         if not able:
-            name = next(name for name in LAST if name in self.backends and (name, call) not in self._off)
-            return self.backends[name], why("the one candidate here"), True
+            return self._last(call), why("the one candidate here"), True
         if len(able) == 1:
             return able[0], why("the one candidate here"), True
         choice = self.choices.get(call, facts)
+        if choice is not None and choice.backend not in {backend.name for backend in able}:
+            choice = None  # it cannot here, or failed since
+        measured = choice is None and measure is not None
         if choice is None and measure is not None:
             choice = measure(able)
             if choice is not None:
                 self.choices.put(call, facts, choice)
-                able = [backend for backend in able if (backend.name, call) not in self._off] or able
+            able = [backend for backend in able if (backend.name, call) not in self._off]
+        if not able:
+            return self._last(call), why("the others were wrong when they were measured"), True
         chosen = next((backend for backend in able if choice is not None and backend.name == choice.backend), None)
         if choice is not None and chosen is not None:
             return chosen, why(choice.describe()), True
+        if measured:  # once: what ran out of memory now would do so at every call
+            return able[0], why("there was no memory to measure with"), True
         return able[0], why("not measured yet"), False
+
+    def _last(self, call: AttentionCall) -> Backend:
+        """One of those that take everything."""
+        return self.backends[next(name for name in LAST if name in self.backends and (name, call) not in self._off)]
 
     def _measure(
         self, able: list[Backend], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
     ) -> Choice | None:
         """Time `able` on these tensors; those that fail or compute something else are off for this signature."""
-        if _recording(q.device):
-            return None
         call = AttentionCall.of(q, k, v, mask)
         times: dict[str, float] = {}
         # The backward pass would time other kernels, and keep what it needs of every run.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import threading
 from typing import Any
 
@@ -34,17 +35,25 @@ EVERYWHERE = ("cuda", "hip", "cpu", "mps", "xpu")
 ANY_MASK = (NO_MASK, BOOL_MASK, FLOAT_MASK, OTHER_FLOAT_MASK)
 
 
+_broken: dict[str, str] = {}  # libraries that are there and fail: trying can take seconds, and every new size asks
+
+
 def import_fault(module: str, cure: str) -> str | None:
     """Why `module` cannot be imported, with the cure; None when it can."""
+    if module in _broken and module not in sys.modules:
+        return _broken[module]
     try:
         importlib.import_module(module)
+        return None
     except ModuleNotFoundError as error:
         if error.name == module.partition(".")[0]:
             return f"{error.name} is not installed ({cure})"
-        return f"{module} needs {error.name} (pip install {error.name})"
+        needed = (error.name or str(error)).partition(".")[0]
+        _broken[module] = f"{module} needs {needed} (pip install {needed})"
     except Exception as error:  # a library built for another torch or CUDA may raise anything
-        return f"the import of {module} fails: " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        _broken[module] = f"the import of {module} fails: {reason}"
+    return _broken[module]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 import time
+import types
 from dataclasses import replace
 
 import pytest
@@ -33,7 +34,7 @@ from hotpath.attention.dispatch import (
 from hotpath.attention.events import AttentionLog
 from hotpath.attention.quantized_backends import QUANTIZED_BACKENDS, within_float16
 from hotpath.attention.reference import attention_reference, fault
-from hotpath.attention.torch_backends import TORCH_BACKENDS, sdpa
+from hotpath.attention.torch_backends import TORCH_BACKENDS, import_fault, sdpa
 
 CPU = torch.device("cpu")
 HOPPER = DeviceFacts("cuda", "NVIDIA H200", (9, 0))
@@ -317,6 +318,68 @@ def test_a_candidate_that_fails_or_lies_is_off_with_a_message(caplog):
     torch.testing.assert_close(out, attention_reference(q, k, v), atol=2e-5, rtol=0)
     assert clock.timed == ["flash2"]
     assert "sdpa_cudnn is off" in caplog.text and "no kernel image" in caplog.text and "cosine" in caplog.text
+
+
+def wrong(q, k, v, mask, scale):
+    return -sdpa(q, k, v, mask, scale)
+
+
+def test_when_every_candidate_lies_none_of_them_computes():
+    dispatcher, _ = measured(
+        backends=[fake(name, named(name, wrong)) for name in ("sdpa_cudnn", "flash2")] + [fake("sdpa", sdpa)]
+    )
+    q, k, v = qkv()
+    log = AttentionLog()
+    for _ in range(2):
+        out = dispatcher.attend(q, k, v, policy=AUTO, record=log)
+        torch.testing.assert_close(out, attention_reference(q, k, v), atol=2e-5, rtol=0)
+    assert [event.used for event in log.events()] == ["sdpa"]
+
+
+def test_what_does_not_fit_into_memory_is_measured_once():
+    def greedy(run, device):
+        timed.append(run)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    timed: list[object] = []
+    dispatcher, _ = measured()
+    dispatcher.clock = greedy
+    log = AttentionLog()
+    for _ in range(3):
+        dispatcher.attend(*qkv(), policy=AUTO, record=log)
+    assert len(timed) == 3  # each candidate, at the first call
+    assert [event.reason for event in log.events()] == ["there was no memory to measure with"]
+
+
+def test_a_remembered_choice_that_fails_now_is_measured_anew(tmp_path):
+    def broken(q, k, v, mask, scale):
+        raise RuntimeError("no kernel image")
+
+    first, _ = measured(tmp_path)
+    first.attend(*qkv(), policy=AUTO)
+    names = ("sdpa_cudnn", "sdpa_flash", "flash2")
+    again, clock = measured(
+        tmp_path, backends=[fake(n, named(n, broken) if n == "sdpa_flash" else named(n)) for n in names]
+    )
+    log = AttentionLog()
+    for _ in range(3):
+        again.attend(*qkv(), policy=AUTO, record=log)
+    ((event, count),) = log.events().items()
+    assert event.used in ("sdpa_cudnn", "flash2") and "fastest of 2" in event.reason and count == 3
+    assert sorted(clock.timed) == ["flash2", "sdpa_cudnn"]
+
+
+def test_a_library_that_fails_is_not_imported_for_every_size(tmp_path, monkeypatch):
+    """Such an import can take seconds, and every new size asks."""
+    (tmp_path / "broken_attention.py").write_text(
+        "import pathlib; pathlib.Path(__file__ + '.log').open('a').write('x'); raise OSError('undefined symbol')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(3):
+        assert "undefined symbol" in import_fault("broken_attention", "")
+    assert (tmp_path / "broken_attention.py.log").read_text() == "x"
+    monkeypatch.setitem(sys.modules, "broken_attention", types.ModuleType("broken_attention"))
+    assert import_fault("broken_attention", "") is None
 
 
 def test_running_out_of_memory_while_measuring_only_skips_the_candidate():
