@@ -74,6 +74,7 @@ class WorkerHost(HeadlessHost):
 
     def use_folder(self, staging: Path) -> None:
         self._output, self._temp = staging / OUTPUT, staging / TEMP
+        self.texts.clear()  # of a job that failed: nobody asks for them any more
 
     def progress(self, total: int, label: str = "") -> _NodeProgress:  # type: ignore[override]
         return _NodeProgress(self, total)

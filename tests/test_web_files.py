@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hotpath.nodes import NODE_CLASS_MAPPINGS
 
 WEB = Path(__file__).resolve().parent.parent / "web"
 SCRIPTS = sorted(WEB.glob("**/*.js"))
@@ -44,6 +45,17 @@ def test_a_script_parses(path):
 @pytest.mark.parametrize("path", sorted(WEB.glob("**/*.json")), ids=lambda path: path.name)
 def test_a_table_is_json(path):
     assert isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+
+
+def test_every_colour_is_some_nodes():
+    source = (WEB / "node_families.js").read_text(encoding="utf-8")
+    rules = [rule.replace("\\/", "/") for rule in re.findall(r"\[/(\^.*?)/, \"#", source)]
+    categories = {node.CATEGORY for node in NODE_CLASS_MAPPINGS.values()}
+    assert len(rules) == 6
+    for rule in rules:
+        before, names = re.fullmatch(r"\^([^(]*)(?:\((.*)\))?", rule).groups()
+        for name in (names or "").split("|"):
+            assert any(re.match(before + name, category) for category in categories), before + name
 
 
 def test_styles_stay_inside_the_panel():

@@ -11,7 +11,7 @@ const COLOURS = [
   [/^Hotpath\/faces/, "#31455a"],
   [/^(Hotpath\/colori[sz]ation|ColorMNet|DeepExemplar)/, "#4a3a2c"],
   [/^(Hotpath\/vision-language|Comfyui_QwenVL|🧪AILab)/, "#2f4637"],
-  [/^Hotpath\/(text to image|acceleration|compare|distributed)/, "#4a2f37"],
+  [/^Hotpath\/(text to image|acceleration|compare|map)/, "#4a2f37"],
   [/^Hotpath/, "#3a3d44"],
 ];
 

@@ -18,7 +18,7 @@ from hotpath.distributed.jobs import BadMap
 from hotpath.distributed.local_pool import LocalPool
 from hotpath.distributed.mapping import run_map
 from hotpath.distributed.pool import Died, Ready
-from hotpath.distributed.worker import WorkerSettings
+from hotpath.distributed.worker import WorkerSettings, WorkflowWorker
 from map_workflows import COPY, listed, made, picture
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
@@ -165,6 +165,15 @@ def test_which_gpu_each_worker_sees(monkeypatch):
         devices.choose_devices("3")
     with pytest.raises(BadMap, match="no choice of GPUs"):
         devices.choose_devices("one")
+
+
+def test_a_worker_does_not_collect_the_texts_of_jobs_that_failed(pictures, tmp_path):
+    worker = WorkflowWorker(WorkerSettings(str(pictures), device="cpu"))
+    missing = {"1": {"class_type": "LoadImage", "inputs": {"image": "nothing.png"}}}
+    for attempt in range(3):
+        worker.host.show_text("half a report", "1")  # as a node does that then fails
+        answer = worker.run({"id": "a", "prompt": missing, "staging": str(tmp_path / f"a-{attempt}")})
+        assert answer["status"] == "failed" and worker.host.texts == []
 
 
 def test_on_amd_the_variable_that_has_the_last_word_counts(monkeypatch, tmp_path):

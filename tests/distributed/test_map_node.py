@@ -37,6 +37,12 @@ def test_the_form_offers_what_there_is(map_node, headless_host):
     assert math.isnan(map_node.IS_CHANGED())
 
 
+def test_a_folder_of_its_own_for_the_results(map_node):
+    for name in (".", "", "../x"):
+        with pytest.raises(ValueError, match="is not a file name inside"):
+            map_node.map(in_graph.INLINE, "lines", "a cat", json.dumps(TEXT), "1.source", name, **HERE)
+
+
 def test_lines(map_node, headless_host):
     results, folder, report = map_node.map(
         in_graph.INLINE, "lines", "a cat\na dog", json.dumps(TEXT), "1.source", "words", **HERE
