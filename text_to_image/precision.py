@@ -51,10 +51,13 @@ def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | 
             return f"it needs compute capability {needed[0]}.{needed[1]}, and this device has {capability[0]}.{capability[1]}"
         if method == "float8" and dtype != torch.bfloat16:
             return f"its products are made for bfloat16, and the dtype is {str(dtype).removeprefix('torch.')}"
-        return None
-    if method == "int8" and device.type == "cpu":
-        return None
-    return f"there are no {method} products on {device.type}"
+    elif method != "int8" or device.type != "cpu":
+        return f"there are no {method} products on {device.type}"
+    try:
+        import torchao.quantization  # noqa: F401 - made for another torch, it fails here
+    except Exception as error:
+        return f"the torchao package cannot be loaded ({type(error).__name__}: {str(error)[:200]})"
+    return None
 
 
 def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:

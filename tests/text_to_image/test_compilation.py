@@ -5,6 +5,7 @@ Graphs run as they are traced here; that the compiler's own code draws the same 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -107,3 +108,10 @@ def test_float8_says_why_not(load, draw, monkeypatch):
     assert "torchao package is not installed" in str(
         precision.unavailable("int8", torch.device("cuda"), torch.bfloat16)
     )
+
+
+def test_a_torchao_of_another_torch_is_a_line_in_the_report(draw, load, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    model = load(precision="int8")
+    assert "precision: none instead of int8, because the torchao package cannot be loaded" in draw(model).report
