@@ -63,12 +63,12 @@ def fetch(
     size: int | None = None,
     sha256: str | None = None,
     progress: ProgressCallback | None = None,
-    pause: float = PAUSE,
+    pause: float | None = None,
 ) -> Path:
     """Download `url` to `target`, going on where an earlier attempt stopped.
 
     size: exact bytes, sha256: hex digits, all or the first few; both are checked before the file gets its name.
-    progress: called with bytes so far and bytes in all. Raises DownloadError.
+    progress: called with bytes so far and bytes in all. pause: seconds before the second attempt. Raises DownloadError.
     """
     _check_address(url)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def fetch(
         except http.client.HTTPException as error:
             reason = str(error) or type(error).__name__
         if attempt + 1 < ATTEMPTS:
-            time.sleep(pause * 2**attempt)
+            time.sleep((PAUSE if pause is None else pause) * 2**attempt)
     else:
         kept = f" {part.stat().st_size} bytes are kept in {part.name};" if part.is_file() else ""
         raise DownloadError(f"{url}: {reason}.{kept} run the same command again to go on.")

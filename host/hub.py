@@ -6,12 +6,14 @@ those, and gets its name last, as every other download.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .downloads import STAGING, TIMEOUT, DownloadError, ProgressCallback, check_space, fetch, safe_target
 
+REVISION = ".hotpath-revision"  # which one a half folder is of
 # What a model folder needs; not the same weights again in another format, and no code.
 REPOSITORY_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 
@@ -47,7 +49,11 @@ def fetch_repository(
     if not wanted:
         raise DownloadError(f"{repo} holds none of the files a model folder needs ({', '.join(patterns)}).")
     staging = target.parent / STAGING / target.name
+    revision, now = staging / REVISION, stated.sha or ""
+    if staging.exists() and (not revision.is_file() or revision.read_text(encoding="utf-8") != now):
+        shutil.rmtree(staging)  # begun as another revision; sizes alone do not tell its files apart
     staging.mkdir(parents=True, exist_ok=True)
+    revision.write_text(now, encoding="utf-8")
     total = sum(siblings[name].size or 0 for name in wanted)
     here = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
     check_space(staging, max(0, total - here), target.name)
@@ -65,6 +71,7 @@ def fetch_repository(
             fetch(url, path, file.size, file.lfs.sha256 if file.lfs is not None else None, report)
         before += file.size or 0
     staging.replace(target)
+    (target / REVISION).unlink(missing_ok=True)
     if not any(staging.parent.iterdir()):
         staging.parent.rmdir()
     return target

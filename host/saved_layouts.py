@@ -92,8 +92,9 @@ def migrate_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
     known, defaults = table()["layouts"], table()["defaults"]
     changed: dict[str, Any] = {}
     for key, node in prompt.items():
-        if isinstance(node, Mapping) and node.get("class_type") in known:
-            kind = node["class_type"]
+        kind = node.get("class_type") if isinstance(node, Mapping) else None
+        # What has another shape is refused where prompts are checked; the other nodes are migrated.
+        if isinstance(kind, str) and kind in known and isinstance(node.get("inputs", {}), Mapping):
             node = {**node, "inputs": {**defaults.get(kind, {}), **present(kind, node.get("inputs", {}))}}
         changed[key] = node
     return changed

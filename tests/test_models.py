@@ -359,6 +359,27 @@ def test_a_repository_gets_its_name_when_all_of_it_is_there(a_hub, tmp_path):
         hub.fetch_repository("a/Tiny", target)
 
 
+def test_a_repository_is_of_one_revision(a_hub, tmp_path, monkeypatch):
+    """What came before the repository changed is not kept beside what comes after it."""
+    import huggingface_hub
+
+    target, stated = tmp_path / "LLM" / "Tiny", huggingface_hub.HfApi().model_info
+    Handler.behaviour["cut_after"] = [2, *[100_000] * downloads.ATTEMPTS]
+    with pytest.raises(DownloadError, match="to go on"):
+        hub.fetch_repository("a/Tiny", target)
+
+    def later(self: Any, *args: Any, **options: Any) -> Any:
+        found = stated(*args, **options)
+        found.sha = "def"
+        return found
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", later)
+    Handler.files["/a/Tiny/config.json"] = b"[]"
+    hub.fetch_repository("a/Tiny", target)
+    assert (target / "config.json").read_bytes() == b"[]"
+    assert leftovers(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
 def test_a_repository_with_a_file_that_was_changed_on_the_way(a_hub, tmp_path):
     Handler.files["/a/Tiny/model.safetensors"] = CONTENT[::-1]
     with pytest.raises(DownloadError, match="checksum"):

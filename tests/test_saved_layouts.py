@@ -80,6 +80,15 @@ def test_an_older_prompt_has_all_it_needs():
     assert saved_layouts.migrate_queued({"client_id": "me"}) == {"client_id": "me"}
 
 
+def test_a_node_of_another_shape_leaves_the_others_to_be_migrated():
+    older = {"class_type": "DeepExColorVideoNode", "inputs": {"target_width": 64, "lambda_value": 500.0}}
+    odd = [5, None, {}, {"class_type": ["a"]}, {"class_type": {}}, *({**older, "inputs": i} for i in (None, [1], "a"))]
+    prompt = {str(i): node for i, node in enumerate([*odd, older])}
+    found = saved_layouts.migrate_prompt(prompt)
+    assert list(found.values())[:-1] == odd
+    assert "lambda_value" not in found[str(len(odd))]["inputs"]
+
+
 def test_a_value_that_is_there_is_kept():
     prompt = {"1": {"class_type": "AILab_QwenVL", "inputs": {"attention_mode": "sdpa"}}}
     assert saved_layouts.migrate_prompt(prompt)["1"]["inputs"]["attention_mode"] == "sdpa"
