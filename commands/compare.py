@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -124,6 +125,9 @@ def _side(path: Path, assignments: Sequence[str]) -> Side:
 
 
 def _judges(options: argparse.Namespace) -> Judges:
+    for name in ("min_ssim", "min_cosine", "max_lpips"):
+        if not math.isfinite(getattr(options, name) or 0.0):
+            raise Refused(f"--{name.replace('_', '-')} is no finite number, and every pair would pass it.")
     notes = []
     perceptual, why = comparison.load_perceptual()
     if perceptual is None and options.max_lpips is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -54,11 +55,12 @@ def compare_faces(finder: FaceFinder, a: Tensor, b: Tensor) -> FaceAgreement:
     """
     found_a, found_b = (finder.analyse(picture[None].contiguous(), embed=True)[0] for picture in (a, b))
     pairs = _pairs(found_a.boxes, found_b.boxes)
-    cosines = tuple(
+    cosines = (
         float(torch.nn.functional.cosine_similarity(found_a.embeddings[i], found_b.embeddings[j], dim=0))
         for i, j in pairs
     )
-    return FaceAgreement(len(found_a), len(found_b), cosines)
+    # An embedding that is not finite is like nobody's; compared as it is, it would pass every threshold.
+    return FaceAgreement(len(found_a), len(found_b), tuple(c if math.isfinite(c) else -1.0 for c in cosines))
 
 
 def _pairs(a: Tensor, b: Tensor) -> list[tuple[int, int]]:

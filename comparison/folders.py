@@ -54,12 +54,20 @@ def pair_files(a: Path, b: Path) -> tuple[list[tuple[str, Path, Path]], str]:
 
 
 def read_picture(path: Path) -> Tensor:
-    """A picture file as [H, W, 3] in 0..1, upright; transparency is left out. Raises FolderError for a broken file."""
+    """A picture file as [H, W, 3] in 0..1, upright; transparency is left out. Raises FolderError for a broken file.
+
+    Grey of 16 bits and of floating point (taken as 0..1), as depth maps have, keeps its values.
+    """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), np.float32)
+            upright = ImageOps.exif_transpose(image)
+            # Pillow cuts these to 0..255 when it converts them: nearly all of a picture is white then.
+            if upright.mode == "F" or upright.mode.startswith("I"):
+                grey = np.asarray(upright, np.float32) / (1 if upright.mode == "F" else 65535)
+                return torch.from_numpy(np.repeat(grey[..., None], 3, axis=-1))
+            pixels = np.asarray(upright.convert("RGB"), np.float32)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise FolderError(f"{path.name} cannot be read as a picture: {error}") from None
     return torch.from_numpy(pixels / 255)

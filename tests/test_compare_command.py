@@ -147,6 +147,14 @@ def test_a_folder_of_somebody_else_is_not_emptied(tmp_path: Path, out: Path, cap
     assert "is a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--min-ssim", "--min-cosine", "--max-lpips"])
+def test_a_threshold_that_everything_passes_is_refused(tmp_path: Path, out: Path, option: str, capsys: Any) -> None:
+    picture(tmp_path / "a" / "x.png")
+    picture(tmp_path / "b" / "x.png", seed=1)
+    compare(tmp_path / "a", tmp_path / "b", option, "nan", out=out, code=2)
+    assert f"{option} is no finite number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("inside", ["workflow", "input folder"])
 def test_what_a_run_needs_is_not_emptied_with_an_earlier_run(
     workflow: Path, out: Path, inside: str, capsys: Any

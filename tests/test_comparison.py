@@ -186,6 +186,32 @@ class TestFaces:
         assert any(remark.startswith(said) for remark in pair.remarks()) if said else not pair.remarks()
 
 
+@pytest.mark.parametrize("mode", ["16 bits", "float"])
+def test_grey_of_more_than_eight_bits_keeps_its_values(tmp_path: Path, mode: str) -> None:
+    grey = np.random.default_rng(0).random((16, 20), np.float32)
+    path = tmp_path / ("x.png" if mode == "16 bits" else "x.tif")
+    Image.fromarray((grey * 65535).astype(np.uint16) if mode == "16 bits" else grey).save(path)
+    read = read_picture(path)
+    assert read.shape == (16, 20, 3)
+    np.testing.assert_allclose(read.numpy(), np.repeat(grey[..., None], 3, -1), atol=1 / 65535)
+
+
+def test_an_embedding_that_is_not_finite_is_nobodys() -> None:
+    class Face:
+        boxes, embeddings = torch.tensor([[0.0, 0.0, 9.0, 9.0]]), torch.full((1, 4), float("nan"))
+
+        def __len__(self) -> int:
+            return 1
+
+    class Finder:
+        def analyse(self, images: torch.Tensor, *, embed: bool = True) -> list[Face]:
+            return [Face()]
+
+    pair = compare_pair("x", noise(1), noise(1), Thresholds(), Finder())
+    assert pair.state == "failed" and pair.cosine == -1.0
+    json.dumps(values(pair), allow_nan=False)
+
+
 def test_lpips_that_cannot_be_loaded_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lpips")
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
