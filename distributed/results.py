@@ -195,7 +195,10 @@ def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.part")
     shutil.copyfile(source, unfinished)
+    # What is recorded next must not name a file that a power cut leaves empty.
+    sync(unfinished)
     unfinished.replace(target)
+    sync_folder(target.parent)
 
 
 def sync(path: Path) -> None:

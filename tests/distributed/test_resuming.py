@@ -43,6 +43,16 @@ def test_a_file_system_that_cannot_make_folders_durable(pictures, request_for, m
             run_map(request_for(pictures))
 
 
+def test_a_copy_is_on_disk_before_it_is_recorded(pictures, request_for, monkeypatch):
+    (pictures / "twin.png").write_bytes((pictures / "p0.png").read_bytes())
+    steps: list[str] = []
+    sync, set_name = results.sync, Manifest.set_name
+    monkeypatch.setattr(results, "sync", lambda path: (steps.append(path.name), sync(path)))
+    monkeypatch.setattr(Manifest, "set_name", lambda self, *name: (steps.append(name[0]), set_name(self, *name)))
+    assert run_map(request_for(pictures)).status.skipped == 1
+    assert steps == [".twin.png.part", "twin"]
+
+
 class Watch:
     """Stops a run once `after` items are done."""
 
