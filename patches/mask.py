@@ -77,9 +77,9 @@ class AttentionMask:
         if mask.shape[0] > 1 and call.window is not None and call.full_length is not None:
             mask = fit_batch(mask, call.full_length)[list(call.window)]
         # The block's own height is not known here: it follows from the aspect ratio, rounded up when uneven.
-        height = int(call.height / math.sqrt(call.height * call.width / length))
+        height = max(1, int(call.height / math.sqrt(call.height * call.width / length)))
         height += int(length % height != 0)
-        width = length // height
+        width = max(1, length // height)
         mask = F.interpolate(mask[:, None], size=(height, width), mode="bilinear")[:, 0]
         mask = fit_batch(mask, chunk).flatten(1)
         # Extreme aspect ratios round to another number of tokens.

@@ -317,3 +317,17 @@ def test_tensors_of_a_call_go_to_the_device_that_asks() -> None:
     here = call.weights((0.5,))
     there = call.of(torch.empty(2, 4, 4, device="meta")).weights((0.5,))
     assert (here.device.type, there.device.type) == ("cpu", "meta")
+
+
+@pytest.mark.parametrize("size", [(4, 4), (4, 11), (5, 512), (16, 16), (31, 9), (512, 4)])
+@pytest.mark.parametrize("scale", [2, 4, 8, 16])
+def test_a_mask_fits_every_block_of_small_and_long_latents(size: tuple[int, int], scale: int) -> None:
+    """Also where a pack shrinks the UNet's inside further."""
+    import math
+
+    from hotpath.patches.mask import AttentionMask
+    from hotpath.patches.model_call import ModelCall
+
+    length = math.ceil(size[0] / scale) * math.ceil(size[1] / scale)
+    made = AttentionMask(torch.full((1, 64, 64), 0.5)).at(ModelCall((0, 1), *size, None, batch=2), length)
+    assert made.shape == (2, length) and made.max() == 0.5
