@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ def picture(path: Path, seed: int, side: int = 24) -> Path:
 
 
 def made(folder: Path) -> dict[str, bytes]:
-    """Every result by its name; the record of the work and the list of results aside."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and ".hotpath-map" not in path.parts and path.name != "results.jsonl"
-    }
+    """Every result by its name; the record of the work and the list of results aside. Also while a run writes there."""
+    found = {}
+    for where, folders, names in os.walk(folder):
+        if ".hotpath-map" in folders:
+            folders.remove(".hotpath-map")  # what is in there comes and goes
+        for name in names:
+            if name != "results.jsonl":
+                path = Path(where) / name
+                found[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return dict(sorted(found.items()))
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:
