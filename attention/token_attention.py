@@ -55,6 +55,7 @@ def attend_tokens(
     mask: [P, 1 or B, N] float32, or None.
     stats: [2] float32 or None; the sums of squares of what was added and of `out` are added to it.
     attention: what the host attends with where the kernel does not run, so that text and identity go the same way.
+    Raises ValueError for rows or weights of another batch.
     """
     if torch.compiler.is_compiling():
         if stats is None:
@@ -102,6 +103,11 @@ def _run(
     stats: Tensor | None,
     attention: Attention,
 ) -> Tensor:
+    # The kernel would read past their end, and what comes of that is no reason against the kernel.
+    if not rows.shape[1] == weights.shape[1] == q.shape[0]:
+        raise ValueError(
+            f"rows are of {rows.shape[1]} samples, weights of {weights.shape[1]}, and q has {q.shape[0]}: give each one its own."
+        )
     if q.is_cuda and not why_not_fused(q.device, q.dtype, keys.shape[1], q.shape[2] // heads):
         from .token_attention_kernel import attend_tokens_fused
 

@@ -83,6 +83,14 @@ def test_reference_is_the_definition(shape: tuple[int, ...], dtype: torch.dtype)
     assert torch.equal(inputs["out"], before)
 
 
+@pytest.mark.parametrize("name", ["rows", "weights"])
+def test_rows_of_another_batch_are_refused(name: str) -> None:
+    inputs = token_inputs(SHAPES[1], torch.float32)
+    with pytest.raises(ValueError, match="q has 1: give each one its own"):
+        attend_tokens(**{**inputs, name: inputs[name].repeat(1, 2)})
+    assert not token_attention._failed
+
+
 def test_stats_are_the_sums_of_squares() -> None:
     inputs = token_inputs(SHAPES[1], torch.float32)
     stats = torch.tensor([1.0, 2.0])
