@@ -32,6 +32,8 @@ class Node:
         self.kind, self.function, self.attributes = kind, function, attributes
         self.inputs, self.output = inputs, output
         self.finished: list[str] = []  # values nobody reads after this node
+        self.then_relu = False  # a convolution whose only reader is a ReLU
+        self.done_before = False  # that ReLU
 
 
 def read_model(path: Path) -> Any:
@@ -198,6 +200,9 @@ class OnnxNetwork(nn.Module):
             node.finished = [i for i in set(node.inputs) if i and last[i] == position and i not in self.output_names]
             if node.kind == "Relu" and node.inputs[0] in node.finished and _fresh(nodes[:position], node.inputs[0]):
                 node.function = _relu_in_place
+                maker = next(before for before in nodes[:position] if before.output == node.inputs[0])
+                if maker.kind == "Conv" and sum(node.inputs[0] in other.inputs for other in nodes) == 1:
+                    maker.then_relu = node.done_before = True
         self.nodes = nodes
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -218,6 +223,8 @@ class OnnxNetwork(nn.Module):
                     given.append(constants[name] if name else None)
             if pack and node.kind == "Conv" and given[1] is not None and given[1].dim() == 4:
                 values[node.output] = self._packed_conv(position, node, *given)
+            elif pack and node.done_before and given[0] is not None and given[0].dim() == 4:
+                values[node.output] = given[0]
             else:
                 values[node.output] = node.function(node.attributes, *given)
             for name in node.finished:
@@ -230,16 +237,19 @@ class OnnxNetwork(nn.Module):
         assert x is not None and weight is not None
         packed = self._packed.get(position)
         if packed is None:
-            packed = self._packed[position] = PackedConvolution(node.attributes, x, weight)
+            packed = self._packed[position] = PackedConvolution(node.attributes, x, weight, node.then_relu)
         return packed(x, bias)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        before = [weight.data_ptr() for weight in self.parameters()]
+        before = self._addresses()
         made = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         # Hosts ask a module to be where it is already before every use; then nothing has changed.
-        if before != [weight.data_ptr() for weight in self.parameters()]:
+        if before != self._addresses():
             self._packed.clear()
         return made
+
+    def _addresses(self) -> list[int]:
+        return [weight.data_ptr() for weight in self._parameters.values() if weight is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": {}}  # what oneDNN packed cannot be copied

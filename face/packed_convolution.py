@@ -26,9 +26,13 @@ def can_pack(x: Tensor) -> bool:
 
 
 class PackedConvolution:
-    """One Conv node over two dimensions. Packs for the first size that it meets; other sizes are right, too."""
+    """One Conv node over two dimensions. Packs for the first size that it meets; other sizes are right, too.
 
-    def __init__(self, attributes: Attributes, x: Tensor, weight: Tensor) -> None:
+    relu: whether the ReLU that follows is done with it.
+    """
+
+    def __init__(self, attributes: Attributes, x: Tensor, weight: Tensor, relu: bool = False) -> None:
+        self.then = "relu" if relu else "none"
         x, self.padding = padded_for_conv(attributes, x, weight)
         self.strides = list(attributes.get("strides", [1, 1]))
         self.dilations = list(attributes.get("dilations", [1, 1]))
@@ -42,6 +46,6 @@ class PackedConvolution:
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         x, padding = padded_for_conv(self.attributes, x, self.kernel)
         made: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, bias, padding, self.strides, self.dilations, self.groups, "none", [], ""
+            x, self.weight, bias, padding, self.strides, self.dilations, self.groups, self.then, [], ""
         )
         return made

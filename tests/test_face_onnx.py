@@ -261,3 +261,20 @@ def test_packed_convolutions_are_the_plain_ones_and_follow_the_weights(tmp_path,
         network.double().float()
         x = torch.randn(1, 4, 8, 8)
         assert torch.allclose(network(x)[0], torch.enable_grad()(network)(x)[0], atol=1e-5)
+
+
+def test_a_relu_is_done_with_its_packed_convolution_only_when_nobody_else_reads_that(tmp_path):
+    weights = {"w": floats(4, 4, 3, 3), "v": floats(4, 4, 3, 3, seed=1)}
+    nodes = [
+        node("Conv", "x w", "a", pads=[1] * 4),
+        node("Relu", "a", "b"),
+        node("Conv", "b v", "c", pads=[1] * 4),
+        node("Relu", "c", "d"),
+        node("Add", "d c"),  # reads what came before the second ReLU
+    ]
+    network = OnnxNetwork(write(tmp_path / "relu.onnx", nodes, weights))
+    assert [n.then_relu for n in network.nodes] == [True, False, False, False, False]
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    plain = network(x)[0]
+    with torch.no_grad():
+        assert torch.allclose(network(x)[0], plain, atol=1e-5)
