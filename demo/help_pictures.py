@@ -332,7 +332,8 @@ def vlm_boxes() -> Image.Image:
     pixels = (photo("astronaut.png")[0] * 255).byte().numpy()
     boxes = answers.find_boxes(answers.find_json(answer), *pixels.shape[:2], None)
     drawn = torch.from_numpy(answers.draw_boxes(pixels, boxes).copy()).float()[None] / 255
-    return stacked([labelled([("boxes drawn on the picture", shown(drawn, 300))]), card("an answer, written by hand", answer, 420)])
+    picture = labelled([("boxes drawn on the picture", shown(drawn, 300))])
+    return stacked([picture, card("an answer, written by hand", answer, 420)])
 
 
 def caption_folder() -> Image.Image:
