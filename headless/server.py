@@ -251,9 +251,10 @@ class ServerRun:
         assert self.input_folder is not None
         try:
             path = inside(self.input_folder, value)
+            # A prompt may be longer than any file's name, which the system answers with an error.
+            return path if path.is_file() else None
         except (ValueError, OSError):
             return None
-        return path if path.is_file() else None
 
     async def _upload_buttons(self, class_type: str) -> set[str]:
         async with self.session.get(f"{self.url}/object_info/{class_type}") as response:

@@ -183,6 +183,13 @@ def test_a_run(stand_in, inputs, tmp_path):
     assert stand_in.posted[0][1]["prompt"]["1"]["inputs"]["image"] == name
 
 
+def test_a_prompt_longer_than_any_file_name_is_a_prompt(stand_in, inputs, tmp_path):
+    long = {**COPY, "3": {"class_type": "PreviewAny", "inputs": {"source": "a lighthouse at dusk, " * 40}}}
+    run_on_server(stand_in.url, Graph.parse(long), tmp_path / "out", inputs)
+    assert stand_in.posted[0][1]["prompt"]["3"]["inputs"]["source"] == long["3"]["inputs"]["source"]
+    assert len(stand_in.uploads) == 1
+
+
 def test_nothing_is_overwritten_and_previews_go_apart(stand_in, tmp_path):
     stand_in.behaviour["records"] = [{"filename": "b.png", "type": "output"}, {"filename": "t.png", "type": "temp"}]
     for name in ("b.png", "b-2.png"):
