@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -90,8 +91,14 @@ def run_demo(
         if comfyui is not None:
             where = f"ComfyUI in {comfyui}"
             announce(f"Starting {where} ...")
+            # A copy, because a server writes there; a workflow in a workflow names files that nobody uploads.
+            inputs = Path(stack.enter_context(tempfile.TemporaryDirectory()), "input")
+            shutil.copytree(files.inputs, inputs)
+            options = LaunchOptions(
+                input_folder=inputs, models=files.models, custom_nodes=files.extra_nodes(), isolated=True
+            )
             try:
-                server = stack.enter_context(launched(comfyui, _launch_options(files)))
+                server = stack.enter_context(launched(comfyui, options))
             except LaunchError as error:
                 announce(f"{error}")
                 reason = f"It did not start, so the others ran without it: {error}"
@@ -141,10 +148,6 @@ def _prepare(output: Path) -> None:
     (output / MARK).write_text("Made by `hotpath demo`, which empties this folder when it runs again.\n")
 
 
-def _launch_options(files: DemoFiles) -> LaunchOptions:
-    return LaunchOptions(models=files.models, custom_nodes=files.extra_nodes(), isolated=True)
-
-
 def _run_one(name: str, path: Path, output: Path, files: DemoFiles, server: RunningServer | None) -> DemoResult:
     outcome = Outcome("ComfyUI" if server is not None else "headless")
     inputs: list[Path] = []
@@ -155,7 +158,7 @@ def _run_one(name: str, path: Path, output: Path, files: DemoFiles, server: Runn
         graph = small.apply(Graph.load(path))
         inputs = [_copied(file, output / "input") for file in _input_files(graph, files.inputs)]
         if server is not None:
-            outcome = run_on_server(server.url, graph, output, files.inputs)
+            outcome = run_on_server(server.url, graph, output)
             outcome.where = "ComfyUI"
         else:
             outcome = _run_here(graph, output, files)
