@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from hotpath_demo import tiny_sdxl
 
 # As detected from a Z-Image-Turbo checkpoint but for the widths: 3840, 30 heads of 128, 30 layers, captions of 2560.
 Z_IMAGE: dict[str, Any] = {
@@ -61,6 +60,8 @@ def _patcher(config: Any, seed: int) -> Any:
     import comfy.model_patcher
 
     model = config.get_model({}, "", torch.device("cpu"))
+    from hotpath_demo import tiny_sdxl  # there only with a ComfyUI
+
     tiny_sdxl.fill(model.diffusion_model, seed)
     return comfy.model_patcher.CoreModelPatcher(
         model.eval(),
@@ -137,6 +138,8 @@ def tiny(name: str, dtype: torch.dtype = torch.float32, device: str | None = Non
     """
     text_width, pooled = FLUX["context_in_dim"], FLUX["vec_in_dim"]
     if name == "sdxl":
+        from hotpath_demo import tiny_sdxl
+
         made = Tiny(name, tiny_sdxl.make_sdxl(dtype=dtype), tiny_sdxl.encode_text, 4, 4.0)
     elif name == "z_image":
         made = Tiny(name, make_z_image(dtype=dtype), lambda text, n: encode(text, n, Z_IMAGE["cap_feat_dim"]), 16, 1.0)
