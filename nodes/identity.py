@@ -15,6 +15,7 @@ from ..identity import Identity, adopt_adapter, load_identity, save_identity
 from ..identity.drawing import draw_tokens
 from ..patches.identities import merge_people
 from ..patches.instantid import describe_faces, identity_from, identity_of_faces, prepare_identity, read_faces
+from .saved_files import ReadsSavedFile
 from .sockets import COMBINE_EMBEDS, HIDDEN, IDENTITY, INSTANTID, NEGATIVE_NOISE
 
 CATEGORY = "Hotpath/InstantID"
@@ -143,7 +144,8 @@ class HotpathIdentitySave:
         return (str(path),)
 
 
-class HotpathIdentityLoad:
+class HotpathIdentityLoad(ReadsSavedFile):
+    SAVED_IN = FOLDER
     DISPLAY_NAME = "Load Identity"
     CATEGORY = CATEGORY
     DESCRIPTION = "Reads an identity that Save Identity wrote, from models/identities."
@@ -157,19 +159,6 @@ class HotpathIdentityLoad:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         files = host.current().model_files(FOLDER, (".safetensors",))
         return {"required": {"file": (files, {"tooltip": "A file in models/identities."})}}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, file: Any) -> bool:
-        # A file saved earlier in the same run is not in the list yet; a missing one is reported when the node runs.
-        return True
-
-    @classmethod
-    def IS_CHANGED(cls, file: str) -> str:
-        try:
-            stat = host.current().model_path(FOLDER, file).stat()
-        except FileNotFoundError:
-            return "missing"
-        return f"{stat.st_mtime_ns}-{stat.st_size}"
 
     def load(self, file: str) -> tuple[Identity]:
         return (load_identity(host.current().model_path(FOLDER, file or "")),)

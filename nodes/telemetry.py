@@ -17,6 +17,7 @@ from ..identity.contribution_profile import (
 )
 from ..identity.contributions import table
 from ..patches.telemetry import BlockTelemetry, record_blocks
+from .saved_files import ReadsSavedFile
 from .sockets import BLOCK_PROFILE, HIDDEN
 
 CATEGORY = "Hotpath/InstantID"
@@ -119,7 +120,8 @@ class HotpathBlockTelemetryReport:
         return draw_contributions(found, f"{profile.name}: what the identity adds to each block"), text, profile
 
 
-class HotpathLoadBlockProfile:
+class HotpathLoadBlockProfile(ReadsSavedFile):
+    SAVED_IN = FOLDER
     DISPLAY_NAME = "Load Block Profile"
     CATEGORY = CATEGORY
     DESCRIPTION = "Reads a profile that Block Telemetry Report kept in models/block_profiles."
@@ -133,19 +135,6 @@ class HotpathLoadBlockProfile:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         files = host.current().model_files(FOLDER, (".json",))
         return {"required": {"file": (files, {"tooltip": "A file in models/block_profiles."})}}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, file: Any) -> bool:
-        # A profile measured earlier in the same run is not in the list yet; a missing one is reported when the node runs.
-        return True
-
-    @classmethod
-    def IS_CHANGED(cls, file: str) -> str:
-        try:
-            stat = host.current().model_path(FOLDER, file).stat()
-        except FileNotFoundError:
-            return "missing"
-        return f"{stat.st_mtime_ns}-{stat.st_size}"
 
     def load(self, file: str, unique_id: str | None = None) -> tuple[ContributionProfile, str]:
         profile = load_profile(host.current().model_path(FOLDER, file or ""))

@@ -1,0 +1,26 @@
+"""What nodes that read a file of a models folder have in common, where a node of ours also writes such files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import host
+
+
+class ReadsSavedFile:
+    """A node with the input `file`, a name in the models folder `SAVED_IN`."""
+
+    SAVED_IN: str
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, file: Any) -> bool:
+        # A file saved earlier in the same run is not in the list yet; a missing one is reported when the node runs.
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, file: str) -> str:
+        try:
+            stat = host.current().model_path(cls.SAVED_IN, file).stat()
+        except FileNotFoundError:
+            return "missing"
+        return f"{stat.st_mtime_ns}-{stat.st_size}"
