@@ -6,9 +6,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from film_files import write_film
 from hotpath import host
 from hotpath.colorization import clip_job, file_job, film, networks, video_file
 from hotpath.colorization.checkpoint_file import WrongCheckpoint
@@ -250,24 +250,6 @@ def test_networks_are_loaded_once() -> None:
 # Video files
 
 
-def write_video(path: Path, pictures: Tensor, sound: bool = True, rate: int = 12) -> None:
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": "10"})
-        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv444p"
-        voice: Any = container.add_stream("aac", rate=16000) if sound else None
-        for picture in (pictures * 255).to(torch.uint8):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
-        container.mux(stream.encode())
-        if voice is not None:
-            wave = np.sin(np.arange(16000 * len(pictures) // rate) / 6).astype(np.float32)[None]
-            heard = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-            heard.sample_rate = 16000
-            for part in (heard, None):
-                container.mux(voice.encode(part))
-
-
 def read_video(path: Path) -> tuple[Tensor, list[Fraction], float]:
     """Pictures, times in seconds, and the length of the sound (0 when there is none)."""
     import av
@@ -288,7 +270,7 @@ def file_task(folder: Path, **changes: Any) -> tuple[file_job.FileJob, list[Refe
 
 
 def test_file_keeps_frames_times_and_sound(tmp_path: Path) -> None:
-    write_video(tmp_path / "in.mp4", frames(30))
+    write_film(tmp_path / "in.mp4", frames(30))
     lines: list[str] = []
     job, references = file_task(tmp_path)
     report = file_job.colorize_file(job, references, lines.append)
@@ -303,7 +285,7 @@ def test_file_keeps_frames_times_and_sound(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_raised_and_the_old_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_video(tmp_path / "in.mp4", frames(6), sound=False)
+    write_film(tmp_path / "in.mp4", frames(6), sound=False)
     job, references = file_task(tmp_path)
     job.output.write_bytes(b"an older result")
 
@@ -323,7 +305,7 @@ def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
     job.source.write_bytes(b"not a video at all" * 100)
     with pytest.raises(video_file.VideoError, match=r"in\.mp4 cannot be opened"):
         file_job.colorize_file(job, references)
-    write_video(tmp_path / "whole.mp4", frames(20))
+    write_film(tmp_path / "whole.mp4", frames(20))
     job.source.write_bytes((tmp_path / "whole.mp4").read_bytes()[:600])
     with pytest.raises((video_file.VideoError, FileNotFoundError)):
         file_job.colorize_file(job, references)
@@ -332,7 +314,7 @@ def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
 def test_odd_sizes_and_paths_from_the_command_line(tmp_path: Path) -> None:
     from PIL import Image
 
-    write_video(tmp_path / "in.mp4", frames(3, 41, 53), sound=False)
+    write_film(tmp_path / "in.mp4", frames(3, 41, 53), sound=False)
     Image.fromarray((frames(1)[0] * 255).to(torch.uint8).numpy()).save(tmp_path / "r.png")
     file_job.colorize_file_by_path(
         tmp_path / "in.mp4", tmp_path / "o.mkv", [tmp_path / "r.png"], FilmOptions(colour_size=32), "0", quality=10
@@ -382,7 +364,7 @@ def test_our_nodes(here: Any) -> None:
     from hotpath.nodes import colorize as nodes
 
     here.input_folder().mkdir()
-    write_video(here.input_folder() / "film.mp4", frames(5), sound=False)
+    write_film(here.input_folder() / "film.mp4", frames(5), sound=False)
     assert nodes.HotpathColorizeFile.INPUT_TYPES()["required"]["video"][0] == ["film.mp4"]
     path, report = nodes.HotpathColorizeFile().colorize("film.mp4", frames(1), "ColorMNet", "o.mp4", colour_size=32)
     assert Path(path).parent == here.output_folder() and "frames: 5" in report
@@ -413,7 +395,7 @@ def test_command_line_colours_a_film(
     from hotpath import cli
     from PIL import Image
 
-    write_video(tmp_path / "film.mp4", frames(4))
+    write_film(tmp_path / "film.mp4", frames(4))
     Image.fromarray((frames(1)[0] * 255).to(torch.uint8).numpy()).save(tmp_path / "r.png")
     film_options = ["--models", str(model_files), "--device", "cpu", "--colour-size", "32", "-q"]
     call = ["colorize", str(tmp_path / "film.mp4"), "-r", str(tmp_path / "r.png"), "-o", str(tmp_path / "o.mp4")]

@@ -13,9 +13,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from film_files import write_film
 from hotpath import host
 from hotpath.colorization import file_job, film
 from hotpath.colorization.film_options import FilmOptions, Reference, read_references
@@ -86,24 +86,6 @@ def numbers(pictures: Tensor) -> list[int]:
     return found
 
 
-def write_film(path: Path, pictures: Tensor, sound: bool = True) -> None:
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=RATE, options={"crf": "4"})
-        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv444p"
-        voice: Any = container.add_stream("aac", rate=16000) if sound else None
-        for picture in (pictures * 255).to(torch.uint8):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
-        container.mux(stream.encode())
-        if voice is not None:
-            wave = np.sin(np.arange(16000 * len(pictures) // RATE) / 6).astype(np.float32)[None]
-            heard = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-            heard.sample_rate = 16000
-            for part in (heard, None):
-                container.mux(voice.encode(part))
-
-
 def read_film(path: Path) -> tuple[Tensor, list[Fraction], Tensor]:
     """Pictures, times in seconds, and the sound's samples."""
     import av
@@ -131,7 +113,7 @@ def save_reference(folder: Path) -> None:
 def test_a_killed_process_costs_one_part_and_no_frame(
     tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_film(tmp_path / "in.mp4", counted(130))
+    write_film(tmp_path / "in.mp4", counted(130), rate=RATE, crf=4)
     save_reference(tmp_path)
     folder, output = tmp_path / "out.mp4.parts", tmp_path / "out.mp4"
     running = subprocess.Popen([sys.executable, "-c", KILLED, str(model_files), str(tmp_path)])
@@ -168,7 +150,7 @@ def test_a_killed_process_costs_one_part_and_no_frame(
 def shots_film(path: Path) -> None:
     """Three shots of 30, 45 and 25 frames."""
     parts = (counted(30), counted(45, 30, 0.45), counted(25, 75))
-    write_film(path, torch.cat(parts))
+    write_film(path, torch.cat(parts), rate=RATE, crf=4)
 
 
 def test_parts_are_shots_and_long_shots_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +247,7 @@ def test_interrupt_keeps_what_is_done_and_comes_within_a_second(
     """While frames take 60 ms each: it is looked for between two frames, not between two portions."""
     from hotpath.colorization.colormnet import session
 
-    write_film(tmp_path / "in.mp4", counted(60))
+    write_film(tmp_path / "in.mp4", counted(60), rate=RATE, crf=4)
     job, references = file_task(tmp_path)
     decode = session.ColorMNetEngine.near
 
@@ -303,7 +285,7 @@ def test_interrupt_keeps_what_is_done_and_comes_within_a_second(
 
 def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_job, "PART_FRAMES", 20)
-    write_film(tmp_path / "in.mp4", counted(66))
+    write_film(tmp_path / "in.mp4", counted(66), rate=RATE, crf=4)
     job, references = file_task(tmp_path)
     colour = film.FilmSession.colour
     calls = [0]
@@ -336,7 +318,7 @@ def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_disk_that_fills_loses_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     """Whatever is queued behind the frames that were not written must not count."""
     monkeypatch.setattr(file_job, "PART_FRAMES", 20)
-    write_film(tmp_path / "in.mp4", counted(120))
+    write_film(tmp_path / "in.mp4", counted(120), rate=RATE, crf=4)
     job, references = file_task(tmp_path)
     write, calls = PartWriter.write, [0]
 
@@ -358,7 +340,7 @@ def test_a_disk_that_fills_loses_no_frame(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_crash_while_the_film_is_put_together_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_film(tmp_path / "in.mp4", counted(30))
+    write_film(tmp_path / "in.mp4", counted(30), rate=RATE, crf=4)
     job, references = file_task(tmp_path)
     assemble = file_job.assemble
 
@@ -390,7 +372,7 @@ def test_manifest_names_only_what_is_there(tmp_path: Path) -> None:
 
 
 def test_sound_that_does_not_fit_is_named(tmp_path: Path) -> None:
-    write_film(tmp_path / "in.mp4", counted(3))
+    write_film(tmp_path / "in.mp4", counted(3), rate=RATE, crf=4)
     job, references = file_task(tmp_path)
     webm = file_job.FileJob(job.source, tmp_path / "out.webm", job.options, codec="libvpx-vp9", quality=30)
     try:
