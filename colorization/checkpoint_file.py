@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..host.interruption import read_ahead
+
 log = logging.getLogger("hotpath.colorization")
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -26,6 +28,7 @@ class WrongCheckpoint(ValueError):
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file, on the CPU. Nothing in the file is executed."""
+    read_ahead(path)
     try:
         if path.suffix in (".safetensors", ".sft"):
             from safetensors.torch import load_file

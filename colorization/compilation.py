@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..host.compiling import inductor
+
 log = logging.getLogger("hotpath.colorization")
 
 
@@ -17,7 +19,9 @@ class MaybeCompiled:
 
     def __init__(self, function: Callable[..., Any], wanted: bool, name: str) -> None:
         self._plain = function
-        self._call: Callable[..., Any] = torch.compile(function, dynamic=False) if wanted else function
+        self._call: Callable[..., Any] = (
+            torch.compile(function, dynamic=False, backend=inductor()) if wanted else function
+        )
         self._wanted = wanted
         self.name = name
         self.status = "compiled" if wanted else "not compiled: not asked for"

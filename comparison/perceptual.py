@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..host.interruption import read_ahead
+
 Perceptual = Callable[[Tensor, Tensor], float]
 """LPIPS of two pictures [H, W, 3] in 0..1: 0 for equal ones, more for others."""
 
@@ -45,6 +47,7 @@ def _load(backbone: Path, heads: Path) -> Perceptual:
     # The package's own way downloads AlexNet and unpickles; this builds it empty and fills it with plain tensors.
     with torch.random.fork_rng(devices=[]):
         network = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
+    read_ahead(backbone)
     trunk = torch.load(backbone, map_location="cpu", weights_only=True)
     state = torch.load(heads, map_location="cpu", weights_only=True)
     for name, _ in network.net.named_parameters():  # such as slice2.3.weight, which is AlexNet's features.3.weight

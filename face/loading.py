@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import host
 from ..cache import file_fingerprint
 from ..host import Managed
+from ..host.interruption import interruptibly
 from .detection import Detector
 from .engine_diagnosis import why_no_insightface, why_not
 from .faces import FaceError
@@ -127,7 +128,7 @@ def _load_insightface(folder: ModelFolder, provider: Provider, remember: bool) -
     names = [long_name(provider)] + (["CPUExecutionProvider"] if provider.name != "CPU" else [])
     modules = ["detection"] + (["recognition"] if folder.recogniser is not None else [])
     # By its path: a name would make the library look elsewhere, and download.
-    analysis = FaceAnalysis(name=str(folder.path), allowed_modules=modules, providers=names)
+    analysis = interruptibly(lambda: FaceAnalysis(name=str(folder.path), allowed_modules=modules, providers=names))
     analysis.prepare(ctx_id=0, det_size=(640, 640))
     why = ""
     if provider.name != "CPU":
@@ -153,7 +154,7 @@ def _load_torch(
     said = [why] if why else []
 
     def runner(file: Outline) -> TorchRunner:
-        network = OnnxNetwork(file.path)
+        network = interruptibly(lambda: OnnxNetwork(file.path))
         kept = precision
         if precision != "fp32":
             cosine = agreement(network, file, device, PRECISIONS[precision])

@@ -17,6 +17,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from ..host.interruption import interruptibly
 from .faces import FaceError
 from .onnx_graph import read_model
 from .onnx_outline import Outline
@@ -126,6 +127,7 @@ class OnnxRuntimeRunner:
         self.where = f"{long_name(provider)} fp32"
         self._model = open_batch(file.path)
         self._sessions: dict[tuple[int, int], Any] = {}
+        self._seen: set[tuple[int, ...]] = set()  # shapes that the open sessions have run
         self._open = tuple(n is None for n in file.inputs[0][1][2:])
         height, width = (n or 640 for n in file.inputs[0][1][2:])
         self._check(self._session(height, width))
@@ -156,11 +158,13 @@ class OnnxRuntimeRunner:
         if self.provider.name != "CPU":
             providers.append("CPUExecutionProvider")
         try:
-            session = onnxruntime.InferenceSession(self._model, options, providers=providers)
+            # Some seconds; minutes where TensorRT builds an engine.
+            session = interruptibly(lambda: onnxruntime.InferenceSession(self._model, options, providers=providers))
         except Exception as error:  # onnxruntime's errors share no base class
             raise UnverifiedProvider(f"onnxruntime cannot open {self.file.path.name} there ({error})") from error
         while len(self._sessions) >= SESSIONS_KEPT:
             del self._sessions[next(iter(self._sessions))]
+            self._seen.clear()
         self._sessions[key] = session
         return session
 
@@ -191,13 +195,18 @@ class OnnxRuntimeRunner:
         if place == "cuda":
             # onnxruntime works on a stream of its own and takes torch's default stream for "none given".
             torch.cuda.current_stream(self.device).synchronize()
-        session.run_with_iobinding(binding)
+        if self.provider.name == "CPU" or tuple(x.shape) in self._seen:
+            session.run_with_iobinding(binding)
+        else:  # a provider may compile for a shape when it first meets it
+            interruptibly(lambda: session.run_with_iobinding(binding))
+            self._seen.add(tuple(x.shape))
         binding.synchronize_outputs()
         return [_to_torch(value, self.device) for value in binding.get_outputs()]
 
     def release(self) -> None:
         """Close the sessions; the next run opens them again."""
         self._sessions.clear()
+        self._seen.clear()
 
 
 def _to_torch(value: Any, device: torch.device) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host.interruption import read_ahead
+
 PARTS = ("image_proj", "ip_adapter")
 KV_KEY = re.compile(r"([1-9][0-9]*)\.to_([kv])_ip\.weight")
 EXPECTED = (
@@ -36,6 +38,7 @@ def read_adapter(path: Path) -> tuple[State, State]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    read_ahead(path)
     if path.suffix.lower() in (".safetensors", ".sft"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file

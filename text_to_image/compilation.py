@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
+from ..host.compiling import inductor
+
 log = logging.getLogger("hotpath.text_to_image")
 
+INDUCTOR = inductor()
 MODES = ("none", "regional")
 COMPILED_LISTS = ("noise_refiner", "layers")
 
@@ -26,7 +29,7 @@ class CompilationPlan:
 
     mode: str
     note: str
-    backend: Any = "inductor"
+    backend: Any = INDUCTOR
 
 
 def plan(asked: str, device: torch.device) -> CompilationPlan:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..host.compiling import inductor
 from . import decoding
 from .encoder_outputs import given
 from .loading import LoadedModel
@@ -105,13 +106,10 @@ class PlainRunner:
 
 def compiler(backend: str | Callable[..., Any] | None = None) -> Callable[[Any], Any]:
     """How a part of the step is compiled: once for all layers, anew only for another batch size or bucket."""
-    settings: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     if backend is None:
         # A product with one row is written as a reduction then, which reads weights at the speed of the memory.
-        settings["options"] = {"coordinate_descent_tuning": True}
-    else:
-        settings["backend"] = backend
-    return lambda part: torch.compile(part, **settings)
+        backend = inductor({"coordinate_descent_tuning": True})
+    return lambda part: torch.compile(part, fullgraph=True, dynamic=False, backend=backend)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...host.compiling import inductor
 from .blocks import tensors_in
 from .settings import CompileSettings
 
@@ -26,23 +27,10 @@ log = logging.getLogger("hotpath.compile")
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
-def inductor(settings: CompileSettings) -> Backend:
-    """Inductor with this compile's own options."""
-    options = settings.inductor_options()
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
-
-        made: Any = compile_fx(graph, inputs, config_patches=options)
-        return made
-
-    return backend
-
-
 def named_backend(name: str, settings: CompileSettings) -> Backend:
     """A backend by Dynamo's name for it, such as "inductor", "aot_eager" or "eager"."""
     if name == "inductor":
-        return inductor(settings)
+        return inductor(settings.inductor_options())
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)

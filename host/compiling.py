@@ -1,0 +1,89 @@
+"""Compilation that hears an interrupt: torch's compiler works in a thread of its own while the caller asks the host.
+
+Tracing stays in the caller's thread and takes a moment. Lowering a graph and compiling its kernels takes seconds, of
+which many are spent waiting for other processes, where no exception arrives.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from .interruption import interruptibly
+
+Backend = Callable[..., Callable[..., Any]]
+
+# What torch's compiler keeps per thread about the graph that is compiled. What a release lacks is passed over.
+PER_THREAD = (
+    ("torch._guards", "_TLS"),
+    ("torch._dynamo.utils", "_metrics_context_tls"),
+    ("torch.fx.experimental.symbolic_shapes", "TLS"),
+)
+
+_one_at_a_time = threading.Lock()  # one that nobody waits for any more ends before the next begins
+_inside = threading.local()
+
+
+def interruptible_backend(backend: Backend) -> Backend:
+    """`backend` (a function of Dynamo's graph and its inputs), left by its caller as soon as the host is interrupted.
+
+    The compilation that was left goes on to its end unseen and fills the compiler's caches on disk. The next one waits
+    for it, and can be interrupted as well.
+    """
+
+    def compiled(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
+        if getattr(_inside, "compiling", False):  # a backend that compiles a part by itself
+            return backend(graph, inputs, **options)
+        settings = _settings_of_this_thread()
+
+        def work() -> Callable[..., Any]:
+            with _one_at_a_time, settings():
+                _inside.compiling = True
+                return backend(graph, inputs, **options)
+
+        return interruptibly(work)
+
+    return compiled
+
+
+def inductor(options: dict[str, Any] | None = None) -> Backend:
+    """torch's own compiler with `options` of its configuration, as an interruptible backend."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        made: Callable[..., Any] = compile_fx(graph, inputs, config_patches=options)  # type: ignore[assignment]
+        return made
+
+    return interruptible_backend(backend)
+
+
+def _settings_of_this_thread() -> Callable[[], Any]:
+    """What a compiler reads of its thread, to be set in another one."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = [
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    ]
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+    places = [getattr(sys.modules.get(module), name, None) for module, name in PER_THREAD]
+    states = [(place, dict(vars(place))) for place in places if place is not None]
+
+    @contextmanager
+    def settings() -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(inference))
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for device, dtype in autocast:
+                stack.enter_context(torch.autocast(device, dtype))
+            if stream is not None:
+                stack.enter_context(torch.cuda.stream(stream))  # the device as well
+            for place, state in states:
+                vars(place).update(state)
+            yield
+
+    return settings

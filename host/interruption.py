@@ -1,0 +1,67 @@
+"""Interrupts during what cannot be interrupted: one long call of a library, and reading a file of gigabytes.
+
+Both ask the current host while they wait. Who stops a prompt is answered within a fraction of a second, even where the
+library itself goes on to its end.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from . import current, tracked
+
+Result = TypeVar("Result")
+
+POLL = 0.1  # seconds between two questions to the host
+CHUNK = 16 << 20  # bytes read between two questions: a tenth of a second from a disk that turns
+WORTH_A_BAR = 256 << 20  # bytes that may take longer than a second to read
+
+
+def interruptibly(call: Callable[[], Result]) -> Result:
+    """What `call` returns or raises. It runs in a thread of its own, with this thread's context variables.
+
+    When the host is interrupted meanwhile, this raises at once. `call` is not stopped: what it gives is dropped, so it
+    must do no harm when it ends later. torch's settings of a thread, such as grad mode, do not come along.
+    """
+    check = current().check_interrupt
+    check()
+    future: Future[Result] = Future()
+    context = contextvars.copy_context()
+
+    def work() -> None:
+        try:
+            future.set_result(context.run(call))
+        except BaseException as error:  # whatever it is, the thread that waits raises it
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="hotpath-call", daemon=True).start()
+    while not wait([future], timeout=POLL).done:
+        check()
+    return future.result()
+
+
+def read_ahead(path: Path) -> None:
+    """Bring a file into the system's file cache, with a bar, so that a loader that asks nobody finds all of it there.
+
+    A file for which half of the free memory is too small is left to its loader: its start would be gone again at its end.
+    """
+    here = current()
+    size = path.stat().st_size
+    if size > here.free_memory(torch.device("cpu")) // 2:
+        return
+    buffer = memoryview(bytearray(min(size, CHUNK)))
+    with path.open("rb", buffering=0) as file:
+        if size < WORTH_A_BAR:
+            while file.readinto(buffer):
+                here.check_interrupt()
+            return
+        with tracked(here, -(-size // CHUNK), path.name) as bar:
+            while file.readinto(buffer):
+                bar.update()
