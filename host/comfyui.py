@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from . import model_paths, node_warnings
+from .interruption import let_layers_ask
 
 log = logging.getLogger("hotpath.nodes")
 
@@ -38,6 +39,8 @@ class ComfyUIManaged:
         self.device: torch.device = management.get_torch_device()
         offload = management.unet_offload_device()
         module.to(offload)
+        if self.device.type == "cpu":
+            let_layers_ask(module)
         # Not CoreModelPatcher: with dynamic VRAM that one is for ComfyUI's own layers, and would upload every weight of
         # ours again each time it is asked for. ComfyUI keeps the present device on the module, as `model.device`.
         self.patcher = comfy.model_patcher.ModelPatcher(module, load_device=self.device, offload_device=offload)

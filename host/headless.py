@@ -16,6 +16,7 @@ from torch import nn
 
 from . import model_paths
 from .interface import Interrupted
+from .interruption import let_layers_ask
 
 log = logging.getLogger("hotpath.nodes")
 
@@ -30,6 +31,8 @@ class HeadlessManaged:
         self.device = device
         self._offload = offload
         self._lock = threading.RLock()
+        if device.type == "cpu":
+            let_layers_ask(module)
 
     @contextmanager
     def resident(self, extra_bytes: int = 0, keep: bool = True) -> Iterator[nn.Module]:

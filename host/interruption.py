@@ -1,7 +1,6 @@
-"""Interrupts during what cannot be interrupted: one long call of a library, and reading a file of gigabytes.
+"""Interrupts during what asks nobody: a long call of a library, a file of gigabytes, a network on a slow processor.
 
-Both ask the current host while they wait. Who stops a prompt is answered within a fraction of a second, even where the
-library itself goes on to its end.
+Each asks the current host every fraction of a second. A library that cannot be stopped goes on to its end unseen.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from . import current, tracked
 
@@ -22,6 +22,7 @@ Result = TypeVar("Result")
 POLL = 0.1  # seconds between two questions to the host
 CHUNK = 16 << 20  # bytes read between two questions: a tenth of a second from a disk that turns
 WORTH_A_BAR = 256 << 20  # bytes that may take longer than a second to read
+WORTH_A_QUESTION = 1 << 16  # weights; layers with fewer are quick on anything
 
 
 def interruptibly(call: Callable[[], Result]) -> Result:
@@ -65,3 +66,19 @@ def read_ahead(path: Path) -> None:
         with tracked(here, -(-size // CHUNK), path.name) as bar:
             while file.readinto(buffer):
                 bar.update()
+
+
+def let_layers_ask(network: nn.Module) -> None:
+    """From now on, each large layer of `network` asks before it computes, except in compiled code.
+
+    For a network on a CPU, where one pass can take many seconds. An accelerator is far behind the program that feeds it.
+    """
+    for layer in network.modules():
+        large = sum(weight.numel() for weight in layer.parameters(recurse=False)) >= WORTH_A_QUESTION
+        if large and _ask not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_ask)
+
+
+def _ask(*_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        current().check_interrupt()

@@ -1,0 +1,233 @@
+"""A stop is heard while a library works that asks nobody, and leaves nothing behind that would hurt the next run."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hotpath.host import Interrupted, compiling, interruption
+from hotpath.host.headless import HeadlessHost
+from hotpath.host.interruption import interruptibly, read_ahead
+from torch import nn
+
+SOON = 5.0  # seconds; a busy machine is given its time, the calls that are left take ten times as long
+
+
+@pytest.fixture
+def stop_soon(headless_host) -> Iterator[Callable[[], None]]:
+    """Stops the host from another thread, a moment after it is called."""
+    timers: list[threading.Timer] = []
+
+    def begin() -> None:
+        timers.append(threading.Timer(0.2, headless_host.stop))
+        timers[-1].start()
+
+    yield begin
+    for timer in timers:
+        timer.join()
+    headless_host.clear_stop()
+
+
+def test_a_call_gives_what_it_returns_and_raises(headless_host):
+    assert interruptibly(lambda: 3) == 3
+    with pytest.raises(TimeoutError, match="its own"):
+        interruptibly(lambda: raise_it(TimeoutError("its own")))
+    with pytest.raises(KeyboardInterrupt):
+        interruptibly(lambda: raise_it(KeyboardInterrupt()))
+
+
+def raise_it(error: BaseException) -> None:
+    raise error
+
+
+def test_a_call_has_the_context_of_its_caller(headless_host):
+    """ComfyUI keeps there which node runs, so that warnings land on it."""
+    node: contextvars.ContextVar[str] = contextvars.ContextVar("node", default="none")
+    node.set("7")
+    assert interruptibly(node.get) == "7"
+
+
+def test_a_stop_leaves_a_call_that_goes_on(headless_host, stop_soon):
+    release = threading.Event()
+    ended = threading.Event()
+
+    def library() -> None:
+        release.wait(10 * SOON)
+        ended.set()
+
+    stop_soon()
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        interruptibly(library)
+    assert time.monotonic() - start < SOON
+    assert not ended.is_set()
+    release.set()
+    assert ended.wait(SOON)
+    assert interruptibly(lambda: "next") == "next"
+
+
+def test_a_stop_from_before_is_heard_before_the_call(headless_host):
+    headless_host.stop()
+    called: list[int] = []
+    with pytest.raises(Interrupted):
+        interruptibly(lambda: called.append(1))
+    assert called == []
+
+
+def test_a_file_is_read_in_pieces_that_ask(tmp_path: Path, headless_host, monkeypatch):
+    monkeypatch.setattr(interruption, "CHUNK", 1000)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(5500))
+    asked: list[int] = []
+    headless_host.check_interrupt = lambda: asked.append(1)
+    read_ahead(path)
+    assert len(asked) == 6
+    monkeypatch.setattr(interruption, "WORTH_A_BAR", 5000)
+    bars: list[tuple[int, str]] = []
+    monkeypatch.setattr(type(headless_host), "progress", lambda _, total, label="": Bar(bars, total, label))
+    read_ahead(path)
+    assert bars == [(6, "weights.bin"), *[(1, "")] * 6]
+
+
+class Bar:
+    def __init__(self, seen: list[tuple[int, str]], total: int, label: str) -> None:
+        self.seen = seen
+        seen.append((total, label))
+
+    def update(self, steps: int = 1, preview: Any = None) -> None:
+        self.seen.append((steps, ""))
+
+    def close(self) -> None: ...
+
+
+def test_reading_stops_between_two_pieces(tmp_path: Path, headless_host, monkeypatch):
+    monkeypatch.setattr(interruption, "CHUNK", 1000)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(5500))
+    headless_host.stop()
+    with pytest.raises(Interrupted):
+        read_ahead(path)
+
+
+def test_a_file_that_memory_cannot_hold_is_left_to_its_loader(tmp_path: Path, headless_host, monkeypatch):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(5500))
+    headless_host.stop()  # would be heard if it were read
+    monkeypatch.setattr(type(headless_host), "free_memory", lambda *_: 10_000)
+    read_ahead(path)
+    path = tmp_path / "nothing.bin"
+    path.touch()
+    headless_host.clear_stop()
+    read_ahead(path)
+
+
+def test_layers_of_a_network_ask_on_a_cpu(headless_host):
+    large, small = nn.Linear(256, 256), nn.Linear(4, 256)
+    network = nn.Sequential(small, large, nn.ReLU(), large)
+    managed = headless_host.manage(network)
+    headless_host.manage(network)
+    asked: list[int] = []
+    headless_host.check_interrupt = lambda: asked.append(1)
+    with managed.resident() as resident:
+        resident(torch.zeros(1, 4))
+    assert len(asked) == 2, "the large layer, once for each pass; the small one takes no time"
+
+
+def test_layers_elsewhere_do_not_ask(tmp_path):
+    network = nn.Linear(256, 256)
+    HeadlessHost(models=tmp_path, device="meta", show_progress=False).manage(network)
+    assert not network._forward_pre_hooks
+
+
+def test_questions_of_layers_are_in_no_graph(headless_host):
+    network = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).requires_grad_(False)
+    managed = headless_host.manage(network)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(network, backend=backend, fullgraph=True)
+    asked: list[int] = []
+    headless_host.check_interrupt = lambda: asked.append(1)
+    for _ in range(2):
+        with managed.resident():
+            compiled(torch.zeros(2, 256))
+    assert (len(graphs), asked) == (1, [])
+
+
+def test_a_stop_leaves_a_compilation(headless_host, stop_soon):
+    release = threading.Event()
+    running: list[int] = []
+    most: list[int] = []
+
+    def slow(graph: Any, _: Any) -> Any:
+        running.append(1)
+        most.append(len(running))
+        release.wait(10 * SOON)
+        running.pop()
+        return graph.forward
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    compiled = torch.compile(double, backend=compiling.interruptible_backend(slow), fullgraph=True)
+    x = torch.arange(3.0)
+    stop_soon()
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        compiled(x)
+    assert time.monotonic() - start < SOON
+    threading.Timer(0.3, release.set).start()
+    assert torch.equal(compiled(x), 2 * x)  # waits for the one that was left
+    assert most == [1, 1], "no two at a time"
+
+
+def test_a_compiler_finds_the_settings_of_its_caller(headless_host):
+    from torch._guards import TracingContext
+
+    seen: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        context = TracingContext.try_get()
+        seen.append(
+            (
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                torch.is_autocast_enabled("cpu"),
+                context is not None and context.fake_mode is not None,
+            )
+        )
+        return graph.forward
+
+    def compile_in(mode: Any, wrapped: Any) -> None:
+        with mode:
+            torch.compile(lambda x: x + 1, backend=wrapped)(torch.zeros(1))
+
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad(), torch.autocast("cpu")):
+        compile_in(mode, backend)
+        compile_in(mode, compiling.interruptible_backend(backend))
+    assert seen[::2] == seen[1::2]
+    assert len(set(seen)) == 3 and all(traced for *_, traced in seen)
+
+
+def test_errors_of_the_compiler_arrive_as_its_own(headless_host):
+    def broken(*_: Any) -> Any:
+        raise ValueError("no kernel for this")
+
+    compiled = torch.compile(lambda x: x + 1, backend=compiling.interruptible_backend(broken))
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no kernel for this"):
+        compiled(torch.zeros(1))
+
+
+def test_a_backend_may_compile_a_part_by_itself(headless_host):
+    inner = compiling.interruptible_backend(lambda graph, _: graph.forward)
+    outer = compiling.interruptible_backend(lambda graph, inputs: inner(graph, inputs))
+    assert torch.equal(torch.compile(lambda x: x + 1, backend=outer)(torch.zeros(1)), torch.ones(1))
