@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import host
 from .colour_space import luminance_of, rgb_to_lab, with_luminance
 from .edge_filter import apply_filter
 from .pictures import as_frames, resized, to_channels_first
@@ -26,7 +27,7 @@ def transfer_chroma(
     height, width = pictures.shape[1:3]
     result = torch.empty(len(pictures), height, width, 3)
     with torch.inference_mode():
-        for index in range(len(pictures)):
+        for index in host.each(range(len(pictures)), "colours"):
             light = luminance_of(to_channels_first(pictures[index : index + 1], device))
             source = painted[min(index, len(painted) - 1)][None]
             chroma = resized(rgb_to_lab(to_channels_first(source, device))[:, 1:], height, width)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .. import host
 from .face_agreement import FaceAgreement, FaceFinder, compare_faces
 from .measures import Incomparable, Measures, as_rgb, drawable, measure
 from .perceptual import SMALLEST, Perceptual
@@ -167,6 +168,6 @@ def compare_batches(
         )
     pairs = [
         compare_pair(f"picture {number}", first, second, thresholds, faces, perceptual)
-        for number, (first, second) in enumerate(zip(a, b, strict=True))
+        for number, (first, second) in enumerate(host.each(list(zip(a, b, strict=True)), "comparing"))
     ]
     return Comparison(*labels, thresholds, pairs, tuple(notes))

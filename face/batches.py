@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import host
 from .alignment import TEMPLATE
 from .areas import face_mask, fit_keypoints
 from .crops import CropPlaces, crop_places, cut
@@ -57,13 +58,15 @@ def _target(faces: Sequence[Faces], height: int, width: int) -> tuple[int, int]:
 def draw_faces(faces: Sequence[Faces], height: int = 0, width: int = 0, fit: str = "contain") -> Tensor:
     """[B, height, width, 3] key-point drawings, black without a face; 0 takes the size of the first picture."""
     height, width = _target(faces, height, width)
-    return torch.stack([draw_keypoints(height, width, fit_keypoints(f, height, width, fit)) for f in faces])
+    return torch.stack(
+        [draw_keypoints(height, width, fit_keypoints(f, height, width, fit)) for f in host.each(faces, "key points")]
+    )
 
 
 def mask_faces(faces: Sequence[Faces], height: int, width: int, shape: str, grow: float, feather: float) -> Tensor:
     """[B, height, width] masks, see `face_mask`; 0 takes the size of the first picture."""
     height, width = _target(faces, height, width)
-    return torch.stack([face_mask(f, height, width, shape, grow, feather) for f in faces])
+    return torch.stack([face_mask(f, height, width, shape, grow, feather) for f in host.each(faces, "masks")])
 
 
 def cut_faces(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import host
 from .alignment import TEMPLATE, TEMPLATE_SIZE, invert, similarity, warp
 from .faces import FaceError, Faces
 
@@ -66,7 +67,7 @@ def cut(pictures: Tensor, places: CropPlaces) -> Tensor:
     """
     _same_batch(pictures, places)
     crops = []
-    for inverse, row in zip(places.inverse, places.rows, strict=True):
+    for inverse, row in host.each(list(zip(places.inverse, places.rows, strict=True)), "crops"):
         step = float(np.hypot(inverse[0, 0], inverse[1, 0]))
         fine = min(FINEST, max(1, int(np.ceil(step - 1e-6))))
         shift = (1 - fine) / (2 * fine)
@@ -105,7 +106,7 @@ def paste(
         )
     out, touched = pictures.clone(), pictures.new_zeros(pictures.shape[:3])
     height, width, channels = pictures.shape[1:]
-    for i, row in enumerate(places.rows):
+    for i, row in enumerate(host.each(places.rows, "crops")):
         crop = crops[i].to(pictures)[..., :channels]
         side = crop.shape[0]
         weight = edge_weight(side, feather).to(pictures)

@@ -2,16 +2,18 @@
 
 from .. import host
 with host.tracked(host.current(), len(frames)) as bar: ...
+for picture in host.each(pictures, "faces"): ...
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from functools import cache
 
-from .interface import Host, Interrupted, Managed, ModelNotFound, Progress, tracked
+from .interface import Host, Interrupted, Item, Managed, ModelNotFound, Progress, tracked
 
-__all__ = ["Host", "Interrupted", "Managed", "ModelNotFound", "Progress", "current", "tracked", "use"]
+__all__ = ["Host", "Interrupted", "Managed", "ModelNotFound", "Progress", "current", "each", "tracked", "use"]
 
 _chosen: Host | None = None
 
@@ -43,3 +45,11 @@ def use(host: Host | None) -> Host | None:
     global _chosen
     before, _chosen = _chosen, host
     return before
+
+
+def each(items: Sequence[Item], label: str = "") -> Iterator[Item]:
+    """`items` one after the other under a progress bar, so that an interrupt is heard between any two."""
+    with tracked(current(), len(items), label) as bar:
+        for item in items:
+            yield item
+            bar.update()

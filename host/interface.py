@@ -24,6 +24,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 Network = TypeVar("Network", bound=nn.Module)
+Item = TypeVar("Item")
 
 
 class Managed(Protocol):

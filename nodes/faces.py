@@ -179,7 +179,9 @@ class HotpathFaces:
             face.require_faces(found)
         report = f"{analyser.report()}\n{face.describe(found)}"
         host.current().show_text(report, unique_id)
-        marked = torch.stack([face.mark_faces(p, f) for p, f in zip(image, found, strict=True)])
+        marked = torch.stack(
+            [face.mark_faces(p, f) for p, f in host.each(list(zip(image, found, strict=True)), "drawing")]
+        )
         return found, marked, report, sum(map(len, found))
 
 

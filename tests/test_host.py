@@ -655,3 +655,14 @@ def test_our_text_fits_the_real_servers_signature(comfyui_path: Path) -> None:
     tree = ast.parse((comfyui_path / "server.py").read_text(encoding="utf-8"))
     found = [f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.name == "send_progress_text"]
     assert [a.arg for a in found[0].args.args][:4] == ["self", "text", "node_id", "sid"]
+
+
+def test_each_item_moves_a_bar_and_a_stop_is_heard_between_two(headless_host) -> None:
+    seen: list[int] = []
+    with pytest.raises(Interrupted):
+        for item in host.each([1, 2, 3]):
+            seen.append(item)
+            if item == 2:
+                headless_host.stop()
+    assert seen == [1, 2]
+    assert list(host.each(range(3), "label")) == [0, 1, 2]

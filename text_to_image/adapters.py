@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import host
 from ..cache import content_key, file_fingerprint
 from ..host.model_files import structure_problem
 
@@ -256,7 +257,7 @@ class Adapters:
     def _merge(self, transformer: nn.Module, products: dict[str, list[Product]]) -> None:
         # Marked before the first change, so that a failure half-way is undone by the next call.
         self.applied = (("unfinished", 0.0),)
-        for name, found in products.items():
+        for name, found in host.each(list(products.items()), "LoRA"):
             weight = transformer.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             self._originals[name] = weight.detach().to("cpu", copy=True)

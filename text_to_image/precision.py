@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import host
+
 log = logging.getLogger("hotpath.text_to_image")
 
 PRECISIONS = ("none", "float8", "int8")
@@ -76,13 +78,12 @@ def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:
     else:
         config = Int8DynamicActivationInt8WeightConfig()
     packed = 0
-    for name in PACKED_LISTS:
-        for block in getattr(transformer, name):
-            before = next(block.parameters()).device
-            block.to(device)
-            quantize_(block, config, filter_fn=is_packed)
-            block.to(before)
-            packed += sum(is_packed(layer, key) for key, layer in block.named_modules())
+    for block in host.each([block for name in PACKED_LISTS for block in getattr(transformer, name)], plan.method):
+        before = next(block.parameters()).device
+        block.to(device)
+        quantize_(block, config, filter_fn=is_packed)
+        block.to(before)
+        packed += sum(is_packed(layer, key) for key, layer in block.named_modules())
     log.info("%d layers packed to %s", packed, plan.method)
     return packed
 

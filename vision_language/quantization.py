@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import host
+
 INT4_GROUP = 64  # inputs that share one scale and one zero point
 
 QUANTIZATIONS = ("none", "int8", "int4", "float8", "bitsandbytes 8-bit", "bitsandbytes 4-bit")
@@ -124,10 +126,12 @@ def pack(linear: nn.Linear, method: str) -> ScaledLinear | Int4Linear:
 
 def quantize(decoder: nn.Module, method: str) -> int:
     """Replace every nn.Linear below `decoder` by its packed form, in place; returns how many."""
-    count = 0
-    for parent in list(decoder.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, pack(child, method))
-                count += 1
-    return count
+    dense = [
+        (parent, name, child)
+        for parent in decoder.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]
+    for parent, name, child in host.each(dense, method):
+        setattr(parent, name, pack(child, method))
+    return len(dense)
