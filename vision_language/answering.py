@@ -28,6 +28,7 @@ from .timing import Timing
 log = logging.getLogger("hotpath.vision_language")
 
 SHOWN_EVERY = 0.1  # seconds between two looks at the text while it is written
+SETTLED_AFTER = 16  # tokens after which a piece of text is decoded no more
 
 
 @dataclass(frozen=True)
@@ -220,22 +221,29 @@ def _padded(prompts: list[Prompt], model: LoadedModel) -> torch.Tensor:
 
 
 class TextStream:
-    """The growing text under the node, decoded from where it was last whole, a few times a second."""
+    """The growing text under the node, a few times a second, each time decoding only what is new.
+
+    The host has the length of one step to do this in, or the device waits for it.
+    """
 
     def __init__(self, model: LoadedModel, node_id: str | None) -> None:
         self.tokenizer, self.node_id = model.tokenizer, node_id
-        self._text, self._from, self._shown = "", 0, 0.0
+        self._text, self._before, self._from, self._shown = "", 0, 0, 0.0
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def show(self, tokens: list[int]) -> None:
         now = time.monotonic()
         if now - self._shown < SHOWN_EVERY:
             return
         self._shown = now
-        tail = self.tokenizer.decode(tokens[self._from :], skip_special_tokens=True)
-        host.current().show_text(self._text + tail, self.node_id)
-        if tail.endswith("\n"):
-            # A line that is over decodes the same for ever; what follows is decoded without it.
-            self._text, self._from = self._text + tail, len(tokens)
+        # A piece of text may depend on the piece before it (a space, half a letter), not on those before that.
+        before, both = self._decode(tokens[self._before : self._from]), self._decode(tokens[self._before :])
+        new = both[len(before) :]
+        host.current().show_text(self._text + new, self.node_id)
+        if not new.endswith("\ufffd") and len(tokens) - self._from >= SETTLED_AFTER:
+            self._text, self._before, self._from = self._text + new, self._from, len(tokens)
 
 
 def _report(

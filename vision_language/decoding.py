@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import decode_attention
 from .offloading import StreamedLayer
 
 log = logging.getLogger("hotpath.vision_language")
@@ -55,6 +56,13 @@ def unsupported(network: Any) -> str:
     return "" if rope in ("default", "mrope", "yarn", "linear", "llama3") else f"its rotary embedding is {rope}"
 
 
+def query_shape(network: Any, rows: int) -> tuple[int, int, int, int]:
+    """[rows, key heads, queries that share a key head, D] of one new token of each row."""
+    attention = text_decoder(network).layers[0].self_attn
+    dim = int(attention.head_dim)
+    return rows, (attention.k_proj.stop - attention.k_proj.start) // dim, int(attention.num_key_value_groups), dim
+
+
 def weight_addresses(network: Any) -> tuple[int, ...]:
     """Where the decoder's weights are now. A CUDA graph reads these addresses, whoever lives there."""
     return tuple(parameter.data_ptr() for parameter in (*text_decoder(network).parameters(), network.lm_head.weight))
@@ -75,16 +83,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class DecodeLayer(nn.Module):
     """One decoder layer for one new token of each row, over its static cache."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, attention_name: str = decode_attention.TORCH) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
+        self.attend = decode_attention.ATTEND[attention_name]
         self.qkv, self.out = attention.qkv_proj, attention.o_proj
         self.gate_up, self.down = mlp.gate_up_proj, mlp.down_proj
         self.norm_in, self.norm_mid = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.head_dim = int(attention.head_dim)
         self.groups = int(attention.num_key_value_groups)
-        self.heads = (attention.k_proj.stop - attention.k_proj.start) // self.head_dim  # key/value heads
+        self.heads = (attention.k_proj.stop - attention.k_proj.start) // self.head_dim  # of keys and values
         self.eps = float(layer.input_layernorm.variance_epsilon)
 
     def forward(
@@ -101,7 +110,7 @@ class DecodeLayer(nn.Module):
             k = rms_norm(k, self.k_norm.weight, self.eps)
         keys.index_copy_(2, slot, rotate(k, cos, sin))
         values.index_copy_(2, slot, v.view(rows, heads, 1, dim))
-        seen = F.scaled_dot_product_attention(rotate(q, cos, sin), keys, values, attn_mask=bias)
+        seen = self.attend(rotate(q, cos, sin), keys, values, bias, slot)
         x = x + self.out(seen.reshape(rows, heads * groups * dim))
         gate, up = self.gate_up(rms_norm(x, self.norm_mid.weight, self.eps)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
@@ -122,10 +131,15 @@ class DecodeHead(nn.Module):
 class DecodeStep(nn.Module):
     """The decoder's layers for one token, sharing the weights of `network`."""
 
-    def __init__(self, network: Any, compile_part: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        network: Any,
+        compile_part: Callable[[Any], Any] | None = None,
+        attention_name: str = decode_attention.TORCH,
+    ) -> None:
         super().__init__()
         decoder = text_decoder(network)
-        self.layers = nn.ModuleList(DecodeLayer(layer) for layer in decoder.layers)
+        self.layers = nn.ModuleList(DecodeLayer(layer, attention_name) for layer in decoder.layers)
         self.head = DecodeHead(decoder.norm, network.lm_head)
         # In a tuple: these are shared, and moving them is the network's business.
         self._shared = (decoder.embed_tokens, decoder.rotary_emb)
@@ -169,6 +183,7 @@ class Workspace:
         self._zero = torch.zeros((rows, 1, 1, 1), device=device, dtype=dtype)
         self.logits: Tensor | None = None
         self.graph: Any = None
+        self.note = ""  # which attention runs in it, and why
 
     def nbytes(self) -> int:
         return 2 * len(self.keys) * self.keys[0].nbytes

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import host
 from ..host.compiling import inductor
-from . import decoding
+from . import decode_attention, decoding
 from .encoder_outputs import given
 from .loading import LoadedModel
 from .prefill import Prefilled, left_padded
@@ -82,7 +82,7 @@ class PlainRunner:
     """The library's forward pass, one token at a time over its own cache: the reference for every other path."""
 
     def __init__(self, model: LoadedModel, prefilled: Prefilled) -> None:
-        self.network, self.cache = model.network, prefilled.cache
+        self.network, self.cache = model.network, {model.cache_argument: prefilled.cache}
         self.mask, self.positions = prefilled.mask, prefilled.positions.clone()
         self.axes = model.processor is not None
         self.text_positions = prefilled.mask.sum(-1)
@@ -96,8 +96,8 @@ class PlainRunner:
             input_ids=tokens.unsqueeze(1),
             attention_mask=self.mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **self.cache,
         )
         self.positions += 1
         self.text_positions = self.text_positions + 1
@@ -141,13 +141,20 @@ def workspace(
     if key in kept:
         kept[key] = kept.pop(key)  # now the most recently used
         return kept[key]
-    steps: dict[str, decoding.DecodeStep] = model.device_state.setdefault("steps", {})
-    style = "compiled" if path.name == "compiled" else "plain"
-    if style not in steps:
-        steps[style] = decoding.DecodeStep(model.network, compiler(backend) if style == "compiled" else None)
     while len(kept) >= WORKSPACES:
         kept.pop(next(iter(kept)))
+    attention, why = decode_attention.TORCH, ""
+    if path.name in ("compiled", "graph"):
+        attention, why = decode_attention.choose(
+            decoding.query_shape(model.network, rows), length, model.device, model.dtype
+        )
+    steps: dict[tuple[str, str], decoding.DecodeStep] = model.device_state.setdefault("steps", {})
+    style = ("compiled" if path.name == "compiled" else "plain", attention)
+    if style not in steps:
+        compile_part = compiler(backend) if path.name == "compiled" else None
+        steps[style] = decoding.DecodeStep(model.network, compile_part, attention)
     made = decoding.Workspace(steps[style], rows, length, model.device, model.dtype)
+    made.note = f"attention {attention}, {why}" if why else ""
     if path.name in ("compiled", "graph"):
         host.current().show_text(f"Preparing fast decoding for {length:,} tokens (once) ...")
         with torch.no_grad(), many_shapes():
@@ -173,7 +180,8 @@ def runner(model: LoadedModel, path: DecodePath, prefilled: Prefilled, new_token
             try:
                 buffers = workspace(model, path, rows, filled + new_tokens)
                 buffers.begin(*prefilled.layers(), prefilled.mask, prefilled.positions)
-                return buffers, replace(path, note="; ".join([path.note, *why]))
+                notes = [path.note, *([buffers.note] if buffers.note else []), *why]
+                return buffers, replace(path, note="; ".join(notes))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what compilers and drivers raise, in all its forms

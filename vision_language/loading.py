@@ -143,6 +143,11 @@ class LoadedModel:
         """Whether the library accepts vision features at its front door (transformers 5.20 and later)."""
         return "mm_encoder_outputs" in self.tower_signature
 
+    @property
+    def cache_argument(self) -> str:
+        """What `forward` calls the keys and values of earlier tokens (renamed in transformers 5.24)."""
+        return "cache" if "cache" in self.tower_signature else "past_key_values"
+
     @cached_property
     def deepstack_in_parts(self) -> bool:
         """Whether the library's feature objects hold the deeper levels split by picture, or joined (some 5.x versions).

@@ -145,7 +145,7 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
         "input_ids": ids[:, start:],
         "attention_mask": mask,
         "position_ids": positions[..., start:],
-        "past_key_values": cache,
+        model.cache_argument: cache,
         "use_cache": True,
         "logits_to_keep": 1,
     }

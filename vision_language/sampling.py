@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 SEED_LIMIT = 2**63
+LARGEST_TOP_K = 1024  # up to here the likeliest are picked out first, and nothing of the vocabulary's length is sorted
+EQUALS = 32  # picked out beyond top_k, for tokens as likely as the last of them, which all stay
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,34 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
+def drawn(logits: Tensor, noise: Tensor) -> Tensor:
+    """[B], an index drawn by the probabilities that logits [B, V] mean; noise: [B, V], exponential."""
+    # No noise of 0: it would make 0/0 of a token that the filters excluded.
+    return (logits.softmax(dim=-1) / noise.clamp_min(1e-20)).argmax(dim=-1)
+
+
+def likeliest(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """(logits, token ids) of what `filtered` leaves, [B, top_k and a few], the likeliest last; the others at -inf.
+
+    The same numbers without sorting the vocabulary, for 0 < top_k <= LARGEST_TOP_K.
+    """
+    excluded = float("-inf")
+    top_k = int(sampling.top_k or 0)
+    logits = logits / float(sampling.temperature or 1.0)
+    logits, ids = logits.topk(min(top_k + EQUALS, logits.shape[-1]), dim=-1)
+    if top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits[:, top_k - 1 : top_k], excluded)
+    logits, ids = logits.flip(-1), ids.flip(-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        tail = logits.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
+        tail[:, -1] = False
+        logits = logits.masked_fill(tail, excluded)
+    if sampling.min_p:
+        probabilities = logits.softmax(dim=-1)
+        logits = logits.masked_fill(probabilities < sampling.min_p * probabilities[:, -1:], excluded)
+    return logits, ids
+
+
 class Sampler:
     """The next token of every row of a batch, row i drawn from its own generator seeded with seeds[i].
 
@@ -116,8 +146,11 @@ class Sampler:
             noise = torch.empty_like(logits)
             for row, generator in zip(noise, self.generators, strict=True):
                 row.exponential_(generator=generator)
-            # No noise of 0: it would make 0/0 of a token that the filters excluded.
-            tokens = (filtered(logits, self.sampling).softmax(dim=-1) / noise.clamp_min(1e-20)).argmax(dim=-1)
+            if 0 < (self.sampling.top_k or 0) <= LARGEST_TOP_K:
+                kept, ids = likeliest(logits, self.sampling)
+                tokens = ids.gather(1, drawn(kept, noise.gather(1, ids)).unsqueeze(1)).squeeze(1)
+            else:
+                tokens = drawn(filtered(logits, self.sampling), noise)
         else:
             tokens = logits.argmax(dim=-1)
         if self.seen is not None:

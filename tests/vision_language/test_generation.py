@@ -9,10 +9,10 @@ import pytest
 import torch
 from hotpath.host import Interrupted
 from hotpath.vision_language import generation
-from hotpath.vision_language.answering import AnswerOptions, answer
+from hotpath.vision_language.answering import AnswerOptions, TextStream, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.prompts import PromptTooLong, Question, build, render
-from hotpath.vision_language.sampling import Sampler, Sampling, filtered, penalise
+from hotpath.vision_language.sampling import Sampler, Sampling, filtered, likeliest, penalise
 
 GREEDY = Sampling(sample=False)
 VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -130,6 +130,35 @@ def test_filters_are_the_librarys(sampling):
     assert torch.equal(filtered(penalise(logits, seen, 1.3), sampling), wanted)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 0.0])
+@pytest.mark.parametrize("top_k", [1, 5, 50, 180])
+def test_the_likeliest_are_what_the_filters_leave(top_k, top_p):
+    sampling = Sampling(temperature=0.8, top_p=top_p, top_k=top_k, min_p=0.02)
+    # Rounded, so that several tokens are as likely as the last that top-k keeps.
+    logits = (torch.randn(20, 200, generator=torch.Generator().manual_seed(top_k)) * 12).round() / 4
+    kept, ids = likeliest(logits, sampling)
+    spread = torch.full_like(logits, float("-inf")).scatter_(1, ids, kept)
+    wanted = filtered(logits, sampling)
+    if top_p < 1:  # which of two equally likely tokens is the last is nobody's rule
+        spread, wanted = spread.sort(-1).values, wanted.sort(-1).values
+    assert torch.equal(spread, wanted)
+
+
+def test_draws_are_the_same_whichever_way_the_filters_went(monkeypatch):
+    logits = [torch.randn(4, 500, generator=torch.Generator().manual_seed(i)) * 3 for i in range(40)]
+
+    def run():
+        sampler = Sampler(
+            Sampling(temperature=0.9, repetition_penalty=1.1), torch.zeros(4, 1, dtype=torch.long), 500, range(4)
+        )
+        return torch.stack([sampler(each) for each in logits])
+
+    found = run()
+    monkeypatch.setattr("hotpath.vision_language.sampling.LARGEST_TOP_K", 0)
+    assert torch.equal(found, run())
+    assert len(found.unique()) > 20
+
+
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     rows = 4000
@@ -212,6 +241,26 @@ def test_text_streams_under_the_node(load, ask, headless_host, pictures, monkeyp
     assert len(shown) == 12
     assert all(len(a) <= len(b) for a, b in itertools.pairwise(shown))
     assert shown[-1].strip() == made.raw
+
+
+def test_streamed_text_is_whole_and_each_look_decodes_little(load, headless_host, monkeypatch):
+    monkeypatch.setattr("hotpath.vision_language.answering.SHOWN_EVERY", 0.0)
+    model = load("qwen3")
+    text = "one line without an end, \u4e00\u4e8c \U0001f600 and on " * 40
+    tokens = model.tokenizer(text)["input_ids"]
+    lengths = []
+    decode = model.tokenizer.decode
+    monkeypatch.setattr(
+        model.tokenizer, "decode", lambda ids, **kwargs: (lengths.append(len(ids)), decode(ids, **kwargs))[1]
+    )
+    headless_host.texts.clear()
+    stream = TextStream(model, "9")
+    for count in range(1, len(tokens) + 1):
+        stream.show(tokens[:count])
+    shown = [text for _, text in headless_host.texts]
+    assert shown[-1] == text
+    assert all(text.startswith(piece.rstrip("\ufffd")) for piece in shown)
+    assert len(tokens) > 500 and max(lengths) < 64
 
 
 def test_stop_tokens_end_an_answer(load, ask, pictures):
