@@ -20,7 +20,7 @@ IMPORT = re.compile(r"""(?:from|import)\s*\(?\s*["']([^"']+)["']""")
 
 
 def test_there_are_scripts():
-    assert {"hotpath_panel.js", "node_state.js", "saved_layouts.js"} <= {path.name for path in SCRIPTS}
+    assert {"hotpath_panel.js", "node_state.js", "saved_layouts.js", "words.js"} <= {path.name for path in SCRIPTS}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -47,15 +47,69 @@ def test_a_table_is_json(path):
     assert isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
 
 
-def test_every_colour_is_some_nodes():
+FAMILIES = {
+    "InstantID": "^(Hotpath/)?InstantID",
+    "faces": "^Hotpath/faces",
+    "colour": "^(Hotpath/colorization|ColorMNet|DeepExemplar)",
+    "vision-language": "^(Hotpath/vision-language|Comfyui_QwenVL|🧪AILab)",
+    "the rest": "^Hotpath/(text to image|acceleration|compare|map)",
+    "all": "^Hotpath$",
+}
+
+
+def test_a_family_has_one_colour_of_its_own():
     source = (WEB / "node_families.js").read_text(encoding="utf-8")
-    rules = [rule.replace("\\/", "/") for rule in re.findall(r"\[/(\^.*?)/, \"#", source)]
-    categories = {node.CATEGORY for node in NODE_CLASS_MAPPINGS.values()}
-    assert len(rules) == 6
-    for rule in rules:
-        before, names = re.fullmatch(r"\^([^(]*)(?:\((.*)\))?", rule).groups()
-        for name in (names or "").split("|"):
-            assert any(re.match(before + name, category) for category in categories), before + name
+    rules = re.findall(r"\[/(\^.*?)/, \"(#\w{6})\"\]", source)
+    colours: dict[str, set[str]] = {family: set() for family in FAMILIES}
+    for node_id, node in NODE_CLASS_MAPPINGS.items():
+        (family,) = (name for name, category in FAMILIES.items() if re.match(category, node.CATEGORY))
+        colours[family].add(next(colour for ids, colour in rules if re.match(ids, node_id)))
+    assert all(len(found) == 1 for found in colours.values()), colours
+    assert len(set.union(*colours.values())) == len(rules) == len(FAMILIES)
+
+
+SAID = re.compile(r"""say\(\s*(?:\w+(?:\.\w+)* \? )?"((?:[^"\\]|\\.)+)"(?: : "((?:[^"\\]|\\.)+)")?""")
+
+
+def said_by_the_front_end():
+    """Every sentence in a script that is shown in the reader's language, and the fixed names that the server gives."""
+    from hotpath.commands.backends import LIBRARIES
+    from hotpath.host.known_models import KNOWN_MODELS
+    from hotpath.panel import downloads
+
+    found = {text for path in SCRIPTS for match in SAID.findall(path.read_text("utf-8")) for text in match if text}
+    panel = (WEB / "hotpath_panel.js").read_text("utf-8")
+    found.add(re.search(r'TOOLTIP = "(.+)"', panel).group(1))
+    families = re.search(r"FAMILIES = \{(.*?)\}", panel, re.DOTALL).group(1)
+    found |= set(re.findall(r': "(.+?)"', families)) | set(downloads.UNFINISHED)
+    found |= {text for model in KNOWN_MODELS for text in (model.about, model.licence)}
+    found |= {library.used_for for library in LIBRARIES} | {"Host", "Device"} | cache_names()
+    for path in (WEB / "layouts").glob("*.json"):
+        notes = json.loads(path.read_text("utf-8"))["notes"]
+        found |= {note for of_node in notes.values() for _, note in of_node.values()}
+    return found
+
+
+def cache_names():
+    """Of every `named_cache("...")` in the pack."""
+    rooms = [path for path in WEB.parent.glob("*/**/*.py") if path.relative_to(WEB.parent).parts[0][0] not in "._"]
+    return {name for path in rooms if "tests" not in path.parts for name in CACHE.findall(path.read_text("utf-8"))}
+
+
+CACHE = re.compile(r'named_cache\("([^"]+)"')
+# Names and figures that are the same in every language.
+UNTRANSLATED = {"InstantID", "ColorMNet", "Deep Exemplar", "Qwen-VL", "AILab QwenVL", "Apache-2.0"}
+
+
+def test_the_front_end_speaks_chinese():
+    said, chinese = said_by_the_front_end(), json.loads((WEB / "words" / "zh.json").read_text("utf-8"))
+    assert len(said) > 80
+    assert said - chinese.keys() <= UNTRANSLATED, "web/words/zh.json lacks these"
+    assert chinese.keys() <= said, f"nothing says these any more: {chinese.keys() - said}"
+    for english, words in chinese.items():
+        assert re.search("[\u3400-\u9fff]", words) or "{" in words or not re.search("[a-z]", words), words
+        assert set(re.findall(r"\{\w+\}", english)) == set(re.findall(r"\{\w+\}", words)), english
+        assert not re.search("[\u3400-\u9fff][,;:?!(]|[,;:)][\u3400-\u9fff]", words), words
 
 
 def test_styles_stay_inside_the_panel():

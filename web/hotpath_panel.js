@@ -3,10 +3,27 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { bytes, element, link, percent, remaining } from "./panel_elements.js";
+import { libraryReport } from "./panel_libraries.js";
+import { language, onLanguage, say } from "./words.js";
 
 const BUSY = ["waiting", "running", "stopping"];
 const REFRESH = 5000; // milliseconds
 const REFRESH_BUSY = 1000;
+const TOOLTIP = "Hotpath: caches, model files, libraries";
+// Names that the server gives, as they are written. Others are shown as they come.
+const FAMILIES = {
+  instantid: "InstantID",
+  faces: "Faces",
+  colormnet: "ColorMNet",
+  deep_exemplar: "Deep Exemplar",
+  qwen_vl: "Qwen-VL",
+  ailab_qwen_vl: "AILab QwenVL",
+  text_to_image: "Text to image",
+};
+
+function familyName(family) {
+  return Object.hasOwn(FAMILIES, family) ? say(FAMILIES[family]) : family.replaceAll("_", " ");
+}
 
 // What the server answers; throws an Error with its sentence.
 async function ask(path, body) {
@@ -20,11 +37,12 @@ async function ask(path, body) {
   try {
     answer = await api.fetchApi(`/hotpath/${path}`, options);
   } catch {
-    throw new Error("ComfyUI does not answer; is it still running?");
+    throw new Error(say("ComfyUI does not answer; is it still running?"));
   }
   const found = await answer.json().catch(() => ({}));
-  if (!answer.ok) throw new Error(found.error ?? `ComfyUI answered ${answer.status} ${answer.statusText}.`);
-  return found;
+  if (answer.ok) return found;
+  const { status, statusText: text } = answer;
+  throw new Error(found.error ?? say("ComfyUI answered {status} {text}.", { status, text }));
 }
 
 class HotpathPanel {
@@ -39,8 +57,8 @@ class HotpathPanel {
     this.timer = null;
     this.body = element("div");
     const title = element("h2", {}, "Hotpath");
-    const refresh = element("button", { type: "button", on: { click: () => this.refresh() } }, "Refresh");
-    this.root.append(element("div", { class: "hp-line" }, title, refresh), this.notice, this.body);
+    this.again = element("button", { type: "button", on: { click: () => this.refresh() } });
+    this.root.append(element("div", { class: "hp-line" }, title, this.again), this.notice, this.body);
     this.onVisible = () => this.visible() && this.refresh();
   }
 
@@ -109,6 +127,7 @@ class HotpathPanel {
   draw() {
     if (this.data === null) return;
     const busy = this.data.downloads.map((d) => [d.models, d.state, d.done, d.message]);
+    this.again.textContent = say("Refresh");
     this.part("failures", [this.data.failed_families], () => this.failures());
     this.part("caches", [this.data.caches], () => this.caches());
     this.part("models", [this.data.models, busy, [...this.accepted]], () => this.models());
@@ -117,7 +136,7 @@ class HotpathPanel {
   }
 
   part(name, shown, make) {
-    const state = JSON.stringify(shown);
+    const state = JSON.stringify([language(), shown]);
     const before = this.sections.get(name);
     if (before?.state === state) return;
     const made = make();
@@ -161,7 +180,7 @@ class HotpathPanel {
         element(
           "p",
           { class: "hp-alert hp-break" },
-          `The ${family.replaceAll("_", " ")} nodes are missing: ${reason}`,
+          say("The {family} nodes are missing: {reason}", { family: familyName(family), reason }),
         ),
       ),
     );
@@ -170,55 +189,55 @@ class HotpathPanel {
   caches() {
     const { caches } = this.data;
     const clear = (name) =>
-      this.change("caches/clear", { name }, (answer) => `${answer.cleared} entries cleared.`);
+      this.change("caches/clear", { name }, ({ cleared }) => say("Entries cleared: {count}.", { count: cleared }));
     const rows = caches.map((cache) => {
-      const used = `${bytes(cache.nbytes)} of ${bytes(cache.limit)}`;
+      const name = say(cache.name);
+      const used = say("{used} of {limit}", { used: bytes(cache.nbytes), limit: bytes(cache.limit) });
+      const rate = percent(cache.hit_rate);
+      const told = [used, say("{entries} kept, hit rate {rate} (hits: {hits}, misses: {misses})", { ...cache, rate })];
+      if (cache.evictions) told.push(say("{count} dropped", { count: cache.evictions }));
       return element(
         "div",
         { class: "hp-item", "data-cache": cache.name },
         element(
           "div",
           { class: "hp-line" },
-          element("span", { class: "hp-name hp-break" }, cache.name),
-          this.button(`clear ${cache.name}`, "Clear", () => clear(cache.name), {
-            "aria-label": `Clear the cache ${cache.name}`,
+          element("span", { class: "hp-name hp-break" }, name),
+          this.button(`clear ${cache.name}`, say("Clear"), () => clear(cache.name), {
+            "aria-label": say("Clear the cache {name}", { name }),
             disabled: cache.entries === 0,
           }),
         ),
         element("meter", { min: 0, max: Math.max(1, cache.limit), value: cache.nbytes, "aria-label": used }),
-        element(
-          "div",
-          { class: "hp-quiet" },
-          `${used}, ${cache.entries} entries, hit rate ${percent(cache.hit_rate)} (${cache.hits} hits, ` +
-            `${cache.misses} misses)${cache.evictions ? `, ${cache.evictions} dropped` : ""}`,
-        ),
+        element("div", { class: "hp-quiet" }, told.join(say(", "))),
       );
     });
     return this.section(
       "caches",
-      "Caches",
-      rows.length ? rows : element("p", { class: "hp-quiet" }, "Nothing is remembered yet."),
-      rows.length > 1 && this.button("clear all", "Clear all", () => clear(null)),
+      say("Caches"),
+      rows.length ? rows : element("p", { class: "hp-quiet" }, say("Nothing is remembered yet.")),
+      rows.length > 1 && this.button("clear all", say("Clear all"), () => clear(null)),
     );
   }
 
   models() {
-    const here = this.data.models.filter((model) => model.found);
+    const counts = { here: this.data.models.filter((model) => model.found).length, all: this.data.models.length };
     const families = [...new Set(this.data.models.map((model) => model.family))];
     return this.section(
       "models",
-      `Model files (${here.length} of ${this.data.models.length} known ones are here)`,
+      say("Model files: {here} of {all}", counts),
       families.map((family) => {
         const models = this.data.models.filter((model) => model.family === family);
         const name = `family ${family}`;
         const found = models.filter((model) => model.found).length;
+        const title = say("{family}: {found} of {count}", { family: familyName(family), found, count: models.length });
         return element(
           "details",
           {
             open: this.open.has(name) || models.some((m) => BUSY.includes(this.downloadOf(m)?.state)),
             on: { toggle: (e) => (e.target.open ? this.open.add(name) : this.open.delete(name)) },
           },
-          element("summary", { "data-key": name }, `${family.replaceAll("_", " ")}: ${found} of ${models.length}`),
+          element("summary", { "data-key": name }, title),
           models.map((model) => this.model(model)),
         );
       }),
@@ -237,12 +256,11 @@ class HotpathPanel {
       { class: "hp-line" },
       element("span", { class: "hp-name hp-break" }, model.name),
       model.found
-        ? element("span", { class: model.problem ? "hp-bad" : "hp-good" }, model.problem ? "damaged" : "here")
-        : !busy && element("span", { class: "hp-quiet" }, "missing"),
+        ? element("span", { class: model.problem ? "hp-bad" : "hp-good" }, say(model.problem ? "damaged" : "here"))
+        : !busy && element("span", { class: "hp-quiet" }, say("missing")),
     );
-    const lines = [
-      element("div", { class: "hp-quiet hp-break" }, model.found ?? `${model.about}. Belongs at ${model.place}.`),
-    ];
+    const about = say("{about}. Belongs at {place}.", { about: say(model.about), place: model.place });
+    const lines = [element("div", { class: "hp-quiet hp-break" }, model.found ?? about)];
     if (model.problem) lines.push(element("div", { class: "hp-bad hp-break" }, model.problem));
     if (!model.found && !busy) lines.push(...this.offer(model));
     if (busy) lines.push(...this.progress(model, download));
@@ -254,12 +272,13 @@ class HotpathPanel {
   }
 
   offer(model) {
+    const terms = { licence: say(model.licence) };
     const needsWord = model.non_commercial && !this.accepted.has(model.name);
     const start = () =>
       this.change(
         "downloads/start",
         { model: model.name, accept_licence: this.accepted.has(model.name) },
-        (answer) => `Downloading ${answer.models.join(" and ")}.`,
+        (answer) => say("Downloading {names}.", { names: new Intl.ListFormat(language()).format(answer.models) }),
       );
     const box = element("input", {
       type: "checkbox",
@@ -274,41 +293,41 @@ class HotpathPanel {
       },
     });
     const licence = model.non_commercial
-      ? element("label", {}, box, element("span", {}, `I accept: ${model.licence}`))
-      : element("div", { class: "hp-quiet" }, `Licence: ${model.licence}`);
+      ? element("label", {}, box, element("span", {}, say("I accept: {licence}", terms)))
+      : element("div", { class: "hp-quiet" }, say("Licence: {licence}", terms));
     return [
       licence,
       element(
         "div",
         { class: "hp-actions" },
-        this.button(`download ${model.name}`, "Download", start, {
+        this.button(`download ${model.name}`, say("Download"), start, {
           disabled: needsWord,
-          "aria-label": `Download ${model.name}`,
+          "aria-label": say("Download {name}", model),
         }),
-        link(model.source.split(" ")[0], "source"),
-        element("span", { class: "hp-quiet" }, `${bytes(model.free)} free`),
+        link(model.source.split(" ")[0], say("source")),
+        element("span", { class: "hp-quiet" }, say("{bytes} free", { bytes: bytes(model.free) })),
       ),
     ];
   }
 
   progress(model, download) {
-    const bar = { "aria-label": `Download of ${model.name}` };
+    const bar = { "aria-label": say("Download of {name}", model) };
     if (download.total) Object.assign(bar, { max: download.total, value: download.done });
     const left = remaining((download.total - download.done) / download.bytes_per_second);
+    const speed = bytes(download.bytes_per_second);
+    const far = { done: bytes(download.done), total: bytes(download.total), speed, left };
     const words =
-      download.state === "running"
-        ? `${bytes(download.done)} of ${bytes(download.total)}, ${bytes(download.bytes_per_second)}/s ${left}`
-        : download.state;
-    const stop = () => this.change("downloads/stop", { model: model.name }, () => `Stopping ${model.name}.`);
+      download.state === "running" ? say("{done} of {total}, {speed}/s {left}", far) : say(download.state);
+    const stop = () => this.change("downloads/stop", { model: model.name }, () => say("Stopping {name}.", model));
     return [
       element("progress", bar),
       element(
         "div",
         { class: "hp-line" },
         element("span", { class: "hp-quiet" }, words),
-        this.button(`stop ${model.name}`, "Stop", stop, {
+        this.button(`stop ${model.name}`, say("Stop"), stop, {
           disabled: download.state === "stopping",
-          "aria-label": `Stop the download of ${model.name}`,
+          "aria-label": say("Stop the download of {name}", model),
         }),
       ),
     ];
@@ -328,64 +347,20 @@ class HotpathPanel {
 
   librariesPart() {
     const found = this.libraries ?? {};
-    const again = this.button("look again", "Look again", () => this.look(true), { disabled: found.looking });
-    const library = (one) =>
-      element(
-        "div",
-        { class: "hp-item", "data-library": one.name },
-        element(
-          "div",
-          { class: "hp-line" },
-          element("span", { class: "hp-name" }, one.name),
-          element("span", { class: one.available ? "hp-good" : "hp-quiet" }, one.available ? "works" : "not used"),
-        ),
-        element("div", { class: "hp-quiet hp-break" }, [one.used_for, one.version, one.detail].filter(Boolean).join("; ")),
-      );
-    return this.section(
-      "libraries",
-      "Optional libraries",
-      found.looking && element("p", { class: "hp-quiet" }, "Looking at each of them; this takes some seconds ..."),
-      found.error && element("p", { class: "hp-bad hp-break" }, found.error),
-      (found.unmet_requirements ?? []).map((line) => element("p", { class: "hp-alert" }, `Not met: ${line}`)),
-      found.attention && this.attention(found.attention),
-      (found.backends ?? []).map(library),
-      found.face_engines &&
-        element(
-          "div",
-          { class: "hp-item" },
-          element("span", { class: "hp-name" }, "Face engines"),
-          found.face_engines.map((line) => element("div", { class: "hp-quiet hp-break" }, line)),
-        ),
-      again,
-    );
-  }
-
-  attention(backends) {
-    return element(
-      "div",
-      { class: "hp-item" },
-      element("span", { class: "hp-name" }, "Attention backends of this process"),
-      backends.map((one) =>
-        element(
-          "div",
-          { class: "hp-quiet hp-break", "data-attention": one.name },
-          element("span", { class: one.reason === null ? "hp-good" : "" }, one.name),
-          one.reason === null ? `: works${one.exact ? "" : ", rounds"} (${one.what})` : `: ${one.reason}`,
-        ),
-      ),
-    );
+    const again = this.button("look again", say("Look again"), () => this.look(true), { disabled: found.looking });
+    return this.section("libraries", say("Optional libraries"), libraryReport(found), again);
   }
 
   versions() {
     const rows = Object.entries(this.data.versions).flatMap(([name, version]) => [
-      element("dt", { class: "hp-quiet" }, name),
+      element("dt", { class: "hp-quiet" }, say(name)),
       element("dd", { class: "hp-break" }, version),
     ]);
     return this.section(
       "versions",
-      "Versions",
+      say("Versions"),
       element("dl", {}, rows),
-      element("p", {}, link(this.data.documentation, "Documentation")),
+      element("p", {}, link(this.data.documentation, say("Documentation"))),
     );
   }
 }
@@ -403,10 +378,15 @@ app.registerExtension({
       icon: "pi pi-bolt",
       title: "Hotpath",
       label: "Hotpath",
-      tooltip: "Hotpath: caches, model files, libraries",
+      tooltip: say(TOOLTIP),
       type: "custom",
       render: (parent) => (panel ??= new HotpathPanel()).mount(parent),
       destroy: () => panel?.unmount(),
+    });
+    onLanguage(() => {
+      const tab = app.extensionManager.getSidebarTabs?.().find(({ id }) => id === "hotpath");
+      if (tab) tab.tooltip = say(TOOLTIP);
+      panel?.draw();
     });
   },
 });

@@ -5,13 +5,14 @@ import { app } from "../../scripts/app.js";
 // This file is served from /extensions/<folder of the pack>/, and the server calls our nodes custom_nodes.<folder>.
 const FOLDER = decodeURIComponent(/\/extensions\/([^/]+)\//.exec(new URL(import.meta.url).pathname)?.[1] ?? "");
 
-// The title bar by the first part of a category; the body is the theme's. A light theme lightens it.
+// The title bar by a node's id; the body is the theme's. A light theme lightens it. (Categories are no help here: the
+// front end has translated them by the time it asks extensions.)
 const COLOURS = [
-  [/^(Hotpath\/InstantID|InstantID)/, "#3d3350"],
-  [/^Hotpath\/faces/, "#31455a"],
-  [/^(Hotpath\/colori[sz]ation|ColorMNet|DeepExemplar)/, "#4a3a2c"],
-  [/^(Hotpath\/vision-language|Comfyui_QwenVL|🧪AILab)/, "#2f4637"],
-  [/^Hotpath\/(text to image|acceleration|compare|map)/, "#4a2f37"],
+  [/^(InstantID|ApplyInstantID|FaceKeypointsPreprocessor|HotpathIdentit|HotpathInstantID|Hotpath(Load)?Block)/, "#3d3350"],
+  [/^HotpathFace/, "#31455a"],
+  [/^(ColorMNet|DeepEx|Hotpath(Save|Load)?Color)/, "#4a3a2c"],
+  [/^(Qwen|AILab_|HotpathVLM|HotpathCaption)/, "#2f4637"],
+  [/^Hotpath(ZImage|Attention|Precision|Compile|Warmup|Profile|SpeedProfile|Compare|Map)/, "#4a2f37"],
   [/^Hotpath/, "#3a3d44"],
 ];
 
@@ -21,17 +22,30 @@ export function isOurs(node) {
   return node?.constructor?.nodeData?.python_module === `custom_nodes.${FOLDER}`;
 }
 
+// A colour on the node is what both renderers read (the one that draws nodes as elements does not look at its class).
+// It is the family's as long as nobody has chosen another, and is not written into workflows.
+function colour(nodeType, family) {
+  const { setColorOption, onSerialize } = nodeType.prototype;
+  nodeType.prototype.setColorOption = function (option) {
+    setColorOption.call(this, option);
+    this.color ??= family;
+  };
+  nodeType.prototype.onSerialize = function (saved) {
+    onSerialize?.call(this, saved);
+    if (saved.color === family) delete saved.color;
+  };
+}
+
 app.registerExtension({
   name: "Hotpath.NodeFamilies",
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.python_module !== `custom_nodes.${FOLDER}`) return;
-    const family = COLOURS.find(([category]) => category.test(nodeData.category));
-    if (family === undefined) return;
-    // On the class, not on the node: a colour that somebody chose wins, and none is written into workflows.
-    nodeType.color = family[1];
+    const family = COLOURS.find(([ids]) => ids.test(nodeData.name));
+    if (family !== undefined) colour(nodeType, (nodeType.hotpathColour = family[1]));
   },
   nodeCreated(node) {
     if (!isOurs(node)) return;
+    node.color ??= node.constructor.hotpathColour;
     const long = node.widgets?.some((widget) => widget.type === "customtext" || widget.options?.multiline);
     if (long && node.size[0] < WIDE) node.setSize([WIDE, node.size[1]]);
   },

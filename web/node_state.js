@@ -4,11 +4,13 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { isOurs } from "./node_families.js";
+import { onLanguage, say } from "./words.js";
 
 const STORE = "Hotpath.NodeState";
 const LONGEST = 4000; // characters of a report that are kept
 const MOST = 40; // workflows that are kept
 const WARNING = "⚠"; // as a badge and before the sentence
+const FIELD = { letter: 6, line: 18, margins: 60, most: 9 }; // pixels of the text on a node, and lines
 
 let running = null; // { id, node, since }
 
@@ -25,12 +27,14 @@ export function nodeOf(id) {
 }
 
 export function duration(seconds) {
-  if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
-  if (seconds < 10) return `${seconds.toFixed(1)} s`;
-  if (seconds < 100) return `${Math.round(seconds)} s`;
-  return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
+  if (seconds < 1) return say("{count} ms", { count: Math.round(seconds * 1000) });
+  if (seconds < 9.95) return say("{count} s", { count: seconds.toFixed(1) });
+  const whole = Math.round(seconds);
+  if (whole < 100) return say("{count} s", { count: whole });
+  return say("{minutes} min {seconds} s", { minutes: Math.floor(whole / 60), seconds: whole % 60 });
 }
 
+// badge: "" before a run, "cached", or the seconds it took.
 function stateOf(node) {
   return (node.hotpathState ??= { badge: "", text: "", warnings: [] });
 }
@@ -87,8 +91,13 @@ function addBadges(node) {
   const count = () => node.hotpathState?.warnings.length ?? 0;
   node.badges.push(
     badge(() => (count() > 0 ? `${WARNING} ${count()}` : ""), loud),
-    badge(() => node.hotpathState?.badge ?? "", quiet),
+    badge(() => badgeText(node.hotpathState?.badge ?? ""), quiet),
   );
+}
+
+function badgeText(kept) {
+  if (typeof kept === "number") return duration(kept);
+  return kept === "cached" ? say("cached") : kept;
 }
 
 function redraw() {
@@ -96,17 +105,35 @@ function redraw() {
   app.canvas?.setDirty(true, true);
 }
 
+function fieldOf(node) {
+  return node.widgets?.find((widget) => widget.name === "$$node-text-preview");
+}
+
+// The canvas renderer gives the field two lines; here it gets as many as the text has, to a limit, and scrolls from there.
+// (The other renderer makes room by itself.)
+function makeRoom(node, field, text) {
+  const letters = Math.max(20, (node.size[0] - FIELD.margins) / FIELD.letter);
+  const lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
+  const height = Math.min(lines, FIELD.most) * FIELD.line + FIELD.margins / 2;
+  if (typeof field.options?.getMinHeight !== "function" || height <= field.options.getMinHeight()) return;
+  field.options.getMinHeight = () => height;
+  node.expandToFitContent?.();
+}
+
 // Warnings and report in the front end's own text field of the node: its listener has put the bare report there.
 function showText(id, node) {
   const { text, warnings } = stateOf(node);
-  const whole = [...warnings.map((warning) => `${WARNING} ${warning}`), text].filter(Boolean).join("\n\n");
+  const whole = [...warnings.map((warning) => `${WARNING} ${say(warning)}`), text].filter(Boolean).join("\n\n");
   if (whole === "") return;
-  const field = node.widgets?.find((widget) => widget.name === "$$node-text-preview");
-  if (field === undefined) {
+  if (fieldOf(node) === undefined) {
     showing = true;
     api.dispatchCustomEvent("progress_text", { nodeId: String(id), text: whole });
     showing = false;
-  } else if (field.value !== whole) field.value = whole;
+  }
+  const field = fieldOf(node);
+  if (field === undefined) return;
+  if (field.value !== whole) field.value = whole;
+  makeRoom(node, field, whole);
 }
 
 let showing = false; // a text of ours is on its way to the front end's listener
@@ -116,7 +143,7 @@ function finish(well) {
   if (running === null) return;
   const { id, node, since } = running;
   running = null;
-  stateOf(node).badge = well ? duration((performance.now() - since) / 1000) : "";
+  stateOf(node).badge = well ? Math.max(0.001, (performance.now() - since) / 1000) : "";
   keep(id, node);
   redraw();
 }
@@ -127,7 +154,7 @@ function onExecuting({ detail: id }) {
   const node = nodeOf(id);
   if (!isOurs(node)) return;
   node.hotpathState = { badge: "", text: "", warnings: [] };
-  const field = node.widgets?.find((widget) => widget.name === "$$node-text-preview");
+  const field = fieldOf(node);
   if (field !== undefined) field.value = "";
   running = { id, node, since: performance.now() };
   redraw();
@@ -181,6 +208,7 @@ app.registerExtension({
     api.addEventListener("execution_success", () => finish(true));
     api.addEventListener("execution_error", () => finish(false));
     api.addEventListener("execution_interrupted", () => finish(false));
+    onLanguage(redraw);
   },
   nodeCreated(node) {
     if (isOurs(node)) addBadges(node);

@@ -1,5 +1,7 @@
 // Elements and words of the panel. Text is only ever set as text: nothing a server or a file name says becomes markup.
 
+import { say } from "./words.js";
+
 export function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -37,7 +39,7 @@ export function percent(part) {
 
 export function remaining(seconds) {
   if (!Number.isFinite(seconds) || seconds < 0) return "";
-  if (seconds < 90) return `${Math.ceil(seconds)} s left`;
-  if (seconds < 5400) return `${Math.ceil(seconds / 60)} min left`;
-  return `${(seconds / 3600).toFixed(1)} h left`;
+  if (seconds < 90) return say("{count} s left", { count: Math.ceil(seconds) });
+  if (seconds < 5400) return say("{count} min left", { count: Math.ceil(seconds / 60) });
+  return say("{count} h left", { count: (seconds / 3600).toFixed(1) });
 }

@@ -3,6 +3,7 @@
 
 import { app } from "../../scripts/app.js";
 import { isOurs } from "./node_families.js";
+import { say } from "./words.js";
 
 const halfPrecision = (on) => (on ? "automatic" : "float32");
 const film = (method) => ({
@@ -98,8 +99,9 @@ app.registerExtension({
     const newer = rule && window.LiteGraph.registered_node_types[rule.to];
     if (!newer) return [];
     const lost = lostOutput(node, rule);
-    const content = `Replace with ${newer.title ?? rule.to}`;
-    if (lost) return [{ content: `${content} (it has no output ${lost.name})`, disabled: true }];
-    return [{ content, callback: () => replace(node, rule) }];
+    const name = newer.title ?? rule.to;
+    if (lost === undefined) return [{ content: say("Replace with {name}", { name }), callback: () => replace(node, rule) }];
+    const output = lost.localized_name ?? lost.name;
+    return [{ content: say("Replace with {name} (it has no output {output})", { name, output }), disabled: true }];
   },
 });

@@ -187,13 +187,15 @@ def test_a_run_that_fails_leaves_no_time(front_end: FrontEnd) -> None:
 
 
 def test_colours_and_titles(front_end: FrontEnd) -> None:
-    """A family has its title colour on the class: chosen colours win and workflows stay as they were."""
+    """A family has its title colour, which is never written into a workflow; a chosen colour wins."""
     load_faces(front_end)
     found = front_end.page.evaluate(
-        "() => { const node = app.rootGraph.getNodeById(3); return { own: node.color ?? null,"
-        " ofClass: node.constructor.color, saved: node.serialize().color ?? null }; }"
+        "() => { const node = app.rootGraph.getNodeById(3); const says = () => [node.color, node.serialize().color ?? null];"
+        " const found = [says()];"
+        " for (const option of [{ color: '#223', bgcolor: '#335' }, null]) { node.setColorOption(option); found.push(says()); }"
+        " return found; }"
     )
-    assert found == {"own": None, "ofClass": "#31455a", "saved": None}
+    assert found == [["#31455a", None], ["#223", "#223"], ["#31455a", None]]
 
 
 def test_an_older_node_is_replaced_from_its_menu(front_end: FrontEnd) -> None:
@@ -244,14 +246,14 @@ def test_the_panel_shows_and_clears_caches(front_end: FrontEnd) -> None:
     panel.get_by_role("button", name="Refresh").click()
     cache = panel.locator("[data-cache]").filter(has_text="faces").first
     cache.get_by_text("hit rate").wait_for()
-    assert "0 entries" not in cache.inner_text()
+    assert "0 kept" not in cache.inner_text()
     front_end.shot("panel_dark")
     # By keyboard: the button takes the focus, and Enter clears.
     button = cache.get_by_role("button", name="Clear the cache")
     button.focus()
     front_end.page.keyboard.press("Enter")
-    panel.get_by_text("entries cleared.").wait_for()
-    cache.get_by_text(", 0 entries").wait_for()
+    panel.get_by_text("Entries cleared: ").wait_for()
+    cache.get_by_text(", 0 kept").wait_for()
     assert cache.get_by_role("button", name="Clear the cache").is_disabled()
 
 
@@ -315,7 +317,7 @@ def test_libraries_and_the_light_theme(front_end: FrontEnd) -> None:
     panel = front_end.open_panel()
     front_end.setting("Comfy.ColorPalette", "light")
     panel.get_by_test_id("hotpath-libraries").locator("summary").first.click()
-    panel.locator("[data-library=onnxruntime]").wait_for()
+    panel.locator("[data-library=onnxruntime]").wait_for(timeout=180_000)  # every one is imported
     assert panel.locator("[data-attention=sdpa]").inner_text().startswith("sdpa: works")
     assert panel.locator("[data-library]").count() > 8
     colours = panel.evaluate("(e) => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor]")
@@ -342,8 +344,48 @@ def test_the_other_renderer_shows_the_same(front_end: FrontEnd) -> None:
     load_faces(front_end, provider="DirectML")
     assert front_end.run()["end"] == "execution_success"
     front_end.page.get_by_text("⚠ 1").first.wait_for()
+    node = front_end.page.locator("[data-node-id='3']")
+    body = node.get_by_test_id("node-inner-wrapper")
+    assert body.evaluate("(e) => getComputedStyle(e).backgroundColor") == "rgb(49, 69, 90)"
+    node.get_by_text("1 face").first.wait_for()
     front_end.shot("vue_nodes")
     front_end.setting("Comfy.VueNodes.Enabled", False)
+
+
+def test_everything_of_ours_speaks_chinese(front_end: FrontEnd) -> None:
+    """Chosen while the page is open: panel, badges, notes about older graphs, menu entries; and the colours stay."""
+    panel = front_end.open_panel()
+    front_end.setting("Comfy.Locale", "zh")
+    panel.get_by_role("button", name="刷新").wait_for()
+    front_end.page.wait_for_timeout(1500)  # the choice is sent to the server
+    front_end.open()  # the front end itself translates nodes when the page is loaded
+    panel = front_end.open_panel()
+    for threshold in (0.37, 0.36):  # the loader runs, and is cached
+        load_faces(front_end, threshold=threshold)
+        assert front_end.run()["end"] == "execution_success"
+    front_end.page.wait_for_function("() => app.rootGraph.getNodeById(3)?.hotpathState?.badge")
+    assert any(text.endswith("秒") for text in front_end.node("3")["badges"])
+    assert "已缓存" in front_end.node("2")["badges"]
+    assert front_end.page.evaluate("() => app.rootGraph.getNodeById(3).color") == "#31455a"
+    panel.get_by_role("button", name="清除缓存：人脸").click()
+    panel.get_by_text("已清除").wait_for()
+    models = panel.get_by_test_id("hotpath-models")
+    models.locator("summary", has_text="InstantID").click()
+    models.get_by_text("用于 SDXL 的 InstantID 适配器").wait_for()
+    tab = front_end.page.locator("button.side-bar-button[aria-label^='Hotpath']")
+    assert "缓存" in (tab.get_attribute("aria-label") or "")
+    front_end.shot("panel_chinese")
+    kind, values, _, notes = next(saved for saved in SAVED if saved[0] == "DeepExColorVideoNode" and saved[3])
+    front_end.load({"last_node_id": 1, "last_link_id": 0, "nodes": [{"id": 1, "type": kind, "widgets_values": values}],
+                    "links": [], "version": 0.4})  # fmt: skip
+    assert front_end.node("1")["text"].count("此工作流启用了") == notes
+    words = front_end.page.evaluate(
+        "() => app.extensions.find((e) => e.name === 'Hotpath.Replacements')"
+        ".getNodeMenuItems(app.rootGraph.getNodeById(1)).map((item) => item.content)"
+    )
+    assert words == ["替换为“视频上色（Hotpath）”"]
+    front_end.setting("Comfy.Locale", "en")
+    panel.get_by_role("button", name="Refresh").wait_for()
 
 
 PICTURE = {"class_type": "LoadImage", "inputs": {"image": "colorize_small.png"}}
