@@ -305,9 +305,9 @@ def vlm_loader() -> Image.Image:
     return card("Load Vision-Language Model", _captioner()[1])
 
 
-def vlm_answer() -> Image.Image:
+def captions_of(pictures: list[torch.Tensor]) -> tuple[list[str], str]:
+    """The small captioner's words for each, and the node's report."""
     model, _ = _captioner()
-    pictures = [photo(f"captioner_shapes_{n}.png") for n in range(1, 5)]
     result = node(
         "HotpathVLM",
         model=[model],
@@ -318,8 +318,14 @@ def vlm_answer() -> Image.Image:
         max_new_tokens=[16],
         token_budget=["fast"],
     )
-    row = labelled([(answer[:24], shown(p, 150)) for p, answer in zip(pictures, result[1], strict=True)])
-    return stacked([row, card("Ask Vision-Language Model", "\n".join(result[5].splitlines()[:2]), row.width)])
+    return list(result[1]), str(result[5])
+
+
+def vlm_answer() -> Image.Image:
+    pictures = [photo(f"captioner_shapes_{n}.png") for n in range(1, 5)]
+    answers, report = captions_of(pictures)
+    row = labelled([(answer[:24], shown(p, 150)) for p, answer in zip(pictures, answers, strict=True)])
+    return stacked([row, card("Ask Vision-Language Model", "\n".join(report.splitlines()[:2]), row.width)])
 
 
 def vlm_boxes() -> Image.Image:

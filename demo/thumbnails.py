@@ -8,6 +8,7 @@ the sampler: the person, the pose, the masks, the tokens.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from . import help_pictures as made
-from .picture_rows import PAPER, card, shown
+from .picture_rows import PAPER, card, labelled, shown
 
 FOLDER = Path(__file__).resolve().parent.parent / "example_workflows"
 SIDE, GAP = 400, 6
@@ -99,31 +100,49 @@ def strip_of_film() -> Image.Image:
     return tiles(*(shown(f[i : i + 1], 300) for f, i in ((grey, 0), (grey, 15), (frames, 0), (frames, 15))))
 
 
+@functools.cache
+def captioned() -> tuple[tuple[Image.Image, str], ...]:
+    """The four drawings of shapes, and what the small captioner says of each."""
+    pictures = [made.photo(f"captioner_shapes_{n}.png") for n in range(1, 5)]
+    answers, _ = made.captions_of(pictures)
+    return tuple(zip((shown(picture, 200) for picture in pictures), answers, strict=True))
+
+
 def shapes() -> Image.Image:
-    return tiles(*(photo(f"captioner_shapes_{n}.png") for n in range(1, 5)))
+    """A grid, each with its caption under it."""
+    square = Image.new("RGB", (SIDE, SIDE), PAPER)
+    side, step = 172, (SIDE + GAP) // 2
+    for n, (picture, said) in enumerate(captioned()):
+        cell = labelled([(said, picture.resize((side, side)))])
+        square.paste(cell, (n % 2 * step + (step - GAP - side) // 2, n // 2 * step + 2))
+    return square
+
+
+def row_of_shapes() -> Image.Image:
+    row = Image.new("RGB", (SIDE, SIDE // 2), PAPER)
+    for n, (picture, _) in enumerate(captioned()):
+        row.paste(picture.resize((97, 97)), (n * 101, 50))
+    return row
 
 
 def captions() -> Image.Image:
-    one, two, three, four = (photo(f"captioner_shapes_{n}.png") for n in range(1, 5))
-    row = Image.new("RGB", (SIDE, SIDE // 2), PAPER)
-    for n, picture in enumerate((one, two, three, four)):
-        row.paste(picture.resize((97, 97)), (n * 101, 50))
-    said = "one green square\ntwo yellow circles\nthree white triangles\nfour blue triangles"
-    return tiles(row, text("Caption Folder", said))
+    return tiles(row_of_shapes(), text("Caption Folder", "\n".join(said for _, said in captioned())))
+
+
+def one_caption() -> Image.Image:
+    picture, said = captioned()[0]
+    return tiles(picture, text("QwenVL", said))
 
 
 def mapped() -> Image.Image:
     """The pictures of a folder, and what becomes of them."""
-    one, two, three, four = (photo(f"captioner_shapes_{n}.png") for n in range(1, 5))
-    row = Image.new("RGB", (SIDE, SIDE // 2), PAPER)
-    for n, picture in enumerate((one, two, three, four)):
-        row.paste(picture.resize((97, 97)), (n * 101, 50))
-    return tiles(row, text("Map Workflow", "one workflow, every picture,\nall GPUs; goes on where it was"))
+    return tiles(row_of_shapes(), text("Map Workflow", "one workflow, every picture,\nall GPUs; goes on where it was"))
 
 
 def boxes() -> Image.Image:
+    """The help page's boxes, with the words that say whose answer they are."""
     sheet = made.vlm_boxes()
-    return tiles(sheet.crop((0, 0, 300, 300)))
+    return tiles(labelled([("an answer written by hand, drawn", sheet.crop((0, 0, 300, 276)))]))
 
 
 def transfer() -> Image.Image:
@@ -162,7 +181,7 @@ THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
     "ab_compare": comparison,
     "block_telemetry": lambda: tiles(heat_map()),
     "caption_pictures": shapes,
-    "caption_qwenvl": lambda: tiles(photo("captioner_shapes_1.png")),
+    "caption_qwenvl": one_caption,
     "captions_of_a_folder": captions,
     "colorize_film": lambda: tiles(*film_frames()),
     "colorize_film_with_colormnet": colorize_both,
