@@ -88,12 +88,14 @@ class MapRequest:
 
 @dataclass
 class MapOutcome:
-    """What came of it. results: results.jsonl. lost: why there are no workers left, if that ended the run."""
+    """What came of it. results: results.jsonl. slots: workers that were asked for. lost: why there are no workers left,
+    if that ended the run."""
 
     status: Status
     folder: Path
     results: Path
     workers: str
+    slots: int = 1
     films: list[Merged] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     lost: str | None = None
@@ -107,8 +109,10 @@ class MapOutcome:
         status = self.status
         seconds = status.clock() - status.started
         before = f", {status.skipped} done before" if status.skipped else ""
+        # A machine of a cluster that takes no part is noticed by nobody, as the others do its work.
+        fewer = f", {status.peak} of which came to work" if status.done and status.peak < self.slots else ""
         lines = [
-            f"{status.done} done{before}, {status.failed} failed, in {clock_time(seconds)} by {self.workers}"
+            f"{status.done} done{before}, {status.failed} failed, in {clock_time(seconds)} by {self.workers}{fewer}"
             + (f"; {status.retried} attempts were repeated" if status.retried else "")
         ]
         lines += [self.lost] if self.lost else []
@@ -146,7 +150,7 @@ def run_map(
         status = Status(source.count())
         outcome = MapOutcome(status, output, output / "results.jsonl", "nobody")
         with _beacon(store.work) as beacon, _pool(request, devices, beacon, interrupted) as pool:
-            outcome.workers = pool.name
+            outcome.workers, outcome.slots = pool.name, pool.slots
             policy, retry = make_policy(options.policy), RetryPlan(options.retries)
             scheduler = Scheduler(pool, store, policy, retry, status, observer, interrupted, options.depth)
             if isinstance(pool, InProcessPool):

@@ -12,7 +12,9 @@ import ipaddress
 import logging
 import os
 import secrets
+import socket
 import stat
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ log = logging.getLogger("hotpath.distributed")
 
 FIRST_WITH_TOKENS = "2.52"
 TOKEN_FILE = "ray_auth_token"
+ANSWER = 5.0  # seconds to wait for somebody to answer at an address
 OBJECT_STORE = 80 << 20  # bytes; jobs are a few kilobytes of JSON, files never go through Ray
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 SETTINGS = {
@@ -62,13 +65,21 @@ def without_tokens(version: str) -> bool:
     return Version(version) < Version(FIRST_WITH_TOKENS)
 
 
+def host_and_port(address: str) -> tuple[str, int | None]:
+    """The parts of HOST, HOST:PORT or ray://HOST:PORT; an IPv6 host may stand in brackets."""
+    place = address.partition("://")[2] or address
+    host, port = place, ""
+    if place.startswith("["):
+        host, _, port = place[1:].partition("]")
+        port = port.removeprefix(":")
+    elif place.count(":") == 1:
+        host, _, port = place.partition(":")
+    return host, int(port) if port.isdecimal() and 0 < int(port) < 1 << 16 else None
+
+
 def is_loopback(address: str) -> bool:
     """Whether HOST, HOST:PORT or ray://HOST:PORT is this very machine."""
-    host = address.partition("://")[2] or address
-    if host.startswith("["):
-        host = host[1:].partition("]")[0]
-    elif host.count(":") == 1:
-        host = host.partition(":")[0]
+    host, _ = host_and_port(address)
     if host.lower() == "localhost":
         return True
     try:
@@ -146,6 +157,8 @@ def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = (
             f"{FIRST_WITH_TOKENS} or later."
         )
     settings = {**SETTINGS, **token_environment(options, own_folder)}
+    if options.address is not None:
+        _find(options.address)
     if options.address is None and gpus:
         settings[VISIBLE] = ",".join(gpus)
     with _environment(settings):
@@ -169,12 +182,10 @@ def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = (
                         **common,
                     )
             else:
+                _knock(options.address)
                 ray.init(address=options.address, **common)
-        except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-            where = f"at {options.address}" if options.address else "on this machine"
-            raise BadMap(
-                f"Ray {where} cannot be used: {str(error).splitlines()[0] if str(error) else error!r}"
-            ) from error
+        except Exception as error:  # of a node that does not start in time, Ray raises no more special one
+            raise BadMap(_refused(error, options.address)) from error
         try:
             listens = str(ray.get_runtime_context().gcs_address)
             if options.address is None and not is_loopback(listens):
@@ -182,6 +193,48 @@ def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = (
             yield ray
         finally:
             ray.shutdown()
+
+
+def _find(address: str) -> None:
+    """Raises BadMap at once when nobody listens at HOST:PORT; Ray would take a minute to say less."""
+    host, port = host_and_port(address)
+    if not host or port is None:
+        raise BadMap(f"{address!r} is no address of a cluster; give HOST:PORT, such as 10.0.0.5:6379.")
+    try:
+        socket.create_connection((host, port), ANSWER).close()
+    except OSError as error:
+        raise BadMap(f"Nobody answers at {address} ({error}): is the cluster started, and reached from here?") from None
+
+
+def _knock(address: str) -> None:
+    """Raises Ray's AuthenticationError at once for a wrong token; `ray.init` would try it twenty times, and say so."""
+    if "://" in address:
+        return
+    try:
+        from ray._raylet import GcsClient
+    except ImportError:  # it is not of Ray's public side; without it the same is found out later
+        return
+    host, port = host_and_port(address)
+    GcsClient(address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+
+
+def _refused(error: BaseException, address: str | None) -> str:
+    """Why Ray could not be used, as a sentence; Ray says it in the causes of what it raises."""
+    if address is None:
+        return f"Ray on this machine cannot be used: {_first_line(error)}"
+    told = "".join(traceback.format_exception(error))
+    if "InvalidAuthToken" in told:
+        return f"The cluster at {address} refuses the token: give the one it was started with (--token-file)."
+    if "No node info found" in told:
+        return (
+            f"This machine is no node of the cluster at {address}, and Ray takes work only from its nodes: run "
+            f"`ray start --address={address} --num-cpus=0` here first, with {MODE}=token and the same token."
+        )
+    return f"Ray at {address} cannot be used: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].strip("'") if str(error) else repr(error)
 
 
 @contextmanager

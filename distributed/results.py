@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ log = logging.getLogger("hotpath.distributed")
 
 WORK = ".hotpath-map"
 LIST = "results.jsonl"
+UNFINISHED = "copy.part"
 OUTPUT, TEMP = "output", "temp"  # what a worker finds below its staging folder
 
 
@@ -31,6 +33,7 @@ class ResultStore:
         self.folder = folder.resolve()
         self.manifest = manifest
         self.work = self.folder / WORK
+        self._run = secrets.token_hex(4)
         self._recover()
 
     @staticmethod
@@ -38,8 +41,9 @@ class ResultStore:
         return folder.resolve() / WORK / "manifest.sqlite"
 
     def staging(self, job: Job, attempt: int) -> Path:
-        """A folder for one attempt; attempts differ, as a worker that was given up may still be writing."""
-        return self.work / "staging" / f"{job.id}-{attempt}"
+        """A folder for one attempt. Attempts and runs differ, as a worker that was given up may still be writing: one on
+        a machine that was cut off learns only after a minute that its run is over."""
+        return self.work / "staging" / f"{job.id}-{self._run}-{attempt}"
 
     def discard(self, staging: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
@@ -59,7 +63,7 @@ class ResultStore:
             return False
         actual, stale = self._place(label, job.id, record.tails)
         for tail in record.tails:
-            _copy(self.folder / (source + tail), self.folder / (actual + tail))
+            self._copy(self.folder / (source + tail), self.folder / (actual + tail))
         self.manifest.set_name(label, job.id, actual)
         self._remove(stale)
         return True
@@ -144,6 +148,7 @@ class ResultStore:
     def clean(self) -> None:
         """Remove what unfinished attempts left; no worker may be running."""
         shutil.rmtree(self.work / "staging", ignore_errors=True)
+        (self.work / UNFINISHED).unlink(missing_ok=True)
 
     def _move(self, moves: Sequence[tuple[str, str]]) -> None:
         folders = set()
@@ -157,6 +162,16 @@ class ResultStore:
                 folders.add(path.parent)
         for folder in folders:
             sync_folder(folder)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Not beside the target, whose name may be as long as a name can be.
+        unfinished = self.work / UNFINISHED
+        shutil.copyfile(source, unfinished)
+        # What is recorded next must not name a file that a power cut leaves empty.
+        sync(unfinished)
+        unfinished.replace(target)
+        sync_folder(target.parent)
 
     def _remove(self, paths: Sequence[str]) -> None:
         for path in paths:
@@ -189,16 +204,6 @@ def _inside(folder: Path, label: str) -> None:
     path = (folder / label).resolve()
     if "\0" in label or path == folder or not path.is_relative_to(folder):
         raise ValueError(f"{label!r} leads out of {folder}, so nothing is written there.")
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, unfinished)
-    # What is recorded next must not name a file that a power cut leaves empty.
-    sync(unfinished)
-    unfinished.replace(target)
-    sync_folder(target.parent)
 
 
 def sync(path: Path) -> None:

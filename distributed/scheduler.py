@@ -104,12 +104,14 @@ class Scheduler:
             self.pool.start()
             while True:
                 self.interrupted()
+                before = self.status.skipped
                 exhausted = exhausted or self._pull(jobs)
                 self._retry_due()
                 self._hand_out()
                 if exhausted and not self._known:
                     return self.status
-                for event in self.pool.wait(TICK):
+                # While there is a list of what is done to go through, nothing is waited for.
+                for event in self.pool.wait(TICK if exhausted or self.status.skipped == before else 0.0):
                     self._handle(event)
                 self.observer.changed(self.status)
         finally:
@@ -163,7 +165,7 @@ class Scheduler:
         match event:
             case Ready(slot):
                 self._ready[slot] = True
-                self.status.workers = sum(self._ready)
+                self.status.has_workers(sum(self._ready))
             case Advanced(slot, fraction):
                 if slot in self.status.running:
                     self.status.running[slot] = max(self.status.running[slot], fraction)
@@ -221,7 +223,7 @@ class Scheduler:
     def _died(self, slot: int, reason: str, final: bool) -> None:
         log.warning("worker %d: %s", slot, reason)
         self._ready[slot] = False
-        self.status.workers = sum(self._ready)
+        self.status.has_workers(sum(self._ready))
         # What it had not begun goes to whoever is free first.
         self._pending.extendleft(reversed(self._queues[slot]))
         self._queues[slot].clear()

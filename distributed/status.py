@@ -13,7 +13,8 @@ WINDOW = 64  # finished jobs that the present speed is judged by
 
 @dataclass
 class Status:
-    """total: items, None while nobody has counted them. running: how much of each running job is done, by slot."""
+    """total: items, None while nobody has counted them. workers: ready now; peak: the most that were. running: how much of
+    each running job is done, by slot."""
 
     total: int | None = None
     done: int = 0
@@ -21,6 +22,7 @@ class Status:
     failed: int = 0
     retried: int = 0
     workers: int = 0
+    peak: int = 0
     running: dict[int, float] = field(default_factory=dict)
     clock: Callable[[], float] = time.monotonic
     _ends: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -28,6 +30,10 @@ class Status:
     def __post_init__(self) -> None:
         self.started = self.clock()
         self._ends.append(self.started)
+
+    def has_workers(self, ready: int) -> None:
+        """How many are ready from now on."""
+        self.workers, self.peak = ready, max(self.peak, ready)
 
     def ended(self) -> None:
         """A job came to an end now."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -199,6 +201,51 @@ def test_which_addresses_are_this_machine():
         assert is_loopback(address), address
     for address in ("10.0.0.5:6379", "example.org:1", "ray://192.168.0.2:10001", "127.0.0.1.example.org", "0.0.0.0:1"):
         assert not is_loopback(address), address
+
+
+@needs_ray
+def test_an_address_where_nobody_is_and_one_that_is_none(tmp_path, monkeypatch):
+    """Said before Ray is asked, which would take a minute."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        nobody = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(BadMap, match=f"Nobody answers at {nobody}.*is the cluster started"):
+            connected(ClusterOptions(nobody), tmp_path).__enter__()
+    monkeypatch.setenv(ray_cluster.TOKEN, "a" * 64)
+    for address in ("", "10.0.0.5", "10.0.0.5:0", "[::1]", ":6379", "10.0.0.5:x"):
+        with pytest.raises(BadMap, match="is no address of a cluster; give HOST:PORT"):
+            connected(ClusterOptions(address), tmp_path).__enter__()
+
+
+@needs_ray
+def test_a_wrong_token_is_one_sentence_at_once(ray, tmp_path):
+    address = ray.get_runtime_context().gcs_address
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from hotpath.distributed.jobs import BadMap\n"
+        "from hotpath.distributed.ray_cluster import ClusterOptions, connected\n"
+        f"try:\n    connected(ClusterOptions({address!r}), Path({str(tmp_path)!r})).__enter__()\n"
+        "except BadMap as error:\n    sys.exit(str(error))\n"
+    )
+    stranger = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_TOKEN": "0" * 64}
+    done = subprocess.run([sys.executable, "-c", code], env=stranger, capture_output=True, text=True, timeout=120)
+    assert f"The cluster at {address} refuses the token" in done.stderr
+    assert done.stderr.count("InvalidAuthToken") <= 1  # of Ray's own log; it would try twenty times
+
+
+@pytest.mark.parametrize(
+    ("cause", "said"),
+    [
+        ("No node info found matching attributes: ''", r"is no node of the cluster at 10\.0\.0\.5:6379.*--num-cpus=0"),
+        ("RPC error: InvalidAuthToken", "refuses the token"),
+        ("something else", r"Ray at 10\.0\.0\.5:6379 cannot be used: Failed to connect"),
+    ],
+)
+def test_why_a_cluster_cannot_be_used_is_found_in_the_causes(cause, said):
+    try:
+        raise ConnectionError("Failed to connect") from RuntimeError(cause)
+    except ConnectionError as error:
+        assert re.search(said, ray_cluster._refused(error, "10.0.0.5:6379"))
 
 
 def test_another_machine_needs_a_token(tmp_path, monkeypatch):

@@ -16,8 +16,9 @@ from hotpath.distributed import results
 from hotpath.distributed.items import FolderItems, Item, JsonLinesItems, ListItems
 from hotpath.distributed.jobs import BadMap, Job
 from hotpath.distributed.manifest import Manifest, ManifestInUse
-from hotpath.distributed.mapping import run_map
+from hotpath.distributed.mapping import MapOutcome, run_map
 from hotpath.distributed.results import ResultStore
+from hotpath.distributed.status import Status
 from hotpath.host import Interrupted
 from map_workflows import COPY, listed, made, picture
 
@@ -50,7 +51,36 @@ def test_a_copy_is_on_disk_before_it_is_recorded(pictures, request_for, monkeypa
     monkeypatch.setattr(results, "sync", lambda path: (steps.append(path.name), sync(path)))
     monkeypatch.setattr(Manifest, "set_name", lambda self, *name: (steps.append(name[0]), set_name(self, *name)))
     assert run_map(request_for(pictures)).status.skipped == 1
-    assert steps == [".twin.png.part", "twin"]
+    assert steps == ["copy.part", "twin"]
+    assert not (request_for(pictures).output_folder / ".hotpath-map" / "copy.part").exists()
+
+
+def test_the_report_says_when_workers_took_no_part(tmp_path):
+    """As a machine of a cluster that had no room: the others do its work, and nobody would notice."""
+    status = Status(3, done=3, peak=1)
+    outcome = MapOutcome(status, tmp_path, tmp_path / "results.jsonl", "4 Ray actors", 4)
+    assert "by 4 Ray actors, 1 of which came to work" in outcome.report()
+    status.peak = 4
+    assert "came to work" not in outcome.report()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of 255 bytes are POSIX's")
+def test_names_as_long_as_a_name_can_be(pictures, request_for):
+    """And one of them a copy of another, whose result is copied."""
+    for end in "ab":
+        (pictures / (end * 251 + ".png")).write_bytes((pictures / "p0.png").read_bytes())
+    outcome = run_map(request_for(pictures))
+    assert outcome.whole and len(made(outcome.folder)) == 7
+
+
+def test_a_worker_of_an_earlier_run_writes_elsewhere(tmp_path):
+    """One on a machine that was cut off goes on with its job until it learns that the run is over."""
+    job, path = Job("j1", Item("a", "c"), {}), ResultStore.manifest_path(tmp_path / "out")
+    stagings = []
+    for _ in range(2):
+        with Manifest.open(path, "w") as manifest:
+            stagings.append(ResultStore(tmp_path / "out", manifest).staging(job, 1))
+    assert stagings[0] != stagings[1]
 
 
 class Watch:

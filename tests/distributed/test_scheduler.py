@@ -11,7 +11,7 @@ import pytest
 from hotpath.distributed.items import Item
 from hotpath.distributed.jobs import Job
 from hotpath.distributed.policy import POLICIES, LeastBusy, Random, RoundRobin, make_policy
-from hotpath.distributed.pool import Died, Finished
+from hotpath.distributed.pool import Died, Finished, Ready
 from hotpath.distributed.retry import CONNECTION, ITEM, MEMORY, WORKER, RetryPlan, failure_kind
 from hotpath.distributed.scheduler import NoWorkers, Scheduler
 from hotpath.distributed.simulation import Cluster, CountingStore, SimulatedPool, simulate
@@ -124,6 +124,21 @@ def test_a_million_items_are_never_held():
 
     peak(200)
     assert peak(8000) < peak(800) + 40_000
+
+
+def test_a_long_list_of_what_is_done_is_gone_through_without_waiting():
+    rig = Rig(workers=1, seconds=1.0)
+    rig.store.done = lambda job: job.id != "4999"
+    status = rig.run(5000)
+    assert (status.skipped, status.done) == (4999, 1)
+    assert rig.pool.time < 2.0  # the one job, and not a turn's wait for every few items
+
+
+def test_the_most_workers_that_were_there_are_known():
+    rig = Rig(workers=3)
+    rig.pool.start = lambda: rig.pool._after(0.0, 1, Ready(1))
+    assert rig.run(4).peak == 1
+    assert Rig(workers=3).run(4).peak == 3
 
 
 def test_items_are_pulled_only_as_far_as_needed():
