@@ -361,6 +361,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.3, help="no contestant begins after its share of these")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(), help="folder for acceleration.json and acceleration.md")
+    parser.add_argument("--json", type=Path, help="instead of acceleration.json")
     parser.add_argument("--write", action="store_true", help="append the table to benchmarks/RESULTS.md")
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU: a test of this script")
     options = parser.parse_args()
@@ -377,6 +378,8 @@ def main() -> None:
             measure(family, contestants, until, options.rounds)
         tables.append(table(family, contestants))
         results.append(as_dict(family, contestants))
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.json or options.out / "acceleration.json").write_text(json.dumps({"families": results}, indent=1))
         del family, contestants
         if torch.cuda.is_available():
             import comfy.model_management
@@ -389,8 +392,9 @@ def main() -> None:
         f"{date.today()}, {device or 'CPU'}, torch {torch.__version__}, `python benchmarks/acceleration.py {arguments}`"
     )
     text = "\n\n".join(["## Acceleration of native models", f"{head.strip()}", *tables]) + "\n"
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "acceleration.json").write_text(json.dumps({"where": head, "families": results}, indent=1))
+    (options.json or options.out / "acceleration.json").write_text(
+        json.dumps({"where": head, "families": results}, indent=1)
+    )
     (options.out / "acceleration.md").write_text(text)
     print(text)
     if options.write:

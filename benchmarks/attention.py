@@ -267,7 +267,9 @@ def main() -> int:
                 rows += found
                 print(f"{name} {shape}, mask {kind}")
                 print(table(found))
-                print()
+                print(flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
         extra = overhead(device)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
     versions = ", ".join(f"{name} {number}" for name, number in library_versions().items() if number != "None")

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,6 +40,8 @@ class Contestant:
     cpu: dict[int, list[float]] = field(default_factory=dict)
     faces: dict[int, int] = field(default_factory=dict)
     note: str = ""
+    waits: int | None = None
+    on_cpu: bool = True
 
     def measure(self, pictures: torch.Tensor) -> None:
         count = len(pictures)
@@ -86,7 +90,9 @@ def with_insightface(root: Path, provider: str) -> Contestant | None:
             bgr = pictures.mul(255).clamp(0, 255).byte().numpy()[..., ::-1]
             return sum(len(app.get(np.ascontiguousarray(p), max_num=1)) for p in bgr)
 
-    return Contestant(f"insightface, {provider.removesuffix('ExecutionProvider')}", run)
+    return Contestant(
+        f"insightface, {provider.removesuffix('ExecutionProvider')}", run, on_cpu=provider.startswith("CPU")
+    )
 
 
 def with_ours(root: Path, engine: str, device: torch.device, precision: str = "fp32") -> Contestant | None:
@@ -101,7 +107,7 @@ def with_ours(root: Path, engine: str, device: torch.device, precision: str = "f
     def run(pictures: torch.Tensor) -> int:
         return sum(map(len, analyser.analyse(pictures, choose=face.FaceChoice.largest(), options=options)))
 
-    return Contestant(f"Hotpath, {engine} {device.type} {precision}", run)
+    return Contestant(f"Hotpath, {engine} {device.type} {precision}", run, on_cpu=device.type == "cpu")
 
 
 def synchronisations(run: Callable[[], int]) -> int:
@@ -154,9 +160,28 @@ def table(contestants: list[Contestant], counts: list[int]) -> str:
     head = "| engine | " + " | ".join(f"{n} picture{'s' if n > 1 else ''}: wall, CPU" for n in counts) + " |"
     lines = [head, "|---" * (len(counts) + 1) + "|"]
     for c in contestants:
-        cells = [f"{min(c.wall[n]) * 1000:.0f} ms, {min(c.cpu[n]) * 1000:.0f} ms ({c.faces[n]} faces)" for n in counts]
+        cells = [
+            f"{min(c.wall[n]) * 1000:.1f} ms, {min(c.cpu[n]) * 1000:.1f} ms ({c.faces[n]} faces)"
+            if n in c.wall
+            else "-"
+            for n in counts
+        ]
         lines.append(f"| {c.name}{c.note} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def as_rows(contestants: list[Contestant]) -> list[dict[str, object]]:
+    """Medians in milliseconds, by number of pictures."""
+    return [
+        {
+            "name": c.name,
+            "milliseconds": {str(n): 1000 * statistics.median(times) for n, times in c.wall.items()},
+            "fastest": {str(n): 1000 * min(times) for n, times in c.wall.items()},
+            "faces": {str(n): found for n, found in c.faces.items()},
+            "waits": c.waits,
+        }
+        for c in contestants
+    ]
 
 
 def machine() -> str:
@@ -191,6 +216,9 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="of every engine on the CPU; 0 is one per core")
+    parser.add_argument("--cpu-rounds", type=int, help="of the engines on the CPU; as many as of all without it")
+    parser.add_argument("--cpu-most", type=int, default=1 << 30, help="pictures that engines on the CPU get at most")
+    parser.add_argument("--json", type=Path, help="write medians here")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--depth", type=int, default=100, choices=(18, 50, 100))
     parser.add_argument("--memory", action="store_true", help="measure activations instead of time")
@@ -224,17 +252,26 @@ def main() -> None:
             made += [with_insightface(root, "CUDAExecutionProvider"), with_ours(root, "onnxruntime", cuda), *gpu]
         contestants = [c for c in made if c is not None]
         batches = {n: test_pictures(n, options.side) for n in options.pictures}
+        cpu_rounds = options.rounds if options.cpu_rounds is None else options.cpu_rounds
+
+        def takes(contestant: Contestant, count: int, number: int) -> bool:
+            return not contestant.on_cpu or (count <= options.cpu_most and number < cpu_rounds)
+
         for contestant in contestants:  # warm up: allocate, tune, load the recogniser
-            for pictures in batches.values():
-                contestant.run(pictures)
-        for _ in range(options.rounds):
-            for pictures in batches.values():
+            for count, pictures in batches.items():
+                if takes(contestant, count, 0):
+                    contestant.run(pictures)
+        for number in range(options.rounds):
+            for count, pictures in batches.items():
                 for contestant in contestants:
-                    contestant.measure(pictures)
+                    if takes(contestant, count, number):
+                        contestant.measure(pictures)
         for contestant in filter(None, gpu):
             largest = batches[max(options.pictures)]
             waits = synchronisations(lambda c=contestant, p=largest: c.run(p))
-            contestant.note = f" ({waits} waits for the GPU per call)"
+            contestant.waits, contestant.note = waits, f" ({waits} waits for the GPU per call)"
+        if options.json:
+            options.json.write_text(json.dumps({"machine": machine(), "rows": as_rows(contestants)}, indent=1))
         load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
         command = f"python benchmarks/faces.py {' '.join(sys.argv[1:])}"
         text = (

@@ -143,6 +143,7 @@ class Benchmark:
         # Random weights end nowhere in particular: every answer has its full length.
         model.stop_ids = frozenset()
         self.peer = Peer(model, ULTRA)
+        self.decode_with = ["greedy", "sampled"]
         self.rows: list[dict[str, Any]] = []
 
     def note(self, what: str, value: float, unit: str, against: float | None = None, remark: str = "") -> None:
@@ -168,6 +169,8 @@ class Benchmark:
             (True, Sampling(temperature=0.7, top_p=0.9, top_k=50)),
         ):
             word = "sampled" if sample else "greedy"
+            if word not in self.decode_with:
+                continue
             first = timed(device, lambda s=sample: self.peer.write(picture, 1, s))
             whole = timed(device, lambda s=sample: self.peer.write(picture, self.tokens, s))
             base = (self.tokens - 1) / (whole - first)
@@ -284,7 +287,8 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=64, help="how many are captioned")
     parser.add_argument("--side", type=int, default=1024, help="edge of the pictures in pixels")
     parser.add_argument("--only", nargs="*", default=["decode", "agreement", "first_token", "captions", "memory"])
-    parser.add_argument("--json", type=Path, default=Path("qwen_vl_benchmark.json"))
+    parser.add_argument("--decode-with", nargs="+", choices=("greedy", "sampled"), default=["greedy", "sampled"])
+    parser.add_argument("--json", type=Path, default=Path("qwen_vl_benchmark.json"), help="written after every part")
     options = parser.parse_args()
 
     import transformers
@@ -309,11 +313,12 @@ def main() -> None:
         }
         print(json.dumps(facts, indent=1))
         run = Benchmark(model, options.tokens, options.pictures, options.side)
+        run.decode_with = options.decode_with
         run.note("loading", time.perf_counter() - start, "s", None, "both sides")
         for part in options.only:
             clear_all()
             getattr(run, part)()
-        options.json.write_text(json.dumps(facts | {"rows": run.rows}, indent=1) + "\n", encoding="utf-8")
+            options.json.write_text(json.dumps(facts | {"rows": run.rows}, indent=1) + "\n", encoding="utf-8")
         MODELS.clear()
 
 

@@ -233,6 +233,13 @@ def machine(device: torch.device) -> dict[str, str]:
     return found
 
 
+def keep(options: argparse.Namespace, device: torch.device, results: Sequence[Result], **more: Any) -> None:
+    """Written whenever more is known: what comes later may fail."""
+    if options.json:
+        facts = {"machine": machine(device), "settings": {name: str(value) for name, value in vars(options).items()}}
+        options.json.write_text(json.dumps({**facts, "results": [asdict(r) for r in results], **more}, indent=1))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a checkpoint folder; without it one of random weights is written")
@@ -278,6 +285,7 @@ def main() -> int:
                 result.psnr = psnr(picture, reference)
             results.append(result)
             print(f"{name}: {result.warm:.3f} s", *result.notes, sep="\n  ", flush=True)
+            keep(options, device, results)
         prompts = prompt_stages(folder, options)
         memory = decoding_memory(folder, options, device)
     print()
@@ -287,11 +295,8 @@ def main() -> int:
     print(table(results))
     print("prompt:", ", ".join(f"{name} {seconds:.3f} s" for name, seconds in prompts.items()))
     print("decode:", json.dumps(memory))
-    facts = {"machine": machine(device), "settings": {k: str(v) for k, v in vars(options).items()}}
-    print(json.dumps(facts["machine"]))
-    if options.json:
-        found = {**facts, "results": [asdict(r) for r in results], "prompt_seconds": prompts, "decode": memory}
-        options.json.write_text(json.dumps(found, indent=1))
+    print(json.dumps(machine(device)))
+    keep(options, device, results, prompt_seconds=prompts, decode=memory)
     return 0
 
 

@@ -1,0 +1,317 @@
+"""The first stages of `card.py`: the card's own rates, the Triton kernels on true sizes, the tests that need a card.
+
+python benchmarks/card_checks.py health|kernels|tests [--json FILE] [--tiny]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (
+    "torch", "triton", "transformers", "diffusers", "torchao", "numpy", "onnx", "onnxruntime", "insightface", "av",
+    "scikit-image", "scenedetect", "comfy-kitchen", "comfy-aimdo", "torchsde", "sageattention",
+)  # fmt: skip
+
+
+def seconds_of(run: Callable[[], object], rounds: int) -> float:
+    """Median seconds of one call by the device's own clock; by the host's where there is no CUDA."""
+    for _ in range(3):
+        run()
+    if not torch.cuda.is_available():
+        spans = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            run()
+            spans.append(time.perf_counter() - start)
+        return statistics.median(spans)
+    pairs = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        pairs.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1000
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def copy_rate(numbers: int, device: torch.device) -> float:
+    """Bytes per second, read and written."""
+    source = torch.randn(numbers, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 9)
+
+
+def health(tiny: bool) -> dict[str, Any]:
+    """The two rates that bound everything else, on random data: zeros would run faster."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()}
+    found["cores"] = os.cpu_count()
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        free, total = torch.cuda.mem_get_info()
+        found |= {
+            "compute capability": f"{facts.major}.{facts.minor}",
+            "multiprocessors": facts.multi_processor_count,
+            "memory, GiB": round(total / 2**30, 1),
+            "free at the start, GiB": round(free / 2**30, 1),
+        }
+    else:
+        found["note"] = "no CUDA: these are the CPU's rates"
+    found["copy, GB/s read and written"] = copy_rate((1 << 20) if tiny else (1 << 30), device) / 1e9
+    side = 256 if tiny else 8192
+    for kind in dict.fromkeys((dtype, torch.float16 if device.type == "cuda" else dtype, torch.float32)):
+        a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+        rate = 2 * side**3 / seconds_of(lambda a=a, b=b: a @ b, 9) / 1e12  # type: ignore[misc]
+        found[f"{side}x{side}x{side} {str(kind).removeprefix('torch.')}, TFLOP/s"] = rate
+    small = torch.zeros(1, device=device)
+    start = time.perf_counter()
+    for _ in range(1000):
+        small.add_(1)
+    found["launch, us of Python"] = (time.perf_counter() - start) * 1e3
+    return found | versions()
+
+
+def kernels(tiny: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Every kernel against its definition in higher precision, and its time beside the same in torch."""
+    _pack()
+    found: dict[str, Any] = {"wrong": 0, "rows": []}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for check in (token_attention, window_attention, best_match, memory_read):
+        try:
+            rows = check(device, tiny)
+        except Exception as error:
+            traceback.print_exc()
+            rows = [{"kernel": check.__name__, "result": f"fails: {type(error).__name__}: {str(error)[:200]}"}]
+        for row in rows:
+            found["wrong"] += not row["result"].startswith("agrees")
+            print(row, flush=True)
+        found["rows"] += rows
+        save(found)
+    return found
+
+
+def _row(
+    name: str,
+    error: float,
+    allowed: float,
+    fused: Callable[[], object],
+    plain: Callable[[], object],
+    floor_bytes: float,
+) -> dict[str, Any]:
+    agrees = error <= allowed  # not so for NaN
+    torch_seconds, seconds = seconds_of(plain, 5), seconds_of(fused, 15)
+    return {
+        "kernel": name,
+        "result": f"agrees, error {error:.1e}" if agrees else f"DIFFERS: error {error:.1e}, allowed {allowed:.0e}",
+        "us": round(seconds * 1e6, 1),
+        "torch, us": round(torch_seconds * 1e6, 1),
+        "times as fast": round(torch_seconds / seconds, 2),
+        "GB/s of the least bytes": round(floor_bytes / seconds / 1e9, 1),
+    }
+
+
+def token_attention(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+    from hotpath.attention.token_attention import attend_tokens, attend_tokens_reference
+
+    rows = []
+    sizes = ((64, 2, 64, 16),) if tiny else ((4096, 10, 64, 16), (1024, 20, 64, 16), (4096, 8, 160, 64))
+    for queries, heads, dim, tokens in sizes:
+        for dtype, allowed in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
+            width = heads * dim
+            q, out = torch.randn(2, 2, queries, width, device=device).to(dtype)
+            keys, values = torch.randn(2, 2, tokens, width, device=device).to(dtype)
+            table = (torch.tensor([[0, 1]], dtype=torch.int32, device=device), torch.full((1, 2), 0.8, device=device))
+            wanted = attend_tokens_reference(q.double(), out.double(), keys.double(), values.double(), *table, heads)
+            made = attend_tokens(q, out, keys, values, *table, heads)
+            rows.append(_row(
+                f"token attention, 2 x {queries} x {heads} x {dim}, {tokens} tokens, {dtype}".replace("torch.", ""),
+                _error(made, wanted), allowed,
+                lambda q=q, out=out, k=keys, v=values, t=table, h=heads: attend_tokens(q, out, k, v, *t, h),
+                lambda q=q, out=out, k=keys, v=values, t=table, h=heads: attend_tokens_reference(q, out, k, v, *t, h),
+                3 * q.nbytes,
+            ))  # fmt: skip
+    return rows
+
+
+def window_attention(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+    from hotpath.attention import local_window
+
+    rows = []
+    for height, width in ((6, 9),) if tiny else ((28, 49), (70, 126)):
+        for dtype, allowed in ((torch.float16, 5e-3), (torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
+            frames, channels, values, window = (1, 16, 32, 15) if tiny else (5, 64, 1024, 15)
+            q = torch.randn(frames, channels, height, width, device=device) * channels**-0.5
+            k, v = (torch.randn(1, c, height, width, device=device) for c in (channels, values))
+            bias = torch.randn(frames, window * window, height, width, device=device)
+            q, k, v, bias = (x.to(memory_format=torch.channels_last) for x in (q, k, v.to(dtype), bias))
+            fused, _ = local_window.select_local_window(device)
+            wanted = local_window.local_window_reference(q, k, v, bias, window)
+            rows.append(_row(
+                f"window attention, {frames} x {height} x {width}, {dtype}".replace("torch.", ""),
+                _error(fused(q, k, v, bias, window), wanted), allowed,
+                lambda f=fused, q=q, k=k, v=v, b=bias, w=window: f(q, k, v, b, w),
+                lambda q=q, k=k, v=v, b=bias, w=window: local_window.local_window_banded(q, k, v, b, w),
+                q.nbytes + k.nbytes + v.nbytes + bias.nbytes + frames * v.nbytes,
+            ))  # fmt: skip
+    return rows
+
+
+def best_match(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+    from hotpath.attention import best_match as matching
+
+    rows = []
+    for places in (200,) if tiny else (5184, 32640):
+        # A smooth field of noise: neighbours are alike, as in a picture, so that near ties are common.
+        theta, phi = (_smooth(places, 256, seed, device) for seed in (1, 2))
+        search = matching.MeasuredMatch()
+        score, index = search(theta, phi)
+        exact_score, _ = matching.best_match(theta, phi)
+        reached = torch.einsum("nc,nc->n", theta.double(), phi[index].double())
+        error = max(float((reached - exact_score.double()).abs().max()), float((score - exact_score).abs().max()))
+        rows.append(_row(
+            f"best match, {places} x {places} x 256 ({search.status})", error, 2e-6, lambda s=search, t=theta, p=phi: s(t, p),
+            lambda t=theta, p=phi: matching.best_match(t, p), theta.nbytes + phi.nbytes,
+        ))  # fmt: skip
+    return rows
+
+
+def memory_read(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+    from hotpath.attention import topk_memory
+
+    rows = []
+    for queries, keys in ((50, 400),) if tiny else ((5 * 1372, 23720), (8820, 98200)):
+        query, memory = (torch.randn(n, 64, device=device) for n in (queries, keys))
+        selection, shrinkage = torch.rand(queries, 64, device=device), 1 + torch.rand(keys, device=device)
+        values = torch.randn(keys, 1024, device=device, dtype=torch.float32 if device.type == "cpu" else torch.float16)
+        few = slice(0, min(queries, 64))
+        wanted = topk_memory.read_top_k_reference(query[few], selection[few], memory, shrinkage, values, 30).readout
+        run = lambda q=query, s=selection, m=memory, w=shrinkage, v=values: topk_memory.read_top_k(q, s, m, w, v, 30)  # noqa: E731
+        rows.append(_row(
+            f"memory read, {queries} queries, {keys} keys", _error(run().readout[few], wanted), 5e-3, run, run,
+            (query.nbytes + selection.nbytes + memory.nbytes + values.nbytes),
+        ))  # fmt: skip
+    return rows
+
+
+def _smooth(places: int, channels: int, seed: int, device: torch.device) -> Tensor:
+    """[places, channels] of unit length, each like its neighbours."""
+    random = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(1, channels, max(places // 8, 2), generator=random)
+    fine = torch.nn.functional.interpolate(coarse, places, mode="linear")[0].T.contiguous().to(device)
+    return torch.nn.functional.normalize(fine, dim=1)
+
+
+def _error(made: Tensor, wanted: Tensor) -> float:
+    """||made - wanted|| / ||wanted||."""
+    wanted = wanted.double()
+    return float((made.double() - wanted).norm() / wanted.norm())
+
+
+def tests(tiny: bool, seconds: float) -> dict[str, Any]:
+    """`pytest -m gpu` over the files that hold such tests, in several processes: one that crashes takes one file along."""
+    from card_plan import gpu_tests
+
+    files = [str(ROOT / "tests" / "test_attention_local_window.py")] if tiny else list(gpu_tests())
+    report = Path(os.environ.get("TMPDIR", "/tmp")) / f"card_tests_{os.getpid()}.xml"
+    command = [
+        sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--timeout=120", "-p", "no:cacheprovider", "--durations=8",
+        f"--junitxml={report}", *files,
+    ]  # fmt: skip
+    several = min(4, (os.cpu_count() or 1) // 2, len(files))
+    if several > 1 and importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(several), "--dist", "loadfile"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    found: dict[str, Any] = {}
+    try:
+        found["exit code"] = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(2)  # pytest then writes what it knows
+        found["exit code"] = f"stopped after {seconds:.0f} s"
+        process.wait(8)
+    cases = list(ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
+    report.unlink(missing_ok=True)
+    bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = [case for case in cases if case.find("skipped") is not None]
+    found |= {
+        "passed": len(cases) - len(bad) - len(skipped),
+        "failed": len(bad),
+        "skipped": len(skipped),
+        "failures": [_failure(case) for case in bad],
+    }
+    if not cases:
+        del found["failed"]  # nothing was seen
+    return found
+
+
+def _failure(case: ElementTree.Element) -> str:
+    found = case.find("failure")
+    element = found if found is not None else case.find("error")
+    message = (element.get("message") or element.text or "") if element is not None else ""
+    return f"{case.get('classname')}::{case.get('name')}: {' '.join(message.split())[:300]}"
+
+
+def _pack() -> None:
+    """This checkout as `hotpath`, installed or not."""
+    if importlib.util.find_spec("hotpath") is None:
+        spec = importlib.util.spec_from_file_location(
+            "hotpath", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["hotpath"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("health", "kernels", "tests"))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+
+    def save(found: dict[str, Any]) -> None:
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1))
+
+    if options.what == "tests":
+        found = tests(options.tiny, options.seconds)
+    else:
+        with torch.inference_mode():
+            found = health(options.tiny) if options.what == "health" else kernels(options.tiny, save)
+    save(found)
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The runner of the benchmarks: what crashes or hangs is noted and the rest goes on; goals are held against results."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import card
+import card_plan
+from card_plan import Goal, Stage
+
+WRITES = (
+    "import json, sys; json.dump({'rows': [{'fps': 2.0}]}, open(sys.argv[1], 'w')); print('## Films'); print('| a |')"
+)
+CRASHES = "import os, signal; print('before', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+LACKS = "import a_module_that_is_nowhere"
+# Writes what it knows, then hangs, with a child that hangs too and hears nothing.
+HANGS = (
+    "import json, subprocess, sys, time; json.dump({'rows': []}, open(sys.argv[1], 'w')); "
+    "subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)']); "
+    "time.sleep(60)"
+)
+
+
+class Script(Stage):
+    """Runs its `tiny` as a program."""
+
+    def command(self, work: Path, limit: float, tiny: bool, peers: Path | None) -> list[str]:
+        return [sys.executable, "-c", self.tiny[0], str(work / f"{self.name}.json")]
+
+
+def stage(name: str, code: str, needs: tuple[str, ...] = ()) -> Stage:
+    return Script(name, name.title(), (), (code,), 100, needs=needs)
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(card, "GRACE", 1)
+
+    def run(stages: list[Stage], *arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["card.py", "--tiny", "--out", str(tmp_path), *arguments])
+        assert card.main(stages) == 0
+        return json.loads((tmp_path / "card.json").read_text())["stages"]
+
+    return run
+
+
+def test_one_bad_stage_does_not_stop_the_others(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [
+        stage("crash", CRASHES), stage("lack", LACKS), stage("need", WRITES, ("nowhere_to_be_found",)), stage("good", WRITES),
+    ]  # fmt: skip
+    found = call(stages)
+    assert {name: ran["status"] for name, ran in found.items()} == {
+        "crash": "failed", "lack": "failed", "need": "failed", "good": "done",
+    }  # fmt: skip
+    assert "signal 11" in found["crash"]["why"] and "a_module_that_is_nowhere" in found["lack"]["why"]
+    assert found["need"]["why"] == "not installed: nowhere_to_be_found"
+    text = (tmp_path / "card.md").read_text()
+    assert "### Films\n| a |" in text and text.index("## Stages") < text.index("## Goals")
+    assert "before" in (tmp_path / "card.log").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "card.log", "card.md"]
+
+
+def test_what_hangs_is_stopped_and_its_results_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "GRACE", 1)
+    hanging = stage("hang", HANGS)
+    start = time.monotonic()
+    command = hanging.command(tmp_path, 2, True, None)
+    ran = card.run_stage(hanging, command, {}, 2, tmp_path / "log")
+    assert ran["status"] == "stopped" and time.monotonic() - start < 20
+    assert card.results_of(hanging, tmp_path, 0) == {"rows": []}
+
+
+def test_a_second_call_does_what_the_first_did_not(call: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad, late = stage("good", WRITES), stage("bad", LACKS), stage("late", WRITES)
+    call([good, bad])
+    mended = stage("bad", WRITES)
+    ended = {"stages": {"good": {"status": "done"}, "bad": {"status": "failed"}}}
+    assert [left.name for left in card.order([good, mended, late], ended)] == ["late", "bad"]
+    capsys.readouterr()
+    found = call([good, mended, late], "--resume")
+    assert all(ran["status"] == "done" for ran in found.values())
+    assert "good: at most" not in capsys.readouterr().out
+
+
+def test_nothing_begins_without_time(call: Any) -> None:
+    assert call([stage("good", WRITES)], "--minutes", "0.01") == {}
+
+
+def test_goals_are_reached_missed_or_not_measured() -> None:
+    quick, slow = {"faces": {"ms": 20.0}}, {"faces": {"ms": 30.0}}
+    most = Goal("faces", None, 25, "ms", lambda r: r["faces"]["ms"])
+    least = Goal("faces", 25, None, "ms", lambda r: r["faces"]["ms"])
+    assert [goal.row(r)[2] for goal in (most, least) for r in (quick, slow, {})] == [
+        "reached", "missed", "not measured", "missed", "reached", "not measured",
+    ]  # fmt: skip
+    assert most.row(slow)[:2] == ("<= 25 ms", "30 ms")
+    assert most.row({"faces": {"ms": float("nan")}})[2] == "missed"
+    assert all(goal.row({})[2] == "not measured" for goal in card_plan.GOALS)
+
+
+def test_every_stage_has_its_program_and_names_its_file(tmp_path: Path) -> None:
+    for planned in card_plan.STAGES:
+        for tiny in (True, False):
+            command = planned.command(tmp_path, 100, tiny, tmp_path / "peers")
+            assert Path(command[1]).is_file() and str(tmp_path / f"{planned.name}.json") in command
+            assert not any("{" in part for part in command)
+    assert len(card_plan.gpu_tests()) > 5
