@@ -17,12 +17,14 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import json
 import platform
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -218,16 +220,25 @@ def contest(method: str, size: tuple[int, int], options: argparse.Namespace, dev
             if options.long and not compiled and precision != "bfloat16" and not out_of_time(options, f"{label} long"):
                 tenths = " ".join(f"{t:.1f}" for t in ours.long(options.long, height, width))
                 rows[-1].note += f" {options.long} frames, ms per frame by tenths: {tenths}"
-            say(rows[-1])
+            say(rows[-1], options)
             del ours, network
     if options.peers is not None and not out_of_time(options, f"{method} {name} original"):
-        rows.append(peer_row(method, frames[: options.peer_frames], options, device, name))
-        say(rows[-1])
+        try:
+            rows.append(peer_row(method, frames[: options.peer_frames], options, device, name))
+        except Exception as error:  # somebody else's program on a machine that it may not know
+            traceback.print_exc()
+            options.left_out.append(f"{method} {name} original ({type(error).__name__}: {str(error)[:160]})")
+            return rows
+        say(rows[-1], options)
     return rows
 
 
-def say(row: Row) -> None:
+def say(row: Row, options: argparse.Namespace) -> None:
+    """Said and written at once: what comes later may fail."""
     print(row, flush=True)
+    options.found.append(asdict(row))
+    if options.json:
+        options.json.write_text(json.dumps({"rows": options.found}, indent=1))
 
 
 def out_of_time(options: argparse.Namespace, what: str) -> bool:
@@ -306,12 +317,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="test the benchmark itself with small networks")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--write", action="store_true", help="append to benchmarks/RESULTS.md")
+    parser.add_argument("--json", type=Path, help="every row is written here when it is known")
     options = parser.parse_args()
     if options.tiny:
         options.sizes, options.frames, options.rounds, options.precisions = ["112x112"], 6, 1, ["float32"]
         if options.peers is not None or options.write:
             parser.error("--tiny has no peers, which come in one size only, and no results to write.")
-    options.deadline, options.left_out = time.monotonic() + options.seconds, []
+    options.deadline, options.left_out, options.found = time.monotonic() + options.seconds, [], []
     return options
 
 
