@@ -18,13 +18,13 @@ from .. import host
 from ..cache import content_key, file_fingerprint
 from .clip_job import finish_report, load_method, portion_frames, preview_of, room_for, start_report
 from .film import FilmSession, PreparedFrames, Snapshot
-from .film_options import FilmOptions, Reference, read_references
+from .film_options import FilmOptions, Reference, read_references, unreached
 from .film_state import load_state
 from .manifest import Manifest, read_manifest
 from .networks import AUTOMATIC, LoadedNetwork
 from .part_recorder import PartRecorder
 from .shots import Segment
-from .video_file import VideoFacts, assemble, read_facts, read_portions
+from .video_file import VideoError, VideoFacts, assemble, check_container, read_facts, read_portions
 
 log = logging.getLogger("hotpath.colorization")
 
@@ -51,6 +51,15 @@ class FileJob:
     precision: str = AUTOMATIC
     resume: bool = True
 
+    def __post_init__(self) -> None:
+        if self.output.resolve() == self.source.resolve() or (self.output.exists() and _same_file(self)):
+            raise ValueError(f"{self.output.name} is the film itself, which would be lost: choose another output name.")
+
+
+def _same_file(job: FileJob) -> bool:
+    """Also under two names, as links have."""
+    return job.source.exists() and job.output.samefile(job.source)
+
 
 def colorize_file(job: FileJob, references: Sequence[Reference], status: Callable[[str], None] | None = None) -> str:
     """Colour `job.source` into `job.output` and return the report. `status` gets a line about once a second.
@@ -63,6 +72,12 @@ def colorize_file(job: FileJob, references: Sequence[Reference], status: Callabl
     folder = job.output.with_name(job.output.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
     manifest = _manifest(job, references, loaded, folder)
+    try:
+        check_container(job.source, job.output, folder, facts, job.codec, job.quality)
+    except VideoError:
+        if not manifest.parts:
+            folder.rmdir()
+        raise
     report = start_report(loaded, references, job.options, facts.height, facts.width)
     report.fact("file", f"{job.source.name} to {job.output.name}, {job.codec} crf {job.quality}")
     before = manifest.frames
@@ -81,6 +96,8 @@ def colorize_file(job: FileJob, references: Sequence[Reference], status: Callabl
         report.note(lost)
     shutil.rmtree(folder, ignore_errors=True)
     finish_report(report, film, manifest.frames - before)
+    for note in unreached(references, manifest.frames):
+        report.note(note)
     return report.text(film.times, film.engines(), film.notes())
 
 

@@ -241,7 +241,8 @@ class FilmSession:
         if self.halved:
             before = [r for r in chosen if r.frame is not None and r.frame <= self.shot_start]
             examples = [r for r in chosen if r.frame is None]
-            first = (before[-1:] or examples[:1] or chosen[:1])[0]
+            latest = sorted(before, key=lambda reference: reference.frame or 0)[-1:]
+            first = (latest or examples[:1] or chosen[:1])[0]
             # A reference that is this very frame also stands in for the frame before it.
             last = resized(first.lab[None], *self.small)[0] if first.frame == self.shot_start else None
             return DeepExemplarSession(
@@ -301,10 +302,16 @@ class FilmSession:
     def load(self, state: FilmState) -> None:
         """Go on where `state` was taken. Raises ValueError when it belongs to another film or other options."""
         check_state(state, self.description())
-        self.frame, self.shot, self.shot_start = (int(n) for n in state.tensors["film"])
-        self._session = self._new_session()
-        self._session.load(state.part("session."))
-        self.smoother.load(state.part("smoother."), self.device)
+        try:
+            self.frame, self.shot, self.shot_start = (int(n) for n in state.tensors["film"])
+            self._session = self._new_session()
+            self._session.load(state.part("session."))
+            self.smoother.load(state.part("smoother."), self.device)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"This state cannot be continued here: it is of a network of other widths, or damaged ({error}). Use the "
+                "checkpoint it came from, or start the film anew."
+            ) from error
         if isinstance(self._session, DeepExemplarSession):
             passed = [r for r in self._chosen() if r.frame is not None and self.shot_start < r.frame < self.frame]
             if passed:
@@ -319,7 +326,13 @@ class FilmSession:
         """What a state must agree with to be continued here."""
         options = asdict(self.options)
         kept = ("method", "colour_size", "memory_mode", "propagate")
-        return {"height": self.size[0], "width": self.size[1], **{name: options[name] for name in kept}}
+        remembered = {"references": len(self.references)} if options["method"] == "ColorMNet" else {}
+        return {
+            "height": self.size[0],
+            "width": self.size[1],
+            **{name: options[name] for name in kept},
+            **remembered,
+        }
 
 
 def activations(

@@ -76,11 +76,22 @@ def read_references(pictures: Sequence[Tensor], frames: str = "") -> list[Refere
     for part in written:
         if part in ("", "-"):
             numbers.append(None)
-        elif part.isdigit():
+        elif part.isdecimal() and int(part) not in numbers:
             numbers.append(int(part))
+        elif part.isdecimal():
+            raise ValueError(f"reference_frames names frame {int(part)} twice; a frame has one reference.")
         else:
             raise ValueError(f"reference_frames must be whole numbers by commas, or - for none; {part!r} is not one.")
     numbers += [None] * (len(pictures) - len(numbers))
     cpu = torch.device("cpu")
     labs = [rgb_to_lab(to_channels_first(as_frames(picture, "a reference"), cpu))[0] for picture in pictures]
     return [Reference(lab, frame) for lab, frame in zip(labs, numbers, strict=True)]
+
+
+def unreached(references: Sequence[Reference], frames: int) -> list[str]:
+    """A sentence for every reference that is a frame behind the last of a film of `frames`."""
+    return [
+        f"Reference {number} is frame {reference.frame}, counted from 0, and the film has {frames}: it was an example only."
+        for number, reference in enumerate(references, start=1)
+        if reference.frame is not None and reference.frame >= frames
+    ]

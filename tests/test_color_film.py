@@ -14,7 +14,7 @@ from hotpath.colorization import clip_job, file_job, film, networks, video_file
 from hotpath.colorization.checkpoint_file import WrongCheckpoint
 from hotpath.colorization.colour_space import luminance_of
 from hotpath.colorization.film_options import METHODS, FilmOptions, Reference, read_references
-from hotpath.colorization.film_state import load_state, save_state
+from hotpath.colorization.film_state import FilmState, load_state, save_state
 from tiny_colorizers import TINY, save_models
 from torch import Tensor
 from torch.nn import functional as F
@@ -84,6 +84,19 @@ def test_state_of_another_film_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
     with pytest.raises(WrongCheckpoint, match="not a colour state"):
         load_state(tmp_path / "broken.safetensors")
+
+
+def test_state_of_another_network_or_other_references_is_refused(tmp_path: Path) -> None:
+    state = run(frames(2), frames(1, seed=3), method="ColorMNet", colour_size=32).state
+    with pytest.raises(ValueError, match="method 'ColorMNet' there, 'Deep Exemplar' here"):
+        run(frames(2), frames(1, seed=3), state, method="Deep Exemplar", colour_size=32)
+    with pytest.raises(ValueError, match="references 1 there, 2 here"):
+        run(frames(2), frames(2, seed=3), state, method="ColorMNet", colour_size=32)
+    wider = {**state.tensors, "session.memory.key": state.tensors["session.memory.key"].repeat(1, 2)}
+    lacking = {name: tensor for name, tensor in state.tensors.items() if name != "session.memory.value"}
+    for tensors in (wider, lacking):
+        with pytest.raises(ValueError, match=r"network of other widths, or damaged .*start the film anew"):
+            run(frames(2), frames(1, seed=3), FilmState(tensors, state.description), colour_size=32)
 
 
 def test_options_do_what_they_say() -> None:
@@ -168,7 +181,24 @@ def test_reference_that_is_a_frame_comes_back_as_it_is() -> None:
     assert (switched.pictures[3:] - first.pictures[3:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("wrong", ["1,2,3", "x", "-1", "1.5"])
+def test_references_out_of_order_count_by_their_frames() -> None:
+    images = frames(9)
+    early, late = frames(1, seed=9)[0], frames(1, seed=8)[0]
+    deep: dict[str, Any] = {"method": "Deep Exemplar", "colour_size": 64}
+    chosen = FilmOptions(**deep)
+    loaded = clip_job.load_method(chosen)
+
+    def shot_from_6(pictures: list[Tensor], where: str) -> Tensor:
+        with loaded.resident() as network:
+            session = film.FilmSession(network, loaded, chosen, read_references(pictures, where), 40, 54)
+            session.start_at(6, 1)
+            return session.colorize(images[6:]).pictures
+
+    assert torch.equal(shot_from_6([early, late], "0,4"), shot_from_6([late, early], "4,0"))
+    assert not torch.equal(shot_from_6([early, late], "0,4"), shot_from_6([early, late], "4,0"))
+
+
+@pytest.mark.parametrize("wrong", ["1,2,3", "x", "-1", "1.5", "4,4", "²"])
 def test_wrong_reference_frames_are_refused(wrong: str) -> None:
     with pytest.raises(ValueError, match="reference_frames"):
         read_references([*frames(2)], wrong)
@@ -309,6 +339,44 @@ def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
     job.source.write_bytes((tmp_path / "whole.mp4").read_bytes()[:600])
     with pytest.raises((video_file.VideoError, FileNotFoundError)):
         file_job.colorize_file(job, references)
+
+
+def test_the_film_itself_is_never_written_over(tmp_path: Path) -> None:
+    write_film(tmp_path / "in.mp4", frames(3), sound=False)
+    (tmp_path / "link.mp4").hardlink_to(tmp_path / "in.mp4")
+    for name in ("in.mp4", "link.mp4", "x/../in.mp4"):
+        with pytest.raises(ValueError, match="is the film itself, which would be lost"):
+            file_job.FileJob(tmp_path / "in.mp4", tmp_path / name, FilmOptions())
+
+
+@pytest.mark.parametrize("ending", [".webm", ".avi", ".mpg", ".gif", ".xyz", ""])
+def test_a_container_that_cannot_hold_the_film_is_refused_before_it_is_coloured(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_film(tmp_path / "in.mp4", frames(3))
+    monkeypatch.setattr(film.FilmSession, "prepare", lambda *_: pytest.fail("work was begun"))
+    job = file_job.FileJob(tmp_path / "in.mp4", tmp_path / f"out{ending}", FilmOptions(colour_size=32))
+    with pytest.raises(video_file.VideoError, match=r"cannot hold this film as libx264 .* such as \.mp4 or \.mkv"):
+        file_job.colorize_file(job, read_references([*frames(1)]))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_pixels_that_are_not_square_stay_so(tmp_path: Path) -> None:
+    import av
+
+    with av.open(str(tmp_path / "in.mp4"), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=12)
+        stream.height, stream.width, stream.pix_fmt = 40, 54, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(16, 15)
+        for picture in (frames(3) * 255).to(torch.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    job, references = file_task(tmp_path)
+    file_job.colorize_file(job, references)
+    with av.open(str(job.output)) as container:
+        assert container.streams.video[0].sample_aspect_ratio == Fraction(16, 15)
+    report = file_job.colorize_file(job, read_references([*frames(1)], "7"))
+    assert "Reference 1 is frame 7, counted from 0, and the film has 3" in report
 
 
 def test_odd_sizes_and_paths_from_the_command_line(tmp_path: Path) -> None:

@@ -86,6 +86,14 @@ def numbers(pictures: Tensor) -> list[int]:
     return found
 
 
+def read_pictures(path: Path) -> Tensor:
+    import av
+
+    with av.open(str(path)) as container:
+        decoded = container.decode(container.streams.video[0])
+        return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in decoded])
+
+
 def read_film(path: Path) -> tuple[Tensor, list[Fraction], Tensor]:
     """Pictures, times in seconds, and the sound's samples."""
     import av
@@ -314,6 +322,54 @@ def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert read_film(job.output)[0].float().std(-1).mean() < 3
 
 
+@pytest.mark.parametrize("ending", [".ts", ".h264"])
+def test_streams_that_cannot_be_sought_lose_no_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """A transport stream is sought too far, a raw one not at all."""
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    write_film(tmp_path / f"in{ending}", counted(60), sound=ending == ".ts", rate=RATE, crf=4)
+    _, references = file_task(tmp_path)
+    job = file_job.FileJob(tmp_path / f"in{ending}", tmp_path / "out.mp4", FilmOptions(colour_size=32), quality=4)
+    colour, calls = film.FilmSession.colour, [0]
+
+    def crash(self: film.FilmSession, *parts: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise RuntimeError("the machine went away")
+        return colour(self, *parts)
+
+    monkeypatch.setattr(film.FilmSession, "colour", crash)
+    with pytest.raises(RuntimeError, match="went away"):
+        file_job.colorize_file(job, references)
+    assert "continued: after 41 frames" in file_job.colorize_file(job, references)
+    assert numbers(read_pictures(job.output)) == list(range(60))
+
+
+def test_an_interrupt_while_a_part_is_closed_costs_nothing(
+    tmp_path: Path, here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    write_film(tmp_path / "in.mp4", counted(60), rate=RATE, crf=4)
+    job, references = file_task(tmp_path)
+    close = PartWriter.close
+
+    def slowly(self: PartWriter) -> None:
+        here.stop()
+        time.sleep(0.3)
+        close(self)
+
+    with monkeypatch.context() as flushing:
+        flushing.setattr(file_job, "check_container", lambda *_: None)
+        flushing.setattr(PartWriter, "close", slowly)
+        with pytest.raises(host.Interrupted):
+            file_job.colorize_file(job, references)
+    done = numbers(read_pictures(job.output))
+    assert done == list(range(len(done))) and len(done) >= 21
+    assert f"continued: after {len(done)} frames" in file_job.colorize_file(job, references)
+    assert numbers(read_pictures(job.output)) == list(range(60))
+
+
 @pytest.mark.parametrize("failing", [2, 4])
 def test_a_disk_that_fills_loses_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     """Whatever is queued behind the frames that were not written must not count."""
@@ -330,6 +386,7 @@ def test_a_disk_that_fills_loses_no_frame(tmp_path: Path, monkeypatch: pytest.Mo
         write(self, *parts)
 
     with monkeypatch.context() as small:
+        small.setattr(file_job, "check_container", lambda *_: None)
         small.setattr(PartWriter, "write", full)
         with pytest.raises(OSError, match="No space left"):
             file_job.colorize_file(job, references)
