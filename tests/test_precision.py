@@ -172,6 +172,25 @@ def test_torch_compiles_a_layer_without_a_break(scheme):
                 torch.testing.assert_close(fast(x), module(x), atol=2e-2, rtol=2e-2)
 
 
+def test_compiled_rounding_can_be_fused_with_what_comes_before():
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen = []
+
+    def keep(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    module = layer(set_precision(tiny("z_image", torch.bfloat16).model, "fp8")[0])
+    with torch.inference_mode():
+        torch.compile(module, backend=aot_autograd(fw_compiler=keep), fullgraph=True)(
+            torch.randn(1, 40, 256).bfloat16()
+        )
+    assert "aten.clamp.default" in seen
+    assert not any("comfy_kitchen" in target for target in seen)  # an operator of its own cannot be looked into
+
+
 # --- which layers ---------------------------------------------------------------------------------------------------
 
 

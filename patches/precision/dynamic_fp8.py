@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 NAME = "HotpathDynamicFP8"
 LARGEST = 448.0  # of e4m3
@@ -27,6 +28,11 @@ def fp8_scale(x: Tensor) -> Tensor:
     return (torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) / LARGEST).clamp_min(1e-30)
 
 
+def _traced() -> bool:
+    """Whether torch's compiler looks at this; Dynamo does not, it is the stage after it that sees into weights like ours."""
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
+
+
 def fp8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight + bias with x rounded to fp8. x [..., K]; weight [K, N] e4m3 with the columns contiguous; bias [N].
 
@@ -34,7 +40,7 @@ def fp8_product(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     """
     rows = x.reshape(-1, x.shape[-1])
     scale = fp8_scale(rows)
-    if torch.compiler.is_compiling():
+    if _traced() or x.device.type == "cpu":
         rounded = (rows.float() / scale).clamp(-LARGEST, LARGEST).to(FP8)
     else:
         import comfy_kitchen
