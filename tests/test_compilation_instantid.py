@@ -164,3 +164,23 @@ def test_a_recording_follows_every_change_of_an_identity(compiled_first: bool) -
         assert recorder.recorded == 1, name
         first = first or recorder
     assert not compiled_first or recorder is first
+
+
+def test_an_identity_is_copied_once_and_not_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = compile_model(
+        bench().patch(weight=0.7, end_at=0.6)[0], CompileSettings(mode="reduce-overhead"), backend="eager"
+    )
+    record_calls(model, compiler_of(model), record=Replay)
+    copied: list[int] = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(
+        torch,
+        "_foreach_copy_",
+        lambda to, of: (copied.append(len(of)), len({t.dtype for t in of}) == 1 or 1 / 0, copy(to, of)),
+    )
+    expected = sample(bench().patch(weight=0.7, end_at=0.6)[0], bench().positive, bench().negative)
+    assert_same_picture(sample(model, bench().positive, bench().negative), expected)
+    compiler = compiler_of(model)
+    assert compiler.recorder.recorded == 1 and compiler.recorder.reason is None
+    steps, blocks = compiler.recorder.replayed, 13
+    assert sum(copied) < steps * (blocks + 8)  # the weights of a range, which change, and the model's own inputs

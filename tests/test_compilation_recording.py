@@ -166,6 +166,89 @@ def test_a_recording_that_fails_leaves_the_call_as_it_is() -> None:
     assert "not permitted" in compiler_of(model).report()
 
 
+def test_gradients_are_never_lost_in_a_recording() -> None:
+    bench = tiny("flux")
+    model, recorder = recorded(bench.model)
+    with torch.no_grad():
+        expected = bench.sample(model)
+        assert recorder.recorded == 1
+
+    def guided(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return executor(*args, **kwargs)
+
+    steered = model.clone()
+    steered.add_wrapper_with_key("apply_model", "guided", guided)
+    with torch.no_grad():
+        assert_same_picture(bench.sample(steered).detach(), expected)
+    assert "gradients" in recorder.reason
+    assert_same_picture(sample(bench, model), expected)
+    assert recorder.recorded == 2  # in inference mode, whose tensors cannot be written to outside of it
+    with torch.no_grad():
+        assert_same_picture(bench.sample(model), expected)
+    assert recorder.recorded == 2
+
+
+def test_weights_that_make_room_take_their_recordings_along() -> None:
+    bench = tiny("flux")
+    model, recorder = recorded(bench.model)
+    sample(bench, model)
+    assert len(recorder) == 1
+    layer = bench.model.model.diffusion_model.double_blocks[0].img_attn.proj
+    layer.weight_function = [lambda weight: weight]  # as ComfyUI does with what is not loaded whole
+    try:
+        assert_same_picture(sample(bench, model), sample(bench))
+    finally:
+        layer.weight_function = []
+    assert "not loaded whole" in recorder.reason
+    assert len(recorder) == 0
+    sample(bench, model)
+    assert len(recorder) == 1
+
+
+class Graph:
+    """What a recording asks of torch.cuda, noted down."""
+
+    def __init__(self, calls: list[Any], fails: bool) -> None:
+        self.calls, self.fails = calls, fails
+
+    def __call__(self, _: Any, pool: Any, stream: Any, **__: Any) -> Graph:
+        self.calls.append((pool, stream))
+        return self
+
+    def __enter__(self) -> None:
+        if self.fails:
+            raise RuntimeError("capture")
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_recordings_share_their_memory_and_a_broken_one_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unittest.mock import MagicMock
+
+    calls: list[Any] = []
+    graph = Graph(calls, fails=False)
+    pools = iter("abcd")
+    for name, value in {
+        "current_device": lambda: 0, "Stream": MagicMock, "stream": MagicMock(), "current_stream": MagicMock(),
+        "CUDAGraph": MagicMock, "graph_pool_handle": lambda: next(pools), "graph": graph,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    first, second = CudaRecording(lambda: 1), CudaRecording(lambda: 2)
+    assert calls[0] == calls[1] and calls[0][0] == "a"
+    assert (first.replay(), second.replay()) == (1, 2)
+    graph.fails = True
+    with pytest.raises(RuntimeError):
+        CudaRecording(lambda: 3)
+    graph.fails = False
+    third = CudaRecording(lambda: 4)
+    assert calls[-1][0] == "b"
+    del first, second, third  # a pool that nothing is recorded in any more is gone for good
+    assert CudaRecording(lambda: 5).replay() == 5
+    assert calls[-1][0] == "c"
+
+
 def test_copied_options_keep_the_recorder() -> None:
     bench = tiny("flux")
     model, recorder = recorded(bench.model)

@@ -14,6 +14,8 @@ import contextlib
 import copy
 import inspect
 import logging
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -49,19 +51,44 @@ class Recording(Protocol):
     def replay(self) -> Any: ...
 
 
+class _Memory:
+    """What the recordings on one device work in, all in the same: one runs at a time, and its output is copied out at once.
+
+    torch lets graphs share a pool if they were recorded on one stream.
+    """
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+
+
 class CudaRecording:
-    """`function` recorded as a CUDA graph on the current device."""
+    """`function` recorded as a CUDA graph on the current device, in memory that all recordings there share."""
+
+    # Held by the recordings alone: a pool that the last of them has left cannot be used again.
+    _shared: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
+    _one_at_a_time = threading.Lock()  # cudaMallocAsync, which ComfyUI asks for, allows one capture in a process
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        device = torch.cuda.current_device()
+        with self._one_at_a_time:
+            self._memory = self._shared.get(device) or _Memory()
+            self._shared[device] = self._memory
+            try:
+                self._record(function, self._memory)
+            except BaseException:
+                self._shared.pop(device, None)  # what a capture that broke off has left of the pool is not to be shared
+                raise
+
+    def _record(self, function: Callable[[], Any], memory: _Memory) -> None:
+        memory.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(memory.stream):
             for _ in range(WARM_CALLS):
                 function()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(memory.stream)
         self._graph = torch.cuda.CUDAGraph()
         # thread_local: what another thread does with the GPU meanwhile, such as decoding a preview, is its own affair.
-        with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, memory.pool, memory.stream, capture_error_mode="thread_local"):
             self._output = function()
 
     def replay(self) -> Any:
@@ -73,26 +100,30 @@ class CudaRecording:
 class _Flat:
     """The tensors in some arguments, and everything else about them as a key.
 
-    kept: objects that the key names by identity; held so that no other object gets their identity.
+    lasting: which of the tensors are in patches of ours, that is, never written to once they are made. kept: objects that
+    the key names by identity; held so that no other object gets their identity.
     """
 
     tensors: list[torch.Tensor]
+    lasting: list[bool]
     kept: list[Any]
 
 
-def _flatten(value: Any, flat: _Flat) -> Hashable:
+def _flatten(value: Any, flat: _Flat, lasting: bool = False) -> Hashable:
     if isinstance(value, torch.Tensor):
         flat.tensors.append(value)
+        flat.lasting.append(lasting)
         return "tensor", tuple(value.shape), value.dtype, value.device
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
         return type(value), value
     if isinstance(value, dict):
-        parts = tuple((key, _flatten(part, flat)) for key, part in value.items() if key != OVERRIDE)
+        parts = tuple((key, _flatten(part, flat, lasting)) for key, part in value.items() if key != OVERRIDE)
         return dict, parts, _same(value.get(OVERRIDE), flat)
     if isinstance(value, (list, tuple)):
-        return type(value), tuple(_flatten(part, flat) for part in value)
+        return type(value), tuple(_flatten(part, flat, lasting) for part in value)
     if (attributes := attributes_used(value)) is not None:
-        return type(value), tuple((name, _flatten(part, flat)) for name, part in attributes.items())
+        ours = lasting or type(value).__module__.startswith(OWN)
+        return type(value), tuple((name, _flatten(part, flat, ours)) for name, part in attributes.items())
     return _same(value, flat)
 
 
@@ -129,15 +160,29 @@ def _copies(output: Any) -> Any:
 
 
 class _Recorded:
-    def __init__(self, recording: Recording, buffers: list[torch.Tensor], kept: list[Any]) -> None:
+    def __init__(self, recording: Recording, buffers: list[torch.Tensor], flat: _Flat) -> None:
         self.recording = recording
         self.buffers = buffers
-        self.kept = kept
+        self.kept = flat.kept
+        self._held = [weakref.ref(tensor) for tensor in flat.tensors]
 
-    def play(self, tensors: list[torch.Tensor]) -> Any:
-        if tensors:
-            torch._foreach_copy_(self.buffers, tensors)
+    def play(self, flat: _Flat) -> Any:
+        self._fill(flat)
         return _copies(self.recording.replay())
+
+    def _fill(self, flat: _Flat) -> None:
+        """The buffers get what changed: an identity has some 300 tensors, and they stay from step to step."""
+        changed: dict[Hashable, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for place, (tensor, lasts) in enumerate(zip(flat.tensors, flat.lasting, strict=True)):
+            if lasts and tensor is self._held[place]():
+                continue
+            self._held[place] = weakref.ref(tensor)
+            # Copies of one type are one launch; mixed, each would be one of its own.
+            buffers, tensors = changed.setdefault((tensor.device, tensor.dtype), ([], []))
+            buffers.append(self.buffers[place])
+            tensors.append(tensor)
+        for buffers, tensors in changed.values():
+            torch._foreach_copy_(buffers, tensors)
 
 
 class CallRecorder:
@@ -176,8 +221,8 @@ class CallRecorder:
             arguments = self._reduced(executor, args, kwargs)
         except NotTraceable as error:
             return self._unrecorded(str(error), executor, args, kwargs)
-        flat = _Flat([], [])
-        key = (_flatten(arguments, flat), self.compiler.current().weights())
+        flat = _Flat([], [], [])
+        key = (_flatten(arguments, flat), self.compiler.current().weights(), torch.is_inference_mode_enabled())
         if key in self._failed:
             return self._unrecorded(self._failed[key], executor, args, kwargs)
         held = self._kept.get(key)
@@ -196,7 +241,7 @@ class CallRecorder:
         self._kept.move_to_end(key)
         self.reason = None
         self.replayed += 1
-        return held.play(flat.tensors)
+        return held.play(flat)
 
     def _unrecorded(self, reason: str, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.reason = reason
@@ -212,7 +257,7 @@ class CallRecorder:
 
         devices = [buffer.device for buffer in buffers if buffer.device.type == "cuda"]
         with torch.cuda.device(devices[0]) if devices else contextlib.nullcontext():
-            made = _Recorded(self.record(call), buffers, flat.kept)
+            made = _Recorded(self.record(call), buffers, flat)
         self.recorded += 1
         return made
 
@@ -224,8 +269,11 @@ class CallRecorder:
             home = getattr(wrapper, "__module__", "?")
             if not home.startswith(OWN):
                 raise NotTraceable(f"{home} wraps the model's forward")
+        if torch.is_grad_enabled():
+            raise NotTraceable("gradients are wanted, and a recording has none")
         problem = self.compiler.current().problem
         if problem is not None:
+            self._kept.clear()  # mostly weights that had to make room, for which recordings hold room as well
             raise NotTraceable(problem)
         model = type(executor.class_obj)
         if model not in self._places:
