@@ -13,6 +13,7 @@ from ..distributed.items import PICTURES, VIDEOS, BadItems, FolderItems, ItemSou
 from ..distributed.jobs import BadMap
 from ..distributed.mapping import MapOptions, MapOutcome, MapRequest, run_map
 from ..distributed.ray_cluster import ClusterOptions
+from ..distributed.scheduler import DiskFull
 from ..distributed.status import Status
 from ..headless.graph import Graph, WorkflowError
 from ..headless.interrupts import stopped_by_ctrl_c
@@ -42,6 +43,9 @@ def run(options: argparse.Namespace) -> int:
     except (BadMap, BadItems, WorkflowError, FileNotFoundError) as error:
         complain(str(error))
         return REFUSED
+    except DiskFull as error:
+        complain(str(error))
+        return FAILED
     except (Interrupted, KeyboardInterrupt):
         note("Stopped. What is finished is kept; the same command goes on from there.", "yellow")
         return INTERRUPTED

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import secrets
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,8 +28,8 @@ from .pool import InProcessPool, Pool
 from .ray_cluster import ClusterOptions
 from .ray_pool import RayPool
 from .results import ResultStore
-from .retry import RetryPlan
-from .scheduler import DEPTH, NoWorkers, Scheduler
+from .retry import RetryPlan, is_full
+from .scheduler import DEPTH, DiskFull, NoWorkers, Scheduler
 from .status import Observer, Status, clock_time
 from .worker import WorkerSettings
 
@@ -128,8 +129,21 @@ def run_map(
 ) -> MapOutcome:
     """Run every item that has no result yet. interrupted: raises to stop; what is done is then kept and listed.
 
-    The host that is current must see the same input folder. Raises BadMap and WorkflowError before anything runs.
+    The host that is current must see the same input folder. Raises BadMap and WorkflowError before anything runs, and
+    DiskFull.
     """
+    try:
+        return _run_map(request, observer, interrupted)
+    except (OSError, sqlite3.OperationalError, DiskFull) as error:
+        if not (isinstance(error, DiskFull) or is_full(error)):
+            raise
+        raise DiskFull(
+            f"There is no room left for the results in {request.output_folder} ({error}): make room and run the same "
+            "again; what is finished is kept."
+        ) from error
+
+
+def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callable[[], None]) -> MapOutcome:
     catalog = available_nodes()
     options = request.options
     devices = choose_devices(options.gpus, options.workers)

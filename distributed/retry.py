@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import random
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-MEMORY, CONNECTION, WORKER, ITEM = "memory", "connection", "worker", "item"
+MEMORY, CONNECTION, WORKER, ITEM, DISK = "memory", "connection", "worker", "item", "disk"
 PASSING = frozenset({MEMORY, CONNECTION, WORKER})
 PASSING_ERRNOS = frozenset(
     getattr(errno, name)
@@ -21,21 +22,32 @@ PASSING_ERRNOS = frozenset(
     )
     if hasattr(errno, name)
 )  # fmt: skip
+FULL_ERRNOS = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name))
 MEMORY_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 
 
 def failure_kind(error: BaseException) -> str:
-    """memory, connection, or item for what will not pass. Looks at causes too: a node's error wraps the first one."""
+    """memory, connection, disk for one without room, or item for what will not pass. Looks at causes too: a node's error
+    wraps the first one."""
     for cause in _chain(error):
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
             return MEMORY
         if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in MEMORY_SIGNS):
             return MEMORY
+        if is_full(cause):
+            return DISK
         if isinstance(cause, ConnectionError | TimeoutError):
             return CONNECTION
         if isinstance(cause, OSError) and cause.errno in PASSING_ERRNOS:
             return CONNECTION
     return ITEM
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, or what somebody may use of it, is full; SQLite says so in words only."""
+    if isinstance(error, sqlite3.OperationalError):
+        return "disk is full" in str(error)
+    return isinstance(error, OSError) and error.errno in FULL_ERRNOS
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

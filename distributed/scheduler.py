@@ -19,13 +19,17 @@ from typing import Protocol
 from .jobs import Job
 from .policy import Policy
 from .pool import Advanced, Died, Event, Finished, Pool, Ready
-from .retry import MEMORY, WORKER, RetryPlan
+from .retry import DISK, MEMORY, WORKER, RetryPlan
 from .status import Observer, Status, Unobserved
 
 log = logging.getLogger("hotpath.distributed")
 
 TICK = 0.1  # seconds at most between two looks at the interrupt
 DEPTH = 2
+
+
+class DiskFull(RuntimeError):
+    """There is no room for results; the message is a sentence for the person. What is finished is kept."""
 
 
 class NoWorkers(RuntimeError):
@@ -97,7 +101,8 @@ class Scheduler:
         self.observer.changed(self.status)
 
     def run(self, jobs: Iterator[Job]) -> Status:
-        """Until every job has ended. Raises NoWorkers, or what `interrupted` raises; what is finished is then kept."""
+        """Until every job has ended. Raises NoWorkers, DiskFull, or what `interrupted` raises; what is finished is
+        then kept."""
         exhausted = False
         try:
             # Inside, for the workers that did start when one cannot.
@@ -191,6 +196,9 @@ class Scheduler:
             self._finish(task, done=True)
             return
         self.store.discard(staging)
+        if result["kind"] == DISK:
+            # The item is not to blame, and the others would fare no better.
+            raise DiskFull(str(result["error"]))
         if result["kind"] == MEMORY:
             self._ready[slot] = False
             self.pool.renew(slot)

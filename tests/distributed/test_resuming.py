@@ -12,12 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from hotpath.distributed import results
+from hotpath.distributed import results, worker
 from hotpath.distributed.items import FolderItems, Item, JsonLinesItems, ListItems
 from hotpath.distributed.jobs import BadMap, Job
 from hotpath.distributed.manifest import Manifest, ManifestInUse
 from hotpath.distributed.mapping import MapOutcome, run_map
 from hotpath.distributed.results import ResultStore
+from hotpath.distributed.scheduler import DiskFull
 from hotpath.distributed.status import Status
 from hotpath.host import Interrupted
 from map_workflows import COPY, listed, made, picture
@@ -62,6 +63,37 @@ def test_the_report_says_when_workers_took_no_part(tmp_path):
     assert "by 4 Ray actors, 1 of which came to work" in outcome.report()
     status.peak = 4
     assert "came to work" not in outcome.report()
+
+
+@pytest.mark.parametrize("place", ["where results are staged", "where they are recorded"])
+def test_a_full_disk_ends_the_run_and_blames_no_item(pictures, request_for, monkeypatch, place):
+    """Half-way: what was finished stays, and the same run goes on when there is room."""
+    seen: list[Path] = []
+    sync, commit = worker.sync, Manifest.begin_commit
+
+    def full(path):
+        seen.append(path)
+        if len(seen) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        sync(path)
+
+    def full_record(self, *parts):
+        seen.append(Path())
+        if len(seen) > 2:
+            raise sqlite3.OperationalError("database or disk is full")
+        commit(self, *parts)
+
+    if place == "where results are staged":
+        monkeypatch.setattr(worker, "sync", full)
+    else:
+        monkeypatch.setattr(Manifest, "begin_commit", full_record)
+    with pytest.raises(DiskFull, match=r"no room left for the results in .*out \(.*: make room and run the same again"):
+        run_map(request_for(pictures))
+    assert len(seen) == 3, "the others are not tried"
+    assert [line["status"] for line in listed(request_for(pictures).output_folder)].count("failed") == 0
+    monkeypatch.undo()
+    outcome = run_map(request_for(pictures))
+    assert (outcome.status.skipped, outcome.status.done, len(made(outcome.folder))) == (2, 3, 5)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of 255 bytes are POSIX's")
