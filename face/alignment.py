@@ -14,6 +14,7 @@ from torch import Tensor
 from .faces import FaceError
 
 TEMPLATE_SIZE = 112
+SAMPLES_AT_ONCE = 1 << 20  # each takes about 100 bytes while it is computed
 TEMPLATE = np.array(
     [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)], np.float32
 )
@@ -57,11 +58,23 @@ def warp(pixels: Tensor, rows: Tensor, inverse: Tensor, height: int, width: int,
 
     pixels: [n, H, W, C] of any dtype; rows: [F] which picture each crop comes from; inverse: [F, 2, 3] float32 from
     crop to picture. Outside of the picture is black, or its edge repeated. Four gathers, so no picture is copied once
-    per face.
+    per face, and strip by strip: an address of eight bytes for each sample of a large crop would fill the memory.
     """
+    lines = max(1, SAMPLES_AT_ONCE // max(1, len(inverse) * width))
+    if lines >= height:
+        return _strip(pixels, rows, inverse, range(height), width, repeat_edge)
+    out = torch.empty(len(inverse), height, width, pixels.shape[-1], device=pixels.device)
+    for start in range(0, height, lines):
+        strip = range(start, min(start + lines, height))
+        out[:, start : start + lines] = _strip(pixels, rows, inverse, strip, width, repeat_edge)
+    return out
+
+
+def _strip(pixels: Tensor, rows: Tensor, inverse: Tensor, lines: range, width: int, repeat_edge: bool) -> Tensor:
+    """The `lines` of what `warp` gives."""
     count, source_height, source_width, channels = pixels.shape
     y, x = torch.meshgrid(
-        torch.arange(height, device=pixels.device, dtype=torch.float32),
+        torch.arange(lines.start, lines.stop, device=pixels.device, dtype=torch.float32),
         torch.arange(width, device=pixels.device, dtype=torch.float32),
         indexing="ij",
     )

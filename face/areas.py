@@ -57,6 +57,8 @@ def mark_faces(picture: Tensor, faces: Faces) -> Tensor:
     font = ImageFont.load_default(max(10, max(image.size) // 40))
     for i, (box, points) in enumerate(zip(faces.boxes.tolist(), faces.keypoints.tolist(), strict=True)):
         colour = MARKS[i % len(MARKS)]
+        # A weak detection may have its sides the wrong way round.
+        box = [min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])]
         ink.rectangle(box, outline=colour, width=thick)
         for (px, py), point_colour in zip(points, POINT_COLOURS, strict=True):
             ink.ellipse((px - 1.5 * thick, py - 1.5 * thick, px + 1.5 * thick, py + 1.5 * thick), fill=point_colour)

@@ -18,7 +18,7 @@ from .. import host
 from .alignment import TEMPLATE, TEMPLATE_SIZE, invert, similarity, warp
 from .faces import FaceError, Faces
 
-FINEST = 8  # largest number of samples per crop pixel and axis when a crop shrinks its face
+FINEST = 8  # largest number of samples per pixel and axis where a crop or a picture is coarser than the other
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,31 @@ def cut(pictures: Tensor, places: CropPlaces) -> Tensor:
     _same_batch(pictures, places)
     crops = []
     for inverse, row in host.each(list(zip(places.inverse, places.rows, strict=True)), "crops"):
-        step = float(np.hypot(inverse[0, 0], inverse[1, 0]))
-        fine = min(FINEST, max(1, int(np.ceil(step - 1e-6))))
-        shift = (1 - fine) / (2 * fine)
-        finer = inverse.copy()
-        finer[:, 2] += inverse[:, :2] @ np.array([shift, shift])
-        finer[:, :2] /= fine
-        matrix = torch.from_numpy(finer[None].astype(np.float32)).to(pictures.device)
-        which = torch.tensor([row], device=pictures.device)
-        crop = warp(pictures, which, matrix, places.side * fine, places.side * fine, repeat_edge=True)
-        crops.append(F.avg_pool2d(crop.permute(0, 3, 1, 2), fine).permute(0, 2, 3, 1))
+        fine = int(np.ceil(_step(inverse) - 1e-6))
+        crops.append(_averaged(pictures, row, inverse, places.side, places.side, fine, repeat_edge=True))
     if not crops:
         return pictures.new_zeros(0, places.side, places.side, pictures.shape[-1])
     return torch.cat(crops)
+
+
+def _step(matrix: NDArray[np.float64]) -> float:
+    """How many pixels of the source lie along one of the target."""
+    return float(np.hypot(matrix[0, 0], matrix[1, 0]))
+
+
+def _averaged(
+    pixels: Tensor, row: int, matrix: NDArray[np.float64], height: int, width: int, fine: int, repeat_edge: bool
+) -> Tensor:
+    """[1, height, width, C] of `pixels[row]` through `matrix` [2, 3], each pixel the mean of fine x fine samples."""
+    fine = min(FINEST, max(1, fine))
+    shift = (1 - fine) / (2 * fine)
+    finer = matrix.copy()
+    finer[:, 2] += matrix[:, :2] @ np.array([shift, shift])
+    finer[:, :2] /= fine
+    inverse = torch.from_numpy(finer[None].astype(np.float32)).to(pixels.device)
+    which = torch.tensor([row], device=pixels.device)
+    samples = warp(pixels, which, inverse, height * fine, width * fine, repeat_edge)
+    return F.avg_pool2d(samples.permute(0, 3, 1, 2), fine).permute(0, 2, 3, 1)
 
 
 def edge_weight(side: int, feather: float) -> Tensor:
@@ -97,7 +109,8 @@ def paste(
     """The pictures [B, H, W, C] with the crops [F, S, S, C] put back, and where [B, H, W] in 0..1.
 
     feather: width of the soft border, in parts of half the crop. mask: [F or 1, s, s], what of each crop counts; any
-    size. Crops may have another side than they were cut with. Raises FaceError when their number differs.
+    size. Crops may have another side than they were cut with, and are averaged where the picture is coarser. Raises
+    FaceError when their number differs or one is not square.
     """
     _same_batch(pictures, places)
     if crops.shape[0] != len(places):
@@ -107,12 +120,14 @@ def paste(
     out, touched = pictures.clone(), pictures.new_zeros(pictures.shape[:3])
     height, width, channels = pictures.shape[1:]
     for i, row in enumerate(host.each(places.rows, "crops")):
-        crop = crops[i].to(pictures)[..., :channels]
+        crop = _in_channels(crops[i].to(pictures), channels)
+        if crop.shape[0] != crop.shape[1]:
+            raise FaceError(f"A crop came back as {crop.shape[1]} x {crop.shape[0]}; crops are square, at any size.")
         side = crop.shape[0]
         weight = edge_weight(side, feather).to(pictures)
         if mask is not None:
             own = mask[min(i, mask.shape[0] - 1)].to(pictures)
-            weight = weight * F.interpolate(own[None, None], size=(side, side), mode="bilinear")[0, 0]
+            weight = weight * F.interpolate(own[None, None], size=(side, side), mode="bilinear", antialias=True)[0, 0]
         inverse = places.inverse[i].copy()
         ratio = places.side / side
         inverse[:, 2] += inverse[:, :2] @ np.full(2, (ratio - 1) / 2)
@@ -124,15 +139,26 @@ def paste(
             continue
         forward = invert(inverse[None])
         forward[0, :, 2] += forward[0, :, :2] @ np.array([x0, y0])
-        layers = torch.cat([crop, weight[..., None]], -1)[None]
-        matrix = torch.from_numpy(forward.astype(np.float32)).to(pictures.device)
-        first = torch.zeros(1, dtype=torch.long, device=pictures.device)
-        back = warp(layers.contiguous(), first, matrix, y1 - y0, x1 - x0)[0]
-        alpha = back[..., -1:]
-        out[row, y0:y1, x0:x1] = torch.lerp(out[row, y0:y1, x0:x1], back[..., :-1], alpha)
+        tall, wide, fine = y1 - y0, x1 - x0, int(_step(forward[0]))
+        # The weight ends at the border and the colour does not: a hard border would be darkened by the black beyond.
+        back = _averaged(crop[None].contiguous(), 0, forward[0], tall, wide, fine, repeat_edge=True)[0]
+        alpha = _averaged(weight[None, ..., None].contiguous(), 0, forward[0], tall, wide, fine, repeat_edge=False)[0]
+        region = out[row, y0:y1, x0:x1, : back.shape[-1]]
+        out[row, y0:y1, x0:x1, : back.shape[-1]] = torch.lerp(region, back, alpha)
         region = touched[row, y0:y1, x0:x1]
         touched[row, y0:y1, x0:x1] = torch.maximum(region, alpha[..., 0])
     return out, touched
+
+
+def _in_channels(crop: Tensor, channels: int) -> Tensor:
+    """A crop as a picture of `channels` takes it: grey is repeated, colour averaged for grey. Without transparency of
+    its own it leaves the picture's as it is, and gives only the colours."""
+    given = crop.shape[-1]
+    if given == 1 and channels > 1:
+        return crop.expand(*crop.shape[:2], 3)
+    if channels == 1 and given > 1:
+        return crop[..., :3].mean(-1, keepdim=True)
+    return crop[..., :channels]
 
 
 def _same_batch(pictures: Tensor, places: CropPlaces) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hotpath import demo, face
-from hotpath.face import FaceChoice, FaceError, Faces
+from hotpath.face import FaceChoice, FaceError, Faces, alignment
 from hotpath.face.crops import crop_places, cut, edge_weight, paste
 from hotpath.face.foreign import ForeignAnalyser
 from hotpath.host.headless import HeadlessHost
@@ -176,6 +176,72 @@ def test_a_crop_that_shrinks_its_face_is_averaged(three):
     faces = [Faces(box, torch.rand(1, 5, 2), torch.ones(1), None, (256, 256), 640)]
     crop = cut(stripes, crop_places(faces, 32, 0.0, upright=True))
     assert (crop[:, 2:-2, 2:-2] - 0.5).abs().max() < 0.01
+
+
+def one_face(box, size=(256, 256)):
+    centre = torch.tensor([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
+    points = centre + torch.tensor([[-9.0, -9], [9, -9], [0, 0], [-7, 9], [7, 9]])
+    return [Faces(torch.tensor([box]), points[None], torch.ones(1), None, size, 640)]
+
+
+@pytest.mark.parametrize("upright", [True, False])
+@pytest.mark.parametrize("feather", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("box", [[60.3, 70.6, 133.1, 140.2], [-30.0, -20.5, 50.2, 60.0], [200.0, 210.0, 290.0, 280.0]])
+def test_pasting_leaves_no_seam(upright, feather, box):
+    """Neither around the crop, hard border or soft, nor where it reaches over the picture's."""
+    white = torch.ones(1, 256, 256, 3)
+    places = crop_places(one_face(box), 96, 0.4, upright)
+    back, where = paste(white, cut(white, places), places, feather)
+    assert (back - white).abs().max() < 1e-5 and where.max() > 0.99
+
+
+def test_a_crop_finer_than_its_picture_is_averaged_when_it_is_pasted():
+    picture = torch.full((1, 256, 256, 3), 0.5)
+    places = crop_places(one_face([96.0, 96.0, 160.0, 160.0]), 512, 0.0, upright=True)
+    checks = ((torch.arange(512)[:, None] + torch.arange(512)[None]) % 2).float()[None, :, :, None].expand(1, -1, -1, 3)
+    back, _ = paste(picture, checks, places, 0.1)
+    assert (back - 0.5).abs().max() < 0.02
+    noise = torch.rand(1, 512, 512, 3, generator=torch.Generator().manual_seed(0))
+    back, _ = paste(picture, noise, places, 0.1)
+    assert back[0, 110:146, 110:146].std() < 0.08  # a pixel is the mean of 64; one alone would have 0.29
+
+
+def test_crops_with_other_channels_than_the_picture():
+    coloured = torch.rand(1, 256, 256, 4, generator=torch.Generator().manual_seed(1))
+    places = crop_places(one_face([96.0, 96.0, 160.0, 160.0]), 64, 0.0, upright=True)
+    red = torch.zeros(1, 64, 64, 3)
+    red[..., 0] = 1.0
+    back, _ = paste(coloured, red, places, 0.1)
+    assert torch.allclose(back[0, 128, 128, :3], red[0, 0, 0], atol=1e-5)
+    assert torch.equal(back[..., 3], coloured[..., 3]), "transparency stays"
+    grey, _ = paste(coloured[..., :1], red, places, 0.1)
+    assert abs(float(grey[0, 128, 128, 0]) - 1 / 3) < 1e-5
+    back, _ = paste(coloured[..., :3], torch.full((1, 64, 64, 1), 0.25), places, 0.1)
+    assert torch.allclose(back[0, 128, 128], torch.full((3,), 0.25), atol=1e-5)
+    with pytest.raises(FaceError, match="came back as 80 x 64; crops are square"):
+        paste(coloured, torch.zeros(1, 64, 80, 3), places, 0.1)
+
+
+def test_large_crops_are_computed_in_strips_with_equal_results(monkeypatch):
+    """A crop of 512 pixels around a face eight times as large has 4096 x 4096 samples."""
+    picture = torch.rand(1, 256, 256, 3, generator=torch.Generator().manual_seed(2))
+    places = crop_places(one_face([20.0, 30.0, 220.0, 230.0]), 64, 0.2, upright=False)
+    whole = cut(picture, places)
+    pasted = paste(picture, whole, places, 0.3)
+    asked: list[int] = []
+    strip = alignment._strip
+    monkeypatch.setattr(alignment, "_strip", lambda *a: (asked.append(len(a[3]) * a[4]), strip(*a))[1])
+    monkeypatch.setattr(alignment, "SAMPLES_AT_ONCE", 2000)
+    assert torch.equal(cut(picture, places), whole)
+    assert all(torch.equal(a, b) for a, b in zip(paste(picture, whole, places, 0.3), pasted, strict=True))
+    assert len(asked) > 10 and max(asked) <= 2000
+
+
+def test_boxes_the_wrong_way_round_and_far_outside_are_marked_all_the_same():
+    boxes = torch.tensor([[50.0, 60.0, 20.0, 10.0], [-900.0, -900.0, -800.0, 5000.0], [10.0, 10.0, 10.0, 10.0]])
+    odd = Faces(boxes, torch.zeros(3, 5, 2), torch.full((3,), 0.1), None, (80, 80), 640)
+    assert face.mark_faces(torch.zeros(80, 80, 3), odd).max() > 0
+    assert face.mask_faces([odd], 0, 0, "oval", 0.1, 3.0).isfinite().all()
 
 
 def test_the_soft_border_is_smooth_and_whole_inside():
