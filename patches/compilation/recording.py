@@ -62,22 +62,23 @@ class _Memory:
         self.pool = torch.cuda.graph_pool_handle()
 
 
+# By device; held by the recordings alone, since a pool that the last of them has left cannot be used again.
+_memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
+_recording = threading.Lock()  # cudaMallocAsync, which ComfyUI asks for, allows one capture in a process
+
+
 class CudaRecording:
     """`function` recorded as a CUDA graph on the current device, in memory that all recordings there share."""
 
-    # Held by the recordings alone: a pool that the last of them has left cannot be used again.
-    _shared: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
-    _one_at_a_time = threading.Lock()  # cudaMallocAsync, which ComfyUI asks for, allows one capture in a process
-
     def __init__(self, function: Callable[[], Any]) -> None:
         device = torch.cuda.current_device()
-        with self._one_at_a_time:
-            self._memory = self._shared.get(device) or _Memory()
-            self._shared[device] = self._memory
+        with _recording:
+            self._memory = _memories.get(device) or _Memory()
+            _memories[device] = self._memory
             try:
                 self._record(function, self._memory)
             except BaseException:
-                self._shared.pop(device, None)  # what a capture that broke off has left of the pool is not to be shared
+                _memories.pop(device, None)  # what a capture that broke off has left of the pool is not to be shared
                 raise
 
     def _record(self, function: Callable[[], Any], memory: _Memory) -> None:
