@@ -255,6 +255,8 @@ class HotpathVLM:
             node_id=chosen.get("unique_id"),
         )
         reply = ask(model[0], request, sampling, options)
+        if len(prompt) > 1:
+            reply.report += f"\n{len(prompt)} prompts came as a list; the first was asked"
         texts = [part.text for part in reply.answers]
         host.current().show_text(f"{texts[0]}\n\n{reply.report}", options.node_id)
         thoughts = reply.answers[0].thoughts

@@ -183,7 +183,7 @@ def _write(
             run.notes.append(f"{sampling.beams} answers, because {sampling.beams} beams find no more")
         with run.timing.stage("decode", on_device=True):
             return [row for prompt in prompts for row in beam_search(model, prompt, sampling, most, options.answers)]
-    path = choose_path(model, options.decode)
+    path = choose_path(model, options.decode, options.keep_loaded)
     with run.timing.stage("prefill", on_device=True):
         # A cache of pictures that is switched off leaves nothing of them behind, here neither.
         filled = prefill(model, prompts, options.reuse_prefix and options.cache_images)

@@ -15,6 +15,7 @@ THINK_END = "</think>"
 FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box")
 BOX_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
+FARTHEST = 1e9  # a corner beyond it is a number that ran away
 RELATIVE = 1000  # Qwen3-VL counts both edges of any picture to 1000
 
 
@@ -39,16 +40,43 @@ def split_thoughts(text: str, opened: bool = False) -> tuple[str, str]:
     return "", text.strip()
 
 
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _decoder() -> json.JSONDecoder:
+    # Python would read NaN and Infinity, which no other reader of the answer takes.
+    return json.JSONDecoder(parse_constant=_refuse)
+
+
+def _printable(value: Any) -> Any:
+    """`value` with halves of surrogate pairs, which a cut-off escape leaves and nothing can write, replaced by '?'."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, list):
+        return [_printable(entry) for entry in value]
+    if isinstance(value, dict):
+        return {_printable(name): _printable(entry) for name, entry in value.items()}
+    return value
+
+
 def find_json(text: str) -> Any:
     """The first JSON value in `text`: fenced, bare, or inside prose; None when there is none.
 
     A list that was cut off by the token limit is read up to its last whole entry.
     """
+    try:
+        return _printable(_find_json(text))
+    except RecursionError:  # a model that repeats itself opens a thousand brackets
+        return None
+
+
+def _find_json(text: str) -> Any:
     for candidate in (*FENCE.findall(text), text):
         start = next((i for i, c in enumerate(candidate) if c in "[{"), None)
         while start is not None:
             try:
-                return json.JSONDecoder().raw_decode(candidate[start:])[0]
+                return _decoder().raw_decode(candidate[start:])[0]
             except ValueError:
                 if candidate[start] == "[" and (found := whole_entries(candidate[start + 1 :])):
                     return found
@@ -59,7 +87,7 @@ def find_json(text: str) -> Any:
 def whole_entries(text: str) -> list[Any]:
     """The entries of a list without its end, as far as they are whole."""
     entries: list[Any] = []
-    decoder = json.JSONDecoder()
+    decoder = _decoder()
     rest = text.lstrip()
     while rest:
         try:
@@ -91,7 +119,7 @@ def find_boxes(value: Any, height: int, width: int, seen: tuple[int, int] | None
         corners = next((entry[key] for key in BOX_KEYS if key in entry), None)
         if not isinstance(corners, list) or len(corners) != 4:
             continue
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in corners):
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < FARTHEST for v in corners):
             continue
         xs = sorted(min(max(v * width / across, 0.0), float(width)) for v in (corners[0], corners[2]))
         ys = sorted(min(max(v * height / down, 0.0), float(height)) for v in (corners[1], corners[3]))

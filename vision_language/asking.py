@@ -23,7 +23,7 @@ FORMATS = ("text", "json", "boxes")
 
 @dataclass(frozen=True)
 class Request:
-    """one_each: every picture is asked about on its own, `batch_size` at a time; else all stand in one question."""
+    """one_each: every picture is asked about on its own (with the clips), `batch_size` at a time; else all in one question."""
 
     prompt: str
     system: str = ""
@@ -40,7 +40,7 @@ class Request:
             raise ValueError(f"{self.format!r} is no answer format: choose {', '.join(FORMATS)}.")
         prompt = "\n\n".join(part for part in (self.prompt.strip(), asked[self.format]) if part)
         if self.one_each and self.pictures:
-            return [Question(prompt, self.system, (picture,), (), self.thinking) for picture in self.pictures]
+            return [Question(prompt, self.system, (picture,), self.clips, self.thinking) for picture in self.pictures]
         return [Question(prompt, self.system, self.pictures, self.clips, self.thinking)]
 
 

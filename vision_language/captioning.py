@@ -119,6 +119,28 @@ def already_listed(folder: Path) -> set[str]:
     return done
 
 
+def compact(path: Path) -> None:
+    """One line for each picture of a captions.jsonl: its last caption, or its last error when it has none."""
+    if not path.is_file():
+        return
+    last: dict[str, dict[str, str]] = {}
+    count = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(entry, dict):
+            continue
+        count += 1
+        name = str(entry.get("file"))
+        if "caption" in entry or "caption" not in last.get(name, {}):
+            last.pop(name, None)
+            last[name] = entry
+    if len(last) < count:
+        write_whole(path, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in last.values()))
+
+
 def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
@@ -207,6 +229,8 @@ class FolderCaptioner:
                 bar.update(len(ready) + len(failed))
                 summary.seconds = time.perf_counter() - start
                 host.current().show_text(summary.report(), self.options.node_id)
+        if self.job.output != "txt":
+            compact(self.job.captions / LIST_NAME)
         summary.seconds = time.perf_counter() - start
         return summary
 

@@ -170,8 +170,18 @@ class DecodeStep(nn.Module):
 class Workspace:
     """The buffers of one batch size and one cache length, and on CUDA the graph that runs the step over them."""
 
-    def __init__(self, step: DecodeStep, rows: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        step: DecodeStep,
+        rows: int,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        growing: bool = False,
+    ) -> None:
+        """growing: the step is given only what is filled, so its shapes change; not for what is compiled or recorded."""
         self.step, self.rows, self.length = step, rows, length
+        self.growing, self.filled = growing, 0
         first: Any = step.layers[0]
         shape = (rows, first.heads, length, first.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in step.layers]
@@ -200,10 +210,16 @@ class Workspace:
         self.bias[:, 0, 0, :filled].masked_fill_(mask.bool(), 0.0)
         self.positions.copy_(positions)
         self.slot.fill_(filled)
+        self.filled = filled
 
     def _advance(self) -> Tensor:
         self.bias.index_copy_(3, self.slot, self._zero)
-        logits = self.step(self.tokens, self.positions, self.slot, self.bias, self.keys, self.values)
+        bias, keys, values = self.bias, self.keys, self.values
+        if self.growing:
+            self.filled += 1
+            bias = bias[..., : self.filled]
+            keys, values = ([kept[:, :, : self.filled] for kept in both] for both in (keys, values))
+        logits = self.step(self.tokens, self.positions, self.slot, bias, keys, values)
         self.positions.add_(1)
         self.slot.add_(1)
         return logits

@@ -42,10 +42,10 @@ class DecodePath:
     note: str
 
 
-def choose_path(model: LoadedModel, asked: str) -> DecodePath:
-    """The decode path for `asked`, one of DECODE_PATHS.
+def choose_path(model: LoadedModel, asked: str, kept: bool = True) -> DecodePath:
+    """The decode path for `asked`, one of DECODE_PATHS. kept: the model stays loaded, so what is compiled serves again.
 
-    auto: compiled on CUDA with Triton, a CUDA graph without it, the plain path elsewhere.
+    auto: compiled on CUDA with Triton, a CUDA graph without it, static on the CPU, the plain path elsewhere.
     """
     if asked not in DECODE_PATHS:
         raise ValueError(f"{asked!r} is no decode path: choose one of {', '.join(DECODE_PATHS)}.")
@@ -54,10 +54,16 @@ def choose_path(model: LoadedModel, asked: str) -> DecodePath:
     if reason := decoding.unsupported(model.network):
         return DecodePath("plain", f"plain, because {reason}")
     cuda = model.device.type == "cuda"
+    if asked == "auto" and model.device.type == "cpu":
+        return DecodePath("static", "static cache")
     if asked == "auto" and not cuda:
         return DecodePath("plain", f"plain, because there are no CUDA graphs on {model.device.type}")
     triton = importlib.util.find_spec("triton") is not None
     if asked == "auto":
+        if triton and not kept:
+            return DecodePath(
+                "graph", "static cache, one CUDA graph; not compiled, because the model does not stay loaded"
+            )
         if triton:
             return DecodePath("compiled", "static cache, compiled layers, one CUDA graph")
         return DecodePath("graph", "static cache, one CUDA graph; not compiled, because Triton is missing")
@@ -153,7 +159,7 @@ def workspace(
     if style not in steps:
         compile_part = compiler(backend) if path.name == "compiled" else None
         steps[style] = decoding.DecodeStep(model.network, compile_part, attention)
-    made = decoding.Workspace(steps[style], rows, length, model.device, model.dtype)
+    made = decoding.Workspace(steps[style], rows, length, model.device, model.dtype, growing=path.name == "static")
     made.note = f"attention {attention}, {why}" if why else ""
     if path.name in ("compiled", "graph"):
         host.current().show_text(f"Preparing fast decoding for {length:,} tokens (once) ...")

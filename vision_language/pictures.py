@@ -91,6 +91,15 @@ def read_clip(path: Path, fps: float = 1.0, most: int = 64) -> Clip:
 
     if not path.is_file():
         raise FileNotFoundError(f"The video {path} is not there: check video_path.")
+    try:
+        return _read_clip(path, fps, most)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path.name} cannot be read as a video ({error.strerror}): give another file.") from error
+
+
+def _read_clip(path: Path, fps: float, most: int) -> Clip:
+    import av
+
     frames: list[NDArray[np.uint8]] = []
     times: list[float] = []
     with av.open(str(path)) as container:

@@ -1,19 +1,22 @@
 """Weight-only quantisation of the decoder's linear layers: int8 per row, int4 in groups, float8 per row.
 
-Written in plain torch, so that a quantised model moves between devices, compiles, and needs no extra package. The
-vision tower, the embeddings and the output head stay in full precision. bitsandbytes is offered beside it.
+Written in plain torch, so that a quantised model moves between devices, compiles, and needs no extra package; torchao's
+tensors cannot be cut into the rows of a merged matrix, nor moved by the host. The vision tower, the embeddings and the
+output head stay in full precision. bitsandbytes is offered beside it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import host
+from . import cpu_kernels
 
 INT4_GROUP = 64  # inputs that share one scale and one zero point
 
@@ -69,7 +72,8 @@ class ScaledLinear(nn.Module):
         self.out_features, self.in_features = linear.weight.shape
         dense = linear.weight.detach().float()
         top = 127.0 if dtype == torch.int8 else float(torch.finfo(dtype).max)
-        scale = dense.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / top
+        # As it is kept: rounded after the codes were made, it would shift a whole row.
+        scale = (dense.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / top).to(linear.weight.dtype).float()
         packed = dense / scale
         packed = packed.round().clamp(-127, 127) if dtype == torch.int8 else packed
         self.register_buffer("weight", packed.to(dtype))
@@ -80,6 +84,9 @@ class ScaledLinear(nn.Module):
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        if self.weight.dtype == torch.int8 and cpu_kernels.serves(x, "int8"):
+            y = (cpu_kernels.int8_product(x, self.weight[start:stop]) * self.scale[start:stop]).to(x.dtype)
+            return y if self.bias is None else y + self.bias[start:stop]
         # Scaling the outputs instead of the weights keeps the weights' traffic at one byte each once this is compiled.
         y = F.linear(x, self.weight[start:stop].to(x.dtype)) * self.scale[start:stop].to(x.dtype)
         return y if self.bias is None else y + self.bias[start:stop]
@@ -99,17 +106,35 @@ class Int4Linear(nn.Module):
         dense = F.pad(linear.weight.detach().float(), (0, -self.in_features % group))
         dense = dense.view(self.out_features, -1, group)
         low, high = dense.amin(dim=2, keepdim=True), dense.amax(dim=2, keepdim=True)
-        scale = ((high - low) / 15).clamp_min(1e-8)
+        low = low.to(linear.weight.dtype).float()
+        scale = ((high - low) / 15).clamp_min(1e-7).to(linear.weight.dtype).float()
         codes = ((dense - low) / scale).round().clamp(0, 15).to(torch.uint8).view(self.out_features, -1)
         self.register_buffer("weight", codes[:, 0::2] | (codes[:, 1::2] << 4))
         self.register_buffer("scale", scale.squeeze(2).to(linear.weight.dtype))
         self.register_buffer("low", low.squeeze(2).to(linear.weight.dtype))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self._for_cpu: tuple[Tensor, Tensor, int] | None = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._for_cpu = None  # a copy of the weights, which may be on their way to another device
+        return super()._apply(*args, **kwargs)
+
+    def _on_cpu(self) -> tuple[Tensor, Tensor, int] | None:
+        """The weights as the CPU's kernel reads them, laid out at their first product; None for sizes it does not take."""
+        if self.out_features % 64 or self.in_features % self.group:
+            return None
+        if self._for_cpu is None:
+            codes = torch.stack((self.weight & 15, self.weight >> 4), dim=2).view(self.out_features, -1)
+            self._for_cpu = cpu_kernels.int4_layout(codes, self.scale, self.low, self.group)
+        return self._for_cpu
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        if cpu_kernels.serves(x, "int4") and (laid_out := self._on_cpu()) is not None:
+            y = cpu_kernels.int4_product(x, *laid_out)[..., start:stop].to(x.dtype)
+            return y if self.bias is None else y + self.bias[start:stop]
         packed = self.weight[start:stop]
         codes = torch.stack((packed & 15, packed >> 4), dim=2).view(stop - start, -1, self.group).to(x.dtype)
         scale, low = self.scale[start:stop].to(x.dtype), self.low[start:stop].to(x.dtype)

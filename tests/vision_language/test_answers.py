@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hotpath.vision_language import answers
@@ -125,3 +127,17 @@ def test_bad_sizes():
     with pytest.raises(ValueError, match="no token budget"):
         preset("huge")
     assert fitted(3, 5, 32, 1024, 1 << 20) == (32, 32)
+
+
+def test_json_that_ran_away():
+    assert answers.find_json("[" * 5000) is None
+    assert answers.find_json('{"a": ' * 5000) is None
+    assert answers.find_json('{"size": NaN}') is None
+    cut_off = answers.find_json('[{"label": "a \\ud83d"}, {"lab')
+    assert cut_off == [{"label": "a ?"}]
+    json.dumps(cut_off, ensure_ascii=False).encode()
+
+
+def test_corners_that_ran_away_are_no_box():
+    huge = [{"bbox_2d": [0, 0, 10**400, 5]}, {"bbox_2d": [float("nan"), 0, 1, 1]}, {"bbox_2d": [1, float("inf"), 2, 3]}]
+    assert answers.find_boxes(huge, 100, 100, None) == []

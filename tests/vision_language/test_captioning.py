@@ -10,7 +10,7 @@ import pytest
 from hotpath.demo import train_captioner
 from hotpath.vision_language.answering import AnswerOptions
 from hotpath.vision_language.budgets import PRESETS
-from hotpath.vision_language.captioning import CaptionJob, FolderCaptioner, place
+from hotpath.vision_language.captioning import CaptionJob, FolderCaptioner, compact, place
 from hotpath.vision_language.loading import MODELS, LoadOptions
 from hotpath.vision_language.pictures import Clip, from_frames, from_images, read_clip, read_picture, to_bytes
 from hotpath.vision_language.sampling import Sampling
@@ -267,3 +267,31 @@ def test_an_8k_picture_costs_its_budget(load, ask):
     made = ask(load("qwen3_vl"), Question("x", "", (picture,)), max_new_tokens=2)
     assert 200 <= made.items[0].tokens(2) <= 256
     assert "visual tokens" in made.report
+
+
+def test_a_list_holds_each_picture_once(tmp_path):
+    path = tmp_path / "captions.jsonl"
+    lines = [
+        {"file": "a.png", "error": "broken"},
+        {"file": "b.png", "caption": "old"},
+        {"file": "a.png", "caption": "mended"},
+        {"file": "b.png", "caption": "new"},
+        {"file": "b.png", "error": "not this time"},
+        {"file": "c.png", "error": "twice"},
+        {"file": "c.png", "error": "thrice"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"file": "d.pn')
+    compact(path)
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert found == [lines[2], lines[3], lines[6]]
+    before = path.stat().st_mtime_ns
+    compact(path)
+    compact(tmp_path / "none.jsonl")
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_file_that_is_no_video(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"this is no video" * 100)
+    with pytest.raises(ValueError, match=r"clip\.mp4 cannot be read as a video"):
+        read_clip(path)

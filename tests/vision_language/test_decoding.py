@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hotpath.vision_language import decoding, generation, projections
+from hotpath.vision_language import cpu_kernels, decode_attention, decoding, generation, projections
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.generation import DecodePath, PlainRunner, choose_path, workspace
@@ -47,6 +47,29 @@ def test_logits_are_the_plain_paths(load, pictures, kind):
             wanted = plain.run(tokens)
             torch.testing.assert_close(buffers.run(tokens), wanted, atol=2e-4, rtol=1e-4)
             tokens = wanted.argmax(-1)
+
+
+def test_the_static_path_reads_only_what_is_filled(load, pictures, monkeypatch):
+    """Without a graph to keep its shapes, attention is given the cache up to the new token."""
+    model = load("qwen3_vl")
+    filled = prefill(model, prompts(model, pictures))
+    length = filled.mask.shape[1]
+    seen = []
+    attend = decode_attention.attend_reference
+    monkeypatch.setitem(
+        decode_attention.ATTEND,
+        "torch",
+        lambda q, k, v, bias, slot: (seen.append(k.shape[2]), attend(q, k, v, bias, slot))[1],
+    )
+    buffers = workspace(model, STATIC, 2, length + 200)
+    for _ in range(2):
+        buffers.begin(*filled.layers(), filled.mask, filled.positions)
+        with torch.no_grad():
+            for _ in range(3):
+                buffers.run(torch.tensor([5, 77]))
+    layers = len(buffers.keys)
+    assert seen == 2 * [length + step + 1 for step in range(3) for _ in range(layers)]
+    assert buffers.length > length + 3
 
 
 def test_half_precision_follows_too(load, pictures):
@@ -131,14 +154,23 @@ def test_buffers_are_kept_for_the_last_two_shapes(load, pictures):
 
 def test_the_path_is_chosen_with_a_reason(load):
     model = load("qwen3_vl")
-    assert choose_path(model, "auto").name == "plain"
-    assert "no CUDA graphs on cpu" in choose_path(model, "auto").note
+    assert choose_path(model, "auto").name == "static"
     assert choose_path(model, "static").name == "static"
     assert choose_path(model, "graph").name == "static"
     with pytest.raises(ValueError, match="no decode path"):
         choose_path(model, "magic")
     model.network.config.model_type = "qwen3_5"
     assert "not one of the dense" in choose_path(model, "static").note
+
+
+def test_nothing_is_compiled_for_a_model_that_leaves(load, monkeypatch):
+    model = load("qwen3_vl")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: name)
+    assert choose_path(model, "auto").name == "compiled"
+    assert choose_path(model, "auto", kept=False).name == "graph"
+    assert "does not stay loaded" in choose_path(model, "auto", kept=False).note
+    assert choose_path(model, "compiled", kept=False).name == "compiled"  # as asked
 
 
 def test_a_path_that_fails_gives_way_and_says_so(load, pictures, monkeypatch):
@@ -200,6 +232,31 @@ def test_packed_layers_are_close_and_small(method, limit, bias):
     full = linear.weight.nbytes
     assert stored < full * (0.36 if method != "int4" else 0.26)
     assert isinstance(packed, Int4Linear if method == "int4" else ScaledLinear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_cpu_kernels_are_the_unpacked_product(method, dtype, monkeypatch):
+    if reason := cpu_kernels.why_not(method):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    packed = pack(nn.Linear(128, 192).to(dtype), method)
+    x = torch.randn(2, 3, 128).to(dtype)
+    used = []
+    product = getattr(cpu_kernels, f"{method}_product")
+    monkeypatch.setattr(cpu_kernels, f"{method}_product", lambda *parts: (used.append(1), product(*parts))[1])
+    with torch.no_grad():
+        found, part, many = packed(x), packed.rows(x, 64, 160), packed(x.repeat(4, 1, 1))
+        assert len(used) == 2  # not for many rows
+        moved = packed.to(torch.float64).to(dtype)(x)  # to another device and back: nothing stale is kept
+        monkeypatch.setattr(cpu_kernels, "FEW_ROWS", 0)
+        wanted = packed(x)
+    assert len(used) == 3 and found.dtype == dtype
+    # Results of the kernel are rounded to bfloat16.
+    tolerance = 2e-2 * float(wanted.float().abs().max())
+    for made in (found, moved, many[:2]):
+        torch.testing.assert_close(made, wanted, atol=tolerance, rtol=0)
+    assert torch.equal(part, found[..., 64:160])
 
 
 def test_int8_and_int4_of_degenerate_rows():

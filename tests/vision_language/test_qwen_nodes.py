@@ -218,6 +218,16 @@ class TestOwnNodes:
         _, _, _, found, shown, _ = self.ask(model, "Find cats.", images=[black], answer_format=["json"])
         assert json.loads(found)[0]["label"] == "cat" and shown[0].sum() == 0
 
+    def test_a_video_stands_beside_each_picture_and_only_the_first_prompt_is_asked(self, model):
+        batch = torch.cat((IMAGE, IMAGE.flip(1)))
+        video = torch.rand(4, 60, 60, 3, generator=torch.Generator().manual_seed(1))
+        common = {"images": [batch], "one_answer_each": [True]}
+        _, answers, *_, report = self.ask(model, "x", video=[video], **common)
+        assert len(answers) == 2 and "pictures: 4," in report and "prompts" not in report
+        node = NODE_CLASS_MAPPINGS["HotpathVLM"]()
+        *_, report = node.ask([model], ["x", "y"], max_new_tokens=[2])["result"]
+        assert "2 prompts came as a list; the first was asked" in report
+
     def test_an_answer_without_json_says_so(self, model):
         *_, report = self.ask(model, "x", images=[IMAGE], answer_format=["json"])
         assert "1 of 1 answers hold no JSON" in report

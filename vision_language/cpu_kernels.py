@@ -1,0 +1,64 @@
+"""Products of a few rows with packed weights on the CPU, by the kernels that torch has for them.
+
+Unpacking a matrix to multiply it with one row costs several times the product itself, so a quantised model would decode
+slower on a CPU than a whole one. The kernels multiply in bfloat16: their results are rounded to eight bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("hotpath.vision_language")
+
+FEW_ROWS = 16  # with more, unpacking once and a plain product is as fast, and exact
+INNER_TILES = 1
+
+
+@functools.cache
+def why_not(method: str) -> str:
+    """Why the kernel for `method` (int8 or int4) does not run here; '' when it does. Tried once, on a small product."""
+    try:
+        ones = torch.ones(1, 64)
+        if method == "int8":
+            made = int8_product(ones, torch.full((32, 64), 3, dtype=torch.int8))
+        else:
+            made = int4_product(ones, *int4_layout(torch.full((32, 64), 11), torch.ones(32, 1), torch.zeros(32, 1), 64))
+        wanted = 3.0 if method == "int8" else 11.0
+        if not torch.equal(made, torch.full((1, 32), wanted * 64)):
+            return f"torch's {method} kernel for CPUs is wrong here"
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        return f"torch has no {method} kernel for this CPU ({str(error).strip().splitlines()[0][:100]})"
+    return ""
+
+
+def serves(x: Tensor, method: str) -> bool:
+    """Whether a product with `x` [..., K] goes through the kernel. Never in compiled code, which fuses the unpacking."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return x.numel() <= FEW_ROWS * x.shape[-1] and not why_not(method)
+
+
+def int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] times weight [N, K] int8, transposed, without a scale; [..., N] float32."""
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    ones = torch.ones(len(weight), dtype=torch.bfloat16)
+    return torch._weight_int8pack_mm(rows, weight, ones).float().view(*x.shape[:-1], len(weight))
+
+
+def int4_layout(codes: Tensor, scale: Tensor, low: Tensor, group: int) -> tuple[Tensor, Tensor, int]:
+    """What `int4_product` multiplies with. codes: [N, K] of 0..15; scale, low: [N, K / group]: a weight is code * scale + low."""
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).contiguous(), INNER_TILES)
+    middle = low.float() + 8 * scale.float()  # the kernel counts from the middle of the 16 codes
+    groups = torch.stack((scale.float(), middle), dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
+    return packed, groups, group
+
+
+def int4_product(x: Tensor, packed: Tensor, groups: Tensor, group: int) -> Tensor:
+    """x [..., K] times the matrix of `int4_layout`, transposed; [..., N] float32."""
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    made = torch._weight_int4pack_mm_for_cpu(rows, packed, group, groups)
+    return made.float().view(*x.shape[:-1], groups.shape[1])
