@@ -220,9 +220,27 @@ class ServerRun:
             found = (await response.json()).get(self.prompt_id)
         return dict(found) if found else None
 
+    async def _queued(self) -> bool:
+        """Whether the run waits or is at work; also when the server does not say."""
+        async with self.session.get(f"{self.url}/queue") as response:
+            if response.status != 200:
+                return True
+            answer = await response.json()
+        entries = [*answer.get("queue_running", []), *answer.get("queue_pending", [])]
+        return any(self.prompt_id in entry[:2] for entry in entries)
+
     async def _poll(self) -> None:
         """Wait for the end by asking, after the websocket was lost."""
-        while (entry := await self._history()) is None:
+        while True:
+            # In this order: a run that ends in between is in the history then.
+            queued = await self._queued()
+            if (entry := await self._history()) is not None:
+                break
+            if not queued:
+                raise ServerError(
+                    f"The ComfyUI at {self.url} does not know this run any more; it was started anew or its history was "
+                    "cleared. Run the workflow again."
+                )
             if self.stop.is_set():
                 await self._interrupt()
                 raise ServerStopped("Stopped; the server was told to interrupt.")

@@ -34,6 +34,7 @@ class StandIn:
         self.posted: list[tuple[str, Any]] = []
         self.uploads: dict[str, bytes] = {}
         self.history: dict[str, Any] = {}
+        self.queue: list[Any] = []
         self.socket: Any = None
         self.interrupted = asyncio.Event()
         self.ready = threading.Event()
@@ -53,6 +54,7 @@ class StandIn:
         app.router.add_get("/view", self.view)
         app.router.add_get("/object_info/{name}", self.object_info)
         app.router.add_post("/upload/image", self.upload)
+        app.router.add_get("/queue", self.get_queue)
         for name in ("interrupt", "queue"):
             app.router.add_post(f"/{name}", self.control)
         runner = web.AppRunner(app)
@@ -100,8 +102,12 @@ class StandIn:
             await self.send("execution_error", node_id="2", node_type="SaveImage", **error)
             return
         if self.behaviour.get("lose"):
+            self.queue = [] if self.behaviour["lose"] == "everything" else [[0, "p", {}, {}, []]]
             await self.socket.close()
             await asyncio.sleep(0.2)
+            self.queue = []
+            if self.behaviour["lose"] == "everything":
+                return
         records = self.behaviour.get("records", [{"filename": "b.png", "subfolder": "", "type": "output"}])
         self.history["p"] = {"outputs": {"2": {"images": records, "text": ["hello"]}}, "status": {"messages": []}}
         if not self.behaviour.get("lose"):
@@ -111,6 +117,11 @@ class StandIn:
         from aiohttp import web
 
         return web.json_response({k: v for k, v in self.history.items() if k == request.match_info["id"]})
+
+    async def get_queue(self, request: Any) -> Any:
+        from aiohttp import web
+
+        return web.json_response({"queue_running": self.queue, "queue_pending": []})
 
     async def view(self, request: Any) -> Any:
         from aiohttp import web
@@ -145,7 +156,7 @@ def stand_in():
     server = StandIn()
     thread = threading.Thread(target=server.serve, daemon=True)
     thread.start()
-    assert server.ready.wait(10)
+    assert server.ready.wait(60)
     yield server
     server.loop.call_soon_threadsafe(server.stop.set)
     thread.join(10)
@@ -223,6 +234,13 @@ def test_a_server_cannot_write_outside_the_folder(stand_in, tmp_path, record):
 def test_a_lost_connection_is_waited_out(stand_in, tmp_path):
     stand_in.behaviour["lose"] = True
     assert run_on_server(stand_in.url, Graph.parse(COPY), tmp_path).files[0].path.is_file()
+
+
+def test_a_server_that_was_started_anew_does_not_know_the_run(stand_in, tmp_path):
+    """It would be asked for ever."""
+    stand_in.behaviour["lose"] = "everything"
+    with pytest.raises(ServerError, match=r"does not know this run any more.*Run the workflow again"):
+        run_on_server(stand_in.url, Graph.parse(COPY), tmp_path)
 
 
 def test_an_error_names_node_and_inputs(stand_in, tmp_path):
