@@ -38,7 +38,8 @@ DECODE = (
     list(DECODE_PATHS),
     {
         "default": "auto",
-        "tooltip": "auto: compiled layers in one CUDA graph where that runs, else plain. plain is the library's own path.",
+        "tooltip": "auto: compiled layers in one CUDA graph where that runs, static on a CPU, else plain. "
+        "plain is the library's own path.",
     },
 )
 KEEP = (

@@ -116,8 +116,11 @@ class Int4Linear(nn.Module):
         self._for_cpu: tuple[Tensor, Tensor, int] | None = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._for_cpu = None  # a copy of the weights, which may be on their way to another device
-        return super()._apply(*args, **kwargs)
+        before = self.weight.data_ptr()
+        made = super()._apply(*args, **kwargs)
+        if self.weight.data_ptr() != before:  # a host asks for the device that they are on at every answer
+            self._for_cpu = None
+        return made
 
     def _on_cpu(self) -> tuple[Tensor, Tensor, int] | None:
         """The weights as the CPU's kernel reads them, laid out at their first product; None for sizes it does not take."""
