@@ -112,6 +112,7 @@ function fieldOf(node) {
 // The canvas renderer gives the field two lines; here it gets as many as the text has, to a limit, and scrolls from there.
 // (The other renderer makes room by itself.)
 function makeRoom(node, field, text) {
+  if (window.LiteGraph.vueNodesMode) return;
   const letters = Math.max(20, (node.size[0] - FIELD.margins) / FIELD.letter);
   const lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
   const height = Math.min(lines, FIELD.most) * FIELD.line + FIELD.margins / 2;

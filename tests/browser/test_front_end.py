@@ -162,6 +162,10 @@ def test_nodes_tell_what_became_of_them(front_end: FrontEnd) -> None:
     assert "⚠ 1" in loader["badges"]
     assert loader["text"].startswith("⚠ Faces run on torch: onnxruntime MIGraphX was asked for")
     assert "Faces by torch" in loader["text"]
+    room = front_end.page.evaluate(
+        "() => app.rootGraph.getNodeById(2).widgets.find((w) => w.name === '$$node-text-preview').options.getMinHeight()"
+    )
+    assert 58 < room <= 9 * 18 + 30  # the front end gives it two lines
     front_end.page.evaluate("() => { app.rootGraph.getNodeById(3).widgets.find((w) => w.name === 'index').value = 1; }")
     assert front_end.run()["end"] == "execution_success"
     front_end.page.wait_for_function("() => app.rootGraph.getNodeById(2)?.hotpathState?.badge === 'cached'")
