@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .faces import FaceError, Faces
+from .pictures import in_float
 
 SHAPES = ("oval", "box")
 MARKS = ((80, 220, 100), (255, 170, 40), (90, 160, 255), (240, 90, 200))
@@ -50,8 +51,9 @@ def mark_faces(picture: Tensor, faces: Faces) -> Tensor:
     """[H, W, 3] float RGB: the picture [H, W, C] in 0..1 with each face's box, key points, index and score drawn."""
     from PIL import Image, ImageDraw, ImageFont
 
+    picture = in_float(picture.detach())
     rgb = picture[..., :3] if picture.shape[-1] >= 3 else picture[..., :1].expand(*picture.shape[:2], 3)
-    image = Image.fromarray((rgb.detach().cpu().clamp(0, 1).numpy() * 255).astype(np.uint8))
+    image = Image.fromarray((rgb.cpu().clamp(0, 1).numpy() * 255).astype(np.uint8))
     ink = ImageDraw.Draw(image)
     thick = max(1, round(max(image.size) / 400))
     font = ImageFont.load_default(max(10, max(image.size) // 40))

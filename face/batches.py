@@ -15,6 +15,7 @@ from .areas import face_mask, fit_keypoints
 from .crops import CropPlaces, crop_places, cut
 from .faces import FaceChoice, FaceError, Faces
 from .keypoints import draw_keypoints
+from .pictures import in_float
 
 
 def require_faces(faces: Sequence[Faces]) -> None:
@@ -90,7 +91,7 @@ def cut_faces(
             continue
         crops[i] = 0
         if when_none == "pass through":
-            whole = pictures[row : row + 1].permute(0, 3, 1, 2)
+            whole = in_float(pictures[row : row + 1]).permute(0, 3, 1, 2)
             small = F.interpolate(whole, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
             crops[i] = small[0].permute(1, 2, 0)
     return crops, places

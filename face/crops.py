@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from .. import host
 from .alignment import TEMPLATE, TEMPLATE_SIZE, invert, similarity, warp
 from .faces import FaceError, Faces
+from .pictures import in_float
 
 FINEST = 8  # largest number of samples per pixel and axis where a crop or a picture is coarser than the other
 
@@ -66,6 +67,7 @@ def cut(pictures: Tensor, places: CropPlaces) -> Tensor:
     Outside of its picture a crop repeats the edge: black would bleed into the border when it is pasted back.
     """
     _same_batch(pictures, places)
+    pictures = in_float(pictures)
     crops = []
     for inverse, row in host.each(list(zip(places.inverse, places.rows, strict=True)), "crops"):
         fine = int(np.ceil(_step(inverse) - 1e-6))
@@ -106,7 +108,7 @@ def edge_weight(side: int, feather: float) -> Tensor:
 def paste(
     pictures: Tensor, crops: Tensor, places: CropPlaces, feather: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The pictures [B, H, W, C] with the crops [F, S, S, C] put back, and where [B, H, W] in 0..1.
+    """The pictures [B, H, W, C] in float32 with the crops [F, S, S, C] put back, and where [B, H, W] in 0..1.
 
     feather: width of the soft border, in parts of half the crop. mask: [F or 1, s, s], what of each crop counts; any
     size. Crops may have another side than they were cut with, and are averaged where the picture is coarser. Raises
@@ -117,16 +119,18 @@ def paste(
         raise FaceError(
             f"{crops.shape[0]} crops cannot be pasted into {len(places)} places; paste what Face Crop gave."
         )
-    out, touched = pictures.clone(), pictures.new_zeros(pictures.shape[:3])
+    # Of another dtype, `in_float` is a copy already.
+    out = in_float(pictures) if pictures.dtype != torch.float32 else pictures.clone()
+    touched = out.new_zeros(out.shape[:3])
     height, width, channels = pictures.shape[1:]
     for i, row in enumerate(host.each(places.rows, "crops")):
-        crop = _in_channels(crops[i].to(pictures), channels)
+        crop = _in_channels(in_float(crops[i]).to(out), channels)
         if crop.shape[0] != crop.shape[1]:
             raise FaceError(f"A crop came back as {crop.shape[1]} x {crop.shape[0]}; crops are square, at any size.")
         side = crop.shape[0]
-        weight = edge_weight(side, feather).to(pictures)
+        weight = edge_weight(side, feather).to(out)
         if mask is not None:
-            own = mask[min(i, mask.shape[0] - 1)].to(pictures)
+            own = mask[min(i, mask.shape[0] - 1)].to(out)
             weight = weight * F.interpolate(own[None, None], size=(side, side), mode="bilinear", antialias=True)[0, 0]
         inverse = places.inverse[i].copy()
         ratio = places.side / side

@@ -90,6 +90,11 @@ def _to_bytes(batch: Tensor, position: int) -> Tensor:
     return batch.expand(count, height, width, 3) if channels == 1 else batch
 
 
+def in_float(pictures: Tensor) -> Tensor:
+    """Pictures of any dtype as float32 in 0..1; bytes are taken as 0..255."""
+    return pictures.float().div_(255.0) if pictures.dtype == torch.uint8 else pictures.float()
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a picture lies in its canvas: top left, `height` x `width`; canvas pixels per picture pixel is `scale`."""

@@ -222,6 +222,21 @@ def test_crops_with_other_channels_than_the_picture():
         paste(coloured, torch.zeros(1, 64, 80, 3), places, 0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
+def test_pictures_of_other_dtypes(dtype):
+    """As some packs give them; numpy's own floats are double."""
+    whole = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(4))
+    odd = (whole * 255).to(dtype) if dtype == torch.uint8 else whole.to(dtype)
+    faces = [*one_face([10.0, 12.0, 40.0, 44.0], (64, 64)), Faces.none((64, 64), 640)]
+    crops, places = face.cut_faces(odd, faces, 32, 0.3, True, "pass through")
+    wanted, _ = face.cut_faces(whole, faces, 32, 0.3, True, "pass through")
+    assert crops.dtype == torch.float32 and torch.allclose(crops, wanted, atol=0.01)
+    pasted, where = paste(odd, 1 - crops, places, 0.2)
+    assert pasted.dtype == where.dtype == torch.float32
+    assert torch.allclose(pasted, paste(whole, 1 - wanted, places, 0.2)[0], atol=0.02)
+    assert torch.allclose(face.mark_faces(odd[0], faces[0]), face.mark_faces(whole[0], faces[0]), atol=0.02)
+
+
 def test_large_crops_are_computed_in_strips_with_equal_results(monkeypatch):
     """A crop of 512 pixels around a face eight times as large has 4096 x 4096 samples."""
     picture = torch.rand(1, 256, 256, 3, generator=torch.Generator().manual_seed(2))
