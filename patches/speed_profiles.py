@@ -6,7 +6,9 @@ not known is refused with the file, the key and what is allowed: a switch with a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,9 +179,10 @@ def folders() -> list[Path]:
 def find_file(name: str) -> Path:
     """The file `name` in one of `folders`. Raises ProfileError, also for names that point outside of them."""
     for folder in folders():
-        path = (folder / name).resolve()
-        if path.is_relative_to(folder.resolve()) and path.is_file():
-            return path
+        with contextlib.suppress(OSError, ValueError):  # no name that a file can have
+            path = (folder / name).resolve()
+            if path.is_relative_to(folder.resolve()) and path.is_file():
+                return path
     looked = ", ".join(str(folder) for folder in folders())
     raise ProfileError(
         f"There is no {name!r} in {looked}. Copy hotpath.example.yaml of this pack to {FILE_NAME} in one of them."
@@ -208,12 +211,33 @@ def parse_file(path: Path) -> dict[str, SpeedProfile]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(path.read_text(encoding="utf-8"), _loader())  # a SafeLoader
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"{path.name} is not in UTF-8: save it in that encoding.") from error
+    except (yaml.YAMLError, RecursionError) as error:
         raise ProfileError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise ProfileError(f"{path.name} cannot be read: {error.strerror or error}.") from error
     if not isinstance(content, dict) or not content:
         raise ProfileError(f"{path.name} has no sections; hotpath.example.yaml shows how it is written.")
     return {str(title): parse_section(str(title), body, path.name) for title, body in content.items()}
+
+
+@functools.cache
+def _loader() -> Any:
+    import yaml
+
+    class OnceEach(yaml.SafeLoader):
+        """YAML as it should be: of a key written twice, the first would be dropped without a word."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key, _ in node.value:
+                if keys.count(key.value) > 1 and key.tag != "tag:yaml.org,2002:merge":
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return OnceEach
 
 
 def parse_section(title: str, body: Any, file: str = FILE_NAME) -> SpeedProfile:

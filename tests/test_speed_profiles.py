@@ -118,6 +118,35 @@ def applied(section: dict[str, Any], name: str = "flux") -> tuple[Any, str]:
 
 
 @pytest.mark.comfy
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("fast:\n  compile:\n    mode: default\n    mode: none\n", "'mode' is there twice"),
+        ("fast:\n  compile: {mode: default}\n  compile: {dynamic: false}\n", "'compile' is there twice"),
+        ("fast: {}\nfast: {}\n", "'fast' is there twice"),
+        ("fast: {}\n".encode("utf-16"), "is not in UTF-8"),
+        ("[" * 5000, "is no YAML"),
+        (b"\xef\xbb\xbffast: {}\n", None),
+        ("a: &a {compile: {mode: default}}\nb: {<<: *a}\n", None),
+    ],
+)
+def test_a_file_is_read_whole_or_refused(tmp_path: Path, content: str | bytes, said: str | None) -> None:
+    path = tmp_path / "hotpath.yaml"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    if said is None:
+        assert parse_file(path)
+        return
+    with pytest.raises(ProfileError, match=said):
+        parse_file(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "../../etc/passwd"])
+def test_a_name_that_no_file_has_is_not_found(headless_host: Any, name: str) -> None:
+    with pytest.raises(ProfileError, match="There is no"):
+        load_profile("fast", name)
+    assert source_fingerprint(name) == ""
+
+
 def test_an_empty_section_changes_nothing() -> None:
     bench = tiny("flux")
     model, report = applied({})
