@@ -25,7 +25,7 @@ class CompileSettings:
     only those with attention.
     dynamic: one graph for all sizes and token counts. Off makes one per size, each a little faster.
     strict: raise where a block would fall back to running as it is.
-    captured_sizes: how many CUDA graphs are kept; each holds the activations of its size.
+    captured_sizes: how many CUDA graphs are kept. They share the activations of the largest; each has its own inputs.
     """
 
     mode: str = "default"
