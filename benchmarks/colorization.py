@@ -18,6 +18,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import sys
@@ -58,8 +59,8 @@ class Row:
     size: str
     film_fps: float
     network_fps: float
-    allocated: float  # MiB at the peak; of the process on a CPU
-    reserved: float
+    allocated: float | None  # MiB at the peak; not counted on a CPU, where contestants take turns in one process
+    reserved: float | None
     note: str = ""
     engines: str = ""
 
@@ -111,24 +112,19 @@ def timed(work: Callable[[], object], device: torch.device, rounds: int) -> floa
     return statistics.median(spent)
 
 
-def peak(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def peak(work: Callable[[], object]) -> tuple[float, float]:
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
-    import resource
-
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     work()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 0.0
+    return torch.cuda.max_memory_allocated() / 2**20, torch.cuda.max_memory_reserved() / 2**20
 
 
 class Ours:
     """The pack's film session without a model folder: the networks are handed in."""
 
     def __init__(self, method: str, network: Any, precision: str, compiled: bool) -> None:
-        from hotpath.colorization.networks import LoadedNetwork, Precision
+        from hotpath.colorization.networks import LoadedNetwork, Precision, laid_out
 
         self.method, self.compiled = method, compiled
         dtype = getattr(torch, precision)
@@ -136,7 +132,7 @@ class Ours:
             network = network.to(dtype)
         else:
             network.color_net.to(dtype)
-        self.loaded = LoadedNetwork(network, (), Precision(dtype, precision))
+        self.loaded = LoadedNetwork(laid_out(network), (), Precision(dtype, precision))
 
     def _session(self, network: Any, height: int, width: int, short_side: int) -> Any:
         from hotpath.colorization.film import FilmSession
@@ -193,6 +189,43 @@ class Ours:
         return tenths
 
 
+def contest_on_cpu(method: str, size: tuple[int, int], options: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Ours and the original in turn, so that what else runs on the machine slows both, with the processor time of each."""
+    width, height = size
+    if out_of_time(options, f"{method} {width}x{height} Hotpath float32"):
+        return []
+    frames = clip(options.frames, height, width)
+    _, network = networks(method, options.tiny)
+    ours = Ours(method, network, "float32", False)
+    works = {"Hotpath float32": (ours.network_only(frames), lambda: ours.film(frames))}
+    note = ""
+    if options.peers is not None:
+        works["original float32"], note = peer_work(method, frames, options, device)[1:]
+    spent: dict[str, list[tuple[float, ...]]] = {name: [] for name in works}
+    for turn in range(options.rounds + 1):
+        for name, work in works.items():
+            marks = [(time.perf_counter(), time.process_time())]
+            for part in work:
+                part()
+                marks.append((time.perf_counter(), time.process_time()))
+            (w0, c0), (w1, c1), (w2, c2) = marks
+            if turn:
+                spent[name].append((w1 - w0, w2 - w1, c1 - c0, c2 - c1))
+    rows = []
+    for name, rounds in spent.items():
+        alone, film, alone_cpu, film_cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
+        count = len(frames)
+        own = f"processor time per frame: {film_cpu / count:.2f} s end to end, {alone_cpu / count:.2f} s network alone"
+        others = f"; {note}" if name.startswith("original") and note else ""
+        rows.append(Row(method, name, f"{width}x{height}", count / film, count / alone, None, None, own + others))
+        rows[-1].engines = ours.engines if name.startswith("Hotpath") else ""
+        if options.long and name.startswith("Hotpath") and not out_of_time(options, f"{name} long"):
+            tenths = " ".join(f"{t:.1f}" for t in ours.long(options.long, height, width))
+            rows[-1].note += f"; {options.long} frames, ms per frame by tenths: {tenths}"
+        say(rows[-1], options)
+    return rows
+
+
 def contest(method: str, size: tuple[int, int], options: argparse.Namespace, device: torch.device) -> list[Row]:
     width, height = size
     frames = clip(options.frames, height, width)
@@ -209,7 +242,7 @@ def contest(method: str, size: tuple[int, int], options: argparse.Namespace, dev
             alone = timed(ours.network_only(frames), device, options.rounds)
             film = timed(lambda ours=ours: ours.film(frames), device, options.rounds)
             kept: list[Tensor] = []
-            memory = peak(lambda ours=ours, kept=kept: kept.append(ours.film(frames)), device)
+            memory = peak(lambda ours=ours, kept=kept: kept.append(ours.film(frames)))
             rows.append(Row(method, label, name, len(frames) / film, len(frames) / alone, *memory))
             rows[-1].engines = ours.engines
             if precision == "float32" and not compiled:
@@ -249,13 +282,20 @@ def out_of_time(options: argparse.Namespace, what: str) -> bool:
     return True
 
 
-def peer_row(method: str, frames: Tensor, options: argparse.Namespace, device: torch.device, name: str) -> Row:
+Work = Callable[[], object]
+
+
+def peer_work(
+    method: str, frames: Tensor, options: argparse.Namespace, device: torch.device
+) -> tuple[str, tuple[Work, Work], str]:
+    """The original's name, its network alone and its film, and a note on the frames."""
     sys.path.insert(0, str(Path(__file__).parent))
     import colorization_peers as peers
 
     state, network = networks(method)
     del network
     note = f"{len(frames)} frames"
+    original: Any
     if method == "Deep Exemplar":
         # The original takes no other sizes: its half size must be a multiple of 8 by 16.
         down, across = -frames.shape[1] % 16, -frames.shape[2] % 32
@@ -267,18 +307,21 @@ def peer_row(method: str, frames: Tensor, options: argparse.Namespace, device: t
     height, width = frames.shape[1:3]
     luminance = (torch.rand(len(frames), 1, height, width) * 2 - 1).to(device)
     if method == "ColorMNet":
-        original: Any = peers.OriginalColorMNet(options.peers, state, device, half=device.type == "cuda")
+        original = peers.OriginalColorMNet(options.peers, state, device, half=device.type == "cuda")
         lab = torch.rand(3, height, width).to(device) * 2 - 1
-        alone = timed(lambda: original.network_only(luminance, lab), device, options.rounds)
         label = "original" + (" fp16 autocast" if original.half else " float32")
-    else:
-        original = peers.OriginalDeepExemplar(options.peers, state, device)
-        half = torch.rand(len(frames), 3, height // 2, width // 2).to(device) * 50
-        alone = timed(lambda: original.network_only(half, half[:1]), device, options.rounds)
-        label = "original float32"
-    film = timed(lambda: original.film(arrays, reference), device, options.rounds)
-    memory = peak(lambda: original.film(arrays, reference), device)
-    return Row(method, label, name, len(frames) / film, len(frames) / alone, *memory, note=note)
+        return label, (lambda: original.network_only(luminance, lab), lambda: original.film(arrays, reference)), note
+    original = peers.OriginalDeepExemplar(options.peers, state, device)
+    half = torch.rand(len(frames), 3, height // 2, width // 2).to(device) * 50
+    alone = lambda: original.network_only(half, half[:1])  # noqa: E731
+    return "original float32", (alone, lambda: original.film(arrays, reference)), note
+
+
+def peer_row(method: str, frames: Tensor, options: argparse.Namespace, device: torch.device, name: str) -> Row:
+    label, (alone, film), note = peer_work(method, frames, options, device)
+    spent = [timed(work, device, options.rounds) for work in (alone, film)]
+    memory = peak(film)
+    return Row(method, label, name, len(frames) / spent[1], len(frames) / spent[0], *memory, note=note)
 
 
 def table(rows: list[Row]) -> str:
@@ -288,16 +331,26 @@ def table(rows: list[Row]) -> str:
     ]
     for r in rows:
         lines.append(
-            f"| {r.method} | {r.contestant} | {r.size} | {r.film_fps:.2f} | {r.network_fps:.2f} | {r.allocated:.0f} | "
-            f"{r.reserved:.0f} | {r.note.strip()} |"
+            f"| {r.method} | {r.contestant} | {r.size} | {r.film_fps:.2f} | {r.network_fps:.2f} | {mib(r.allocated)} | "
+            f"{mib(r.reserved)} | {r.note.strip()} |"
         )
     return "\n".join(lines)
 
 
+def mib(size: float | None) -> str:
+    return "-" if size is None else f"{size:.0f}"
+
+
 def machine(device: torch.device) -> str:
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    load = (
+        f", {os.getloadavg()[0]:.0f} programs running on average"
+        if device.type == "cpu" and hasattr(os, "getloadavg")
+        else ""
+    )
     return (
         f"{where}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, Python {platform.python_version()}"
+        + load
     )
 
 
@@ -341,7 +394,8 @@ def main() -> None:
     for size in options.sizes:
         width, height = (int(n) for n in size.split("x"))
         for method in options.methods:
-            rows += contest(method, (width, height), options, device)
+            contested = contest if device.type == "cuda" else contest_on_cpu
+            rows += contested(method, (width, height), options, device)
     # By the tool's names alone: a path says where it ran, and nothing about what.
     command = " ".join([Path(sys.argv[0]).name, *("DIR" if "/" in part else part for part in sys.argv[1:])])
     text = f"\n## Colorization, {date.today()}\n\n{machine(device)}. `{command}`\n\n{table(rows)}\n"

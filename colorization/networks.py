@@ -18,6 +18,7 @@ from .colormnet import checkpoint as colormnet_checkpoint
 from .colormnet.network import ColorMNet
 from .deep_exemplar import checkpoint as deep_exemplar_checkpoint
 from .deep_exemplar.networks import DeepExemplar
+from .winograd import prepare_convolutions
 
 log = logging.getLogger("hotpath.colorization")
 
@@ -47,7 +48,7 @@ class LoadedNetwork:
         self.managed: Any = host.current().manage(network)
         self.files = files
         self.precision = precision
-        self.nbytes = sum(parameter.nbytes for parameter in network.parameters())
+        self.nbytes = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
         self._kept: dict[object, Any] = {}
 
     @property
@@ -105,7 +106,7 @@ def load_colormnet(name: str = AUTOMATIC, precision: str = AUTOMATIC) -> LoadedN
 
     def load() -> LoadedNetwork:
         network = load_network(path, "a ColorMNet checkpoint", colormnet_checkpoint.build).to(chosen.dtype)
-        return LoadedNetwork(_laid_out(network), (path,), chosen)
+        return LoadedNetwork(laid_out(network), (path,), chosen)
 
     return _networks().get_or_compute(key, load)
 
@@ -126,7 +127,7 @@ def load_deep_exemplar(precision: str = AUTOMATIC) -> LoadedNetwork:
         warp = load_network(paths["nonlocal_net"], "Deep Exemplar's nonlocal_net", checkpoint.build_warp)
         color_net = load_network(paths["colornet"], "Deep Exemplar's colornet", checkpoint.build_color_net)
         network = DeepExemplar(vgg, warp, color_net.to(chosen.dtype))
-        return LoadedNetwork(_laid_out(network), tuple(paths.values()), chosen)
+        return LoadedNetwork(laid_out(network), tuple(paths.values()), chosen)
 
     return _networks().get_or_compute(key, load)
 
@@ -135,10 +136,14 @@ def _networks() -> Any:
     return named_cache("colorizers", _CACHE_BYTES)
 
 
-def _laid_out(network: Any) -> Any:
-    """Convolutions want channels last on CUDA; elsewhere the plain layout is as fast."""
-    if host.current().device().type == "cuda":
+def laid_out(network: Any) -> Any:
+    """`network` as the host's device computes it fastest: channels last on CUDA, and on a CPU with the weights of wide
+    convolutions transformed."""
+    device = host.current().device().type
+    if device == "cuda":
         return network.to(memory_format=torch.channels_last)
+    if device == "cpu":
+        prepare_convolutions(network)
     return network
 
 
@@ -196,6 +201,7 @@ __all__ = [
     "WrongCheckpoint",
     "choose_precision",
     "colormnet_files",
+    "laid_out",
     "load_colormnet",
     "load_deep_exemplar",
 ]

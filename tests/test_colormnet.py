@@ -19,6 +19,7 @@ from hotpath.colorization.colormnet.key_encoder import convolve_enlarged
 from hotpath.colorization.colormnet.network import ColorMNet, ColorMNetWidths
 from hotpath.colorization.colormnet.session import ColorMNetSession
 from hotpath.colorization.colormnet.settings import MODES, ColorMNetSettings
+from hotpath.colorization.winograd import prepare_convolutions
 from tiny_colorizers import TINY, colormnet_state
 from torch import Tensor
 
@@ -39,7 +40,10 @@ def tiny_state() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def network() -> ColorMNet:
-    return checkpoint.build(filled("colormnet", "a"))
+    """As on a CPU, where wide convolutions have their weights transformed."""
+    built = checkpoint.build(filled("colormnet", "a"))
+    prepare_convolutions(built)
+    return built
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from hotpath.colorization.deep_exemplar.framing import cover_and_crop
 from hotpath.colorization.deep_exemplar.networks import DeepExemplar
 from hotpath.colorization.deep_exemplar.session import DeepExemplarSession
 from hotpath.colorization.deep_exemplar.warp import legal_size
+from hotpath.colorization.winograd import prepare_convolutions
 from tiny_colorizers import deep_exemplar_parts
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,11 +33,14 @@ def filled(net: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def networks() -> DeepExemplar:
-    return DeepExemplar(
+    """As on a CPU, where wide convolutions have their weights transformed."""
+    built = DeepExemplar(
         checkpoint.build_vgg(filled("vgg19_conv")),
         checkpoint.build_warp(filled("nonlocal_net")),
         checkpoint.build_color_net(filled("colornet")),
     )
+    prepare_convolutions(built)
+    return built
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..winograd import Conv3x3
 from .feature_fusion import PLANES, FeatureFusion, PreactivationBlock, gated_update
 
 
@@ -51,7 +52,7 @@ class HiddenUpdater(nn.Module):
         self.g16_conv = nn.Conv2d(inputs[0], middle, 1)
         self.g8_conv = nn.Conv2d(inputs[1], middle, 1)
         self.g4_conv = nn.Conv2d(inputs[2], middle, 1)
-        self.transform = nn.Conv2d(middle + hidden, 3 * hidden, 3, padding=1)
+        self.transform = Conv3x3(middle + hidden, 3 * hidden)
 
     def forward(self, g16: Tensor, g8: Tensor, g4: Tensor, logits: Tensor, hidden: Tensor) -> Tensor:
         g4 = F.avg_pool2d(torch.cat((g4, logits), dim=1), 4)
@@ -64,13 +65,15 @@ class Upsampling(nn.Module):
 
     def __init__(self, skip: int, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.skip_conv = nn.Conv2d(skip, inputs, 3, padding=1)
+        self.skip_conv = Conv3x3(skip, inputs)
         self.out_conv = PreactivationBlock(inputs, outputs)
 
     def forward(self, skip: Tensor, g: Tensor) -> Tensor:
         """skip: already through `skip_conv`, [B, C, 2h, 2w]; g: [B * planes, C, h, w]."""
         g = F.interpolate(g, scale_factor=2, mode="bilinear", align_corners=False)
-        return self.out_conv(g + skip.repeat_interleave(PLANES, 0))
+        # Both planes see the same picture.
+        both = g.unflatten(0, (-1, PLANES)) + skip[:, None]
+        return self.out_conv(both.flatten(0, 1))
 
 
 class Decoder(nn.Module):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..winograd import Conv3x3
+
 PLANES = 2  # a and b
 
 
@@ -62,9 +64,9 @@ class PreactivationBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.downsample = nn.Conv2d(inputs, outputs, 3, padding=1) if inputs != outputs else None
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.downsample = Conv3x3(inputs, outputs) if inputs != outputs else None
+        self.conv1 = Conv3x3(inputs, outputs)
+        self.conv2 = Conv3x3(outputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -73,10 +75,7 @@ class PreactivationBlock(nn.Module):
     def partial(self, x: Tensor, first: int, bias: bool) -> tuple[Tensor, Tensor]:
         """What the channels from `first` on add to the first convolution and to the shortcut."""
         assert self.downsample is not None
-        channels = slice(first, first + x.shape[1])
-        entry = F.conv2d(F.relu(x), self.conv1.weight[:, channels], self.conv1.bias if bias else None, padding=1)
-        skip = F.conv2d(x, self.downsample.weight[:, channels], self.downsample.bias if bias else None, padding=1)
-        return entry, skip
+        return self.conv1.partial(F.relu(x), first, bias), self.downsample.partial(x, first, bias)
 
     def finish(self, entry: Tensor, skip: Tensor) -> Tensor:
         """The block's output from the sums of its partial results."""

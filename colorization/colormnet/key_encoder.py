@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..winograd import Conv3x3
 from .dinov2 import Attention, VisionTransformer
 from .resnet import Bottleneck, grey_convolution, stage
 
@@ -84,7 +85,7 @@ class GuidedFusion(nn.Module):
 
     def __init__(self, guide: int, channels: int, inner: int, heads: int) -> None:
         super().__init__()
-        self.encode_enc = nn.Conv2d(guide, channels, 3, padding=1)
+        self.encode_enc = Conv3x3(guide, channels)
         self.norm1 = ChannelNorm(channels)
         self.norm2 = ChannelNorm(channels)
         self.crossattn = CrossChannelAttention(channels, inner, heads)
@@ -98,14 +99,14 @@ class GuidedFusion(nn.Module):
         return F.relu(self.norm3(mixed))
 
 
-def convolve_enlarged(x: Tensor, conv: nn.Conv2d, scale: int) -> Tensor:
+def convolve_enlarged(x: Tensor, conv: Conv3x3, scale: int) -> Tensor:
     """conv3x3 of the bilinear enlargement of x by `scale`, mostly computed at the small size.
 
     Enlarging works on each channel alone, so it commutes with the 1x1 product of each of the nine taps: the products
     are made small, enlarged, shifted and added. Exact up to rounding, 1 / scale^2 of the multiplications.
     """
     if scale == 1:
-        return F.conv2d(x, conv.weight, conv.bias, padding=1)
+        return conv(x)
     height, width = x.shape[-2] * scale, x.shape[-1] * scale
     total: Tensor | None = None
     for row in range(3):
@@ -181,9 +182,9 @@ class KeyProjection(nn.Module):
 
     def __init__(self, inputs: int, key_width: int) -> None:
         super().__init__()
-        self.key_proj = nn.Conv2d(inputs, key_width, 3, padding=1)
+        self.key_proj = Conv3x3(inputs, key_width)
         self.d_proj = nn.Conv2d(inputs, 1, 3, padding=1)
-        self.e_proj = nn.Conv2d(inputs, key_width, 3, padding=1)
+        self.e_proj = Conv3x3(inputs, key_width)
 
     def forward(self, f16: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """key [B, C, h, w], shrinkage [B, 1, h, w] >= 1, selection [B, C, h, w] in 0..1, all float32."""

@@ -6,15 +6,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..winograd import Conv3x3
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions (He et al. 2015, figure 5 left)."""
 
     def __init__(self, inputs: int, planes: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, planes, 3, stride, 1, bias=False)
+        self.conv1 = conv3x3(inputs, planes, stride)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, outputs, 3, 1, 1, bias=False)
+        self.conv2 = Conv3x3(planes, outputs, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.downsample = shortcut(inputs, outputs, stride)
 
@@ -31,7 +33,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, planes, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
+        self.conv2 = conv3x3(planes, planes, stride)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
@@ -42,6 +44,12 @@ class Bottleneck(nn.Module):
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def conv3x3(inputs: int, outputs: int, stride: int) -> nn.Conv2d:
+    if stride == 1:
+        return Conv3x3(inputs, outputs, bias=False)
+    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:

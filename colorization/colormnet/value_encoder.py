@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..winograd import Conv3x3
 from .feature_fusion import PLANES, FeatureFusion, gated_update
 from .resnet import BasicBlock, grey_convolution, stage
 
@@ -29,7 +30,7 @@ class HiddenReinforcer(nn.Module):
 
     def __init__(self, value: int, hidden: int) -> None:
         super().__init__()
-        self.transform = nn.Conv2d(value + hidden, 3 * hidden, 3, padding=1)
+        self.transform = Conv3x3(value + hidden, 3 * hidden)
 
     def forward(self, value: Tensor, hidden: Tensor) -> Tensor:
         return gated_update(self.transform(torch.cat((value, hidden.to(value.dtype)), dim=1)), hidden)

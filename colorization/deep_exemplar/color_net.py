@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..winograd import Conv3x3
+
 INPUTS = 7  # L, matched a and b, similarity, last frame's L, a and b
 CHROMA_RANGE = 128.0
-
-
-def conv(inputs: int, outputs: int, dilation: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
 
 
 def halving(channels: int) -> nn.Conv2d:
@@ -22,7 +20,7 @@ def halving(channels: int) -> nn.Conv2d:
 
 
 def doubling(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Upsample(scale_factor=2), conv(inputs, outputs))
+    return nn.Sequential(nn.Upsample(scale_factor=2), Conv3x3(inputs, outputs))
 
 
 class ColorVidNet(nn.Module):
@@ -34,26 +32,26 @@ class ColorVidNet(nn.Module):
     def __init__(self, stem: int = 32, widths: Sequence[int] = (64, 128, 256, 512), last: int = 128) -> None:
         super().__init__()
         w1, w2, w3, w4 = widths
-        self.conv1_1 = nn.Sequential(conv(INPUTS, stem), nn.ReLU(), conv(stem, w1))
-        self.conv1_2 = conv(w1, w1)
+        self.conv1_1 = nn.Sequential(Conv3x3(INPUTS, stem), nn.ReLU(), Conv3x3(stem, w1))
+        self.conv1_2 = Conv3x3(w1, w1)
         self.conv1_2norm_ss = halving(w1)
-        self.conv2_1, self.conv2_2 = conv(w1, w2), conv(w2, w2)
+        self.conv2_1, self.conv2_2 = Conv3x3(w1, w2), Conv3x3(w2, w2)
         self.conv2_2norm_ss = halving(w2)
-        self.conv3_1, self.conv3_2, self.conv3_3 = conv(w2, w3), conv(w3, w3), conv(w3, w3)
+        self.conv3_1, self.conv3_2, self.conv3_3 = Conv3x3(w2, w3), Conv3x3(w3, w3), Conv3x3(w3, w3)
         self.conv3_3norm_ss = halving(w3)
-        self.conv4_1, self.conv4_2, self.conv4_3 = conv(w3, w4), conv(w4, w4), conv(w4, w4)
-        self.conv5_1, self.conv5_2, self.conv5_3 = conv(w4, w4, 2), conv(w4, w4, 2), conv(w4, w4, 2)
-        self.conv6_1, self.conv6_2, self.conv6_3 = conv(w4, w4, 2), conv(w4, w4, 2), conv(w4, w4, 2)
-        self.conv7_1, self.conv7_2, self.conv7_3 = conv(w4, w4), conv(w4, w4), conv(w4, w4)
+        self.conv4_1, self.conv4_2, self.conv4_3 = Conv3x3(w3, w4), Conv3x3(w4, w4), Conv3x3(w4, w4)
+        self.conv5_1, self.conv5_2, self.conv5_3 = Conv3x3(w4, w4, 2), Conv3x3(w4, w4, 2), Conv3x3(w4, w4, 2)
+        self.conv6_1, self.conv6_2, self.conv6_3 = Conv3x3(w4, w4, 2), Conv3x3(w4, w4, 2), Conv3x3(w4, w4, 2)
+        self.conv7_1, self.conv7_2, self.conv7_3 = Conv3x3(w4, w4), Conv3x3(w4, w4), Conv3x3(w4, w4)
         self.conv8_1 = doubling(w4, w3)
-        self.conv3_3_short = conv(w3, w3)
-        self.conv8_2, self.conv8_3 = conv(w3, w3), conv(w3, w3)
+        self.conv3_3_short = Conv3x3(w3, w3)
+        self.conv8_2, self.conv8_3 = Conv3x3(w3, w3), Conv3x3(w3, w3)
         self.conv9_1 = doubling(w3, w2)
-        self.conv2_2_short = conv(w2, w2)
-        self.conv9_2 = conv(w2, w2)
+        self.conv2_2_short = Conv3x3(w2, w2)
+        self.conv9_2 = Conv3x3(w2, w2)
         self.conv10_1 = doubling(w2, last)
-        self.conv1_2_short = conv(w1, last)
-        self.conv10_2 = conv(last, last)
+        self.conv1_2_short = Conv3x3(w1, last)
+        self.conv10_2 = Conv3x3(last, last)
         self.conv10_ab = nn.Conv2d(last, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..winograd import Conv3x3
+
 DEPTHS = (2, 2, 4, 4, 4)  # convolutions between two poolings
 # Caffe's mean, blue first, over 255.
 MEAN = (0.40760392, 0.45795686, 0.48501961)
@@ -24,7 +26,7 @@ class VGG19(nn.Module):
         inputs = 3
         for block, (width, depth) in enumerate(zip(self.widths, DEPTHS, strict=True), start=1):
             for index in range(1, depth + 1):
-                self.add_module(f"conv{block}_{index}", nn.Conv2d(inputs, width, 3, padding=1))
+                self.add_module(f"conv{block}_{index}", Conv3x3(inputs, width))
                 inputs = width
 
     def forward(self, rgb: Tensor) -> list[Tensor]:

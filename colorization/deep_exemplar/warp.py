@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..winograd import Conv3x3
+
 
 class ResidualBlock(nn.Module):
     """Two reflected 3x3 convolutions with instance norm; one PReLU slope serves both."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3)
+        self.conv1 = Conv3x3(channels, channels, padding=0)
         self.prelu = nn.PReLU()
-        self.conv2 = nn.Conv2d(channels, channels, 3)
+        self.conv2 = Conv3x3(channels, channels, padding=0)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.prelu(F.instance_norm(self.conv1(_reflected(x))))
@@ -37,7 +39,7 @@ def head(inputs: int, middle: int, outputs: int, stride: int = 1, between: int =
     """
     layers: list[nn.Module] = [
         nn.ReflectionPad2d(1),
-        nn.Conv2d(inputs, middle, 3),
+        Conv3x3(inputs, middle, padding=0),
         nn.InstanceNorm2d(middle),
         nn.PReLU(),
     ]
@@ -45,7 +47,7 @@ def head(inputs: int, middle: int, outputs: int, stride: int = 1, between: int =
         layers.append(nn.Upsample(scale_factor=between))
     layers += [
         nn.ReflectionPad2d(1),
-        nn.Conv2d(middle, outputs, 3, stride),
+        Conv3x3(middle, outputs, padding=0) if stride == 1 else nn.Conv2d(middle, outputs, 3, stride),
         nn.InstanceNorm2d(outputs),
         nn.PReLU(),
     ]
