@@ -6,6 +6,7 @@ CUDA graph as it will run. A kernel that differs from torch, or fails, is not us
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,7 @@ def choose(shape: tuple[int, int, int, int], length: int, device: torch.device, 
         if not torch.allclose(found, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]):
             worst = float((found - wanted).abs().max())
             return TORCH, f"the kernel that cuts the cache into parts is off by {worst:.2g} on this card"
-        times = {name: milliseconds(lambda attend=attend: attend(*tensors), device) for name, attend in ATTEND.items()}
+        times = {name: milliseconds(functools.partial(run, *tensors), device) for name, run in ATTEND.items()}
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, a driver too old, a card that Triton does not know

@@ -117,7 +117,7 @@ class Int4Linear(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         before = self.weight.data_ptr()
-        made = super()._apply(*args, **kwargs)
+        made = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self.weight.data_ptr() != before:  # a host asks for the device that they are on at every answer
             self._for_cpu = None
         return made
