@@ -10,7 +10,7 @@ const STORE = "Hotpath.NodeState";
 const LONGEST = 4000; // characters of a report that are kept
 const MOST = 40; // workflows that are kept
 const WARNING = "⚠"; // as a badge and before the sentence
-const FIELD = { letter: 6, line: 18, margins: 60, most: 9 }; // pixels of the text on a node, and lines
+const FIELD = { letter: 6, line: 18, margins: 60, gap: 10, most: 9 }; // pixels of the text on a node, and lines
 
 let running = null; // { id, node, since }
 
@@ -109,14 +109,26 @@ function fieldOf(node) {
   return node.widgets?.find((widget) => widget.name === "$$node-text-preview");
 }
 
-// The canvas renderer gives the field two lines; here it gets as many as the text has, to a limit, and scrolls from there.
-// (The other renderer makes room by itself.)
+// Pixels between a node and the title of the next one under it.
+function roomUnder(node) {
+  const [left, top] = node.pos;
+  const width = node.size[0];
+  const height = Math.max(node.size[1], node.computeSize()[1]); // a field that has just come is not in its size yet
+  const under = ({ pos, size }) => pos[1] > top && pos[0] < left + width && pos[0] + size[0] > left;
+  const tops = (node.graph?.nodes ?? []).filter((other) => other !== node && under(other)).map(({ pos }) => pos[1]);
+  return Math.min(...tops) - window.LiteGraph.NODE_TITLE_HEIGHT - FIELD.gap - top - height;
+}
+
+// The canvas renderer gives the field two lines; here it gets as many as the text has, to a limit and where no other node
+// is in the way, and scrolls from there. (The other renderer makes room by itself.)
 function makeRoom(node, field, text) {
-  if (window.LiteGraph.vueNodesMode) return;
+  const before = window.LiteGraph.vueNodesMode ? undefined : field.options?.getMinHeight?.();
+  if (before === undefined) return;
   const letters = Math.max(20, (node.size[0] - FIELD.margins) / FIELD.letter);
   const lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / letters)), 0);
-  const height = Math.min(lines, FIELD.most) * FIELD.line + FIELD.margins / 2;
-  if (typeof field.options?.getMinHeight !== "function" || height <= field.options.getMinHeight()) return;
+  const wanted = Math.min(lines, FIELD.most) * FIELD.line + FIELD.margins / 2;
+  const height = Math.min(wanted, before + roomUnder(node));
+  if (height <= before) return;
   field.options.getMinHeight = () => height;
   node.expandToFitContent?.();
 }

@@ -153,6 +153,10 @@ def load_faces(front_end: FrontEnd, **changed: Any) -> None:
 def test_nodes_tell_what_became_of_them(front_end: FrontEnd) -> None:
     """Computed, then cached; a report and a warning on the node; all of it again after the page was reloaded."""
     load_faces(front_end)
+    front_end.page.evaluate(  # little room under the third node
+        "() => { const [node, next] = [3, 4].map((id) => app.rootGraph.getNodeById(id));"
+        " next.pos = [node.pos[0], node.pos[1] + node.size[1] + 118]; }"
+    )
     assert front_end.run()["end"] == "execution_success"
     front_end.page.wait_for_function("() => app.rootGraph.getNodeById(3)?.hotpathState?.badge")
     loader, faces = front_end.node("2"), front_end.node("3")
@@ -166,6 +170,11 @@ def test_nodes_tell_what_became_of_them(front_end: FrontEnd) -> None:
         "() => app.rootGraph.getNodeById(2).widgets.find((w) => w.name === '$$node-text-preview').options.getMinHeight()"
     )
     assert 58 < room <= 9 * 18 + 30  # the front end gives it two lines
+    between = front_end.page.evaluate(
+        "() => { const [node, next] = [3, 4].map((id) => app.rootGraph.getNodeById(id));"
+        " return next.pos[1] - LiteGraph.NODE_TITLE_HEIGHT - node.pos[1] - node.size[1]; }"
+    )
+    assert between >= 0  # reports never grow into another node
     front_end.page.evaluate("() => { app.rootGraph.getNodeById(3).widgets.find((w) => w.name === 'index').value = 1; }")
     assert front_end.run()["end"] == "execution_success"
     front_end.page.wait_for_function("() => app.rootGraph.getNodeById(2)?.hotpathState?.badge === 'cached'")
