@@ -2,23 +2,32 @@
 
 Deep Exemplar asks for softmax(theta . phi / 1e-10), which is the argmax. A flipped argmax changes 4x4 pixels and the
 statistics of the whole frame after them, so the search is exact: `best_match` multiplies tile by tile in float32 and
-keeps the running maximum; `best_match_prefiltered` looks for candidates in half precision first, scores those again
-in float32, and repeats in float32 whatever the rounding leaves in doubt.
+keeps the running maximum; `best_match_fused` finds in half precision, in two Triton kernels, which groups of keys can hold
+the best, and lets float32 decide among them.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from .capabilities import float32_products
 
 log = logging.getLogger("hotpath.attention")
 
 QUERY_TILE = 4096
 KEY_TILE = 8192
-CANDIDATES = 8
+GROUP = 64  # keys of which the fused search keeps one number
+SETTLED = 32  # queries for which it decides together
+PROGRAMS = 1024
+MAXIMA = 1 << 28  # bytes of them held at a time
+# Twice what half precision can move a product of unit vectors by: 2^-11 of each factor, and the sum's own rounding.
+DOUBT = 2 * (2**-10 + 2**-15)
 
 
 def best_match(
@@ -47,61 +56,91 @@ def _tile_maximum(theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     return found.values, found.indices
 
 
-def best_match_prefiltered(
-    theta: Tensor, phi: Tensor, dtype: torch.dtype = torch.float16, candidates: int = CANDIDATES
-) -> tuple[Tensor, Tensor]:
-    """The same as `best_match` for rows of unit length, with most of the arithmetic in `dtype`.
+def best_match_fused(theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+    """The same as `best_match` for rows of at most unit length, by the kernels of `best_match_kernel`. No waiting.
 
-    Rounding both rows to `dtype` and the product once more moves a product of unit vectors by less than the bound
-    below. So when the last candidate lies further than twice the bound under the best one, nothing outside the
-    candidates can win, and the candidates' float32 products decide. The other rows are matched again in float32.
+    Half-precision products keep of every group of keys the highest. Rounding moves a product of unit vectors by less than
+    DOUBT / 2, so the best key lies in a group whose maximum is at most DOUBT under the highest; those are multiplied again
+    in float32. Peak memory beside copies of the features: 5/4 of MAXIMA bytes, or of one row of queries if that is more.
     """
-    doubt = 2 * 4 * torch.finfo(dtype).eps
-    half_phi = phi.to(dtype)
-    score = theta.new_empty(len(theta))
+    import triton
+
+    theta, phi = theta.contiguous(), phi.contiguous()
+    half_theta, half_phi = theta.half(), phi.half()
+    score = torch.empty(len(theta), dtype=torch.float32, device=theta.device)
     index = torch.empty(len(theta), dtype=torch.long, device=theta.device)
-    settled = torch.empty(len(theta), dtype=torch.bool, device=theta.device)
-    for first in range(0, len(theta), QUERY_TILE):
-        rows = slice(first, first + QUERY_TILE)
-        rough, where = _half_candidates(theta[rows].to(dtype), half_phi, candidates)
-        exact = torch.einsum("nc,nkc->nk", theta[rows], phi[where])
-        # Lowest index first, so that `max` settles ties as `best_match` does.
-        where, order = where.sort(dim=1)
-        found = exact.gather(1, order).max(dim=1)
-        score[rows] = found.values
-        index[rows] = where.gather(1, found.indices[:, None])[:, 0]
-        settled[rows] = (rough[:, 0] - rough[:, -1] > doubt) | (where.shape[1] == len(phi))
-    open_rows = (~settled).nonzero()[:, 0]
-    if len(open_rows):
-        score[open_rows], index[open_rows] = best_match(theta[open_rows], phi)
+    together = max(1, MAXIMA // (4 * triton.cdiv(len(phi), GROUP)) // 128) * 128
+    for first in range(0, len(theta), together):
+        rows = slice(first, first + together)
+        _match_rows(theta[rows], phi, half_theta[rows], half_phi, score[rows], index[rows])
     return score, index
 
 
-def _half_candidates(theta: Tensor, phi: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
-    best: Tensor | None = None
-    index: Tensor | None = None
-    for start in range(0, len(phi), KEY_TILE):
-        found = (theta @ phi[start : start + KEY_TILE].T).float()
-        values, where = found.topk(min(candidates, found.shape[1]), dim=1)
-        where = where + start
-        if best is not None and index is not None:
-            values = torch.cat((best, values), dim=1)
-            where = torch.cat((index, where), dim=1)
-            values, order = values.topk(min(candidates, values.shape[1]), dim=1)
-            where = where.gather(1, order)
-        best, index = values, where
-    assert best is not None and index is not None
-    return best, index
+def _match_rows(theta: Tensor, phi: Tensor, half_theta: Tensor, half_phi: Tensor, score: Tensor, index: Tensor) -> None:
+    """`best_match_fused` of as many queries as are searched together, written into score and index."""
+    import triton
+
+    from .best_match_kernel import group_maxima, settle
+
+    queries, keys, channels = len(theta), len(phi), theta.shape[1]
+    groups = triton.cdiv(keys, GROUP)
+    maxima = torch.empty(groups, queries, dtype=torch.float32, device=theta.device)
+    form = maxima_form(channels, shared_memory(theta.device))
+    blocks, steps = triton.cdiv(queries, form["QUERIES"]), triton.cdiv(keys, form["KEYS"])
+    # Enough programs for every multiprocessor, and each with as long a run of keys as that leaves.
+    form["STEPS"] = triton.cdiv(steps, max(1, min(steps, PROGRAMS // blocks)))
+    group_maxima[(blocks, triton.cdiv(steps, form["STEPS"]))](
+        half_theta, half_phi, maxima, queries, keys, groups, channels, **form
+    )
+    tiles = triton.cdiv(queries, SETTLED)
+    doubtful = F.pad(maxima >= maxima.amax(0) - DOUBT, (0, tiles * SETTLED - queries))
+    doubtful = doubtful.view(groups, tiles, SETTLED).any(2).T.contiguous()
+    order = doubtful.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices.to(torch.int32)
+    settle[(tiles,)](
+        theta, phi, order, doubtful.sum(1, dtype=torch.int32), score, index, queries, keys, groups, channels,
+        **settle_form(channels, float32_products(theta.device)),
+    )  # fmt: skip
 
 
-# What was found on this machine, by device and size: (half-precision candidates are faster, sentence).
+def maxima_form(channels: int, shared: int) -> dict[str, int]:
+    """What `group_maxima` is compiled for. shared: bytes of shared memory that a program may have."""
+    width = max(16, 1 << (channels - 1).bit_length())
+    if 2 * width * (128 + 2 * 128) <= shared:
+        block, step, warps, stages = 128, 128, 8, 2
+    elif 2 * width * (64 + 2 * 64) <= shared:
+        block, step, warps, stages = 64, 64, 4, 2
+    else:  # AMD's, among others, whose registers are fewer too
+        block, step, warps, stages = 32, 64, 8, 1
+    return {
+        "QUERIES": block, "KEYS": step, "GROUP": GROUP, "CHANNELS": width, "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+def settle_form(channels: int, precision: str) -> dict[str, Any]:
+    """What `settle` is compiled for."""
+    width = max(16, 1 << (channels - 1).bit_length())
+    return {
+        "QUERIES": SETTLED, "GROUP": GROUP, "CHANNELS": width, "CHUNK": min(width, 32), "PRECISION": precision,
+        "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program of `device` may have; a consumer card's where torch does not say."""
+    if device.type != "cuda":
+        return 99 << 10
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 64 << 10))
+
+
+# What was found on this machine, by device and size: (the kernel is faster, sentence).
 _measured: dict[tuple[int, int, int, int], tuple[bool, str]] = {}
 
 
 class MeasuredMatch:
     """The faster of the two searches on CUDA, found by timing both at the first call of a size; `best_match` elsewhere.
 
-    Which is faster hangs on the card's float32 speed. `status` says which one runs and why.
+    Which is faster hangs on the card's float32 speed and on how alike a picture's places are. `status` says which one runs
+    and why.
     """
 
     def __init__(self) -> None:
@@ -109,26 +148,38 @@ class MeasuredMatch:
 
     def __call__(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         if theta.device.type != "cuda":
-            self.status = f"tiled float32: half-precision candidates are for CUDA, this is {theta.device.type}"
+            self.status = f"tiled float32: the kernel is for CUDA, this is {theta.device.type}"
             return best_match(theta, phi)
         case = (theta.device.index or 0, len(theta), len(phi), theta.shape[1])
         if case not in _measured:
             _measured[case] = self._measure(theta, phi)
-        prefilter, self.status = _measured[case]
-        return best_match_prefiltered(theta, phi) if prefilter else best_match(theta, phi)
+        fused, self.status = _measured[case]
+        return best_match_fused(theta, phi) if fused else best_match(theta, phi)
 
     def _measure(self, theta: Tensor, phi: Tensor) -> tuple[bool, str]:
-        """Whether the half-precision candidates are faster here, and the sentence that says so."""
-        seconds = []
-        for search in (best_match, best_match_prefiltered):
-            search(theta, phi)
-            torch.cuda.synchronize(theta.device)
-            start = time.perf_counter()
-            search(theta, phi)
-            torch.cuda.synchronize(theta.device)
+        """Whether the kernel is faster here and gives the same, and the sentence that says so."""
+        seconds, scores = [], []
+        for search in (best_match, best_match_fused):
+            try:
+                score, _ = search(theta, phi)
+                torch.cuda.synchronize(theta.device)
+                start = time.perf_counter()
+                search(theta, phi)
+                torch.cuda.synchronize(theta.device)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # Triton is not installed, or does not know this card
+                status = f"tiled float32: the kernel does not run ({type(error).__name__}: {error})"
+                log.warning("match of %s: %s", _size(theta, phi), status)
+                return False, status
             seconds.append(time.perf_counter() - start)
+            scores.append(score)
+        if not torch.allclose(*scores, rtol=0, atol=1e-5, equal_nan=True):
+            status = "tiled float32: the kernel gives other scores on this card"
+            log.warning("match of %s: %s", _size(theta, phi), status)
+            return False, status
         faster = seconds[1] < seconds[0]
-        name = "half-precision candidates, float32 decision" if faster else "tiled float32"
+        name = "fused kernel, half precision first, float32 decides" if faster else "tiled float32"
         status = f"{name}: {1000 * min(seconds):.1f} ms, the other way {1000 * max(seconds):.1f} ms, both exact"
         log.info("match of %s: %s", _size(theta, phi), status)
         return faster, status

@@ -43,6 +43,13 @@ def device_facts(device: torch.device) -> DeviceFacts:
     return DeviceFacts("cuda", name, torch.cuda.get_device_capability(device))
 
 
+def float32_products(device: torch.device) -> str:
+    """How Triton multiplies float32 on `device` to float32's own accuracy: three TF32 products of the halves of each
+    number where tensor cores have them (NVIDIA from compute capability 8.0 on), else "ieee"."""
+    capability = device_facts(device).capability
+    return "tf32x3" if capability is not None and capability >= (8, 0) else "ieee"
+
+
 @dataclass(frozen=True)
 class AttentionCall:
     """The signature a backend is chosen for. Sizes as in `Run`."""

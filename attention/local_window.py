@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .capabilities import float32_products
+
 log = logging.getLogger("hotpath.attention")
 
-VALUE_SLICE = 128  # channels of the value that one program of the kernel accumulates
-QUERY_TILE = 16
+QUERY_TILE = 16  # queries that one program of the kernel serves
 
 
 AUTOMATIC, SAMPLER = "automatic", "spatial_correlation_sampler"
@@ -143,14 +144,31 @@ def local_window_triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
     v = value[0].permute(1, 2, 0).contiguous()
     b = bias.permute(0, 2, 3, 1).contiguous()
     out = torch.empty(frames, height, width, v.shape[-1], dtype=value.dtype, device=value.device)
-    reach = triton.next_power_of_2(QUERY_TILE + window - 1)
-    grid = (triton.cdiv(width, QUERY_TILE), frames * height, triton.cdiv(v.shape[-1], VALUE_SLICE))
-    _kernel()[grid](
-        q, k, v, b, out, height, width, channels, v.shape[-1],
-        WINDOW=window, TILE=QUERY_TILE, REACH=reach, CHANNELS=max(16, triton.next_power_of_2(channels)),
-        SLICE=VALUE_SLICE,
-    )  # fmt: skip
+    form = kernel_form(v.element_size(), float32_products(value.device), channels, v.shape[-1], window)
+    grid = (triton.cdiv(width, QUERY_TILE), frames * height, triton.cdiv(v.shape[-1], form["SLICE"]))
+    _kernel()[grid](q, k, v, b, out, height, width, channels, v.shape[-1], **form)
     return out.permute(0, 3, 1, 2)
+
+
+def kernel_form(value_bytes: int, precision: str, channels: int, value_channels: int, window: int) -> dict[str, Any]:
+    """What the kernel is compiled for. value_bytes: of one element. A wide slice repeats the logits less often; these
+    are the widest that keep everything in registers: in half precision, in float32, and without tensor cores.
+    """
+    slice_, warps, stages = (64, 8, 1) if precision == "ieee" else (256, 8, 2) if value_bytes < 4 else (128, 4, 2)
+    return {
+        "WINDOW": window,
+        "TILE": QUERY_TILE,
+        "REACH": _power_of_two(QUERY_TILE + window - 1),
+        "CHANNELS": max(16, _power_of_two(channels)),
+        "SLICE": min(slice_, max(16, _power_of_two(value_channels))),
+        "PRECISION": precision,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def _kernel() -> Any:

@@ -215,28 +215,68 @@ def test_tiled_match_equals_definition(tiles: tuple[int, int]) -> None:
     torch.testing.assert_close(score, expected_score, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_prefiltered_match_is_exact_where_half_precision_is_wrong(dtype: torch.dtype) -> None:
-    theta = unit_rows(400, 64, 3)
-    # Near ties: products that differ by less than half precision resolves, and by far more than float32 does.
-    phi = torch.cat([theta + 0.03 * unit_rows(400, 64, seed) for seed in (4, 5, 6)])
-    phi = phi / phi.norm(dim=1, keepdim=True)
+def near_ties() -> tuple[Tensor, Tensor]:
+    """Products that differ by less than half precision resolves, and by far more than float32 does; rows of each length
+    beside the kernels' blocks."""
+    theta = unit_rows(70, 64, 3)
+    phi = torch.cat([theta + 0.03 * unit_rows(70, 64, seed) for seed in (4, 5, 6)])
+    return theta, phi / phi.norm(dim=1, keepdim=True)
+
+
+def missed(theta: Tensor, phi: Tensor, index: Tensor) -> float:
+    """How far the worst match lies under the best one."""
     products = theta.double() @ phi.double().T
-    best = products.max(1).values
-
-    def missed(index: Tensor) -> float:
-        return (best - products.gather(1, index[:, None])[:, 0]).max().item()
-
-    naive = (theta.to(dtype) @ phi.to(dtype).T).float().argmax(1)
-    assert missed(naive) > 1e-5, "half precision alone must be wrong here, or this proves nothing"
-    # As near as float32 products can tell.
-    assert missed(matching.best_match_prefiltered(theta, phi, dtype)[1]) < 1e-6
+    return (products.max(1).values - products.gather(1, index[:, None])[:, 0]).max().item()
 
 
-def test_prefiltered_match_repeats_what_stays_in_doubt() -> None:
-    # More equal candidates than are kept: only the float32 search can tell the first.
+def check_fused_match(device: str) -> None:
+    """Where half precision alone is wrong, with equal keys of which the first counts, and in several runs of rows."""
+    theta, phi = near_ties()
+    naive = (theta.half() @ phi.half().T).float().argmax(1)
+    assert missed(theta, phi, naive) > 1e-5, "half precision alone must be wrong here, or this proves nothing"
+    score, index = (x.cpu() for x in matching.best_match_fused(theta.to(device), phi.to(device)))
+    assert missed(theta, phi, index) < 1e-6
+    torch.testing.assert_close(score, matching.best_match(theta, phi)[0], atol=2e-6, rtol=0)
     theta = unit_rows(3, 16, 7)
-    phi = torch.cat([unit_rows(5, 16, 8), theta[:1].repeat(40, 1)])
-    score, index = matching.best_match_prefiltered(theta, phi)
-    assert torch.equal(index, matching.best_match(theta, phi)[1])
-    assert index[0] == 5 and abs(score[0].item() - 1) < 1e-6
+    phi = torch.cat([unit_rows(5, 16, 8), theta[:1].repeat(140, 1)])
+    _, index = matching.best_match_fused(theta.to(device), phi.to(device))
+    assert index[0] == 5 and torch.equal(index.cpu(), matching.best_match(theta, phi)[1])
+    kept, matching.MAXIMA = matching.MAXIMA, 1
+    theta, phi = unit_rows(200, 16, 1), unit_rows(130, 16, 2)
+    _, index = matching.best_match_fused(theta.to(device), phi.to(device))
+    matching.MAXIMA = kept
+    assert torch.equal(index.cpu(), matching.best_match(theta, phi)[1])
+
+
+INTERPRETED_MATCH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest
+from test_attention_local_window import check_fused_match
+check_fused_match("cpu")
+print("equal")
+"""
+
+
+def test_fused_match_is_exact_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-c", INTERPRETED_MATCH, str(Path(__file__).parent)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_fused_match_is_exact_on_the_gpu() -> None:
+    check_fused_match("cuda")
+    theta, phi = (unit_rows(5184, 256, seed).cuda() for seed in (1, 2))
+    _, index = matching.best_match_fused(theta, phi)
+    assert missed(theta.cpu(), phi.cpu(), index.cpu()) < 1e-6
+    search = matching.MeasuredMatch()
+    assert missed(theta.cpu(), phi.cpu(), search(theta, phi)[1].cpu()) < 1e-6
+    assert "both exact" in search.status

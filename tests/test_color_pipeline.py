@@ -433,7 +433,7 @@ def test_on_a_card_nothing_waits_and_the_colours_are_the_same(
     from hotpath.attention.best_match import MeasuredMatch, best_match
     from hotpath.host.headless import HeadlessHost
 
-    # The other search asks once per batch what is left in doubt.
+    # Measuring which search is faster waits, once per size.
     monkeypatch.setattr(MeasuredMatch, "__call__", lambda self, theta, phi: best_match(theta, phi))
     options = FilmOptions(method=method, colour_size=112, edge_filter="guided")
     references = read_references([*frames(1, 112, 128, seed=3)])

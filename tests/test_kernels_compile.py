@@ -1,0 +1,120 @@
+"""Without a card: the Triton kernels down to the machine code of several generations, and what that code asks of a card."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hotpath.attention import best_match, local_window
+
+triton = pytest.importorskip("triton")
+from hotpath.attention import best_match_kernel, local_window_kernel, token_attention_kernel  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+TARGETS = {
+    "sm86": (GPUTarget("cuda", 86, 32), "tf32x3"),
+    "sm90": (GPUTarget("cuda", 90, 32), "tf32x3"),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), "ieee"),
+}
+BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+SHARED = 99 << 10  # what a program may have on consumer cards of NVIDIA; AMD's have 64 KiB
+
+
+def compiled(kernel: Any, pointers: dict[str, str], form: dict[str, Any], target: str) -> Any:
+    """`kernel` for `target`. pointers: types of what they point to. Arguments that are neither are sizes."""
+    where, _ = TARGETS[target]
+    backend = {"cuda": "nvidia", "hip": "amd"}[where.backend]
+    if backend not in triton.backends.backends:
+        pytest.skip(f"this Triton does not compile for {backend}")
+    options = {name: form.pop(name) for name in ("num_warps", "num_stages")}
+    names = kernel.arg_names
+    signature = {
+        name: "constexpr" if name in form else f"*{pointers[name]}" if name in pointers
+        else "fp32" if name == "scale" else "i32" for name in names
+    }  # fmt: skip
+    # As at a launch: torch aligns what it allocates, and sizes are mostly multiples of 16.
+    aligned = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names)
+        if name in pointers or name in ("channels", "value_channels", "q_query", "out_query", "q_sample", "out_sample")
+    }  # fmt: skip
+    return triton.compile(ASTSource(kernel, signature, form, aligned), target=where, options=options)
+
+
+def spilled(made: Any) -> int:
+    """What the machine code keeps in memory for want of registers: bytes per thread of NVIDIA, registers of AMD."""
+    if "amdgcn" in made.asm:
+        return int(re.search(r"\.vgpr_spill_count:\s+(\d+)", made.asm["amdgcn"])[1])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton brings no cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", said)[1])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["fp16", "fp32"])
+def test_window_attention_stays_in_registers(kind: str, target: str) -> None:
+    form = local_window.kernel_form(BYTES[kind], TARGETS[target][1], 64, 1024, 15)
+    pointers = {
+        "q_pointer": "fp32",
+        "k_pointer": "fp32",
+        "bias_pointer": "fp32",
+        "v_pointer": kind,
+        "out_pointer": kind,
+    }
+    made = compiled(local_window_kernel.local_window_kernel, pointers, form, target)
+    assert spilled(made) == 0 and made.metadata.shared <= SHARED
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim", "tokens", "target"),
+    [
+        ("fp16", 64, 16, "sm86"),
+        ("bf16", 64, 16, "sm90"),
+        ("fp32", 64, 16, "sm90"),
+        ("fp16", 160, 64, "sm86"),
+        ("fp32", 160, 64, "sm86"),
+        ("fp16", 64, 16, "gfx1100"),
+    ],
+)
+def test_token_attention_stays_in_registers(kind: str, dim: int, tokens: int, target: str) -> None:
+    kernel = token_attention_kernel
+    configs = kernel.configs_for(dim, BYTES[kind], TARGETS[target][1])
+    assert configs
+    form = {
+        "IDENTITIES": 2, "TOKENS": tokens, "PADDED_TOKENS": kernel._padded(tokens),
+        "TOKEN_BLOCK": kernel.token_block(tokens, dim, BYTES[kind]), "DIM": dim, "PADDED_DIM": kernel._padded(dim),
+        "HAS_MASK": True, "HAS_STATS": True, "WIDEN": False, "PRECISION": TARGETS[target][1], "BLOCK": configs[0][0],
+        "num_warps": configs[0][1], "num_stages": 1,
+    }  # fmt: skip
+    pointers = {name: kind for name in ("Q", "OUT", "RESULT", "KEYS", "VALUES")}
+    pointers |= {"ROWS": "i32", "WEIGHTS": "fp32", "MASK": "fp32", "STATS": "fp32"}
+    made = compiled(kernel._attend_tokens, pointers, form, target)
+    # Wide heads in float32 do not quite fit; what spills is read once per block of tokens.
+    assert spilled(made) <= (512 if (kind, dim) == ("fp32", 160) else 0) and made.metadata.shared <= SHARED
+
+
+@pytest.mark.parametrize(("target", "shared"), [("sm86", SHARED), ("sm90", 227 << 10), ("gfx1100", 64 << 10)])
+def test_best_match_stays_in_registers(target: str, shared: int) -> None:
+    features = {"theta_pointer": "fp16", "phi_pointer": "fp16", "maxima_pointer": "fp32"}
+    form = best_match.maxima_form(256, shared) | {"STEPS": 64}
+    search = compiled(best_match_kernel.group_maxima, features, form, target)
+    features = {"theta_pointer": "fp32", "phi_pointer": "fp32", "order_pointer": "i32", "count_pointer": "i32"}
+    features |= {"score_pointer": "fp32", "index_pointer": "i64"}
+    decision = compiled(best_match_kernel.settle, features, best_match.settle_form(256, TARGETS[target][1]), target)
+    for made in (search, decision):
+        assert spilled(made) == 0 and made.metadata.shared <= shared
+
+
+@pytest.mark.parametrize("head_dim", [1, 40, 64, 96, 160, 256])
+@pytest.mark.parametrize(("size", "precision"), [(2, "ieee"), (2, "tf32x3"), (4, "tf32x3"), (4, "ieee")])
+def test_every_head_size_has_a_way_to_run(head_dim: int, size: int, precision: str) -> None:
+    assert token_attention_kernel.configs_for(head_dim, size, precision)
