@@ -2,10 +2,12 @@
 
     python benchmarks/qwen_vl.py                      # a model of the 4B shape with random bfloat16 weights
     python benchmarks/qwen_vl.py --model models/LLM/Qwen3-VL-4B-Instruct
+    python benchmarks/qwen_vl.py --shape 0.3b         # for a machine without a card
     python benchmarks/qwen_vl.py --shape tiny         # a smoke test for any machine
 
 Prints a table and writes it, with machine, versions and settings, to --json. The peer is the library's own model from
-the same folder, untouched by the pack: processor, then `generate`, one picture at a time.
+the same folder, untouched by the pack: processor, then `generate`, one picture at a time. Both sides take turns, so that
+what else the machine does falls on both. vLLM is measured beside them where it is installed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import sys
@@ -63,6 +66,15 @@ SHAPES: dict[str, dict[str, Any]] = {
             "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17],
         },
     },
+    "0.3b": {
+        "vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32768,
+        "rope_theta": 5000000.0,
+        "vision": {
+            "depth": 12, "hidden_size": 384, "intermediate_size": 1536, "num_heads": 6, "out_hidden_size": 1024,
+            "num_position_embeddings": 2304, "deepstack_visual_indexes": [3, 6, 9],
+        },
+    },
     "tiny": {},
 }  # fmt: skip
 PROMPT = "Describe this image in detail."
@@ -75,7 +87,7 @@ def make_folder(folder: Path, shape: str, device: torch.device) -> Path:
 
     tokens = write_tokenizer(folder)
     config = configuration("qwen3_vl", tokens, **SHAPES[shape])
-    if shape == "4b":
+    if shape != "tiny":
         config["text_config"]["rope_scaling"]["mrope_section"] = [24, 20, 20]
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(
@@ -105,6 +117,19 @@ def timed(device: torch.device, work: Callable[[], Any], repeats: int = 3, warmu
         synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def in_turns(device: torch.device, works: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, float]:
+    """Median seconds of each of `works`, one after the other in every round; the first round is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats + 1):
+        for name, work in works.items():
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
 class Peer:
@@ -171,25 +196,27 @@ class Benchmark:
             word = "sampled" if sample else "greedy"
             if word not in self.decode_with:
                 continue
-            first = timed(device, lambda s=sample: self.peer.write(picture, 1, s))
-            whole = timed(device, lambda s=sample: self.peer.write(picture, self.tokens, s))
-            base = (self.tokens - 1) / (whole - first)
-            self.note(f"decode, batch 1, {word}: transformers", base, "tokens/s")
+            began: dict[str, float] = {}
             for path in paths:
                 start = time.perf_counter()
                 self.ask(picture, self.tokens, sampling, decode=path)
-                began = time.perf_counter() - start
-                rates = [
-                    (self.tokens - 1) / self.ask(picture, self.tokens, sampling, decode=path).timing["decode"]
-                    for _ in range(3)
-                ]
-                self.note(
-                    f"decode, batch 1, {word}: {path}",
-                    statistics.median(rates),
-                    "tokens/s",
-                    base,
-                    f"first call {began:.1f} s",
-                )
+                began[path] = time.perf_counter() - start
+            works: dict[str, Callable[[], Any]] = {
+                "first": lambda s=sample: self.peer.write(picture, 1, s),
+                "whole": lambda s=sample: self.peer.write(picture, self.tokens, s),
+            }
+            decoded: dict[str, list[float]] = {path: [] for path in paths}
+
+            def ours(path: str, s: Sampling, into: dict[str, list[float]]) -> None:
+                into[path].append(self.ask(picture, self.tokens, s, decode=path).timing["decode"])
+
+            works |= {path: lambda p=path, s=sampling, d=decoded: ours(p, s, d) for path in paths}
+            times = in_turns(device, works)
+            base = (self.tokens - 1) / (times["whole"] - times["first"])
+            self.note(f"decode, batch 1, {word}: transformers", base, "tokens/s")
+            for path in paths:
+                rate = (self.tokens - 1) / statistics.median(decoded[path][1:])
+                self.note(f"decode, batch 1, {word}: {path}", rate, "tokens/s", base, f"first call {began[path]:.1f} s")
 
     def agreement(self) -> None:
         """How many leading tokens each path shares with the peer's greedy answer (in bfloat16 ties may fall apart)."""
@@ -211,20 +238,23 @@ class Benchmark:
 
     def first_token(self) -> None:
         device, greedy = self.model.device, Sampling(sample=False)
-        base = timed(device, lambda: self.peer.write(self.picture(2), 1))
-        self.note("first token, new picture: transformers", base, "s")
         seeds = iter(range(100, 10_000))
-        miss = timed(device, lambda: self.ask(self.picture(next(seeds)), 1, greedy, reuse_prefix=False))
-        self.note("first token, new picture (miss)", miss, "s", base)
         known = self.picture(3)
-        self.ask(known, 1, greedy, reuse_prefix=False)
-        hit = timed(device, lambda: self.ask(known, 1, greedy, reuse_prefix=False))
-        self.note("first token, known picture (hit)", hit, "s", base, f"{hit / miss:.0%} of a miss")
         self.ask(known, 1, greedy)
-        prefix = timed(device, lambda: self.ask(known, 1, greedy, f"What about it, number {next(seeds)}?"))
-        self.note(
-            "first token, known picture, new question (prefix)", prefix, "s", base, f"{prefix / miss:.0%} of a miss"
+        times = in_turns(
+            device,
+            {
+                "peer": lambda: self.peer.write(self.picture(next(seeds)), 1),
+                "miss": lambda: self.ask(self.picture(next(seeds)), 1, greedy, reuse_prefix=False),
+                "hit": lambda: self.ask(known, 1, greedy, reuse_prefix=False),
+                "prefix": lambda: self.ask(known, 1, greedy, f"What about it, number {next(seeds)}?"),
+            },
         )
+        base, miss = times["peer"], times["miss"]
+        self.note("first token, new picture: transformers", base, "s")
+        self.note("first token, new picture (miss)", miss, "s", base)
+        for name, what in (("hit", "known picture (hit)"), ("prefix", "known picture, new question (prefix)")):
+            self.note(f"first token, {what}", times[name], "s", base, f"{times[name] / miss:.0%} of a miss")
         for stage, value in self.ask(self.picture(4), 1, greedy).timing.items():
             self.note(f"stage of a miss: {stage}", value, "s")
 
@@ -247,6 +277,30 @@ class Benchmark:
                 self.note(
                     f"captions, 64 tokens, batch {size}", done / summary.seconds * 60, "a minute", 60 / base, remark
                 )
+
+    def vllm(self) -> None:
+        """The same answer by vLLM, whose process takes what it is given of the card's memory."""
+        if self.model.device.type != "cuda" or importlib.util.find_spec("vllm") is None:
+            print("vLLM is left out: it needs an NVIDIA card and the vllm package", flush=True)
+            return
+        from vllm import LLM, SamplingParams
+
+        picture = self.picture(0)
+        shortest, longest = ULTRA.edges(self.model.image_sizes)
+        engine = LLM(
+            str(self.model.folder.path), dtype=str(self.model.dtype).removeprefix("torch."), max_model_len=4096,
+            gpu_memory_utilization=0.4, enable_prefix_caching=False,
+            mm_processor_kwargs={"size": {"shortest_edge": shortest, "longest_edge": longest}},
+        )  # fmt: skip
+        text = render(self.model, Question(PROMPT, "", (picture,)))
+        asked = {"prompt": text, "multi_modal_data": {"image": Image.fromarray(picture.pixels)}}
+
+        def write(tokens: int) -> None:
+            engine.generate(asked, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+
+        times = in_turns(self.model.device, {"first": lambda: write(1), "whole": lambda: write(self.tokens)})
+        rate = (self.tokens - 1) / (times["whole"] - times["first"])
+        self.note("decode, batch 1, greedy: vLLM", rate, "tokens/s")
 
     def memory(self) -> None:
         item = self.ask(self.picture(6), 1, Sampling(sample=False)).items[0]
@@ -273,6 +327,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "device": named,
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "versions": versions,
     }
@@ -286,7 +342,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="length of the timed answers")
     parser.add_argument("--pictures", type=int, default=64, help="how many are captioned")
     parser.add_argument("--side", type=int, default=1024, help="edge of the pictures in pixels")
-    parser.add_argument("--only", nargs="*", default=["decode", "agreement", "first_token", "captions", "memory"])
+    parser.add_argument(
+        "--only", nargs="*", default=["decode", "agreement", "first_token", "captions", "vllm", "memory"]
+    )
     parser.add_argument("--decode-with", nargs="+", choices=("greedy", "sampled"), default=["greedy", "sampled"])
     parser.add_argument("--json", type=Path, default=Path("qwen_vl_benchmark.json"), help="written after every part")
     options = parser.parse_args()
