@@ -139,14 +139,14 @@ class Family:
     def noise(self, case: Any) -> torch.Tensor:
         return torch.randn(self.latent(case).shape, generator=torch.Generator().manual_seed(11))
 
-    def sampler(self, model: Any) -> Callable[[Any], torch.Tensor]:
+    def sampler(self, model: Any, steps: int | None = None) -> Callable[[Any], torch.Tensor]:
         """Samples `model`, a ModelPatcher, as KSampler does."""
         import comfy.sample
 
         def run(case: Any) -> torch.Tensor:
             positive, negative = self.text(case)
             return comfy.sample.sample(
-                model, self.noise(case), self.steps, self.cfg, "euler", "simple", positive, negative,
+                model, self.noise(case), steps or self.steps, self.cfg, "euler", "simple", positive, negative,
                 self.latent(case), disable_pbar=True, seed=11,
             )  # fmt: skip
 
@@ -156,6 +156,17 @@ class Family:
         from hotpath.patches.compilation import CompileSettings, compile_model
 
         return lambda: self.sampler(compile_model(model, CompileSettings(**settings), self.backend)[0])
+
+    def compiled_with_attention(self, model: Any, **settings: Any) -> Callable[[], Callable[[Any], torch.Tensor]]:
+        """The same with attention by the fastest exact kernel, which is measured before anything is compiled."""
+        from hotpath.patches.attention_override import set_attention
+
+        def prepare() -> Callable[[Any], torch.Tensor]:
+            chosen = set_attention(model, "auto")[0]
+            self.sampler(chosen, steps=1)(self.cases[0])
+            return self.compiled(chosen, **settings)()
+
+        return prepare
 
     def core_compiled(self, model: Any) -> Callable[[], Callable[[Any], torch.Tensor]]:
         from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -220,13 +231,16 @@ def z_image(tiny: bool) -> tuple[Family, list[Contestant]]:
         from hotpath.patches.speed_profiles import PROFILES, apply_profile
 
         made, report = apply_profile(model, PROFILES["maximum speed"])
-        contestants[3].notes = report
+        contestants[4].notes = report
         return family.sampler(made)
 
     contestants = [
         Contestant("ComfyUI", lambda: family.sampler(model)),
         Contestant("Hotpath compile, default", family.compiled(model), 40),
         Contestant("Hotpath compile, reduce-overhead", family.compiled(model, mode="reduce-overhead"), 10),
+        Contestant(
+            "Hotpath attention auto, reduce-overhead", family.compiled_with_attention(model, mode="reduce-overhead"), 40
+        ),
         Contestant("Hotpath maximum speed (fp8)", maximum_speed, 60),
         Contestant("diffusers, eager", lambda: with_diffusers(False)),
         Contestant("diffusers, compile_repeated_blocks", lambda: with_diffusers(True), 40),
@@ -234,7 +248,7 @@ def z_image(tiny: bool) -> tuple[Family, list[Contestant]]:
         Contestant("ComfyUI TorchCompileModel", family.core_compiled(model), 150),
     ]
     if tiny:  # its compiled profile needs a compiler
-        contestants.pop(3)
+        contestants.pop(4)
     return family, contestants
 
 
@@ -257,6 +271,9 @@ def sdxl(tiny: bool) -> tuple[Family, list[Contestant]]:
         Contestant("ComfyUI", lambda: family.sampler(model)),
         Contestant("Hotpath compile, default", family.compiled(model), 60),
         Contestant("Hotpath compile, reduce-overhead", family.compiled(model, mode="reduce-overhead"), 10),
+        Contestant(
+            "Hotpath attention auto, reduce-overhead", family.compiled_with_attention(model, mode="reduce-overhead"), 40
+        ),
         Contestant("InstantID", lambda: family.sampler(person)),
         Contestant("InstantID, Hotpath compile, reduce-overhead", family.compiled(person, mode="reduce-overhead"), 30),
         Contestant("Hotpath compile, transformer blocks", family.compiled(model, regions="transformer blocks"), 10),

@@ -1,12 +1,14 @@
 """What InstantID costs in a sampling step, against the unpatched model and the packs people use today.
 
     python benchmarks/instantid.py [--sizes 1024x1024 1536x1024] [--dtypes fp16 bf16] [--rounds 7] [--json FILE] [--write]
+    python benchmarks/instantid.py --half          half SDXL's width in fp32, for a CPU and 8 GB; few contestants
     python benchmarks/instantid.py --tiny          a test of this script, on the CPU, in a minute
 
 SDXL's own layout and width with random weights, in ComfyUI's own sampler, euler, every contestant in turn in every
 round; a figure is the median over rounds of the time of one step. The original pack (cubiq/ComfyUI_InstantID) and
 IPAdapter_plus take part where they are found: in ComfyUI's custom_nodes, HOTPATH_PEERS, or a folder `peers` beside it.
-What our patch gives is compared with what the original gives before anything is timed.
+What our patch gives is compared with what the original gives before anything is timed. On a CPU a time is processor time,
+which other work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -47,23 +49,24 @@ def wait() -> None:
 
 
 def clock(run: Callable[[], Any]) -> float:
+    now = time.perf_counter if torch.cuda.is_available() else time.process_time
     wait()
-    start = time.perf_counter()
+    start = now()
     run()
     wait()
-    return time.perf_counter() - start
+    return now() - start
 
 
 class Stage:
     """The models of one dtype and the conditionings."""
 
-    def __init__(self, dtype: torch.dtype, tiny: bool) -> None:
+    def __init__(self, dtype: torch.dtype, tiny: bool, half: bool = False) -> None:
         from hotpath.identity.adapter import InstantIDAdapter
         from hotpath.nodes import NODE_CLASS_MAPPINGS
         from instantid_scenarios import Bench
 
         self.sdxl = sys.modules["hotpath_demo.tiny_sdxl"]
-        self.channels, self.context = (self.sdxl.CHANNELS, self.sdxl.CONTEXT) if tiny else (320, 2048)
+        self.channels, self.context = (self.sdxl.CHANNELS, self.sdxl.CONTEXT) if tiny else (160 if half else 320, 2048)
         model = self._random_sdxl(dtype)
         self.state = self.sdxl.make_adapter_state(dim=1280, depth=4, context=self.context, channels=self.channels)
         adapter = InstantIDAdapter(self.state["image_proj"], self.state["ip_adapter"], "random.bin", "random").to(dtype)
@@ -72,6 +75,7 @@ class Stage:
             self.sdxl.encode_text(text, context=self.context) for text in ("a portrait", "blurry")
         )
         self.dtype = dtype
+        self.originals: Any = None  # the original pack's nodes and adapter, once `original` has found them
 
     def _random_sdxl(self, dtype: torch.dtype) -> Any:
         import comfy.model_management
@@ -147,8 +151,8 @@ class Stage:
         adapter = module.InstantID(
             self.state, cross_attention_dim=1280, output_cross_attention_dim=self.context, clip_embeddings_dim=512
         )
-        bench = Bench(pack.NODE_CLASS_MAPPINGS, adapter, self.sdxl, self.bench.model.clone(), None)
-        return bench.patch(weight=0.8, image=photo(1))[0]
+        self.originals = Bench(pack.NODE_CLASS_MAPPINGS, adapter, self.sdxl, self.bench.model.clone(), None)
+        return self.originals.patch(weight=0.8, image=photo(1))[0]
 
     def ip_adapter(self) -> Any | None:
         from peer_packs import PackMissing, pack_named
@@ -174,10 +178,18 @@ def compiled(model: Any, way: str) -> Any:
     return getattr(node, node.FUNCTION)(model=model)[0]
 
 
-def contestants(stage: Stage, ways: list[str]) -> list[Contestant]:
+def contestants(stage: Stage, ways: list[str], few: bool = False) -> list[Contestant]:
     from hotpath.patches.telemetry import record_blocks
     from instantid_scenarios import mask, photo
 
+    if few:
+        chosen = {
+            "unpatched": stage.bench.model,
+            "Hotpath, 70 blocks": stage.ours(weight=0.8),
+            "Hotpath, 70 blocks, mask": stage.ours(weight=0.8, mask=mask(1)),
+            "original pack, 70 blocks": stage.original(),
+        }
+        return [Contestant(name, model) for name, model in chosen.items() if model is not None]
     two = stage.ours(weight=0.8, mask=mask(1))
     models = {
         "unpatched": stage.bench.model,
@@ -224,6 +236,19 @@ def nodes_and_memory(stage: Stage, size: tuple[int, int], steps: int) -> dict[st
         f"{name}, ms": 1e3 * statistics.median(clock(partial(apply, i)) for i in range(20))
         for name, apply in applications.items()
     }
+    if stage.originals is not None:
+
+        def original(i: int) -> Any:
+            return stage.originals.patch(weight=0.5 + i / 100, image=photo(1))
+
+        found["original pack, its node again with another weight, ms"] = 1e3 * statistics.median(
+            clock(partial(original, i)) for i in range(5)
+        )
+        adapter = sum(p.nbytes for p in stage.originals.instantid.parameters())
+        found["original pack, adapter it computes with, MiB"] = adapter / 2**20
+    attn2 = stage.ours(weight=0.8).model_options["transformer_options"]["patches_replace"]["attn2"]
+    prepared = {id(d.prepared): d.prepared for patch in attn2.values() for d in patch.callback}
+    found["keys and values it computes with, MiB"] = sum(p.nbytes for p in prepared.values()) / 2**20
     if torch.cuda.is_available():
         held = {}
         for name, model in (("unpatched", stage.bench.model), ("patched", stage.ours(weight=0.8))):
@@ -300,8 +325,11 @@ def keep(record: dict[str, Any], path: Path | None) -> None:
 
 
 def machine() -> str:
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, no GPU"
-    return f"{where}, {os.cpu_count()} cores, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    load = f"load average {os.getloadavg()[0]:.0f}, " if hasattr(os, "getloadavg") else ""
+    where = f"{platform.machine()}, no GPU, {os.cpu_count()} cores, {load}{torch.get_num_threads()} threads"
+    return f"{where}, torch {torch.__version__}"
 
 
 def run(options: argparse.Namespace) -> str:
@@ -312,8 +340,8 @@ def run(options: argparse.Namespace) -> str:
     device = comfy.model_management.get_torch_device()
     text, record = [], {}
     for dtype_name in options.dtypes:
-        stage = Stage(DTYPES[dtype_name], options.tiny)
-        made = contestants(stage, options.compile)
+        stage = Stage(DTYPES[dtype_name], options.tiny, options.half)
+        made = contestants(stage, options.compile, options.half)
         sizes = [tuple(int(n) for n in size.split("x")) for size in options.sizes]
         differences, costs = compare_first(stage, made, sizes[0], 2), {}
         cases = []
@@ -364,12 +392,14 @@ def run(options: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=["1024x1024", "1536x1024"])
-    parser.add_argument("--dtypes", nargs="+", default=["fp16", "bf16"], choices=DTYPES)
+    parser.add_argument("--sizes", nargs="+", help="1024x1024 1536x1024, with --half 256x256")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="fp16 bf16, with --half fp32")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1e9, help="after these a case ends with its third round")
     parser.add_argument("--compile", nargs="*", default=["core", "Hotpath"], choices=["core", "Hotpath"])
+    parser.add_argument("--half", action="store_true", help="half SDXL's width, without compiling: for a CPU")
+    parser.add_argument("--threads", type=int, help="of torch on a CPU")
     parser.add_argument("--tiny", action="store_true", help="small widths, two steps: to see that this script works")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", action="store_true", help="append to benchmarks/RESULTS.md")
@@ -377,6 +407,10 @@ def main() -> None:
     if options.tiny:
         options.sizes, options.dtypes, options.rounds, options.steps = ["128x128"], ["fp32"], 2, 2
         options.compile = []
+    options.sizes = options.sizes or (["256x256"] if options.half else ["1024x1024", "1536x1024"])
+    options.dtypes = options.dtypes or (["fp32"] if options.half else ["fp16", "bf16"])
+    if options.threads:
+        torch.set_num_threads(options.threads)
     sys.argv[1:], arguments = [], sys.argv[1:]  # ComfyUI reads them too
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]
     import conftest  # noqa: F401 - makes `import hotpath` work in a bare checkout and finds ComfyUI
