@@ -6,6 +6,7 @@ address and asks for a token, and another machine's is spoken to only with one (
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import ipaddress
@@ -210,12 +211,11 @@ def _knock(address: str) -> None:
     """Raises Ray's AuthenticationError at once for a wrong token; `ray.init` would try it twenty times, and say so."""
     if "://" in address:
         return
-    try:
-        from ray._raylet import GcsClient
-    except ImportError:  # it is not of Ray's public side; without it the same is found out later
+    client = getattr(importlib.import_module("ray._raylet"), "GcsClient", None)
+    if client is None:  # it is not of Ray's public side; without it the same is found out later
         return
     host, port = host_and_port(address)
-    GcsClient(address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
+    client(address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
 
 def _refused(error: BaseException, address: str | None) -> str:
