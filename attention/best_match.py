@@ -174,7 +174,7 @@ class MeasuredMatch:
                 return False, status
             seconds.append(time.perf_counter() - start)
             scores.append(score)
-        if not torch.allclose(*scores, rtol=0, atol=1e-5, equal_nan=True):
+        if not torch.allclose(scores[0], scores[1], rtol=0, atol=1e-5, equal_nan=True):
             status = "tiled float32: the kernel gives other scores on this card"
             log.warning("match of %s: %s", _size(theta, phi), status)
             return False, status
