@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..host.interruption import interruptibly
 from .faces import DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces, counted
 from .pictures import PictureGroup, group_pictures
 from .remembering import analyse_in_parts, picture_keys
@@ -51,7 +53,7 @@ class ForeignAnalyser:
             found = []
             for picture in (picture for group in part for picture in group.pixels):
                 bgr = np.ascontiguousarray(picture.cpu().numpy()[:, :, ::-1])
-                faces = self._look(bgr, options, embed)
+                faces = interruptibly(partial(self._look, bgr, options, embed))
                 found.append(faces if choose is None else choose.apply(faces))
             return found
 
