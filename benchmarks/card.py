@@ -195,7 +195,8 @@ def main(stages: Sequence[Stage] = card_plan.STAGES) -> int:
     until = start + 60 * options.minutes
     tiny = options.tiny or not has_cuda()
     options.out.mkdir(parents=True, exist_ok=True)
-    state: dict[str, Any] = {"started": str(date.today()), "arguments": " ".join(sys.argv[1:]), "stages": {}}
+    given = " ".join("DIR" if os.sep in part else part for part in sys.argv[1:])  # a path says nothing about what ran
+    state: dict[str, Any] = {"started": str(date.today()), "arguments": given, "stages": {}}
     if options.resume is not None:
         earlier = options.out / "card.json" if options.resume == Path() else options.resume
         try:
@@ -231,7 +232,7 @@ def main(stages: Sequence[Stage] = card_plan.STAGES) -> int:
             else:
                 state["stages"][stage.name] = {
                     **ran, "tiny": tiny, "command": short(command, work), "results": results,
-                    "table": printed_tables(log),
+                    "table": printed_tables(log).replace(str(work), "DIR"),
                 }  # fmt: skip
             with (options.out / "card.log").open("ab") as all_logs:
                 all_logs.write(f"\n===== {stage.name}: {short(command, work)}\n".encode())
