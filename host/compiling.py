@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,11 +34,13 @@ def interruptible_backend(backend: Backend) -> Backend:
     """`backend` (a function of Dynamo's graph and its inputs), left by its caller as soon as the host is interrupted.
 
     The compilation that was left goes on to its end unseen and fills the compiler's caches on disk. The next one waits
-    for it, and can be interrupted as well.
+    for it, and can be interrupted as well. Where gradients are wanted, the caller compiles, and hears nothing meanwhile.
     """
 
     def compiled(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
-        if getattr(_inside, "compiling", False):  # a backend that compiles a part by itself
+        # A backend that compiles a part by itself, or one that may compile the way back as well, for which torch takes a
+        # lock that this thread holds.
+        if getattr(_inside, "compiling", False) or _wants_gradients(graph, inputs):
             return backend(graph, inputs, **options)
         settings = _settings_of_this_thread()
 
@@ -52,15 +55,30 @@ def interruptible_backend(backend: Backend) -> Backend:
 
 
 def inductor(options: dict[str, Any] | None = None) -> Backend:
-    """torch's own compiler with `options` of its configuration, as an interruptible backend."""
+    """torch's own compiler with `options` of its configuration, as an interruptible backend.
+
+    One for all that have the same options: Dynamo uses no graph again that another backend made, and keeps eight of a
+    function.
+    """
+    return _inductor(tuple(sorted((options or {}).items())))
+
+
+@cache
+def _inductor(options: tuple[tuple[str, Any], ...]) -> Backend:
+    patches = dict(options)
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        made: Callable[..., Any] = compile_fx(graph, inputs, config_patches=options)  # type: ignore[assignment]
+        made: Callable[..., Any] = compile_fx(graph, inputs, config_patches=patches)  # type: ignore[assignment]
         return made
 
     return interruptible_backend(backend)
+
+
+def _wants_gradients(graph: torch.fx.GraphModule, inputs: list[Any]) -> bool:
+    tensors = (*inputs, *graph.parameters())
+    return torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in tensors)
 
 
 def _settings_of_this_thread() -> Callable[[], Any]:

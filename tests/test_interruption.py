@@ -227,6 +227,46 @@ def test_errors_of_the_compiler_arrive_as_its_own(headless_host):
         compiled(torch.zeros(1))
 
 
+def test_a_graph_with_a_way_back_is_compiled_by_its_caller(headless_host):
+    """torch compiles the way back under a lock that the caller's thread holds; another thread would wait for ever."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    taken: list[bool] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        taken.append(compile_lock.acquire(timeout=0.5))
+        if taken[-1]:
+            compile_lock.release()
+        return graph.forward
+
+    wrapped = compiling.interruptible_backend(backend)
+    x = torch.ones(2, requires_grad=True)
+    torch.compile(lambda x: 2 * x, backend=wrapped)(x).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [2, 2]
+    torch.compile(nn.Linear(2, 2), backend=wrapped)(torch.ones(1, 2))
+    assert taken == [True, True]
+
+
+def test_networks_compiled_with_equal_options_share_their_graphs(headless_host, monkeypatch):
+    """Dynamo keeps eight graphs of a function, and none of another backend; the ninth engine would run uncompiled."""
+    graphs: list[Any] = []
+
+    def compile_fx(graph: Any, *_: Any, **__: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    for _ in range(3):
+        torch.compile(double, backend=compiling.inductor({"coordinate_descent_tuning": True}))(torch.zeros(1))
+    assert len(graphs) == 1
+    torch.compile(double, backend=compiling.inductor())(torch.zeros(1))
+    assert len(graphs) == 2
+
+
 def test_a_backend_may_compile_a_part_by_itself(headless_host):
     inner = compiling.interruptible_backend(lambda graph, _: graph.forward)
     outer = compiling.interruptible_backend(lambda graph, inputs: inner(graph, inputs))
