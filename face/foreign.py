@@ -53,7 +53,7 @@ class ForeignAnalyser:
             found = []
             for picture in (picture for group in part for picture in group.pixels):
                 bgr = np.ascontiguousarray(picture.cpu().numpy()[:, :, ::-1])
-                faces = interruptibly(partial(self._look, bgr, options, embed))
+                faces = self._look(bgr, options, embed)
                 found.append(faces if choose is None else choose.apply(faces))
             return found
 
@@ -73,7 +73,8 @@ class ForeignAnalyser:
     def _look(self, bgr: NDArray[np.uint8], options: DetectionOptions, embed: bool) -> Faces:
         for size in options.sizes:
             settable = self._set_size(size, options.threshold)
-            if faces := self.analysis.get(bgr):
+            # The search alone: one that is left must not set sizes in what the next run has set.
+            if faces := interruptibly(partial(self.analysis.get, bgr)):
                 return self._convert(faces, bgr.shape[:2], size, embed)
             if not settable:
                 break

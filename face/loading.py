@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import host
 from ..cache import file_fingerprint
 from ..host import Managed
-from ..host.interruption import interruptibly
+from ..host.interruption import interruptibly, read_ahead
 from .detection import Detector
 from .engine_diagnosis import why_no_insightface, why_not
 from .faces import FaceError
@@ -154,6 +154,7 @@ def _load_torch(
     said = [why] if why else []
 
     def runner(file: Outline) -> TorchRunner:
+        read_ahead(file.path)
         network = interruptibly(lambda: OnnxNetwork(file.path))
         kept = precision
         if precision != "fp32":

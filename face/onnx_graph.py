@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..host.interruption import read_ahead
 from .faces import FaceError
 from .onnx_operators import OPERATORS, Attributes, UnsupportedOperator, scale_shift
 from .packed_convolution import PackedConvolution, can_pack
@@ -42,7 +41,6 @@ def read_model(path: Path) -> Any:
     import onnx
 
     try:
-        read_ahead(path)
         model = onnx.load(str(path))
     except Exception as error:  # protobuf's DecodeError has no common base with onnx's own errors
         raise FaceError(

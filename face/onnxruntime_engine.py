@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
-from ..host.interruption import interruptibly
+from ..host.interruption import interruptibly, read_ahead
 from .faces import FaceError
 from .onnx_graph import read_model
 from .onnx_outline import Outline
@@ -125,6 +126,7 @@ class OnnxRuntimeRunner:
         self.provider = provider
         self.device = device if provider.memory == device.type else torch.device("cpu")
         self.where = f"{long_name(provider)} fp32"
+        read_ahead(file.path)
         self._model = open_batch(file.path)
         self._sessions: dict[tuple[int, int], Any] = {}
         self._seen: set[tuple[int, ...]] = set()  # shapes that the open sessions have run
@@ -198,7 +200,7 @@ class OnnxRuntimeRunner:
         if self.provider.name == "CPU" or tuple(x.shape) in self._seen:
             session.run_with_iobinding(binding)
         else:  # a provider may compile for a shape when it first meets it
-            interruptibly(lambda: session.run_with_iobinding(binding))
+            interruptibly(partial(_run, session, binding, x))
             self._seen.add(tuple(x.shape))
         binding.synchronize_outputs()
         return [_to_torch(value, self.device) for value in binding.get_outputs()]
@@ -207,6 +209,11 @@ class OnnxRuntimeRunner:
         """Close the sessions; the next run opens them again."""
         self._sessions.clear()
         self._seen.clear()
+
+
+def _run(session: Any, binding: Any, _read: Tensor) -> None:
+    # The binding has only the address of what it reads, which a run that was left goes on reading.
+    session.run_with_iobinding(binding)
 
 
 def _to_torch(value: Any, device: torch.device) -> Tensor:

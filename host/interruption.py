@@ -28,8 +28,9 @@ WORTH_A_QUESTION = 1 << 16  # weights; layers with fewer are quick on anything
 def interruptibly(call: Callable[[], Result]) -> Result:
     """What `call` returns or raises. It runs in a thread of its own, with this thread's context variables.
 
-    When the host is interrupted meanwhile, this raises at once. `call` is not stopped: what it gives is dropped, so it
-    must do no harm when it ends later. torch's settings of a thread, such as grad mode, do not come along.
+    When the host is interrupted meanwhile, this raises at once. `call` is not stopped: what it gives is dropped. It
+    must do no harm when it ends later: hold what it reads, and not ask the host, for that stop would be a later run's.
+    torch's settings of a thread, such as grad mode, do not come along.
     """
     check = current().check_interrupt
     check()

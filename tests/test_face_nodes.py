@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hotpath import demo, face
 from hotpath.face import FaceChoice, FaceError, Faces, alignment
 from hotpath.face.crops import crop_places, cut, edge_weight, paste
 from hotpath.face.foreign import ForeignAnalyser
+from hotpath.host import Interrupted
 from hotpath.host.headless import HeadlessHost
 from hotpath.nodes import faces as nodes
 from PIL import Image
@@ -334,6 +336,36 @@ def test_foreign_objects_without_embeddings_or_get_are_answered_in_a_sentence():
         face.adapt(object())
     with pytest.raises(FaceError, match="A dict is no face analysis"):
         face.adapt({})
+
+
+def test_a_search_that_was_left_sets_no_sizes_later(headless_host):
+    """The object is the next run's as well, which has set its own."""
+    release, left = threading.Event(), threading.Event()
+    sizes: list[int] = []
+
+    class Slow:
+        def prepare(self, det_size, **_):
+            sizes.append(det_size[0])
+
+        def get(self, _):
+            headless_host.stop()
+            release.wait(30)
+            threading.Timer(0.2, left.set).start()
+            return []
+
+    with pytest.raises(Interrupted):
+        face.adapt(Slow()).analyse(PICTURE)
+    release.set()
+    assert left.wait(30) and sizes == [640]
+
+
+def test_loading_asks_in_its_own_thread_only(loaded, monkeypatch):
+    """One that was left would take the stop of a later run."""
+    askers: set[int] = set()
+    monkeypatch.setattr(HeadlessHost, "check_interrupt", lambda _: askers.add(threading.get_ident()))
+    root = ROOT / "models" / "insightface"
+    face.load_analyser([root], engine="torch", device=torch.device("cpu"), remember=False)
+    assert askers == {threading.get_ident()}
 
 
 def test_our_own_objects_pass_unchanged(loaded):
