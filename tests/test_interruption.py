@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +16,6 @@ from hotpath.host.interruption import interruptibly, read_ahead
 from torch import nn
 
 SOON = 5.0  # seconds; a busy machine is given its time, the calls that are left take ten times as long
-
-
-@pytest.fixture
-def stop_soon(headless_host) -> Iterator[Callable[[], None]]:
-    """Stops the host from another thread, a moment after it is called."""
-    timers: list[threading.Timer] = []
-
-    def begin() -> None:
-        timers.append(threading.Timer(0.2, headless_host.stop))
-        timers[-1].start()
-
-    yield begin
-    for timer in timers:
-        timer.join()
-    headless_host.clear_stop()
 
 
 def test_a_call_gives_what_it_returns_and_raises(headless_host):
@@ -53,19 +37,20 @@ def test_a_call_has_the_context_of_its_caller(headless_host):
     assert interruptibly(node.get) == "7"
 
 
-def test_a_stop_leaves_a_call_that_goes_on(headless_host, stop_soon):
+def test_a_stop_leaves_a_call_that_goes_on(headless_host):
     release = threading.Event()
     ended = threading.Event()
+    stopped: list[float] = []
 
     def library() -> None:
+        stopped.append(time.monotonic())
+        headless_host.stop()
         release.wait(10 * SOON)
         ended.set()
 
-    stop_soon()
-    start = time.monotonic()
     with pytest.raises(Interrupted):
         interruptibly(library)
-    assert time.monotonic() - start < SOON
+    assert time.monotonic() - stopped[0] < SOON
     assert not ended.is_set()
     release.set()
     assert ended.wait(SOON)
@@ -163,14 +148,18 @@ def test_questions_of_layers_are_in_no_graph(headless_host):
     assert (len(graphs), asked) == (1, [])
 
 
-def test_a_stop_leaves_a_compilation(headless_host, stop_soon):
+def test_a_stop_leaves_a_compilation(headless_host):
     release = threading.Event()
     running: list[int] = []
     most: list[int] = []
+    stopped: list[float] = []
 
     def slow(graph: Any, _: Any) -> Any:
         running.append(1)
         most.append(len(running))
+        if not stopped:
+            stopped.append(time.monotonic())
+            headless_host.stop()
         release.wait(10 * SOON)
         running.pop()
         return graph.forward
@@ -180,11 +169,9 @@ def test_a_stop_leaves_a_compilation(headless_host, stop_soon):
 
     compiled = torch.compile(double, backend=compiling.interruptible_backend(slow), fullgraph=True)
     x = torch.arange(3.0)
-    stop_soon()
-    start = time.monotonic()
     with pytest.raises(Interrupted):
         compiled(x)
-    assert time.monotonic() - start < SOON
+    assert time.monotonic() - stopped[0] < SOON
     threading.Timer(0.3, release.set).start()
     assert torch.equal(compiled(x), 2 * x)  # waits for the one that was left
     assert most == [1, 1], "no two at a time"

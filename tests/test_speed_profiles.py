@@ -117,7 +117,6 @@ def applied(section: dict[str, Any], name: str = "flux") -> tuple[Any, str]:
     return apply_profile(tiny(name).model, parse_section("mine", section))
 
 
-@pytest.mark.comfy
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -147,6 +146,7 @@ def test_a_name_that_no_file_has_is_not_found(headless_host: Any, name: str) -> 
     assert source_fingerprint(name) == ""
 
 
+@pytest.mark.comfy
 def test_an_empty_section_changes_nothing() -> None:
     bench = tiny("flux")
     model, report = applied({})
