@@ -15,6 +15,7 @@ from torch import Tensor
 log = logging.getLogger("hotpath.vision_language")
 
 FEW_ROWS = 16  # with more, unpacking once and a plain product is as fast, and exact
+STEP = 64  # inputs are read in whole vectors: with another number, torch's int8 kernel reads past the end of the weights
 INNER_TILES = 1
 
 
@@ -39,7 +40,7 @@ def serves(x: Tensor, method: str) -> bool:
     """Whether a product with `x` [..., K] goes through the kernel. Never in compiled code, which fuses the unpacking."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return x.numel() <= FEW_ROWS * x.shape[-1] and not why_not(method)
+    return x.numel() <= FEW_ROWS * x.shape[-1] and x.shape[-1] % STEP == 0 and not why_not(method)
 
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def parts_of(rows: int, heads: int, length: int) -> int:
 
 
 def attend_filled(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot: Tensor) -> Tensor:
-    """`decode_attention.attend` in two launches. No synchronisation; all tensors are contiguous."""
+    """`decode_attention.attend_reference` in two launches, without waiting. Keys, values and bias are contiguous."""
     rows, heads, groups, dim = q.shape
     length = keys.shape[2]
     parts = parts_of(rows, heads, length)

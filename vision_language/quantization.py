@@ -154,12 +154,13 @@ def pack(linear: nn.Linear, method: str) -> ScaledLinear | Int4Linear:
 
 def quantize(decoder: nn.Module, method: str) -> int:
     """Replace every nn.Linear below `decoder` by its packed form, in place; returns how many."""
+    # Named and not held: each layer's own weights are released as soon as they are packed.
     dense = [
-        (parent, name, child)
+        (parent, name)
         for parent in decoder.modules()
         for name, child in parent.named_children()
         if type(child) is nn.Linear
     ]
-    for parent, name, child in host.each(dense, method):
-        setattr(parent, name, pack(child, method))
+    for parent, name in host.each(dense, method):
+        setattr(parent, name, pack(getattr(parent, name), method))
     return len(dense)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
-from hotpath.vision_language import cpu_kernels, decode_attention, decoding, generation, projections
+from hotpath.vision_language import cpu_kernels, decode_attention, decoding, generation, projections, quantization
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.generation import DecodePath, PlainRunner, choose_path, workspace
@@ -261,6 +262,31 @@ def test_cpu_kernels_are_the_unpacked_product(method, dtype, monkeypatch):
     for made in (found, many[:2]):
         torch.testing.assert_close(made, wanted, atol=tolerance, rtol=0)
     assert torch.equal(part, found[..., 64:160])
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_cpu_kernels_are_kept_from_inputs_that_no_vector_fits(method):
+    """torch's int8 kernel would read past the weights' end, and crash or give other numbers."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(66, 64), torch.randn(2, 66)
+    with torch.no_grad():
+        assert not cpu_kernels.serves(x, method)
+        assert cpu_kernels.serves(torch.randn(2, 128), method) is not bool(cpu_kernels.why_not(method))
+        torch.testing.assert_close(pack(linear, method)(x), linear(x), atol=0.2, rtol=0)
+
+
+def test_packing_holds_no_layer_twice(monkeypatch):
+    decoder = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(3))
+    whole = [weakref.ref(layer) for layers in decoder for layer in layers]
+    alive = []
+
+    def counted(linear, method):
+        alive.append(sum(layer() is not None for layer in whole))
+        return pack(linear, method)
+
+    monkeypatch.setattr(quantization, "pack", counted)
+    assert quantization.quantize(decoder, "int8") == 6
+    assert alive == [6, 5, 4, 3, 2, 1] and all(type(layer) is ScaledLinear for layers in decoder for layer in layers)
 
 
 def test_int8_and_int4_of_degenerate_rows():
