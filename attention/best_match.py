@@ -61,7 +61,7 @@ def best_match_fused(theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
 
     Half-precision products keep of every group of keys the highest. Rounding moves a product of unit vectors by less than
     DOUBT / 2, so the best key lies in a group whose maximum is at most DOUBT under the highest; those are multiplied again
-    in float32. Peak memory beside copies of the features: 5/4 of MAXIMA bytes, or of one row of queries if that is more.
+    in float32. Peak memory beside copies of the features: 3/2 of MAXIMA bytes, or of 128 queries' maxima if that is more.
     """
     import triton
 
