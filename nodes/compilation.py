@@ -71,7 +71,8 @@ class HotpathCompile:
                         "default": 4,
                         "min": 1,
                         "max": 64,
-                        "tooltip": "How many CUDA graphs reduce-overhead and max-autotune keep; each holds the memory of a step.",
+                        "tooltip": "How many CUDA graphs reduce-overhead and max-autotune keep. They share the memory of the "
+                        "largest step; each adds a copy of its inputs.",
                     },
                 ),
             },
