@@ -1,7 +1,7 @@
 """Attention of one new token of each row over its static cache: torch's own, or the kernel that cuts the cache into parts.
 
-Which of the two is faster depends on the card, the batch and the bucket, so that is measured once for each, inside a
-CUDA graph as it will run. A kernel that differs from torch, or fails, is not used, and the reason is told.
+Which of the two is faster depends on the card, the batch and the bucket, so that is measured when their buffers are
+made, inside a CUDA graph as it will run. A kernel that differs from torch, or fails, is not used, and the reason is told.
 """
 
 from __future__ import annotations

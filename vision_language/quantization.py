@@ -40,11 +40,12 @@ def plan(asked: str, device: torch.device) -> QuantizationPlan:
     if word in ("none", "", "none (fp16)"):
         return QuantizationPlan("none", "weights as stored")
     if word.startswith(("8bit", "8-bit")):
-        return QuantizationPlan("int8", f"{asked}: int8 weights, one scale a row")
+        return QuantizationPlan("int8", f"{asked}: int8 weights, one scale a row{cpu_kernels.told('int8', device)}")
     if word.startswith(("4bit", "4-bit")):
         if device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None:
             return QuantizationPlan("bitsandbytes 4-bit", f"{asked}: bitsandbytes NF4; decode cannot use CUDA graphs")
-        return QuantizationPlan("int4", f"{asked}: int4 weights in groups of {INT4_GROUP} (bitsandbytes is not usable)")
+        note = f"{asked}: int4 weights in groups of {INT4_GROUP} (bitsandbytes is not usable)"
+        return QuantizationPlan("int4", note + cpu_kernels.told("int4", device))
     if word not in QUANTIZATIONS:
         raise ValueError(f"{asked!r} is no quantization: choose one of {', '.join(QUANTIZATIONS)}.")
     if word.startswith("bitsandbytes"):
@@ -58,7 +59,7 @@ def plan(asked: str, device: torch.device) -> QuantizationPlan:
         "int4": f"int4 weights in groups of {INT4_GROUP}",
         "float8": "float8 (e4m3) weights, one scale a row",
     }
-    return QuantizationPlan(word, notes[word])
+    return QuantizationPlan(word, notes[word] + cpu_kernels.told(word, device))
 
 
 class ScaledLinear(nn.Module):

@@ -332,6 +332,18 @@ def test_quantization_words():
         plan("3bit", cpu)
 
 
+def test_a_report_says_how_packed_weights_are_multiplied_on_a_cpu(monkeypatch):
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(
+        cpu_kernels, "why_not", lambda method: "" if method == "int8" else "torch has no int4 kernel here"
+    )
+    assert "CPU kernel" in plan("int8", cpu).note and "CPU kernel" in plan("8bit", cpu).note
+    for word in ("int4", "4bit"):
+        assert plan(word, cpu).note.endswith("unpacked for every product: torch has no int4 kernel here")
+    assert "unpacked" in plan("float8", cpu).note
+    assert plan("int8", card).note == "int8 weights, one scale a row"
+
+
 def test_a_batch_over_two_buckets_of_text(load, reference):
     """A prompt that fills its bucket to the last token, and one token more."""
     model = load("qwen3")
