@@ -275,6 +275,14 @@ def test_cpu_kernels_are_kept_from_inputs_that_no_vector_fits(method):
         torch.testing.assert_close(pack(linear, method)(x), linear(x), atol=0.2, rtol=0)
 
 
+def test_a_cpu_whose_int8_kernel_is_slow_unpacks(monkeypatch):
+    monkeypatch.setattr(cpu_kernels.platform, "machine", lambda: "AMD64")
+    for capability, refused in (("DEFAULT", True), ("AVX2", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
+        assert ("without AVX2" in cpu_kernels.why_not.__wrapped__("int8")) is refused
+        assert "without AVX2" not in cpu_kernels.why_not.__wrapped__("int4")
+
+
 def test_packing_holds_no_layer_twice(monkeypatch):
     decoder = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(3))
     whole = [weakref.ref(layer) for layers in decoder for layer in layers]
