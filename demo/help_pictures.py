@@ -25,6 +25,7 @@ from .comparison_pictures import block_profile, block_telemetry, compare
 from .map_pictures import map_workflow
 from .picture_rows import ACCENT, DIM, INK, PAPER, card, font, labelled, save, shown, stacked
 from .text_to_image_pictures import z_image, z_image_loader, z_image_lora
+from .workflow_pictures import given, rising_weights, sampled, sized
 
 HERE = Path(__file__).resolve().parent
 PICTURES = HERE.parent / "web" / "docs" / "images"
@@ -52,10 +53,8 @@ def found(picture: torch.Tensor, **changes: Any) -> Any:
     return node("HotpathFaces", faceanalysis=analyser(), image=picture, **{**options, **changes})
 
 
-def person(name: str = "astronaut") -> Any:
-    return node(
-        "HotpathIdentity", insightface=analyser(), image=photo("astronaut.png"), name=name, which_face="largest"
-    )
+def person(name: str = "astronaut", file: str = "astronaut.png") -> Any:
+    return node("HotpathIdentity", insightface=analyser(), image=photo(file), name=name, which_face="largest")
 
 
 def face_models() -> Image.Image:
@@ -144,11 +143,12 @@ def identity() -> Image.Image:
     return stacked([labelled([("the photo", shown(photo("astronaut.png")))]), card("Identity from Faces", report, 420)])
 
 
-def tokens_of_a_person() -> tuple[torch.Tensor, str]:
+def tokens_of_a_person(file: str = "astronaut.png") -> tuple[torch.Tensor, str]:
     adapter = node("InstantIDModelLoader", instantid_file="demo_adapter.safetensors")[0]
     options = {"noise": 0.35, "combine_embeds": "average"}
-    _, picture, report = node("HotpathIdentityTokens", instantid=adapter, identity=person()[0], **options)
-    return picture, report
+    who = person(Path(file).stem, file)[0]
+    _, drawn, report = node("HotpathIdentityTokens", instantid=adapter, identity=who, **options)
+    return drawn, report
 
 
 def identity_tokens() -> Image.Image:
@@ -167,17 +167,22 @@ def identity_saved() -> Image.Image:
 
 
 def apply_instantid() -> Image.Image:
-    picture = photo("astronaut.png")
-    drawing = node("FaceKeypointsPreprocessor", faceanalysis=analyser(), image=picture)[0]
-    tokens, _ = tokens_of_a_person()
-    tokens = shown(tokens, 190).resize((230, 190), Image.Resampling.NEAREST)
+    person = photo("portrait_ana.png")
+    drawing = node("FaceKeypointsPreprocessor", faceanalysis=analyser(), image=photo("portrait_tilted.png"))[0]
+    tokens, _ = tokens_of_a_person("portrait_ana.png")
+    tokens = shown(tokens, 152).resize((152, 152), Image.Resampling.NEAREST)
     return labelled(
         [
-            ("the person", shown(picture, 190)),
-            ("key points, for IdentityNet", shown(drawing, 190)),
+            ("the person", shown(person, 152)),
+            ("key points, for IdentityNet", shown(drawing, 152)),
             ("16 tokens, for attention", tokens),
+            ("what was drawn", sized(sampled("instantid_posed"))),
         ]
     )
+
+
+def instantid_weights() -> Image.Image:
+    return rising_weights()
 
 
 def blocks() -> Image.Image:
@@ -200,17 +205,10 @@ def blocks() -> Image.Image:
 
 
 def people() -> Image.Image:
-    """Three drawn people, a mask for each, and the drawing of all their poses."""
-    picture = photo("faces_drawn_three.png")
-    faces = found(picture)[0]
-    drawing = node("HotpathFaceKeypoints", faces=faces, width=0, height=0, fit="contain")[0]
-    tinted = picture[0].clone()
-    for index, colour in enumerate(((1.0, 0.35, 0.25), (0.25, 0.85, 0.4), (0.3, 0.5, 1.0))):
-        one, _ = node("HotpathFacePick", faces=faces, choose="left to right", index=index, when_none="error")
-        options = {"shape": "box", "grow": 0.6, "feather": 12, "width": 0, "height": 0}
-        mask = node("HotpathFaceMask", faces=one, **options)[0][0, ..., None] * 0.55
-        tinted = tinted * (1 - mask) + torch.tensor(colour) * mask
-    return labelled([("a mask for each person", shown(tinted[None])), ("their poses, for image_kps", shown(drawing))])
+    """Two people, the places of another two, and both in one picture."""
+    row = [(name, sized(given(f"portrait_{name}"))) for name in ("ana", "ben")]
+    row += [("their poses", sized(given("portrait_two"))), ("a half for each", sized(sampled("instantid_two_people")))]
+    return labelled(row)
 
 
 def coloured_film(method: str = "ColorMNet") -> tuple[torch.Tensor, torch.Tensor, Any, str, torch.Tensor]:
@@ -392,6 +390,7 @@ MADE: dict[str, Callable[[], Image.Image]] = {
         identity_tokens,
         identity_saved,
         apply_instantid,
+        instantid_weights,
         blocks,
         people,
         film,

@@ -2,8 +2,7 @@
 
     python -m hotpath.demo.thumbnails [NAME ...]
 
-Writes example_workflows/<name>.jpg. The tiny SDXL of the demo paints noise, so InstantID's examples show what goes into
-the sampler: the person, the pose, the masks, the tokens.
+Writes example_workflows/<name>.jpg. InstantID's examples are run in a ComfyUI on the demo's portrait model.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from PIL import Image, ImageOps
 
 from . import help_pictures as made
 from .picture_rows import PAPER, card, labelled, shown
+from .workflow_pictures import given, sampled
 
 FOLDER = Path(__file__).resolve().parent.parent / "example_workflows"
 SIDE, GAP = 400, 6
@@ -42,8 +42,8 @@ def tiles(*pictures: Image.Image) -> Image.Image:
 
 
 def photo(name: str = "astronaut.png") -> Image.Image:
-    picture = made.photo(name)
-    return shown(picture[:, :300, 70:370] if name == "astronaut.png" else picture, 512)
+    pixels = made.photo(name)
+    return shown(pixels[:, :300, 70:370] if name == "astronaut.png" else pixels, 512)
 
 
 def text(title: str, said: str) -> Image.Image:
@@ -57,19 +57,17 @@ def beside(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def key_points(name: str = "astronaut.png", zoom: bool = True) -> Image.Image:
-    picture = made.photo(name)
-    faces = made.found(picture)[0]
+    faces = made.found(made.photo(name))[0]
     drawing = made.node("HotpathFaceKeypoints", faces=faces, width=0, height=0, fit="contain")[0]
     return shown(drawing[:, 30:260, 110:340] if zoom else drawing, 512)
 
 
-def tokens() -> Image.Image:
-    return shown(made.tokens_of_a_person()[0], 400)
+def tokens(name: str = "astronaut.png") -> Image.Image:
+    return shown(made.tokens_of_a_person(name)[0], 400)
 
 
-def people() -> Image.Image:
-    row = made.people()
-    return row.crop((0, 0, row.width // 2 - 4, row.height - 24))
+def face_of(name: str) -> Image.Image:
+    return given(f"portrait_{name}").resize((SIDE, SIDE))
 
 
 def marked() -> Image.Image:
@@ -157,18 +155,14 @@ def restored() -> Image.Image:
 
 def heat_map() -> Image.Image:
     """The upper half: the blocks of the input side."""
-    picture = Image.open(made.PICTURES / "block_telemetry.jpg")
-    return picture.crop((0, 0, picture.width, picture.width))
+    drawn = Image.open(made.PICTURES / "block_telemetry.jpg")
+    return drawn.crop((0, 0, drawn.width, drawn.width))
 
 
 def comparison() -> Image.Image:
-    """Half of the picture, and half of where it differs."""
-    row = made.compare()
-    panel = row.width // 3
-    first, last = (row.crop((x + 4, 14, x + panel - 2, 8 + panel)) for x in (0, 2 * panel))
-    half = first.width // 2
-    first.paste(last.crop((half, 0, last.width, last.height)), (half, 0))
-    return tiles(first)
+    """What patch mode full draws, and fast."""
+    modes = [sampled("instantid_identity", f"HotpathInstantID.patch_mode={mode}") for mode in ("full", "fast")]
+    return beside(*modes).resize((SIDE, SIDE))
 
 
 def prompt_and_report() -> Image.Image:
@@ -193,12 +187,14 @@ THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
     "faces_find_and_match": lambda: tiles(marked()),
     "find_boxes": boxes,
     "identity_from_photo": lambda: tiles(photo(), key_points(), tokens()),
-    "instantid_basic": lambda: tiles(photo(), key_points()),
-    "instantid_depth_controlnet": lambda: tiles(photo(), photo("depth_bust.png")),
-    "instantid_face_second_pass": lambda: tiles(crop(), photo()),
-    "instantid_identity": lambda: tiles(photo(), tokens()),
-    "instantid_posed": lambda: tiles(photo("faces_drawn_one.png"), key_points("faces_drawn_one.png", zoom=False)),
-    "instantid_two_people": lambda: tiles(people(), key_points("faces_drawn_three.png", zoom=False)),
+    "instantid_basic": lambda: tiles(sampled("instantid_basic")),
+    "instantid_depth_controlnet": lambda: tiles(sampled("instantid_depth_controlnet"), photo("depth_bust.png")),
+    "instantid_face_second_pass": lambda: tiles(sampled("instantid_face_second_pass"), face_of("ana")),
+    "instantid_identity": lambda: tiles(
+        beside(face_of("ana"), tokens("portrait_ana.png")), sampled("instantid_identity")
+    ),
+    "instantid_posed": lambda: tiles(beside(face_of("ana"), face_of("tilted")), sampled("instantid_posed")),
+    "instantid_two_people": lambda: tiles(beside(face_of("ana"), face_of("ben")), sampled("instantid_two_people")),
     "map_captions": mapped,
     "restore_a_film": restored,
     "z_image_fast": prompt_and_report,
@@ -209,8 +205,7 @@ def main(names: Sequence[str]) -> int:
     torch.set_num_threads(1)
     with made.demo_host():
         for name in names or THUMBNAILS:
-            picture = THUMBNAILS[name]()
-            picture.save(FOLDER / f"{name}.jpg", quality=86, optimize=True)
+            THUMBNAILS[name]().save(FOLDER / f"{name}.jpg", quality=86, optimize=True)
             print(name)
     return 0
 

@@ -14,9 +14,9 @@ NAME = "strip.jpg"
 # Workflow and the beginning of a file's name, in the order of the strip.
 SHOWN = (
     ("identity_from_photo", "identity_faces"),
-    ("identity_from_photo", "identity_tokens"),
+    ("instantid_posed", "instantid_posed"),
+    ("instantid_two_people", "instantid_two_people"),
     ("faces_find_and_match", "faces_marked"),
-    ("faces_crop_and_paste", "faces_crop"),
     ("colorize_held_out_film", "colorize_held_out"),
     ("colorize_transfer", "colorize_transfer"),
 )

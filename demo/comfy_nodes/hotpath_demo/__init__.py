@@ -1,4 +1,8 @@
-"""ComfyUI nodes that stand in for large checkpoints in Hotpath's demo and tests: a tiny SDXL, its text and its decoder."""
+"""ComfyUI nodes that stand in for large checkpoints in Hotpath's demo and tests.
+
+Two models of SDXL's layout: one of random weights for numbers (`tiny_sdxl`), one that was trained to draw portraits
+(`portraits`), which takes the place of the loaders in example workflows.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import tiny_sdxl
+from . import portraits, tiny_sdxl
 
 CATEGORY = "Hotpath/demo"
 
@@ -59,27 +63,6 @@ class DemoDecode:
         return (torch.nn.functional.interpolate(shown, scale_factor=8.0, mode="nearest").movedim(1, -1).cpu(),)
 
 
-class TinyText:
-    """The text encoder as an object, for ComfyUI's own CLIP Text Encode."""
-
-    def tokenize(self, text: str, **_: Any) -> str:
-        return text
-
-    def encode_from_tokens_scheduled(self, tokens: str, **_: Any) -> Any:
-        return tiny_sdxl.encode_text(tokens)
-
-
-class TinyPixels:
-    """Pixels for latents, for ComfyUI's own VAE Decode and VAE Encode: eight by eight pixels are one place."""
-
-    def decode(self, samples: torch.Tensor, **_: Any) -> torch.Tensor:
-        return DemoDecode().decode({"samples": samples})[0]
-
-    def encode(self, pixels: torch.Tensor, **_: Any) -> torch.Tensor:
-        colours = torch.nn.functional.avg_pool2d(pixels[..., :3].movedim(-1, 1).float(), 8) * 4 - 2
-        return torch.cat([colours, colours.mean(1, keepdim=True)], dim=1)
-
-
 class DemoCheckpoint:
     """Takes the place of Load Checkpoint when an example workflow runs in the demo."""
 
@@ -91,12 +74,12 @@ class DemoCheckpoint:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"ckpt_name": ("STRING", {"default": ""})}}
 
-    def load(self, ckpt_name: str) -> tuple[Any, TinyText, TinyPixels]:
-        return tiny_sdxl.make_sdxl(0), TinyText(), TinyPixels()
+    def load(self, ckpt_name: str) -> tuple[Any, portraits.PortraitText, portraits.PortraitPixels]:
+        return portraits.load_sdxl(), portraits.PortraitText(), portraits.PortraitPixels()
 
 
 class DemoControlNet:
-    """Takes the place of Load ControlNet Model: another name gives another network."""
+    """Takes the place of Load ControlNet Model: IdentityNet for InstantID's name, for others a network that adds nothing."""
 
     RETURN_TYPES = ("CONTROL_NET",)
     FUNCTION = "load"
@@ -107,7 +90,7 @@ class DemoControlNet:
         return {"required": {"control_net_name": ("STRING", {"default": ""})}}
 
     def load(self, control_net_name: str) -> tuple[Any]:
-        return (tiny_sdxl.make_identity_net(1 + len(control_net_name) % 7),)
+        return (portraits.load_identity_net(trained="instantid" in control_net_name.lower()),)
 
 
 NODE_CLASS_MAPPINGS = {
@@ -118,8 +101,8 @@ NODE_CLASS_MAPPINGS = {
     "HotpathDemoControlNet": DemoControlNet,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "HotpathDemoCheckpoint": "Tiny SDXL for Load Checkpoint (demo)",
-    "HotpathDemoControlNet": "Tiny ControlNet (demo)",
+    "HotpathDemoCheckpoint": "Portrait SDXL for Load Checkpoint (demo)",
+    "HotpathDemoControlNet": "Portrait ControlNet (demo)",
     "HotpathDemoSDXL": "Tiny SDXL (demo)",
     "HotpathDemoText": "Tiny SDXL Text (demo)",
     "HotpathDemoDecode": "Tiny SDXL Decode (demo)",
