@@ -15,29 +15,52 @@ log = logging.getLogger("hotpath.colorization")
 
 class MaybeCompiled:
     """Calls `function`, compiled if asked for. A compiler that is missing or fails is reported once, not raised: the
-    film is coloured either way, only slower."""
+    film is coloured either way, only slower.
 
-    def __init__(self, function: Callable[..., Any], wanted: bool, name: str) -> None:
+    Sizes are fixed in a graph. torch keeps a few for each code object and runs what comes later as it is, so each of
+    these has a code object of its own, and says when there was no graph for a size.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], wanted: bool, name: str, backend: Callable[..., Any] | None = None
+    ) -> None:
         self._plain = function
-        self._call: Callable[..., Any] = (
-            torch.compile(function, dynamic=False, backend=inductor()) if wanted else function
-        )
         self._wanted = wanted
         self.name = name
         self.status = "compiled" if wanted else "not compiled: not asked for"
+        self._graphs = 0
+        self._met: set[object] = set()
+        compiler = backend or inductor()
+
+        def counted(graph: Any, inputs: Any, **options: Any) -> Any:
+            self._graphs += 1
+            return compiler(graph, inputs, **options)
+
+        def run(*args: Any) -> Any:
+            return function(*args)
+
+        run.__code__ = run.__code__.replace(co_name=f"hotpath_{name.replace(' ', '_')}")
+        self._call: Callable[..., Any] = torch.compile(run, dynamic=False, backend=counted) if wanted else function
 
     def __call__(self, *args: Any) -> Any:
         if not self._wanted:
             return self._plain(*args)
+        before, sizes = self._graphs, tuple(tensor.shape for tensor in args if isinstance(tensor, torch.Tensor))
         try:
-            return self._call(*args)
+            result = self._call(*args)
         except Exception as error:
             if _is_from_compiler(error):
                 self._wanted = False
-                self.status = f"not compiled: {type(error).__name__}, {_first_line(error)}"
+                self.status = f"not compiled: {_first_line(error)}"
                 log.warning("%s runs %s", self.name, self.status)
                 return self._plain(*args)
             raise
+        if sizes not in self._met:
+            self._met.add(sizes)
+            if self._graphs == before:
+                self.status = f"compiled for {before} sizes of frames, and as it is for others: torch keeps no more"
+                log.warning("%s is %s", self.name, self.status)
+        return result
 
 
 def _is_from_compiler(error: BaseException) -> bool:
@@ -46,4 +69,7 @@ def _is_from_compiler(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+    error = (
+        getattr(error, "inner_exception", None) or error
+    )  # what a backend raised, inside of what torch says about it
+    return f"{type(error).__name__}, {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
