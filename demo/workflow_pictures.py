@@ -34,6 +34,7 @@ def _server() -> Any:
         custom_nodes=[HERE / "comfy_nodes" / "hotpath_demo"],
         isolated=True,
         arguments=["--cpu"],
+        environment={"OMP_NUM_THREADS": "1"},  # small layers: more threads would only wait for each other
     )
     open_until_the_end = contextlib.ExitStack()
     atexit.register(open_until_the_end.close)
