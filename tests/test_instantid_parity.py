@@ -17,9 +17,9 @@ pytestmark = pytest.mark.comfy
 
 DATA = Path(__file__).parent / "data" / "instantid"
 SCALE = 0.13025  # SDXL's latents are stored divided by this
-# On the machine that made the goldens the difference is 0. Another CPU's matrix products round differently, and the
-# masked scenarios amplify that with latents in the thousands: the limit is 1e-4 at the scale of one noise step.
-LIMIT = 1e-4
+# On the machine that made the goldens the difference is 0. Another CPU's matrix products round differently: without AVX512
+# it was up to 1.4e-4 at the scale of one noise step, for every scenario alike. Scenarios differ by more than 1e-3.
+LIMIT = 4e-4
 
 
 @pytest.fixture(scope="module")
