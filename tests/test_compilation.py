@@ -433,7 +433,7 @@ def test_inductor_compiles_a_block_for_the_cpu() -> None:
     # One small block: compiling a whole model for a CPU takes minutes on a machine that has other things to do.
     block = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16), torch.nn.GELU()).eval()
     chosen = CompileSettings()
-    kind = CompiledKind("Block", type(block).forward, chosen, inductor(chosen))
+    kind = CompiledKind("Block", type(block).forward, chosen, inductor(chosen.inductor_options()))
     with torch.inference_mode():
         for tokens in (8, 20):
             x = torch.randn(2, tokens, 16, generator=torch.Generator().manual_seed(tokens))
