@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from hotpath.attention import best_match as matching
 from hotpath.attention import correlation_sampler, local_window, topk_memory
 from torch import Tensor
+from triton_interpreter import interpret
 
 SHAPES = [(2, 8, 5, 7, 20, 5), (1, 64, 9, 20, 40, 15), (3, 16, 17, 33, 24, 15), (1, 4, 1, 1, 6, 15)]
 
@@ -135,15 +134,7 @@ print("equal")
 
 
 def test_kernel_equals_definition_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-2000:]
+    interpret(INTERPRETED, Path(__file__).parent)
 
 
 @pytest.mark.gpu
@@ -259,15 +250,7 @@ print("equal")
 
 
 def test_fused_match_is_exact_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED_MATCH, str(Path(__file__).parent)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-2000:]
+    interpret(INTERPRETED_MATCH, Path(__file__).parent)
 
 
 @pytest.mark.gpu

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from hotpath.attention import token_attention
 from hotpath.attention.token_attention import attend_tokens, attend_tokens_reference
 from torch import Tensor
+from triton_interpreter import interpret, run_apart
 
 # samples, queries, heads, head dim, tokens, identities, pictures in the mask
 SHAPES = [
@@ -123,15 +121,7 @@ print("equal")
 
 
 def test_kernel_is_the_definition_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, str(Path(__file__).parent)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-3000:]
+    interpret(INTERPRETED, Path(__file__).parent)
 
 
 @pytest.mark.gpu
@@ -299,14 +289,7 @@ print("launched")
 
 def test_what_is_compiled_is_launched_with_the_same_arguments() -> None:
     """Against a driver that only notes what it is given: the short way must pass on what Triton's own call passes."""
-    pytest.importorskip("triton")
-    result = subprocess.run(
-        [sys.executable, "-c", LAUNCHED, str(Path(__file__).parent)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_apart(LAUNCHED, Path(__file__).parent)
     if "no assembler" in result.stdout:
         pytest.skip("this Triton compiles for no card of NVIDIA")
     assert result.returncode == 0 and "launched" in result.stdout, result.stderr[-3000:]
