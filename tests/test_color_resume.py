@@ -291,12 +291,9 @@ def test_interrupt_keeps_what_is_done_and_comes_within_a_second(
     assert numbers(read_film(job.output)[0]) == list(range(60))
 
 
-def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
-    write_film(tmp_path / "in.mp4", counted(66), rate=RATE, crf=4)
-    job, references = file_task(tmp_path)
-    colour = film.FilmSession.colour
-    calls = [0]
+def crash_at_the_third_segment(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Colouring raises at the third segment from now on; returns the count of segments, to be set back."""
+    colour, calls = film.FilmSession.colour, [0]
 
     def crash(self: film.FilmSession, *parts: Any) -> Any:
         calls[0] += 1
@@ -305,6 +302,14 @@ def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return colour(self, *parts)
 
     monkeypatch.setattr(film.FilmSession, "colour", crash)
+    return calls
+
+
+def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    write_film(tmp_path / "in.mp4", counted(66), rate=RATE, crf=4)
+    job, references = file_task(tmp_path)
+    calls = crash_at_the_third_segment(monkeypatch)
     with pytest.raises(RuntimeError, match="went away"):
         file_job.colorize_file(job, references)
     found = json.loads((tmp_path / "out.mp4.parts" / "manifest.json").read_text())
@@ -331,15 +336,7 @@ def test_streams_that_cannot_be_sought_lose_no_frame(
     write_film(tmp_path / f"in{ending}", counted(60), sound=ending == ".ts", rate=RATE, crf=4)
     _, references = file_task(tmp_path)
     job = file_job.FileJob(tmp_path / f"in{ending}", tmp_path / "out.mp4", FilmOptions(colour_size=32), quality=4)
-    colour, calls = film.FilmSession.colour, [0]
-
-    def crash(self: film.FilmSession, *parts: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 3:
-            raise RuntimeError("the machine went away")
-        return colour(self, *parts)
-
-    monkeypatch.setattr(film.FilmSession, "colour", crash)
+    crash_at_the_third_segment(monkeypatch)
     with pytest.raises(RuntimeError, match="went away"):
         file_job.colorize_file(job, references)
     assert "continued: after 41 frames" in file_job.colorize_file(job, references)
