@@ -1,19 +1,21 @@
 """What the nodes say of themselves, written where people read it: help pages, and locales/en and locales/zh.
 
-    python -m hotpath.demo.node_texts        write the lists in web/docs/*.md and both languages
+    python -m hotpath.demo.node_texts        write the lists in web/docs, English and Chinese, and both languages' locales
     python -m hotpath.demo.node_texts --zh   print the sentences that locales/zh.json has no Chinese for
 
 A help page's prose is written by hand; the list between its two marks comes from the class, so that neither can go stale.
-Chinese is kept by sentence in locales/zh.json: a sentence that changes in English is missing there, and named.
+Chinese is kept by sentence in locales/zh.json: a sentence that changes in English is missing there, and named. The prose of
+a Chinese page, web/docs/<NodeId>/zh.md, is kept whole, with a hash of the English prose that it was translated from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ HELP = PACK / "web" / "docs"
 LOCALES = PACK / "locales"
 CHINESE = LOCALES / "zh.json"
 BEGIN, END = "<!-- from the node: begin -->", "<!-- from the node: end -->"
+TRANSLATED = re.compile(r"<!-- translated from the English prose ([0-9a-f]{12}) -->")
 LONGEST_CHOICES = 90  # letters; longer lists of choices are left out of a page
 SECTIONS = ("required", "optional")
 # Outputs that have the name of their type are looked up here by the front end, and so are categories.
@@ -41,6 +44,39 @@ DATA_TYPES = {
 
 
 @dataclass(frozen=True)
+class Wording:
+    """The words and signs of a page's list, and `say`, which puts a name or sentence into the page's language."""
+
+    say: Callable[[str], str] = str
+    inputs: str = "Inputs"
+    outputs: str = "Outputs"
+    none: str = "None."
+    choice: str = "choice"
+    default: str = "default"
+    to: str = "to"
+    optional: str = "optional"
+    comma: str = ", "
+    brackets: str = " ({})"
+    colon: str = ": "
+
+    def named(self, name: str) -> str:
+        """The name that programs use, and behind it what the node shows, where that is another."""
+        shown = self.say(name)
+        return f"**{name}**" if shown == name else f"**{name}** {shown}"
+
+
+ENGLISH = Wording()
+
+
+def chinese_wording() -> Wording:
+    words = chinese()
+    return Wording(
+        lambda text: words.get(text, text),
+        *("输入", "输出", "无。", "选项", "默认", "到", "可选", "，", "（{}）", "："),
+    )
+
+
+@dataclass(frozen=True)
 class InputText:
     """One input as people see it."""
 
@@ -54,19 +90,19 @@ class InputText:
     def tooltip(self) -> str:
         return str(self.options.get("tooltip", ""))
 
-    def described(self) -> str:
+    def described(self, wording: Wording = ENGLISH) -> str:
         """Type, default and range in brackets, as a page shows them."""
-        parts = [self.kind]
+        parts = [wording.choice if self.kind == "choice" else self.kind]
         if self.choices and len(shown := " / ".join(self.choices)) <= LONGEST_CHOICES:
             parts = [shown]
         default = self.options.get("default")
         if default not in (None, "") and not (isinstance(default, str) and len(default) > 40):
-            parts.append(f"default {str(default).lower() if isinstance(default, bool) else default}")
+            parts.append(f"{wording.default} {str(default).lower() if isinstance(default, bool) else default}")
         if self.kind in ("INT", "FLOAT") and {"min", "max"} <= self.options.keys():
-            parts.append(f"{self.options['min']} to {self.options['max']}")
+            parts.append(f"{self.options['min']} {wording.to} {self.options['max']}")
         if self.optional:
-            parts.append("optional")
-        return ", ".join(parts)
+            parts.append(wording.optional)
+        return wording.brackets.format(wording.comma.join(parts))
 
 
 @dataclass(frozen=True)
@@ -82,13 +118,15 @@ class NodeText:
     aliases: tuple[str, ...]
     deprecated: bool
 
-    def list(self) -> str:
+    def list(self, wording: Wording = ENGLISH) -> str:
         """The list of inputs and outputs of a help page."""
-        lines = ["## Inputs", ""]
-        lines += [f"- **{i.name}** ({i.described()}): {i.tooltip}" for i in self.inputs] or ["None."]
-        lines += ["", "## Outputs", ""]
-        lines += [f"- **{name}**: {tooltip}" for name, tooltip in self.outputs] or ["None."]
-        return "\n".join(lines)
+        named, say, colon = wording.named, wording.say, wording.colon
+        inputs = [f"- {named(i.name)}{i.described(wording)}{colon}{say(i.tooltip)}" for i in self.inputs]
+        outputs = [f"- {named(name)}{colon}{say(tooltip)}" for name, tooltip in self.outputs]
+        none = [wording.none]
+        return "\n".join(
+            [f"## {wording.inputs}", "", *(inputs or none), "", f"## {wording.outputs}", "", *(outputs or none)]
+        )
 
     def sentences(self) -> Iterator[str]:
         yield self.display_name
@@ -155,12 +193,30 @@ def all_nodes() -> dict[str, NodeText]:
             host.use(before)
 
 
-def with_list(page: str, node: NodeText) -> str:
+def with_list(page: str, node: NodeText, wording: Wording = ENGLISH) -> str:
     """`page` with the list of `node` between its marks; a page without marks gets them at its end."""
-    block = f"{BEGIN}\n\n{node.list()}\n\n{END}"
+    block = f"{BEGIN}\n\n{node.list(wording)}\n\n{END}"
     if BEGIN not in page:
         return f"{page.rstrip()}\n\n{block}\n"
     return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: block, page, flags=re.DOTALL)
+
+
+def prose(page: str) -> str:
+    """What somebody wrote on a page: all but its list and the mark of its translation."""
+    written = re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), "", page, flags=re.DOTALL)
+    return TRANSLATED.sub("", written).strip()
+
+
+def prose_hash(page: str) -> str:
+    """12 hexadecimal digits of a page's prose; where its lines break does not count."""
+    return hashlib.sha256(" ".join(prose(page).split()).encode()).hexdigest()[:12]
+
+
+def with_source(page: str, english: str) -> str:
+    """`page`, marked as a translation of `english`; a mark that is there stays, since only a translator knows better."""
+    if TRANSLATED.search(page):
+        return page
+    return f"{page.rstrip()}\n\n<!-- translated from the English prose {prose_hash(english)} -->\n"
 
 
 def chinese() -> dict[str, str]:
@@ -213,10 +269,14 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 def write_all() -> None:
     nodes = all_nodes()
+    in_chinese = chinese_wording()
     for node in nodes.values():
-        page = HELP / f"{node.node_id}.md"
+        page, translated = HELP / f"{node.node_id}.md", HELP / node.node_id / "zh.md"
         if page.is_file():
             page.write_text(with_list(page.read_text("utf-8"), node), encoding="utf-8")
+        if page.is_file() and translated.is_file():
+            text = with_list(translated.read_text("utf-8"), node, in_chinese)
+            translated.write_text(with_source(text, page.read_text("utf-8")), encoding="utf-8")
     for language, words in (("en", None), ("zh", chinese())):
         folder = LOCALES / language
         write_json(folder / "nodeDefs.json", node_definitions(nodes, words))
