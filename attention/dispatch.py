@@ -103,10 +103,10 @@ class AttentionDispatcher:
         while True:
             measure = None if recording else lambda able: self._measure(able, q, k, v, mask, scale)
             plan = self.plan(call, policy, exact, measure)
-            if plan.proved or recording:
+            if recording:
                 out = plan.backend.run(q, k, v, mask, scale)
                 break
-            got = self._prove(plan, policy, call, exact, q, k, v, mask, scale)
+            got = self._run(plan, policy, call, exact, q, k, v, mask, scale)
             if got is not None:
                 out = got
                 break
@@ -236,7 +236,7 @@ class AttentionDispatcher:
                     self._switch_off(backend, call, reason)
         return fastest(times) if times else None
 
-    def _prove(
+    def _run(
         self,
         plan: Plan,
         policy: AttentionPolicy,
@@ -248,10 +248,12 @@ class AttentionDispatcher:
         mask: Tensor | None,
         scale: float | None,
     ) -> Tensor | None:
-        """The first run of a plan. None when it failed, and the next plan will be another one."""
+        """A run of a plan, checked if it is the first. None when it failed, and the next plan will be another one."""
         reason: str | None = None
         try:
             out = plan.backend.run(q, k, v, mask, scale)
+            if plan.proved:
+                return out
             if not plan.backend.exact:
                 reason = fault(out, q, k, v, mask, scale)
         except torch.OutOfMemoryError:
@@ -281,15 +283,35 @@ class AttentionDispatcher:
     def traced(self, call: AttentionCall, policy: AttentionPolicy, exact: bool) -> tuple[str, str]:
         """(backend, reason) for a graph that is being traced; only dtype, width, mask and device of `call` count."""
         backend, because = self._asked_for(call, policy, exact)
-        if backend is not None:
+        failed = self._failed_at_some_size(call)
+        if backend is not None and (policy.strict or backend.name not in failed):
             return backend.name, because
+        if backend is not None:
+            because = f"{backend.name}: {failed[backend.name]}"
         facts = self.device(call.device)
         choice = self.choices.largest(call, facts)
-        if choice is not None and choice.backend in self.backends:
-            chosen = self.backends[choice.backend]
-            if chosen.in_graph and chosen.refusal(call, facts) is None:
-                return chosen.name, "; ".join(filter(None, (because, "fastest at the largest size measured so far")))
+        times = {
+            name: ms
+            for name, ms in (choice.milliseconds.items() if choice is not None else ())
+            if name not in failed
+            and (known := self.backends.get(name)) is not None
+            and known.in_graph
+            and known.refusal(call, facts) is None
+        }
+        if times:
+            reason = f"fastest of {len(times)} that a graph can hold, at the largest size measured so far"
+            return fastest(times).backend, "; ".join(filter(None, (because, reason)))
         return "sdpa", "; ".join(filter(None, (because, "nothing was measured before compiling, torch picks")))
+
+    def _failed_at_some_size(self, call: AttentionCall) -> dict[str, str]:
+        """What is off for a call that differs from `call` in its sizes only: no graph for all sizes may hold it."""
+        with self._lock:
+            return {
+                name: reason
+                for (name, known), reason in self._off.items()
+                if (known.device, known.dtype, known.width, known.value_width, known.mask)
+                == (call.device, call.dtype, call.width, call.value_width, call.mask)
+            }
 
     def available(self, device: torch.device) -> dict[str, str | None]:
         """Every backend by name, with the reason why it cannot run on `device`, or None."""
@@ -357,6 +379,8 @@ def attend(
         raise ValueError(f"{layout!r} is no attention layout; there are {HND} and {NHD}.")
     if layout == NHD:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if mask is not None and mask.ndim < 4:
+        mask = mask[(None,) * (4 - mask.ndim)]
     if torch.compiler.is_compiling():
         number = record.number if record is not None else ""
         out = attend_traced(q, k, v, mask, scale, policy.backend, policy.strict, exact, number)

@@ -58,6 +58,8 @@ def import_fault(module: str, cure: str) -> str | None:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """torch's scaled dot product attention, with the kernel torch picks."""
+    if mask is not None and mask.is_floating_point() and mask.dtype not in (q.dtype, torch.float32):
+        mask = mask.to(q.dtype)  # torch takes no others
     if q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if mask is not None:
@@ -75,6 +77,7 @@ def sdpa_with(kernel: str) -> Run:
     chosen = getattr(SDPBackend, kernel)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
         if chosen == SDPBackend.EFFICIENT_ATTENTION:
             k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
         if torch.compiler.is_compiling():

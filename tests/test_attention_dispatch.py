@@ -121,6 +121,23 @@ def test_gradients_flow_through_auto():
     torch.testing.assert_close(a, q.grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("policy", ["auto", "sdpa_flash", "sdpa_math"])
+def test_what_one_signature_covers_is_computed_whatever_its_layout(policy):
+    """A kernel that ran for one layout in memory may refuse another, and a signature does not tell them apart."""
+    q, k, v = qkv()
+    mask = masks()["per head"]
+    expected, masked = attention_reference(q, k, v), attention_reference(q, k, v, mask[0])
+    for layout in (lambda x: x, lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)):
+        out = attend(*map(layout, (q, k, v)), policy=AttentionPolicy(policy))
+        torch.testing.assert_close(out, expected, atol=2e-5, rtol=0)
+    for shape in (mask[:1], mask[0]):
+        out = attend(q, k, v, shape, policy=AttentionPolicy(policy))
+        torch.testing.assert_close(out, masked, atol=2e-5, rtol=0)
+    half = torch.randn(1, 1, 70, 90).half()
+    out = attend(q, k, v, half, policy=AttentionPolicy(policy))
+    torch.testing.assert_close(out, attention_reference(q, k, v, half), atol=2e-5, rtol=0)
+
+
 # --- capability records ---------------------------------------------------------------------------------------------
 
 
@@ -349,6 +366,24 @@ def test_what_does_not_fit_into_memory_is_measured_once():
         dispatcher.attend(*qkv(), policy=AUTO, record=log)
     assert len(timed) == 3  # each candidate, at the first call
     assert [event.reason for event in log.events()] == ["there was no memory to measure with"]
+
+
+def test_a_kernel_that_ran_before_and_fails_now_gives_way(caplog):
+    calls = []
+
+    def moody(q, k, v, mask, scale):
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("no such layout")
+        return sdpa(q, k, v, mask, scale)
+
+    dispatcher = AttentionDispatcher([fake("flash2", moody), fake("sdpa")], device=lambda _: HOPPER)
+    log, inputs = AttentionLog(), qkv()
+    for _ in range(4):
+        out = dispatcher.attend(*inputs, policy=AUTO, record=log)
+        torch.testing.assert_close(out, attention_reference(*inputs), atol=2e-5, rtol=0)
+    assert [event.used for event in log.events()] == ["flash2", "sdpa"] and len(calls) == 3
+    assert "flash2 is off" in caplog.text and "no such layout" in caplog.text
 
 
 def test_a_remembered_choice_that_fails_now_is_measured_anew(tmp_path):
@@ -718,6 +753,28 @@ def test_a_graph_takes_what_was_measured_before(monkeypatch):
         "nothing was measured before compiling, torch picks",
     )
     assert dispatcher.traced(asked, AttentionPolicy("sdpa_math"), False) == ("sdpa_math", "")
+
+
+def test_a_graph_takes_the_fastest_that_it_can_hold():
+    dispatcher, _ = measured(backends=[*TORCH_BACKENDS[1:]], device=HOPPER)
+    times = {"sdpa_cudnn": 2.0, "sdpa_flash": 1.5, "flash3": 1.0}
+    dispatcher.choices.put(call(), HOPPER, Choice("flash3", times))
+    name, reason = dispatcher.traced(call(queries=16, keys=16), AUTO, False)
+    assert name == "sdpa_flash" and "fastest of 2 that a graph can hold" in reason
+
+
+def test_what_failed_at_one_size_is_in_no_graph_for_all_sizes():
+    dispatcher, _ = measured(backends=[*TORCH_BACKENDS[1:]], device=HOPPER)
+    dispatcher.choices.put(call(), HOPPER, Choice("sdpa_cudnn", {"sdpa_cudnn": 1.0, "sdpa_flash": 2.0}))
+    asked = call(queries=16, keys=16)
+    assert dispatcher.traced(asked, AUTO, False)[0] == "sdpa_cudnn"
+    dispatcher._switch_off(BY_NAME["sdpa_cudnn"], call(keys=77), "it fails: no execution plan")
+    assert dispatcher.traced(asked, AUTO, False)[0] == "sdpa_flash"
+    name, reason = dispatcher.traced(asked, AttentionPolicy("sdpa_cudnn"), False)
+    assert name == "sdpa_flash" and "no execution plan" in reason
+    assert (
+        dispatcher.traced(replace(asked, dtype=torch.float16), AttentionPolicy("sdpa_cudnn"), False)[0] == "sdpa_cudnn"
+    )
 
 
 # --- a real GPU -----------------------------------------------------------------------------------------------------
