@@ -12,6 +12,9 @@ COMFYUI := $(shell if [ -n "$$COMFYUI_PATH" ]; then set -- "$$COMFYUI_PATH"; els
 	while [ "$$d" != / ]; do d=$$(dirname "$$d"); set -- "$$@" "$$d"; done; set -- "$$@" "$$HOME/ComfyUI"; fi; \
 	for d in "$$@"; do if [ -d "$$d/comfy_api" ]; then echo "$$d"; break; fi; done)
 
+# Tests and the demo start dozens of processes; where bytecode may not be kept, each compiles ComfyUI and torch anew (20 s).
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test check format clean
 
 # Made again when what it is made from changes, or when a ComfyUI appears.
