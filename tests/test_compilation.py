@@ -353,6 +353,55 @@ def test_a_graph_holds_no_constant_of_another_block() -> None:
         second.linear1.weight_function = []
 
 
+def test_what_a_graph_knows_of_weights_is_part_of_a_kind() -> None:
+    from hotpath.patches.precision import quantize_model
+
+    model, _ = quantize_model(tiny("z_image").model, "fp8_weights")
+    first, second = model.model.diffusion_model.layers[:2]
+    layer = second.attention.out
+    cpu = torch.device("cpu")
+
+    def alike() -> bool:
+        return (constants_of(first), LiveParts(first).state(cpu)) == (
+            constants_of(second),
+            LiveParts(second).state(cpu),
+        )
+
+    assert alike()
+    layer._full_precision_mm = not layer._full_precision_mm
+    assert not alike()
+    layer._full_precision_mm = not layer._full_precision_mm
+    weight = layer.weight
+    held, meaning = weight._params, type(weight._params)
+    weight._params = meaning(held.scale.expand(256, 1), held.orig_dtype, held.orig_shape)
+    assert not alike(), "a scale per row is another product"
+    weight._params = held
+    layer.comfy_force_cast_weights = True
+    assert not alike()
+    del layer.comfy_force_cast_weights
+    assert alike()
+    norm = second.attention_norm1
+    norm.weight = torch.nn.Parameter(norm.weight.detach().repeat_interleave(2)[::2], requires_grad=False)
+    assert not alike(), "compiled kernels are for one layout in memory"
+
+
+def test_more_sizes_than_torch_keeps_graphs_for_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    forget_compiled_kinds()
+    bench = tiny("flux")
+    model, compiler = compiled(bench.model, dynamic=False, regions="transformer blocks")
+    for width in range(8, 8 + 2 * 10, 2):
+        made = sample(bench, model, size=(8, width), steps=1)
+    assert_same_picture(made, sample(bench, size=(8, 26), steps=1))
+    assert compiler.graphs == 16, "eight sizes of two kinds"
+    reasons = compiler.fallbacks()
+    assert list(reasons.values()) == [2, 2] and all("with dynamic one graph serves all sizes" in r for r in reasons)
+    warned = len(caplog.records)
+    assert_same_picture(sample(bench, model, size=(8, 26)), sample(bench, size=(8, 26)))
+    assert len(caplog.records) == warned, "torch warns at every try"
+    assert_same_picture(sample(bench, model, size=(8, 8)), sample(bench, size=(8, 8)))
+    assert compiler.fallbacks() == {} and compiler.graphs == 16
+
+
 def test_a_block_sees_only_what_concerns_it() -> None:
     block = tiny("sdxl").model.model.diffusion_model.middle_block[1].transformer_blocks[0]
     read = options_read_by(block)
@@ -420,6 +469,7 @@ def test_nothing_global_is_left_behind() -> None:
 
 
 def test_static_sizes_have_a_graph_each() -> None:
+    forget_compiled_kinds()  # torch keeps a limited number of graphs for a kind, and another test may have used them up
     bench = tiny("flux")
     model, compiler = compiled(bench.model, dynamic=False)
     for count, size in ((2, (16, 16)), (4, (16, 24)), (4, (16, 16))):
