@@ -41,6 +41,16 @@ DATA_TYPES = {
     "HOTPATH_TELEMETRY": "block telemetry",
     "HOTPATH_BLOCK_PROFILE": "block profile",
 }
+# Names of inputs and outputs that mean another thing here than on other nodes: languages have a word of their own for each.
+HOMONYMS = {
+    "input after of Caption Folder",
+    "output answers of Ask Vision-Language Model",
+    "input negative of Z-Image",
+    "input table of Precision",
+    "output profile of Profile",
+    "input profile of Profile Report",
+    "input profile of Speed Profile",
+}
 
 
 @dataclass(frozen=True)
@@ -58,11 +68,6 @@ class Wording:
     comma: str = ", "
     brackets: str = " ({})"
     colon: str = ": "
-
-    def named(self, name: str) -> str:
-        """The name that programs use, and behind it what the node shows, where that is another."""
-        shown = self.say(name)
-        return f"**{name}**" if shown == name else f"**{name}** {shown}"
 
 
 ENGLISH = Wording()
@@ -120,13 +125,32 @@ class NodeText:
 
     def list(self, wording: Wording = ENGLISH) -> str:
         """The list of inputs and outputs of a help page."""
-        named, say, colon = wording.named, wording.say, wording.colon
-        inputs = [f"- {named(i.name)}{i.described(wording)}{colon}{say(i.tooltip)}" for i in self.inputs]
-        outputs = [f"- {named(name)}{colon}{say(tooltip)}" for name, tooltip in self.outputs]
+        say, colon = wording.say, wording.colon
+
+        def named(side: str, name: str) -> str:
+            """The name that programs use, and behind it what the node shows, where that is another."""
+            shown = self.shown(side, name, say)
+            return f"**{name}**" if shown == name else f"**{name}** {shown}"
+
+        inputs = [f"- {named('input', i.name)}{i.described(wording)}{colon}{say(i.tooltip)}" for i in self.inputs]
+        outputs = [f"- {named('output', name)}{colon}{say(tooltip)}" for name, tooltip in self.outputs]
         none = [wording.none]
         return "\n".join(
             [f"## {wording.inputs}", "", *(inputs or none), "", f"## {wording.outputs}", "", *(outputs or none)]
         )
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Side and name of every input and output."""
+        yield from (("input", one.name) for one in self.inputs)
+        yield from (("output", name) for name, _ in self.outputs)
+
+    def place(self, side: str, name: str) -> str:
+        return f"{side} {name} of {self.display_name}"
+
+    def shown(self, side: str, name: str, say: Callable[[str], str]) -> str:
+        """`name` through `say`, by its place if it is a homonym that the language has a word for."""
+        place = self.place(side, name)
+        return said if place in HOMONYMS and (said := say(place)) != place else say(name)
 
     def sentences(self) -> Iterator[str]:
         yield self.display_name
@@ -135,15 +159,19 @@ class NodeText:
             yield from (one.name, one.tooltip)
         for name, tooltip in self.outputs:
             yield from (name, tooltip)
+        yield from (place for side, name in self.names() if (place := self.place(side, name)) in HOMONYMS)
 
-    def definition(self, say: Any) -> dict[str, Any]:
+    def definition(self, say: Callable[[str], str]) -> dict[str, Any]:
         """The entry of nodeDefs.json, every text through `say`."""
         return {
             "display_name": say(self.display_name),
             "description": say(self.description),
-            "inputs": {key(i.name): {"name": say(i.name), "tooltip": say(i.tooltip)} for i in self.inputs},
+            "inputs": {
+                key(i.name): {"name": self.shown("input", i.name, say), "tooltip": say(i.tooltip)} for i in self.inputs
+            },
             "outputs": {
-                str(n): {"name": say(name), "tooltip": say(tooltip)} for n, (name, tooltip) in enumerate(self.outputs)
+                str(n): {"name": self.shown("output", name, say), "tooltip": say(tooltip)}
+                for n, (name, tooltip) in enumerate(self.outputs)
             },
         }
 

@@ -133,6 +133,15 @@ def test_the_chinese_page_reads_as_chinese(node_id):
     assert not others, f"words that the locales have another one for: {others}"
 
 
+def test_names_with_two_meanings_have_two_words():
+    places = {n.place(side, name): (n, side, name) for n in NODES.values() for side, name in n.names()}
+    assert places.keys() >= node_texts.HOMONYMS, f"no such input or output: {node_texts.HOMONYMS - places.keys()}"
+    for place in node_texts.HOMONYMS:
+        node, side, name = places[place]
+        assert node.shown(side, name, str) == name, "English needs no second word"
+        assert node.shown(side, name, CHINESE.say) != CHINESE.say(name), f"{place}: the same word, so it needs no place"
+
+
 def test_a_translation_is_marked_with_what_it_was_translated_from():
     node = next(iter(NODES.values()))
     english = node_texts.with_list("# Title\n\nProse on\ntwo lines.\n", node)
