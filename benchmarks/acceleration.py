@@ -9,7 +9,8 @@ UNet (fp16, 8 steps, CFG, with and without InstantID), random weights. Every con
 compared with ComfyUI's as PSNR over their range, for three cases: a prompt, a second prompt of another length, a second
 size; graphs that the second and third needed are counted. Then all run in turn, round after round; figures are medians.
 Hotpath's contestants after the first of a model use its graphs, so their warm-up holds only what they add. Contestants
-for which no time is left are named as left out. Random weights show speed and equality, never quality.
+for which no time is left are named as left out, and Ctrl-C ends the run with what is known by then. Random weights show
+speed and equality, never quality.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
+LEAST_ROUNDS = 3
 
 
 def prepare_imports(tiny: bool) -> None:
@@ -193,6 +195,7 @@ class Family:
 
 
 def z_image(tiny: bool) -> tuple[Family, list[Contestant]]:
+    import comfy.model_management
     import comfy.samplers
     from acceleration_models import TINY_Z_IMAGE, Z_IMAGE, diffusers_twin, native, prompt
 
@@ -212,6 +215,7 @@ def z_image(tiny: bool) -> tuple[Family, list[Contestant]]:
     family.text = text  # type: ignore[method-assign]
 
     def with_diffusers(compile_blocks: bool) -> Callable[[Any], torch.Tensor]:
+        comfy.model_management.load_models_gpu([model])  # quantising another copy has put it away
         twin = diffusers_twin(model, config)
         dtype = next(twin.parameters()).dtype
         if compile_blocks:
@@ -230,26 +234,23 @@ def z_image(tiny: bool) -> tuple[Family, list[Contestant]]:
     def maximum_speed() -> Callable[[Any], torch.Tensor]:
         from hotpath.patches.speed_profiles import PROFILES, apply_profile
 
-        made, report = apply_profile(model, PROFILES["maximum speed"])
-        contestants[4].notes = report
+        made, quantised.notes = apply_profile(model, PROFILES["maximum speed"])
         return family.sampler(made)
 
-    contestants = [
+    quantised = Contestant("Hotpath maximum speed (fp8)", maximum_speed, 45)
+    return family, [
         Contestant("ComfyUI", lambda: family.sampler(model)),
         Contestant("Hotpath compile, default", family.compiled(model), 40),
-        Contestant("Hotpath compile, reduce-overhead", family.compiled(model, mode="reduce-overhead"), 10),
         Contestant(
-            "Hotpath attention auto, reduce-overhead", family.compiled_with_attention(model, mode="reduce-overhead"), 40
+            "Hotpath attention auto, reduce-overhead", family.compiled_with_attention(model, mode="reduce-overhead"), 35
         ),
-        Contestant("Hotpath maximum speed (fp8)", maximum_speed, 60),
+        *(() if tiny else (quantised,)),  # its compiled profile needs a compiler
+        Contestant("Hotpath compile, reduce-overhead", family.compiled(model, mode="reduce-overhead"), 10),
         Contestant("diffusers, eager", lambda: with_diffusers(False)),
         Contestant("diffusers, compile_repeated_blocks", lambda: with_diffusers(True), 40),
         Contestant("ComfyUI, --fast settings", family.fast(model)),
         Contestant("ComfyUI TorchCompileModel", family.core_compiled(model), 150),
     ]
-    if tiny:  # its compiled profile needs a compiler
-        contestants.pop(4)
-    return family, contestants
 
 
 def sdxl(tiny: bool) -> tuple[Family, list[Contestant]]:
@@ -271,11 +272,11 @@ def sdxl(tiny: bool) -> tuple[Family, list[Contestant]]:
         Contestant("ComfyUI", lambda: family.sampler(model)),
         Contestant("Hotpath compile, default", family.compiled(model), 60),
         Contestant("Hotpath compile, reduce-overhead", family.compiled(model, mode="reduce-overhead"), 10),
+        Contestant("InstantID", lambda: family.sampler(person)),
+        Contestant("InstantID, Hotpath compile, reduce-overhead", family.compiled(person, mode="reduce-overhead"), 30),
         Contestant(
             "Hotpath attention auto, reduce-overhead", family.compiled_with_attention(model, mode="reduce-overhead"), 40
         ),
-        Contestant("InstantID", lambda: family.sampler(person)),
-        Contestant("InstantID, Hotpath compile, reduce-overhead", family.compiled(person, mode="reduce-overhead"), 30),
         Contestant("Hotpath compile, transformer blocks", family.compiled(model, regions="transformer blocks"), 10),
         Contestant("ComfyUI, --fast settings", family.fast(model)),
         Contestant("ComfyUI TorchCompileModel", family.core_compiled(model), 150),
@@ -285,27 +286,43 @@ def sdxl(tiny: bool) -> tuple[Family, list[Contestant]]:
 FAMILIES = {"z_image": z_image, "sdxl": sdxl}
 
 
-def measure(family: Family, contestants: list[Contestant], until: float, rounds: int) -> None:
-    """Outputs first, then `rounds` rounds of every contestant in turn, or as many as fit before `until`."""
+def measure(
+    family: Family,
+    contestants: list[Contestant],
+    until: float,
+    rounds: int,
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Outputs first, then `rounds` rounds of every contestant in turn, or as many as fit before `until`.
+
+    save: called whenever more is known.
+    """
     references: dict[str, dict[str, torch.Tensor]] = {}
+    running: list[Contestant] = []
     for contestant in contestants:
-        if time.monotonic() + contestant.est > until:
+        if time.monotonic() + contestant.est + seconds_of_rounds(family, running) > until:
             contestant.left_out = "no time was left"
             continue
         try:
             _warm(family, contestant, references)
+            running.append(contestant)
         except Exception as error:
             contestant.left_out = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
             traceback.print_exc()
         print(f"  {contestant.name}: {contestant.left_out or f'warm after {contestant.warm_up:.1f} s'}", flush=True)
-    running = [c for c in contestants if c.run is not None and not c.left_out]
     for number in range(rounds):
+        if number >= LEAST_ROUNDS and time.monotonic() > until:
+            break
         for case in family.cases:
             for contestant in running:
                 seconds, _ = clock(lambda c=contestant, k=case: c.run(k))  # type: ignore[misc]
                 contestant.seconds.setdefault(case.name, []).append(seconds)
-        if number >= 2 and time.monotonic() > until:
-            break
+        save()
+
+
+def seconds_of_rounds(family: Family, running: list[Contestant]) -> float:
+    """What the least number of rounds will take, by the fastest case of each contestant's first runs."""
+    return LEAST_ROUNDS * len(family.cases) * sum(min(contestant.first.values()) for contestant in running)
 
 
 def _warm(family: Family, contestant: Contestant, references: dict[str, dict[str, torch.Tensor]]) -> None:
@@ -350,7 +367,7 @@ def table(family: Family, contestants: list[Contestant]) -> str:
     for c in contestants:
         seconds = c.median(first)
         if c.left_out or seconds is None:
-            lines.append(f"| {c.name} | left out: {c.left_out} |" + " |" * 8)
+            lines.append(f"| {c.name} | left out: {c.left_out or 'stopped'} |" + " |" * 8)
             continue
         base = stock.setdefault("InstantID" if c.name.startswith("InstantID") else "plain", seconds)
         new = c.new_graphs[prompt] + c.new_graphs[size]
@@ -385,19 +402,31 @@ def main() -> None:
     start = time.monotonic()
     prepare_imports(options.tiny)
     chosen = [options.only] if options.only else list(FAMILIES)
-    results, tables = [], []
+    file = options.json or options.out / "acceleration.json"
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    tables: list[str] = []
+    stopped = False
     for number, name in enumerate(chosen):
         left = start + 60 * options.minutes - time.monotonic()
         until = time.monotonic() + left / (len(chosen) - number)
         print(f"{name}: {until - time.monotonic():.0f} s", flush=True)
         with torch.inference_mode():
             family, contestants = FAMILIES[name](options.tiny)
-            measure(family, contestants, until, options.rounds)
+
+            def save(family: Family = family, contestants: list[Contestant] = contestants) -> None:
+                file.write_text(json.dumps({"families": [*results, as_dict(family, contestants)]}, indent=1))
+
+            try:
+                measure(family, contestants, until, options.rounds, save)
+            except KeyboardInterrupt:
+                stopped = True
+        save()
         tables.append(table(family, contestants))
         results.append(as_dict(family, contestants))
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.json or options.out / "acceleration.json").write_text(json.dumps({"families": results}, indent=1))
-        del family, contestants
+        if stopped:
+            break
+        del family, contestants, save
         if torch.cuda.is_available():
             import comfy.model_management
 
@@ -409,14 +438,12 @@ def main() -> None:
         f"{date.today()}, {device or 'CPU'}, torch {torch.__version__}, `python benchmarks/acceleration.py {arguments}`"
     )
     text = "\n\n".join(["## Acceleration of native models", f"{head.strip()}", *tables]) + "\n"
-    (options.json or options.out / "acceleration.json").write_text(
-        json.dumps({"where": head, "families": results}, indent=1)
-    )
+    file.write_text(json.dumps({"where": head, "families": results}, indent=1))
     (options.out / "acceleration.md").write_text(text)
     print(text)
     if options.write:
-        with (ROOT / "benchmarks" / "RESULTS.md").open("a") as file:
-            file.write("\n" + text)
+        with (ROOT / "benchmarks" / "RESULTS.md").open("a") as log:
+            log.write("\n" + text)
 
 
 if __name__ == "__main__":

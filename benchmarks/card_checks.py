@@ -110,7 +110,7 @@ def kernels(tiny: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any
     _pack()
     found: dict[str, Any] = {"wrong": 0, "rows": []}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for check in (token_attention, window_attention, best_match, memory_read):
+    for check in (token_attention, window_attention, decode_attention, best_match, memory_read):
         try:
             rows = check(device, tiny)
         except Exception as error:
@@ -187,6 +187,31 @@ def window_attention(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
                 lambda f=fused, q=q, k=k, v=v, b=bias, w=window: f(q, k, v, b, w),
                 lambda q=q, k=k, v=v, b=bias, w=window: local_window.local_window_banded(q, k, v, b, w),
                 q.nbytes + k.nbytes + v.nbytes + bias.nbytes + frames * v.nbytes,
+            ))  # fmt: skip
+    return rows
+
+
+def decode_attention(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+    """One new token of each row over its cache, as Qwen3-VL 4B decodes: 8 key heads with 4 queries each."""
+    from hotpath.vision_language.decode_attention import ATTEND, PARTS, TORCH, attend_reference
+
+    attend = ATTEND[PARTS if device.type == "cuda" else TORCH]
+    rows = []
+    for batch, length in ((2, 96),) if tiny else ((1, 1536), (16, 1536), (1, 16384)):
+        for dtype, allowed in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
+            heads, groups, dim, last = 8, 4, 128, length * 3 // 4
+            q = torch.randn(batch, heads, groups, dim, device=device).to(dtype)
+            keys, values = torch.randn(2, batch, heads, length, dim, device=device).to(dtype)
+            bias = torch.zeros(batch, 1, 1, length, device=device, dtype=dtype)
+            bias[..., last + 1 :] = float("-inf")
+            slot = torch.full((1,), last, device=device)
+            wanted = attend_reference(q.double(), keys.double(), values.double(), bias.double(), slot)
+            rows.append(_row(
+                f"decode attention, {batch} rows over {last + 1} of {length}, {dtype}".replace("torch.", ""),
+                _error(attend(q, keys, values, bias, slot), wanted), allowed,
+                lambda q=q, k=keys, v=values, b=bias, s=slot: attend(q, k, v, b, s),
+                lambda q=q, k=keys, v=values, b=bias, s=slot: attend_reference(q, k, v, b, s),
+                2 * q.nbytes + (keys.nbytes + values.nbytes) * (last + 1) // length,
             ))  # fmt: skip
     return rows
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ STAGES = (
     ),
     Stage(
         "tests", "Tests that need a card", ("card_checks.py", "tests", "--json", "{json}", "--seconds", "{seconds}"),
-        ("card_checks.py", "tests", "--json", "{json}", "--tiny"), 150, 45, needs=("pytest",),
+        ("card_checks.py", "tests", "--json", "{json}", "--tiny"), 150, 45,
+        needs=("pytest", "pytest_timeout"),
     ),
     Stage(
         "instantid", "InstantID: what 70 patched blocks cost",
@@ -104,8 +106,8 @@ STAGES = (
         ("qwen_vl.py", "--shape", "tiny", "--tokens", "6", "--pictures", "2", "--side", "112", "--json", "{json}"), 170, 70,
         needs=("transformers",),
     ),
-    Stage("z_image", "Z-Image in ComfyUI, accelerated", *_Z_IMAGE, 140, 60),
-    Stage("sdxl", "SDXL in ComfyUI, accelerated", *_SDXL, 140, 60),
+    Stage("z_image", "Z-Image in ComfyUI, accelerated", *_Z_IMAGE, 180, 60),
+    Stage("sdxl", "SDXL in ComfyUI, accelerated", *_SDXL, 180, 60),
     Stage(
         "attention", "Attention backends",
         ("attention.py", "--shapes", "z_image_1024", "sdxl_self", "sdxl_cross", "wan_480p", "qwen_vision", "--repeats", "9",
@@ -187,23 +189,39 @@ def _contestant(results: Mapping[str, Any], stage: str, name: str) -> Mapping[st
     return found
 
 
-def _times_stock(stage: str, name: str, against: str = "ComfyUI") -> Callable[[Mapping[str, Any]], float]:
+def _first_of(results: Mapping[str, Any], stage: str, names: Sequence[str]) -> Mapping[str, Any]:
+    """The first of the contestants `names` that ran."""
+    for name in names:
+        try:
+            found = _contestant(results, stage, name)
+        except (KeyError, StopIteration):
+            continue
+        if found["seconds"]:
+            return found
+    raise KeyError(names)
+
+
+def _times_stock(stage: str, *names: str, against: str = "ComfyUI") -> Callable[[Mapping[str, Any]], float]:
     def measured(results: Mapping[str, Any]) -> float:
-        ours, stock = (sorted(_contestant(results, stage, n)["seconds"]["first"]) for n in (name, against))
-        return ours[len(ours) // 2] / stock[len(stock) // 2]
+        both = _first_of(results, stage, names), _contestant(results, stage, against)
+        ours, stock = (statistics.median(contestant["seconds"]["first"]) for contestant in both)
+        return ours / stock
 
     return measured
 
 
-def _new_graphs(stage: str, name: str) -> Callable[[Mapping[str, Any]], float]:
+def _new_graphs(stage: str, *names: str) -> Callable[[Mapping[str, Any]], float]:
     def measured(results: Mapping[str, Any]) -> float:
-        return sum(count for case, count in _contestant(results, stage, name)["new_graphs"].items() if case != "first")
+        new = _first_of(results, stage, names)["new_graphs"]
+        return sum(count for case, count in new.items() if case != "first")
 
     return measured
 
 
 _GRAPHS = "Hotpath compile, reduce-overhead"
 _COMPILED = "Hotpath compile, default"
+# What is judged: attention by the fastest exact kernel and steps from a recording; where it did not run, the plain compile.
+_FASTEST_EXACT = ("Hotpath attention auto, reduce-overhead", _GRAPHS, _COMPILED)
 GOALS = (
     Goal("Kernels that differ from their references", None, 0, "", lambda r: r["kernels"]["wrong"]),
     Goal("Tests on the card that failed", None, 0, "", lambda r: r["tests"]["failed"]),
@@ -243,15 +261,15 @@ GOALS = (
          lambda r: _qwen(r, "captions, 64 tokens, batch 16", "times the peer")),
     Goal("Qwen3-VL 4B, first token, known picture, against a new one", None, 0.25, "x",
          lambda r: _qwen(r, "first token, known picture (hit)") / _qwen(r, "first token, new picture (miss)")),
-    Goal("Z-Image, bfloat16, against ComfyUI", None, 0.72, "x", _times_stock("z_image", _COMPILED)),
+    Goal("Z-Image, bfloat16, against ComfyUI", None, 0.72, "x", _times_stock("z_image", *_FASTEST_EXACT)),
     Goal("Z-Image, PSNR to ComfyUI's latent", 40, None, "dB",
-         lambda r: min(_contestant(r, "z_image", _COMPILED)["psnr"].values())),
-    Goal("Z-Image, graphs compiled for a second prompt and size", None, 0, "", _new_graphs("z_image", _COMPILED)),
+         lambda r: min(_first_of(r, "z_image", _FASTEST_EXACT)["psnr"].values())),
+    Goal("Z-Image, graphs compiled for a second prompt and size", None, 0, "", _new_graphs("z_image", *_FASTEST_EXACT)),
     Goal("Z-Image, warm-up", None, 40, "s", lambda r: _contestant(r, "z_image", _COMPILED)["warm_up"]),
     Goal("Z-Image, fp8, against ComfyUI", None, 0.5, "x", _times_stock("z_image", "Hotpath maximum speed (fp8)")),
     Goal("SDXL, CFG, against ComfyUI", None, 0.5, "x", _times_stock("sdxl", _GRAPHS)),
     Goal("SDXL with InstantID, against InstantID in ComfyUI", None, 0.5, "x",
-         _times_stock("sdxl", "InstantID, Hotpath compile, reduce-overhead", "InstantID")),
+         _times_stock("sdxl", "InstantID, Hotpath compile, reduce-overhead", against="InstantID")),
     Goal("SDXL, graphs compiled for a second prompt and size", None, 0, "", _new_graphs("sdxl", _GRAPHS)),
     Goal("SDXL, warm-up", None, 40, "s", lambda r: _contestant(r, "sdxl", _COMPILED)["warm_up"]),
     Goal("Prompt that is known: until its embedding is there", None, 0.005, "s",

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,3 +113,79 @@ def test_every_stage_has_its_program_and_names_its_file(tmp_path: Path) -> None:
             assert Path(command[1]).is_file() and str(tmp_path / f"{planned.name}.json") in command
             assert not any("{" in part for part in command)
     assert len(card_plan.gpu_tests()) > 5
+
+
+def contestant(name: str, seconds: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name, "left_out": "", "seconds": {"first": [seconds] * 3}, "psnr": {"first": 50.0, "second": 45.0},
+        "new_graphs": {"first": 2, "second": 0}, "warm_up": 9.0, **changes,
+    }  # fmt: skip
+
+
+def test_z_image_is_judged_by_the_fastest_exact_way_that_ran() -> None:
+    goal = next(goal for goal in card_plan.GOALS if goal.what == "Z-Image, bfloat16, against ComfyUI")
+    psnr = next(goal for goal in card_plan.GOALS if goal.what.startswith("Z-Image, PSNR"))
+    stock, plain = contestant("ComfyUI", 1.0), contestant("Hotpath compile, default", 0.8)
+    best = contestant("Hotpath attention auto, reduce-overhead", 0.6, psnr={"first": 41.0})
+
+    def judged(*contestants: Any) -> dict[str, Any]:
+        return {"z_image": {"families": [{"contestants": list(contestants)}]}}
+
+    assert goal.measured(judged(stock, plain, best)) == pytest.approx(0.6)
+    assert psnr.measured(judged(stock, plain, best)) == 41.0
+    for other in ({"left_out": "no time was left"}, {"seconds": {}}):
+        assert goal.measured(judged(stock, plain, {**best, **other})) == pytest.approx(0.8)
+    assert goal.row(judged(stock))[2] == "not measured"
+
+
+class Family:
+    title, steps = "a model", 2
+
+    def __init__(self, *_: Any) -> None:
+        from acceleration_models import Case
+
+        self.cases = [
+            Case(name, seed, 8, 64, 64) for seed, name in enumerate(("first", "second prompt", "second size"))
+        ]
+
+
+def test_contestants_leave_time_for_the_rounds_of_those_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import acceleration
+    import torch
+
+    now = [0.0]
+
+    def run(case: Any) -> Any:
+        now[0] += 1
+        return torch.ones(1)
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
+    monkeypatch.setattr(acceleration, "time", clock)
+    made = [acceleration.Contestant(name, lambda: run, est) for name, est in (("a", 0), ("b", 20), ("c", 40), ("d", 3))]
+    acceleration.measure(Family(), made, until=60, rounds=9)
+    assert [c.left_out for c in made] == ["", "", "no time was left", ""]
+    assert len(made[0].seconds["first"]) == 6, "nine seconds a round, after nine to be warm"
+
+
+def test_a_stopped_run_leaves_what_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import acceleration
+    import torch
+
+    calls = []
+
+    def run(case: Any) -> Any:
+        calls.append(case.name)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return torch.ones(1)
+
+    monkeypatch.setattr(acceleration, "prepare_imports", lambda tiny: None)
+    monkeypatch.setattr(
+        acceleration, "FAMILIES", {"z_image": lambda tiny: (Family(), [acceleration.Contestant("a", lambda: run)])}
+    )
+    file = tmp_path / "z_image.json"
+    monkeypatch.setattr(sys, "argv", ["acceleration.py", "--tiny", "--out", str(tmp_path), "--json", str(file)])
+    acceleration.main()
+    ((found,),) = (family["contestants"] for family in json.loads(file.read_text())["families"])
+    assert [len(times) for times in found["seconds"].values()] == [2, 1, 1]
+    assert "a model" in (tmp_path / "acceleration.md").read_text()
