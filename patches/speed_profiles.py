@@ -230,12 +230,18 @@ def _loader() -> Any:
     class OnceEach(yaml.SafeLoader):
         """YAML as it should be: of a key written twice, the first would be dropped without a word."""
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            # Looked at as it was written: later, what `<<` brings along stands among a mapping's own keys.
+            node = super().compose_mapping_node(anchor)
+            seen: set[str] = set()
             for key, _ in node.value:
-                if keys.count(key.value) > 1 and key.tag != "tag:yaml.org,2002:merge":
-                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-            return super().construct_mapping(node, deep)
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if key.value in seen:
+                        raise yaml.constructor.ConstructorError(
+                            None, None, f"{key.value!r} is there twice", key.start_mark
+                        )
+                    seen.add(key.value)
+            return node
 
     return OnceEach
 

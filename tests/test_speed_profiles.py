@@ -127,6 +127,7 @@ def applied(section: dict[str, Any], name: str = "flux") -> tuple[Any, str]:
         ("[" * 5000, "is no YAML"),
         (b"\xef\xbb\xbffast: {}\n", None),
         ("a: &a {compile: {mode: default}}\nb: {<<: *a}\n", None),
+        ("a: &a {compile: {}}\nb: {<<: *a, compile: {}, compile: {}}\n", "'compile' is there twice"),
     ],
 )
 def test_a_file_is_read_whole_or_refused(tmp_path: Path, content: str | bytes, said: str | None) -> None:
@@ -137,6 +138,21 @@ def test_a_file_is_read_whole_or_refused(tmp_path: Path, content: str | bytes, s
         return
     with pytest.raises(ProfileError, match=said):
         parse_file(path)
+
+
+def test_what_a_merge_brings_along_is_no_key_written_twice(tmp_path: Path) -> None:
+    """Also where the merged mapping merges itself and lies deeper than the one that asks for it first."""
+    import yaml
+
+    text = "a: &a {m: 1, n: 1}\nb: {c: &c {<<: *a, m: 2}}\nd: {<<: *c, n: 3}\n"
+    assert yaml.load(text, speed_profiles._loader())["d"] == {"m": 2, "n": 3}
+    (tmp_path / "hotpath.yaml").write_text(
+        "far: &far {compile: {mode: default, strict: true}, warmup: {batch: 2}}\n"
+        "middle: &middle {<<: *far, compile: {mode: none}}\n"
+        "near: {<<: *middle, attention: {backend: auto}}\n"
+    )
+    near = parse_file(tmp_path / "hotpath.yaml")["near"]
+    assert (near.compile.mode, near.warmup.batch, near.attention.backend) == ("none", 2, "auto")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "../../etc/passwd"])
