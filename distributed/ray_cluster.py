@@ -15,9 +15,10 @@ import os
 import secrets
 import socket
 import stat
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,18 @@ def make_token(folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TOKEN_FILE
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        check_token_file(path)
-        return path
-    with os.fdopen(handle, "w", encoding="ascii") as file:
-        file.write(secrets.token_hex(32))
+    if not path.exists():
+        # Whole or not at all, and never in place of another's: runs that start together must agree on it.
+        unfinished = folder / f"{TOKEN_FILE}.{secrets.token_hex(4)}"
+        try:
+            handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(32))
+            with suppress(FileExistsError):
+                os.link(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    check_token_file(path)
     return path
 
 
@@ -148,6 +154,11 @@ def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = (
     own_folder: where the token of clusters that are started here lies. gpus: those that such a cluster may use.
     Raises BadMap when Ray is missing, the address is refused, or nobody answers there.
     """
+    if (ray := _standing()) is not None:
+        # Whoever made it has given the token, and its address may be one that is not reached from here.
+        log.info("Ray: the connection that this program has already is used")
+        yield ray
+        return
     if (why := missing()) is not None:
         raise BadMap(why)
     if options.address is not None and options.address.lower() in ("auto", "local"):
@@ -160,40 +171,47 @@ def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = (
     settings = {**SETTINGS, **token_environment(options, own_folder)}
     if options.address is not None:
         _find(options.address)
-    if options.address is None and gpus:
+    elif gpus:
         settings[VISIBLE] = ",".join(gpus)
     with _environment(settings):
         import ray
 
-        if ray.is_initialized():
-            log.info("Ray: the connection that this program has already is used")
-            yield ray
-            return
-        common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "error"}
         try:
-            if options.address is None:
-                with _loopback_only():
-                    ray.init(
-                        address="local",
-                        num_cpus=options.cpus,
-                        num_gpus=options.gpus,
-                        include_dashboard=False,
-                        object_store_memory=OBJECT_STORE,
-                        _node_ip_address="127.0.0.1",
-                        **common,
-                    )
-            else:
-                _knock(options.address)
-                ray.init(address=options.address, **common)
-        except Exception as error:  # of a node that does not start in time, Ray raises no more special one
-            raise BadMap(_refused(error, options.address)) from error
-        try:
+            _connect(ray, options)
             listens = str(ray.get_runtime_context().gcs_address)
             if options.address is None and not is_loopback(listens):
                 log.warning("Ray listens at %s, which other machines may reach; they need the token.", listens)
             yield ray
         finally:
+            # Also after a second Ctrl-C in the middle of the start, which has processes running by then.
             ray.shutdown()
+
+
+def _standing() -> Any:
+    """The module `ray` when this program is connected to a cluster already, else None."""
+    ray = sys.modules.get("ray")
+    return ray if ray is not None and ray.is_initialized() else None
+
+
+def _connect(ray: Any, options: ClusterOptions) -> None:
+    common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "error"}
+    try:
+        if options.address is None:
+            with _loopback_only():
+                ray.init(
+                    address="local",
+                    num_cpus=options.cpus,
+                    num_gpus=options.gpus,
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE,
+                    _node_ip_address="127.0.0.1",
+                    **common,
+                )
+        else:
+            _knock(options.address)
+            ray.init(address=options.address, **common)
+    except Exception as error:  # of a node that does not start in time, Ray raises no more special one
+        raise BadMap(_refused(error, options.address)) from error
 
 
 def _find(address: str) -> None:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A cluster of this machine's own, as `hotpath map --executor ray` starts it. Runs use the connection that stands."""
     with connected(ClusterOptions(cpus=2, gpus=0), tmp_path_factory.mktemp("token")) as module:
         yield module
+
+
+@pytest.fixture
+def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a program that has no connection yet, whatever the tests before have made."""
+    monkeypatch.setattr(ray_cluster, "_standing", lambda: None)
 
 
 class Killer:
@@ -204,7 +211,7 @@ def test_which_addresses_are_this_machine():
 
 
 @needs_ray
-def test_an_address_where_nobody_is_and_one_that_is_none(tmp_path, monkeypatch):
+def test_an_address_where_nobody_is_and_one_that_is_none(tmp_path, monkeypatch, unconnected):
     """Said before Ray is asked, which would take a minute."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
@@ -281,8 +288,42 @@ def test_the_token_is_made_once_and_is_the_users_alone(tmp_path):
             make_token(tmp_path / "cache")
 
 
+def test_runs_that_start_together_agree_on_the_token(tmp_path, monkeypatch):
+    """Each sees a whole one or none, and the first one stays."""
+    link = os.link
+
+    def slower(source, target):
+        Path(target).write_text("b" * 64)
+        Path(target).chmod(0o600)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", slower)
+    assert make_token(tmp_path / "cache").read_text() == "b" * 64
+    monkeypatch.undo()
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_token(tmp_path / "other")
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_connection_that_stands_is_used_whatever_the_address(tmp_path, monkeypatch):
+    """Its node may have an address that this machine does not reach, and nobody asks for its token again."""
+    standing = types.SimpleNamespace(is_initialized=lambda: True, init=None, shutdown=None)
+    monkeypatch.setitem(sys.modules, "ray", standing)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        for address in (f"127.0.0.1:{taken.getsockname()[1]}", "10.0.0.5:6379", None):
+            with connected(ClusterOptions(address), tmp_path) as found:
+                assert found is standing
+    assert list(tmp_path.iterdir()) == []
+
+
 @needs_ray
-def test_a_ray_that_knows_no_tokens_is_refused(tmp_path, monkeypatch):
+def test_a_ray_that_knows_no_tokens_is_refused(tmp_path, monkeypatch, unconnected):
     monkeypatch.setattr(ray_cluster.importlib.metadata, "version", lambda name: "2.51.3")
     with (
         pytest.raises(BadMap, match=r"Ray 2\.51\.3 has no token authentication.* install 2\.52 or later"),
@@ -291,7 +332,7 @@ def test_a_ray_that_knows_no_tokens_is_refused(tmp_path, monkeypatch):
         pass
 
 
-def test_without_ray_one_sentence(pictures, request_for, monkeypatch):
+def test_without_ray_one_sentence(pictures, request_for, monkeypatch, unconnected):
     monkeypatch.setattr(mapping.ray_cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadMap, match=r"Ray is not installed: .pip install 'ray"):
         run_map(request_for(pictures, executor="ray"))
