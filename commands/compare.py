@@ -19,7 +19,7 @@ from ..headless.executor import NodeFailed
 from ..headless.graph import Graph, WorkflowError
 from ..headless.launcher import LaunchError
 from ..headless.outcome import OutputFile
-from ..headless.server import ServerError
+from ..headless.server_answers import ServerError
 from .console import complain, note, say
 from .models_folder import headless_host
 from .render_grid import SEED, STRENGTH, WEIGHT, Grid, Point

@@ -14,7 +14,8 @@ from ..headless.interrupts import stopped_by_ctrl_c
 from ..headless.launcher import LaunchOptions, launched
 from ..headless.locate import find_comfyui
 from ..headless.outcome import Outcome, outcome_of
-from ..headless.server import PREVIEWS, run_on_server
+from ..headless.server import run_on_server
+from ..headless.server_files import PREVIEWS
 from ..headless.validation import NeedsComfyUI
 from .models_folder import headless_host
 

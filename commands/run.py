@@ -11,7 +11,9 @@ from ..headless.interrupts import stopped_by_ctrl_c
 from ..headless.launcher import LaunchError, LaunchOptions, launched
 from ..headless.locate import find_comfyui
 from ..headless.outcome import outcome_of
-from ..headless.server import PREVIEWS, ServerError, ServerStopped, run_on_server
+from ..headless.server import ServerStopped, run_on_server
+from ..headless.server_answers import ServerError
+from ..headless.server_files import PREVIEWS
 from ..headless.validation import NeedsComfyUI
 from .console import complain, note
 from .models_folder import headless_host

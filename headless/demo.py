@@ -24,7 +24,9 @@ from .launcher import LaunchError, LaunchOptions, RunningServer, launched
 from .locate import PACK
 from .outcome import Outcome, OutputFile, outcome_of
 from .picture_strip import write_strip
-from .server import PREVIEWS, ServerError, run_on_server
+from .server import run_on_server
+from .server_answers import ServerError
+from .server_files import PREVIEWS
 from .stand_ins import StandIns
 from .validation import NeedsComfyUI
 

@@ -219,14 +219,23 @@ def _tail(path: Path, lines: int) -> str:
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End it and everything it started."""
     for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.name == "nt":
-                process.kill()
-            else:
-                os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        _kill(process, number)
+        try:
             process.wait(STOP_SECONDS)
             break
+        except subprocess.TimeoutExpired:
+            continue
+        except BaseException:  # a second Ctrl-C while it takes its time
+            _kill(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+            raise
+
+
+def _kill(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if os.name == "nt":
+            process.kill()
+        else:
+            os.killpg(process.pid, number)
 
 
 @contextlib.contextmanager

@@ -1,40 +1,35 @@
-"""Queues a workflow on a ComfyUI that runs: uploads, progress over its websocket, errors by node, results fetched.
-
-What the server says is not trusted with paths: a file it names is only ever written inside the output folder.
-"""
+"""Queues a workflow on a ComfyUI that runs and follows it: progress over its websocket, errors by node, results fetched."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from .files import inside
 from .graph import Graph, Node
 from .outcome import NodeTime, Outcome, OutputFile, is_file_record
+from .server_answers import ServerError, failure, refusal
+from .server_files import ServerFiles
 
 CONNECT_SECONDS = 15.0
+ASK_SECONDS = 30.0  # for an answer to a question; a server that computes may be slow to give one
+PATIENCE = 30.0  # seconds without any sign of the server until it is given up
 INTERRUPT_SECONDS = 60.0
-POLL_SECONDS = 1.0
-UPLOAD_FOLDER = "hotpath"
-PREVIEWS = "preview"  # sub-folder of the output folder for what a workflow only shows
+SOONEST, LATEST = 1.0, 60.0  # seconds between two questions how a run stands, which double from the one to the other
 
-
-class ServerError(RuntimeError):
-    """The server could not be reached, refused the workflow, or failed in it; the message names node and input."""
+Result = TypeVar("Result")
 
 
 class ServerStopped(KeyboardInterrupt):
-    """The user stopped the run, and the server was told."""
+    """The user stopped the run; the message says what becomes of it on the server."""
 
 
 class ServerObserver(Protocol):
@@ -85,18 +80,16 @@ class ServerRun:
         observer: ServerObserver | None,
         written_to: Path | None,
     ) -> None:
-        self.url = url
-        self.graph = graph
-        self.output_folder = output_folder
-        self.input_folder = input_folder
-        self.observer = observer
-        self.written_to = written_to
+        self.url, self.graph, self.observer = url, graph, observer
+        self.output_folder, self.input_folder, self.written_to = output_folder, input_folder, written_to
         self.prompt = graph.prompt()
         self.prompt_id = ""
         self.outcome = Outcome(f"ComfyUI at {url}")
         self.current: tuple[Node, float] | None = None
         self.seen = 0
+        self.heard = 0.0  # when the server last gave a sign of itself
         self.stop = asyncio.Event()
+        self.queueing = asyncio.Lock()
         self.texts: dict[str, str] = {}
 
     async def execute(self) -> Outcome:
@@ -106,77 +99,128 @@ class ServerRun:
         try:
             async with aiohttp.ClientSession(timeout=timeout) as session:
                 self.session = session
+                self.files = ServerFiles(session, self.url, self.output_folder, self.written_to)
                 with _stop_on_signal(self.stop):
                     return await self._execute()
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
             reason = str(error) or type(error).__name__
             raise ServerError(f"The ComfyUI at {self.url} does not answer: {reason}.") from error
+        except OSError as error:
+            raise ServerError(f"A file cannot be read or written here: {error}.") from error
 
     async def _execute(self) -> Outcome:
-        await self._upload_inputs()
-        client = uuid.uuid4().hex
+        if self.input_folder is not None:
+            uploads = self.files.upload_inputs(self.graph, self.prompt, self.input_folder)
+            await self._unless_stopped(uploads, "Stopped before the workflow was queued.")
         started = time.perf_counter()
-        async with self.session.ws_connect(f"{self.url}/ws", params={"clientId": client}, max_msg_size=0) as socket:
-            await self._queue(client)
-            listening = asyncio.ensure_future(self._listen(socket))
-            stopping = asyncio.ensure_future(self.stop.wait())
-            await asyncio.wait({listening, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not listening.done():
-                await self._interrupt()
-                await asyncio.wait({listening}, timeout=INTERRUPT_SECONDS)
-                listening.cancel()
-                with contextlib.suppress(asyncio.CancelledError, ServerError):
-                    await listening
-                raise ServerStopped("Stopped; the server was told to interrupt.")
-            stopping.cancel()
-            finished = await listening
-        if not finished:
-            await self._poll()
+        await self._unless_stopped(self._follow(), "Stopped; the server was told to interrupt.", self._stop_run)
         self._end_current()
         self.outcome.seconds = time.perf_counter() - started
-        await self._fetch()
+        await self._unless_stopped(self._fetch(), "Stopped; the results stay on the server.")
         return self.outcome
+
+    async def _unless_stopped(
+        self,
+        work: Awaitable[Result],
+        message: str,
+        before: Callable[[asyncio.Future[Result]], Awaitable[None]] | None = None,
+    ) -> Result:
+        """The result of `work`. Raises ServerStopped when the person stops it first; `before` is done before that."""
+        task = asyncio.ensure_future(work)
+        stopping = asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            if before is not None:
+                await before(task)
+            raise ServerStopped(message)
+        finally:
+            stopping.cancel()
+            task.cancel()
+            await asyncio.gather(task, stopping, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        """Queue the prompt and listen until its run is over. A connection that is lost is made anew, and what happened
+        meanwhile is asked for. Raises ServerError."""
+        import aiohttp
+
+        client, wait = uuid.uuid4().hex, SOONEST
+        while True:
+            try:
+                async with self.session.ws_connect(
+                    f"{self.url}/ws", params={"clientId": client}, max_msg_size=0
+                ) as socket:
+                    if not self.prompt_id:
+                        await self._queue(client)
+                    elif await self._is_over():
+                        return
+                    if await self._listen(socket):
+                        return
+            except aiohttp.ClientError:
+                # A network or a tunnel may come back in a moment.
+                if not self.prompt_id or time.monotonic() - self.heard > PATIENCE:
+                    raise
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, LATEST)
 
     async def _queue(self, client: str) -> None:
         body = {"prompt": self.prompt, "client_id": client}
-        async with self.session.post(f"{self.url}/prompt", json=body) as response:
+        async with self.queueing, self.session.post(f"{self.url}/prompt", json=body) as response:
             try:
                 answer = await response.json(content_type=None)
             except json.JSONDecodeError:
                 raise ServerError(f"{self.url} answered {response.status}; is it a ComfyUI?") from None
             if response.status != 200 or answer.get("error"):
                 raise ServerError(refusal(answer, self.graph))
-            self.prompt_id = answer["prompt_id"]
+            self.prompt_id, self.heard = answer["prompt_id"], time.monotonic()
             if answer.get("node_errors"):
                 # ComfyUI runs the outputs that are right and drops the others; the person asked for all of them.
                 await self._interrupt()
                 raise ServerError(refusal(answer, self.graph))
 
     async def _listen(self, socket: Any) -> bool:
-        """Follow the run; True when it ended well, False when the connection was lost. Raises ServerError."""
+        """Hear how the run goes on; True when it is over, False when the connection was lost. Raises ServerError.
+
+        Now and then it is asked for as well: the server says nothing when somebody takes a prompt out of its queue.
+        """
         import aiohttp
 
-        async for message in socket:
+        wait = SOONEST
+        ask_at = time.monotonic() + wait
+        while True:
+            try:
+                message = await socket.receive(timeout=max(0.001, ask_at - time.monotonic()))
+            except asyncio.TimeoutError:
+                if await self._is_over():
+                    return True
+                wait = min(2 * wait, LATEST)
+                ask_at = time.monotonic() + wait
+                continue
+            if message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED):
+                return False
+            if message.type == aiohttp.WSMsgType.ERROR:
+                return False
+            self.heard = time.monotonic()
             if message.type == aiohttp.WSMsgType.BINARY:
                 self._binary(message.data)
-                continue
-            if message.type != aiohttp.WSMsgType.TEXT:
-                continue
-            event = json.loads(message.data)
-            data = event.get("data") or {}
-            if data.get("prompt_id", self.prompt_id) != self.prompt_id:
-                continue
-            if self._event(str(event.get("type")), data):
-                return True
-        return False
+            elif message.type == aiohttp.WSMsgType.TEXT:
+                event = json.loads(message.data)
+                data = event.get("data") or {}
+                ours = data.get("prompt_id", self.prompt_id) == self.prompt_id
+                if ours and self._event(str(event.get("type")), data):
+                    return True
 
     def _event(self, kind: str, data: Mapping[str, Any]) -> bool:
+        """Take note of one event; True when nothing runs any more. Raises ServerError."""
         match kind:
             case "execution_cached":
+                told = {entry.node.id for entry in self.outcome.times}
                 for node_id in data.get("nodes", []):
-                    self.seen += 1
-                    if node_id in self.graph.nodes:
-                        self.outcome.times.append(NodeTime(self.graph.nodes[node_id], None))
+                    if node_id not in told:
+                        self.seen += 1
+                        if node_id in self.graph.nodes:
+                            self.outcome.times.append(NodeTime(self.graph.nodes[node_id], None))
             case "executing" if data.get("node") is not None:
                 self._begin(str(data["node"]))
             case "executing" if "prompt_id" in data:
@@ -215,99 +259,85 @@ class ServerRun:
             self.outcome.times.append(NodeTime(node, time.perf_counter() - since))
             self.current = None
 
-    async def _history(self) -> dict[str, Any] | None:
-        async with self.session.get(f"{self.url}/history/{self.prompt_id}") as response:
-            found = (await response.json()).get(self.prompt_id)
-        return dict(found) if found else None
+    async def _is_over(self) -> bool:
+        """Ask how the run stands. Raises ServerError when it failed, or the server does not know it any more."""
+        import aiohttp
 
-    async def _queued(self) -> bool:
-        """Whether the run waits or is at work; also when the server does not say."""
-        async with self.session.get(f"{self.url}/queue") as response:
-            if response.status != 200:
-                return True
-            answer = await response.json()
-        entries = [*answer.get("queue_running", []), *answer.get("queue_pending", [])]
-        return any(self.prompt_id in entry[:2] for entry in entries)
-
-    async def _poll(self) -> None:
-        """Wait for the end by asking, after the websocket was lost."""
-        while True:
-            # In this order: a run that ends in between is in the history then.
-            queued = await self._queued()
-            if (entry := await self._history()) is not None:
-                break
-            if not queued:
-                raise ServerError(
-                    f"The ComfyUI at {self.url} does not know this run any more; it was started anew or its history was "
-                    "cleared. Run the workflow again."
-                )
-            if self.stop.is_set():
-                await self._interrupt()
-                raise ServerStopped("Stopped; the server was told to interrupt.")
-            await asyncio.sleep(POLL_SECONDS)
+        try:
+            if await self._waits():
+                return False
+            entry = await self._history()
+        except aiohttp.ClientError:
+            raise
+        except asyncio.TimeoutError:
+            return False  # it is there, and busy
+        if entry is None:
+            raise ServerError(
+                f"The ComfyUI at {self.url} does not know this run any more: it was started anew, its history was "
+                "cleared, or somebody took the run out of the queue. Run the workflow again."
+            )
         for kind, data in (entry.get("status") or {}).get("messages", []):
             self._event(kind, data)
+        return True
+
+    async def _waits(self) -> bool:
+        """Whether the run is in the queue or at work; also when the server does not say."""
+        status, answer = await self._ask(f"/api/jobs/{self.prompt_id}")
+        if status == 200 or (status == 404 and isinstance(answer, dict)):
+            return status == 200 and answer.get("status") in ("pending", "in_progress")
+        if await self._history() is not None:
+            return False
+        # A ComfyUI from before that route tells of nothing less than everybody's prompts.
+        status, answer = await self._ask("/queue")
+        if status != 200:
+            return True
+        entries = [*answer.get("queue_running", []), *answer.get("queue_pending", [])]
+        # One that has just ended is in neither; the history is asked next.
+        return any(self.prompt_id in entry[:2] for entry in entries)
+
+    async def _history(self) -> dict[str, Any] | None:
+        _, answer = await self._ask(f"/history/{self.prompt_id}")
+        found = answer.get(self.prompt_id) if isinstance(answer, dict) else None
+        return dict(found) if found else None
+
+    async def _ask(self, path: str) -> tuple[int, Any]:
+        """Status and JSON of an answer, None for one that is no JSON."""
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=ASK_SECONDS, connect=CONNECT_SECONDS)
+        async with self.session.get(f"{self.url}{path}", timeout=timeout) as response:
+            answer = await response.json() if response.content_type == "application/json" else None
+            self.heard = time.monotonic()
+            return response.status, answer
+
+    async def _stop_run(self, following: asyncio.Future[None]) -> None:
+        """Take our prompt out of the queue, or stop it and wait until it has stopped."""
+        async with self.queueing:  # one that is being queued at this moment gets its number first
+            if not self.prompt_id:
+                return
+        await self._interrupt()
+        end, wait = time.monotonic() + INTERRUPT_SECONDS, 0.2
+        while time.monotonic() < end and await self._waits():
+            if (await asyncio.wait({following}, timeout=wait))[0]:
+                return
+            wait = min(2 * wait, 5.0)
 
     async def _interrupt(self) -> None:
-        """Take our prompt out of the queue, or stop it when it runs; other people's prompts go on."""
+        """Other people's prompts go on."""
         await self.session.post(f"{self.url}/queue", json={"delete": [self.prompt_id]})
         await self.session.post(f"{self.url}/interrupt", json={"prompt_id": self.prompt_id})
 
-    async def _upload_inputs(self) -> None:
-        """Upload files that inputs with an upload button name, each under a folder made of its content's hash."""
-        if self.input_folder is None:
-            return
-        for node in self.graph.nodes.values():
-            named = {name: value for name, value in node.inputs.items() if isinstance(value, str) and value.strip()}
-            local = {name: path for name, value in named.items() if (path := self._local(value)) is not None}
-            if not local:
-                continue
-            for name in local.keys() & await self._upload_buttons(node.class_type):
-                self.prompt[node.id]["inputs"][name] = await self._upload(local[name])
-
-    def _local(self, value: str) -> Path | None:
-        assert self.input_folder is not None
-        try:
-            path = inside(self.input_folder, value)
-            # A prompt may be longer than any file's name, which the system answers with an error.
-            return path if path.is_file() else None
-        except (ValueError, OSError):
-            return None
-
-    async def _upload_buttons(self, class_type: str) -> set[str]:
-        async with self.session.get(f"{self.url}/object_info/{class_type}") as response:
-            entry = (await response.json()).get(class_type) if response.status == 200 else None
-        found: set[str] = set()
-        for section in ((entry or {}).get("input") or {}).values():
-            for name, declaration in section.items() if isinstance(section, dict) else ():
-                options = declaration[1] if isinstance(declaration, list) and len(declaration) > 1 else {}
-                if isinstance(options, dict) and any(k.endswith("_upload") and v is True for k, v in options.items()):
-                    found.add(name)
-        return found
-
-    async def _upload(self, path: Path) -> str:
-        import aiohttp
-
-        content = await asyncio.to_thread(path.read_bytes)
-        form = aiohttp.FormData()
-        form.add_field("image", content, filename=path.name, content_type="application/octet-stream")
-        form.add_field("subfolder", f"{UPLOAD_FOLDER}/{hashlib.md5(content, usedforsecurity=False).hexdigest()[:12]}")
-        form.add_field("overwrite", "true")
-        async with self.session.post(f"{self.url}/upload/image", data=form) as response:
-            if response.status != 200:
-                raise ServerError(f"{self.url} refused the upload of {path.name}: {response.status} {response.reason}.")
-            answer = await response.json()
-        return f"{answer['subfolder']}/{answer['name']}" if answer.get("subfolder") else str(answer["name"])
-
     async def _fetch(self) -> None:
-        entry = await self._history() or {}
+        entry = await self._history()
+        if entry is None:
+            raise ServerError(f"The ComfyUI at {self.url} has forgotten what this run gave; its files are still there.")
         shown: set[tuple[str, str]] = set()
         for node_id, output in (entry.get("outputs") or {}).items():
             node = self.graph.nodes.get(node_id, Node(node_id, "a node made while it ran", {}))
             for key, records in output.items():
                 for record in records if isinstance(records, list) else []:
                     if is_file_record(record):
-                        path = await self._download(record)
+                        path = await self.files.download(record)
                         self.outcome.files.append(OutputFile(node, path, record.get("type") == "temp"))
                     elif key == "text":
                         shown.add((node_id, str(record)))
@@ -315,76 +345,6 @@ class ServerRun:
         for node_id, text in self.texts.items():
             if node_id in self.graph.nodes and (node_id, text) not in shown:
                 self.outcome.texts.append((self.graph.nodes[node_id], text))
-
-    async def _download(self, record: Mapping[str, Any]) -> Path:
-        name, subfolder = str(record["filename"]), str(record.get("subfolder") or "")
-        kind = str(record.get("type", "output"))
-        root = self.output_folder / PREVIEWS if kind == "temp" else self.output_folder
-        try:
-            target = inside(root, f"{subfolder}/{name}" if subfolder else name)
-        except ValueError as error:
-            raise ServerError(f"The server names a result {subfolder}/{name}, which is refused: {error}") from None
-        if self.written_to is not None and kind == "output":
-            written = inside(self.written_to, f"{subfolder}/{name}" if subfolder else name)
-            if written.is_file():
-                return written
-        params = {"filename": name, "subfolder": subfolder, "type": kind}
-        async with self.session.get(f"{self.url}/view", params=params) as response:
-            if response.status != 200:
-                raise ServerError(f"The result {name} could not be fetched: {response.status} {response.reason}.")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target = _free_name(target)
-            part = target.with_name(target.name + ".part")
-            with part.open("wb") as file:
-                async for chunk in response.content.iter_chunked(1 << 20):
-                    file.write(chunk)
-            part.replace(target)
-        return target
-
-
-def _free_name(path: Path) -> Path:
-    """`path`, or name-2, name-3 and so on: a result that is already here is not overwritten."""
-    number, free = 2, path
-    while free.exists():
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-        number += 1
-    return free
-
-
-def _named(graph: Graph, node_id: str, class_type: str) -> str:
-    return str(graph.nodes.get(node_id, Node(node_id, class_type, {})))
-
-
-def refusal(answer: Mapping[str, Any], graph: Graph) -> str:
-    """Why the server did not take the prompt, one line per node and input."""
-    error = answer.get("error") or {}
-    if isinstance(error, str):
-        error = {"message": error}
-    lines = []
-    for node_id, entry in (answer.get("node_errors") or {}).items():
-        for reason in entry.get("errors", []):
-            name = (reason.get("extra_info") or {}).get("input_name")
-            place = _named(graph, node_id, str(entry.get("class_type")))
-            where = f"{place}, input {name!r}" if name else place
-            lines.append(f"  - {where}: {reason.get('message')} ({reason.get('details')})")
-    if not lines:
-        node_id = str((error.get("extra_info") or {}).get("node_id", ""))
-        at = f"{_named(graph, node_id, '')}: " if node_id in graph.nodes else ""
-        return f"The server refused the workflow. {at}{error.get('message', 'It gave no reason.')}"
-    return "The server refused the workflow:\n" + "\n".join(lines)
-
-
-def failure(data: Mapping[str, Any], graph: Graph) -> str:
-    """What went wrong in which node, and the values that it was given."""
-    node = _named(graph, str(data.get("node_id")), str(data.get("node_type")))
-    message = str(data.get("exception_message", "")).strip() or str(data.get("exception_type"))
-    given = {
-        name: values[0] if isinstance(values, list) and len(values) == 1 else values
-        for name, values in (data.get("current_inputs") or {}).items()
-    }
-    plain = {name: v for name, v in given.items() if isinstance(v, str | int | float | bool) and len(str(v)) <= 60}
-    shown = ", ".join(f"{name}={value!r}" for name, value in plain.items())
-    return f"{node} failed on the server: {message}" + (f"\n  its inputs: {shown}" if shown else "")
 
 
 @contextlib.contextmanager

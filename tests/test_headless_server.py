@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hotpath.headless import launcher, server
 from hotpath.headless.graph import Graph
 from hotpath.headless.launcher import LaunchError, LaunchOptions, free_port, launched, link
-from hotpath.headless.server import ServerError, ServerRun, ServerStopped, failure, refusal, run_on_server, server_url
+from hotpath.headless.server import ServerRun, ServerStopped, run_on_server, server_url
+from hotpath.headless.server_answers import ServerError, failure, refusal
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,7 @@ class StandIn:
         self.uploads: dict[str, bytes] = {}
         self.history: dict[str, Any] = {}
         self.queue: list[Any] = []
+        self.asked: list[str] = []
         self.socket: Any = None
         self.interrupted = asyncio.Event()
         self.ready = threading.Event()
@@ -55,6 +58,7 @@ class StandIn:
         app.router.add_get("/object_info/{name}", self.object_info)
         app.router.add_post("/upload/image", self.upload)
         app.router.add_get("/queue", self.get_queue)
+        app.router.add_get("/api/jobs/{id}", self.get_job)
         for name in ("interrupt", "queue"):
             app.router.add_post(f"/{name}", self.control)
         runner = web.AppRunner(app)
@@ -70,11 +74,26 @@ class StandIn:
     async def websocket(self, request: Any) -> Any:
         from aiohttp import web
 
-        self.socket = web.WebSocketResponse()
-        await self.socket.prepare(request)
-        async for _ in self.socket:
+        self.socket = socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        self.asked.append(f"socket {request.query['clientId']}")
+        if self.behaviour.get("lose") == "for a moment" and len(self.asked) > 1:
+            self.task = asyncio.ensure_future(self.go_on())
+        async for _ in socket:
             pass
-        return self.socket
+        return socket
+
+    async def go_on(self) -> None:
+        """What a client hears that came back."""
+        await asyncio.sleep(0.2)
+        await self.send("progress", node="2", value=3, max=4)
+        self.keep()
+        await self.send("executing", node=None)
+
+    def keep(self) -> None:
+        records = self.behaviour.get("records", [{"filename": "b.png", "subfolder": "", "type": "output"}])
+        self.history["p"] = {"outputs": {"2": {"images": records, "text": ["hello"]}}, "status": {"messages": []}}
+        self.queue = []
 
     async def send(self, kind: str, **data: Any) -> None:
         await self.socket.send_str(json.dumps({"type": kind, "data": {"prompt_id": "p", **data}}))
@@ -90,6 +109,12 @@ class StandIn:
         return web.json_response({"prompt_id": "p", "number": 0, "node_errors": self.behaviour.get("node_errors", {})})
 
     async def run(self) -> None:
+        self.queue = [[0, "p", {}, {}, []]]
+        if self.behaviour.get("waits behind others"):
+            await asyncio.sleep(0.2)
+            if self.behaviour["waits behind others"] == "and is taken out":
+                self.queue = []
+            return
         await self.send("execution_cached", nodes=["1"])
         await self.send("executing", node="2")
         await self.send("progress", node="2", value=1, max=4)
@@ -102,14 +127,13 @@ class StandIn:
             await self.send("execution_error", node_id="2", node_type="SaveImage", **error)
             return
         if self.behaviour.get("lose"):
-            self.queue = [] if self.behaviour["lose"] == "everything" else [[0, "p", {}, {}, []]]
-            await self.socket.close()
-            await asyncio.sleep(0.2)
-            self.queue = []
             if self.behaviour["lose"] == "everything":
+                self.queue = []
+            await self.socket.close()
+            if self.behaviour["lose"] in ("everything", "for a moment"):
                 return
-        records = self.behaviour.get("records", [{"filename": "b.png", "subfolder": "", "type": "output"}])
-        self.history["p"] = {"outputs": {"2": {"images": records, "text": ["hello"]}}, "status": {"messages": []}}
+            await asyncio.sleep(0.2)
+        self.keep()
         if not self.behaviour.get("lose"):
             await self.send("executing", node=None)
 
@@ -118,14 +142,27 @@ class StandIn:
 
         return web.json_response({k: v for k, v in self.history.items() if k == request.match_info["id"]})
 
+    async def get_job(self, request: Any) -> Any:
+        from aiohttp import web
+
+        if self.behaviour.get("old"):
+            raise web.HTTPNotFound
+        state = "completed" if "p" in self.history else "in_progress" if self.queue else None
+        return web.json_response(
+            {"status": state} if state else {"error": "Job not found"}, status=200 if state else 404
+        )
+
     async def get_queue(self, request: Any) -> Any:
         from aiohttp import web
 
+        self.asked.append("queue")
         return web.json_response({"queue_running": self.queue, "queue_pending": []})
 
     async def view(self, request: Any) -> Any:
         from aiohttp import web
 
+        if self.behaviour.get("wait at") == "view":
+            await self.stop.wait()
         return web.Response(body=f"{request.query['type']}/{request.query['filename']}".encode())
 
     async def object_info(self, request: Any) -> Any:
@@ -138,6 +175,8 @@ class StandIn:
     async def upload(self, request: Any) -> Any:
         from aiohttp import web
 
+        if self.behaviour.get("wait at") == "upload":
+            await self.stop.wait()
         form = await request.post()
         name = f"{form['subfolder']}/{form['image'].filename}"
         self.uploads[name] = form["image"].file.read()
@@ -148,6 +187,7 @@ class StandIn:
 
         self.posted.append((request.path.strip("/"), await request.json()))
         self.interrupted.set()
+        self.queue = []
         return web.Response()
 
 
@@ -231,14 +271,60 @@ def test_a_server_cannot_write_outside_the_folder(stand_in, tmp_path, record):
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_a_lost_connection_is_waited_out(stand_in, tmp_path):
-    stand_in.behaviour["lose"] = True
-    assert run_on_server(stand_in.url, Graph.parse(COPY), tmp_path).files[0].path.is_file()
+@pytest.mark.parametrize("old", [False, True])
+def test_a_lost_connection_is_waited_out(stand_in, tmp_path, old):
+    """Without asking for everybody's prompts, where the server knows of single ones."""
+    stand_in.behaviour.update(lose=True, old=old)
+    outcome = run_on_server(stand_in.url, Graph.parse(COPY), tmp_path)
+    assert outcome.files[0].path.is_file()
+    assert [t.node.id for t in outcome.times] == ["1", "2"], "what was heard before and what was asked for, once"
+    assert ("queue" in stand_in.asked) <= old
 
 
-def test_a_server_that_was_started_anew_does_not_know_the_run(stand_in, tmp_path):
+def test_a_connection_that_comes_back_is_heard_again(stand_in, tmp_path):
+    stand_in.behaviour["lose"] = "for a moment"
+    watcher = Watcher()
+    outcome = run_on_server(stand_in.url, Graph.parse(COPY), tmp_path, observer=watcher)
+    assert outcome.files and watcher.seen[-1] == "progress 2 3.0/4.0"
+    assert len(stand_in.asked) == 2 and len(set(stand_in.asked)) == 1, "as the same client, or nothing would be heard"
+
+
+def test_everybodys_prompts_are_asked_for_ever_more_rarely(stand_in, tmp_path, monkeypatch):
+    """A hundred clients that wait behind a long queue must not each fetch all of it every second."""
+    monkeypatch.setattr(server, "SOONEST", 0.05)
+    stand_in.behaviour.update({"old": True, "waits behind others": True})
+    run = ServerRun(stand_in.url, Graph.parse(COPY), tmp_path, None, None, None)
+
+    async def waited() -> None:
+        work = asyncio.ensure_future(run.execute())
+        await asyncio.sleep(1.5)
+        run.stop.set()
+        await work
+
+    with pytest.raises(ServerStopped):
+        asyncio.run(waited())
+    assert 2 <= stand_in.asked.count("queue") <= 6  # after 0.05, 0.15, 0.35, 0.75, (1.55) s, and at the end
+
+
+def test_a_prompt_that_somebody_takes_out_of_the_queue_is_missed(stand_in, tmp_path):
+    """The server says nothing of it to anybody."""
+    stand_in.behaviour["waits behind others"] = "and is taken out"
+    with pytest.raises(ServerError, match="took the run out of the queue"):
+        run_on_server(stand_in.url, Graph.parse(COPY), tmp_path)
+
+
+def test_a_name_in_any_script_goes_up_as_it_is(stand_in, tmp_path):
+    name = 'ein "Bild", 写真 #1.png'
+    Image.new("RGB", (6, 4), "red").save(tmp_path / name)
+    graph = {**COPY, "1": {"class_type": "LoadImage", "inputs": {"image": name}}}
+    run_on_server(stand_in.url, Graph.parse(graph), tmp_path / "out", tmp_path)
+    assert [uploaded.partition("/")[2].partition("/")[2] for uploaded in stand_in.uploads] == [name]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_server_that_was_started_anew_does_not_know_the_run(stand_in, tmp_path, old):
     """It would be asked for ever."""
-    stand_in.behaviour["lose"] = "everything"
+    stand_in.behaviour.update(lose="everything", old=old)
     with pytest.raises(ServerError, match=r"does not know this run any more.*Run the workflow again"):
         run_on_server(stand_in.url, Graph.parse(COPY), tmp_path)
 
@@ -295,6 +381,33 @@ def test_ctrl_c_interrupts_only_our_prompt(stand_in, tmp_path):
     with pytest.raises(ServerStopped):
         asyncio.run(stopped())
     assert ("interrupt", {"prompt_id": "p"}) in stand_in.posted
+
+
+@pytest.mark.parametrize(
+    ("moment", "told"),
+    [
+        ("upload", "before the workflow was queued"),
+        ("in the queue", "was told to interrupt"),
+        ("view", "results stay on the server"),
+    ],
+)
+def test_ctrl_c_at_any_time(stand_in, inputs, tmp_path, moment, told):
+    """One is enough, and what is left behind is said."""
+    stand_in.behaviour.update({"wait at": moment, "waits behind others": moment == "in the queue"})
+    run = ServerRun(stand_in.url, Graph.parse(COPY), tmp_path / "out", inputs, None, None)
+
+    async def stopped() -> None:
+        work = asyncio.ensure_future(run.execute())
+        await asyncio.sleep(0.7)
+        run.stop.set()
+        await work
+
+    started = time.monotonic()
+    with pytest.raises(ServerStopped, match=told):
+        asyncio.run(stopped())
+    assert time.monotonic() - started < 10.0
+    assert (("queue", {"delete": ["p"]}) in stand_in.posted) == (moment == "in the queue")
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize(
@@ -361,6 +474,22 @@ def test_a_run_that_is_ended_takes_its_comfyui_with_it(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM
     assert not processes_with(str(comfyui))
     assert not list(tmp_path.glob("hotpath-comfyui-*"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+def test_a_second_ctrl_c_leaves_no_comfyui_behind(monkeypatch):
+    """One that takes its time to end is killed then."""
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(300)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None and process.stdout.readline()
+
+    def pressed(timeout: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(process, "wait", pressed)
+        launcher._stop(process)
+    assert process.wait(10) == -signal.SIGKILL
 
 
 def processes_with(text: str) -> list[str]:

@@ -171,7 +171,7 @@ def test_the_identity_makes_a_difference_and_the_seed_none(server: Any, tmp_path
 def test_bad_input_is_answered_with_the_node_and_the_cure(
     server: Any, tmp_path: Path, changes: dict[str, Any], node: str, sentence: str
 ) -> None:
-    from hotpath.headless.server import ServerError
+    from hotpath.headless.server_answers import ServerError
 
     with pytest.raises(ServerError, match=sentence) as error:
         run(server, graph(**changes), tmp_path)
