@@ -286,7 +286,8 @@ def _add_map(commands: Commands) -> None:
         "map",
         help="run a workflow once per picture, line or shot of a film, on all GPUs or a Ray cluster",
         description="Runs a workflow in API format (nodes that need no ComfyUI) once per item. Items that are done are "
-        "skipped, so the same command goes on where it was stopped.",
+        "skipped, so the same command goes on where it was stopped. Exit code 0 when every item has its result, 1 when "
+        "one has none, 2 when nothing could begin, 130 after Ctrl-C.",
     )
     mapped.add_argument("workflow", type=Path, help="the JSON file")
     mapped.add_argument(
@@ -341,8 +342,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
-    command = import_module(f".commands.{options.command}", __package__)
     try:
+        # Inside, as what it imports takes long enough for a Ctrl-C.
+        command = import_module(f".commands.{options.command}", __package__)
         return int(command.run(options))
     except KeyboardInterrupt:
         return 130

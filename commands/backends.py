@@ -12,6 +12,7 @@ import torch
 from packaging.requirements import InvalidRequirement, Requirement
 
 from ..attention.dispatch import dispatcher
+from ..distributed.ray_cluster import without_tokens
 from ..host.headless import best_device
 
 
@@ -44,6 +45,14 @@ def _cv2(module: Any) -> str:
     return "with ximgproc" if hasattr(module, "ximgproc") else ""
 
 
+def _ray(module: Any) -> str:
+    return (
+        "no token authentication, so it is not used; pip install 'ray>=2.52'"
+        if without_tokens(module.__version__)
+        else ""
+    )
+
+
 LIBRARIES = (
     _Library(
         "triton",
@@ -63,7 +72,7 @@ LIBRARIES = (
     _Library("diffusers", "text to image without ComfyUI", "pip install diffusers transformers accelerate"),
     _Library("torchao", "weights in fewer bits", "pip install torchao"),
     _Library("bitsandbytes", "optional 4-bit weights of Qwen-VL", "pip install bitsandbytes"),
-    _Library("ray", "many GPUs and machines", "pip install ray[default]"),
+    _Library("ray", "many GPUs and machines", "pip install 'ray>=2.52'", look=_ray),
     _Library(
         "cv2",
         "optional edge filter of Deep Exemplar",

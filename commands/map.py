@@ -36,8 +36,9 @@ def run(options: argparse.Namespace) -> int:
         here = headless_host(options.models, input_folder, options.output_folder, show_progress=not options.quiet)
         before = hosts.use(here)
         try:
+            request = _request(options, graph, here)  # reads standard input, which a Ctrl-C ends at once
             with stopped_by_ctrl_c(here), _Line(options.quiet) as line:
-                outcome = run_map(_request(options, graph, here), line, here.check_interrupt)
+                outcome = run_map(request, line, here.check_interrupt)
         finally:
             hosts.use(before)
     except (BadMap, BadItems, WorkflowError, FileNotFoundError) as error:

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from ..cache import content_key, file_fingerprint
+from ..colorization.file_job import FileJob
 from ..colorization.shot_job import PART_SUFFIX, find_shots, merge_shots
 from ..colorization.shots import THRESHOLD
+from ..colorization.video_file import check_container, read_facts
 from ..headless.catalog import declared_inputs
 from ..headless.graph import Graph, Link, Node
 from .items import Item, ItemSource
 from .jobs import BadMap, Target
 from .manifest import DONE, Manifest
 from .results import ResultStore
+from .retry import is_full
 
 log = logging.getLogger("hotpath.distributed")
 
@@ -28,11 +31,13 @@ SHOT_INPUT = "shot_frames"
 
 @dataclass(frozen=True)
 class FilmNode:
-    """The node of a workflow that colours a film shot by shot. suffix: of the container that the workflow asks for."""
+    """The node of a workflow that colours a film shot by shot. suffix: of the container that the workflow asks for;
+    quality: of the pictures in it, as the node takes it."""
 
     id: str
     threshold: float
     suffix: str
+    quality: int
 
 
 def film_node(graph: Graph, catalog: Mapping[str, type[Any]], target: Target) -> FilmNode:
@@ -46,7 +51,8 @@ def film_node(graph: Graph, catalog: Mapping[str, type[Any]], target: Target) ->
         raise BadMap(f"{node} colours a film as one shot: set shots to reset or reference per shot there.")
     threshold = _constant(node, "shot_threshold", THRESHOLD)
     suffix = Path(str(_constant(node, "output", "film.mp4"))).suffix
-    return FilmNode(node.id, float(threshold), suffix or ".mp4")
+    quality = int(_constant(node, "quality", FileJob.quality))
+    return FilmNode(node.id, float(threshold), suffix or ".mp4", quality)
 
 
 def _constant(node: Node, name: str, otherwise: Any) -> Any:
@@ -57,12 +63,15 @@ def _constant(node: Node, name: str, otherwise: Any) -> Any:
 
 
 class ShotItems:
-    """The shots of each film of `films`, found while the first ones are being coloured. whole: films to leave out."""
+    """The shots of each film of `films`, found while the first ones are being coloured. whole: films to leave out.
+
+    trials: a folder in which it is tried, before the shots of a film are done, whether its container will hold it.
+    """
 
     kind = "video"
 
-    def __init__(self, films: ItemSource, node: FilmNode, whole: Callable[[Item], bool] = lambda film: False) -> None:
-        self.films, self.node, self.whole = films, node, whole
+    def __init__(self, films: ItemSource, node: FilmNode, trials: Path, whole: Callable[[Item], bool]) -> None:
+        self.films, self.node, self.trials, self.whole = films, node, trials, whole
 
     def __iter__(self) -> Iterator[Item]:
         for film in self.films:
@@ -72,6 +81,7 @@ class ShotItems:
                 yield film
                 continue
             try:
+                self._try_container(film.file)
                 for shot in find_shots(film.file, self.node.threshold):
                     label = f"{film.label}/{shot.number + 1:05d}"
                     inputs = {
@@ -81,7 +91,14 @@ class ShotItems:
                     content = content_key(film.content, str(shot))
                     yield Item(label, content, film.value, inputs, film.file, group=film.label)
             except (OSError, ValueError) as error:
-                yield Item(film.label, film.content, film.value, problem=str(error))
+                if is_full(error):
+                    raise
+                # Of the film's group, so that the shots before the place where it broke are not taken for all of it.
+                yield Item(film.label, film.content, film.value, group=film.label, problem=str(error))
+
+    def _try_container(self, film: Path) -> None:
+        made = film.with_suffix(self.node.suffix)
+        check_container(film, made, self.trials, read_facts(film), FileJob.codec, self.node.quality)
 
     def count(self) -> int | None:
         return None
@@ -100,38 +117,44 @@ class Merged:
         return self.failed or " ".join((f"{self.film}: {self.path.name}", *self.notes))
 
 
-def merge_films(films: ItemSource, store: ResultStore, manifest: Manifest, suffix: str) -> Iterator[Merged]:
+def merge_films(
+    films: ItemSource, store: ResultStore, manifest: Manifest, suffix: str, interrupted: Callable[[], None]
+) -> Iterator[Merged]:
     """Put the shots of each film in order and remove the parts; a film of which a shot is missing stays in parts.
 
     A file of that name which this run did not make is left alone: the film's name gets a number.
     """
     for film in films:
+        interrupted()
         if film.file is None or film.problem is not None:
             continue
-        if (finished := whole_film(film, manifest)) is not None:
+        if (finished := whole_film(film, store)) is not None:
             yield Merged(film.label, finished)
             continue
         parts: list[Path] = []
-        missing = shots = 0
+        missing = shots = broken = 0
         for item in manifest.items(film.label):
             shots += 1
+            broken += item.label == film.label
             if item.job is None or item.job.state != DONE:
                 missing += 1
             else:
                 parts += [store.folder / path for path in item.files()]
         path = store.folder / f"{film.label}{suffix}"
-        if missing or not shots:
-            why = f"{missing} of {shots} shots are missing" if shots else "no shot was found"
+        if broken or not shots:
+            continue  # why is among the failures
+        if missing:
+            why = f"{missing} of {shots} shots are missing"
             yield Merged(film.label, path, f"{film.label}: {why}; the finished ones are kept, run the same again.")
             continue
         mark = f"film {film.label}"
         known = manifest.meta(mark)
         number = 2
-        while path.exists() and str(path) != known:
+        while path.exists() and path.relative_to(store.folder).as_posix() != known:
             path = store.folder / f"{film.label}-{number}{suffix}"
             number += 1
         # In this order a crash at any moment costs a second merge at most, and no second file.
-        manifest.record(mark, str(path))
+        manifest.record(mark, path.relative_to(store.folder).as_posix())
         try:
             notes = merge_shots(parts, film.file, path)
         except Exception as error:  # whatever FFmpeg comes up with; the other films are put together all the same
@@ -144,12 +167,12 @@ def merge_films(films: ItemSource, store: ResultStore, manifest: Manifest, suffi
         yield Merged(film.label, path, notes=tuple(notes))
 
 
-def whole_film(film: Item, manifest: Manifest) -> Path | None:
+def whole_film(film: Item, store: ResultStore) -> Path | None:
     """The coloured film, when an earlier run finished it and it is unchanged."""
-    known = manifest.meta(f"film {film.label}")
-    if known is None or not Path(known).is_file():
+    known = store.manifest.meta(f"film {film.label}")
+    if known is None or not (path := store.folder / known).is_file():
         return None
-    return Path(known) if manifest.meta(_whole_mark(film)) == file_fingerprint(Path(known)) else None
+    return path if store.manifest.meta(_whole_mark(film)) == file_fingerprint(path) else None
 
 
 def _whole_mark(film: Item) -> str:

@@ -5,10 +5,12 @@ A source is walked one item at a time: of a folder of a million pictures only th
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from ..cache import file_fingerprint
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".ogv", ".ts")
 BLOCK = 1 << 20
+FRESH = 2.0  # seconds
 SLUG = 48  # letters of a line that go into the name of its results
 # Neither UTF-8 nor the record of the work can hold it.
 BROKEN_TEXT = "is not Unicode: it holds a surrogate, \\ud800 to \\udfff, without its other half"
@@ -58,6 +61,13 @@ class ItemSource(Protocol):
         """How many there are, when that costs little to know."""
 
 
+class KnownDigests(Protocol):
+    """Digests of files by their names and stamps; the manifest keeps them."""
+
+    def digest(self, path: str, stamp: str) -> str | None: ...
+    def keep_digest(self, path: str, stamp: str, digest: str) -> None: ...
+
+
 class FolderItems:
     """The files of a folder that end in one of `suffixes`, folder by folder, each in the order of names.
 
@@ -81,16 +91,23 @@ class FolderItems:
         self.suffixes, self.recursive = suffixes, recursive
         self.without = without.resolve() if without is not None else None
         self.kind = "video" if suffixes == VIDEOS else "picture"
+        self.known: KnownDigests | None = None
+
+    def knowing(self, known: KnownDigests) -> FolderItems:
+        """The same; files that are unchanged since `known` was told their content are not read."""
+        made = copy.copy(self)
+        made.known = known
+        return made
 
     def __iter__(self) -> Iterator[Item]:
         for folder, names in self._folders(self.folder):
-            alike = Counter(Path(name).stem for name in names)
-            for name in names:
-                path = folder / name
+            stems = [os.path.splitext(name)[0] for name in names]  # noqa: PTH122 - of a hundred thousand names
+            alike = Counter(stems)
+            for name, stem in zip(names, stems, strict=True):
                 # Beside a.png, a.jpg must not get the same name for its results.
-                own = name.replace(".", "_") if alike[path.stem] > 1 else path.stem
+                own = name.replace(".", "_") if alike[stem] > 1 else stem
                 label = (folder.relative_to(self.folder) / own).as_posix()
-                yield file_item(path, self.input_folder, label)
+                yield file_item(folder / name, self.input_folder, label, self.known)
 
     def count(self) -> int:
         return sum(len(names) for _, names in self._folders(self.folder))
@@ -98,14 +115,17 @@ class FolderItems:
     def _folders(self, folder: Path) -> Iterator[tuple[Path, list[str]]]:
         names: list[str] = []
         below: list[str] = []
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    below.append(entry.name)
-                elif entry.name.lower().endswith(self.suffixes) and self._inside(entry):
-                    names.append(entry.name)
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        below.append(entry.name)
+                    elif entry.name.lower().endswith(self.suffixes) and self._inside(entry):
+                        names.append(entry.name)
+        except OSError as error:
+            raise BadItems(f"The folder {folder} cannot be read: {error.strerror or error}.") from None
         if names:
             yield folder, sorted(names)
         if self.recursive:
@@ -232,7 +252,7 @@ class OneFile:
         return 1
 
 
-def file_item(path: Path, input_folder: Path, label: str) -> Item:
+def file_item(path: Path, input_folder: Path, label: str, known: KnownDigests | None = None) -> Item:
     """The file at `path` as an item; one that cannot be read gets a problem."""
     name = path.relative_to(input_folder).as_posix()
     if (shown := _readable(name)) != name:
@@ -241,11 +261,26 @@ def file_item(path: Path, input_folder: Path, label: str) -> Item:
     try:
         # A film is long to read whole, and is asked for more than once.
         film = path.suffix.lower() in VIDEOS
-        content, problem = file_fingerprint(path) if film else file_digest(path), None
+        content = file_fingerprint(path) if film else _digest_of(path, name, known)
+        problem = None
     except OSError as error:
         content, problem = digest(name.encode()), f"{name} cannot be read: {error.strerror or error}."
     # Two pictures with the same bytes are one job; what they are called goes with the results.
     return Item(label, content, name, file=path, problem=problem)
+
+
+def _digest_of(path: Path, name: str, known: KnownDigests | None) -> str:
+    if known is None:
+        return file_digest(path)
+    facts = path.stat()
+    # The last one changes with the content whatever becomes of the others (on Windows it is the time of creation).
+    stamp = f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino} {facts.st_ctime_ns}"
+    if (found := known.digest(name, stamp)) is None:
+        found = file_digest(path)
+        # A file that is only just written may be written once more within the same tick of its clock.
+        if abs(time.time() - max(facts.st_mtime, facts.st_ctime)) > FRESH:
+            known.keep_digest(name, stamp, found)
+    return found
 
 
 def text_item(value: str | int | float) -> Item:

@@ -74,7 +74,7 @@ class MapPlan:
             raise BadMap(f"There are no seeds {seeds!r}; choose item or workflow.")
         present = migrate_prompt(graph.prompt())
         self.graph = Graph.parse(present)
-        self.catalog, self.target, self.seeds = catalog, target, seeds
+        self.catalog, self.target = catalog, target
         files = {
             f"{node.id}.{name}": file_fingerprint(path)
             for node in self.graph.nodes.values()
@@ -87,6 +87,9 @@ class MapPlan:
         if target is not None:
             prompt[target.node]["inputs"].pop(target.input, None)
         self.key = content_key(_plain(prompt), files, seeds, str(target))
+        # Once and not for every item: what a node declares may be a list of all the files in a folder.
+        self._seeds = list(seed_inputs(self.graph, catalog)) if seeds == "item" else []
+        self._targets: dict[str, Target] = {}
 
     def job(self, item: Item) -> Job:
         """The job of an item. Raises WorkflowError when the item sets an input that the workflow does not have."""
@@ -99,16 +102,20 @@ class MapPlan:
                 raise WorkflowError("the item has a value, and no input was named that it goes into: give --input.")
             changed[str(self.target)] = graph.nodes[self.target.node].inputs[self.target.input] = item.value
         for name, value in item.inputs.items():
-            target = find_target(graph, self.catalog, name)
+            target = self._named(name)
             changed[str(target)] = graph.nodes[target.node].inputs[target.input] = value
-        if self.seeds == "item":
-            for node_id, name, least, most in list(seed_inputs(graph, self.catalog)):
-                # A seed that the item names is the item's own wish.
-                if f"{node_id}.{name}" not in changed:
-                    given = int(graph.nodes[node_id].inputs[name])
-                    graph.nodes[node_id].inputs[name] = item_seed(given, node_id, item.content, least, most)
+        for node_id, name, least, most in self._seeds:
+            # A seed that the item names is the item's own wish.
+            if f"{node_id}.{name}" not in changed:
+                given = int(graph.nodes[node_id].inputs[name])
+                graph.nodes[node_id].inputs[name] = item_seed(given, node_id, item.content, least, most)
         values = {name: value for name, value in changed.items() if item.file is None or value != item.value}
         return Job(content_key(self.key, item.content, values), item, graph.prompt(), hidden=bool(item.group))
+
+    def _named(self, name: str) -> Target:
+        if name not in self._targets:
+            self._targets[name] = find_target(self.graph, self.catalog, name)
+        return self._targets[name]
 
     def check(self, item: Item) -> None:
         """Refuse what no item could run with. Raises NeedsComfyUI, InvalidWorkflow, WorkflowError.
@@ -125,7 +132,7 @@ class MapPlan:
             validate(graph, self.catalog)
         except InvalidWorkflow as wrong:
             touched = {self.target.node} if self.target is not None and item.value is not None else set()
-            touched |= {find_target(graph, self.catalog, name).node for name in item.inputs}
+            touched |= {self._named(name).node for name in item.inputs}
             general = [problem for problem in wrong.problems if problem.node_id not in touched]
             if general:
                 raise InvalidWorkflow(general) from None

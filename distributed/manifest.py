@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from .jobs import BadMap
+from .retry import is_full
 
 FORMAT = "1"
 DONE, FAILED, COMMITTING = "done", "failed", "committing"
+RUNNING = "running"  # in the run's own process, which may die of it
+FORGOTTEN = "forgotten"  # known for the files it left, which a new result replaces
 REFUSED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # to make the names in a folder durable
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -34,6 +37,8 @@ CREATE INDEX IF NOT EXISTS names_by_actual ON names (actual);
 CREATE TABLE IF NOT EXISTS items (
     position INTEGER PRIMARY KEY, label TEXT NOT NULL, shown TEXT NOT NULL, job TEXT NOT NULL, film TEXT NOT NULL
 );
+CREATE INDEX IF NOT EXISTS items_by_label ON items (label);
+CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, stamp TEXT NOT NULL, digest TEXT NOT NULL);
 """
 
 
@@ -86,10 +91,16 @@ class Manifest:
         """The manifest at `path`, made when it is not there, for this process alone until the block ends.
 
         restart: forget the results of before; their files are replaced one by one as new ones come.
-        Raises ManifestInUse, and BadMap for a damaged file or one that belongs to another workflow.
+        Raises ManifestInUse, and BadMap for a damaged file, one that belongs to another workflow, or a folder that cannot
+        be written.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(path, timeout=0, isolation_level=None)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            db = sqlite3.connect(path, timeout=0, isolation_level=None)
+        except (OSError, sqlite3.OperationalError) as error:
+            if is_full(error):
+                raise
+            raise BadMap(f"Nothing can be written to {path.parent.parent}: {error}.") from None
         try:
             try:
                 # Set before the first access: the lock is then held, by the system, until the connection or the process ends.
@@ -116,9 +127,11 @@ class Manifest:
                 ) from None
             yield manifest
         finally:
-            if db.in_transaction:
-                db.execute("COMMIT")
-            db.close()
+            try:
+                if db.in_transaction:
+                    db.execute("COMMIT")
+            finally:
+                db.close()
         sync_folder(path.parent)
 
     def _belongs_to(self, workflow_key: str, restart: bool) -> None:
@@ -127,7 +140,7 @@ class Manifest:
             raise BadMap(f"{self.path} was written by another version of Hotpath; delete it to start anew.")
         before = self.meta("workflow")
         if restart:
-            self._db.execute("DELETE FROM jobs")
+            self._db.execute("UPDATE jobs SET state = ?", (FORGOTTEN,))
             # Which films are ours is still known, so that new ones take their places.
             self._db.execute("DELETE FROM meta WHERE key NOT LIKE 'film %'")
         elif before not in (None, workflow_key) and self._db.execute("SELECT 1 FROM names").fetchone() is not None:
@@ -168,6 +181,22 @@ class Manifest:
             self._db.execute("BEGIN")
         self._db.execute("INSERT INTO items VALUES (?, ?, ?, ?, ?)", (position, label, shown, job_id, film))
 
+    def lists_another(self, label: str, job_id: str) -> bool:
+        """Whether another job's result goes by this label in this run."""
+        row = self._db.execute("SELECT 1 FROM items WHERE label = ? AND job != ?", (label, job_id)).fetchone()
+        return row is not None
+
+    def digest(self, path: str, stamp: str) -> str | None:
+        """What the content of a file was when it had this stamp."""
+        row = self._db.execute("SELECT digest FROM digests WHERE path = ? AND stamp = ?", (path, stamp)).fetchone()
+        return None if row is None else str(row[0])
+
+    def keep_digest(self, path: str, stamp: str, digest: str) -> None:
+        """On disk with the next result."""
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN")
+        self._db.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (path, stamp, digest))
+
     def job(self, job_id: str) -> JobRecord | None:
         row = self._db.execute(f"SELECT {COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return None if row is None else _record(row)
@@ -188,6 +217,21 @@ class Manifest:
     def set_name(self, label: str, job_id: str, actual: str) -> None:
         with self._transaction():
             self._db.execute("INSERT OR REPLACE INTO names VALUES (?, ?, ?)", (label, job_id, actual))
+
+    def begin(self, job_id: str, attempt: int) -> None:
+        """A job runs in this process from now on: should that die, the next run knows of what."""
+        row = (job_id, RUNNING, attempt)
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO jobs (id, state, attempts) VALUES (?, ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET state = excluded.state, attempts = excluded.attempts",
+                row,
+            )
+
+    def none_runs(self) -> None:
+        """The run ends as it should, and what it stops is not to blame."""
+        with self._transaction():
+            self._db.execute("UPDATE jobs SET state = ? WHERE state = ?", (FORGOTTEN, RUNNING))
 
     def begin_commit(self, record: JobRecord, label: str, actual: str, moves: Sequence[tuple[str, str]]) -> None:
         """moves: (from, to), both relative to the output folder; an empty `to` deletes."""
@@ -220,7 +264,7 @@ class Manifest:
         columns = ", ".join(f"jobs.{column}" for column in COLUMNS.split(", "))
         chosen = "" if film is None else "WHERE items.film = :film"
         query = f"""SELECT items.position, items.label, items.shown, items.job, items.film, names.actual, {columns}
-            FROM items LEFT JOIN jobs ON jobs.id = items.job
+            FROM items LEFT JOIN jobs ON jobs.id = items.job AND jobs.state != '{FORGOTTEN}'
             LEFT JOIN names ON names.label = items.label AND names.job = items.job {chosen} ORDER BY items.position"""
         for row in self._db.execute(query, {"film": film}):
             job = _record(row[6:]) if row[6] is not None else None

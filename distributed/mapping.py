@@ -19,7 +19,7 @@ from ..headless.graph import Graph, WorkflowError
 from . import ray_cluster
 from .devices import Devices, choose_devices, choose_threads
 from .film import Merged, ShotItems, film_node, merge_films, whole_film
-from .items import Item, ItemSource
+from .items import FolderItems, Item, ItemSource
 from .jobs import BadMap, Job, MapPlan, Target, find_target, guess_target, refuse_nested
 from .local_pool import LocalPool
 from .manifest import Manifest
@@ -155,12 +155,18 @@ def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callab
     if first is None:
         raise BadMap("There is nothing to map over: the folder or list holds no item.")
     plan.check(first)
-    output = request.output_folder.resolve()
+    output, source = request.output_folder.resolve(), request.source
+    if isinstance(source, FolderItems) and source.folder == output:
+        raise BadMap(
+            f"Results would go into the folder that is mapped over, {output}, and the next run would take them for items: "
+            "choose another output folder."
+        )
     with Manifest.open(ResultStore.manifest_path(output), plan.key, options.restart) as manifest:
         store = ResultStore(output, manifest)
-        source = request.source
+        if isinstance(source, FolderItems):
+            source = source.knowing(manifest)
         if films is not None:
-            source = ShotItems(source, films, lambda film: whole_film(film, manifest) is not None)
+            source = ShotItems(source, films, store.work, lambda film: whole_film(film, store) is not None)
         status = Status(source.count())
         outcome = MapOutcome(status, output, output / "results.jsonl", "nobody")
         with _beacon(store.work) as beacon, _pool(request, devices, beacon, interrupted) as pool:
@@ -168,18 +174,19 @@ def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callab
             policy, retry = make_policy(options.policy), RetryPlan(options.retries)
             scheduler = Scheduler(pool, store, policy, retry, status, observer, interrupted, options.depth)
             if isinstance(pool, InProcessPool):
-                pool.advanced = lambda fraction: scheduler.tell(0, fraction)
+                pool.begins, pool.advanced = manifest.begin, lambda fraction: scheduler.tell(0, fraction)
             try:
                 scheduler.run(_jobs(iter(source), plan, store, manifest, status))
             except NoWorkers as lost:
                 outcome.lost = str(lost)
             finally:
                 store.clean()
+                manifest.none_runs()
                 # A film that was whole before has no items now; what the list says of it stays.
                 if status.over or not outcome.results.is_file():
                     store.export()
         if films is not None:
-            outcome.films = list(merge_films(request.source, store, manifest, films.suffix))
+            outcome.films = list(merge_films(request.source, store, manifest, films.suffix, interrupted))
         failed = (item for item in manifest.items() if item.job is not None and item.job.error)
         outcome.failures = [f"{f.shown}: {f.job.error}" for f in itertools.islice(failed, SHOWN_FAILURES) if f.job]
     return outcome
@@ -204,16 +211,28 @@ def _jobs(
     """A job for each item, noted in the manifest; an item that cannot become one is recorded as failed."""
     for position, item in enumerate(items):
         shown = str(item.value if item.value is not None else item.label)
+        problem: str | None = None
         try:
             job = plan.job(item)
         except (WorkflowError, ValueError) as error:
-            job = Job(content_key(plan.key, item.content, "refused"), item, {})
-            manifest.list_item(position, store.label(job), shown, job.id, item.group)
-            store.fail(job, str(error), 0)
-            status.failed += 1
-            continue
+            job, problem = Job(content_key(plan.key, item.content, "refused"), item, {}), str(error)
+        job = _labelled_apart(job, store, manifest)
         manifest.list_item(position, store.label(job), shown, job.id, item.group)
-        yield job
+        if problem is None:
+            yield job
+        else:
+            store.fail(job, problem, 0)
+            status.failed += 1
+
+
+def _labelled_apart(job: Job, store: ResultStore, manifest: Manifest) -> Job:
+    """The job, with a number in its label when another one of this run is called the same: neither result may take the
+    other's place. Items come in a fixed order, so the number is the same in the next run."""
+    label, number = job.item.label, 2
+    while manifest.lists_another(store.label(job), job.id):
+        job = replace(job, item=replace(job.item, label=f"{label}-{number}"))
+        number += 1
+    return job
 
 
 @contextmanager

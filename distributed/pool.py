@@ -76,14 +76,15 @@ class Pool(Protocol):
 
 
 class InProcessPool:
-    """One worker in this process. A job runs inside `wait`; nodes ask `interrupted`, which raises to stop it, and
-    `advanced` is told how much of the job is done."""
+    """One worker in this process. A job runs inside `wait`; nodes ask `interrupted`, which raises to stop it. `begins` is
+    told the job and its attempt before it runs, `advanced` how much of it is done."""
 
     name = "one worker in this process"
     slots = 1
 
     def __init__(self, settings: WorkerSettings, interrupted: Callable[[], None] = lambda: None) -> None:
         self.settings = settings
+        self.begins: Callable[[str, int], None] = lambda job_id, attempt: None
         self.advanced: Callable[[float], None] = lambda fraction: None
         self._interrupted = interrupted
         self._events: deque[Event] = deque()
@@ -103,6 +104,7 @@ class InProcessPool:
         if self._payload is not None:
             assert self.worker is not None
             payload, self._payload = self._payload, None
+            self.begins(payload["id"], payload["attempt"])
             self._events.append(Finished(0, payload["id"], self.worker.run(payload)))
         events = list(self._events)
         self._events.clear()

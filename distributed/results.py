@@ -6,17 +6,20 @@ text becomes `<label>.txt`. Files that were in the output folder before are neve
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .jobs import Job
-from .manifest import COMMITTING, DONE, FAILED, ItemRecord, JobRecord, Manifest, sync_folder
+from .manifest import COMMITTING, DONE, FAILED, RUNNING, ItemRecord, JobRecord, Manifest, sync_folder
+from .retry import is_full
 
 log = logging.getLogger("hotpath.distributed")
 
@@ -24,6 +27,17 @@ WORK = ".hotpath-map"
 LIST = "results.jsonl"
 UNFINISHED = "copy.part"
 OUTPUT, TEMP = "output", "temp"  # what a worker finds below its staging folder
+ROOM = 16  # MiB that a disk with room for results can hold
+# What is wrong with one name and not with the disk.
+BAD_NAME = frozenset(
+    getattr(errno, name)
+    for name in ("EACCES", "EEXIST", "EINVAL", "EISDIR", "ENAMETOOLONG", "ENOTDIR", "ENOTEMPTY", "EPERM")
+)
+HELD = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds to wait for a file that another program holds
+
+
+class CannotKeep(RuntimeError):
+    """A result cannot have its name; the message says why. Others can have theirs."""
 
 
 class ResultStore:
@@ -73,8 +87,20 @@ class ResultStore:
     ) -> list[Path]:
         """Make final what a worker staged and has put on disk; returns the files.
 
-        texts: (from where the workflow ends, text).
+        texts: (from where the workflow ends, text). Raises CannotKeep.
         """
+        try:
+            return self._keep(job, staging, texts, seconds, attempts)
+        except OSError as error:
+            if error.errno not in BAD_NAME:
+                raise
+            raise CannotKeep(
+                f"The result {job.item.label} cannot be put into {self.folder}: {error.strerror or error}."
+            ) from error
+
+    def _keep(
+        self, job: Job, staging: Path, texts: Sequence[tuple[bool, str]], seconds: float, attempts: int
+    ) -> list[Path]:
         label = self.label(job)
         made = staging / OUTPUT
         names = sorted(p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()) if made.is_dir() else []
@@ -96,7 +122,15 @@ class ResultStore:
         return [self.folder / target for _, target in moves]
 
     def fail(self, job: Job, error: str, attempts: int, seconds: float = 0.0) -> None:
-        self.manifest.fail(JobRecord(job.id, FAILED, attempts, seconds, error, [], []))
+        before = self.manifest.job(job.id)
+        # Of a result that could not be kept, some files may have their names already.
+        tails = before.tails if before is not None else []
+        self.manifest.fail(JobRecord(job.id, FAILED, attempts, seconds, error, [], tails))
+
+    def deaths(self, job: Job) -> int:
+        """How often in a row a run in one process has died while it ran this."""
+        record = self.manifest.job(job.id)
+        return record.attempts if record is not None and record.state == RUNNING else 0
 
     def export(self) -> Path:
         """Write results.jsonl, a line per item of this run in their order; whole or not at all."""
@@ -107,8 +141,24 @@ class ResultStore:
                 file.write(json.dumps(_line(item), ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(target)
+        _replace(unfinished, target)
         return target
+
+    def full(self) -> bool:
+        """Whether there is no room for results; found out by writing, as quotas are seen in no other way."""
+        probe = self.work / f"probe-{self._run}"
+        try:
+            with probe.open("wb") as file:
+                for _ in range(ROOM):
+                    file.write(os.urandom(1 << 20))
+            sync(probe)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            return True
+        finally:
+            probe.unlink(missing_ok=True)
+        return False
 
     @staticmethod
     def label(job: Job) -> str:
@@ -137,13 +187,19 @@ class ResultStore:
         """Complete the moves that the last run wrote down and could not confirm."""
         for job_id, moves in self.manifest.committing():
             whole = all((self.folder / s).exists() or not t or (self.folder / t).exists() for s, t in moves)
-            if whole:
-                self._move(moves)
-                self.manifest.end_commit(job_id)
-            else:
-                self.manifest.forget(job_id)
+            try:
+                if whole:
+                    self._move(moves)
+                    self.manifest.end_commit(job_id)
+                    continue
+            except OSError as error:
+                if error.errno not in BAD_NAME:
+                    raise
+            self.manifest.forget(job_id)
         # What is left there belongs to attempts that a killed run left half made.
         self.clean()
+        for left in (*self.work.glob("beacon-*"), *self.work.glob("probe-*")):
+            left.unlink(missing_ok=True)
 
     def clean(self) -> None:
         """Remove what unfinished attempts left; no worker may be running."""
@@ -158,7 +214,7 @@ class ResultStore:
             elif (self.folder / source).exists():
                 path = self.folder / target
                 path.parent.mkdir(parents=True, exist_ok=True)
-                (self.folder / source).replace(path)
+                _replace(self.folder / source, path)
                 folders.add(path.parent)
         for folder in folders:
             sync_folder(folder)
@@ -170,7 +226,7 @@ class ResultStore:
         shutil.copyfile(source, unfinished)
         # What is recorded next must not name a file that a power cut leaves empty.
         sync(unfinished)
-        unfinished.replace(target)
+        _replace(unfinished, target)
         sync_folder(target.parent)
 
     def _remove(self, paths: Sequence[str]) -> None:
@@ -198,6 +254,17 @@ def _numbered(label: str) -> Iterator[str]:
     while True:
         yield f"{label}-{number}"
         number += 1
+
+
+def _replace(source: Path, target: Path) -> None:
+    """As Path.replace; on Windows a viewer or a virus scanner may hold a file for a moment."""
+    for wait in HELD if os.name == "nt" else ():
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(wait)
+    source.replace(target)
 
 
 def _inside(folder: Path, label: str) -> None:

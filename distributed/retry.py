@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 MEMORY, CONNECTION, WORKER, ITEM, DISK = "memory", "connection", "worker", "item", "disk"
-PASSING = frozenset({MEMORY, CONNECTION, WORKER})
+PASSING = frozenset({MEMORY, CONNECTION, WORKER, DISK})  # a disk of the worker, as others have their own
 PASSING_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (

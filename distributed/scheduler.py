@@ -19,13 +19,16 @@ from typing import Protocol
 from .jobs import Job
 from .policy import Policy
 from .pool import Advanced, Died, Event, Finished, Pool, Ready
-from .retry import DISK, MEMORY, WORKER, RetryPlan
+from .results import CannotKeep
+from .retry import DISK, ITEM, MEMORY, WORKER, RetryPlan
 from .status import Observer, Status, Unobserved
 
 log = logging.getLogger("hotpath.distributed")
 
 TICK = 0.1  # seconds at most between two looks at the interrupt
 DEPTH = 2
+PATIENT = 64  # jobs at most that wait for another attempt while others are begun
+WITHOUT_ROOM = 3  # jobs in a row for which a worker has no room on its own disk, until it is given no more
 
 
 class DiskFull(RuntimeError):
@@ -42,6 +45,8 @@ class Store(Protocol):
     def done(self, job: Job) -> bool: ...
     def staging(self, job: Job, attempt: int) -> Path: ...
     def discard(self, staging: Path) -> None: ...
+    def full(self) -> bool: ...
+    def deaths(self, job: Job) -> int: ...
     def keep(self, job: Job, staging: Path, texts: list[tuple[bool, str]], seconds: float, attempts: int) -> object: ...
     def fail(self, job: Job, error: str, attempts: int, seconds: float = 0.0) -> None: ...
 
@@ -51,6 +56,7 @@ class _Task:
     job: Job
     attempt: int = 1
     twins: list[Job] = field(default_factory=list)  # items with the same content, under other names
+    avoid: set[int] = field(default_factory=set)  # slots without room on their disks
 
 
 @dataclass(order=True)
@@ -84,6 +90,7 @@ class Scheduler:
         self._running: list[_Task | None] = [None] * pool.slots
         self._ready = [False] * pool.slots
         self._gone = [False] * pool.slots
+        self._without_room: list[set[str]] = [set() for _ in range(pool.slots)]
         self._pending: deque[_Task] = deque()
         self._later: list[_Waiting] = []
         self._known: dict[str, _Task] = {}
@@ -125,7 +132,7 @@ class Scheduler:
 
     def _pull(self, jobs: Iterator[Job]) -> bool:
         """Take jobs until there is enough to do; True when there are no more."""
-        limit = self.depth * max(1, sum(not gone for gone in self._gone))
+        limit = self.depth * max(1, sum(not gone for gone in self._gone)) + min(len(self._later), PATIENT)
         while len(self._known) + self._twins < limit:
             job = next(jobs, None)
             if job is None:
@@ -139,9 +146,12 @@ class Scheduler:
                 if self.status.skipped % 64 == 0:
                     return False
             else:
-                task = _Task(job)
+                task = _Task(job, max(1, deaths := self.store.deaths(job)))
                 self._known[job.id] = task
-                self._pending.append(task)
+                if deaths:
+                    self._failed(task, WORKER, "the run died while it ran this")
+                else:
+                    self._pending.append(task)
         return False
 
     def _retry_due(self) -> None:
@@ -150,21 +160,32 @@ class Scheduler:
             self._pending.appendleft(heapq.heappop(self._later).task)
 
     def _hand_out(self) -> None:
+        waits: list[_Task] = []
         while self._pending:
-            loads = [
-                None if self._gone[slot] or not self._ready[slot] else len(self._queues[slot]) + (running is not None)
-                for slot, running in enumerate(self._running)
-            ]
-            slot = self.policy.choose(loads, self.depth)
-            if slot is None:
+            task = self._pending.popleft()
+            slot = self.policy.choose(self._loads(task), self.depth)
+            if slot is not None:
+                self._queues[slot].append(task)
+                continue
+            waits.append(task)
+            if not task.avoid:
                 break
-            self._queues[slot].append(self._pending.popleft())
+        self._pending.extendleft(reversed(waits))
         for slot, queue in enumerate(self._queues):
             if queue and self._ready[slot] and self._running[slot] is None:
                 task = queue.popleft()
                 self._running[slot] = task
                 self.status.running[slot] = 0.0
                 self.pool.submit(slot, task.job.payload(self.store.staging(task.job, task.attempt), task.attempt))
+
+    def _loads(self, task: _Task) -> list[int | None]:
+        """What each worker has to do; None for those that this one cannot go to now."""
+        # When there is nobody else, a worker may have found room meanwhile.
+        avoid = task.avoid if any(not gone and slot not in task.avoid for slot, gone in enumerate(self._gone)) else ()
+        return [
+            None if self._gone[slot] or not ready or slot in avoid else len(queue) + (running is not None)
+            for slot, (ready, queue, running) in enumerate(zip(self._ready, self._queues, self._running, strict=True))
+        ]
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -191,18 +212,32 @@ class Scheduler:
         staging = self.store.staging(task.job, task.attempt)
         if result["status"] == "done":
             texts = [(bool(final), str(text)) for final, text in result["texts"]]
-            self.store.keep(task.job, staging, texts, float(result["seconds"]), task.attempt)
+            try:
+                self.store.keep(task.job, staging, texts, float(result["seconds"]), task.attempt)
+            except CannotKeep as error:
+                self.store.discard(staging)
+                self._failed(task, ITEM, str(error), float(result["seconds"]))
+                return
             self.status.done += 1
+            self._without_room[slot].clear()
             self._finish(task, done=True)
             return
-        self.store.discard(staging)
-        if result["kind"] == DISK:
+        kind, error = str(result["kind"]), str(result["error"])
+        # Asked before anything is removed, which would make room.
+        if kind == DISK and self.store.full():
             # The item is not to blame, and the others would fare no better.
-            raise DiskFull(str(result["error"]))
-        if result["kind"] == MEMORY:
+            raise DiskFull(error)
+        self.store.discard(staging)
+        if kind == MEMORY:
             self._ready[slot] = False
             self.pool.renew(slot)
-        self._failed(task, str(result["kind"]), str(result["error"]), float(result["seconds"]))
+        if kind == DISK:
+            task.avoid.add(slot)
+            self._without_room[slot].add(task.job.id)
+        self._failed(task, kind, error, float(result["seconds"]))
+        if kind == DISK and len(self._without_room[slot]) >= WITHOUT_ROOM:
+            # It would go through all items, as none holds it up for long.
+            self._died(slot, error, final=True)
 
     def _failed(self, task: _Task, kind: str, error: str, seconds: float = 0.0) -> None:
         if self.retry.again(kind, task.attempt):

@@ -121,6 +121,12 @@ class CountingStore:
     def staging(self, job: Job, attempt: int) -> Path:
         return NOWHERE
 
+    def full(self) -> bool:
+        return False
+
+    def deaths(self, job: Job) -> int:
+        return 0
+
     def discard(self, staging: Path) -> None:
         """There is nothing."""
 

@@ -19,7 +19,7 @@ from ..headless.graph import Graph, Node
 from ..headless.outcome import outcome_of
 from ..host.headless import HeadlessHost
 from .results import OUTPUT, TEMP, sync
-from .retry import CONNECTION, MEMORY, failure_kind
+from .retry import CONNECTION, DISK, MEMORY, failure_kind
 
 log = logging.getLogger("hotpath.distributed")
 
@@ -162,7 +162,10 @@ class WorkflowWorker:
             if kind == MEMORY:
                 self.let_go()
             log.info("job %s failed (%s)", payload.get("id"), kind, exc_info=error)
-            return self._failed(kind, str(error) or type(error).__name__, started)
+            said = str(error) or type(error).__name__
+            if kind == DISK:
+                said = f"The worker on {socket.gethostname()} has no room left on a disk: {said}"
+            return self._failed(kind, said, started)
         # What a node says whose answer goes on to another one, such as its report, is not what the workflow is for.
         asked = {link.node for node in graph.nodes.values() for _, link in node.links()}
         ends = {i for i, run in result.runs.items() if i not in asked and self._is_output(run.node)}

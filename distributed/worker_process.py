@@ -54,11 +54,20 @@ class Speaker:
                 self._stream.write(line)
                 self._stream.flush()
         except OSError:  # nobody listens any more
-            os._exit(0)
+            _end()
 
 
 def _listen(messages: BinaryIO, jobs: queue.Queue[dict[str, Any]]) -> None:
-    for line in messages:
-        jobs.put(json.loads(line))
+    try:
+        for line in messages:
+            jobs.put(json.loads(line))
+    finally:  # also after half a message, when the run was killed while it wrote
+        _end()
+
+
+def _end() -> None:
+    """The run is gone: this process and what nodes have started in it end now."""
+    if os.name == "posix" and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     # Not sys.exit: a kernel or a download of the running job would hold the process.
     os._exit(0)

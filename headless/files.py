@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from .. import host
 
+FRESH = 2.0  # seconds
+_listed: dict[tuple[str, ...], tuple[Path, int, list[str]]] = {}  # by endings, of which there are two kinds
 MARK = re.compile(r"^(?P<name>.*?)\s*\[(?P<folder>input|output|temp)\]$")
 
 
@@ -41,11 +44,23 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def listed(suffixes: tuple[str, ...]) -> list[str]:
-    """Files right in the input folder that end in one of `suffixes`, sorted."""
+    """Files right in the input folder that end in one of `suffixes`, sorted.
+
+    Asked for several times in every run, so a folder that has not changed is not gone through again.
+    """
     folder = host.current().input_folder()
-    if not folder.is_dir():
+    try:
+        changed = folder.stat().st_mtime_ns
+        if (known := _listed.get(suffixes)) is not None and known[:2] == (folder, changed):
+            return known[2]
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if e.name.lower().endswith(suffixes) and e.is_file())
+    except OSError:
         return []
-    return sorted(p.name for p in folder.iterdir() if p.suffix.lower() in suffixes and p.is_file())
+    # Within the same tick of its clock a folder may change once more.
+    if abs(time.time() - changed / 1e9) > FRESH:
+        _listed[suffixes] = folder, changed, names
+    return names
 
 
 @dataclass(frozen=True)

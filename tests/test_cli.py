@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,3 +303,18 @@ def test_a_wrong_file_fails_the_selftest(place, capsys):
     assert run("selftest", "instantid", "--models", place / "models", "--device", "cpu") == 1
     out = capsys.readouterr().out
     assert "FAILED" in out and "wrong.bin" in out
+
+
+def test_ctrl_c_while_a_command_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch alone takes seconds to import."""
+
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", pressed)
+    assert cli.main(["doctor"]) == 130
+
+
+def test_a_ray_that_is_not_used_says_why() -> None:
+    assert "no token authentication" in backends._ray(SimpleNamespace(__version__="2.51.3"))
+    assert backends._ray(SimpleNamespace(__version__="2.52.0")) == ""

@@ -11,11 +11,15 @@ import pytest
 import torch
 from hotpath.colorization.film import FilmOptions
 from hotpath.colorization.shot_job import Shot, find_shots
+from hotpath.distributed.film import merge_films
 from hotpath.distributed.items import VIDEOS, FolderItems, OneFile
 from hotpath.distributed.jobs import BadMap
+from hotpath.distributed.manifest import Manifest
 from hotpath.distributed.mapping import run_map
+from hotpath.distributed.results import ResultStore
 from hotpath.headless.executor import Executor
 from hotpath.headless.graph import Graph
+from hotpath.host import Interrupted
 from map_workflows import listed, made, picture
 
 MODELS = Path(__file__).resolve().parents[2] / "demo" / "models"
@@ -156,6 +160,55 @@ def test_a_film_that_cannot_be_put_together_leaves_the_others(film, request_for,
     monkeypatch.setattr(films, "merge_shots", real)
     again = run_map(request_for(source, graph=FILM, shots=True))
     assert again.whole and list(made(again.folder)) == ["a.mp4", "b.mp4"] and again.status.done == 0
+
+
+def test_a_container_that_cannot_hold_the_film_is_found_out_first(film, request_for, headless_host, monkeypatch):
+    """And not after hours of colouring; a film of another kind beside it is done."""
+    from hotpath.nodes import colorize
+
+    coloured: list[int] = []
+    real = colorize.colorize_shot
+    monkeypatch.setattr(colorize, "colorize_shot", lambda job, refs, shot: coloured.append(1) or real(job, refs, shot))
+    source = OneFile(film, headless_host.input_folder())
+    graph = {**FILM, "2": {**FILM["2"], "inputs": {**FILM["2"]["inputs"], "output": "coloured.webm"}}}
+    outcome = run_map(request_for(source, graph=graph, shots=True))
+    assert not outcome.whole and not coloured
+    assert "A .webm file cannot hold this film as libx264" in outcome.report() and "missing" not in outcome.report()
+    assert not list((outcome.folder / ".hotpath-map").glob("trial*"))
+
+
+def test_a_film_that_breaks_off_is_not_taken_for_whole(film, request_for, headless_host, monkeypatch):
+    """The shots before the place where it cannot be decoded are no film; mended, it goes on after them."""
+    from hotpath.distributed import film as films
+
+    def breaks(path, threshold):
+        yield from list(find_shots(path, threshold))[:2]
+        raise ValueError("film.mp4 cannot be decoded after frame 30.")
+
+    source = OneFile(film, headless_host.input_folder())
+    monkeypatch.setattr(films, "find_shots", breaks)
+    for _ in range(2):
+        outcome = run_map(request_for(source, graph=FILM, shots=True))
+        assert not outcome.whole and "cannot be decoded after frame 30" in outcome.report()
+        assert not made(outcome.folder)
+    monkeypatch.setattr(films, "find_shots", find_shots)
+    outcome = run_map(request_for(source, graph=FILM, shots=True))
+    assert outcome.whole and (outcome.status.done, outcome.status.skipped) == (1, 2)
+
+    # And the folder of results may be moved.
+    moved = outcome.folder.rename(outcome.folder.with_name("moved"))
+    again = run_map(request_for(source, "moved", graph=FILM, shots=True))
+    assert again.status.over == 0 and list(made(moved)) == ["film.mp4"]
+
+
+def test_ctrl_c_between_two_films_that_are_put_together(film, headless_host, tmp_path):
+    def stop() -> None:
+        raise Interrupted("Stopped on request.")
+
+    with Manifest.open(ResultStore.manifest_path(tmp_path / "out"), "w") as manifest:
+        store = ResultStore(tmp_path / "out", manifest)
+        with pytest.raises(Interrupted):
+            list(merge_films(OneFile(film, headless_host.input_folder()), store, manifest, ".mp4", stop))
 
 
 def test_a_workflow_that_cannot_do_shots(film, request_for, headless_host):

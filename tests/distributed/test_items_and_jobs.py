@@ -17,7 +17,7 @@ from hotpath.distributed.seeds import item_seed
 from hotpath.headless.catalog import available_nodes
 from hotpath.headless.graph import Graph, WorkflowError
 from hotpath.headless.validation import InvalidWorkflow, NeedsComfyUI
-from map_workflows import COPY, picture
+from map_workflows import COPY, listed, made, picture
 
 IMAGE = Target("1", "image")
 SEEDED = {
@@ -117,6 +117,53 @@ def test_lines_and_objects(tmp_path):
     assert [bool(item.problem) for item in found] == [False, False, True, True, True]
     assert "line 4 is not JSON" in (found[3].problem or "")
     assert open_items(str(tmp_path / "l.jsonl"), tmp_path).count() == 5
+
+
+def test_items_that_are_called_alike_keep_their_own_results(headless_host, request_for):
+    """a.png beside a.jpg becomes a_png, which is what a_png.webp is called by itself."""
+    folder = headless_host.input_folder() / "in"
+    for i, name in enumerate(("a.png", "a.jpg", "a_png.webp")):
+        picture(folder / "x.png", i).rename(folder / name)
+    first = run_map(request_for(folder))
+    assert sorted(made(first.folder)) == ["a_jpg.png", "a_png-2.png", "a_png.png"]
+    assert len(set(made(first.folder).values())) == 3
+    again = run_map(request_for(folder))
+    assert (again.status.done, again.status.skipped) == (0, 3) and made(again.folder) == made(first.folder)
+
+
+def test_lines_with_the_same_first_digits_keep_their_own_results(request_for):
+    """As among many prompts that begin alike; the same line twice is still one job."""
+
+    class Alike:
+        kind = "text"
+
+        def __iter__(self):
+            yield from (Item("a-cat-1234abcd", text[:1], text) for text in ("one", "two", "one", "three"))
+
+        def count(self):
+            return 4
+
+    text = {"1": {"class_type": "PreviewAny", "inputs": {"source": "nothing"}}}
+    for _ in range(2):
+        outcome = run_map(request_for(Alike(), graph=text, target="1.source"))
+        assert outcome.whole and [line["texts"] for line in listed(outcome.folder)] == [
+            ["one"], ["two"], ["one"], ["three"]
+        ]  # fmt: skip
+        assert sorted(made(outcome.folder).values()) == [b"one\n", b"three\n", b"two\n"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(pictures, headless_host, monkeypatch):
+    (pictures / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(folder):
+        if Path(folder).name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(BadItems, match=r"The folder .*closed cannot be read: Permission denied"):
+        FolderItems(pictures, headless_host.input_folder(), recursive=True).count()
 
 
 def test_a_list_is_read_as_it_is_needed(tmp_path):

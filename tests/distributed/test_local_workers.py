@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from hotpath.distributed import devices, local_pool
+from hotpath.distributed import devices, local_pool, worker_process
 from hotpath.distributed.jobs import BadMap
 from hotpath.distributed.local_pool import LocalPool
 from hotpath.distributed.mapping import run_map
@@ -136,6 +138,32 @@ def test_killed_then_stopped_then_finished(tmp_path, headless_host, request_for)
     assert third.whole and len(made(out)) == 12
     headless_host._input = inputs
     assert not list(out.glob(".*.part"))
+
+
+def test_half_a_message_ends_a_worker_too(monkeypatch):
+    """A run that is killed while it writes leaves one behind, and the worker would wait for the rest for ever."""
+    ended: list[bool] = []
+    monkeypatch.setattr(worker_process, "_end", lambda: ended.append(True))
+    jobs: queue.Queue = queue.Queue()
+    with pytest.raises(ValueError, match="Unterminated"):
+        worker_process._listen(io.BytesIO(b'{"id": "whole"}\n{"id": "ha'), jobs)
+    assert ended == [True] and jobs.get_nowait() == {"id": "whole"}
+
+
+@posix
+def test_a_worker_takes_what_it_started_with_it():
+    code = (
+        "import subprocess, sys\n"
+        "from hotpath.distributed.worker_process import _end\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
+        "print(child.pid, flush=True)\n"
+        "_end()\n"
+    )
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert worker.stdout is not None
+    child = int(worker.stdout.readline())
+    worker.wait(30)
+    wait_for(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE, 10.0)
 
 
 def test_workers_that_cannot_begin_end_the_run(pictures, request_for, monkeypatch):

@@ -9,10 +9,11 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hotpath.distributed import results, worker
+from hotpath.distributed import items, results, scheduler, worker
 from hotpath.distributed.items import FolderItems, Item, JsonLinesItems, ListItems
 from hotpath.distributed.jobs import BadMap, Job
 from hotpath.distributed.manifest import Manifest, ManifestInUse
@@ -83,8 +84,12 @@ def test_a_full_disk_ends_the_run_and_blames_no_item(pictures, request_for, monk
             raise sqlite3.OperationalError("database or disk is full")
         commit(self, *parts)
 
+    def no_room(path):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), str(path))
+
     if place == "where results are staged":
         monkeypatch.setattr(worker, "sync", full)
+        monkeypatch.setattr(results, "sync", no_room)
     else:
         monkeypatch.setattr(Manifest, "begin_commit", full_record)
     with pytest.raises(DiskFull, match=r"no room left for the results in .*out \(.*: make room and run the same again"):
@@ -94,6 +99,24 @@ def test_a_full_disk_ends_the_run_and_blames_no_item(pictures, request_for, monk
     monkeypatch.undo()
     outcome = run_map(request_for(pictures))
     assert (outcome.status.skipped, outcome.status.done, len(made(outcome.folder))) == (2, 3, 5)
+
+
+def test_a_full_disk_elsewhere_is_the_failure_of_the_worker(pictures, request_for, monkeypatch):
+    """As of one machine's temporary folder: another attempt goes well, and no trace of the question is left."""
+    seen: list[Path] = []
+    sync = worker.sync
+
+    def full_once(path):
+        seen.append(path)
+        if len(seen) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/scratch")
+        sync(path)
+
+    monkeypatch.setattr(worker, "sync", full_once)
+    monkeypatch.setattr(scheduler.RetryPlan, "wait", lambda self, attempt: 0.0)
+    outcome = run_map(request_for(pictures))
+    assert outcome.whole and (outcome.status.done, outcome.status.retried) == (5, 1)
+    assert not list((outcome.folder / ".hotpath-map").glob("probe*"))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of 255 bytes are POSIX's")
@@ -189,6 +212,121 @@ def test_lines_of_a_list_fail_alone(request_for, tmp_path):
     assert "line 2 is not JSON" in lines[1]["error"] and "there is no node called '7'" in lines[2]["error"]
 
 
+def test_unchanged_pictures_are_not_read_again(pictures, request_for, monkeypatch):
+    """Going through what is done of a large folder costs names and times, not all its bytes."""
+    monkeypatch.setattr(items, "FRESH", 0.0)
+    run_map(request_for(pictures))
+    read: list[str] = []
+    digest = items.file_digest
+    monkeypatch.setattr(items, "file_digest", lambda path: (read.append(path.name), digest(path))[1])
+    picture(pictures / "p3.png", 77)
+    again = run_map(request_for(pictures))
+    assert read.count("p3.png") == 1 and set(read) == {"p0.png", "p3.png"}, "the first one is looked at beforehand"
+    assert (again.status.done, again.status.skipped) == (1, 4)
+
+
+def test_a_picture_that_was_just_written_is_read_again(pictures, headless_host, tmp_path):
+    """It may be written once more with the same time, which nothing would show."""
+    path = ResultStore.manifest_path(tmp_path / "out")
+    with Manifest.open(path, "w") as manifest:
+        found = [item.content for item in FolderItems(pictures, headless_host.input_folder()).knowing(manifest)]
+        rows = manifest._db.execute("SELECT count(*) FROM digests").fetchone()
+    assert len(set(found)) == 5 and rows == (0,)
+
+
+def test_results_do_not_go_among_the_items(pictures, request_for, tmp_path):
+    with pytest.raises(BadMap, match="the next run would take them for items"):
+        run_map(replace(request_for(pictures), output_folder=pictures))
+    assert len(list(pictures.iterdir())) == 5
+
+
+def test_an_output_folder_that_is_none(pictures, request_for, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(BadMap, match=r"Nothing can be written to .*out: "):
+        run_map(request_for(pictures))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of 255 bytes are POSIX's")
+def test_a_result_that_cannot_have_its_name_fails_alone(pictures, request_for, headless_host):
+    """One is in the way of a folder, one so long that no number can be added."""
+    picture(pictures / "sub" / "x.png", 71)
+    picture(pictures / ("a" * 251 + ".png"), 72)
+    source = FolderItems(pictures, headless_host.input_folder(), recursive=True)
+    out = request_for(source).output_folder
+    out.mkdir()
+    (out / "sub").write_text("mine")
+    (out / ("a" * 251 + ".png")).write_text("mine")
+    first = run_map(request_for(source))
+    assert (first.status.done, first.status.failed) == (5, 2)
+    assert "The result sub/x cannot be put into" in first.report() and "File name too long" in first.report()
+    assert (out / "sub").read_text() == "mine"
+    for name in ("sub", "a" * 251 + ".png"):
+        (out / name).unlink()
+    second = run_map(request_for(source))
+    assert (second.status.done, second.status.skipped) == (2, 5) and second.whole
+    assert sorted(made(out)) == sorted([*(f"p{i}.png" for i in range(5)), "sub/x.png", "a" * 251 + ".png"])
+
+
+def test_what_was_half_kept_is_not_left_behind(tmp_path, monkeypatch):
+    """The second of two files has no room for its name: the next attempt replaces the first one."""
+    folder, job = tmp_path / "out", Job("j1", Item("a", "c"), {})
+    with Manifest.open(ResultStore.manifest_path(folder), "w") as manifest:
+        store = ResultStore(folder, manifest)
+        for attempt in (1, 2):
+            output = store.staging(job, attempt) / "output"
+            output.mkdir(parents=True)
+            for name in ("1.png", "2.png"):
+                (output / name).write_text(f"{name} {attempt}")
+            if attempt == 1:
+                (folder / "a" / "2.png").mkdir(parents=True)
+                real = ResultStore._place
+                monkeypatch.setattr(ResultStore, "_place", lambda *_: ("a", []))
+                with pytest.raises(results.CannotKeep, match="The result a cannot be put into"):
+                    store.keep(job, store.staging(job, 1), [], 1.0, 1)
+                store.fail(job, "no", 1)
+                monkeypatch.setattr(ResultStore, "_place", real)
+                (folder / "a" / "2.png").rmdir()
+            else:
+                store.keep(job, store.staging(job, 2), [], 1.0, 2)
+        assert made(folder) == {"a/1.png": b"1.png 2", "a/2.png": b"2.png 2"}
+
+
+class DiesError(BaseException):
+    """The process is gone: nothing after it is done."""
+
+
+def test_an_item_that_kills_the_run_is_given_up(pictures, request_for, monkeypatch):
+    """A single worker is the run itself, and the next run must not die of the same item for ever."""
+    monkeypatch.setattr(Manifest, "none_runs", lambda self: None)
+    monkeypatch.setattr(scheduler.RetryPlan, "wait", lambda self, attempt: 0.0)
+    run = worker.WorkflowWorker.run
+
+    def deadly(self, payload):
+        if payload["prompt"]["1"]["inputs"]["image"] == "in/p2.png":
+            raise DiesError
+        return run(self, payload)
+
+    monkeypatch.setattr(worker.WorkflowWorker, "run", deadly)
+    for _ in range(2):
+        with pytest.raises(DiesError):
+            run_map(request_for(pictures, retries=1))
+    outcome = run_map(request_for(pictures, retries=1))
+    assert outcome.status.failed == 1 and len(made(outcome.folder)) == 4
+    assert outcome.failures == ["in/p2.png: the run died while it ran this (attempt 2 of 2)"]
+
+
+def test_what_is_stopped_is_not_to_blame(pictures, request_for, monkeypatch):
+    def stopped(self, payload):
+        raise Interrupted("Stopped on request.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.WorkflowWorker, "run", stopped)
+        for _ in range(4):
+            with pytest.raises(Interrupted):
+                run_map(request_for(pictures, retries=0))
+    assert run_map(request_for(pictures, retries=0)).whole
+
+
 def test_files_of_others_are_never_touched(pictures, request_for):
     folder = request_for(pictures).output_folder
     mine = picture(folder / "p1.png", 1234)
@@ -227,6 +365,20 @@ def test_another_workflow_is_refused_and_restart_replaces(pictures, request_for)
         run_map(request_for(pictures, graph=other))
     outcome = run_map(request_for(pictures, graph=other, restart=True))
     assert outcome.status.done == 5 and len(made(outcome.folder)) == 5
+
+
+def test_a_restart_replaces_results_of_another_kind(pictures, request_for):
+    """Where a picture was is a text then, and not both; what was not begun anew is waiting."""
+    text = {"1": COPY["1"], "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}}}
+    run_map(request_for(pictures))
+    outcome = run_map(request_for(pictures, graph=text, restart=True))
+    assert sorted(made(outcome.folder)) == [f"p{i}.txt" for i in range(5)]
+    watch = Watch(2)
+    with pytest.raises(Interrupted):
+        run_map(request_for(pictures, graph=text, restart=True), watch, watch.check)
+    states = [line["status"] for line in listed(outcome.folder)]
+    assert states.count("done") == 2 and set(states) == {"done", "waiting"}
+    assert run_map(request_for(pictures, graph=text)).status.done == 3
 
 
 def test_two_runs_in_one_folder(pictures, request_for):

@@ -12,8 +12,8 @@ from hotpath.distributed.items import Item
 from hotpath.distributed.jobs import Job
 from hotpath.distributed.policy import POLICIES, LeastBusy, Random, RoundRobin, make_policy
 from hotpath.distributed.pool import Died, Finished, Ready
-from hotpath.distributed.retry import CONNECTION, ITEM, MEMORY, WORKER, RetryPlan, failure_kind
-from hotpath.distributed.scheduler import NoWorkers, Scheduler
+from hotpath.distributed.retry import CONNECTION, DISK, ITEM, MEMORY, WORKER, RetryPlan, failure_kind
+from hotpath.distributed.scheduler import WITHOUT_ROOM, DiskFull, NoWorkers, Scheduler
 from hotpath.distributed.simulation import Cluster, CountingStore, SimulatedPool, simulate
 from hotpath.distributed.status import Status
 from hotpath.headless.executor import NodeFailed, RunResult
@@ -176,6 +176,15 @@ def test_an_item_that_never_passes_is_recorded_with_its_sentence():
     assert sorted(rig.store.kept) == ["1", "2"]
 
 
+def test_items_that_wait_for_another_attempt_do_not_hold_up_the_others():
+    rig = Rig(workers=2, answers={str(i): [CONNECTION] for i in range(8)})
+    rig.scheduler.retry = RetryPlan(2, base=100.0, longest=200.0, rng=random.Random(1))
+    status = rig.run(40)
+    assert status.done == 40 and status.retried == 8
+    first = {job: time for job, attempt, time in reversed(rig.attempts) if attempt == 1}
+    assert max(first.values()) < 25.0  # 48 attempts of a second on two workers, and not after the first wait
+
+
 def test_back_off_doubles_has_jitter_and_an_end():
     plan = RetryPlan(10, base=1.0, longest=8.0, rng=random.Random(3))
     state = random.getstate()
@@ -209,6 +218,54 @@ def test_a_job_that_kills_every_worker_is_given_up():
     status = rig.run(8)
     assert status.failed == 1 and status.done == 7
     assert rig.store.failed["3"] == "the worker was killed while it ran this (attempt 2 of 2)"
+
+
+class Roomless(Rig):
+    """A rig in which workers `full` have no room on their own disks, which they notice at once."""
+
+    def __init__(self, full: set[int], **options):
+        super().__init__(**options)
+        wait = self.pool.wait
+
+        def watched(timeout):
+            events = []
+            for event in wait(timeout):
+                if isinstance(event, Finished) and event.slot in full:
+                    result = {"status": "failed", "kind": DISK, "error": "no room left on a disk.", "seconds": 0.1}
+                    event = Finished(event.slot, event.job_id, result)
+                events.append(event)
+            return events
+
+        self.pool.wait = watched
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_full_disk_of_one_worker_is_that_workers_failure(policy):
+    """Its items are done elsewhere, and it does not go through all the others meanwhile."""
+    rig = Roomless({0}, workers=3, policy=policy, speeds=(20.0, 1.0, 1.0))
+    status = rig.run(30)
+    assert sorted(rig.store.kept, key=int) == [str(i) for i in range(30)] and not rig.store.failed
+    assert status.retried == WITHOUT_ROOM == len([slot for slot, _ in rig.given if slot == 0])
+
+
+def test_the_last_item_is_repeated_elsewhere():
+    rig = Roomless({0}, workers=2, speeds=(20.0, 1.0))
+    assert rig.run(1).done == 1
+    assert rig.given == [(0, "0"), (1, "0")]
+
+
+def test_without_room_anywhere_the_run_ends_and_says_why():
+    with pytest.raises(NoWorkers, match="no room left on a disk"):
+        Roomless({0, 1}, workers=2).run(30)
+    rig = Roomless({0, 1}, workers=2, retries=1)
+    assert rig.run(1).failed == 1 and rig.store.failed["0"] == "no room left on a disk. (attempt 2 of 2)"
+
+
+def test_without_room_for_the_results_the_run_ends():
+    rig = Roomless({0}, workers=3)
+    rig.store.full = lambda: True
+    with pytest.raises(DiskFull, match="no room left on a disk"):
+        rig.run(30)
 
 
 def test_without_workers_the_run_ends_and_says_why():
