@@ -249,6 +249,83 @@ def test_recordings_share_their_memory_and_a_broken_one_none(monkeypatch: pytest
     assert calls[-1][0] == "c"
 
 
+def test_a_capture_that_breaks_off_leaves_no_stream_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch leaves the capture's stream as the current one where ending the capture raises."""
+    from unittest.mock import MagicMock
+
+    current = ["the caller's"]
+
+    class Stream(MagicMock):
+        pass
+
+    class On:
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.stream
+
+        def __exit__(self, *_: object) -> None:
+            current[0] = self.before
+
+    class Capture(On):
+        def __init__(self, _: Any, pool: Any, stream: Any, **__: Any) -> None:
+            super().__init__(stream)
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("capture was invalidated")
+
+    for name, value in {
+        "current_device": lambda: 0, "Stream": Stream, "stream": On, "CUDAGraph": MagicMock, "graph": Capture,
+        "graph_pool_handle": lambda: "pool", "current_stream": lambda: current[0],
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        CudaRecording(lambda: 1)
+    assert current == ["the caller's"]
+
+
+def test_autocast_is_recorded_apart() -> None:
+    bench = tiny("flux")
+    model, recorder = recorded(bench.model)
+    expected = sample(bench, model, steps=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        sample(bench, model, steps=1)
+    assert recorder.recorded == 2
+    assert_same_picture(sample(bench, model, steps=1), expected)
+    assert recorder.recorded == 2
+
+
+@torch.inference_mode()
+def test_a_quantised_weight_is_known_by_its_numbers() -> None:
+    """What replaces a weight that is gone often has the same identity in Python, and a recording reads the numbers."""
+    from hotpath.patches.precision import quantize_model
+
+    bench = tiny("z_image")
+    model, recorder = recorded(quantize_model(bench.model, "fp8_weights")[0])
+    bench.sample(model, steps=1)
+    plan = recorder.compiler.plan(model.model, torch.device("cpu"))
+    before = plan.weights()
+    assert plan.weights() == before
+    weight = model.model.diffusion_model.layers[1].attention.out.weight
+    weight._qdata = weight._qdata.clone()
+    assert plan.weights() != before
+
+
+def test_tuples_of_a_kind_of_their_own_are_not_taken_apart() -> None:
+    from collections import namedtuple
+
+    from hotpath.patches.compilation.recording import _Flat, _flatten, _rebuild
+
+    Pair = namedtuple("Pair", "first second")
+    given = (Pair(torch.ones(1), torch.ones(2)), [torch.ones(3)], torch.ones(4))
+    flat = _Flat([], [], [])
+    _flatten(given, flat)
+    made = _rebuild(given, iter([tensor.clone() for tensor in flat.tensors]))
+    assert [tensor.numel() for tensor in flat.tensors] == [3, 4]
+    assert made[0] is given[0] and made[1][0].numel() == 3 and made[2].numel() == 4
+
+
 def test_copied_options_keep_the_recorder() -> None:
     bench = tiny("flux")
     model, recorder = recorded(bench.model)

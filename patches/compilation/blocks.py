@@ -81,6 +81,19 @@ def _constant(value: Any) -> Hashable:
 
 
 LIVE = frozenset({"training", "comfy_cast_weights", "weight_function", "bias_function"})  # read by `LiveParts`
+CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")  # ComfyUI sets them when it loads
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+ORDINARY = (nn.Parameter, torch.Tensor)
+PLAIN = (bool, int, float, str, torch.dtype, type(None))
+
+
+def parts_of(weight: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
+    """The plain tensors in `weight`, several in a quantised one, and what else says what they mean."""
+    if type(weight) in ORDINARY or not hasattr(weight, "__tensor_flatten__"):
+        return [weight], None
+    names, meaning = weight.__tensor_flatten__()
+    inside = [parts_of(getattr(weight, name)) for name in names]
+    return [part for parts, _ in inside for part in parts], (meaning, [more for _, more in inside])
 
 
 def constants_of(block: nn.Module) -> Hashable:
@@ -91,7 +104,11 @@ def constants_of(block: nn.Module) -> Hashable:
         attributes = tuple(
             (name, _constant(value))
             for name, value in sorted(vars(part).items())
-            if name in used and name not in LIVE and not name.startswith("_")
+            if name in used
+            and name not in LIVE
+            and name not in OF_EVERY_MODULE
+            # What a layer keeps for itself may be an object that only it has.
+            and (not name.startswith("_") or isinstance(value, PLAIN))
         )
         found.append((path, type(part), attributes))
     return tuple(found)
@@ -119,12 +136,17 @@ class LiveParts:
                 raise NotTraceable("weights are patched at every call, because the model is not loaded whole")
             if "_v" in own:
                 raise NotTraceable("weights come through DynamicVRAM")
-            found.append((part.training, getattr(part, "comfy_cast_weights", None)) if parameters else part.training)
+            if parameters:
+                found.append((part.training, *(getattr(part, name, None) for name in CASTS)))
+            else:
+                found.append(part.training)
             for held in (parameters, buffers):
                 for name, weight in held.items():
                     if weight is None:
                         continue
                     if weight.device != device:
                         raise NotTraceable(f"weights lie on {weight.device}, because the model is not loaded whole")
-                    found.append((name, type(weight), weight.dtype, weight.shape))
+                    parts, meaning = parts_of(weight)
+                    looks = tuple((part.dtype, part.shape, part.stride()) for part in parts)
+                    found.append((name, type(weight), weight.dtype, looks, _constant(meaning)))
         return device, tuple(found)

@@ -8,6 +8,7 @@ are inputs of the graph, so that a LoRA, an eviction or another block of the kin
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import threading
@@ -20,6 +21,7 @@ from torch import nn
 
 from ...host.compiling import inductor
 from .blocks import tensors_in
+from .options import NotTraceable
 from .settings import CompileSettings
 
 log = logging.getLogger("hotpath.compile")
@@ -48,6 +50,15 @@ def compile_errors() -> tuple[type[Exception], ...]:
     else:
         found.append(InductorError)
     return tuple(found)
+
+
+@functools.cache
+def limit_errors() -> tuple[type[Exception], ...]:
+    """What torch raises when it has made as many graphs of one function as it makes; the names differ by release."""
+    from torch._dynamo import exc
+
+    names = ("FailOnRecompileLimitHit", "RecompileLimitExceeded", "FailOnCacheLimitHit", "CacheLimitExceeded")
+    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
 
 
 _ABOUT_THE_BLOCK = re.compile(r"(L\['block'\]|block)($|[.\[])")  # torch writes the name of a local in either form
@@ -82,6 +93,7 @@ class CompiledKind:
         self._errors = compile_errors()
         self._dynamic = settings.dynamic
         self._marked: set[Any] = set()
+        self._beyond: set[Any] = set()  # calls that met torch's limit; asked again, torch would warn at each
 
         def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return forward(block, *args, **kwargs)
@@ -106,10 +118,21 @@ class CompiledKind:
         return made
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run `block` compiled. Raises one of `compile_errors` when it cannot be."""
+        """Run `block` compiled. Raises one of `compile_errors` when the kind cannot be, NotTraceable when this call cannot."""
+        if self._beyond and _sizes((args, kwargs)) in self._beyond:
+            raise NotTraceable(self._full)
         if self._dynamic:
             self._mark_sizes((args, kwargs))
-        return self._run(block, *args, **kwargs)
+        try:
+            return self._run(block, *args, **kwargs)
+        except limit_errors() as error:
+            self._beyond.add(_sizes((args, kwargs)))
+            raise NotTraceable(self._full) from error
+
+    @property
+    def _full(self) -> str:
+        cure = "" if self._dynamic else "; with dynamic one graph serves all sizes"
+        return f"torch makes no more than {self.graphs} graphs of it, and this call needs another{cure}"
 
     def _mark_sizes(self, arguments: Any) -> None:
         """Let every size stand for itself in a graph that may be compiled now.
@@ -126,3 +149,7 @@ class CompiledKind:
             for dim, size in enumerate(tensor.shape):
                 if size > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def _sizes(arguments: Any) -> Any:
+    return tuple((tensor.dtype, tensor.shape) for tensor in tensors_in(arguments))

@@ -82,15 +82,17 @@ class CudaRecording:
                 raise
 
     def _record(self, function: Callable[[], Any], memory: _Memory) -> None:
-        memory.stream.wait_stream(torch.cuda.current_stream())
+        before = torch.cuda.current_stream()
+        memory.stream.wait_stream(before)
+        self._graph = torch.cuda.CUDAGraph()
+        # Around the capture too: torch leaves its stream behind as the current one where ending a capture fails.
         with torch.cuda.stream(memory.stream):
             for _ in range(WARM_CALLS):
                 function()
-        torch.cuda.current_stream().wait_stream(memory.stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # thread_local: what another thread does with the GPU meanwhile, such as decoding a preview, is its own affair.
-        with torch.cuda.graph(self._graph, memory.pool, memory.stream, capture_error_mode="thread_local"):
-            self._output = function()
+            # thread_local: what another thread does with the GPU meanwhile, such as decoding a preview, is its own affair.
+            with torch.cuda.graph(self._graph, memory.pool, memory.stream, capture_error_mode="thread_local"):
+                self._output = function()
+        before.wait_stream(memory.stream)
 
     def replay(self) -> Any:
         self._graph.replay()
@@ -120,7 +122,7 @@ def _flatten(value: Any, flat: _Flat, lasting: bool = False) -> Hashable:
     if isinstance(value, dict):
         parts = tuple((key, _flatten(part, flat, lasting)) for key, part in value.items() if key != OVERRIDE)
         return dict, parts, _same(value.get(OVERRIDE), flat)
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return type(value), tuple(_flatten(part, flat, lasting) for part in value)
     if (attributes := attributes_used(value)) is not None:
         ours = lasting or type(value).__module__.startswith(OWN)
@@ -150,6 +152,13 @@ def _rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
             object.__setattr__(made, name, _rebuild(part, tensors))
         return made
     return value
+
+
+def _modes(tensors: list[torch.Tensor]) -> Hashable:
+    """What of the thread's settings decides which kernels a call runs."""
+    devices = {tensor.device.type for tensor in tensors}
+    casts = tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in sorted(devices))
+    return torch.is_inference_mode_enabled(), casts
 
 
 def _copies(output: Any) -> Any:
@@ -223,7 +232,7 @@ class CallRecorder:
         except NotTraceable as error:
             return self._unrecorded(str(error), executor, args, kwargs)
         flat = _Flat([], [], [])
-        key = (_flatten(arguments, flat), self.compiler.current().weights(), torch.is_inference_mode_enabled())
+        key = (_flatten(arguments, flat), self.compiler.current().weights(), _modes(flat.tensors))
         if key in self._failed:
             return self._unrecorded(self._failed[key], executor, args, kwargs)
         held = self._kept.get(key)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import LiveParts, constants_of
+from .blocks import ORDINARY, LiveParts, constants_of, parts_of
 from .graphs import Backend, CompiledKind, compile_errors
 from .options import NotTraceable, block_options, options_read_by, share_attention_log
 from .recording import CallRecorder
@@ -109,10 +109,9 @@ class BlockForward:
             return self._as_it_is(kind.reason if kind is not None else self.reason, args, kwargs)
         try:
             reduced, changed = self._reduce(args, kwargs)
-        except NotTraceable as error:
-            return self._as_it_is(str(error), args, kwargs)
-        try:
             out = kind(self.module, reduced, changed)
+        except NotTraceable as error:
+            return self._as_it_is(str(error), args, kwargs, error)
         except self.owner.errors as error:
             reason = kind.reason = self.owner.failed[self.key] = _first_line(error)
             forget(kind)  # who asks for a compiled model next starts anew
@@ -176,18 +175,23 @@ class _Plan:
             self.problem = str(error)
 
     def weights(self) -> Hashable:
-        """Where every weight of the model lies now."""
-        return tuple(_address(weight) for held in self._holders for weight in held.values() if weight is not None)
+        """Where every weight of the model lies now; of a quantised one, where its numbers and scales lie.
+
+        Its identity would not do: what replaces a weight that is gone often gets the same.
+        """
+        found: list[int] = []
+        for held in self._holders:
+            for weight in held.values():
+                if type(weight) in ORDINARY:
+                    found.append(weight.data_ptr())
+                elif weight is not None:
+                    found += [part.data_ptr() for part in parts_of(weight)[0]]
+        return tuple(found)
 
     def fits(self, diffusion_model: nn.Module) -> bool:
         """Whether the blocks are still the ones in the model; an object patch can have replaced some."""
         present = dict(diffusion_model.named_modules())
         return all(present.get(block.name) is block.module for block in self.blocks)
-
-
-def _address(weight: torch.Tensor) -> int:
-    # Quantized weights are made of several tensors and have no address of their own.
-    return weight.data_ptr() if type(weight) in (nn.Parameter, torch.Tensor) else id(weight)
 
 
 class RegionalCompiler:
