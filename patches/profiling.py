@@ -249,8 +249,8 @@ class _Steps:
 def resolve(spans: list[Span], notes: tuple[str, ...] = ()) -> Profile:
     """Spans as rows in order, times of the GPU where there is one."""
     events = [span.end.event for span in spans if span.end.event is not None]
-    if events:
-        events[-1].synchronize()
+    for event in events:  # stages may have run on several devices; what is over costs nothing
+        event.synchronize()
     spans = sorted(spans, key=lambda span: span.start.host)
     if not spans:
         return Profile((), 0.0, "", notes, 0.0)

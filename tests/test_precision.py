@@ -119,6 +119,22 @@ def test_fp8_rounds_weights_and_activations_by_their_largest_value():
     assert module(torch.zeros(0, 256)).shape == (0, 768)
 
 
+def test_gradients_come_back_through_fp8(monkeypatch):
+    from hotpath.patches.precision import dynamic_fp8
+
+    case = tiny("z_image")
+    quantised, _ = set_precision(case.model, "fp8")
+    module, original = layer(quantised), case.model.model.diffusion_model.get_submodule(LAYER)
+    product = dynamic_fp8._scaled_product
+    monkeypatch.setattr(
+        dynamic_fp8, "_scaled_product", torch.no_grad()(product)
+    )  # as torch._scaled_mm, without a way back
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    outputs = [network(x) for network in (module, original)]
+    made, expected = (torch.autograd.grad(out.square().sum(), x)[0] for out in outputs)
+    assert relative(*(out.detach() for out in outputs)) < 0.06 and relative(made, expected) < 0.1
+
+
 def test_int8_rounds_weights_per_channel_and_activations_per_row():
     case = tiny("z_image")
     quantised, _ = set_precision(case.model, "int8")

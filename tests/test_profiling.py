@@ -174,25 +174,28 @@ def test_what_fails_is_timed_and_still_fails() -> None:
 def made_up(on_gpu: bool) -> Any:
     """A run with known times: two seconds, of which one is compiling in the first step."""
 
+    waited = [-1.0, -1.0]
+
     class Event:
-        def __init__(self, at: float) -> None:
-            self.at = at
+        def __init__(self, at: float, device: int) -> None:
+            self.at, self.device = at, device
 
         def elapsed_time(self, end: Event) -> float:
+            assert end.at <= waited[end.device], "as torch says of an event that has not happened yet"
             return 1000 * (end.at - self.at)
 
         def synchronize(self) -> None:
-            pass
+            waited[self.device] = max(self.at, waited[self.device])
 
-    def moment(at: float, gpu: float | None = None) -> Moment:
-        return Moment(at, Event(at if gpu is None else gpu) if on_gpu else None)
+    def moment(at: float, device: int = 0) -> Moment:
+        return Moment(at, Event(at, device) if on_gpu else None)
 
     spans = [Span(ENCODE, moment(0.0), moment(0.2)), Span(PREPARE, moment(0.3), moment(0.4))]
     at = 0.4
     for seconds, graphs in [(0.5, 14)] + [(0.06, 0)] * 8:
         spans.append(Span(STEP, moment(at), moment(at + seconds), graphs, [(moment(at), moment(at + 0.9 * seconds))]))
         at += seconds
-    spans.append(Span(DECODE, moment(at + 0.1), moment(at + 0.25)))
+    spans.append(Span(DECODE, moment(at + 0.1, 1), moment(at + 0.25, 1)))
     return resolve(spans, ("compiled model: 14 graphs compiled in 0.4 s",))
 
 

@@ -40,7 +40,8 @@ def quantized_operations(compute_dtype: torch.dtype) -> Any:
                     and len(self.weight_function) == 0
                     and len(self.bias_function) == 0
                 )
-                if not dynamic or input.numel() == 0:
+                # ComfyUI's own path knows the way back, for guides that want gradients; an fp8 product has none.
+                if not dynamic or input.numel() == 0 or (torch.is_grad_enabled() and input.requires_grad):
                     return super().forward(input, *args, **kwargs)
                 comfy.ops.run_every_op()
                 out: Tensor = self.forward_comfy_cast_weights(input, input.dtype, weight_only_quant=True)
