@@ -144,8 +144,8 @@ def test_what_a_merge_brings_along_is_no_key_written_twice(tmp_path: Path) -> No
     """Also where the merged mapping merges itself and lies deeper than the one that asks for it first."""
     import yaml
 
-    text = "a: &a {m: 1, n: 1}\nb: {c: &c {<<: *a, m: 2}}\nd: {<<: *c, n: 3}\n"
-    assert yaml.load(text, speed_profiles._loader())["d"] == {"m": 2, "n": 3}
+    text = "a: &a {mode: 1, batch: 1}\nb: {c: &c {<<: *a, mode: 2}}\nd: {<<: *c, batch: 3}\n"
+    assert yaml.load(text, speed_profiles._loader())["d"] == {"mode": 2, "batch": 3}
     (tmp_path / "hotpath.yaml").write_text(
         "far: &far {compile: {mode: default, strict: true}, warmup: {batch: 2}}\n"
         "middle: &middle {<<: *far, compile: {mode: none}}\n"
