@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .capabilities import float32_products
+from .capabilities import float32_products, on_device
 
 log = logging.getLogger("hotpath.attention")
 
@@ -70,9 +70,10 @@ def best_match_fused(theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     score = torch.empty(len(theta), dtype=torch.float32, device=theta.device)
     index = torch.empty(len(theta), dtype=torch.long, device=theta.device)
     together = max(1, MAXIMA // (4 * triton.cdiv(len(phi), GROUP)) // 128) * 128
-    for first in range(0, len(theta), together):
-        rows = slice(first, first + together)
-        _match_rows(theta[rows], phi, half_theta[rows], half_phi, score[rows], index[rows])
+    with on_device(theta.device):
+        for first in range(0, len(theta), together):
+            rows = slice(first, first + together)
+            _match_rows(theta[rows], phi, half_theta[rows], half_phi, score[rows], index[rows])
     return score, index
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +43,11 @@ def device_facts(device: torch.device) -> DeviceFacts:
     if torch.version.hip is not None:
         return DeviceFacts("hip", name)
     return DeviceFacts("cuda", name, torch.cuda.get_device_capability(device))
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes `device` the current one inside: Triton launches there, whatever device its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def float32_products(device: torch.device) -> str:

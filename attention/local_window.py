@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .capabilities import float32_products
+from .capabilities import float32_products, on_device
 
 log = logging.getLogger("hotpath.attention")
 
@@ -146,7 +146,8 @@ def local_window_triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
     out = torch.empty(frames, height, width, v.shape[-1], dtype=value.dtype, device=value.device)
     form = kernel_form(v.element_size(), float32_products(value.device), channels, v.shape[-1], window)
     grid = (triton.cdiv(width, QUERY_TILE), frames * height, triton.cdiv(v.shape[-1], form["SLICE"]))
-    _kernel()[grid](q, k, v, b, out, height, width, channels, v.shape[-1], **form)
+    with on_device(value.device):
+        _kernel()[grid](q, k, v, b, out, height, width, channels, v.shape[-1], **form)
     return out.permute(0, 3, 1, 2)
 
 

@@ -1,11 +1,13 @@
 """Lossy attention: SageAttention 1, 2 and 3 and comfy-kitchen's int8 kernel. Products are rounded to 8 or 4 bits.
 
 Each adapter keeps what its library does behind the caller's back away from the caller (SageAttention 1.0.6, 2.2.0 and
-sageattn3 as published): keys that are changed in place, masks that are accepted and ignored, values cast to float16.
+sageattn3 as published): keys that are changed in place, masks that are accepted and ignored, values cast to float16,
+kernels launched on the current device and not the tensors', or that device made the current one for good.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 
@@ -21,6 +23,8 @@ from .capabilities import (
     AttentionCall,
     Backend,
     DeviceFacts,
+    Run,
+    on_device,
 )
 from .reference import share_heads
 from .torch_backends import import_fault
@@ -67,6 +71,18 @@ def within_float16(v: Tensor) -> tuple[Tensor, Tensor | None]:
     return v / factor, factor
 
 
+def where_the_tensors_are(run: Run) -> Run:
+    """`run` with the tensors' device as the current one, and afterwards the caller's again."""
+
+    @functools.wraps(run)
+    def there(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        with on_device(q.device):
+            return run(q, k, v, mask, scale)
+
+    return there
+
+
+@where_the_tensors_are
 def sage_attention_1(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """`smooth_k=True` would take the mean off the caller's keys, in place. Leaving it out costs accuracy where keys share
     a direction. So the mean is taken off here, out of place: softmax does not change when all keys move alike.
@@ -83,6 +99,7 @@ def sage_attention_1(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     return out if factor is None else out * factor
 
 
+@where_the_tensors_are
 def sage_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """The kernel for the architecture; with a mask the Triton one, the only one that does not ignore it."""
     import sageattention
@@ -111,6 +128,7 @@ def _sage2_masks(call: AttentionCall, device: DeviceFacts) -> str | None:
     return None if "attn_mask" in parameters else "this release of sageattention takes no mask"
 
 
+@where_the_tensors_are
 def sage_attention_3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """It takes the mean off the caller's keys in place and knows no other scale than 1 / sqrt(D)."""
     if mask is not None:
@@ -124,6 +142,7 @@ def sage_attention_3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     return out
 
 
+@where_the_tensors_are
 def kitchen_int8(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     import comfy_kitchen
 

@@ -542,6 +542,35 @@ def test_sage_3_gets_its_own_keys_and_the_scale(sage):
     assert torch.equal(k, before) and cosine(out, attention_reference(q, k, v, None, 0.05)) > 0.999
 
 
+@pytest.mark.parametrize("name", ["sage1", "sage2", "sage3"])
+def test_sage_runs_on_the_device_of_its_tensors_and_leaves_the_callers(sage, monkeypatch, name):
+    """Triton launches on the current device, and SageAttention 2 sets it."""
+    from contextlib import contextmanager
+
+    current = ["the caller's"]
+
+    @contextmanager
+    def on_device(device):
+        before, current[0] = current[0], device
+        yield
+        current[0] = before
+
+    monkeypatch.setattr("hotpath.attention.quantized_backends.on_device", on_device)
+    module = getattr(sage_modules, name)()
+    dispatcher = sage(module, device=BLACKWELL if name == "sage3" else HOPPER)
+    called = next(key for key in ("sageattn", "sageattn3_blackwell") if hasattr(module, key))
+    real, seen = getattr(module, called), []
+
+    def library(q, *args, **kwargs):
+        seen.append(current[0])
+        current[0] = "left behind"
+        return real(q, *args, **kwargs)
+
+    monkeypatch.setattr(module, called, library)
+    dispatcher.attend(*qkv(dtype=torch.float16), policy=AttentionPolicy(name, strict=True))
+    assert seen == [CPU] and current == ["the caller's"]
+
+
 def test_the_order_of_sage(sage, monkeypatch):
     q, k, v = qkv(dtype=torch.bfloat16)
     policy = AttentionPolicy("sage")
