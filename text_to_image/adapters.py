@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ ALPHA = re.compile(r"^(?P<module>.+?)\.alpha$")
 # The original repository's and ComfyUI's names of modules, where diffusers has others.
 NATIVE = (("attention.qkv", "attention.to_qkv"), ("attention.out", "attention.to_out.0"))
 FUSED = ("to_q", "to_k", "to_v")
+PLAIN_NAME = re.compile(r"[\w.-]+")  # PEFT takes patterns as well, which are not run here
 OTHER_METHODS = {"lokr": "LoKr", "hada": "LoHa", "dora_scale": "DoRA", "oft_": "OFT", "magnitude": "DoRA"}
 
 
@@ -63,6 +64,25 @@ class Product:
     def delta(self, device: torch.device) -> Tensor:
         """The change as a float32 matrix on `device`."""
         return self.scale * (self.up.to(device, torch.float32) @ self.down.to(device, torch.float32))
+
+
+@dataclass(frozen=True)
+class TrainedWith:
+    """PEFT's settings of a file that say how strong its products are.
+
+    alpha: of every layer, None for a layer's rank. alphas: by layer, or by the end of its name. stabilised: alphas are
+    divided by the root of the rank (rsLoRA) and not by the rank.
+    """
+
+    alpha: float | None
+    alphas: Mapping[str, float]
+    stabilised: bool
+
+    def scale(self, name: str, rank: int) -> float:
+        """What the product of the layer `name` is multiplied by."""
+        ours = (alpha for end, alpha in self.alphas.items() if f".{name}".endswith(f".{end}"))
+        alpha = next(ours, self.alpha)
+        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if self.stabilised else rank)
 
 
 def read(path: Path, transformer: nn.Module) -> dict[str, Product]:
@@ -107,8 +127,8 @@ def read(path: Path, transformer: nn.Module) -> dict[str, Product]:
             )
         if name in alphas and alphas[name].numel() != 1:
             raise UnusableAdapter(f"{path} has {alphas[name].numel()} alphas for {name}, and one belongs there.")
-        alpha = float(alphas[name]) if name in alphas else trained.get(name, trained.get("", None))
-        scale = 1.0 if alpha is None else alpha / down.shape[0]
+        rank = down.shape[0]
+        scale = float(alphas[name]) / rank if name in alphas else trained.scale(name, rank)
         if not (math.isfinite(scale) and down.isfinite().all() and ups[name].isfinite().all()):
             raise UnusableAdapter(f"{path} holds values that are not finite (NaN) for {name}: fetch or train it again.")
         for target, rows in _split(name, ups[name]).items():
@@ -126,8 +146,8 @@ def read(path: Path, transformer: nn.Module) -> dict[str, Product]:
     return products
 
 
-def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Tensors without their prefixes, and PEFT's alphas by layer ("" for all) where its settings stand in the header."""
+def _open(path: Path) -> tuple[dict[str, Tensor], TrainedWith]:
+    """Tensors without their prefixes, and PEFT's settings where they stand in the header."""
     from safetensors import safe_open
 
     if path.suffix.lower() != ".safetensors":
@@ -152,22 +172,21 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
             )
         bare[_bare(key)] = tensor
     try:
-        return bare, _trained_alphas(header)
+        return bare, _trained_with(header)
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UnusableAdapter(
             f"{path}: the LoRA settings in its header cannot be read ({error}): fetch or save it again."
         ) from error
 
 
-def _trained_alphas(header: dict[str, str]) -> dict[str, float]:
-    found = {}
-    for key, value in json.loads(header.get("lora_adapter_metadata", "{}")).items():
-        name = key.removeprefix("transformer.")
-        if name == "lora_alpha" and value is not None:
-            found[""] = float(value)
-        elif name == "alpha_pattern":
-            found |= {layer: float(alpha) for layer, alpha in dict(value or {}).items()}
-    return found
+def _trained_with(header: Mapping[str, str]) -> TrainedWith:
+    told = json.loads(header.get("lora_adapter_metadata", "{}"))
+    settings = {key.removeprefix("transformer."): value for key, value in told.items()}
+    alpha = settings.get("lora_alpha")
+    alphas = {end: float(value) for end, value in dict(settings.get("alpha_pattern") or {}).items()}
+    if patterns := [end for end in alphas if not PLAIN_NAME.fullmatch(end)]:
+        raise ValueError(f"alpha_pattern {patterns[0]!r} is no layer's name")
+    return TrainedWith(None if alpha is None else float(alpha), alphas, bool(settings.get("use_rslora")))
 
 
 def _bare(key: str) -> str:

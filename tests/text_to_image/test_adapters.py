@@ -86,6 +86,18 @@ def test_alpha_in_the_file_and_in_the_header(network, halves, tmp_path):
     assert outside[LAYERS[0]].scale == 4.0
 
 
+def test_peft_settings_name_layers_by_their_end_and_may_divide_by_the_root(network, halves, tmp_path):
+    settings = {"lora_alpha": 6, "use_rslora": True, "alpha_pattern": {"attention.to_q": 12, "w1": 9, "o_k": 1}}
+    told = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in settings.items()})}
+    products = read(write(tmp_path / "a.safetensors", spelled(halves, "diffusers"), **told), network)
+    alphas = {name: 6 for name in LAYERS} | {LAYERS[0]: 12, LAYERS[4]: 9}
+    for name in LAYERS:
+        assert products[name].scale == pytest.approx(alphas[name] / RANK**0.5)
+    pattern = {"lora_adapter_metadata": json.dumps({"alpha_pattern": {"layers.*to_q": 12}})}
+    with pytest.raises(UnusableAdapter, match=r"alpha_pattern 'layers\.\*to_q' is no layer's name"):
+        read(write(tmp_path / "b.safetensors", spelled(halves, "diffusers"), **pattern), network)
+
+
 @pytest.mark.parametrize("how", ["kohya", "diffusers", "comfyui"])
 def test_diffusers_reads_the_same_out_of_it(network, halves, tmp_path, how):
     """diffusers' own reader, where it knows the spelling."""
