@@ -37,7 +37,7 @@ COMPONENTS = (*CLASSES, "tokenizer", "controlnet")
 CONTROL_CLASSES = ("ZImageControlNetModel",)
 WEIGHTS = {"transformer": "diffusion_pytorch_model", "text_encoder": "model", "vae": "diffusion_pytorch_model"}
 CONFIGS = ("config.json", "scheduler_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")
+READ = (".safetensors", ".json", ".txt", ".jinja")  # what is ever read of a component, tokenizers included
 
 
 class UnusableCheckpoint(ValueError):
@@ -74,9 +74,8 @@ class Checkpoint:
         """MD5 of the components' files as they lie on the disk: the same for a renamed folder, another for a fine-tune."""
         found = []
         for component in components:
-            files = sorted((self.path / component).glob("*.safetensors"))
-            files += [self.path / component / name for name in (*CONFIGS, *TOKENIZER_FILES)]
-            found.append([[file.name, file_fingerprint(file)] for file in files if file.is_file()])
+            files = sorted(file for file in (self.path / component).glob("*") if file.suffix in READ and file.is_file())
+            found.append([[file.name, file_fingerprint(file)] for file in files])
         return content_key(found)
 
 
@@ -248,8 +247,9 @@ def _shards(index: Path) -> list[str]:
 def _check_tokenizer(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         raise UnusableCheckpoint(f"{folder} has no tokenizer: put tokenizer.json and tokenizer_config.json there.")
-    template = (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file()
-    if not template and "chat_template" not in read_json(folder / "tokenizer_config.json"):
+    if not (folder / "chat_template.jinja").is_file() and "chat_template" not in read_json(
+        folder / "tokenizer_config.json"
+    ):
         raise UnusableCheckpoint(
             f"{folder} has no chat template, in which Z-Image's prompts are written: fetch tokenizer_config.json again."
         )

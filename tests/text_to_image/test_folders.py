@@ -38,6 +38,17 @@ def test_what_is_offered(folder, copy):
     assert folders.find("owner/deep").pipeline == "ZImagePipeline"
 
 
+def test_whatever_a_tokenizer_reads_is_part_of_its_identity(copy):
+    """A prompt's states are remembered by it: vocabulary files of the older layout count as well."""
+    found = {folders.find("copy").identity("tokenizer")}
+    for name in ("added_tokens.json", "special_tokens_map.json", "merges.txt", "chat_template.jinja"):
+        (copy / "tokenizer" / name).write_text("{}")
+        found.add(folders.find("copy").identity("tokenizer"))
+    assert len(found) == 5
+    (copy / "tokenizer" / "README.md").write_text("x")
+    assert folders.find("copy").identity("tokenizer") in found
+
+
 def test_names_do_not_lead_out(folder, tiny_folder):
     for name in ("../diffusers/tiny", str(tiny_folder), "C:/tiny", "tiny/../../x"):
         with pytest.raises(host.ModelNotFound, match="not a folder inside the model paths"):
@@ -78,6 +89,9 @@ DAMAGES = {
     "no tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "has no tokenizer"),
     "no chat template": (
         lambda f: ((f / "tokenizer" / "chat_template.jinja").unlink(),
+                   edit(f / "tokenizer" / "tokenizer_config.json", chat_template=None)), "has no chat template"),
+    "a chat template that no tokenizer reads": (
+        lambda f: ((f / "tokenizer" / "chat_template.jinja").rename(f / "tokenizer" / "chat_template.json"),
                    edit(f / "tokenizer" / "tokenizer_config.json", chat_template=None)), "has no chat template"),
     "another draw each time": (
         lambda f: edit(f / "scheduler" / "scheduler_config.json", stochastic_sampling=True), "stochastic sampling"),
