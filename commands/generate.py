@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import host
 from ..headless.interrupts import stopped_by_ctrl_c
 from ..host import Interrupted, ModelNotFound
+from ..text_to_image.adapters import UnusableAdapter
 from ..text_to_image.denoising import seeds
+from ..text_to_image.folders import UnusableCheckpoint
 from ..text_to_image.jobs import Item, forget_models, prepare
 from .console import complain, note, say
 from .models_folder import headless_host
@@ -39,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
 
 def listed_items(options: argparse.Namespace) -> list[Item]:
     """An item for every picture that was asked for. Raises ValueError naming the line that is wrong."""
+    if options.count < 1:
+        raise ValueError(f"--count {options.count} draws nothing: give 1 or more.")
     common: dict[str, Any] = {
         "model": options.model,
         "negative": options.negative,
@@ -71,7 +76,8 @@ def listed_items(options: argparse.Namespace) -> list[Item]:
 def read_prompts(file: Path) -> list[dict[str, Any]]:
     """One prompt a line, or one JSON object a line (.jsonl): {"prompt": ..., "seed": ..., "width": ...}."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines, which would also cut at what JSON allows within a text (U+2028, say).
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise ValueError(f"There is no file {file}: give a file of prompts.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -89,7 +95,7 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
                 raise ValueError("it is no JSON object")
             # Checked here, where the line is known.
             Item.of({"model": "any", **entry})
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
         found.append(entry)
     if not found:
@@ -107,6 +113,13 @@ def _lora(text: str) -> tuple[str, float]:
         raise ValueError(f"--lora {text}: what follows = is the strength, a number such as 0.8.") from None
 
 
+def _is_shared(error: Exception, items: list[Item]) -> bool:
+    """Whether what is wrong with the first item is wrong with every other: with the same files, or the same settings."""
+    if isinstance(error, ModelNotFound | UnusableCheckpoint | UnusableAdapter):
+        return len({(item.model, item.loras) for item in items}) == 1
+    return len({replace(item, prompt="", seed=0, name="") for item in items}) == 1
+
+
 def _draw(items: list[Item], options: argparse.Namespace) -> int:
     skipped = failed = 0
     for number, item in enumerate(items, 1):
@@ -119,7 +132,7 @@ def _draw(items: list[Item], options: argparse.Namespace) -> int:
                 note(f"[{number}/{len(items)}] seed {item.seed}: {item.prompt[:80]}", "dim")
             drawn = job.run()
         except (ModelNotFound, ValueError) as error:
-            if len(items) == 1 or number == 1:
+            if number == 1 and _is_shared(error, items):
                 raise
             complain(f"{number} of {len(items)}: {error}")
             failed += 1
@@ -127,6 +140,8 @@ def _draw(items: list[Item], options: argparse.Namespace) -> int:
         say(str(job.file))
         if not options.quiet:
             note(drawn.report, "dim")
+    if failed == len(items):
+        return REFUSED
     done = len(items) - skipped - failed
     if not options.quiet:
         note(f"{done} drawn, {skipped} were there already, {failed} failed")

@@ -41,8 +41,8 @@ class Item:
     """One picture to draw.
 
     model: a folder under the model paths or anywhere. loras: (file, strength), by path or by name under models/loras.
-    dtype, attention, compile, precision: see `LoadOptions`; of these, only dtype and precision are part of the picture's
-    id. name: begins the file's name; "" makes it of the prompt.
+    dtype, attention, compile, precision: see `LoadOptions`; of these, dtype, precision and a lossy attention are part of the
+    picture's id, and so are tiles that are always taken. name: begins the file's name; "" makes it of the prompt.
     """
 
     model: str
@@ -156,6 +156,7 @@ def prepare(item: Item, output_folder: Path) -> Job:
         request.negative if item.guidance > 0 else "",
         [request.width, request.height, request.steps, request.seed, request.max_tokens],
         [item.guidance, item.cfg_normalization, item.cfg_truncation],
+        *(["tiles"] if item.tiling == "always" else []),
     )
     stem = re.sub(r"[^\w-]+", "_", item.name or item.prompt).strip("_")[:STEM_LENGTH] or "picture"
     file = output_folder / f"{stem}_{item.seed}_{key[:12]}.png"

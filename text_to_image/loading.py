@@ -137,7 +137,8 @@ class ZImage:
         self.compilation = compilation.plan(options.compile, self.device)
         versions = (str(self.dtype), self.device.type, transformers.__version__)
         self.text_identity = content_key(checkpoint.identity("text_encoder", "tokenizer"), *versions)
-        self.identity = content_key(checkpoint.identity(*COMPONENTS), str(self.dtype), self.precision.method)
+        lossy = () if stream_attention.is_exact(options.attention) else (options.attention,)
+        self.identity = content_key(checkpoint.identity(*COMPONENTS), str(self.dtype), self.precision.method, *lossy)
         self.adapters = Adapters()
         self.preview: Any = None  # previews.LinearPreview, once one was fitted
         self.transformer = Component("transformer", self._load_transformer, self.components)

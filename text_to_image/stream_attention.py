@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .. import host
 from ..attention import compiled
-from ..attention.dispatch import NHD, POLICIES, AttentionPolicy, attend, keep_choices_in
+from ..attention.dispatch import BACKENDS as REGISTERED
+from ..attention.dispatch import CHAINS, NHD, POLICIES, AttentionPolicy, attend, keep_choices_in
 from ..attention.events import AttentionLog
 
 BACKENDS = POLICIES
@@ -32,6 +33,12 @@ class AttentionChoice:
         """What ran where in the last run, and why; at most the three most frequent."""
         told = [line for line in self.record.report().splitlines()[1:] if "calls" in line or "compiled" in line]
         return [f"attention {self.policy.backend}: {line}" for line in told[:3]]
+
+
+def is_exact(asked: str) -> bool:
+    """Whether all that `asked` can mean is exact: pictures are then the same but for rounding."""
+    names = CHAINS.get(asked, (asked,))
+    return all(backend.exact for backend in REGISTERED if backend.name in names)
 
 
 def choose(asked: str) -> AttentionChoice:

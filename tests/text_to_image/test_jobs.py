@@ -48,7 +48,8 @@ def test_what_the_id_is_made_of(folder, tmp_path):
 
     base = key()
     for change in ({"prompt": "a blue fox"}, {"seed": 4}, {"width": 80}, {"height": 64}, {"steps": 3}, {"guidance": 1.0},
-                   {"dtype": "bfloat16"}, {"precision": "int8"}, {"max_tokens": 99}):  # fmt: skip
+                   {"dtype": "bfloat16"}, {"precision": "int8"}, {"max_tokens": 99}, {"attention": "sage"},
+                   {"attention": "sage1"}, {"tiling": "always"}):  # fmt: skip
         assert key(**change) != base, change
     # The same picture under another name, by another route, or with words nobody reads.
     for change in ({"name": "fox"}, {"negative": "blurry"}, {"attention": "sdpa_math"}, {"prompt_cache": "off"}):
@@ -197,9 +198,22 @@ def test_refusals_and_failures(run, tmp_path):
     assert "holds no prompt" in run("--prompts", "empty.txt")[2]
     assert "There is no file" in run("--prompts", "none.txt")[2]
     assert "a number such as 0.8" in run("--prompt", "x", "--lora", "a.safetensors=strong")[2]
+    assert "--count 0 draws nothing" in run("--prompt", "x", "--count", 0)[2]
     (tmp_path / "mixed.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "width": 50}\n{"prompt": "c"}\n')
     code, files, said = run("--prompts", "mixed.jsonl")
     assert code == command.FAILED and len(files) == 2 and "2 drawn, 0 were there already, 1 failed" in said
+
+
+def test_a_first_prompt_that_cannot_be_drawn_stops_no_other(run, tmp_path):
+    (tmp_path / "first.jsonl").write_text('{"prompt": "a", "width": 50}\n{"prompt": "b"}\n')
+    code, files, said = run("--prompts", "first.jsonl")
+    assert code == command.FAILED and len(files) == 1 and "1 of 2: The width 50 is no multiple" in said
+    # What is wrong with all of them is said once.
+    for wrong in (("--width", 50), ("--lora", "none.safetensors")):
+        code, files, said = run("--prompt", "a", "--prompt", "b", *wrong)
+        assert code == command.REFUSED and not files and said.count("hotpath: ") == 1
+    (tmp_path / "all.jsonl").write_text('{"prompt": "a", "width": 50}\n{"prompt": "b", "width": 51}\n')
+    assert run("--prompts", "all.jsonl")[0] == command.REFUSED
 
 
 @pytest.mark.parametrize(
@@ -222,6 +236,17 @@ def test_a_strength_is_a_number(strength):
 def test_numbers_of_an_item_are_finite(value):
     with pytest.raises(ValueError, match=r"guidance is .*finite"):
         Item.of({**ITEM, "guidance": value})
+
+
+def test_a_line_ends_at_a_line_feed_only(tmp_path):
+    """JSON and pages of the web have other separators within a text."""
+    told = [{"prompt": "a\u2028b"}, {"prompt": "c\x85d", "seed": 3}]
+    text = "\r\n".join(json.dumps(entry, ensure_ascii=False) for entry in told)
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8", newline="")
+    assert command.read_prompts(tmp_path / "a.jsonl") == told
+    (tmp_path / "a.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1"):
+        command.read_prompts(tmp_path / "a.jsonl")
 
 
 def test_prompts_in_another_encoding_or_place_are_one_sentence(tmp_path):
