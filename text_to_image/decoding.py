@@ -5,10 +5,11 @@ Tiles cost overlap and can show seams, so they are a means against a full device
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ TILING = ("auto", "never", "always")
 # Feature maps of the widest full-size layer that live at once: the input of a residual block, its normalised and
 # activated copies, the output, and a convolution's workspace of about the same size.
 LIVE_MAPS = 5
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -85,24 +88,36 @@ def decode(
     with model.vae.resident(activation_bytes(model, width, height)) as vae:
         chosen = plan(model, tiling, width, height, int(vae.tile_sample_min_size))
         for one in latents.split(1):
-            try:
-                decoded = decode_one(model, vae, one, chosen.tiled)
-            except torch.OutOfMemoryError:
-                if chosen.tiled or tiling == "never":
-                    raise
-                chosen = DecodePlan(True, "in tiles: whole it ran out of memory")
-                log.warning("the VAE decodes %s", chosen.note)
-                decoded = decode_one(model, vae, one, True)
+            decoded, chosen = _in_room(lambda tiled, one=one: decode_one(model, vae, one, tiled), chosen, tiling)
             pictures.append((decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu())
             on_picture()
     return torch.cat(pictures), chosen.note
 
 
+def _in_room(run: Callable[[bool], Made], chosen: DecodePlan, tiling: str) -> tuple[Made, DecodePlan]:
+    """`run` (told whether in tiles) under the plan; in tiles when the whole runs out of memory and that is not forbidden."""
+    try:
+        return run(chosen.tiled), chosen
+    except torch.OutOfMemoryError:
+        if chosen.tiled or tiling == "never":
+            raise
+    # Out here, because an error that is being handled keeps alive what was computed until it came.
+    chosen = DecodePlan(True, "in tiles: whole it ran out of memory")
+    log.warning("the VAE works %s", chosen.note)
+    return run(True), chosen
+
+
 def decode_one(model: ZImage, vae: Any, latents: Tensor, tiled: bool) -> Tensor:
     """RGB [1, 3, H, W] in about -1..1 from scaled latents [1, C, h, w]."""
     plain = unscaled(model, latents).to(model.device, model.dtype)
-    # Called for itself, because the VAE's own switch would stay on for everybody who shares it.
-    return vae.tiled_decode(plain, return_dict=False)[0] if tiled else vae.decode(plain, return_dict=False)[0]
+    return _switched(vae, tiled).decode(plain, return_dict=False)[0]
+
+
+def _switched(vae: Any, tiled: bool) -> Any:
+    """The VAE with its switch for tiles so; the one that everybody shares stays as it is."""
+    own = copy.copy(vae)
+    own.use_tiling = tiled
+    return own
 
 
 def unscaled(model: ZImage, latents: Tensor) -> Tensor:
@@ -110,28 +125,46 @@ def unscaled(model: ZImage, latents: Tensor) -> Tensor:
     return latents / model.scaling_factor + model.shift_factor
 
 
-def encode(model: ZImage, pictures: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
-    """Scaled latents [B, C, h, w] (float32, on the device) of pictures [B, H, W, 3] in 0..1, one sample each.
+def encode(
+    model: ZImage, pictures: Tensor, generators: Sequence[torch.Generator | None], tiling: str = "auto"
+) -> Tensor:
+    """Scaled latents [B, C, h, w] (float32, on the device) of pictures [1 or B, H, W, 3] in 0..1, for B generators.
 
     Drawn from the VAE's distribution with the picture's own generator, on the CPU; its middle for a generator of None.
     """
     height, width = pictures.shape[1:3]
     found: list[Tensor] = []
     with model.vae.resident(activation_bytes(model, width, height)) as vae:
-        for picture, private in zip(pictures.split(1), generators, strict=True):
-            pixels = picture.permute(0, 3, 1, 2).to(model.device, model.dtype) * 2 - 1
-            spread = vae.encode(pixels).latent_dist
+        chosen = DecodePlan(tiling == "always", "")
+        for number, private in enumerate(generators):
+            if number < len(pictures):
+                host.current().check_interrupt()
+                pixels = pictures[number : number + 1].permute(0, 3, 1, 2).to(model.device, model.dtype) * 2 - 1
+                spread, chosen = _in_room(
+                    lambda tiled, pixels=pixels: _switched(vae, tiled).encode(pixels).latent_dist, chosen, tiling
+                )
             sample = spread.mode() if private is None else spread.sample(generator=private)
             found.append((sample.float() - model.shift_factor) * model.scaling_factor)
     return torch.cat(found)
 
 
 def fit_pictures(pictures: Tensor, width: int, height: int) -> Tensor:
-    """Pictures [B, H, W, 3] scaled to cover width x height, the middle kept."""
+    """Pictures [B, H, W, C] scaled to cover width x height, the middle kept."""
     scale = max(width / pictures.shape[2], height / pictures.shape[1])
+    # First without what is sure to be cut off: a strip that covers a square can have a hundred times its pixels.
+    margin = 6 * max(1.0, 1 / scale)  # the filter below reads that much around it
+    rows = _middle(pictures.shape[1], height / scale + margin)
+    columns = _middle(pictures.shape[2], width / scale + margin)
+    pictures = pictures[:, rows, columns]
     size = (max(height, round(pictures.shape[1] * scale)), max(width, round(pictures.shape[2] * scale)))
     planes = pictures.permute(0, 3, 1, 2).float()
     if tuple(planes.shape[-2:]) != size:
         planes = F.interpolate(planes, size=size, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return planes[:, :, top : top + height, left : left + width].permute(0, 2, 3, 1)
+
+
+def _middle(side: int, kept: float) -> slice:
+    """The middle `kept` of `side` pixels, or a pixel more; the same number is cut off at both ends."""
+    cut = max(0, int((side - kept) / 2))
+    return slice(cut, side - cut)

@@ -50,9 +50,10 @@ class Request:
     """What is drawn. width, height: pixels, multiples of `ZImage.step_of_size`. seed: of the first picture.
 
     image: [B, H, W, 3] in 0..1 to draw over, with `strength` (over 0 to 1) of the schedule; mask: [B, H, W] or [H, W], 1
-    where it is drawn. control: [B, H, W, 3], edges, depth or a pose that a checkpoint with a ControlNet draws after, with
-    the weight `control_strength`. pictures_at_a_time: 1 makes a picture independent of its company to the last bit; more is
-    faster for small pictures. tiling, prompt_cache: one of decoding.TILING, prompts.CACHES.
+    where it is drawn, stretched to the image when it has another size. control: [B, H, W, 3], edges, depth or a pose that a
+    checkpoint with a ControlNet draws after, with the weight `control_strength`. pictures_at_a_time: 1 makes a picture
+    independent of its company to the last bit; more is faster for small pictures. tiling, prompt_cache: one of
+    decoding.TILING, prompts.CACHES.
     """
 
     prompt: str
@@ -93,6 +94,11 @@ def check(request: Request, model: ZImage) -> None:
     """Raises ValueError, in one sentence, for a request that cannot be drawn."""
     if not request.prompt.strip():
         raise ValueError("The prompt is empty: say what the picture should show.")
+    for name, text in (("prompt", request.prompt), ("negative prompt", request.negative)):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(
+                f"The {name} holds half a letter (a lone surrogate), which no tokenizer reads: type it again."
+            )
     side = model.step_of_size
     for name, size, longest in (
         ("height", request.height, model.tallest),
@@ -123,14 +129,27 @@ def check(request: Request, model: ZImage) -> None:
         raise ValueError(f"A strength of {request.strength} draws nothing: choose over 0 to 1.")
     if request.mask is not None and request.image is None:
         raise ValueError("A mask needs an image that it lies on: connect one.")
-    given = (("images", request.image, 4), ("masks", request.mask, 3), ("control images", request.control, 4))
-    for name, batch, dimensions in given:
-        if batch is not None and batch.ndim == dimensions and batch.shape[0] not in (1, request.pictures):
-            raise ValueError(f"{batch.shape[0]} {name} for {request.pictures} pictures: connect one, or one for each.")
+    _check_tensor("image", request.image, ("pictures", "height", "width", "RGB"), request.pictures)
+    _check_tensor("mask", request.mask, ("pictures", "height", "width"), request.pictures)
+    _check_tensor("control image", request.control, ("pictures", "height", "width", "RGB"), request.pictures)
     if request.control is not None and not model.checkpoint.controlled:
         raise ValueError(
             f"{model.checkpoint.name} has no ControlNet to draw after a control image: choose a ZImageControlNetPipeline."
         )
+
+
+def _check_tensor(name: str, given: Tensor | None, axes: tuple[str, ...], pictures: int) -> None:
+    """Raises ValueError for what has other axes, another number of pictures, no pixels, or NaN; alpha is no fault."""
+    if given is None:
+        return
+    found = list(given.shape)
+    shape = [1, *found] if name == "mask" and given.ndim == 2 else found
+    if len(shape) != len(axes) or ("RGB" in axes and shape[-1] < 3) or 0 in shape[1:]:
+        raise ValueError(f"The {name} is a tensor of {found} where [{', '.join(axes)}] is needed: connect another.")
+    if shape[0] not in (1, pictures):
+        raise ValueError(f"{shape[0]} {name}s for {pictures} pictures: connect one, or one for each.")
+    if not given.isfinite().all():
+        raise ValueError(f"The {name} holds values that are not finite (NaN): look at what made it.")
 
 
 class Run:
@@ -140,6 +159,7 @@ class Run:
         self.model, self.adapters, self.request, self.preview = pipeline.model, pipeline.adapters, request, preview
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
+        self.ran: list[str] = []
         self.bar: Any = None
 
     @contextmanager
@@ -162,7 +182,8 @@ class Run:
             shape = (model.latent_channels, request.height // model.latent_scale, request.width // model.latent_scale)
             noise = denoising.noise(private, shape)
             found: list[Tensor] = []
-            with self._transformer(self._tokens + len(positive.states)) as network, self.stage("denoise"):
+            longest = max(len(prompt.states) for prompt in (positive, negative) if prompt is not None)
+            with self._transformer(self._tokens + longest) as network, self.stage("denoise"):
                 states = positive.states.to(model.device, model.dtype)
                 against = None if negative is None else negative.states.to(model.device, model.dtype)
                 for begin in parts:
@@ -170,6 +191,12 @@ class Run:
                     found.append(self._denoise(network, noise[part], source, control, part, states, against))
                 # Copied here, so that the time before is the time it took.
                 latents = torch.cat(found).cpu()
+            for seed, one in zip(private, latents, strict=True):
+                if not one.isfinite().all():
+                    raise ValueError(
+                        f"The picture of seed {seed.initial_seed()} came out as NaN: choose dtype float32, attention auto or "
+                        "a lower LoRA strength."
+                    )
             with self.stage("decode"):
                 pictures, how = decoding.decode(model, latents, request.tiling, lambda: self.bar.update(1))
         self.notes.append(f"decoded {how}")
@@ -209,26 +236,30 @@ class Run:
         if request.image is None:
             return None
         with self.stage("image"):
-            fitted = decoding.fit_pictures(request.image, request.width, request.height)
-            fitted = fitted.expand(request.pictures, -1, -1, -1)
-            latents = decoding.encode(model, fitted, private)
+            fitted = decoding.fit_pictures(request.image[..., :3], request.width, request.height)
+            latents = decoding.encode(model, fitted, private, request.tiling)
             if request.mask is None:
                 return latents, None
             mask = request.mask[None] if request.mask.ndim == 2 else request.mask
-            planes = decoding.fit_pictures(mask[..., None].expand(-1, -1, -1, 3), request.width, request.height)
-            drawn = (planes[..., 0] >= 0.5).float()[:, None]
-            small = F.interpolate(drawn, size=latents.shape[-2:]).bool().to(model.device)
+            # It lies on the image, so what is cut off there is cut off here.
+            mask = F.interpolate(mask[:, None].float(), size=request.image.shape[1:3], mode="bilinear")
+            planes = decoding.fit_pictures(mask.movedim(1, -1), request.width, request.height)
+            drawn = (planes >= 0.5).float().movedim(-1, 1)
+            small = F.interpolate(drawn, size=latents.shape[-2:]).bool()
+            if not small.flatten(1).any(dim=1).all():
+                self.notes.append("a mask is empty, so its image stays as it is: load one with alpha, or paint it")
+            small = small.to(model.device)
             return latents, small.expand(request.pictures, -1, -1, -1)
 
     def _control(self) -> Tensor | None:
         """What the ControlNet reads, [B, channels, 1, h, w]: the control picture's latents, and zeros for what it could
         be given besides."""
         request, model = self.request, self.model
-        if request.control is None:
+        if request.control is None or request.control_strength == 0.0:
             return None
         with self.stage("control"):
-            fitted = decoding.fit_pictures(request.control, request.width, request.height)
-            latents = decoding.encode(model, fitted, [None] * len(fitted)).to(model.dtype)
+            fitted = decoding.fit_pictures(request.control[..., :3], request.width, request.height)
+            latents = decoding.encode(model, fitted, [None] * len(fitted), request.tiling).to(model.dtype)
         channels = int(model.checkpoint.config("controlnet").get("control_in_dim") or latents.shape[1])
         wide = F.pad(latents, (0, 0, 0, 0, 0, channels - latents.shape[1]))
         return wide.unsqueeze(2).expand(request.pictures, -1, -1, -1, -1)
@@ -237,7 +268,8 @@ class Run:
     def _transformer(self, tokens: int) -> Iterator[Any]:
         """The transformer on its device with the run's LoRA files on it."""
         width = int(self.model.checkpoint.config("transformer").get("dim", 3840))
-        room = LIVE_ACTIVATIONS * tokens * width * self.request.pictures_at_a_time * self.model.dtype.itemsize
+        at_a_time = min(self.request.pictures_at_a_time, self.request.pictures)
+        room = LIVE_ACTIVATIONS * tokens * width * at_a_time * self.model.dtype.itemsize
         with ExitStack() as held:
             with self.stage("transformer"):
                 network = held.enter_context(self.model.transformer.resident(room))
@@ -247,6 +279,8 @@ class Run:
                 names = ", ".join(f"{a.path.name} at {a.strength:g}" for a in self.adapters)
                 self.notes.append(f"LoRA: {names}; {changed} layers changed")
             yield network
+            # Before another run draws with the same network.
+            self.ran = self.model.notes()
 
     def _denoise(
         self,
@@ -323,7 +357,7 @@ class Run:
                 )
         if request.negative.strip() and negative is None:
             lines.append("the negative prompt was not used, because guidance is 0")
-        lines += [*model.notes(), *self.notes]
+        lines += [*self.ran, *self.notes]
         times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
         forwards = len(range(0, request.pictures, request.pictures_at_a_time)) * steps
         per_step = self.seconds["denoise"] / forwards

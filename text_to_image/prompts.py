@@ -107,7 +107,7 @@ def encode(
             states = encoder(input_ids=tokens, use_cache=False).last_hidden_state[0]
             # A plain tensor: what is cached outlives the inference mode it was made in.
             with torch.inference_mode(False):
-                done[text] = Prompt(states.to("cpu", copy=True).clone(), len(ids[text]))
+                done[text] = Prompt(states.to("cpu", copy=True), len(ids[text]))
             cache.put(key, described, done[text])
     return done, len(waiting)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hotpath import host
 from hotpath.text_to_image import decoding, denoising, previews
 from hotpath.text_to_image.denoising import Guidance
@@ -134,19 +136,68 @@ def test_tiles_only_without_room(load, draw, monkeypatch, needed):
     assert "whole: the picture is no larger than a tile of 64 pixels" in draw(model, tiling="always").report
 
 
+def full_device(monkeypatch, layer, side):
+    """`layer` as on a device that has room for `side` pixels or latents; returns what it held when it ran out."""
+    forward, held = layer.forward, []
+
+    def limited(x, *args, **kwargs):
+        if max(x.shape[-2:]) > side:
+            activations = torch.zeros(8)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("out of memory")
+        assert not any(activations() is not None for activations in held), "the failed try still holds its memory"
+        return forward(x, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", limited)
+    return held
+
+
 def test_tiles_when_the_whole_runs_out_of_memory(load, draw, monkeypatch):
     model = load()
     wanted = draw(model, width=128, height=96, tiling="always").pictures
     network = model.vae.managed.module.network
-
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(network, "decode", full)
+    held = full_device(monkeypatch, network.decoder, 8)
     found = draw(model, width=128, height=96)
     assert "decoded in tiles: whole it ran out of memory" in found.report and torch.equal(found.pictures, wanted)
+    assert len(held) == 1 and not network.use_tiling
     with pytest.raises(torch.OutOfMemoryError):
         draw(model, width=128, height=96, tiling="never")
+
+
+def test_an_image_is_read_in_tiles_when_it_must_be(load, draw, monkeypatch):
+    model, image = load(), torch.rand(1, 96, 128, 3, generator=torch.Generator().manual_seed(3))
+    over = {"image": image, "strength": 0.5, "width": 128, "height": 96}
+    whole = draw(model, **over, tiling="never").latents
+    wanted = draw(model, **over, tiling="always").latents
+    network = model.vae.managed.module.network
+    held = full_device(monkeypatch, network.encoder, 64)
+    assert torch.equal(draw(model, **over).latents, wanted) and not torch.equal(wanted, whole)
+    assert len(held) == 1 and not network.use_tiling
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(model, **over, tiling="never")
+
+
+def test_one_image_for_many_pictures_is_read_once(load, draw, monkeypatch):
+    model, image = load(), torch.rand(1, 48, 64, 3, generator=torch.Generator().manual_seed(3))
+    over = {"image": image, "strength": 0.5}
+    singles = [draw(model, **over, seed=5 + i).pictures for i in range(3)]
+    calls = count_calls(monkeypatch, model.vae.managed.module.network.encoder, "forward")
+    assert torch.equal(draw(model, **over, seed=5, pictures=3).pictures, torch.cat(singles))
+    assert len(calls) == 1
+
+
+def test_an_interrupt_between_images(load, draw, headless_host):
+    model, images = load(), torch.rand(2, 48, 64, 3)
+    calls = []
+
+    def stop(*_):
+        calls.append(1)
+        headless_host.stop()
+
+    model.vae.managed.module.network.encoder.register_forward_hook(stop)
+    with pytest.raises(host.Interrupted):
+        draw(model, image=images, pictures=2)
+    assert len(calls) == 1
 
 
 def test_room_is_made_before_tiles(load, monkeypatch):
@@ -241,10 +292,22 @@ def test_an_interrupt_ends_it_within_a_step(load, draw, headless_host, monkeypat
         ({"height": 4096}, "The height 4096 is over 1024"),
         ({"prompt": " \n"}, "The prompt is empty"),
         ({"steps": 0}, "1 or more"),
+        ({"prompt": "a \ud83d fox"}, "The prompt holds half a letter"),
+        ({"negative": "\udc00"}, "The negative prompt holds half a letter"),
         ({"guidance": Guidance(-1.0)}, "below 0"),
         ({"mask": torch.ones(1, 8, 8)}, "A mask needs an image"),
         ({"image": torch.ones(2, 48, 64, 3)}, "2 images for 1 pictures"),
         ({"image": torch.ones(1, 48, 64, 3), "mask": torch.ones(2, 48, 64)}, "2 masks for 1 pictures"),
+        ({"image": torch.ones(0, 48, 64, 3)}, "0 images for 1 pictures"),
+        (
+            {"image": torch.ones(48, 64, 3)},
+            r"The image is a tensor of \[48, 64, 3] where \[pictures, height, width, RGB] is",
+        ),
+        ({"image": torch.ones(1, 48, 64, 1)}, r"The image is a tensor of \[1, 48, 64, 1]"),
+        ({"image": torch.ones(1, 0, 64, 3)}, r"The image is a tensor of \[1, 0, 64, 3]"),
+        ({"image": torch.ones(1, 48, 64, 3), "mask": torch.ones(1, 1, 48, 64)}, "The mask is a tensor of"),
+        ({"image": torch.full((1, 48, 64, 3), torch.nan)}, "The image holds values that are not finite"),
+        ({"image": torch.ones(1, 48, 64, 3), "mask": torch.full((48, 64), torch.nan)}, "The mask holds values"),
         ({"control": torch.ones(1, 48, 64, 3)}, "tiny has no ControlNet"),
         ({"image": torch.ones(1, 48, 64, 3), "strength": 0.0}, "A strength of 0.0 draws nothing"),
         ({"max_tokens": 700}, "A prompt has 1 to 608 tokens here, and 700 were asked for"),
@@ -255,7 +318,7 @@ def test_an_interrupt_ends_it_within_a_step(load, draw, headless_host, monkeypat
 def test_requests_that_cannot_be_drawn(load, draw, fields, words):
     if words == "no tiling":
         fields = {**fields, "width": 128}
-    with pytest.raises(ValueError, match=words.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=words):
         draw(load(), **fields)
 
 
@@ -266,6 +329,89 @@ def test_an_image_of_another_shape_is_covered_and_cut(load, draw):
     assert fitted.shape == (1, 48, 64, 3)
     assert fitted[0, 24, 32].min() > 0.9 and fitted[0, 24, 0].max() < 0.1
     assert draw(load(), image=image).pictures.shape == (1, 48, 64, 3)
+
+
+def test_a_strip_is_not_blown_up_to_be_thrown_away(monkeypatch):
+    strip = torch.linspace(0, 1, 3001).view(1, 3001, 1, 1).expand(-1, -1, 1, 3)
+    sizes = count_calls(monkeypatch, F, "interpolate")
+    fitted = decoding.fit_pictures(strip, 64, 48)
+    assert sizes[0][0].shape[-2] < 20 and fitted.shape == (1, 48, 64, 3)
+    assert (fitted - 0.5).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("size", "kept"), [((40, 333), (48, 64)), ((333, 40), (64, 48)), ((901, 100), (32, 32))])
+def test_cutting_before_scaling_changes_nothing(size, kept):
+    picture = torch.rand(1, *size, 3, generator=torch.Generator().manual_seed(1))
+    picture = F.avg_pool2d(picture.permute(0, 3, 1, 2), 9, 1, 4).permute(0, 2, 3, 1)  # as smooth as pictures are
+    scale = max(kept[0] / size[0], kept[1] / size[1])
+    whole = [max(side, round(old * scale)) for side, old in zip(kept, size, strict=True)]
+    wanted = F.interpolate(picture.permute(0, 3, 1, 2), size=whole, mode="bicubic", antialias=True)
+    top, left = (whole[0] - kept[0]) // 2, (whole[1] - kept[1]) // 2
+    wanted = wanted[:, :, top : top + kept[0], left : left + kept[1]].permute(0, 2, 3, 1)
+    assert (decoding.fit_pictures(picture, kept[1], kept[0]) - wanted).abs().max() < 0.03
+
+
+def test_alpha_is_left_out(load, draw):
+    image = torch.rand(1, 48, 64, 3, generator=torch.Generator().manual_seed(3))
+    with_alpha = torch.cat([image, torch.zeros(1, 48, 64, 1)], dim=-1)
+    wanted = draw(load(), image=image, strength=0.5).pictures
+    assert torch.equal(draw(load(), image=with_alpha, strength=0.5).pictures, wanted)
+
+
+def test_a_mask_of_another_size_lies_on_the_image(load, draw):
+    """The image is wider than the picture: its left and right, and those of the mask, are cut off."""
+    image = torch.rand(1, 48, 128, 3, generator=torch.Generator().manual_seed(3))
+    mask = torch.zeros(1, 48, 128)
+    mask[:, :, 80:] = 1.0
+    wanted = draw(load(), image=image, mask=mask, strength=1.0)
+    for other in (mask[:, ::2, ::2], mask[0, :, ::4], mask[:, ::6, ::2].bool()):
+        assert torch.equal(draw(load(), image=image, mask=other, strength=1.0).latents, wanted.latents)
+
+
+def test_an_empty_mask_is_told(load, draw):
+    """What Load Image gives for a picture without alpha."""
+    image, mask = torch.rand(2, 48, 64, 3), torch.zeros(2, 64, 64)
+    assert "a mask is empty, so its image stays" in draw(load(), image=image, mask=mask, pictures=2).report
+    mask[0] = 1.0
+    assert "a mask is empty" in draw(load(), image=image, mask=mask, pictures=2).report
+    mask[1, 30:] = 1.0
+    assert "a mask is empty" not in draw(load(), image=image, mask=mask, pictures=2).report
+
+
+def test_a_picture_of_nan_is_no_picture(load, draw, monkeypatch):
+    original, made = denoising.denoise, []
+
+    def second_is_broken(*args, **kwargs):
+        made.append(1)
+        return original(*args, **kwargs) * (float("nan") if len(made) == 2 else 1.0)
+
+    monkeypatch.setattr(denoising, "denoise", second_is_broken)
+    with pytest.raises(ValueError, match=r"The picture of seed 8 came out as NaN: choose dtype float32"):
+        draw(load(), seed=7, pictures=3)
+
+
+def test_room_is_asked_for_what_is_drawn(load, draw, monkeypatch):
+    model = load()
+    asked = count_calls(monkeypatch, model.transformer, "resident")
+    draw(model)
+    draw(model, pictures_at_a_time=64)
+    draw(model, pictures=3, pictures_at_a_time=64)
+    draw(model, guidance=Guidance(1.0), negative="blurry " * 40)
+    (one,), (same,), (three,), (long,) = asked
+    assert one == same and three == 3 * one and long > one
+
+
+def test_a_report_is_about_its_own_run(load, draw, monkeypatch):
+    """Another run may begin with the same transformer while this one decodes."""
+    model = load()
+    decode = decoding.decode
+
+    def others_meanwhile(*args, **kwargs):
+        model.attention.record.begin()
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(decoding, "decode", others_meanwhile)
+    assert "attention auto: " in draw(model).report
 
 
 def test_a_negative_without_guidance_is_told(load, draw):

@@ -113,6 +113,10 @@ def test_drawing_after_a_control_image(load, draw, folder, graphs, channels, com
     plain = draw(model, **drawing).pictures
     assert (found.pictures - plain).abs().max() > 0.01
     assert (plain - draw(load(), **drawing).pictures).abs().max() <= TOLERANCE
+    calls = []
+    handle = model.transformer.managed.module.network.controlnet.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.equal(draw(model, control=control, control_strength=0.0, **drawing).pictures, plain) and not calls
+    handle.remove()
     holder = model.transformer.managed.module
     assert not [name for name in holder.state_dict() if "controlnet.noise_refiner" in name]  # counted once
     model.release()
