@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import host
+from ..cache import file_fingerprint
 from ..text_to_image import compilation, decoding, folders, precision, previews, prompts, stream_attention
 from ..text_to_image.adapters import Adapter
 from ..text_to_image.denoising import Guidance
@@ -124,6 +125,10 @@ class HotpathZImageLora:
                 ),
             }
         }
+
+    @classmethod
+    def IS_CHANGED(cls, lora: str = "", **inputs: Any) -> str:
+        return file_fingerprint(host.current().model_path(LORAS, lora))
 
     def add(self, pipeline: Pipeline, lora: str, strength: float) -> tuple[Pipeline]:
         return (pipeline.with_adapter(Adapter(host.current().model_path(LORAS, lora), strength)),)

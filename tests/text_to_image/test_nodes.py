@@ -53,6 +53,9 @@ def test_a_lora_node_leaves_its_input_alone(folder, headless_host, load):
     (once,) = node().add(bare, "style.safetensors", 0.5)
     (twice,) = node().add(once, "style.safetensors", 1.0)
     assert [len(p.adapters) for p in (bare, once, twice)] == [0, 1, 2] and once.model is bare.model
+    before = node.IS_CHANGED("style.safetensors", strength=1.0)
+    (place / "style.safetensors").write_bytes(b"trained on")  # over the older one, as trainers do
+    assert node.IS_CHANGED("style.safetensors", strength=1.0) != before
     with pytest.raises(host.ModelNotFound):
         node().add(bare, "../style.safetensors", 1.0)
 
