@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ from .. import host
 from ..cache import content_key, file_fingerprint
 from .checkpoint import KV_KEY, State, UnsupportedCheckpoint, read_adapter, split_adapter
 from .resampler import Resampler
+
+# Two threads must not make two handles: one's user would send the weights away under the other's.
+_managing = threading.Lock()
 
 
 class BlockProjections(nn.Module):
@@ -58,9 +62,10 @@ class InstantIDAdapter(nn.Module):
     @property
     def managed(self) -> host.Managed:
         """Itself in the host's memory management: on the device while something is computed, off it otherwise."""
-        if self._managed is None:
-            self._managed = host.current().manage(self)
-        return self._managed
+        with _managing:
+            if self._managed is None:
+                self._managed = host.current().manage(self)
+            return self._managed
 
     @property
     def embedding_dim(self) -> int:

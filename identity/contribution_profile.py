@@ -28,6 +28,7 @@ FORMAT = "hotpath.block_profile"
 VERSION = 1
 MAX_BYTES = 1 << 20
 MAX_NAME = 200
+LARGEST = 1e300
 UNKNOWN = "unknown"
 BLOCK_OF = {block_name(block): block for block in SDXL_BLOCKS}
 
@@ -241,4 +242,5 @@ def _text(data: Mapping[str, Any], key: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared with a bound, because a whole number too large for a float, or the sum of large ones, is an error elsewhere.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST

@@ -94,8 +94,9 @@ class HotpathIdentity:
         if not made:
             raise ValueError("Nothing to make an identity of: connect image (with insightface), faces or identity.")
         person = merge_people(made[0], made[1:])
-        if name and name != UNNAMED:
-            person = replace(person, name=name)
+        # Without a name of its own, what is made of Ann and new pictures of hers is Ann.
+        given = (known for known in (name, *(one.name for one in made)) if known.strip() and known != UNNAMED)
+        person = replace(person, name=next(given, UNNAMED))
         count = person.embeddings.shape[0]
         report = f"{person.name}: {count} picture{'s' if count > 1 else ''}; " + "; ".join(lines)
         host.current().show_text(report, unique_id)

@@ -217,6 +217,8 @@ class TestProfile:
             (lambda d: d["blocks"].update({"input.4.0": 0.5}), "block input.4.0 must have size and share"),
             (lambda d: d["blocks"]["input.4.0"].update(size=-1), "numbers from 0 up"),
             (lambda d: d["blocks"]["input.4.0"].update(size=True), "numbers from 0 up"),
+            (lambda d: d["blocks"]["input.4.0"].update(size=10**400), "numbers from 0 up"),
+            (lambda d: [b.update(size=1.7e308) for b in d["blocks"].values()], "numbers from 0 up"),
             (lambda d: d["blocks"]["input.4.0"].update(share=0.9), "contradict"),
             (lambda d: d.update(blocks=dict.fromkeys(d["blocks"])), "no block has a contribution"),
             (lambda d: d.update(blocks=None), "it has none"),

@@ -7,6 +7,8 @@ import io
 import math
 import os
 import pickle
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -517,6 +519,30 @@ def test_an_adopted_adapter_goes_with_its_owner() -> None:
     del foreign
     gc.collect()
     assert adopted() is None
+
+
+def test_threads_share_one_handle(headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two, one thread sends the weights away while the other computes with them."""
+    together, manage = threading.Barrier(4), headless_host.manage
+    handles: list[Any] = []
+
+    def slowly(module: torch.nn.Module) -> Any:
+        time.sleep(0.05)
+        return manage(module)
+
+    monkeypatch.setattr(headless_host, "manage", slowly)
+    adapter = make_adapter()
+
+    def ask() -> None:
+        together.wait()
+        handles.append(adapter.managed)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(handle) for handle in handles}) == 1
 
 
 def test_an_adapter_that_is_no_module_is_adopted_too() -> None:

@@ -101,6 +101,9 @@ def test_several_sources_are_joined() -> None:
     assert torch.equal(identity.embeddings[2:], more.embeddings)
     assert identity.name == "ann"
     assert "joined with older (pictures: 2)" in report
+    for unnamed in ("identity", "", " "):
+        kept, _ = run("HotpathIdentity", faces=found, identity=more, name=unnamed)
+        assert kept.name == "older"
     assert more.embeddings.shape[0] == 2
 
 
