@@ -611,6 +611,74 @@ class TestRealComfyUI:
         # And it takes the next one.
         assert run_on_server(comfyui.url, Graph.parse(COPY), tmp_path / "out", inputs).files
 
+    def test_a_queue_and_a_connection_that_breaks(self, comfyui, inputs, tmp_path):
+        """Who comes back hears on; a prompt that waits can be stopped at once, and is missed when somebody removes it."""
+
+        class Breaks(ServerRun):
+            connections = 0
+
+            async def _listen(self, socket):
+                self.connections, self.loop = self.connections + 1, asyncio.get_running_loop()
+                if self.connections == 1:
+                    self.loop.call_later(0.5, lambda: asyncio.ensure_future(socket.close()))
+                return await super()._listen(socket)
+
+        slow = Graph.parse({"1": COPY["1"], "2": {"class_type": "Slow", "inputs": {"image": ["1", 0]}}})
+        watcher = Watcher()
+        long = Breaks(comfyui.url, slow, tmp_path, inputs, watcher, None)
+        ended: list[BaseException] = []
+
+        def run_it() -> None:
+            try:
+                asyncio.run(long.execute())
+            except BaseException as error:
+                ended.append(error)
+
+        def wait_for(condition) -> None:
+            end = time.monotonic() + 30
+            while not condition():
+                assert time.monotonic() < end and not ended
+                time.sleep(0.02)
+
+        async def queued(until) -> None:
+            run = ServerRun(comfyui.url, Graph.parse(COPY), tmp_path, inputs, None, None)
+
+            async def then() -> None:
+                while not run.prompt_id:
+                    await asyncio.sleep(0.02)
+                await until(run)
+
+            task = asyncio.ensure_future(then())
+            await run.execute()
+            await task
+
+        async def stop(run) -> None:
+            run.stop.set()
+
+        async def remove(run) -> None:
+            await run.session.post(f"{comfyui.url}/queue", json={"delete": [run.prompt_id]})
+
+        thread = threading.Thread(target=run_it)
+        thread.start()
+        wait_for(lambda: watcher.seen and watcher.seen[-1].startswith("progress 2"))
+        with pytest.raises(ServerStopped):
+            asyncio.run(queued(stop))
+        with pytest.raises(ServerError, match="somebody took the run out of the queue"):
+            asyncio.run(queued(remove))
+        wait_for(lambda: long.connections == 2)
+        heard = len(watcher.seen)
+        wait_for(lambda: len(watcher.seen) > heard + 2)
+        long.loop.call_soon_threadsafe(long.stop.set)
+        thread.join(30)
+        assert isinstance(ended[0], ServerStopped)
+
+    def test_a_name_in_another_script(self, comfyui, tmp_path):
+        """As long as a name can be, which no longer fits when it is quoted on its way."""
+        name = "写" * 80 + " 1.png"
+        Image.new("RGB", (6, 4), "red").save(tmp_path / name)
+        graph = Graph.parse({**COPY, "1": {"class_type": "LoadImage", "inputs": {"image": name}}})
+        assert run_on_server(comfyui.url, graph, tmp_path / "out", tmp_path).files
+
     def test_ctrl_c_on_the_command_line(self, comfyui, inputs, tmp_path):
         graph = {"1": COPY["1"], "2": {"class_type": "Slow", "inputs": {"image": ["1", 0]}}}
         (tmp_path / "wf.json").write_text(json.dumps(graph))
