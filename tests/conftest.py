@@ -7,10 +7,13 @@ import os
 import sys
 from pathlib import Path
 
+# Workers share the cores, and so do the processes they start; torch's own threads would only wait for each other.
+# Read by OpenMP when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
-# Workers share the cores; torch's own threads would only wait for each other.
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_both_methods_give_a_row_and_what_ran() -> None:
-    done = run("--tiny", "--long", "20")
+    done = run("--tiny", "--long", "10")
     assert done.returncode == 0, done.stderr[-2000:]
     for method in ("ColorMNet", "Deep Exemplar"):
         (row,) = (line for line in done.stdout.splitlines() if line.startswith(f"| {method} |"))
