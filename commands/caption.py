@@ -12,7 +12,8 @@ from ..vision_language.answering import AnswerOptions
 from ..vision_language.budgets import preset
 from ..vision_language.captioning import CaptionJob, FolderCaptioner
 from ..vision_language.folders import UnusableModel
-from ..vision_language.loading import MODELS, LoadOptions
+from ..vision_language.loaded_model import LoadOptions
+from ..vision_language.loading import MODELS
 from ..vision_language.sampling import Sampling
 from .console import complain, note, say
 from .models_folder import headless_host

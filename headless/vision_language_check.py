@@ -13,7 +13,8 @@ from ..vision_language.answering import AnswerOptions, answer, on
 from ..vision_language.budgets import PRESETS
 from ..vision_language.embeddings import EmbeddingCache, encode, look_up
 from ..vision_language.generation import PlainRunner, choose_path, runner
-from ..vision_language.loading import MODELS, LoadedModel, LoadOptions
+from ..vision_language.loaded_model import LoadedModel, LoadOptions
+from ..vision_language.loading import MODELS
 from ..vision_language.pictures import Picture
 from ..vision_language.prefill import prefill
 from ..vision_language.prompts import Question, build

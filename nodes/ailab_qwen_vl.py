@@ -10,7 +10,8 @@ from .. import host
 from ..vision_language import folders, presets
 from ..vision_language.answering import AnswerOptions, answer
 from ..vision_language.budgets import PRESETS, PROCESSOR, Budget
-from ..vision_language.loading import MODELS, LoadOptions
+from ..vision_language.loaded_model import LoadOptions
+from ..vision_language.loading import MODELS
 from ..vision_language.pictures import DEFAULT_FPS, from_frames, from_images
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling

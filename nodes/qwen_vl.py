@@ -16,7 +16,8 @@ from .. import host
 from ..vision_language import folders
 from ..vision_language.answering import AnswerOptions, answer
 from ..vision_language.budgets import OLD_PRESETS, PRESETS
-from ..vision_language.loading import MODELS, LoadOptions
+from ..vision_language.loaded_model import LoadOptions
+from ..vision_language.loading import MODELS
 from ..vision_language.pictures import Clip, from_images, read_clip
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling

@@ -14,7 +14,8 @@ from ..vision_language.asking import Request, ask
 from ..vision_language.budgets import PRESETS, preset
 from ..vision_language.captioning import FORMATS, CaptionJob, FolderCaptioner, place
 from ..vision_language.generation import DECODE_PATHS
-from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS, LoadedModel, LoadOptions
+from ..vision_language.loaded_model import LoadedModel, LoadOptions
+from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS
 from ..vision_language.pictures import from_frames, from_images
 from ..vision_language.quantization import QUANTIZATIONS
 from ..vision_language.sampling import Sampling

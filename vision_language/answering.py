@@ -19,7 +19,8 @@ from . import answers
 from .budgets import PRESETS, Budget
 from .embeddings import EmbeddingCache, VisualItem, encode, look_up
 from .generation import beam_search, choose_path, decode, runner
-from .loading import MODELS, LoadedModel
+from .loaded_model import LoadedModel
+from .loading import MODELS
 from .prefill import prefill
 from .prompts import Prompt, Question, build
 from .sampling import Sampler, Sampling

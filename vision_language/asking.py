@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from . import answers, presets
 from .answering import Answer, AnswerOptions, answer
-from .loading import LoadedModel
+from .loaded_model import LoadedModel
 from .pictures import Clip, Picture
 from .prompts import Question
 from .sampling import Sampling

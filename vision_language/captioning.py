@@ -18,7 +18,7 @@ from pathlib import Path
 from .. import host
 from .answering import AnswerOptions, answer
 from .embeddings import EmbeddingCache, VisualItem, look_up
-from .loading import LoadedModel
+from .loaded_model import LoadedModel
 from .pictures import Picture, read_picture
 from .prompts import Question
 from .sampling import Sampling

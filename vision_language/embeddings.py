@@ -22,7 +22,7 @@ from ..cache import BoundedCache, content_key, named_cache
 from ..cache.disk import DiskCache
 from .budgets import Budget, fitted
 from .interruption import interruptible
-from .loading import LoadedModel
+from .loaded_model import LoadedModel
 from .pictures import Clip, Picture
 from .timing import Timing
 

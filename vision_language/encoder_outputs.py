@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .embeddings import VisualFeatures, VisualItem, to_device
-from .loading import LoadedModel
+from .loaded_model import LoadedModel
 
 KINDS = ("image", "video")
 

@@ -21,7 +21,7 @@ from .. import host
 from ..host.compiling import inductor
 from . import decode_attention, decoding
 from .encoder_outputs import given
-from .loading import LoadedModel
+from .loaded_model import LoadedModel
 from .prefill import Prefilled, left_padded
 from .prompts import Prompt
 from .sampling import Sampler, Sampling

@@ -1,243 +1,30 @@
 """Loading a Qwen-VL (or text) model folder: weights, tokenizer and processor, shared by every node that names it.
 
-One copy of a model lives in the process however many nodes use it. Its weights are under the host's memory management;
-what hangs on their addresses (decode buffers, CUDA graphs, prefix keys and values) goes when they leave the device.
+One copy of a model lives in the process however many nodes use it.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import host
-from ..cache import content_key, file_fingerprint
-from ..host import Managed
+from ..cache import content_key
 from . import decoding, download, offloading, projections
-from .budgets import TokenPixels
 from .folders import ModelFolder, UnusableModel
 from .interruption import interruptible_loading
+from .loaded_model import LoadedModel, LoadOptions, compute_device
 from .quantization import QuantizationPlan, plan, quantize
 
 log = logging.getLogger("hotpath.vision_language")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
-PREFILL_BYTES_PER_TOKEN = 1 << 19  # activations of a prefill, generously; the logits are made for one position only
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a folder is loaded. The same folder with the same options is loaded once.
-
-    dtype: auto, bfloat16, float16 or float32 (auto is float32 on the CPU). device: auto, cpu or a torch device.
-    quantization, attention: what a widget says; what ran instead, and why, is in `LoadedModel.notes`.
-    stream_layers: decoder layers that stay in CPU memory; -1 leaves it to the room there is on the device.
-    """
-
-    dtype: str = "auto"
-    quantization: str = "none"
-    attention: str = "auto"
-    device: str = "auto"
-    revision: str = ""
-    stream_layers: int = -1
-
-
-class NetworkHolder(nn.Module):
-    """A library model as a plain module: the host keeps the present device on it, which library models do not allow."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self._owner: weakref.ref[LoadedModel] | None = None
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        target = kwargs.get("device", args[0] if args else None)
-        owner = self._owner() if self._owner is not None else None
-        device = torch.device(target) if isinstance(target, str | torch.device) else None
-        if owner is not None and device is not None and device.type != owner.device.type:
-            owner.drop_device_state()
-        return super().to(*args, **kwargs)
-
-
-class LoadedModel:
-    """A model ready to answer: its network, tokenizer and processor, and the facts read from them.
-
-    One generation at a time: `resident()` holds the model's lock.
-    """
-
-    def __init__(
-        self, folder: ModelFolder, options: LoadOptions, network: Any, notes: list[str], quantization: str = "none"
-    ) -> None:
-        from transformers import AutoProcessor, AutoTokenizer
-
-        self.folder, self.options, self.network, self.notes = folder, options, network, notes
-        self.quantization = quantization
-        if folder.sees:
-            self.processor: Any = AutoProcessor.from_pretrained(folder.path)
-            self.tokenizer: Any = self.processor.tokenizer
-        else:
-            self.processor = None
-            self.tokenizer = AutoTokenizer.from_pretrained(folder.path)
-        self.holder = NetworkHolder(network)
-        self.managed: Managed = manage(self.holder, options.device)
-        self.holder._owner = weakref.ref(self)
-        self.lock = threading.RLock()
-        # Filled by the decoder and the prefix cache; both hold memory of the device.
-        self.device_state: dict[str, Any] = {}
-
-    # facts
-    @property
-    def device(self) -> torch.device:
-        return self.managed.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.get_input_embeddings().weight.dtype
-
-    @property
-    def config(self) -> Any:
-        return self.network.config
-
-    @property
-    def model_type(self) -> str:
-        return str(self.config.model_type)
-
-    @property
-    def text_config(self) -> Any:
-        return self.config.get_text_config()
-
-    @property
-    def context_length(self) -> int:
-        return int(getattr(self.text_config, "max_position_embeddings", 32768))
-
-    @cached_property
-    def stop_ids(self) -> frozenset[int]:
-        ids = self.network.generation_config.eos_token_id
-        found = {ids} if isinstance(ids, int) else set(ids or ())
-        if self.tokenizer.eos_token_id is not None:
-            found.add(self.tokenizer.eos_token_id)
-        return frozenset(found)
-
-    @property
-    def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else next(iter(self.stop_ids), 0))
-
-    @cached_property
-    def tower_signature(self) -> list[str]:
-        return list(inspect.signature(self.network.forward).parameters)
-
-    @property
-    def takes_encoder_outputs(self) -> bool:
-        """Whether the library accepts vision features at its front door (transformers 5.20 and later)."""
-        return "mm_encoder_outputs" in self.tower_signature
-
-    @property
-    def cache_argument(self) -> str:
-        """What `forward` calls the keys and values of earlier tokens (renamed in transformers 5.24)."""
-        return "cache" if "cache" in self.tower_signature else "past_key_values"
-
-    @cached_property
-    def deepstack_in_parts(self) -> bool:
-        """Whether the library's feature objects hold the deeper levels split by picture, or joined (some 5.x versions).
-
-        Asked once, when the model is loaded, of the smallest picture there is.
-        """
-        vision = self.config.vision_config
-        side = int(vision.spatial_merge_size)
-        width = int(getattr(vision, "in_channels", 3)) * int(vision.temporal_patch_size) * int(vision.patch_size) ** 2
-        with torch.no_grad():
-            here = self.network.get_input_embeddings().weight.device
-            pixels = torch.zeros(side * side, width, device=here, dtype=self.dtype)
-            made = self.network.model.get_image_features(pixels, torch.tensor([[1, side, side]], device=here))
-        levels = getattr(made, "deepstack_features", None)
-        return levels is not None and len(levels) > 0 and not isinstance(levels[0], torch.Tensor)
-
-    @cached_property
-    def image_sizes(self) -> TokenPixels:
-        processor = self.processor.image_processor
-        size = dict(processor.size)
-        side = int(processor.patch_size) * int(processor.merge_size)
-        shortest = size.get("shortest_edge") or getattr(processor, "min_pixels", None) or 4 * side * side
-        longest = size.get("longest_edge") or getattr(processor, "max_pixels", None) or 16384 * side * side
-        return TokenPixels(side, int(shortest), int(longest))
-
-    @cached_property
-    def identity(self) -> str:
-        """MD5 of the weights as loaded: survives a renamed folder, differs for a fine-tune, a dtype, a quantisation."""
-        files = sorted([*self.folder.path.glob("*.safetensors"), *self.folder.path.glob("pytorch_model*.bin")])
-        return content_key(
-            [file_fingerprint(file) for file in files],
-            self.model_type,
-            self.dtype,
-            self.quantization,
-            str(self.attention),
-            self.device.type,
-        )
-
-    @property
-    def attention(self) -> str:
-        return str(getattr(self.config, "_attn_implementation", "sdpa"))
-
-    def cache_bytes(self, tokens: int, rows: int = 1) -> int:
-        """Bytes of keys and values for `tokens` positions of `rows` sequences, at the length of their bucket."""
-        text = self.text_config
-        heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
-        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        length = decoding.bucket_length(tokens)
-        return 2 * int(text.num_hidden_layers) * int(heads) * int(dim) * length * rows * self.dtype.itemsize
-
-    # memory
-    @contextmanager
-    def resident(self, tokens: int, rows: int = 1, keep: bool = True) -> Iterator[Any]:
-        """The network on its device, with room for `rows` sequences of `tokens`; sent back afterwards unless kept."""
-        extra = 2 * self.cache_bytes(tokens, rows) + tokens * rows * PREFILL_BYTES_PER_TOKEN
-        with self.lock, self.managed.resident(extra_bytes=extra, keep=keep):
-            yield self.network
-
-    def drop_device_state(self) -> None:
-        """Free what was built for the weights' present place: decode buffers, graphs, prefix keys and values."""
-        self.device_state.clear()
-
-    def release(self) -> None:
-        """Send the weights back to the offload device and free everything that was built on the compute device."""
-        with self.lock:
-            self.drop_device_state()
-            self.managed.release()
-
-
-def manage(holder: NetworkHolder, device: str) -> Managed:
-    """The host's management, unless a certain device was asked for."""
-    if device in ("auto", ""):
-        return host.current().manage(holder)
-    from ..host.headless import HeadlessManaged
-
-    return HeadlessManaged(holder, compute_device(device), torch.device("cpu"))
-
-
-def compute_device(asked: str) -> torch.device:
-    """The device `asked` means; auto is the host's. Raises UnusableModel for one that is not there."""
-    if asked in ("auto", ""):
-        return host.current().device()
-    wanted = torch.device(asked)
-    absent = {
-        "cuda": not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count(),
-        "mps": not torch.backends.mps.is_available(),
-    }
-    if absent.get(wanted.type, False):
-        raise UnusableModel(f"The device {asked} is not there: choose auto.")
-    return wanted
 
 
 def choose_dtype(asked: str, device: torch.device) -> torch.dtype:

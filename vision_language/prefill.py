@@ -20,7 +20,7 @@ from . import decoding
 from .embeddings import VisualItem
 from .encoder_outputs import given, grids
 from .interruption import interruptible
-from .loading import LoadedModel
+from .loaded_model import LoadedModel
 from .prompts import Prompt
 
 PREFIX_LIMIT = 1 << 30  # bytes of the device, per model

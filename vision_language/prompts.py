@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .embeddings import VisualItem
-from .loading import LoadedModel
+from .loaded_model import LoadedModel
 from .pictures import Clip, Picture
 
 log = logging.getLogger("hotpath.vision_language")

@@ -15,7 +15,8 @@ from hotpath.cache import clear_all
 from hotpath.demo.captioner_model import TEXT_KINDS, VISION_KINDS, write_folder
 from hotpath.vision_language.answering import Answer, AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
-from hotpath.vision_language.loading import MODELS, LoadedModel, LoadOptions
+from hotpath.vision_language.loaded_model import LoadedModel, LoadOptions
+from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import Clip, Picture
 from hotpath.vision_language.prompts import Question, render
 from hotpath.vision_language.sampling import Sampling

@@ -11,7 +11,8 @@ from hotpath.demo import train_captioner
 from hotpath.vision_language.answering import AnswerOptions
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.captioning import CaptionJob, FolderCaptioner, compact, place
-from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import Clip, from_frames, from_images, read_clip, read_picture, to_bytes
 from hotpath.vision_language.sampling import Sampling
 from PIL import Image

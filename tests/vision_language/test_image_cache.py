@@ -13,7 +13,8 @@ from hotpath.vision_language import embeddings
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.embeddings import EmbeddingCache, look_up
-from hotpath.vision_language.loading import MODELS, LoadedModel, LoadOptions
+from hotpath.vision_language.loaded_model import LoadedModel, LoadOptions
+from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import Clip, Picture
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling

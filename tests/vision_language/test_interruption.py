@@ -10,7 +10,8 @@ from hotpath import host
 from hotpath.host import Interrupted
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.interruption import block_lists, interruptible
-from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import from_images
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling

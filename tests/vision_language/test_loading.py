@@ -12,7 +12,8 @@ import torch
 from hotpath.demo.captioner_model import write_folder
 from hotpath.vision_language import download, folders
 from hotpath.vision_language.folders import UnusableModel
-from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hotpath.vision_language import decoding, offloading
 from hotpath.vision_language.generation import choose_path, workspace
-from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
 
 

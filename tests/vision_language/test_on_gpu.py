@@ -8,7 +8,8 @@ import pytest
 import torch
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
-from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling
 

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 from hotpath.demo.captioner_model import configuration, new_model, save_weights, write_processors, write_tokenizer
-from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
 
 MOE = {
