@@ -204,7 +204,11 @@ class HotpathIdentityTokens:
             f"{identity.name}: {pictures * tokens} tokens, {width} wide, for {len(prepared)} blocks ({adapter.name})"
         )
         host.current().show_text(report, unique_id)
-        face_embeds = {"cond": prepared.cond.clone(), "uncond": prepared.uncond.clone()}
+        # One sequence: of a batch of them, ComfyUI would give each picture of the latent batch another photo's.
+        face_embeds = {
+            role: tokens.flatten(0, 1)[None].clone()
+            for role, tokens in (("cond", prepared.cond), ("uncond", prepared.uncond))
+        }
         return face_embeds, draw_tokens(prepared.cond), report
 
 

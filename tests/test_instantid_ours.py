@@ -200,3 +200,31 @@ def test_tokens_without_a_photo_serve_the_control_net_node(bench: Bench) -> None
         combine_embeds="average",
     )
     assert not torch.equal(other[1], picture)
+
+
+def test_tokens_of_several_photos_are_for_every_picture_of_a_batch(bench: Bench) -> None:
+    seen: list[torch.Tensor] = []
+    control_net = bench.control_net.copy()
+    inner = control_net.control_model
+
+    class Spy(torch.nn.Module):
+        dtype = inner.dtype
+
+        def forward(self, **kwargs: Any) -> Any:
+            seen.extend(kwargs["context"].split(2))
+            return inner(**kwargs)
+
+    control_net.control_model = Spy()
+    photos = torch.cat((photo(1), photo(2)))
+    person = bench.call("HotpathIdentity", insightface=bench.faces, image=photos, name="two photos")[0]
+    made, *_ = bench.call(
+        "HotpathIdentityTokens", instantid=bench.instantid, identity=person, noise=0.35, combine_embeds="concat"
+    )
+    positive, negative = bench.call(
+        "ApplyInstantIDControlNet", face_embeds=made, control_net=control_net, image_kps=torch.rand(1, 128, 128, 3),
+        positive=bench.positive, negative=bench.negative, strength=1.0, start_at=0.0, end_at=1.0,
+    )  # fmt: skip
+    sample(bench.model, positive, negative, batch=2)
+    assert seen
+    for one, other in seen:
+        assert one.shape[0] == 32 and torch.equal(one, other)
