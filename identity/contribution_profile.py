@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from torch import Tensor
 
@@ -158,14 +157,12 @@ def save_profile(profile: ContributionProfile, folder: Path) -> Path:
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{safe_name(profile.name)}.json"
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=path.stem[:40], suffix=".part")
+    unfinished = folder / f".writing-{uuid4().hex}"
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)  # mkstemp's files are readable by their maker alone
-        Path(temporary).replace(path)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     return path
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -75,14 +74,13 @@ def save_identity(identity: Identity, path: Path) -> Path:
     if identity.size is not None:
         metadata["size"] = f"{identity.size[0]}x{identity.size[1]}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    # Not mkstemp, whose files are readable by their maker alone: who may read a face is for the umask to say.
+    unfinished = path.with_name(f".writing-{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save(tensors, metadata))
-        Path(temporary).chmod(0o644)  # mkstemp's files are readable by their maker alone
-        Path(temporary).replace(path)
+        unfinished.write_bytes(save(tensors, metadata))
+        unfinished.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
     return path
 

@@ -30,7 +30,6 @@ from hotpath.identity import (
     save_identity,
     unconditional_embedding,
 )
-from hotpath.identity import identity as identity_module
 from hotpath.identity.blocks import (
     INDEX,
     PATCH_MODES,
@@ -990,28 +989,33 @@ def test_half_precision_and_views_are_saved_whole(tmp_path: Path) -> None:
     assert torch.equal(back.embeddings, ann.embeddings.float())
 
 
-class FullDisk(io.RawIOBase):
-    def writable(self) -> bool:
-        return True
-
-    def write(self, _: Any) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_a_full_disk_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_identity(person(), tmp_path / "ann.safetensors")
     older = path.read_bytes()
 
-    def full(handle: int, mode: str) -> FullDisk:
-        os.close(handle)
-        return FullDisk()
+    write = Path.write_bytes
 
-    monkeypatch.setattr(identity_module.os, "fdopen", full)
+    def full(self: Path, data: bytes) -> int:
+        write(self, data[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         save_identity(person(name="Bob"), path)
     monkeypatch.undo()
     assert path.read_bytes() == older
     assert [p.name for p in tmp_path.iterdir()] == ["ann.safetensors"], "nothing half-written stays"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_a_face_is_for_the_umask_to_say(mask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        path = save_identity(person(), tmp_path / "ann.safetensors")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
 
 
 def test_a_failing_rename_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

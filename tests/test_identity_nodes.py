@@ -203,7 +203,7 @@ def test_a_full_disk_is_reported_and_the_older_file_stays(folders: Path, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("hotpath.identity.identity.tempfile.mkstemp", full)
+        patch.setattr(Path, "write_bytes", full)
         run("HotpathIdentitySave", identity=someone("ann", 2), filename="")
     assert run("HotpathIdentityLoad", file="ann.safetensors")[0].embeddings.shape[0] == 1
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from torch import Tensor
 
@@ -241,12 +240,10 @@ def write_picture(picture: Tensor, file: Path, description: Mapping[str, Any]) -
     told = PngInfo()
     told.add_itxt(KEY, json.dumps(description, ensure_ascii=False))
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".writing-", suffix=".png")
+    unfinished = file.with_name(f".writing-{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as opened:
-            Image.fromarray(pixels).save(opened, format="PNG", pnginfo=told)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(file)
+        Image.fromarray(pixels).save(unfinished, format="PNG", pnginfo=told)
+        unfinished.replace(file)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
