@@ -34,17 +34,18 @@ def fault(
 ) -> str | None:
     """What is wrong with `out` as the attention of q, k, v; None when it is finite and close. Waits for the device.
 
-    All of `out` must be finite, but for queries that may look at no key, where kernels differ. A slice of up to 4 pairs of
-    sample and head and 256 queries spread over all of them must agree with the reference to a cosine of `least`. Inputs
-    that are not finite themselves prove nothing about a kernel.
+    All of `out` must be finite, also for queries that may look at no key: NaN there spreads over everything in the next
+    layer, where a masked key has weight 0 and 0 NaN is NaN. What finite value they get is the kernel's affair. A slice of
+    up to 4 pairs of sample and head and 256 queries spread over all of them must agree with the reference to a cosine of
+    `least`. Inputs that are not finite themselves prove nothing about a kernel.
     """
     batch, heads, queries, _ = q.shape
-    if mask is not None:
-        blind = ~(mask if mask.dtype == torch.bool else ~torch.isneginf(mask)).any(dim=-1, keepdim=True)
-        out = out.masked_fill(blind, 0)
     if not bool(torch.isfinite(out).all()):
         sound = all(bool(torch.isfinite(x).all()) for x in (q, k, v))
         return "its result has values that are not finite" if sound else None
+    if mask is not None:
+        blind = ~(mask if mask.dtype == torch.bool else ~torch.isneginf(mask)).any(dim=-1, keepdim=True)
+        out = out.masked_fill(blind, 0)
     rows = torch.arange(0, queries, max(1, queries // QUERIES), device=q.device)[:QUERIES]
     k, v = share_heads(k, heads), share_heads(v, heads)
     if mask is not None:

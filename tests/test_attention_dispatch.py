@@ -644,8 +644,11 @@ def test_what_a_fault_is():
     out = attention_reference(q, k, v, mask)
     assert fault(out, q, k, v, mask, None) is None
     blind = out.clone()
-    blind[:, :, 5] = float("nan")
+    blind[:, :, 5] = 3.0
     assert fault(blind, q, k, v, mask, None) is None, "kernels differ where no key takes part"
+    blind[:, :, 5] = float("nan")
+    assert "not finite" in fault(blind, q, k, v, mask, None), "but NaN would spread"
+    blind[:, :, 5] = 0.0
     blind[:, :, 6] = float("inf")
     assert "not finite" in fault(blind, q, k, v, mask, None)
     q[0, 0, 0, 0] = float("nan")
