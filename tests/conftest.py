@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Workers share the cores, and so do the processes they start; torch's own threads would only wait for each other.
 # Read by OpenMP when torch is imported.
@@ -71,6 +73,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def comfyui_path() -> Path:
     assert COMFYUI is not None
     return COMFYUI
+
+
+@pytest.fixture(scope="session")
+def demo_comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A ComfyUI with the demo's models, for the tests of the group "demo_comfyui": a start takes half a minute."""
+    from example_workflows import demo_server
+
+    assert COMFYUI is not None
+    with demo_server(COMFYUI, tmp_path_factory.mktemp("demo_comfyui")) as running:
+        yield running
 
 
 @pytest.fixture

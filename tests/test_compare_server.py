@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from example_workflows import FOLDER, ROOT, demo_server, twin_path
+from example_workflows import FOLDER, ROOT, twin_path
 
-pytestmark = [pytest.mark.comfy, pytest.mark.xdist_group("compare_server")]
+pytestmark = [pytest.mark.comfy, pytest.mark.xdist_group("demo_comfyui")]
 NAME = "instantid_identity"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from conftest_paths import COMFYUI
-
-    with demo_server(COMFYUI, tmp_path_factory.mktemp("compare")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +31,7 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_grid_in_two_settings(
-    server: Any, workflow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_comfyui: Any, workflow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hotpath import cli
     from hotpath.headless.graph import Graph
@@ -50,7 +41,7 @@ def test_a_grid_in_two_settings(
     out = tmp_path / "out"
     options = [
         "--server",
-        server.url,
+        demo_comfyui.url,
         "--seeds",
         "1,2",
         "--weights",
@@ -75,7 +66,7 @@ def test_a_grid_in_two_settings(
         graph = Graph.load(workflow)
         for change in (f"HotpathInstantID.patch_mode={mode}", "HotpathInstantID.weight=0.9", "KSampler.seed=2"):
             graph.set_input(change)
-        (file,) = [f for f in run_on_server(server.url, graph, tmp_path / mode).files if f.kind == "image"]
+        (file,) = [f for f in run_on_server(demo_comfyui.url, graph, tmp_path / mode).files if f.kind == "image"]
         pixels.append(np.asarray(Image.open(file.path).convert("RGB"), np.float64) / 255)
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     expected = structural_similarity(*pixels, channel_axis=-1, data_range=1.0, **options)
@@ -86,12 +77,20 @@ def test_a_grid_in_two_settings(
 
 
 def test_a_failure_on_the_server_is_told_and_keeps_what_was_done(
-    server: Any, workflow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_comfyui: Any, workflow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hotpath import cli
 
     change = ["--set-b", "HotpathInstantID.custom_blocks=output.9", "--set", "HotpathInstantID.patch_mode=custom"]
-    change += ["--set-a", "HotpathInstantID.custom_blocks=output.1", "--server", server.url, "--faces", "off", "-q"]
+    change += [
+        "--set-a",
+        "HotpathInstantID.custom_blocks=output.1",
+        "--server",
+        demo_comfyui.url,
+        "--faces",
+        "off",
+        "-q",
+    ]
     assert cli.main(["compare", str(workflow), *change, "-o", str(tmp_path / "out")]) == 1
     said = capsys.readouterr()
     assert "'output.9' names no SDXL block" in said.err

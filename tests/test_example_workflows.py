@@ -9,14 +9,13 @@ import shutil
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from example_workflows import EXAMPLES, FOLDER, SUFFIX, demo_server, get, run_example, twin_of, twin_path
+from example_workflows import EXAMPLES, FOLDER, SUFFIX, get, run_example, twin_of, twin_path
 
 NAMES = [path.stem for path in EXAMPLES]
 WANTED = {
@@ -90,12 +89,8 @@ def test_no_node_lies_on_another(name):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from conftest_paths import COMFYUI
-
-    assert COMFYUI is not None
-    with demo_server(COMFYUI, tmp_path_factory.mktemp("examples")) as running:
-        yield running
+def server(demo_comfyui: Any) -> Any:
+    return demo_comfyui
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +99,7 @@ def object_info(server: Any) -> dict[str, Any]:
 
 
 @pytest.mark.comfy
-@pytest.mark.xdist_group("examples_server")
+@pytest.mark.xdist_group("demo_comfyui")
 class TestInComfyUI:
     def test_the_template_browser_lists_them(self, server):
         assert sorted(get(server, "/workflow_templates")["comfyui-hotpath"]) == NAMES
@@ -120,6 +115,7 @@ class TestInComfyUI:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_it_runs(self, server, name, tmp_path: Path):
+        before = server.log.stat().st_size
         outcome = run_example(server, FOLDER / f"{name}.json", tmp_path)
         assert outcome.files or any(text.strip() for _, text in outcome.texts), "it shows nothing"
         for file in outcome.files:
@@ -127,7 +123,7 @@ class TestInComfyUI:
             if file.kind == "image":
                 with Image.open(file.path) as picture:
                     picture.load()
-        assert "Traceback" not in server.log_tail(50)
+        assert b"Traceback" not in server.log.read_bytes()[before:]
 
     def test_both_languages_are_served(self, server):
         texts = get(server, "/i18n")

@@ -139,6 +139,6 @@ def test_workflows_are_pinned_and_ask_for_little(path):
 
 def test_nobody_is_told_to_install_the_pack_from_a_package_index():
     """It is published in ComfyUI's registry alone; a cure names the packages themselves."""
-    pages = [*shipped(), *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/*.md"), ROOT / "README.md"]
+    pages = [*shipped(), *ROOT.glob("docs/*.md"), *ROOT.glob("web/docs/**/*.md"), ROOT / "README.md"]
     told = [p.relative_to(ROOT).as_posix() for p in pages if re.search(r"comfyui-hotpath\[", p.read_text("utf-8"))]
     assert not told, told
