@@ -129,9 +129,16 @@ def read(path: Path, transformer: nn.Module) -> dict[str, Product]:
             raise UnusableAdapter(f"{path} has {alphas[name].numel()} alphas for {name}, and one belongs there.")
         rank = down.shape[0]
         scale = float(alphas[name]) / rank if name in alphas else trained.scale(name, rank)
-        if not (math.isfinite(scale) and down.isfinite().all() and ups[name].isfinite().all()):
+        if not (down.is_floating_point() and ups[name].is_floating_point()):
+            raise UnusableAdapter(
+                f"{path} holds {down.dtype} for {name}: a quantised LoRA is not added, choose another file."
+            )
+        # As float32, because float8 does not know what is finite.
+        if not (math.isfinite(scale) and all(part.float().isfinite().all() for part in (down, ups[name]))):
             raise UnusableAdapter(f"{path} holds values that are not finite (NaN) for {name}: fetch or train it again.")
         for target, rows in _split(name, ups[name]).items():
+            if target in products:
+                raise UnusableAdapter(f"{path} changes {target} twice, once in a fused layer: choose another file.")
             if target not in layers:
                 raise UnusableAdapter(
                     f"{path} changes {target}, which this transformer does not have: it was trained for another model."

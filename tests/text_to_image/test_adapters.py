@@ -248,6 +248,23 @@ def test_values_that_are_not_finite_are_refused(network, tmp_path, part):
         read(path, network)
 
 
+def test_float8_files_are_read_and_whole_numbers_are_not(network, tmp_path):
+    down, up = torch.full((3, 96), 0.5), torch.ones(96, 3)
+    tensors = {f"{TO_Q}.lora_A.weight": down, f"{TO_Q}.lora_B.weight": up}
+    short = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}
+    product = read(write(tmp_path / "a.safetensors", short), network)[TO_Q]
+    assert torch.equal(product.delta(torch.device("cpu")), up @ down)
+    whole = {key: tensor.to(torch.int8) for key, tensor in tensors.items()}
+    with pytest.raises(UnusableAdapter, match=r"holds torch\.int8 .* quantised LoRA"):
+        read(write(tmp_path / "b.safetensors", whole), network)
+    fused = {
+        "layers.0.attention.qkv.lora_A.weight": down.clone(),
+        "layers.0.attention.qkv.lora_B.weight": torch.ones(288, 3),
+    }
+    with pytest.raises(UnusableAdapter, match=f"changes {TO_Q} twice, once in a fused layer"):
+        read(write(tmp_path / "c.safetensors", {**tensors, **fused}), network)
+
+
 @pytest.mark.parametrize("settings", ["[1]", "{", '{"transformer.lora_alpha": "x"}', '{"alpha_pattern": [1]}'])
 def test_settings_that_cannot_be_read_are_not_passed_over(network, tmp_path, settings):
     """A file without its alpha would be drawn at another strength."""
