@@ -234,7 +234,7 @@ class Manifest:
             self._db.execute("UPDATE jobs SET state = ? WHERE state = ?", (FORGOTTEN, RUNNING))
 
     def begin_commit(self, record: JobRecord, label: str, actual: str, moves: Sequence[tuple[str, str]]) -> None:
-        """moves: (from, to), both relative to the output folder; an empty `to` deletes."""
+        """moves: (from, to), both relative to the output folder."""
         with self._transaction():
             self._write(record, COMMITTING, moves)
             self._db.execute("INSERT OR REPLACE INTO names VALUES (?, ?, ?)", (label, record.id, actual))

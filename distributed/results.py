@@ -75,11 +75,16 @@ class ResultStore:
         if source is None:
             self.manifest.forget(job.id)
             return False
-        actual, stale = self._place(label, job.id, record.tails)
-        for tail in record.tails:
-            self._copy(self.folder / (source + tail), self.folder / (actual + tail))
-        self.manifest.set_name(label, job.id, actual)
-        self._remove(stale)
+        try:
+            actual = self._make_way(label, record.tails)
+            # Named first: after a crash the copies that were made are known for what they are.
+            self.manifest.set_name(label, job.id, actual)
+            for tail in record.tails:
+                self._copy(self.folder / (source + tail), self.folder / (actual + tail))
+        except OSError as error:
+            if error.errno not in BAD_NAME:
+                raise
+            return False  # `keep` says what is wrong with the name
         return True
 
     def keep(
@@ -111,12 +116,12 @@ class ResultStore:
             sync(made / "text.txt")
             names = ["text.txt"]
         tails = [Path(names[0]).suffix] if len(names) == 1 else [f"/{name}" for name in names]
-        actual, stale = self._place(label, job.id, tails)
+        actual = self._make_way(label, tails)
         base = made.relative_to(self.folder).as_posix()
         moves = [(f"{base}/{name}", actual + tail) for name, tail in zip(names, tails, strict=True)]
         record = JobRecord(job.id, COMMITTING, attempts, seconds, None, shown, tails)
-        self.manifest.begin_commit(record, label, actual, [*moves, *((path, "") for path in stale)])
-        self._move([*moves, *((path, "") for path in stale)])
+        self.manifest.begin_commit(record, label, actual, moves)
+        self._move(moves)
         self.manifest.end_commit(job.id)
         self.discard(staging)
         return [self.folder / target for _, target in moves]
@@ -168,8 +173,9 @@ class ResultStore:
     def _whole(self, actual: str, record: JobRecord) -> bool:
         return all((self.folder / (actual + tail)).is_file() for tail in record.tails)
 
-    def _place(self, label: str, job_id: str, tails: Sequence[str]) -> tuple[str, list[str]]:
-        """The actual label for files with these tails, and files of an older result of this item, which they replace."""
+    def _make_way(self, label: str, tails: Sequence[str]) -> str:
+        """The actual label for files with these tails. Files of an older result of this item are gone when it returns: one
+        that is found there after a crash is new."""
         _inside(self.folder, label)
         mine: set[str] = set()
         name = self.manifest.name(label)
@@ -177,16 +183,21 @@ class ResultStore:
             old = self.manifest.job(name[0])
             mine = {name[1] + tail for tail in (old.tails if old is not None else tails)}
         for actual in _numbered(label if name is None else name[1]):
-            wanted = {actual + tail for tail in tails}
             others = self.manifest.taken(actual) and (name is None or name[1] != actual)
+            wanted = {actual + tail for tail in tails}
             if not others and not any((self.folder / path).exists() for path in wanted - mine):
-                return actual, sorted(path for path in mine - wanted)
-        raise AssertionError("numbers do not end")
+                break
+        stale = [path for path in (self.folder / path for path in mine) if path.is_file()]
+        for path in stale:
+            path.unlink()
+        for folder in {path.parent for path in stale}:
+            sync_folder(folder)
+        return actual
 
     def _recover(self) -> None:
         """Complete the moves that the last run wrote down and could not confirm."""
         for job_id, moves in self.manifest.committing():
-            whole = all((self.folder / s).exists() or not t or (self.folder / t).exists() for s, t in moves)
+            whole = all((self.folder / s).exists() or (self.folder / t).exists() for s, t in moves)
             try:
                 if whole:
                     self._move(moves)
@@ -209,9 +220,7 @@ class ResultStore:
     def _move(self, moves: Sequence[tuple[str, str]]) -> None:
         folders = set()
         for source, target in moves:
-            if not target:
-                (self.folder / source).unlink(missing_ok=True)
-            elif (self.folder / source).exists():
+            if (self.folder / source).exists():
                 path = self.folder / target
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _replace(self.folder / source, path)
@@ -228,10 +237,6 @@ class ResultStore:
         sync(unfinished)
         _replace(unfinished, target)
         sync_folder(target.parent)
-
-    def _remove(self, paths: Sequence[str]) -> None:
-        for path in paths:
-            (self.folder / path).unlink(missing_ok=True)
 
 
 def _line(item: ItemRecord) -> dict[str, Any]:

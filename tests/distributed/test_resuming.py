@@ -46,14 +46,16 @@ def test_a_file_system_that_cannot_make_folders_durable(pictures, request_for, m
             run_map(request_for(pictures))
 
 
-def test_a_copy_is_on_disk_before_it_is_recorded(pictures, request_for, monkeypatch):
+def test_a_copy_is_on_disk_before_it_has_its_name(pictures, request_for, monkeypatch):
+    """Or a power cut would leave an empty file that counts as done."""
     (pictures / "twin.png").write_bytes((pictures / "p0.png").read_bytes())
     steps: list[str] = []
-    sync, set_name = results.sync, Manifest.set_name
+    sync, move = results.sync, results._replace
     monkeypatch.setattr(results, "sync", lambda path: (steps.append(path.name), sync(path)))
-    monkeypatch.setattr(Manifest, "set_name", lambda self, *name: (steps.append(name[0]), set_name(self, *name)))
+    monkeypatch.setattr(results, "_replace", lambda old, new: (steps.append(f"{old.name} {new.name}"), move(old, new)))
     assert run_map(request_for(pictures)).status.skipped == 1
-    assert steps == ["copy.part", "twin"]
+    at = steps.index("copy.part twin.png")
+    assert steps[at - 1] == "copy.part"
     assert not (request_for(pictures).output_folder / ".hotpath-map" / "copy.part").exists()
 
 
@@ -279,12 +281,12 @@ def test_what_was_half_kept_is_not_left_behind(tmp_path, monkeypatch):
                 (output / name).write_text(f"{name} {attempt}")
             if attempt == 1:
                 (folder / "a" / "2.png").mkdir(parents=True)
-                real = ResultStore._place
-                monkeypatch.setattr(ResultStore, "_place", lambda *_: ("a", []))
+                real = ResultStore._make_way
+                monkeypatch.setattr(ResultStore, "_make_way", lambda *_: "a")
                 with pytest.raises(results.CannotKeep, match="The result a cannot be put into"):
                     store.keep(job, store.staging(job, 1), [], 1.0, 1)
                 store.fail(job, "no", 1)
-                monkeypatch.setattr(ResultStore, "_place", real)
+                monkeypatch.setattr(ResultStore, "_make_way", real)
                 (folder / "a" / "2.png").rmdir()
             else:
                 store.keep(job, store.staging(job, 2), [], 1.0, 2)
@@ -441,6 +443,44 @@ def test_a_crash_while_a_result_becomes_final(tmp_path, moment, monkeypatch):
         assert store.done(job)
         assert made(folder) == {"a/one.png": b"one.png", "a/two.png": b"two.png"}
         assert not manifest.committing()
+
+
+@pytest.mark.parametrize("moment", ["between two copies", "after the old result is gone"])
+def test_a_crash_while_a_result_is_copied_to_another_name(tmp_path, moment, monkeypatch):
+    """Afterwards there is one copy, whole, under the item's own name, and nothing of what went by that name before."""
+    folder = tmp_path / "out"
+    job, other = Job("j1", Item("a", "c"), {}), Job("j0", Item("b", "d"), {})
+
+    def staged(store: ResultStore, job: Job) -> Path:
+        output = store.staging(job, 1) / "output"
+        output.mkdir(parents=True)
+        for name in ("one.png", "two.png"):
+            (output / name).write_text(f"{name} {job.id}")
+        return store.staging(job, 1)
+
+    class PowerCutError(BaseException):
+        pass
+
+    twin = Job("j1", Item("b", "c"), {})
+    with pytest.raises(PowerCutError), Manifest.open(ResultStore.manifest_path(folder), "w") as manifest:
+        store = ResultStore(folder, manifest)
+        for each in (job, other):
+            store.keep(each, staged(store, each), [], 1.0, 1)
+        copy, copied = store._copy, []
+
+        def cut(source, target):
+            if copied or moment == "after the old result is gone":
+                raise PowerCutError
+            copied.append(target)
+            copy(source, target)
+
+        monkeypatch.setattr(store, "_copy", cut)
+        store.done(twin)
+    with Manifest.open(ResultStore.manifest_path(folder), "w") as manifest:
+        assert ResultStore(folder, manifest).done(twin)
+        assert made(folder) == {
+            f"{label}/{name}.png": f"{name}.png j1".encode() for label in "ab" for name in ("one", "two")
+        }
 
 
 def test_a_result_that_was_lost_with_its_staging_is_done_again(tmp_path):
