@@ -7,6 +7,7 @@ whichever worker draws it.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -121,9 +122,9 @@ def check(request: Request, model: ZImage) -> None:
     ):
         if asked not in known:
             raise ValueError(f"{asked!r} is no {what}: choose one of {', '.join(known)}.")
-    if request.guidance.scale < 0:
+    if not 0.0 <= request.guidance.scale < math.inf:
         raise ValueError(
-            f"Guidance {request.guidance.scale} is below 0: 0 is none, and more follows the prompt closer."
+            f"Guidance {request.guidance.scale} is no number from 0 up: 0 is none, and more follows the prompt closer."
         )
     if not 0.0 < request.strength <= 1.0:
         raise ValueError(f"A strength of {request.strength} draws nothing: choose over 0 to 1.")
@@ -341,11 +342,12 @@ class Run:
     def _report(self, positive: Prompt, negative: Prompt | None, encoded: int, steps: int) -> str:
         request, model = self.request, self.model
         count = f"{request.pictures} picture{'s' if request.pictures > 1 else ''}"
-        last = (request.seed + request.pictures - 1) & denoising.MAX_SEED
-        seeds = f"seed {request.seed}" if request.pictures == 1 else f"seeds {request.seed} to {last}"
+        drawn = denoising.seeds(request.seed, request.pictures)
+        seeds = f"seed {drawn[0]}" if len(drawn) == 1 else f"seeds {drawn[0]} to {drawn[-1]}"
+        passes = f"{steps} step{'s' if steps > 1 else ''}"
         where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
         lines = [
-            f"{model.checkpoint.name}: {count} of {request.width} x {request.height}, {steps} steps, {seeds}, {where}"
+            f"{model.checkpoint.name}: {count} of {request.width} x {request.height}, {passes}, {seeds}, {where}",
         ]
         asked = [prompt for prompt in (positive, negative) if prompt is not None]
         read = "the text encoder was not needed" if not encoded else f"the text encoder read {encoded}"

@@ -45,6 +45,7 @@ def test_the_last_seed_goes_on_at_the_first(load, draw):
     assert denoising.seeds((1 << 64) - 1, 2) == [(1 << 64) - 1, 0]
     wrapped = draw(load(), seed=(1 << 64) - 1, pictures=2)
     assert torch.equal(wrapped.pictures[1:], draw(load(), seed=0).pictures)
+    assert f"seed {(1 << 64) - 1}," in draw(load(), seed=-1).report
 
 
 def test_nothing_global_is_used_or_changed(load, draw):
@@ -294,7 +295,9 @@ def test_an_interrupt_ends_it_within_a_step(load, draw, headless_host, monkeypat
         ({"steps": 0}, "1 or more"),
         ({"prompt": "a \ud83d fox"}, "The prompt holds half a letter"),
         ({"negative": "\udc00"}, "The negative prompt holds half a letter"),
-        ({"guidance": Guidance(-1.0)}, "below 0"),
+        ({"guidance": Guidance(-1.0)}, "Guidance -1.0 is no number from 0 up"),
+        ({"guidance": Guidance(float("nan"))}, "Guidance nan is no number from 0 up"),
+        ({"guidance": Guidance(float("inf"))}, "Guidance inf is no number from 0 up"),
         ({"mask": torch.ones(1, 8, 8)}, "A mask needs an image"),
         ({"image": torch.ones(2, 48, 64, 3)}, "2 images for 1 pictures"),
         ({"image": torch.ones(1, 48, 64, 3), "mask": torch.ones(2, 48, 64)}, "2 masks for 1 pictures"),
