@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -88,7 +89,7 @@ def decode(
     with model.vae.resident(activation_bytes(model, width, height)) as vae:
         chosen = plan(model, tiling, width, height, int(vae.tile_sample_min_size))
         for one in latents.split(1):
-            decoded, chosen = _in_room(lambda tiled, one=one: decode_one(model, vae, one, tiled), chosen, tiling)
+            decoded, chosen = _in_room(partial(decode_one, model, vae, one), chosen, tiling)
             pictures.append((decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu())
             on_picture()
     return torch.cat(pictures), chosen.note
@@ -140,12 +141,15 @@ def encode(
             if number < len(pictures):
                 host.current().check_interrupt()
                 pixels = pictures[number : number + 1].permute(0, 3, 1, 2).to(model.device, model.dtype) * 2 - 1
-                spread, chosen = _in_room(
-                    lambda tiled, pixels=pixels: _switched(vae, tiled).encode(pixels).latent_dist, chosen, tiling
-                )
+                spread, chosen = _in_room(partial(_spread, vae, pixels), chosen, tiling)
             sample = spread.mode() if private is None else spread.sample(generator=private)
             found.append((sample.float() - model.shift_factor) * model.scaling_factor)
     return torch.cat(found)
+
+
+def _spread(vae: Any, pixels: Tensor, tiled: bool) -> Any:
+    """The distribution of the plain latents of pixels [1, 3, H, W] in -1..1."""
+    return _switched(vae, tiled).encode(pixels).latent_dist
 
 
 def fit_pictures(pictures: Tensor, width: int, height: int) -> Tensor:
