@@ -154,10 +154,10 @@ def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = (
     own_folder: where the token of clusters that are started here lies. gpus: those that such a cluster may use.
     Raises BadMap when Ray is missing, the address is refused, or nobody answers there.
     """
-    if (ray := _standing()) is not None:
+    if (standing := _standing()) is not None:
         # Whoever made it has given the token, and its address may be one that is not reached from here.
         log.info("Ray: the connection that this program has already is used")
-        yield ray
+        yield standing
         return
     if (why := missing()) is not None:
         raise BadMap(why)

@@ -214,9 +214,9 @@ class Scheduler:
             texts = [(bool(final), str(text)) for final, text in result["texts"]]
             try:
                 self.store.keep(task.job, staging, texts, float(result["seconds"]), task.attempt)
-            except CannotKeep as error:
+            except CannotKeep as refused:
                 self.store.discard(staging)
-                self._failed(task, ITEM, str(error), float(result["seconds"]))
+                self._failed(task, ITEM, str(refused), float(result["seconds"]))
                 return
             self.status.done += 1
             self._without_room[slot].clear()
