@@ -203,12 +203,14 @@ def _with_identity_nets(
 ) -> tuple[Conditioning, Conditioning]:
     several = len(people) > 1
     for number, (person, identity, pose) in enumerate(zip(people, prepared, poses, strict=True)):
+        # One sequence: of a batch of them, ComfyUI would give each picture of the latent batch another photo's.
+        cond, uncond = (tokens.float().flatten(0, 1)[None] for tokens in (identity.cond, identity.uncond))
         net = IdentityNet(
             control_net,
             pose.drawing,
             settings.cn_strength,
             (settings.start_at, settings.end_at),
-            (identity.cond.float(), identity.uncond.float()),
+            (cond, uncond),
             settings.seen_by,
             person.region if several else None,
             f"{TOKENS}_{number}",

@@ -29,8 +29,8 @@ Conditioning = list[list[Any]]
 class IdentityNet:
     """One IdentityNet on both conditionings.
 
-    hint: [B, H, W, 3] key point drawings. tokens: (cond, uncond) [N, T, C]. percent_range: start and end of the schedule
-    in 0..1. region: [M, H, W] in 0..1, where its output counts (needs seen_by ONLY_IDENTITY_NET), or None.
+    hint: [B, H, W, 1, 3 or 4] key point drawings; alpha is dropped. tokens: (cond, uncond) [N, T, C]. percent_range: start
+    and end of the schedule in 0..1. region: [M, H, W] in 0..1, where its output counts (needs seen_by ONLY_IDENTITY_NET), or None.
     """
 
     control_net: Any
@@ -44,7 +44,8 @@ class IdentityNet:
 
     def chained_to(self, previous: Any) -> Any:
         """A copy of the ControlNet with this hint, after `previous` (None for the first of the chain)."""
-        net = self.control_net.copy().set_cond_hint(self.hint.movedim(-1, 1), self.strength, self.percent_range)
+        hint = self.hint[..., :3] if self.hint.shape[-1] >= 3 else self.hint[..., :1].expand(*self.hint.shape[:-1], 3)
+        net = self.control_net.copy().set_cond_hint(hint.movedim(-1, 1), self.strength, self.percent_range)
         if self.seen_by == ALL_NETS:
             return net.set_previous_controlnet(previous)
         return face_token_link(net, self.name, self.region).set_previous_controlnet(previous)

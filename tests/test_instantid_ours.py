@@ -202,10 +202,11 @@ def test_tokens_without_a_photo_serve_the_control_net_node(bench: Bench) -> None
     assert not torch.equal(other[1], picture)
 
 
-def test_tokens_of_several_photos_are_for_every_picture_of_a_batch(bench: Bench) -> None:
+def spied(control_net: Any) -> tuple[Any, list[torch.Tensor]]:
+    """A copy of `control_net`, and what its network is given as context for each call, one entry a conditioning."""
     seen: list[torch.Tensor] = []
-    control_net = bench.control_net.copy()
-    inner = control_net.control_model
+    copy = control_net.copy()
+    inner = copy.control_model
 
     class Spy(torch.nn.Module):
         dtype = inner.dtype
@@ -214,9 +215,11 @@ def test_tokens_of_several_photos_are_for_every_picture_of_a_batch(bench: Bench)
             seen.extend(kwargs["context"].split(2))
             return inner(**kwargs)
 
-    control_net.control_model = Spy()
-    photos = torch.cat((photo(1), photo(2)))
-    person = bench.call("HotpathIdentity", insightface=bench.faces, image=photos, name="two photos")[0]
+    copy.control_model = Spy()
+    return copy, seen
+
+
+def tokens_through_another_node(bench: Bench, person: Any, control_net: Any) -> None:
     made, *_ = bench.call(
         "HotpathIdentityTokens", instantid=bench.instantid, identity=person, noise=0.35, combine_embeds="concat"
     )
@@ -225,6 +228,26 @@ def test_tokens_of_several_photos_are_for_every_picture_of_a_batch(bench: Bench)
         positive=bench.positive, negative=bench.negative, strength=1.0, start_at=0.0, end_at=1.0,
     )  # fmt: skip
     sample(bench.model, positive, negative, batch=2)
+
+
+@pytest.mark.parametrize("node", ["HotpathInstantID", "HotpathIdentityTokens"])
+def test_tokens_of_several_photos_are_for_every_picture_of_a_batch(bench: Bench, node: str) -> None:
+    control_net, seen = spied(bench.control_net)
+    photos = torch.cat((photo(1), photo(2)))
+    person = bench.call("HotpathIdentity", insightface=bench.faces, image=photos, name="two photos")[0]
+    if node == "HotpathInstantID":
+        model, positive, negative, *_ = apply(bench, identity=person, control_net=control_net, combine_embeds="concat")
+        sample(model, positive, negative, batch=2)
+    else:
+        tokens_through_another_node(bench, person, control_net)
     assert seen
     for one, other in seen:
         assert one.shape[0] == 32 and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_grey_drawing_and_one_with_alpha_set_the_pose(bench: Bench, channels: int) -> None:
+    drawing = torch.rand(1, 128, 128, 1, generator=torch.Generator().manual_seed(5)).expand(-1, -1, -1, 3)
+    other = drawing[..., :1] if channels == 1 else torch.cat((drawing, torch.rand(1, 128, 128, 1)), -1)
+    pictures = [sample(*bench.apply(image_kps=kps)) for kps in (drawing, other)]
+    assert torch.equal(*pictures)
