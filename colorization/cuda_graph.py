@@ -49,11 +49,12 @@ class CudaRecording:
         with torch.cuda.stream(stream):
             for _ in range(2):
                 function(*self.inputs)
+            self._graph: Any = torch.cuda.CUDAGraph()
+            # Other threads decode, pin memory and copy meanwhile; that is no business of this capture. A capture that fails
+            # leaves its stream current, which the outer `with` puts right.
+            with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
+                self.outputs = function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        self._graph: Any = torch.cuda.CUDAGraph()
-        # Other threads decode, pin memory and copy meanwhile; that is no business of this capture.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self.outputs = function(*self.inputs)
 
     def replay(self) -> None:
         self._graph.replay()

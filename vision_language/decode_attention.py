@@ -97,11 +97,12 @@ def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         run()
+        graph = torch.cuda.CUDAGraph()
+        # A capture that fails leaves its stream current, which the outer `with` puts right.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(CALLS):
+                run()
     torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(CALLS):
-            run()
     event: Any = torch.cuda.Event
     spans = []
     for _ in range(REPLAYS):

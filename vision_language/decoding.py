@@ -236,12 +236,13 @@ class Workspace:
         with torch.cuda.stream(stream):
             for _ in range(GRAPH_WARMUP):
                 self.warm_up()
+            self.slot.zero_()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of the host go on using the device meanwhile. A capture that fails leaves its stream current,
+            # which the outer `with` puts right.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.logits = self._advance()
         torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
-        self.slot.zero_()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of the host go on using the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.logits = self._advance()
         self.graph = graph
 
     def run(self, tokens: Tensor) -> Tensor:
