@@ -30,7 +30,8 @@ class IdentityNet:
     """One IdentityNet on both conditionings.
 
     hint: [B, H, W, 1, 3 or 4] key point drawings; alpha is dropped. tokens: (cond, uncond) [N, T, C]. percent_range: start
-    and end of the schedule in 0..1. region: [M, H, W] in 0..1, where its output counts (needs seen_by ONLY_IDENTITY_NET), or None.
+    and end of the schedule in 0..1. region: [M, H, W] in 0..1, where its output
+    counts (needs seen_by ONLY_IDENTITY_NET), or None.
     """
 
     control_net: Any
