@@ -53,7 +53,7 @@ class HotpathCompile:
                     "BOOLEAN",
                     {
                         "default": True,
-                        "tooltip": "One graph for all sizes and prompt lengths. Off: one per size, each compiled when first met.",
+                        "tooltip": "One graph for all sizes and prompt lengths. Off: one for each of the first eight, compiled when first met; more run as they are.",
                     },
                 ),
             },
