@@ -53,7 +53,8 @@ class HotpathCompile:
                     "BOOLEAN",
                     {
                         "default": True,
-                        "tooltip": "One graph for all sizes and prompt lengths. Off: one for each of the first eight, compiled when first met; more run as they are.",
+                        "tooltip": "One graph for all sizes and prompt lengths. Off: one for each of the first eight, compiled "
+                        "when first met; more run as they are.",
                     },
                 ),
             },
