@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..host.compiling import inductor
+from ..host.compiling import ask_at_each_operation, inductor, stop_asking
 
 log = logging.getLogger("hotpath.colorization")
 
@@ -33,14 +33,21 @@ class MaybeCompiled:
         compiler = backend or inductor()
 
         def counted(graph: Any, inputs: Any, **options: Any) -> Any:
+            stop_asking(graph)
             self._graphs += 1
             return compiler(graph, inputs, **options)
 
+        self._call = function
+        if not wanted:
+            return
+        from torch._dynamo.comptime import comptime
+
         def run(*args: Any) -> Any:
+            comptime(ask_at_each_operation)
             return function(*args)
 
         run.__code__ = run.__code__.replace(co_name=f"hotpath_{name.replace(' ', '_')}")
-        self._call: Callable[..., Any] = torch.compile(run, dynamic=False, backend=counted) if wanted else function
+        self._call = torch.compile(run, dynamic=False, backend=counted)
 
     def __call__(self, *args: Any) -> Any:
         if not self._wanted:

@@ -1,7 +1,7 @@
 """Compilation that hears an interrupt: torch's compiler works in a thread of its own while the caller asks the host.
 
-Tracing stays in the caller's thread and takes a moment. Lowering a graph and compiling its kernels takes seconds, of
-which many are spent waiting for other processes, where no exception arrives.
+Lowering a graph and compiling its kernels takes seconds, of which many are spent waiting for other processes, where no
+exception arrives. Tracing stays in the caller's thread, which asks between two operations.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import current
 from .interruption import interruptibly
 
 Backend = Callable[..., Callable[..., Any]]
@@ -28,6 +29,26 @@ PER_THREAD = (
 
 _one_at_a_time = threading.Lock()  # one that nobody waits for any more ends before the next begins
 _inside = threading.local()
+
+
+def ask_at_each_operation(traced: Any) -> None:
+    """For `torch._dynamo.comptime.comptime` in a function that is traced: ask the host before each operation from there on.
+
+    traced: Dynamo's ComptimeContext. Compiled code holds nothing of this. The backend begins with `stop_asking`.
+    """
+    graph, check = traced.graph(), current().check_interrupt
+    create = graph.create_node
+
+    def asking(*args: Any, **kwargs: Any) -> Any:
+        check()
+        return create(*args, **kwargs)
+
+    graph.create_node = asking
+
+
+def stop_asking(graph: torch.fx.GraphModule) -> None:
+    """The graph is whole: compilers that change it may not be stopped half-way."""
+    graph.graph.__dict__.pop("create_node", None)
 
 
 def interruptible_backend(backend: Backend) -> Backend:

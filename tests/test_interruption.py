@@ -177,6 +177,53 @@ def test_a_stop_leaves_a_compilation(headless_host):
     assert most == [1, 1], "no two at a time"
 
 
+def compiled_block(backend: Any) -> Any:
+    from hotpath.patches.compilation.graphs import CompiledKind
+    from hotpath.patches.compilation.settings import CompileSettings
+
+    kind = CompiledKind("Block", lambda block, x: five_sines(x), CompileSettings(), backend)
+    return lambda x: kind(nn.Identity(), (x,), {})
+
+
+def compiled_colour_network(backend: Any) -> Any:
+    from hotpath.colorization.compilation import MaybeCompiled
+
+    return MaybeCompiled(five_sines, True, "network", backend)
+
+
+def five_sines(x: torch.Tensor) -> torch.Tensor:
+    for _ in range(5):
+        x = torch.sin(x)
+    return x
+
+
+@pytest.mark.parametrize("make", [compiled_block, compiled_colour_network])
+def test_a_stop_is_heard_while_a_graph_is_traced(headless_host, monkeypatch, make):
+    asked: list[int] = []
+    graphs: list[Any] = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise Interrupted
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        assert "create_node" not in vars(graph.graph), "a compiler may change the graph as it likes"
+        return graph.forward
+
+    monkeypatch.setattr(headless_host, "check_interrupt", check)
+    compiled, x = make(backend), torch.rand(4)
+    with pytest.raises(Interrupted):
+        compiled(x)
+    assert len(asked) == 3 and not graphs, "half-way through the five operations"
+    assert torch.equal(compiled(x), five_sines(x))
+    assert len(graphs) == 1 and sum(node.target is torch.sin for node in graphs[0].graph.nodes) == 5
+    count = len(asked)
+    assert torch.equal(compiled(x), five_sines(x)) and len(graphs) == 1
+    assert len(asked) == count, "compiled code asks nobody"
+
+
 def test_a_compiler_finds_the_settings_of_its_caller(headless_host):
     from torch._guards import TracingContext
 

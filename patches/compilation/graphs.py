@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...host.compiling import inductor
+from ...host.compiling import ask_at_each_operation, inductor, stop_asking
 from .blocks import tensors_in
 from .options import NotTraceable
 from .settings import CompileSettings
@@ -95,7 +95,10 @@ class CompiledKind:
         self._marked: set[Any] = set()
         self._beyond: set[Any] = set()  # calls that met torch's limit; asked again, torch would warn at each
 
+        from torch._dynamo.comptime import comptime
+
         def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            comptime(ask_at_each_operation)
             return forward(block, *args, **kwargs)
 
         # A code object of its own, see above. The name shows in torch's logs.
@@ -109,6 +112,7 @@ class CompiledKind:
         )
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        stop_asking(graph)
         start = time.perf_counter()
         made = self._backend(graph, inputs)
         with self._lock:
