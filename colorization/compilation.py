@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..host.compiling import ask_at_each_operation, inductor, stop_asking
+from ..host.compiling import ask_at_each_operation, inductor, stop_asking, until_nothing_compiles
 
 log = logging.getLogger("hotpath.colorization")
 
@@ -52,6 +52,7 @@ class MaybeCompiled:
     def __call__(self, *args: Any) -> Any:
         if not self._wanted:
             return self._plain(*args)
+        until_nothing_compiles()
         before, sizes = self._graphs, tuple(tensor.shape for tensor in args if isinstance(tensor, torch.Tensor))
         try:
             result = self._call(*args)

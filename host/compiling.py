@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from . import current
-from .interruption import interruptibly
+from .interruption import POLL, interruptibly
 
 Backend = Callable[..., Callable[..., Any]]
 
@@ -28,7 +29,11 @@ PER_THREAD = (
 )
 
 _one_at_a_time = threading.Lock()  # one that nobody waits for any more ends before the next begins
-_inside = threading.local()
+_inside = threading.local()  # in a thread that compiles: `left`, an event that says that nobody waits for it
+
+
+class Left(Exception):
+    """Ends a compilation that nobody waits for."""
 
 
 def ask_at_each_operation(traced: Any) -> None:
@@ -54,25 +59,55 @@ def stop_asking(graph: torch.fx.GraphModule) -> None:
 def interruptible_backend(backend: Backend) -> Backend:
     """`backend` (a function of Dynamo's graph and its inputs), left by its caller as soon as the host is interrupted.
 
-    The compilation that was left goes on to its end unseen and fills the compiler's caches on disk. The next one waits
-    for it, and can be interrupted as well. Where gradients are wanted, the caller compiles, and hears nothing meanwhile.
+    The compilation that was left goes on unseen: to the end of its tracing, or where kernels are made already to its end,
+    which fills the compiler's caches on disk. The next one waits for it, and can be interrupted as well; so should whoever
+    runs what was compiled before, see `until_nothing_compiles`. Where gradients are wanted, the caller compiles, and hears
+    nothing meanwhile.
     """
 
     def compiled(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
         # A backend that compiles a part by itself, or one that may compile the way back as well, for which torch takes a
         # lock that this thread holds.
-        if getattr(_inside, "compiling", False) or _wants_gradients(graph, inputs):
+        if _compiles() or _wants_gradients(graph, inputs):
             return backend(graph, inputs, **options)
-        settings = _settings_of_this_thread()
+        settings, left = _settings_of_this_thread(), threading.Event()
 
         def work() -> Callable[..., Any]:
             with _one_at_a_time, settings():
-                _inside.compiling = True
+                _inside.left = left
+                _end_if_left()
                 return backend(graph, inputs, **options)
 
-        return interruptibly(work)
+        try:
+            return interruptibly(work)
+        except BaseException:
+            left.set()
+            raise
 
     return compiled
+
+
+def _compiles() -> bool:
+    return hasattr(_inside, "left")
+
+
+def _end_if_left() -> None:
+    if _compiles() and _inside.left.is_set():
+        raise Left
+
+
+def until_nothing_compiles() -> None:
+    """Wait for a compilation that was left, if there is one; the host is asked meanwhile.
+
+    To be called before a compiled function: while one thread of the process traces a graph, torch takes a compiled function
+    that another thread calls for a part of that graph, and refuses it.
+    """
+    if not _one_at_a_time.locked() or _compiles():
+        return
+    check = current().check_interrupt
+    while _one_at_a_time.locked():
+        check()
+        time.sleep(POLL)
 
 
 def inductor(options: dict[str, Any] | None = None) -> Backend:
@@ -89,9 +124,13 @@ def _inductor(options: tuple[tuple[str, Any], ...]) -> Backend:
     patches = dict(options)
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-        made: Callable[..., Any] = compile_fx(graph, inputs, config_patches=patches)  # type: ignore[assignment]
+        def lower(*args: Any, **kwargs: Any) -> Any:
+            _end_if_left()
+            return compile_fx_inner(*args, **kwargs)
+
+        made: Callable[..., Any] = compile_fx(graph, inputs, lower, patches)  # type: ignore[assignment]
         return made
 
     return interruptible_backend(backend)

@@ -224,6 +224,49 @@ def test_a_stop_is_heard_while_a_graph_is_traced(headless_host, monkeypatch, mak
     assert len(asked) == count, "compiled code asks nobody"
 
 
+@pytest.mark.parametrize("make", [compiled_block, compiled_colour_network])
+def test_what_is_compiled_waits_for_a_compilation_that_was_left(headless_host, make):
+    """torch knows for the whole process that a graph is traced, and takes what is called meanwhile for a part of it."""
+    begun, release = threading.Event(), threading.Event()
+
+    def traces(graph: Any, _: Any) -> Any:
+        torch.fx._symbolic_trace._is_fx_tracing_flag = True
+        begun.set()
+        release.wait(10 * SOON)
+        torch.fx._symbolic_trace._is_fx_tracing_flag = False
+        return graph.forward
+
+    ready, x = make(lambda graph, _: graph.forward), torch.rand(4)
+    ready(x)
+    threading.Thread(target=lambda: (begun.wait(), headless_host.stop())).start()
+    with pytest.raises(Interrupted):
+        torch.compile(lambda x: x + 1, backend=compiling.interruptible_backend(traces))(x)
+    threading.Timer(0.3, release.set).start()
+    assert torch.equal(ready(x), five_sines(x))
+    assert release.is_set()
+
+
+def test_a_compilation_that_was_left_ends_before_its_kernels_are_made(headless_host, monkeypatch):
+    begun, release = threading.Event(), threading.Event()
+    lowered: list[int] = []
+
+    def compile_fx(graph: Any, inputs: Any, lower: Any, _: Any) -> Any:
+        begun.set()
+        release.wait(10 * SOON)
+        return lower(graph, inputs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", lambda graph, _: (lowered.append(1), graph)[1])
+    compiled = torch.compile(lambda x: x + 1, backend=compiling.inductor({"max_autotune": False}))
+    threading.Thread(target=lambda: (begun.wait(), headless_host.stop())).start()
+    with pytest.raises(Interrupted):
+        compiled(torch.zeros(1))
+    release.set()
+    compiling.until_nothing_compiles()
+    assert lowered == []
+    assert torch.equal(compiled(torch.zeros(1)), torch.ones(1)) and lowered == [1]
+
+
 def test_a_compiler_finds_the_settings_of_its_caller(headless_host):
     from torch._guards import TracingContext
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
+from ..host.compiling import until_nothing_compiles
 from . import compilation, decoding, denoising
 from .adapters import Adapter
 from .compilation import CompilationPlan
@@ -324,6 +325,8 @@ class Run:
                 )
             return list(network(x, t, states, return_dict=False, controlnet_block_samples=added)[0])
 
+        if self.model.compilation.mode != "none":
+            until_nothing_compiles()
         try:
             return forward()
         except Exception as error:

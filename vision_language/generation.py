@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..host.compiling import inductor
+from ..host.compiling import inductor, until_nothing_compiles
 from . import decode_attention, decoding
 from .encoder_outputs import given
 from .loaded_model import LoadedModel
@@ -181,6 +181,8 @@ def runner(model: LoadedModel, path: DecodePath, prefilled: Prefilled, new_token
     rows, filled = prefilled.mask.shape
     failed: dict[str, str] = model.device_state.setdefault("failed paths", {})
     why: list[str] = []
+    if path.name == "compiled":
+        until_nothing_compiles()
     while path.name != "plain":
         if path.name not in failed:
             try:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...host.compiling import ask_at_each_operation, inductor, stop_asking
+from ...host.compiling import ask_at_each_operation, inductor, stop_asking, until_nothing_compiles
 from .blocks import tensors_in
 from .options import NotTraceable
 from .settings import CompileSettings
@@ -127,6 +127,7 @@ class CompiledKind:
             raise NotTraceable(self._full)
         if self._dynamic:
             self._mark_sizes((args, kwargs))
+        until_nothing_compiles()
         try:
             return self._run(block, *args, **kwargs)
         except limit_errors() as error:
