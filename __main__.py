@@ -16,9 +16,10 @@ if not __package__:  # run as `python <checkout>`: the folder itself is sys.path
     module = importlib.util.module_from_spec(spec)
     sys.modules["hotpath"] = module
     spec.loader.exec_module(module)
-    __package__ = "hotpath"
-
-from .cli import main
+    # Not a relative import: Python warns of one where __package__ is set by hand.
+    main = importlib.import_module("hotpath.cli").main
+else:
+    from .cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -60,7 +60,7 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--input-folder", type=Path, metavar="DIR", help="pictures and videos to load")
     run.add_argument("--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output")
     _add_models_folder(run)
-    run.add_argument("--device", help="such as cpu or cuda:1; only for a run in this process")
+    run.add_argument("--device", type=_device, help="such as cpu or cuda:1; only for a run in this process")
     run.add_argument("-q", "--quiet", action="store_true", help="say only what came out")
 
 
@@ -104,18 +104,29 @@ def _add_colorize(commands: Commands) -> None:
     colorize.add_argument(
         "--reference-frames", default="", metavar="N,...", help="the film's frame each reference is, - for an example"
     )
-    colorize.add_argument("--colour-size", type=int, default=432, help="short side of the colours; 0: the film's own")
+    colorize.add_argument(
+        "--colour-size", type=int, default=432, help="short side of the colours (default 432); 0: the film's own"
+    )
     colorize.add_argument("--memory", choices=("balanced", "low-memory", "high-quality"), default="balanced")
     colorize.add_argument("--strength", type=float, default=1.0, help="factor on the chroma")
     colorize.add_argument("--edge-filter", choices=("none", "guided", "fast-global-smoother"), default="guided")
     colorize.add_argument("--smoothing", type=float, default=0.0, help="0 to under 1: steadier colours")
     colorize.add_argument("--shots", choices=("off", "reset", "reference-per-shot"), default="off")
-    colorize.add_argument("--quality", type=int, default=16, help="x264's rate factor, lower is better")
+    colorize.add_argument("--quality", type=int, default=16, help="x264's rate factor (default 16), lower is better")
     colorize.add_argument("--precision", choices=("automatic", "float32", "float16", "bfloat16"), default="automatic")
-    colorize.add_argument("--attention", default="auto", help="backend of DINOv2's attention; sage is faster and lossy")
-    colorize.add_argument("--local-attention", default="automatic", help="or banded, spatial-correlation-sampler")
+    colorize.add_argument(
+        "--attention",
+        default="auto",
+        help="backend of DINOv2's attention: auto, or one of `hotpath doctor`; sage is lossy",
+    )
+    colorize.add_argument(
+        "--local-attention",
+        choices=("automatic", "banded", "spatial-correlation-sampler"),
+        default="automatic",
+        help="what computes the 15x15 window",
+    )
     colorize.add_argument("--restart", action="store_true", help="forget what an unfinished run left")
-    colorize.add_argument("--device", help="such as cpu or cuda:1")
+    colorize.add_argument("--device", type=_device, help="such as cpu or cuda:1")
     colorize.add_argument("-q", "--quiet", action="store_true", help="say only where the film is")
     _add_models_folder(colorize)
 
@@ -150,7 +161,7 @@ def _add_selftest(commands: Commands) -> None:
     )
     selftest.add_argument("names", nargs="*", metavar="NAME", help="only checks with NAME in their name")
     selftest.add_argument("--json", action="store_true", help="print as JSON")
-    selftest.add_argument("--device", help="such as cpu or cuda:1")
+    selftest.add_argument("--device", type=_device, help="such as cpu or cuda:1")
     _add_models_folder(selftest)
 
 
@@ -162,8 +173,16 @@ def _add_caption(commands: Commands) -> None:
         "caption is skipped, so the same command goes on where it was stopped.",
     )
     caption.add_argument("folder", type=Path, help="the folder of pictures")
-    caption.add_argument("--model", default="Qwen3-VL-4B-Instruct", help="a folder under models/LLM, or a repository")
-    caption.add_argument("--prompt", default="🖼️ Detailed Description", help="what to ask, or the name of a preset")
+    caption.add_argument(
+        "--model",
+        default="Qwen3-VL-4B-Instruct",
+        help="a folder under models/LLM, or a repository (default: %(default)s)",
+    )
+    caption.add_argument(
+        "--prompt",
+        default="🖼️ Detailed Description",
+        help="what to ask, or the name of a preset (default: that for a detailed description)",
+    )
     caption.add_argument("--system", default="", help="how the model should behave")
     caption.add_argument("--format", choices=("txt", "jsonl", "both"), default="txt", help="what is written")
     caption.add_argument("--captions-to", type=Path, metavar="DIR", help="where to (default: beside the pictures)")
@@ -180,7 +199,7 @@ def _add_caption(commands: Commands) -> None:
     caption.add_argument("--seed", type=int, default=0)
     caption.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     caption.add_argument("--quantization", default="none", help="none, int8, int4 or float8")
-    caption.add_argument("--device", help="such as cpu or cuda:1")
+    caption.add_argument("--device", type=_device, help="such as cpu or cuda:1")
     _add_models_folder(caption)
 
 
@@ -217,7 +236,7 @@ def _add_generate(commands: Commands) -> None:
     generate.add_argument("--precision", choices=("none", "float8", "int8"), default="none")
     generate.add_argument("--tiling", choices=("auto", "never", "always"), default="auto", help="of the VAE")
     generate.add_argument("--overwrite", action="store_true", help="draw again what is there")
-    generate.add_argument("--device", help="such as cpu or cuda:1")
+    generate.add_argument("--device", type=_device, help="such as cpu or cuda:1")
     generate.add_argument("-q", "--quiet", action="store_true", help="say only where the pictures are")
     _add_models_folder(generate)
 
@@ -266,7 +285,7 @@ def _add_compare(commands: Commands) -> None:
     compare.add_argument(
         "-o", "--output-folder", type=Path, metavar="DIR", default=Path("comparison"), help="default: ./comparison"
     )
-    compare.add_argument("--device", help="such as cpu or cuda:1")
+    compare.add_argument("--device", type=_device, help="such as cpu or cuda:1")
     compare.add_argument("-q", "--quiet", action="store_true", help="say only what came out")
     _add_models_folder(compare)
 
@@ -325,6 +344,21 @@ def _add_map(commands: Commands) -> None:
     )
     mapped.add_argument("-q", "--quiet", action="store_true", help="no progress line")
     _add_models_folder(mapped)
+
+
+def _device(text: str) -> str:
+    """The name of a device that torch finds here."""
+    import torch
+
+    try:
+        wanted = torch.device(text)
+        torch.empty(1, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
+        why = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no device torch can use here ({why}): leave it out, or try cpu"
+        ) from None
+    return text
 
 
 def _add_models_folder(command: argparse.ArgumentParser) -> None:

@@ -82,7 +82,7 @@ def colorize_file(job: FileJob, references: Sequence[Reference], status: Callabl
     report.fact("file", f"{job.source.name} to {job.output.name}, {job.codec} crf {job.quality}")
     before = manifest.frames
     if before:
-        report.fact("continued", f"after {before} frames in {len(manifest.parts)} parts that were finished before")
+        report.fact("continued", f"after {before} frames that were finished before")
     with loaded.resident(room_for(loaded, job.options, facts.height, facts.width)) as network:
         film = FilmSession(network, loaded, job.options, references, facts.height, facts.width)
         if manifest.parts:
@@ -111,7 +111,7 @@ def colorize_file_by_path(
     **settings: Any,
 ) -> str:
     """The same from paths alone, for the command line. settings: further fields of FileJob."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     from .pictures import from_pil
 
@@ -119,8 +119,13 @@ def colorize_file_by_path(
     for path in references:
         if not path.is_file():
             raise FileNotFoundError(f"There is no reference picture {path}.")
-        with Image.open(path) as image:
-            pictures.append(from_pil(image))
+        try:
+            with Image.open(path) as image:
+                pictures.append(from_pil(image))
+        except UnidentifiedImageError:
+            raise ValueError(
+                f"{path} is no picture that can be read: a reference is a PNG, a JPEG or the like."
+            ) from None
     job = FileJob(source, output, options, **settings)
     return colorize_file(job, read_references(pictures, reference_frames), status)
 

@@ -41,10 +41,6 @@ def _onnxruntime(module: Any) -> str:
     return "providers of this build: " + ", ".join(module.get_available_providers())
 
 
-def _cv2(module: Any) -> str:
-    return "with ximgproc" if hasattr(module, "ximgproc") else ""
-
-
 def _ray(module: Any) -> str:
     return (
         "no token authentication, so it is not used; pip install 'ray>=2.52'"
@@ -73,18 +69,20 @@ LIBRARIES = (
     _Library("torchao", "weights in fewer bits", "pip install torchao"),
     _Library("bitsandbytes", "optional 4-bit weights of Qwen-VL", "pip install bitsandbytes"),
     _Library("ray", "many GPUs and machines", "pip install 'ray>=2.52'", look=_ray),
+    _Library("scenedetect", "shots of a film", "pip install scenedetect opencv-python-headless"),
     _Library(
         "cv2",
-        "optional edge filter of Deep Exemplar",
-        "pip install opencv-contrib-python-headless",
+        "read by scenedetect",
+        "pip install opencv-python-headless",
         (
             "opencv-python",
             "opencv-python-headless",
             "opencv-contrib-python",
             "opencv-contrib-python-headless",
         ),
-        _cv2,
     ),
+    _Library("matplotlib", "charts of reports", "pip install matplotlib"),
+    _Library("lpips", "optional measure of Compare Pictures", "pip install lpips"),
     _Library("av", "video files", "pip install av"),
     _Library("spatial_correlation_sampler", "optional ColorMNet backend", "pip install spatial-correlation-sampler"),
 )

@@ -10,7 +10,7 @@ from ..host import Interrupted
 from ..vision_language import presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.budgets import preset
-from ..vision_language.captioning import CaptionJob, FolderCaptioner
+from ..vision_language.captioning import CaptionJob, FolderCaptioner, pictures_in
 from ..vision_language.folders import UnusableModel
 from ..vision_language.loaded_model import LoadOptions
 from ..vision_language.loading import MODELS
@@ -53,6 +53,7 @@ def _caption(options: argparse.Namespace) -> int:
         options.captions_to,
         options.pattern,
     )
+    pictures_in(job.folder, job.recursive, job.pattern)  # a folder that is not there is told before a model is fetched
     answering = AnswerOptions(options.max_new_tokens, preset(options.token_budget), cache_images=False)
     sampling = Sampling(options.temperature > 0, options.temperature, seed=options.seed)
     load = LoadOptions(dtype=options.dtype, quantization=options.quantization)

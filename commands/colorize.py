@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
                 precision=options.precision,
                 resume=not options.restart,
             )
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, ImportError) as error:  # the last: a library that an option needs
         complain(str(error))
         return REFUSED
     except KeyboardInterrupt:

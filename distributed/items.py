@@ -147,7 +147,7 @@ class ListItems:
     def __init__(self, text: str | None = None, file: Path | None = None) -> None:
         self.text, self.file = text, file
         if file is not None and not file.is_file():
-            raise BadItems(f"There is no list {file}.")
+            raise BadItems(f"There is no list {file}, nor a folder of that name.")
 
     def _lines(self) -> Iterator[str]:
         if self.file is None:

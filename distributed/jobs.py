@@ -11,12 +11,16 @@ from typing import Any
 from ..cache import content_key, file_fingerprint
 from ..headless.catalog import HIDDEN, declared_inputs
 from ..headless.graph import Graph, Link, LooseList, WorkflowError
-from ..headless.validation import InvalidWorkflow, validate
+from ..headless.validation import InvalidWorkflow, NeedsComfyUI, validate
 from ..host.saved_layouts import migrate_prompt
 from .items import Item
 from .seeds import item_seed, seed_inputs
 
 NESTED = "HotpathMap"
+WITHOUT_COMFYUI = (
+    "Only nodes that need no ComfyUI can be run once per item: take those out, or queue the workflow once for each item "
+    "with `hotpath run --server URL --set NODE.INPUT=VALUE`."
+)
 # Where the item goes when nobody says: inputs that take an uploaded file, by the kind of item.
 UPLOADS = {"picture": ("image_upload",), "video": ("video_upload",)}
 TEXTS = ("prompt", "text", "custom_prompt")
@@ -130,6 +134,8 @@ class MapPlan:
             return
         try:
             validate(graph, self.catalog)
+        except NeedsComfyUI as needs:
+            raise NeedsComfyUI(needs.missing, WITHOUT_COMFYUI) from None
         except InvalidWorkflow as wrong:
             touched = {self.target.node} if self.target is not None and item.value is not None else set()
             touched |= {self._named(name).node for name in item.inputs}

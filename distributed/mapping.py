@@ -153,7 +153,7 @@ def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callab
     films = film_node(request.graph, catalog, target) if request.shots and target is not None else None
     first = next(iter(request.source), None)
     if first is None:
-        raise BadMap("There is nothing to map over: the folder or list holds no item.")
+        raise BadMap(f"There is nothing to map over: {_nothing_in(request.source)}.")
     plan.check(first)
     output, source = request.output_folder.resolve(), request.source
     if isinstance(source, FolderItems) and source.folder == output:
@@ -190,6 +190,14 @@ def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callab
         failed = (item for item in manifest.items() if item.job is not None and item.job.error)
         outcome.failures = [f"{f.shown}: {f.job.error}" for f in itertools.islice(failed, SHOWN_FAILURES) if f.job]
     return outcome
+
+
+def _nothing_in(source: ItemSource) -> str:
+    """What was looked at in vain, and what it should hold."""
+    if not isinstance(source, FolderItems):
+        return "the list holds no item; empty lines and those that begin with # are none"
+    deeper = "" if source.recursive else "; folders in it are not looked at"
+    return f"{source.folder} holds no {source.kind} ({', '.join(source.suffixes)}){deeper}"
 
 
 def _target(request: MapRequest, catalog: Mapping[str, type[Any]]) -> Target | None:

@@ -22,10 +22,8 @@ def require_faces(faces: Sequence[Faces]) -> None:
     """Raises FaceError naming the pictures without a face."""
     missing = [str(i) for i, found in enumerate(faces) if not len(found)]
     if missing:
-        raise FaceError(
-            f"No face in picture {', '.join(missing)} of {len(faces)}: lower the threshold, use a clearer picture, or "
-            "choose 'skip'."
-        )
+        where = f"picture {', '.join(missing)} of {len(faces)}, counted from 0" if len(faces) > 1 else "the picture"
+        raise FaceError(f"No face was found in {where}: lower the threshold, use a clearer picture, or choose 'skip'.")
 
 
 def describe(faces: Sequence[Faces]) -> str:

@@ -20,7 +20,8 @@ def is_comfyui(folder: Path) -> bool:
 
 
 def find_comfyui(explicit: Path | None = None) -> Path | None:
-    """`explicit`, else COMFYUI_PATH, else the folders above this checkout, else ~/ComfyUI; None when there is none.
+    """`explicit`, else COMFYUI_PATH, else the folders above this checkout, else the current folder and those above it,
+    else ~/ComfyUI; None when there is none.
 
     COMFYUI_PATH=none means that none is to be used.
     Raises FileNotFoundError when a folder was named, here or in COMFYUI_PATH, and is not a ComfyUI.
@@ -36,7 +37,7 @@ def find_comfyui(explicit: Path | None = None) -> Path | None:
         return folder
     # Also as it was called: custom_nodes/<pack> is often a symbolic link.
     called = Path(__file__).absolute().parent.parent
-    places = [*PACK.parents, *called.parents, *Path.cwd().parents, Path.home() / "ComfyUI"]
+    places = [*PACK.parents, *called.parents, Path.cwd(), *Path.cwd().parents, Path.home() / "ComfyUI"]
     return next((place for place in places if is_comfyui(place)), None)
 
 

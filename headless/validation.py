@@ -41,18 +41,20 @@ class InvalidWorkflow(WorkflowError):
         super().__init__(f"the workflow cannot run:\n{lines}")
 
 
-class NeedsComfyUI(WorkflowError):
-    """The graph uses nodes which do not exist without ComfyUI; `missing` lists them."""
+QUEUE_IT = (
+    "Queue it on a ComfyUI that runs with `--server http://127.0.0.1:8188`, or name a ComfyUI folder in COMFYUI_PATH or "
+    "with `--comfyui FOLDER` and it is started for you."
+)
 
-    def __init__(self, missing: list[Node]) -> None:
+
+class NeedsComfyUI(WorkflowError):
+    """The graph uses nodes which do not exist without ComfyUI; `missing` lists them, `cure` is what to do then."""
+
+    def __init__(self, missing: list[Node], cure: str = QUEUE_IT) -> None:
         self.missing = missing
         named = ", ".join(f"{node.class_type} (#{node.id})" for node in missing)
         count = "one node that is" if len(missing) == 1 else f"{len(missing)} nodes that are"
-        text = (
-            f"the workflow uses {count} not there without ComfyUI: {named}. Queue it on a ComfyUI that runs with "
-            "`--server http://127.0.0.1:8188`, or name a ComfyUI folder in COMFYUI_PATH or with `--comfyui FOLDER` and "
-            "it is started for you."
-        )
+        text = f"the workflow uses {count} not there without ComfyUI: {named}. {cure}"
         if nodes.FAILED_FAMILIES:
             failed = "; ".join(f"{family}: {reason}" for family, reason in nodes.FAILED_FAMILIES.items())
             text += f" Node families of this pack that could not be loaded: {failed}."

@@ -58,5 +58,5 @@ def find_file(kind: str, folders: Sequence[Path], name: str) -> Path:
     looked = ", ".join(str(f) for f in folders)
     raise ModelNotFound(
         f"The {kind} model {name!r} was not found. Looked in: {looked}. Put the file there and press R to refresh; "
-        "`hotpath models` lists where each file comes from."
+        "the panel Hotpath in the sidebar, or `hotpath models`, says where each file comes from."
     )

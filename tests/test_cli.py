@@ -61,6 +61,7 @@ def test_every_way_to_start(command):
     done = subprocess.run([sys.executable, *words, "--version"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("hotpath ")
+    assert not done.stderr  # no warning of Python's either
 
 
 @pytest.mark.skipif(not installed(), reason="the pack is not installed in this environment")
@@ -119,6 +120,22 @@ def test_what_is_refused_before_it_runs(place, capsys, words, said):
     assert run("run", *words, *(() if "--comfyui" in words else ("--headless",))) == 2
     assert said in capsys.readouterr().err
     assert not (place / "output").exists()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_here(place, capsys, device):
+    with pytest.raises(SystemExit) as left:
+        run("caption", ".", "--device", device)
+    assert left.value.code == 2
+    assert f"'{device}' is no device torch can use here" in capsys.readouterr().err
+
+
+def test_the_folder_of_captions_is_looked_at_before_a_model_is_fetched(place, capsys, monkeypatch):
+    from hotpath.commands import caption
+
+    monkeypatch.setattr(caption.MODELS, "get", lambda *_: pytest.fail("a model was asked for"))
+    assert run("caption", "nowhere") == 2
+    assert "There is no folder nowhere" in capsys.readouterr().err
 
 
 def test_a_graph_that_needs_comfyui_says_how_to_get_one(place, capsys):
@@ -233,6 +250,13 @@ def test_a_comfyui_is_found_in_order(tmp_path, monkeypatch):
     monkeypatch.delenv("COMFYUI_PATH")
     monkeypatch.setattr(locate, "PACK", first / "custom_nodes" / "pack")
     assert locate.find_comfyui() == first
+    # A wheel lies in no ComfyUI: the one whose folder this is.
+    monkeypatch.setattr(locate, "PACK", tmp_path / "site-packages" / "hotpath")
+    monkeypatch.setattr(locate, "__file__", str(tmp_path / "site-packages" / "hotpath" / "headless" / "locate.py"))
+    for here in (second, second / "custom_nodes"):
+        here.mkdir(exist_ok=True)
+        monkeypatch.chdir(here)
+        assert locate.find_comfyui() == second
 
 
 def test_models_of_a_comfyui(tmp_path, monkeypatch):

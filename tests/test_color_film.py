@@ -388,6 +388,8 @@ def test_odd_sizes_and_paths_from_the_command_line(tmp_path: Path) -> None:
         tmp_path / "in.mp4", tmp_path / "o.mkv", [tmp_path / "r.png"], FilmOptions(colour_size=32), "0", quality=10
     )
     assert read_video(tmp_path / "o.mkv")[0].shape == (3, 41, 53, 3)
+    with pytest.raises(ValueError, match=r"in\.mp4 is no picture that can be read"):
+        file_job.colorize_file_by_path(tmp_path / "in.mp4", tmp_path / "o.mkv", [tmp_path / "in.mp4"], FilmOptions())
     with pytest.raises(FileNotFoundError, match="no reference picture"):
         file_job.colorize_file_by_path(tmp_path / "in.mp4", tmp_path / "o.mkv", [tmp_path / "x.png"], FilmOptions())
 

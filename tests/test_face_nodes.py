@@ -104,7 +104,7 @@ def test_a_batch_goes_through_all_nodes(loaded, three):
     best, similarity, matches, text = nodes.HotpathFaceMatch().match(found, picked, 0.9)
     assert torch.equal(best[0].boxes, picked[0].boxes) and abs(similarity - 0.5) < 1e-4 and not matches
     assert text.startswith("Mean of the best cosines 0.500")
-    with pytest.raises(FaceError, match="No face in picture 1 of 2"):
+    with pytest.raises(FaceError, match="No face was found in picture 1 of 2"):
         nodes.HotpathFaces().find(loaded, batch, "all", 0, 0.5, False, "error")
 
 
@@ -167,7 +167,7 @@ def test_a_picture_without_a_face_keeps_the_batch_aligned(loaded, three):
         assert count == 2 and torch.allclose(crops[0], torch.full_like(crops[0], value), atol=1e-6)
         back, where = paste(batch, torch.ones_like(crops), places, 0.2)
         assert torch.equal(back[0], batch[0]) and where[0].max() == 0 and where[1].max() > 0.9
-    with pytest.raises(FaceError, match="No face in picture 0"):
+    with pytest.raises(FaceError, match="No face was found in picture 0 of 2, counted from 0:"):
         nodes.HotpathFaceCrop().crop(batch, found, 64, 0.5, True, "error")
 
 

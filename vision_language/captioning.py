@@ -195,7 +195,7 @@ class FolderCaptioner:
                 picture = read_picture(path)
                 items = look_up(self.model, [picture], [], self.options.budget, cache, Timing(self.model.device))
             except Exception as error:  # whatever an image library or a processor finds wrong with one file
-                failed[path] = f"{type(error).__name__}: {error}"
+                failed[path] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             else:
                 ready[path] = (self.question(picture), items)
         return ready, failed
@@ -218,6 +218,10 @@ class FolderCaptioner:
         summary = CaptionSummary()
         start = time.perf_counter()
         waiting = self.waiting(summary)
+        if not (waiting or summary.skipped or summary.failed):
+            fitting = f" whose name fits {self.job.pattern.strip()}" if self.job.pattern.strip() else ""
+            deeper = "" if self.job.recursive else ", folders in it not counted"
+            summary.notes = f"No picture{fitting} was found in {self.job.folder}{deeper}."
         with host.tracked(host.current(), len(waiting), "captions") as bar:
             for batch in self._batches(waiting):
                 ready, failed = batch.result()

@@ -70,10 +70,17 @@ def from_frames(frames: torch.Tensor | None, fps: float, most: int) -> list[Clip
 
 
 def read_picture(path: Path) -> Picture:
-    """A picture file, turned as its EXIF says, transparency over white, the first frame of an animation."""
-    from PIL import Image, ImageOps
+    """A picture file, turned as its EXIF says, transparency over white, the first frame of an animation.
 
-    with Image.open(path) as file:
+    Raises ValueError for a file that is no picture.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        opened = Image.open(path)
+    except UnidentifiedImageError:
+        raise ValueError("it is no picture that can be read: replace the file, or take it out of the folder") from None
+    with opened as file:
         upright = ImageOps.exif_transpose(file)
         if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
             upright = upright.convert("RGBA")

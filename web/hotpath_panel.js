@@ -55,6 +55,7 @@ class HotpathPanel {
     this.data = null;
     this.libraries = null;
     this.timer = null;
+    this.asked = false; // whether the notice tells of a download that was begun here
     this.body = element("div");
     const title = element("h2", {}, "Hotpath");
     this.again = element("button", { type: "button", on: { click: () => this.refresh() } });
@@ -87,8 +88,12 @@ class HotpathPanel {
     const before = this.busy();
     try {
       this.data = await ask("overview");
-      // What has come is offered by the nodes at once.
-      if (before && !this.busy()) app.refreshComboInNodes?.();
+      // What has come is offered by the nodes at once. What became of it stands in its row.
+      if ((before || this.asked) && !this.busy()) {
+        app.refreshComboInNodes?.();
+        if (this.asked) this.say("");
+        this.asked = false;
+      }
       if (this.failed) this.say("");
       this.failed = false;
     } catch (error) {
@@ -278,7 +283,10 @@ class HotpathPanel {
       this.change(
         "downloads/start",
         { model: model.name, accept_licence: this.accepted.has(model.name) },
-        (answer) => say("Downloading {names}.", { names: new Intl.ListFormat(language()).format(answer.models) }),
+        (answer) => {
+          this.asked = true;
+          return say("Downloading {names}.", { names: new Intl.ListFormat(language()).format(answer.models) });
+        },
       );
     const box = element("input", {
       type: "checkbox",

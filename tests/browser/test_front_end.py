@@ -281,6 +281,7 @@ def test_the_panel_downloads_known_files_and_stops(front_end: FrontEnd) -> None:
     front_end.shot("panel_download")
     adapter.get_by_role("button", name="Stop").click()
     adapter.get_by_text("the next download goes on from there").wait_for()
+    assert not panel.get_by_role("status").first.inner_text()  # "Downloading ..." is over
     # A licence that forbids commercial use must be accepted first.
     models.locator("summary", has_text="colormnet").click()
     bound = models.locator("[data-model=colormnet]")

@@ -183,7 +183,9 @@ class TestCommand:
     def test_a_workflow_that_needs_comfyui(self, tmp_path, capsys):
         (tmp_path / "w.json").write_text(json.dumps({**COPY, "9": {"class_type": "KSampler", "inputs": {}}}))
         assert self.run("--over", "in") == 2
-        assert "KSampler" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "KSampler" in said and "take those out" in said
+        assert "--comfyui" not in said  # an option that this command does not have
 
     def test_standard_input_and_values(self, tmp_path, monkeypatch):
         import io

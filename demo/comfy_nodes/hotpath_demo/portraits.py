@@ -306,6 +306,9 @@ def load_identity_net(trained: bool = True) -> Any:
 class PortraitText:
     """The text encoder as an object, for ComfyUI's own CLIP Text Encode."""
 
+    def clone(self) -> PortraitText:
+        return PortraitText()
+
     def tokenize(self, text: str, **_: Any) -> str:
         return text
 
