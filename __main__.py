@@ -17,7 +17,7 @@ if not __package__:  # run as `python <checkout>`: the folder itself is sys.path
     sys.modules["hotpath"] = module
     spec.loader.exec_module(module)
     # Not a relative import: Python warns of one where __package__ is set by hand.
-    main = importlib.import_module("hotpath.cli").main
+    main = importlib.import_module(".cli", module.__name__).main
 else:
     from .cli import main
 
