@@ -156,8 +156,8 @@ def _add_selftest(commands: Commands) -> None:
     selftest = commands.add_parser(
         "selftest",
         help="load your own model files, run them, compare the fast paths with the reference",
-        description="For every family whose model files are here: loads them, runs them, compares each fast path "
-        "with its reference path and measures the time. Exit code 1 when a check fails.",
+        description="Faces, InstantID, colorization and vision-language: loads the model files that are here, runs them, "
+        "compares each fast path with its reference path and measures the time. Exit code 1 when a check fails.",
     )
     selftest.add_argument("names", nargs="*", metavar="NAME", help="only checks with NAME in their name")
     selftest.add_argument("--json", action="store_true", help="print as JSON")

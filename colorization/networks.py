@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +105,14 @@ def load_colormnet(name: str = AUTOMATIC, precision: str = AUTOMATIC) -> LoadedN
     )
 
     def load() -> LoadedNetwork:
-        network = load_network(path, "a ColorMNet checkpoint", colormnet_checkpoint.build).to(chosen.dtype)
-        return LoadedNetwork(laid_out(network), (path,), chosen)
+        return LoadedNetwork(laid_out(read_colormnet(path).to(chosen.dtype)), (path,), chosen)
 
     return _networks().get_or_compute(key, load)
+
+
+def read_colormnet(path: Path) -> Any:
+    """The network of a file as it is: on the CPU, in the file's dtype."""
+    return load_network(path, "a ColorMNet checkpoint", colormnet_checkpoint.build)
 
 
 def load_deep_exemplar(precision: str = AUTOMATIC) -> LoadedNetwork:
@@ -116,20 +120,26 @@ def load_deep_exemplar(precision: str = AUTOMATIC) -> LoadedNetwork:
 
     Matching stays in float32: `precision` is what the colour network computes in.
     """
-    paths = _deep_exemplar_paths()
+    paths = deep_exemplar_paths()
     chosen = choose_precision(precision)
     prints = [file_fingerprint(path) for path in paths.values()]
     key = content_key("deep exemplar", prints, chosen.dtype, str(host.current().device()), host.current().name)
 
     def load() -> LoadedNetwork:
-        checkpoint = deep_exemplar_checkpoint
-        vgg = load_network(paths["vgg"], "Deep Exemplar's VGG-19 (vgg19_conv)", checkpoint.build_vgg)
-        warp = load_network(paths["nonlocal_net"], "Deep Exemplar's nonlocal_net", checkpoint.build_warp)
-        color_net = load_network(paths["colornet"], "Deep Exemplar's colornet", checkpoint.build_color_net)
-        network = DeepExemplar(vgg, warp, color_net.to(chosen.dtype))
+        network = read_deep_exemplar(paths)
+        network.color_net.to(chosen.dtype)
         return LoadedNetwork(laid_out(network), tuple(paths.values()), chosen)
 
     return _networks().get_or_compute(key, load)
+
+
+def read_deep_exemplar(paths: Mapping[str, Path]) -> DeepExemplar:
+    """The networks of the files for vgg, nonlocal_net and colornet as they are: on the CPU, in the files' dtype."""
+    checkpoint = deep_exemplar_checkpoint
+    vgg = load_network(paths["vgg"], "Deep Exemplar's VGG-19 (vgg19_conv)", checkpoint.build_vgg)
+    warp = load_network(paths["nonlocal_net"], "Deep Exemplar's nonlocal_net", checkpoint.build_warp)
+    color_net = load_network(paths["colornet"], "Deep Exemplar's colornet", checkpoint.build_color_net)
+    return DeepExemplar(vgg, warp, color_net)
 
 
 def _networks() -> Any:
@@ -165,7 +175,7 @@ def _colormnet_path(name: str) -> Path:
     )
 
 
-def _deep_exemplar_paths() -> dict[str, Path]:
+def deep_exemplar_paths() -> dict[str, Path]:
     """The file of each of the three networks: by its published name, else by what is in it."""
     here, checkpoint = host.current(), deep_exemplar_checkpoint
     files = here.model_files(checkpoint.FOLDER, SUFFIXES)

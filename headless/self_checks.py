@@ -13,6 +13,7 @@ from .. import face, identity
 from ..face.model_folder import find_model_folder
 from ..face.onnx_graph import OnnxNetwork
 from ..host import Host
+from .colorization_check import check_colorization
 from .selftest import Absent, Check, Finding, relative_difference, timed
 from .vision_language_check import check_vision_language
 
@@ -91,5 +92,6 @@ def _against_onnxruntime(label: str, path: Path, noise: torch.Tensor, ours: list
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("faces", check_faces),
     ("instantid", check_instantid),
+    ("colorization", check_colorization),
     ("vision-language", check_vision_language),
 )

@@ -315,7 +315,30 @@ def test_checks_stand_alone(headless_host):
 def test_the_demo_models_pass_the_selftest(place, capsys):
     assert run("selftest", "--models", ROOT / "demo" / "models", "--device", "cpu", "--json") == 0
     results = {r["name"]: r for r in json.loads(capsys.readouterr().out)}
-    assert results["faces"]["findings"] and results["instantid"]["findings"]
+    assert all(results[name]["findings"] for name in ("faces", "instantid", "colorization", "vision-language"))
+    assert [finding["what"].split(" (")[0] for finding in results["colorization"]["findings"]] == [
+        "ColorMNet",
+        "Deep Exemplar",
+    ]
+
+
+def test_a_colorizer_that_computes_something_else_fails_the_selftest(place, capsys, monkeypatch):
+    from hotpath.colorization import networks
+
+    def slightly_off(network):
+        for parameter in network.parameters():
+            parameter.data *= 1.05
+        return network
+
+    monkeypatch.setattr(networks, "laid_out", slightly_off)
+    monkeypatch.setattr(networks, "_networks", lambda: FreshCache())
+    assert run("selftest", "color", "--models", ROOT / "demo" / "models", "--device", "cpu") == 1
+    assert capsys.readouterr().out.count("FAILED") == 2
+
+
+class FreshCache:
+    def get_or_compute(self, key, make):
+        return make()
 
 
 def test_a_wrong_file_fails_the_selftest(place, capsys):
