@@ -416,6 +416,10 @@ def test_refusals_name_the_cure(monkeypatch):
     foreign = comfy.model_patcher.ModelPatcher(torch.nn.Linear(16, 16), torch.device("cpu"), torch.device("cpu"))
     with pytest.raises(PrecisionUnavailable, match="Linear is no model of ComfyUI's own"):
         set_precision(foreign, "fp8")
+    from hotpath_demo import portraits
+
+    with pytest.raises(PrecisionUnavailable, match=r"must be divisible by num_groups.*layers of its own\. Load it with"):
+        set_precision(portraits.load_sdxl(), "fp8")
     monkeypatch.delattr(comfy.ops, "mixed_precision_ops")
     with pytest.raises(PrecisionUnavailable, match="update ComfyUI"):
         set_precision(case.model, "fp8")

@@ -226,7 +226,15 @@ def _built(source: Any, state: dict[str, Tensor], dtype: torch.dtype, device: to
     )  # its __getattr__ answers everything, copy's questions too
     configuration.__dict__.update(source.model_config.__dict__)
     configuration.custom_operations = quantized_operations(dtype)
-    network: nn.Module = configuration.get_model(dict(state), "", device=device).diffusion_model
+    try:
+        network: nn.Module = configuration.get_model(dict(state), "", device=device).diffusion_model
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:  # layers that its loader made otherwise
+        raise PrecisionUnavailable(
+            f"This {type(source).__name__} cannot be built anew from its configuration ({error}): its loader gave it layers of "
+            "its own. Load it with ComfyUI's Load Checkpoint or Load Diffusion Model."
+        ) from error
     outcome = network.load_state_dict(dict(state), strict=False)
     wrong = [*outcome.missing_keys, *outcome.unexpected_keys]
     if wrong:
