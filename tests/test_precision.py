@@ -418,7 +418,9 @@ def test_refusals_name_the_cure(monkeypatch):
         set_precision(foreign, "fp8")
     from hotpath_demo import portraits
 
-    with pytest.raises(PrecisionUnavailable, match=r"must be divisible by num_groups.*layers of its own\. Load it with"):
+    with pytest.raises(
+        PrecisionUnavailable, match=r"must be divisible by num_groups.*layers of its own\. Load it with"
+    ):
         set_precision(portraits.load_sdxl(), "fp8")
     monkeypatch.delattr(comfy.ops, "mixed_precision_ops")
     with pytest.raises(PrecisionUnavailable, match="update ComfyUI"):
