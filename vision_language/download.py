@@ -89,6 +89,6 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnusableModel(
-            f"{repository} could not be fetched ({first[:200]}): connect and run again, which continues where it "
-            f"stopped, or put the model folder into {folders.roots()[0]}."
+            f"There is no whole model folder {target.name!r} under {folders.roots()[0]}, and {repository} could not be fetched "
+            f"({first[:200]}): check the name, connect and run again, which continues where it stopped, or put the folder there."
         ) from error
