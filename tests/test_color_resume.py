@@ -144,7 +144,7 @@ def test_a_killed_process_costs_one_part_and_no_frame(
     monkeypatch.setattr(file_job, "PART_FRAMES", 20)
     again = (tmp_path / "in.mp4", output, [tmp_path / "r.png"], FilmOptions(colour_size=32))
     report = file_job.colorize_file_by_path(*again, quality=4)
-    assert f"continued: after {found[-1]['stop']} frames in {len(found)} parts" in report
+    assert f"continued: after {found[-1]['stop']} frames that were finished before" in report
     resumed = read_film(output)
     output.unlink()
     file_job.colorize_file_by_path(*again, quality=4)
@@ -222,7 +222,7 @@ def test_resume_begins_with_the_shot(tmp_path: Path, monkeypatch: pytest.MonkeyP
     else:
         assert not job.output.exists()
     resumed_report = file_job.colorize_file(job, references)
-    assert ("continued: after 30 frames in 1 parts" in resumed_report) == (stop == 4)
+    assert ("continued: after 30 frames that were finished before" in resumed_report) == (stop == 4)
     resumed = read_film(job.output)
     assert resumed[1] == whole[1] and numbers(resumed[0]) == list(range(100))
     assert torch.equal(resumed[2], whole[2])
@@ -405,7 +405,7 @@ def test_a_crash_while_the_film_is_put_together_costs_nothing(tmp_path: Path, mo
     with pytest.raises(OSError, match="No space left"):
         file_job.colorize_file(job, references)
     monkeypatch.setattr(file_job, "assemble", assemble)
-    assert "continued: after 30 frames in 1 parts" in file_job.colorize_file(job, references)
+    assert "continued: after 30 frames that were finished before" in file_job.colorize_file(job, references)
     assert numbers(read_film(job.output)[0]) == list(range(30))
 
 

@@ -176,16 +176,16 @@ def test_2500_frames_in_constant_memory(tiny: ColorMNet) -> None:
     """Long-term memory, its eviction and usage counts, in one buffer that never grows; over 1,990 frames the
     predecessor of the compatible nodes crashed."""
     luminance, reference = clip(50, 16, 16)
-    settings = ColorMNetSettings(2, 4, 2, 8, 60, 10)
+    settings = ColorMNetSettings(5, 4, 2, 8, 60, 10)
     session = ColorMNetSession(tiny, settings, 16, 16, [reference])
     allocated, addresses = session.memory.nbytes, session.memory.value.data_ptr()
-    evicted = False
     for _ in range(50):
         out = session.colorize(luminance)
-        evicted |= session.memory.long < settings.long_term - settings.prototypes
         assert session.memory.long <= settings.long_term
         assert session.memory.work < 4 * session.memory.places
     assert session.time == 2500
+    # 500 frames were remembered, ten times what fits: without eviction the buffer would have overflown.
+    assert session.memory.long > settings.long_term - settings.prototypes
     assert out.chroma.isfinite().all() and out.chroma.std() > 0
     assert (session.memory.nbytes, session.memory.value.data_ptr()) == (allocated, addresses)
     assert session.memory.used[session.memory.filled].sum() > 0

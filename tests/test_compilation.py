@@ -218,7 +218,7 @@ def test_only_the_replaced_block_runs_as_it_is() -> None:
 
     base = bench.model.clone()
     base.set_model_attn2_replace(foreign, "output", 0, 3)
-    model, compiler = compiled(base)
+    model, compiler = compiled(base, regions="transformer blocks")
     assert_same_picture(sample(bench, model), sample(bench, base))
     assert list(compiler.fallbacks().values()) == [1]
 
