@@ -51,10 +51,10 @@ def _against_plain(name: str, loaded: networks.LoadedNetwork, plain: Any, colour
     exact = colour(plain.float().eval(), luminance, reference, 1)
     with loaded.resident() as network:
         device = network.compute_device
-        on_device = [tensor.to(device) for tensor in (luminance, reference)]
-        colour(network, *on_device, FRAMES)  # to warm up
+        grey, colours = luminance.to(device), reference.to(device)
+        colour(network, grey, colours, FRAMES)  # to warm up
         started = time.perf_counter()
-        made = colour(network, *on_device, FRAMES).float().cpu()
+        made = colour(network, grey, colours, FRAMES).float().cpu()
         seconds = (time.perf_counter() - started) / FRAMES
     dtype = loaded.precision.dtype
     label = f"{name} ({loaded.names}) on {device} as {str(dtype).removeprefix('torch.')}"
