@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..host.whole_files import whole_file
 from .checkpoint_file import WrongCheckpoint
 
 MARK = "hotpath_film_state"
@@ -46,14 +47,9 @@ def save_state(state: FilmState, path: Path) -> None:
     """Write a .safetensors file; a file that is there stays whole until the new one is."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as unfinished:
         tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
         save_file(tensors, unfinished, metadata={MARK: json.dumps(dict(state.description))})
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_state(path: Path) -> FilmState:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from torch import Tensor
 
 from ..cache import content_key
+from ..host.whole_files import whole_file
 from .adapter import InstantIDAdapter
 from .blocks import SDXL_BLOCKS, Block
 from .contributions import Contributions, block_name
@@ -155,15 +155,9 @@ def save_profile(profile: ContributionProfile, folder: Path) -> Path:
         },
     }
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{safe_name(profile.name)}.json"
-    unfinished = folder / f".writing-{uuid4().hex}"
-    try:
+    with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
     return path
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from ..cache import content_key
+from ..host.whole_files import whole_file
 
 FORMAT = "hotpath.identity.1"
 MAX_PIXELS = 1 << 28  # a file from elsewhere must not ask for a drawing that fills the memory
@@ -73,15 +73,8 @@ def save_identity(identity: Identity, path: Path) -> Path:
     metadata = {"format": FORMAT, "name": identity.name, "recogniser": identity.recogniser}
     if identity.size is not None:
         metadata["size"] = f"{identity.size[0]}x{identity.size[1]}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not mkstemp, whose files are readable by their maker alone: who may read a face is for the umask to say.
-    unfinished = path.with_name(f".writing-{uuid4().hex}")
-    try:
+    with whole_file(path) as unfinished:
         unfinished.write_bytes(save(tensors, metadata))
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
     return path
 
 

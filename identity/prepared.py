@@ -135,8 +135,6 @@ def _compute(
         blocks = []
         for index in adapter.numbers:
             keys, values = (torch.stack(t) for t in zip(*(network.project(index, t) for t in tokens), strict=True))
-            blocks.append(
-                (keys.to(dtype), values.to(dtype))
-            )  # to the CPU all at once, or each would wait for the device
+            blocks.append((keys.to(dtype), values.to(dtype)))
         cond, uncond = cond.to("cpu", dtype), uncond.to("cpu", dtype)
     return PreparedIdentity(cond, uncond, blocks)

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from torch import Tensor
 
 from .. import host
 from ..cache import content_key
+from ..host.whole_files import whole_file
 from .adapters import Adapter, UnusableAdapter, stack_identity
 from .denoising import Guidance
 from .folders import existing
@@ -239,11 +239,5 @@ def write_picture(picture: Tensor, file: Path, description: Mapping[str, Any]) -
     pixels = (picture * 255).round().clamp(0, 255).byte().numpy()
     told = PngInfo()
     told.add_itxt(KEY, json.dumps(description, ensure_ascii=False))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".writing-{uuid4().hex}")
-    try:
+    with whole_file(file) as unfinished:
         Image.fromarray(pixels).save(unfinished, format="PNG", pnginfo=told)
-        unfinished.replace(file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise

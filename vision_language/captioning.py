@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from .. import host
+from ..host.whole_files import whole_file
 from .answering import AnswerOptions, answer
 from .embeddings import EmbeddingCache, VisualItem, look_up
 from .loaded_model import LoadedModel
@@ -142,10 +143,9 @@ def compact(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write `text`; what is at `path` stays until all of it is there."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 class FolderCaptioner:

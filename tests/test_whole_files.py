@@ -1,0 +1,47 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hotpath.host.whole_files import whole_file
+
+
+def test_a_file_is_there_when_its_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "with it" / "a.txt"
+    with whole_file(path) as unfinished:
+        unfinished.write_text("half")
+        assert not path.exists() and unfinished.parent == path.parent and unfinished.suffix == ""
+        unfinished.write_text("whole")
+    assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("stop", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_was_there_stays_when_it_does_not(tmp_path: Path, stop: BaseException) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("before")
+    with pytest.raises(type(stop)), whole_file(path) as unfinished:
+        unfinished.write_text("half")
+        raise stop
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with whole_file(path) as first, whole_file(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+def test_who_may_read_it_is_the_umasks_affair(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with whole_file(tmp_path / "a") as unfinished:
+            unfinished.write_text("")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
