@@ -18,7 +18,7 @@ import stat
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,12 @@ def make_token(folder: Path) -> Path:
             handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(handle, "w", encoding="ascii") as file:
                 file.write(secrets.token_hex(32))
-            with suppress(FileExistsError):
+            try:
                 os.link(unfinished, path)
+            except FileExistsError:
+                pass
+            except OSError:  # a file system without hard links: two first starts at the same moment may disagree there
+                unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
     check_token_file(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -308,6 +309,17 @@ def test_runs_that_start_together_agree_on_the_token(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make_token(tmp_path / "other")
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_token_is_made_where_files_have_one_name_only(tmp_path, monkeypatch):
+    def refused(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    path = make_token(tmp_path / "cache")
+    assert len(path.read_text()) == 64 and list(path.parent.iterdir()) == [path]
+    if os.name == "posix":
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_connection_that_stands_is_used_whatever_the_address(tmp_path, monkeypatch):
