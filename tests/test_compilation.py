@@ -407,6 +407,25 @@ def test_more_sizes_than_torch_keeps_graphs_for_run_as_they_are(caplog: pytest.L
         assert compiler.fallbacks() == {} and compiler.graphs == 4
 
 
+def test_calls_beyond_torchs_limit_are_remembered_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+    from hotpath.patches.compilation import graphs
+    from hotpath.patches.compilation.options import NotTraceable
+
+    monkeypatch.setattr(graphs, "REMEMBERED", 3)
+    kind = CompiledKind(
+        "Block", lambda block, x: x.sin(), CompileSettings(dynamic=False), lambda graph, _: graph.forward
+    )
+    with torch._dynamo.config.patch(recompile_limit=1):
+        kind(torch.nn.Identity(), (torch.zeros(2),), {})
+        for width in range(3, 15):
+            for _ in range(2):
+                with pytest.raises(NotTraceable, match="no more than 1 graphs"):
+                    kind(torch.nn.Identity(), (torch.zeros(width),), {})
+            assert 1 <= len(kind._beyond) <= 3
+    assert kind.graphs == 1
+
+
 def test_a_block_sees_only_what_concerns_it() -> None:
     block = tiny("sdxl").model.model.diffusion_model.middle_block[1].transformer_blocks[0]
     read = options_read_by(block)

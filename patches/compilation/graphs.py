@@ -26,6 +26,8 @@ from .settings import CompileSettings
 
 log = logging.getLogger("hotpath.compile")
 
+REMEMBERED = 256  # calls beyond torch's limit that are known again
+
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
@@ -131,6 +133,8 @@ class CompiledKind:
         try:
             return self._run(block, *args, **kwargs)
         except limit_errors() as error:
+            if len(self._beyond) >= REMEMBERED:
+                self._beyond.clear()
             self._beyond.add(_sizes((args, kwargs)))
             raise NotTraceable(self._full) from error
 
