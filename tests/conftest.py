@@ -18,6 +18,12 @@ import torch
 
 torch.set_num_threads(1)
 
+if os.environ.get("HOTPATH_SIMULATED_CARD"):
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+    import simulated_cuda
+
+    simulated_cuda.install()
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "hotpath"
 
