@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import pytest
 import torch
-from instantid_bench import attention_patches, callback_counts, shared_bench, tiny_adapter
-from instantid_scenarios import Bench, mask, photo, sample
+from instantid_bench import (
+    SHALLOW,
+    attention_patches,
+    callback_counts,
+    sample,
+    shallow_bench,
+    shared_bench,
+    tiny_adapter,
+)
+from instantid_scenarios import Bench, mask, photo
 
 pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture
 def bench() -> Bench:
-    return shared_bench()
+    return shallow_bench()
+
+
+@pytest.fixture(autouse=True)
+def quiet_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest collects every log; torch then writes its trace of each graph, which takes longer than compiling it."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +76,8 @@ def with_foreign(bench: Bench) -> Any:
     return model
 
 
-def test_apply_leaves_its_model_alone_and_patches_60_blocks(bench: Bench) -> None:
+def test_apply_leaves_its_model_alone_and_patches_60_blocks() -> None:
+    bench = shared_bench()
     patched = bench.apply()[0]
     assert attention_patches(bench.model) == {}
     assert callback_counts(patched) == [1] * 60
@@ -74,8 +90,8 @@ def test_a_node_that_runs_again_does_not_pile_up_patches(bench: Bench) -> None:
     before = sample(first, bench.positive, bench.negative)
     for _ in range(4):
         second = bench.apply(image=photo(2), model=first, mask=1 - mask(1))[0]
-    assert callback_counts(first) == [1] * 60
-    assert callback_counts(second) == [2] * 60
+    assert callback_counts(first) == [1] * 10
+    assert callback_counts(second) == [2] * 10
     assert torch.equal(sample(first, bench.positive, bench.negative), before)
 
 
@@ -93,7 +109,7 @@ def test_two_hundred_reapplies_hold_no_more_memory_than_one(bench: Bench) -> Non
     for step in range(200):
         model = bench.patch(weight=0.5 + step / 1000)[0]
     assert alive() <= before
-    assert callback_counts(model) == [1] * 70
+    assert callback_counts(model) == [1] * 11
 
 
 def test_a_pack_that_adds_in_place_to_its_clone_does_not_reach_upstream(bench: Bench) -> None:
@@ -102,7 +118,7 @@ def test_a_pack_that_adds_in_place_to_its_clone_does_not_reach_upstream(bench: B
     downstream = upstream.clone()
     for patch in attention_patches(downstream).values():
         patch.add(tenth_of_q, **ALWAYS)
-    assert callback_counts(upstream) == [1] * 60
+    assert callback_counts(upstream) == [1] * 10
     assert torch.equal(sample(upstream, bench.positive, bench.negative), before)
     assert not torch.equal(sample(downstream, bench.positive, bench.negative), before)
 
@@ -150,7 +166,7 @@ def test_a_closed_foreign_patch_becomes_the_base(bench: Bench) -> None:
 
     model = bench.model.clone()
     model.set_model_attn2_replace(doubled, "output", 0)  # the whole block, as some packs do
-    model.set_model_attn2_replace(doubled, "input", 7, 3)
+    model.set_model_attn2_replace(doubled, "input", 7, 0)
     only_foreign = sample(model, bench.positive, bench.negative)
     count = len(calls)
     stacked = bench.patch(model=model)[0]
@@ -254,7 +270,7 @@ def test_interrupt_leaves_nothing_behind(bench: Bench) -> None:
             callback=stop, disable_pbar=True, seed=1,
         )  # fmt: skip
     deltas = [c for p in attention_patches(model).values() for c in p.callback if isinstance(c, IdentityDelta)]
-    assert len(deltas) == 60
+    assert len(deltas) == 10
     assert all(not d.prepared._copies and not d.mask._made for d in deltas)
     adapter = tiny_adapter()
     loaded = [m.model for m in comfy.model_management.current_loaded_models]
@@ -265,17 +281,19 @@ def test_interrupt_leaves_nothing_behind(bench: Bench) -> None:
 def test_half_precision_models_get_keys_and_values_in_their_dtype() -> None:
     from hotpath_demo import tiny_sdxl
 
-    bench = shared_bench()
-    model = tiny_sdxl.make_sdxl(dtype=torch.bfloat16)
+    bench = shallow_bench()
+    model = tiny_sdxl.make_sdxl(dtype=torch.bfloat16, **SHALLOW)
     patched = bench.patch(model=model)[0]
     result = sample(patched, bench.positive, bench.negative)
     assert torch.isfinite(result).all()
     assert not torch.equal(result, sample(model, bench.positive, bench.negative))
 
 
-SMALL = {
-    "transformer_depth": [0, 0, 1, 1, 1, 1],
-    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+# The least UNet with blocks of both widths at places that SDXL has them in: a graph of it is traced in seconds.
+LEAST: dict[str, Any] = {
+    "num_res_blocks": [0, 3, 1],
+    "transformer_depth": [0, 0, 1, 0],  # input 4
+    "transformer_depth_output": [0, 0, 0, 1, 0, 0, 1],  # output 3 and 0
     "transformer_depth_middle": 1,
 }
 
@@ -316,7 +334,7 @@ def test_compiled_models_follow_every_change_in_one_graph(bench: Bench) -> None:
     from hotpath_demo import tiny_sdxl
 
     torch._dynamo.reset()
-    model = with_pytorch_attention(tiny_sdxl.make_sdxl(**SMALL))
+    model = with_pytorch_attention(tiny_sdxl.make_sdxl(**LEAST))
     graphs: list[Any] = []
     compiled = compiled_like_core(model, graphs, fullgraph=True)
     plain = sample(model, bench.positive, bench.negative)
@@ -350,17 +368,20 @@ def test_a_range_of_sigmas_needs_no_graph_of_its_own_on_a_device(bench: Bench, m
     from hotpath_demo import tiny_sdxl
 
     torch._dynamo.reset()
-    model = with_pytorch_attention(tiny_sdxl.make_sdxl(**SMALL))
+    model = with_pytorch_attention(tiny_sdxl.make_sdxl(**LEAST))
     graphs: list[Any] = []
     compiled = compiled_like_core(model, graphs, fullgraph=True)
     ranges: list[dict[str, Any]] = [{"start_at": 0.5}, {"end_at": 0.5}, {"start_at": 0.2, "end_at": 0.7}]
-    expected = [sample(bench.patch(model=model, **r)[0], bench.positive, bench.negative) for r in ranges]
+
+    def drawn(base: Any, chosen: dict[str, Any]) -> torch.Tensor:
+        return sample(bench.patch(model=base, **chosen)[0], bench.positive, bench.negative, steps=3)
+
+    expected = [drawn(model, chosen) for chosen in ranges]
     monkeypatch.setattr(ModelCall, "sigma_is_near", False)
     monkeypatch.setattr(ModelCall, "sigma", property(lambda _: pytest.fail("the sigma was read")))
     for changes, wanted in zip(ranges, expected, strict=True):
-        assert alike(sample(bench.patch(model=model, **changes)[0], bench.positive, bench.negative), wanted)
-        result = sample(bench.patch(model=compiled, **changes)[0], bench.positive, bench.negative)
-        assert alike(result, wanted), changes
+        assert alike(drawn(model, changes), wanted)
+        assert alike(drawn(compiled, changes), wanted), changes
     assert len(graphs) == 1
     torch._dynamo.reset()
 
@@ -397,8 +418,9 @@ def shape_of_call() -> Any:
     return ModelCall((0, 1), 16, 16, None, batch=2)
 
 
-def test_telemetry_counts_the_contribution_of_every_block(bench: Bench) -> None:
+def test_telemetry_counts_the_contribution_of_every_block() -> None:
     """The sums of squares that a recorder gets are those of what hooks around the blocks see."""
+    bench = shared_bench()
 
     class Recorder:
         def __init__(self) -> None:
@@ -414,7 +436,7 @@ def test_telemetry_counts_the_contribution_of_every_block(bench: Bench) -> None:
     recorder = Recorder()
     watched.model_options["transformer_options"]["hotpath_telemetry"] = recorder
     assert torch.equal(sample(watched, bench.positive, bench.negative), expected)
-    assert len(recorder.calls) == 3
+    assert len(recorder.calls) == 2
     assert all((counts > 0).all() for counts in recorder.calls)
     # Twice the weight is four times the sum of squares, in a first step that begins alike.
     twice = bench.patch(weight=1.4)[0].clone()
@@ -510,7 +532,7 @@ def test_other_models_are_refused(bench: Bench) -> None:
     )
     with pytest.raises(UnsupportedModel, match=r"InstantID has published weights for SDXL only.*input"):
         bench.apply(model=sd15)
-    wide = tiny_sdxl.make_sdxl(context_dim=96)
+    wide = tiny_sdxl.make_sdxl(context_dim=96, **SHALLOW)
     with pytest.raises(UnsupportedModel, match="context of 96"):
         bench.apply(model=wide)
 

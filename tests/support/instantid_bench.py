@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any
+from unittest import mock
 
+import torch
 from instantid_scenarios import Bench, mask, photo
+from instantid_scenarios import sample as sample_as_the_goldens
 
 DEFAULTS: dict[str, Any] = {
     "weight": 0.7,
@@ -18,6 +21,14 @@ DEFAULTS: dict[str, Any] = {
     "face_tokens_for": "IdentityNet only",
     "patch_mode": "full",
     "custom_blocks": "",
+}
+
+
+# One transformer where SDXL has two or ten, at each of its 11 places.
+SHALLOW: dict[str, Any] = {
+    "transformer_depth": [0, 0, 1, 1, 1, 1],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
 }
 
 
@@ -37,6 +48,22 @@ def shared_bench() -> Bench:
     from hotpath_demo import tiny_sdxl
 
     return Bench(NODE_CLASS_MAPPINGS, tiny_adapter(), tiny_sdxl, tiny_sdxl.make_sdxl(), tiny_sdxl.make_identity_net())
+
+
+@cache
+def shallow_bench() -> Bench:
+    """With 11 blocks instead of 70, for tests that are not about the list of blocks. One per process, never mutated."""
+    from hotpath.nodes import NODE_CLASS_MAPPINGS
+    from hotpath_demo import tiny_sdxl
+
+    with mock.patch.dict(tiny_sdxl.UNET_CONFIG, SHALLOW):
+        model, identity_net = tiny_sdxl.make_sdxl(), tiny_sdxl.make_identity_net()
+    return Bench(NODE_CLASS_MAPPINGS, tiny_adapter(), tiny_sdxl, model, identity_net)
+
+
+def sample(model: Any, positive: Any, negative: Any, steps: int = 2, **changes: Any) -> torch.Tensor:
+    """In fewer steps than the goldens, and of a smaller size whose sides differ."""
+    return sample_as_the_goldens(model, positive, negative, steps=steps, **{"size": (8, 12), **changes})
 
 
 def attention_patches(model: Any) -> dict[Any, Any]:

@@ -22,14 +22,19 @@ def mask(seed: int, height: int = 96, width: int = 64, count: int = 1) -> torch.
 
 
 def sample(
-    model: Any, positive: Any, negative: Any, batch: int = 1, size: tuple[int, int] = (SIZE, SIZE)
+    model: Any,
+    positive: Any,
+    negative: Any,
+    batch: int = 1,
+    size: tuple[int, int] = (SIZE, SIZE),
+    steps: int = STEPS,
 ) -> torch.Tensor:
     import comfy.sample
 
     latent = torch.zeros(batch, 4, *size)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(11))
     return comfy.sample.sample(
-        model, noise, STEPS, CFG, "euler", "normal", positive, negative, latent, disable_pbar=True, seed=11
+        model, noise, steps, CFG, "euler", "normal", positive, negative, latent, disable_pbar=True, seed=11
     )
 
 
