@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Of each graph that is compiled torch writes a trace for whoever collects it, which takes as long as compiling. pytest
+# collects every log.
+TRACES = logging.getLogger("torch.__trace")
+TRACES.handlers.clear()
+TRACES.addHandler = lambda handler: None  # type: ignore[method-assign]
 
 if os.environ.get("HOTPATH_SIMULATED_CARD"):
     sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
@@ -89,6 +96,16 @@ def demo_comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     assert COMFYUI is not None
     with demo_server(COMFYUI, tmp_path_factory.mktemp("demo_comfyui")) as running:
         yield running
+
+
+@pytest.fixture
+def own_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kind of block is compiled yet, for a test that counts; those that others compiled are there again after it."""
+    from collections import OrderedDict
+
+    from hotpath.patches.compilation import regional
+
+    monkeypatch.setattr(regional, "_kinds", OrderedDict())
 
 
 @pytest.fixture

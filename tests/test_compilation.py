@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from hotpath.patches.compilation import (
     RegionalCompiler,
     compile_model,
     compiler_of,
-    forget_compiled_kinds,
     settings,
 )
 from hotpath.patches.compilation.blocks import LiveParts, constants_of
@@ -27,12 +25,6 @@ pytestmark = pytest.mark.comfy
 
 # ComfyUI computes attention in another order on CPUs than torch does; latents of these models go up to some hundreds.
 CLOSE = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def quiet_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pytest collects every log; torch then writes its trace of each graph, which takes longer than compiling it."""
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
 
 
 def sample(bench: Tiny, model: Any = None, **changes: Any) -> torch.Tensor:
@@ -78,9 +70,9 @@ def test_repeated_blocks_are_found_in_the_module_tree(name: str, regions: str, e
     assert describe_regions(find_regions(tiny(name).model.model.diffusion_model, regions)) == expected
 
 
-@pytest.mark.parametrize(("name", "graphs"), [("z_image", 2), ("flux", 2), ("sdxl", 14)])
+@pytest.mark.parametrize(("name", "graphs"), [("z_image", 2), ("flux", 2), ("least_sdxl", 12)])
+@pytest.mark.usefixtures("own_graphs")
 def test_one_graph_per_kind_serves_prompts_and_sizes(name: str, graphs: int) -> None:
-    forget_compiled_kinds()
     bench = tiny(name)
     model, compiler = compiled(bench.model)
     assert_same_picture(sample(bench, model), sample(bench))
@@ -386,10 +378,10 @@ def test_what_a_graph_knows_of_weights_is_part_of_a_kind() -> None:
     assert not alike(), "compiled kernels are for one layout in memory"
 
 
+@pytest.mark.usefixtures("own_graphs")
 def test_more_sizes_than_torch_keeps_graphs_for_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     import torch._dynamo
 
-    forget_compiled_kinds()
     bench = tiny("flux")
     model, compiler = compiled(bench.model, dynamic=False, regions="transformer blocks")
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -492,8 +484,8 @@ def test_nothing_global_is_left_behind() -> None:
     assert state() == before
 
 
+@pytest.mark.usefixtures("own_graphs")
 def test_static_sizes_have_a_graph_each() -> None:
-    forget_compiled_kinds()  # torch keeps a limited number of graphs for a kind, and another test may have used them up
     bench = tiny("flux")
     model, compiler = compiled(bench.model, dynamic=False)
     for count, size in ((2, (16, 16)), (4, (16, 24)), (4, (16, 16))):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Any
 
@@ -29,7 +28,6 @@ CLOSE = 2e-5
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """There a sigma is not read back: out of its range an identity has weight 0, and the block keeps its form."""
     monkeypatch.setattr(ModelCall, "sigma_is_near", False)
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     with torch.inference_mode():
         yield
 

@@ -6,7 +6,6 @@ Where there is no GPU, a recording is played by running the recorded function on
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import pytest
@@ -17,11 +16,6 @@ from tiny_native_models import Tiny, tiny
 
 pytestmark = pytest.mark.comfy
 CLOSE = 2e-5
-
-
-@pytest.fixture(autouse=True)
-def quiet_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
 
 
 class Replay:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from instantid_bench import (
     tiny_adapter,
 )
 from instantid_scenarios import Bench, mask, photo
+from tiny_native_models import LEAST_SDXL
 
 pytestmark = pytest.mark.comfy
 
@@ -25,12 +25,6 @@ pytestmark = pytest.mark.comfy
 @pytest.fixture
 def bench() -> Bench:
     return shallow_bench()
-
-
-@pytest.fixture(autouse=True)
-def quiet_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pytest collects every log; torch then writes its trace of each graph, which takes longer than compiling it."""
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
 
 
 @pytest.fixture(autouse=True)
@@ -289,15 +283,6 @@ def test_half_precision_models_get_keys_and_values_in_their_dtype() -> None:
     assert not torch.equal(result, sample(model, bench.positive, bench.negative))
 
 
-# The least UNet with blocks of both widths at places that SDXL has them in: a graph of it is traced in seconds.
-LEAST: dict[str, Any] = {
-    "num_res_blocks": [0, 3, 1],
-    "transformer_depth": [0, 0, 1, 0],  # input 4
-    "transformer_depth_output": [0, 0, 0, 1, 0, 0, 1],  # output 3 and 0
-    "transformer_depth_middle": 1,
-}
-
-
 def with_pytorch_attention(model: Any) -> Any:
     """What a GPU has anyway: ComfyUI's attention for the CPU reads the free memory, which breaks graphs."""
     from comfy.ldm.modules.attention import attention_pytorch
@@ -334,7 +319,7 @@ def test_compiled_models_follow_every_change_in_one_graph(bench: Bench) -> None:
     from hotpath_demo import tiny_sdxl
 
     torch._dynamo.reset()
-    model = with_pytorch_attention(tiny_sdxl.make_sdxl(**LEAST))
+    model = with_pytorch_attention(tiny_sdxl.make_sdxl(**LEAST_SDXL))
     graphs: list[Any] = []
     compiled = compiled_like_core(model, graphs, fullgraph=True)
     plain = sample(model, bench.positive, bench.negative)
@@ -368,7 +353,7 @@ def test_a_range_of_sigmas_needs_no_graph_of_its_own_on_a_device(bench: Bench, m
     from hotpath_demo import tiny_sdxl
 
     torch._dynamo.reset()
-    model = with_pytorch_attention(tiny_sdxl.make_sdxl(**LEAST))
+    model = with_pytorch_attention(tiny_sdxl.make_sdxl(**LEAST_SDXL))
     graphs: list[Any] = []
     compiled = compiled_like_core(model, graphs, fullgraph=True)
     ranges: list[dict[str, Any]] = [{"start_at": 0.5}, {"end_at": 0.5}, {"start_at": 0.2, "end_at": 0.7}]

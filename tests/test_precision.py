@@ -83,10 +83,10 @@ def test_with_instantid_controlnet_and_attention():
     assert 0 < relative(out, expected) < 0.1 and override_of(both).log.calls
 
 
+@pytest.mark.usefixtures("own_graphs")
 def test_quantised_with_chosen_attention_and_compiled():
-    from hotpath.patches.compilation import compile_model, compiler_of, forget_compiled_kinds
+    from hotpath.patches.compilation import compile_model, compiler_of
 
-    forget_compiled_kinds()
     case = tiny("z_image", torch.bfloat16)
     model, _ = set_attention(set_precision(case.model, "fp8")[0], "auto")
     compiled, _ = compile_model(model, backend="eager")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from typing import Any
 
 import pytest
 import torch
 from hotpath.patches import profile_drawing
-from hotpath.patches.compilation import compile_model, forget_compiled_kinds
+from hotpath.patches.compilation import compile_model
 from hotpath.patches.profile_drawing import COMPILING, draw, table
 from hotpath.patches.profiling import (
     DECODE,
@@ -31,7 +30,6 @@ from tiny_native_models import tiny
 
 @pytest.fixture(autouse=True)
 def inference(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     with torch.inference_mode():
         yield
 
@@ -123,9 +121,9 @@ def test_samplers_with_two_evaluations_per_step_are_told() -> None:
 
 
 @pytest.mark.comfy
+@pytest.mark.usefixtures("own_graphs")
 def test_compiling_and_falling_back_are_part_of_the_report() -> None:
     bench = tiny("flux")
-    forget_compiled_kinds()
 
     def foreign(
         q: Any, k: Any, v: Any, pe: Any = None, attn_mask: Any = None, extra_options: Any = None

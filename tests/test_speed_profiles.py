@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ EXAMPLE = Path(__file__).resolve().parent.parent / "hotpath.example.yaml"
 
 @pytest.fixture(autouse=True)
 def inference(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     with torch.inference_mode():
         yield
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
 import torch
 from hotpath import host
-from hotpath.patches.compilation import compile_model, compiler_of, forget_compiled_kinds
+from hotpath.patches.compilation import compile_model, compiler_of
 from hotpath.patches.warmup import STEPS, parse_sizes, warm_up
 from tiny_native_models import tiny
 
 
 @pytest.fixture(autouse=True)
 def inference(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)
     with torch.inference_mode():
         yield
 
@@ -50,9 +48,9 @@ def test_an_empty_prompt_fits_the_model(name: str) -> None:
 
 
 @pytest.mark.comfy
+@pytest.mark.usefixtures("own_graphs")
 def test_pictures_after_a_warm_up_compile_nothing() -> None:
     bench = tiny("flux")
-    forget_compiled_kinds()
     model, _ = compile_model(bench.model, backend="eager")
     compiler = compiler_of(model)
     done, report = warm_up(model, [(128, 128), (128, 192)])
@@ -64,13 +62,13 @@ def test_pictures_after_a_warm_up_compile_nothing() -> None:
 
 
 @pytest.mark.comfy
+@pytest.mark.usefixtures("own_graphs")
 def test_attention_is_measured_before_graphs_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph keeps the attention chosen while it is traced, so the first call of the dispatcher must not be traced."""
     from hotpath.attention import dispatch
     from hotpath.patches.attention_override import set_attention
 
     bench = tiny("flux")
-    forget_compiled_kinds()
     traced: list[bool] = []
     for name in ("attend", "traced"):
         whole = getattr(dispatch.AttentionDispatcher, name)

@@ -53,6 +53,13 @@ FLUX: dict[str, Any] = {
     "qkv_bias": True,
     "txt_ids_dims": [],
 }
+# The least UNet with transformers of both widths at places that SDXL has them in, for tests that trace it whole.
+LEAST_SDXL: dict[str, Any] = {
+    "num_res_blocks": [0, 3, 1],
+    "transformer_depth": [0, 0, 1, 0],  # input 4
+    "transformer_depth_output": [0, 0, 0, 1, 0, 0, 1],  # output 3 and 0
+    "transformer_depth_middle": 1,
+}
 
 
 def _patcher(config: Any, seed: int) -> Any:
@@ -132,15 +139,16 @@ class Tiny:
 
 @cache
 def tiny(name: str, dtype: torch.dtype = torch.float32, device: str | None = None) -> Tiny:
-    """Of `name` sdxl, z_image or flux. One per process, for tests that leave the model as it is.
+    """Of `name` sdxl, least_sdxl, z_image or flux. One per process, for tests that leave the model as it is.
 
     device: where it computes, ComfyUI's choice by default.
     """
     text_width, pooled = FLUX["context_in_dim"], FLUX["vec_in_dim"]
-    if name == "sdxl":
+    if name in ("sdxl", "least_sdxl"):
         from hotpath_demo import tiny_sdxl
 
-        made = Tiny(name, tiny_sdxl.make_sdxl(dtype=dtype), tiny_sdxl.encode_text, 4, 4.0)
+        changes = LEAST_SDXL if name == "least_sdxl" else {}
+        made = Tiny(name, tiny_sdxl.make_sdxl(dtype=dtype, **changes), tiny_sdxl.encode_text, 4, 4.0)
     elif name == "z_image":
         made = Tiny(name, make_z_image(dtype=dtype), lambda text, n: encode(text, n, Z_IMAGE["cap_feat_dim"]), 16, 1.0)
     elif name == "flux":
