@@ -247,10 +247,9 @@ def test_a_lora_after_it_works_as_without():
 
 
 def test_with_instantid_and_its_controlnet():
-    from instantid_bench import shared_bench
-    from instantid_scenarios import sample
+    from instantid_bench import sample, shallow_bench
 
-    bench = shared_bench()
+    bench = shallow_bench()
     expected = sample(*bench.apply())
     patched, _ = set_attention(bench.model, "auto")
     torch.testing.assert_close(sample(*bench.apply(model=patched)), expected, atol=5e-3, rtol=1e-3)

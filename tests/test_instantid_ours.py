@@ -7,15 +7,25 @@ from typing import Any
 import pytest
 import torch
 from foreign_faces import ForeignFaceAnalysis
-from instantid_bench import apply, attention_patches, callback_counts, identity, several, shared_bench
-from instantid_scenarios import Bench, mask, photo, sample
+from instantid_bench import (
+    SHALLOW,
+    apply,
+    attention_patches,
+    callback_counts,
+    identity,
+    sample,
+    several,
+    shallow_bench,
+    shared_bench,
+)
+from instantid_scenarios import Bench, mask, photo
 
 pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture
 def bench() -> Bench:
-    return shared_bench()
+    return shallow_bench()
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +41,7 @@ def test_equal_settings_give_the_pictures_of_the_compatible_node(bench: Bench) -
             changes = {**changes, "insightface": bench.faces}
         *ours, report = apply(bench, face_tokens_for="every ControlNet", **changes)
         assert torch.equal(sample(*ours), sample(*theirs)), changes
-        assert "70 of 70 blocks" in report
+        assert "11 of 11 blocks" in report
 
 
 def test_identity_tokens_reach_identity_net_either_way(bench: Bench) -> None:
@@ -68,7 +78,8 @@ def test_other_control_nets_keep_the_prompt(bench: Bench, seen_by: str, expected
 @pytest.mark.parametrize(
     ("mode", "count"), [("full", 70), ("balanced", 55), ("fast", 20), ("output_only", 36), ("custom", 7)]
 )
-def test_patch_modes_keep_absolute_keys_and_values(bench: Bench, mode: str, count: int) -> None:
+def test_patch_modes_keep_absolute_keys_and_values(mode: str, count: int) -> None:
+    bench = shared_bench()
     full = attention_patches(apply(bench)[0])
     model, _, _, report = apply(bench, patch_mode=mode, custom_blocks="input.4, output.1.0-2, 68 69")
     chosen = attention_patches(model)
@@ -130,7 +141,7 @@ def count_rows(model: Any, run: Any) -> int:
 
 def test_two_people_cost_one_pass(bench: Bench) -> None:
     model, positive, negative, report = several(bench)
-    assert callback_counts(model) == [2] * 70
+    assert callback_counts(model) == [2] * 11
     assert "person 1" in report
     assert "person 2" in report
     one_pass = count_rows(model, lambda m: sample(m, positive, negative))

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from instantid_bench import apply, attention_patches, shared_bench
-from instantid_scenarios import Bench, mask, photo, sample
+from instantid_bench import apply, attention_patches, sample, shallow_bench, shared_bench
+from instantid_scenarios import Bench, mask, photo
 
 pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture
 def bench() -> Bench:
-    return shared_bench()
+    return shallow_bench()
 
 
 @pytest.fixture(autouse=True)
@@ -170,10 +170,11 @@ def test_a_forward_that_another_pack_replaced(bench: Bench, other: Any) -> None:
 
 
 @pytest.mark.parametrize("other", [fixed_forward, anything_to_fixed, past_the_wrappers])
-def test_telemetry_counts_whatever_the_forward_is(bench: Bench, other: Any) -> None:
+def test_telemetry_counts_whatever_the_forward_is(other: Any) -> None:
     import numpy as np
     from hotpath.patches.telemetry import record_blocks
 
+    bench = shared_bench()
     model = bench.patch(weight=0.7)[0]
 
     def energies(patched: Any) -> Any:
