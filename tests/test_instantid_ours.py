@@ -8,7 +8,6 @@ import pytest
 import torch
 from foreign_faces import ForeignFaceAnalysis
 from instantid_bench import (
-    SHALLOW,
     apply,
     attention_patches,
     callback_counts,
