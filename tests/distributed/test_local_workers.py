@@ -119,7 +119,7 @@ def test_killed_then_stopped_then_finished(tmp_path, headless_host, request_for)
     assert not alive, "a worker does not outlive its run"
     after_kill = made(out)
 
-    second = command(tmp_path, "--workers", "2", "--gpus", "none")
+    second = command(tmp_path, "--workers", "1", "--gpus", "none")
     wait_for(lambda: len(made(out)) > len(after_kill))
     workers = psutil.Process(second.pid).children(recursive=True)
     asked = time.monotonic()

@@ -120,6 +120,7 @@ def test_only_this_machine_reaches_it_and_only_with_the_token(ray):
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0" * 64,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_NUM_REDIS_GET_RETRIES": "1",  # of twenty, a second each
     }
     done = subprocess.run([sys.executable, "-c", code], env=stranger, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "let in" not in done.stdout
