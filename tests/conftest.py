@@ -89,12 +89,19 @@ def comfyui_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_comfyui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A ComfyUI with the demo's models, for the tests of the group "demo_comfyui": a start takes half a minute."""
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `demo_comfyui` has its models and input."""
+    return tmp_path_factory.mktemp("demo_comfyui")
+
+
+@pytest.fixture(scope="session")
+def demo_comfyui(demo_folder: Path) -> Iterator[Any]:
+    """A ComfyUI with the demo's models and the nodes of server_nodes.py, for the tests of the group "demo_comfyui": a start
+    takes half a minute."""
     from example_workflows import demo_server
 
     assert COMFYUI is not None
-    with demo_server(COMFYUI, tmp_path_factory.mktemp("demo_comfyui")) as running:
+    with demo_server(COMFYUI, demo_folder, Path(__file__).resolve().parent / "support" / "server_nodes.py") as running:
         yield running
 
 

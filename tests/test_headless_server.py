@@ -527,32 +527,13 @@ def test_links_where_they_are_not_allowed(tmp_path, monkeypatch):
 # One real ComfyUI for the tests below.
 
 
-@pytest.fixture(scope="module")
-def comfyui(tmp_path_factory):
-    from hotpath.headless.locate import find_comfyui
-
-    work = tmp_path_factory.mktemp("comfyui")
-    slow = work / "slow_node.py"
-    slow.write_text(
-        "import time\n"
-        "class Slow:\n"
-        "    RETURN_TYPES = ()\n    FUNCTION = 'work'\n    OUTPUT_NODE = True\n"
-        "    @classmethod\n    def INPUT_TYPES(cls):\n        return {'required': {'image': ('IMAGE',)}}\n"
-        "    def work(self, image):\n"
-        "        import comfy.utils\n"
-        "        bar = comfy.utils.ProgressBar(600)\n"
-        "        for _ in range(600):\n            time.sleep(0.1); bar.update(1)\n"
-        "        return {}\n"
-        "NODE_CLASS_MAPPINGS = {'Slow': Slow}\n"
-    )
-    folder = find_comfyui()
-    assert folder is not None
-    with launched(folder, LaunchOptions(isolated=True, custom_nodes=[slow])) as server:
-        yield server
+@pytest.fixture
+def comfyui(demo_comfyui):
+    return demo_comfyui
 
 
 @pytest.mark.comfy
-@pytest.mark.xdist_group("comfyui_server")
+@pytest.mark.xdist_group("demo_comfyui")
 class TestRealComfyUI:
     def test_a_graph_runs(self, comfyui, inputs, tmp_path):
         watcher = Watcher()

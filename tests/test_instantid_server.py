@@ -6,7 +6,6 @@ import json
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from ui_workflows import to_prompt
 
-pytestmark = [pytest.mark.comfy, pytest.mark.xdist_group("server")]
+pytestmark = [pytest.mark.comfy, pytest.mark.xdist_group("demo_comfyui")]
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 SHARED = sorted((HERE / "data" / "workflows").glob("InstantID_*.json"))
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Any]:
-    from conftest_paths import COMFYUI
-    from hotpath.headless.launcher import LaunchOptions, launched
+def server(demo_comfyui: Any, demo_folder: Path) -> Any:
+    """With models and pictures for these tests, which are files like those that come while a server runs."""
     from hotpath_demo import tiny_sdxl
 
-    work = tmp_path_factory.mktemp("server")
-    models, inputs = work / "models", work / "input"
+    models, inputs = demo_folder / "models", demo_folder / "input"
     # Only the names matter for files that the shared workflows load: they are validated, not run.
     for name in (
         "checkpoints/sdxl/AlbedoBaseXL.safetensors",
@@ -38,7 +34,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     ):
         (models / name).parent.mkdir(parents=True, exist_ok=True)
         (models / name).touch()
-    (models / "instantid").mkdir()
     state = tiny_sdxl.make_adapter_state(dim=64)
     flat = {f"{part}.{key}": value for part, weights in state.items() for key, value in weights.items()}
     save_file(flat, models / "instantid" / "tiny.safetensors")
@@ -47,21 +42,11 @@ def server(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
         {"controlnet_cond_embedding.conv_in.weight": flat["image_proj.proj_in.bias"]},
         models / "instantid" / "wrong.safetensors",
     )
-    inputs.mkdir()
     noise = np.random.default_rng(1).integers(0, 255, (96, 80, 3), np.uint8)
     for name in ("face.png", "joseph-gonzalez-iFgRcqHznqg-unsplash.jpg", "miranda.jpg"):
         Image.fromarray(noise).save(inputs / name)
     Image.new("RGB", (64, 64)).save(inputs / "nobody.png")
-    options = LaunchOptions(
-        input_folder=inputs,
-        models=models,
-        custom_nodes=[ROOT / "demo" / "comfy_nodes" / "hotpath_demo", HERE / "support" / "server_nodes.py"],
-        isolated=True,
-        arguments=["--cpu"],
-        environment={"OMP_NUM_THREADS": "1"},
-    )
-    with launched(COMFYUI, options) as running:
-        yield running
+    return demo_comfyui
 
 
 def get(server: Any, path: str) -> Any:
@@ -131,11 +116,13 @@ def test_the_nodes_are_there(server: Any) -> None:
     contract = json.loads((HERE / "data" / "contracts" / "instantid.json").read_text())
     assert contract["nodes"].keys() <= info.keys()
     assert info["InstantIDModelLoader"]["input"]["required"]["instantid_file"][0] == [
+        "demo_adapter.safetensors",
         "ip-adapter.bin",
         "tiny.safetensors",
         "wrong.safetensors",
     ]
-    assert "Traceback" not in server.log_tail(500)
+    start = server.log.read_text("utf-8", "replace").partition("To see the GUI")[0]
+    assert "hotpath" in start and "Traceback" not in start
 
 
 def test_a_prompt_becomes_a_picture_and_says_what_it_did(server: Any, tmp_path: Path) -> None:

@@ -35,19 +35,24 @@ def twin_of(path: Path, object_info: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def demo_server(comfyui: Path, work: Path) -> Iterator[Any]:
-    """A ComfyUI with the demo's models, and a small Z-Image of random weights, which the demo lacks."""
+def demo_server(comfyui: Path, work: Path, *nodes: Path) -> Iterator[Any]:
+    """A ComfyUI with the demo's models, and a small Z-Image of random weights, which the demo lacks.
+
+    work: its files come to lie there, in models and input. nodes: more custom nodes.
+    """
     from hotpath.demo.z_image_model import write_checkpoint
     from hotpath.headless.launcher import LaunchOptions, launched
 
     models = work / "models"
     shutil.copytree(ROOT / "demo" / "models", models)
+    for kind in ("checkpoints", "controlnet"):  # so that files which come later are found
+        (models / kind).mkdir()
     write_checkpoint(models / "diffusers" / "Z-Image-Turbo")
     shutil.copytree(ROOT / "demo" / "inputs", work / "input")
     options = LaunchOptions(
         input_folder=work / "input",
         models=models,
-        custom_nodes=[ROOT / "demo" / "comfy_nodes" / "hotpath_demo"],
+        custom_nodes=[ROOT / "demo" / "comfy_nodes" / "hotpath_demo", *nodes],
         isolated=True,
         arguments=["--cpu"],
         environment={"OMP_NUM_THREADS": "1"},
