@@ -104,8 +104,8 @@ sys.path.insert(0, sys.argv[1])
 import conftest, itertools, torch
 from test_token_attention import SHAPES, TOLERANCE, by_definition, token_inputs
 from hotpath.attention.token_attention_kernel import attend_tokens_fused
-for shape, dtype, strided in itertools.product(SHAPES, TOLERANCE, (False, True)):
-    inputs = token_inputs(shape, dtype, strided)
+for number, (shape, dtype) in enumerate(itertools.product(SHAPES, TOLERANCE)):
+    inputs = token_inputs(shape, dtype, strided=number % 2 == 1)  # each shape and each dtype both ways
     stats = torch.zeros(2)
     before = inputs["out"].clone()
     made = attend_tokens_fused(**inputs, stats=stats)
