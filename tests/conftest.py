@@ -27,9 +27,9 @@ TRACES.addHandler = lambda handler: None  # type: ignore[method-assign]
 
 if os.environ.get("HOTPATH_SIMULATED_CARD"):
     sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
-    import simulated_cuda
+    import simulated_card
 
-    simulated_cuda.install()
+    simulated_card.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "hotpath"
@@ -125,7 +125,7 @@ def headless_host(tmp_path: Path):
         models=tmp_path / "models",
         input_folder=tmp_path / "input",
         output_folder=tmp_path / "output",
-        device="cpu",
+        device="cuda" if os.environ.get("HOTPATH_SIMULATED_CARD") else "cpu",
         show_progress=False,
     )
     before = host.use(mine)

@@ -25,6 +25,7 @@ import functools
 import os
 import threading
 import types
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 TOTAL = 143 << 30  # bytes an H200 has
@@ -384,6 +385,8 @@ class _Card:
             self.broken = True
             raise _cuda_error(f"operation not permitted when stream is capturing ({why})")
         self.waits.append(why)
+        if self.debug == 1:
+            warnings.warn(f"called a synchronizing CUDA operation ({why})", stacklevel=3)
         if self.debug == 2:
             raise RuntimeError(f"called a synchronizing CUDA operation ({why})")
 
@@ -484,8 +487,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return 0  # the plain way: of the others' limits nothing is known here
     if name[1] == "record_stream":
         return None
-    wanted = kwargs.get("device")
-    target = None if wanted is None else torch.device(wanted)
+    target = next((leaf for leaf in flat if isinstance(leaf, torch.device)), None)
     if not given and (target is None or target.type != "cuda"):
         if kwargs.get("pin_memory"):
             with _apart():
@@ -896,6 +898,8 @@ def install(devices: int = 1) -> None:
     _watch_libraries()
     _watch_triton()
     _watch_data()
+    _watch_numbers()
+    _leave_tracing_alone()
     _watch_attention()
     _watch_threads()
     Simulation().__enter__()
@@ -1044,6 +1048,32 @@ def _watch_attention() -> None:
         return plain(query, *args, **kwargs)
 
     torch.nn.functional.scaled_dot_product_attention = torch._C._nn.scaled_dot_product_attention = attend
+
+
+def _leave_tracing_alone() -> None:
+    """Models of the host's are exported by torch's tracer, which does not know modes."""
+    import torch.onnx
+
+    for where, name in ((torch.onnx, "export"), (torch.jit, "trace")):
+        plain = getattr(where, name)
+
+        def apart(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return plain(*args, **kwargs)
+
+        setattr(where, name, apart)
+
+
+def _watch_numbers() -> None:
+    """`torch.tensor` of a list that holds tensors of the card: one wait each."""
+    plain = torch.tensor
+
+    def tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(data, (list, tuple)):
+            data = tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, OnCard) else leaf, data)
+        return plain(data, *args, **kwargs)
+
+    torch.tensor = tensor
 
 
 def _watch_data() -> None:

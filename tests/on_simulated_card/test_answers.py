@@ -1,0 +1,56 @@
+"""Answers of a vision-language model on the card: graphs write what the plain path writes, and seldom wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hotpath.cache import clear_all
+from hotpath.demo.captioner_model import write_folder
+from hotpath.vision_language.answering import AnswerOptions, answer
+from hotpath.vision_language.budgets import PRESETS
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loading import MODELS
+from hotpath.vision_language.pictures import Picture
+from hotpath.vision_language.prompts import Question
+from hotpath.vision_language.sampling import Sampling
+
+TOKENS = 16
+
+
+@pytest.fixture
+def model(headless_host: Any, tmp_path: Path) -> Iterator[Any]:
+    headless_host._cache = tmp_path / "cache"
+    folder = headless_host.model_folders("LLM")[0]
+    folder.mkdir(parents=True)
+    write_folder(folder / "qwen3_vl", "qwen3_vl")
+    clear_all()
+    yield MODELS.get("qwen3_vl", LoadOptions(dtype="float32"), must_see=False)
+    MODELS.clear()
+    clear_all()
+
+
+def asked(model: Any, decode: str, sampling: Sampling, tokens: int = TOKENS) -> list[str]:
+    picture = Picture(np.random.default_rng(1).integers(0, 256, (150, 200, 3), dtype=np.uint8))
+    questions = [Question("Describe.", "Be brief.", (picture,)), Question("And now in other words, please.", "", (picture,))]
+    settings = AnswerOptions(max_new_tokens=tokens, budget=PRESETS["fast"], decode=decode)
+    return [made.raw for made in answer(model, questions, sampling, settings)]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(sample=False), Sampling(temperature=1.0, seed=3)], ids=["greedy", "sampled"])
+def test_graphs_write_what_the_plain_path_writes(card: Any, model: Any, sampling: Sampling) -> None:
+    expected = asked(model, "plain", sampling)
+    assert asked(model, "graph", sampling) == expected
+    assert all(space.graph is not None for space in model.device_state["workspaces"].values())
+    graphs = card.graphs
+    waits = []
+    for tokens in (4, TOKENS):
+        card.waits.clear()
+        card.replays = 0
+        asked(model, "graph", sampling, tokens)
+        assert card.graphs == graphs and card.replays >= tokens - 1
+        waits.append(list(card.waits))
+    assert waits[0] == waits[1]  # all of them before the first token
