@@ -16,10 +16,24 @@ HERE = Path(__file__).resolve().parent / "on_simulated_card"
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real card")
 @pytest.mark.parametrize("module", sorted(path.stem for path in HERE.glob("test_*.py")))
 def test_on_simulated_card(module: str) -> None:
-    command = [sys.executable, "-m", "pytest", str(HERE / f"{module}.py"), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(HERE / f"{module}.py"),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(
-        command, env={**environment, "HOTPATH_SIMULATED_CARD": "1"}, capture_output=True, text=True, cwd=HERE.parent.parent
+        command,
+        env={**environment, "HOTPATH_SIMULATED_CARD": "1"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parent.parent,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert "passed" in done.stdout

@@ -35,12 +35,17 @@ def model(headless_host: Any, tmp_path: Path) -> Iterator[Any]:
 
 def asked(model: Any, decode: str, sampling: Sampling, tokens: int = TOKENS) -> list[str]:
     picture = Picture(np.random.default_rng(1).integers(0, 256, (150, 200, 3), dtype=np.uint8))
-    questions = [Question("Describe.", "Be brief.", (picture,)), Question("And now in other words, please.", "", (picture,))]
+    questions = [
+        Question("Describe.", "Be brief.", (picture,)),
+        Question("And now in other words, please.", "", (picture,)),
+    ]
     settings = AnswerOptions(max_new_tokens=tokens, budget=PRESETS["fast"], decode=decode)
     return [made.raw for made in answer(model, questions, sampling, settings)]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(sample=False), Sampling(temperature=1.0, seed=3)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(sample=False), Sampling(temperature=1.0, seed=3)], ids=["greedy", "sampled"]
+)
 def test_graphs_write_what_the_plain_path_writes(card: Any, model: Any, sampling: Sampling) -> None:
     expected = asked(model, "plain", sampling)
     assert asked(model, "graph", sampling) == expected

@@ -18,7 +18,8 @@ def test_a_batch_is_two_waits_and_the_cpus_result(card: Any) -> None:
     photo = torch.from_numpy(skimage.data.astronaut()).float() / 255
     pictures = torch.stack([photo.roll(8 * i, 1) for i in range(3)])
     here, there = (
-        face.load_analyser([MODELS], engine="torch", device=torch.device(device), remember=False) for device in ("cpu", "cuda")
+        face.load_analyser([MODELS], engine="torch", device=torch.device(device), remember=False)
+        for device in ("cpu", "cuda")
     )
     largest = face.FaceChoice.largest()
     expected = here.analyse(pictures, choose=largest, options=OPTIONS)

@@ -165,7 +165,12 @@ def _check_host(func: Any, flat: Sequence[Any]) -> None:
 
 
 def _on_card(
-    func: Any, args: Any, kwargs: dict[str, Any], flat: Sequence[Any], given: Sequence[OnCard], target: torch.device | None
+    func: Any,
+    args: Any,
+    kwargs: dict[str, Any],
+    flat: Sequence[Any],
+    given: Sequence[OnCard],
+    target: torch.device | None,
 ) -> Any:
     name = func._schema.name
     here = card()

@@ -295,7 +295,7 @@ def cuda_error(text: str) -> RuntimeError:
     return made
 
 
-class on_stream:  # noqa: N801 - stands for torch.cuda.stream
+class on_stream:  # stands for torch.cuda.stream
     """Left behind by whoever does not leave it, as torch's is."""
 
     def __init__(self, stream: Stream | None) -> None:
@@ -317,7 +317,7 @@ class on_stream:  # noqa: N801 - stands for torch.cuda.stream
                 here.own_streams[place] = own
 
 
-class on_device:  # noqa: N801 - stands for torch.cuda.device
+class on_device:  # stands for torch.cuda.device
     def __init__(self, device: Any) -> None:
         self.index = card().index if device is None or device == -1 else device_of(device).index
 

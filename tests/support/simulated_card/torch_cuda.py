@@ -27,7 +27,9 @@ def install(devices: int = 1) -> Card:
     if torch.cuda.is_available():
         raise RuntimeError("there is a real card: nothing to simulate")
     os.environ["TRITON_INTERPRET"] = "1"
-    from torch._dynamo import trace_rules  # lists the functions of torch.cuda when it is asked: those are to be torch's own
+    from torch._dynamo import (
+        trace_rules,
+    )  # lists the functions of torch.cuda when it is asked: those are to be torch's own
 
     trace_rules.get_torch_obj_rule_map()
     card = make_card(devices)
@@ -114,7 +116,7 @@ def _functions(card: Card) -> dict[str, Any]:
         "memory_stats": memory_stats,
         "synchronize": synchronize,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
-        "get_rng_state_all": lambda: [],
+        "get_rng_state_all": list,
         "Stream": Stream,
         "Event": Event,
         "stream": on_stream,
