@@ -4,6 +4,7 @@
     python benchmarks/card.py --minutes 9 --out card --resume   # what the last call did not get to
     python benchmarks/card.py --only instantid faces --out card
     python benchmarks/card.py --tiny --out card                 # a test of itself on any machine; so it runs without CUDA
+    python benchmarks/card.py --simulated --minutes 60 --out card   # the same by way of the branches for CUDA
 
 The stages stand in `card_plan.py`, the most telling first. Each is a process of its own with a limit of its own: one that
 crashes, hangs or runs out of memory is noted, and the next begins. After every stage DIR holds what is known so far:
@@ -33,6 +34,7 @@ import card_plan
 from card_plan import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
+SIMULATED = ROOT / "tests" / "support" / "simulated_card" / "at_start"  # a module in it is what Python runs first
 LOG_BYTES = 1 << 20  # of one stage: its end
 GRACE = 8  # seconds between being asked to stop and being stopped
 SCRATCH_BYTES = 48 << 30  # the random checkpoints are up to 30 GB
@@ -52,6 +54,9 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
         made["COMFYUI_PATH"] = str(options.comfyui.resolve())
     if options.peers is not None:
         made["HOTPATH_PEERS"] = str(options.peers.resolve())
+    if options.simulated:
+        made["HOTPATH_SIMULATED_CARD"] = "1"
+        made["PYTHONPATH"] = os.pathsep.join([str(SIMULATED), *filter(None, [made.get("PYTHONPATH")])])
     memory = Path("/dev/shm")
     if "TMPDIR" not in os.environ and memory.is_dir() and shutil.disk_usage(memory).free > SCRATCH_BYTES:
         made["TMPDIR"] = str(memory)
@@ -171,6 +176,11 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder, where it is not found by itself")
     parser.add_argument("--peers", type=Path, help="folder with checkouts of the packs to compare with")
     parser.add_argument("--tiny", action="store_true", help="small sizes: a test of this script; implied without CUDA")
+    parser.add_argument(
+        "--simulated",
+        action="store_true",
+        help="small sizes on a card that tests/support simulates: no figure means anything",
+    )
     parser.add_argument("--list", action="store_true", help="say which stages there are, and end")
     return parser.parse_args()
 
@@ -193,7 +203,7 @@ def main(stages: Sequence[Stage] = card_plan.STAGES) -> int:
     if unknown:
         parser.error(f"there is no stage {', '.join(sorted(unknown))}; --list names them")
     until = start + 60 * options.minutes
-    tiny = options.tiny or not has_cuda()
+    tiny = options.tiny or options.simulated or not has_cuda()
     options.out.mkdir(parents=True, exist_ok=True)
     given = " ".join("DIR" if os.sep in part else part for part in sys.argv[1:])  # a path says nothing about what ran
     state: dict[str, Any] = {"started": str(date.today()), "arguments": given, "stages": {}}

@@ -76,9 +76,9 @@ def test_a_graph_does_not_wait(card: Any, forbidden: Any) -> None:
 
 
 def test_a_graph_reads_where_it_was_recorded(card: Any) -> None:
-    x = torch.ones(2, device="cuda")
-    graph, _ = recorded(lambda: x * 2)
-    del x
+    held = [torch.ones(2, device="cuda")]
+    graph, _ = recorded(lambda: held[0] * 2)
+    held.clear()
     with pytest.raises(Hazard, match="freed"):
         graph.replay()
 

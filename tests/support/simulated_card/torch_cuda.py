@@ -15,37 +15,36 @@ from torch.utils._pytree import tree_map
 
 from .graphs import CUDAGraph, new_pool
 from .operators import ATTENTION, OnCard, Simulation, implementations, launched, run
-from .streams import TOTAL, Card, Event, Stream, device_of, is_made, make_card, on_device, on_stream
+from .streams import TOTAL, Card, Event, Stream, card, device_of, is_made, make_card, on_device, on_stream
 
 NAME = "Simulated H200"
 
 
 def install(devices: int = 1) -> Card:
-    """Put `devices` cards into this process and every thread of it that starts from now on."""
+    """Put `devices` cards into this process and every thread of it that starts from now on; again, nothing happens."""
     if is_made():
-        raise RuntimeError("the card is there already")
+        return card()
     if torch.cuda.is_available():
         raise RuntimeError("there is a real card: nothing to simulate")
     os.environ["TRITON_INTERPRET"] = "1"
-    from torch._dynamo import (
-        trace_rules,
-    )  # lists the functions of torch.cuda when it is asked: those are to be torch's own
+    # Dynamo lists the functions of torch.cuda when it is first asked: those are to be torch's own.
+    from torch._dynamo import trace_rules
 
     trace_rules.get_torch_obj_rule_map()
-    card = make_card(devices)
+    made = make_card(devices)
     torch._C._ensureCUDADeviceGuardSet()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") comes here as a copy
     cuda: Any = torch.cuda
-    for name, value in _functions(card).items():
+    for name, value in _functions(made).items():
         setattr(cuda, name, value)
     cuda.memory.mem_get_info = cuda.mem_get_info
     cuda.graphs.CUDAGraph = CUDAGraph
     changed: Any = torch
     changed.Generator = Generator
     for change in (_numbers, _data, _attention, _tracing, _compiling, _operators_of_the_pack, _triton, _threads):
-        change(card)
+        change(made)
     Simulation().__enter__()
-    return card
+    return made
 
 
 class Generator(torch.Generator):
@@ -197,11 +196,11 @@ def _tracing(_: Card) -> None:
 
 
 def _compiling(card: Card) -> None:
-    def compile(function: Any = None, **options: Any) -> Any:
-        if function is None:
+    def compile(model: Any = None, **options: Any) -> Any:
+        if model is None:
             return lambda given: compile(given, **options)
-        card.compiled.append(function)
-        return function
+        card.compiled.append(model)
+        return model
 
     torch.compile = compile
     torch.nn.Module.compile = lambda self, *_, **__: card.compiled.append(self)  # type: ignore[method-assign]
