@@ -40,7 +40,11 @@ def project() -> dict[str, Any]:
 
 
 def shipped() -> list[Path]:
-    return [path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith((".", *NOT_SHIPPED))]
+    """The environment, which holds a hundred times as many files, is not gone through."""
+    parts = [part for part in ROOT.iterdir() if not part.name.startswith((".", *NOT_SHIPPED))]
+    return [
+        path for part in parts for path in (part.rglob("*.py") if part.is_dir() else [part]) if path.suffix == ".py"
+    ]
 
 
 def test_the_fields_are_complete(project):
