@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from checkout_files import files
 from hotpath.nodes import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,7 +153,7 @@ def _parts_imported(item: Import, folders: tuple[str, ...]) -> list[str | None]:
 
 def modules() -> list[Path]:
     found = []
-    for path in sorted(ROOT.rglob("*.py")):
+    for path in files("*.py"):
         folders = path.relative_to(ROOT).parts[:-1]
         if not folders or (folders[0] not in OUTSIDE and not any(f.startswith(".") for f in folders)):
             found.append(path)

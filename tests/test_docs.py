@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from checkout_files import files
 from hotpath.nodes import NODE_CLASS_MAPPINGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +31,7 @@ def said() -> tuple[str, ...]:
             return "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
         return None
 
-    for path in ROOT.rglob("*.py"):
+    for path in files("*.py"):
         parts = path.relative_to(ROOT).parts
         if parts[0] in NOT_CODE or parts[0].startswith("."):
             continue

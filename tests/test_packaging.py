@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout_files import files
 
 try:
     import tomllib
@@ -39,7 +40,7 @@ def requirements() -> list[str]:
 
 def test_every_folder_with_code_is_packaged(project):
     found = {"hotpath"}
-    for init in ROOT.rglob("__init__.py"):
+    for init in files("__init__.py"):
         parts = init.parent.relative_to(ROOT).parts
         if not parts or parts[0] in NOT_SHIPPED or any(part.startswith(".") for part in parts):
             continue
