@@ -193,7 +193,7 @@ def _make_plan(
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     # Trials must not count into a running measurement.
     trial = (*tensors[:8], torch.zeros(2, device=q.device))
-    first_only = capturing or not q.is_cuda
+    first_only = capturing or INTERPRETED or not q.is_cuda  # what the interpreter takes tells nothing
     plans = list(_candidates(trial, constants, (queries, heads, batch), configs, first_only))
     plan = plans[0] if len(plans) == 1 else min(plans, key=lambda p: _milliseconds(p, trial))
     if not capturing:
