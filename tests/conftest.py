@@ -15,9 +15,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-
-torch.set_num_threads(1)
 
 # Of each graph that is compiled torch writes a trace for whoever collects it, which takes as long as compiling. pytest
 # collects every log.
@@ -25,14 +22,7 @@ TRACES = logging.getLogger("torch.__trace")
 TRACES.handlers.clear()
 TRACES.addHandler = lambda handler: None  # type: ignore[method-assign]
 
-if os.environ.get("HOTPATH_SIMULATED_CARD"):
-    sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
-    import simulated_card
-
-    simulated_card.install()
-
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "hotpath"
 
 
 def find_comfyui() -> Path | None:
@@ -49,29 +39,46 @@ COMFYUI = find_comfyui()
 # `python -m pytest` puts the checkout first on the path, where its `nodes` would hide ComfyUI's.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
 
-if COMFYUI is not None:
-    sys.path.insert(0, str(COMFYUI))
-    from comfy.cli_args import args
 
-    args.cpu = not torch.cuda.is_available()
-
-if NAME not in sys.modules:
-    spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    assert spec is not None and spec.loader is not None
-    sys.modules[NAME] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[NAME])
+def _controls() -> bool:
+    """Whether this is xdist's controller. It runs no test, and the workers start when it is ready."""
+    if "PYTEST_XDIST_WORKER" in os.environ or "-n" not in sys.argv:
+        return False
+    return sys.argv[sys.argv.index("-n") + 1 :][:1] not in ([], ["0"])
 
 
-TINY = "hotpath_demo"
-if COMFYUI is not None and TINY not in sys.modules:
-    # The demo's ComfyUI nodes: a tiny SDXL and what goes with it.
-    folder = ROOT / "demo" / "comfy_nodes" / TINY
-    spec = importlib.util.spec_from_file_location(
-        TINY, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules[TINY] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[TINY])
+def _prepare() -> None:
+    """torch, ComfyUI, the pack as `hotpath`, and the demo's ComfyUI nodes (a tiny SDXL and what goes with it)."""
+    import torch
+
+    torch.set_num_threads(1)
+    if os.environ.get("HOTPATH_SIMULATED_CARD"):
+        sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
+        import simulated_card
+
+        simulated_card.install()
+    if COMFYUI is not None:
+        sys.path.insert(0, str(COMFYUI))
+        from comfy.cli_args import args
+
+        args.cpu = not torch.cuda.is_available()
+    _load("hotpath", ROOT)
+    if COMFYUI is not None:
+        _load("hotpath_demo", ROOT / "demo" / "comfy_nodes" / "hotpath_demo")
+
+
+def _load(name: str, folder: Path) -> None:
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+
+
+if not _controls():
+    _prepare()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

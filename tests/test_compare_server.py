@@ -23,7 +23,7 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from hotpath.headless.stand_ins import StandIns
 
     graph = StandIns.read(ROOT / "demo" / "stand_ins.json").apply(Graph.load(twin_path(FOLDER / f"{NAME}.json")))
-    for change in ("KSampler.steps=2", "EmptyLatentImage.width=128", "EmptyLatentImage.height=128"):
+    for change in ("KSampler.steps=1", "EmptyLatentImage.width=128", "EmptyLatentImage.height=128"):
         graph.set_input(change)
     path = tmp_path_factory.mktemp("workflow") / "person.api.json"
     path.write_text(json.dumps(graph.prompt()))

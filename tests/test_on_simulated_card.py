@@ -13,14 +13,9 @@ import torch
 HERE = Path(__file__).resolve().parent / "on_simulated_card"
 
 
-# A process each, which starts for ten seconds.
-PARTS = {"native models": ["test_native_models.py"], "the rest": ["--ignore=test_native_models.py"]}
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real card")
-@pytest.mark.parametrize("part", PARTS)
-def test_on_simulated_card(part: str) -> None:
-    command = [sys.executable, "-m", "pytest", *PARTS[part], "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+def test_on_simulated_card() -> None:
+    command = [sys.executable, "-m", "pytest", ".", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(
         command, env={**environment, "HOTPATH_SIMULATED_CARD": "1"}, capture_output=True, text=True, cwd=HERE

@@ -68,13 +68,13 @@ class Killer:
 @needs_ray
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
 def test_actors_one_of_which_is_killed_give_what_this_process_gives(ray, pictures, request_for, monkeypatch):
-    for i in range(4):
-        picture(pictures / f"slow{i}.png", 50 + i, 1400)
+    for i in range(3):
+        picture(pictures / f"slow{i}.png", 50 + i, 1000)
     (pictures / "bad.png").write_text("no picture")
     killer = Killer(monkeypatch)
     actors = run_map(request_for(pictures, "ray", executor="ray", workers=2), killer)
     assert killer.killed is not None
-    assert (actors.status.done, actors.status.failed) == (9, 1) and actors.status.retried >= 1
+    assert (actors.status.done, actors.status.failed) == (8, 1) and actors.status.retried >= 1
     assert "2 Ray actors with 1 CPU each" in actors.report()
     alone = run_map(request_for(pictures, "one"))
     assert made(actors.folder) == made(alone.folder)

@@ -97,9 +97,16 @@ QUESTIONS = {
 }
 
 
-@pytest.fixture(params=list(QUESTIONS))
-def question(request: pytest.FixtureRequest) -> Question:
-    return QUESTIONS[request.param]
+@pytest.fixture
+def questions() -> Iterator[tuple[str, Question]]:
+    """One of every kind with its name, each before empty caches: a model is loaded once for all of them."""
+
+    def one_by_one() -> Iterator[tuple[str, Question]]:
+        for name, question in QUESTIONS.items():
+            clear_all()
+            yield name, question
+
+    return one_by_one()
 
 
 def library_inputs(processor: Any, model: LoadedModel, question: Question, budget: Any) -> dict[str, Any]:

@@ -27,17 +27,18 @@ NOTHING = (0, 0, 0)
 
 @pytest.mark.parametrize("way", ["the version's own", "replaced methods"])
 @pytest.mark.parametrize("kind", VISION)
-def test_a_hit_looks_at_nothing(load, ask, counter, question, kind, way, monkeypatch):
+def test_a_hit_looks_at_nothing(load, ask, counter, questions, kind, way, monkeypatch):
     if way == "replaced methods":
         monkeypatch.setattr(LoadedModel, "takes_encoder_outputs", False)
     model = load(kind)
     calls = counter(model)
-    first = ask(model, question, reuse_prefix=False)
-    media = len({id(m) for m in question.pictures}), len(question.clips)
-    assert calls.take() == (media[0], media[1], media[0] + media[1])
-    again = ask(model, question, reuse_prefix=False)
-    assert calls.take() == NOTHING
-    assert again.raw == first.raw
+    for name, question in questions:
+        first = ask(model, question, reuse_prefix=False)
+        media = len({id(m) for m in question.pictures}), len(question.clips)
+        assert calls.take() == (media[0], media[1], media[0] + media[1]), name
+        again = ask(model, question, reuse_prefix=False)
+        assert calls.take() == NOTHING, name
+        assert again.raw == first.raw, name
 
 
 @pytest.mark.parametrize("kind", VISION)
