@@ -9,7 +9,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +20,9 @@ from hotpath.colorization.colormnet.network import ColorMNet
 from hotpath.colorization.colormnet.session import ColorMNetSession
 from hotpath.colorization.colormnet.settings import ColorMNetSettings
 from hotpath.colorization.cuda_graph import MOST_SHAPES, GraphedStep
-from hotpath.colorization.deep_exemplar.networks import DeepExemplar
 from hotpath.colorization.film_options import METHODS, FilmOptions, read_references
 from hotpath.colorization.transfers import DirectCopies, copies_for
-from tiny_colorizers import TINY, deep_exemplar_parts, save_models
+from tiny_colorizers import TINY, save_models
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -349,29 +347,6 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 def _without_events(self: Any, device: torch.device) -> None:
     self._events, self._seconds, self._pending, self._lock = False, {}, [], threading.Lock()
-
-
-@pytest.mark.parametrize(
-    ("method", "edge_filter"), [("ColorMNet", "guided"), ("Deep Exemplar", "fast_global_smoother")]
-)
-def test_no_frame_waits_for_the_device(method: str, edge_filter: str, pretended_gpu: torch.device) -> None:
-    """From frames on the device to pictures on the device, once the film has begun."""
-    with pretended_gpu:
-        network: Any = ColorMNet(TINY) if method == "ColorMNet" else DeepExemplar(*deep_exemplar_parts())
-    network.eval()
-    assert network.compute_device.type == "cuda"
-    options = FilmOptions(method=method, colour_size=112, edge_filter=edge_filter, temporal_smoothing=0.5)
-    references = read_references([*frames(2, 112, 128, seed=3)], "0,-")
-    loaded: Any = SimpleNamespace(
-        precision=SimpleNamespace(dtype=torch.float32), kept=lambda name, make: make(), managed=None
-    )
-    session = film.FilmSession(network, loaded, options, references, 112, 128)
-    pictures = (frames(6, 112, 128) * 255).to(torch.uint8)
-    session.colorize(pictures[:2])
-    with Waits() as waits:
-        session.colorize(pictures)
-        session.snapshot()
-    assert session.frame == 8 and waits.found == []
 
 
 def test_the_test_finds_what_waits(pretended_gpu: torch.device) -> None:

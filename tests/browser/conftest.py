@@ -84,7 +84,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, hub: str) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def front_end(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontEnd]:
+def front_end(request: pytest.FixtureRequest) -> Iterator[FrontEnd]:
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="playwright is not installed: pip install playwright"
     )
@@ -92,7 +92,7 @@ def front_end(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if browser_path is None:
         pytest.skip("no Chromium: apt install chromium, or name one in HOTPATH_CHROMIUM")
     server = request.getfixturevalue("server")  # started only now that there is something to look at it with
-    shots = Path(os.environ.get("HOTPATH_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    shots = Path(folder) if (folder := os.environ.get("HOTPATH_SCREENSHOTS")) else None
     # Closed with the module: while it is open no other test of this process could run an event loop.
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=browser_path, args=list(FLAGS))

@@ -38,7 +38,7 @@ RUN = """() => new Promise((resolve) => {
 class FrontEnd:
     """One page of ComfyUI. `problems` are errors of scripts, and messages on the console that name our files."""
 
-    def __init__(self, page: Any, url: str, shots: Path) -> None:
+    def __init__(self, page: Any, url: str, shots: Path | None) -> None:
         self.page = page
         self.url = url
         self.shots = shots
@@ -91,4 +91,5 @@ class FrontEnd:
         return panel
 
     def shot(self, name: str) -> None:
-        self.page.screenshot(path=str(self.shots / f"{name}.png"))
+        if self.shots is not None:
+            self.page.screenshot(path=str(self.shots / f"{name}.png"))
