@@ -8,6 +8,7 @@ import sys
 import pytest
 import sage_modules
 import torch
+from attention_calls import flags
 from hotpath.attention import compiled, dispatch
 from hotpath.attention.capabilities import DeviceFacts
 from hotpath.attention.dispatch import AttentionDispatcher, AttentionUnavailable
@@ -28,18 +29,13 @@ def tiny(name: str) -> Tiny:
     return tiny_on(name, device="cpu")
 
 
-def flags() -> tuple:
+def everything_global() -> tuple:
     import comfy.ldm.modules.attention as attention
 
     return (
         dict(attention.REGISTERED_ATTENTION_FUNCTIONS),
         attention.optimized_attention,
-        torch.backends.cuda.flash_sdp_enabled(),
-        torch.backends.cuda.math_sdp_enabled(),
-        torch.backends.cuda.mem_efficient_sdp_enabled(),
-        torch.backends.cuda.cudnn_sdp_enabled(),
-        tuple(torch._C._get_sdp_priority_order()),
-        torch.backends.cudnn.allow_tf32,
+        *flags(),
         torch.backends.cuda.matmul.allow_tf32,
         torch.backends.cudnn.benchmark,
         torch.get_default_dtype(),
@@ -60,14 +56,14 @@ def with_pytorch(model):
     [*((name, "auto") for name in MODELS), ("z_image", "sdpa"), ("z_image", "sage"), ("flux", "flex")],
 )
 def test_the_same_picture(name, backend):
-    case, before = tiny(name), flags()
+    case, before = tiny(name), everything_global()
     untouched = case.sample()
     patched, report = set_attention(case.model, backend)
     assert "sdpa_flash: available" in report and "sage1, lossy: not here, it is for cuda" in report
     out = case.sample(patched)
     torch.testing.assert_close(out, case.sample(with_pytorch(case.model)), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out, untouched, atol=2e-3, rtol=1e-3)
-    assert torch.equal(case.sample(), untouched) and flags() == before
+    assert torch.equal(case.sample(), untouched) and everything_global() == before
     assert OPTION not in case.model.model_options["transformer_options"]
 
 

@@ -207,22 +207,11 @@ def execute(
     func: Any, args: Any, kwargs: Any, given: Sequence[OnCard], device: torch.device | None, stream: Stream
 ) -> Any:
     """Run `func` on `stream`; tensors in its result are on `device`, or the host's where that is None."""
-    here = card()
-    capture = here.capture_on(stream)
+    capture = card().capture_on(stream)
     view = func.is_view or func is aten.detach.default
     written = [] if view else _written(func, args, kwargs)
-    if not view:
-        for tensor in given:
-            tensor.memory.check_read(stream)
-        for tensor in written:
-            tensor.memory.check_write(stream)
-            if capture is not None:
-                capture.will_write(tensor)
-    inner_args, inner_kwargs = tree_map(inner_of, (args, kwargs))
-    with below():
-        out = _attend(*inner_args, **inner_kwargs) if func is ATTENTION else func(*inner_args, **inner_kwargs)
-    if capture is not None:
-        capture.note(_attend if func is ATTENTION else func, inner_args, inner_kwargs, given, out)
+    function = _attend if func is ATTENTION else func
+    out = _perform(function, args, kwargs, given, written, written, None if view else stream)
     clock = None if view else _count(func._schema.name, stream, given, written)
     known = {tensor.inner.untyped_storage()._cdata: tensor.memory for tensor in given if _has_storage(tensor.inner)}
     same = {id(tensor.inner): tensor for tensor in given}
@@ -254,6 +243,35 @@ def _count(name: str, stream: Stream, given: Sequence[OnCard], written: Sequence
     for tensor in written:
         tensor.memory.writes(stream, clock)
     return clock
+
+
+def _perform(
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    given: Sequence[OnCard],
+    written: Sequence[OnCard],
+    may_write: Sequence[OnCard],
+    stream: Stream | None,
+) -> Any:
+    """`function` of the CPU tensors: in its turn on `stream`, or at any time where that is None, and recorded if somebody does.
+
+    may_write: what a recording has to put back.
+    """
+    capture = card().capture_on(stream or card().stream)
+    if stream is not None:
+        for tensor in given:
+            tensor.memory.check_read(stream)
+        for tensor in written:
+            tensor.memory.check_write(stream)
+        for tensor in may_write if capture is not None else ():
+            capture.will_write(tensor)
+    inner_args, inner_kwargs = tree_map(inner_of, (args, kwargs))
+    with below():
+        out = function(*inner_args, **inner_kwargs)
+    if capture is not None:
+        capture.note(function, inner_args, inner_kwargs, given, out)
+    return out
 
 
 def _attend(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -299,16 +317,7 @@ def launched(name: str, kernel: Callable[..., Any], args: Any, kwargs: Any) -> N
     if on_card and len(on_card) < len(given):
         raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
     stream = card().stream
-    capture = card().capture_on(stream)
-    for tensor in on_card:
-        tensor.memory.check_read(stream)
-        if capture is not None:
-            capture.will_write(tensor)
-    inner_args, inner_kwargs = tree_map(inner_of, (args, kwargs))
-    with below():
-        kernel(*inner_args, **inner_kwargs)
-    if capture is not None:
-        capture.note(kernel, inner_args, inner_kwargs, on_card, None)
+    _perform(kernel, args, kwargs, on_card, [], on_card, stream)
     _count(f"triton::{name}", stream, on_card, [])
 
 
