@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import card
@@ -92,6 +93,16 @@ def test_a_second_call_does_what_the_first_did_not(call: Any, capsys: pytest.Cap
 
 def test_nothing_begins_without_time(call: Any) -> None:
     assert call([stage("good", WRITES)], "--minutes", "0.01") == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real card")
+def test_stages_find_the_simulated_card(call: Any) -> None:
+    code = (
+        "import json, sys, torch; x = torch.ones(2, device='cuda') + 1; "
+        "json.dump({'rows': [{'card': torch.cuda.get_device_name(), 'sum': x.sum().item()}]}, open(sys.argv[1], 'w'))"
+    )
+    found = call([stage("card", code)], "--simulated")["card"]
+    assert found["results"]["rows"] == [{"card": "Simulated H200", "sum": 4.0}] and found["tiny"]
 
 
 def test_goals_are_reached_missed_or_not_measured() -> None:
