@@ -18,10 +18,9 @@ from .. import host
 from . import answers
 from .budgets import PRESETS, Budget
 from .embeddings import EmbeddingCache, VisualItem, encode, look_up
-from .generation import beam_search, choose_path, decode, runner
+from .generation import beam_search, choose_path, decode, start
 from .loaded_model import LoadedModel
 from .loading import MODELS
-from .prefill import prefill
 from .prompts import Prompt, Question, build
 from .sampling import Sampler, Sampling
 from .timing import Timing
@@ -81,6 +80,7 @@ class _Run:
     items: list[VisualItem]
     prompt_tokens: int = 0
     reused: int = 0
+    prefill: str = ""
     path: str = ""
     encoded: int = 0
 
@@ -185,20 +185,14 @@ def _write(
         with run.timing.stage("decode", on_device=True):
             return [row for prompt in prompts for row in beam_search(model, prompt, sampling, most, options.answers)]
     path = choose_path(model, options.decode, options.keep_loaded)
-    with run.timing.stage("prefill", on_device=True):
-        # A cache of pictures that is switched off leaves nothing of them behind, here neither.
-        filled = prefill(model, prompts, options.reuse_prefix and options.cache_images)
-    run.reused = filled.reused
-    filled = filled.repeated(options.answers)
-    with run.timing.stage("compile"):
-        runs, path = runner(model, path, filled, most)
-    run.path = path.note
+    # A cache of pictures that is switched off leaves nothing of them behind, as a prefix neither.
+    use_prefix = options.reuse_prefix and options.cache_images
+    begun = start(model, path, prompts, options.answers, most, use_prefix, options.keep_loaded, run.timing)
+    run.reused, run.path, run.prefill = begun.reused, begun.path.note, begun.prefill
     rows = len(prompts) * options.answers
     seeds = [sampling.seed + row for row in range(rows)] if options.answers > 1 else [sampling.seed] * rows
     prompt_ids = prompts[0].ids if len(prompts) == 1 else _padded(prompts, model)
-    logits = filled.logits
-    # The static path has its own copy of the keys and values; the plain path's runner holds these.
-    del filled
+    runs, logits = begun.runner, begun.logits
     sampler = Sampler(sampling, prompt_ids.to(model.device).expand(rows, -1), logits.shape[-1], seeds)
     with host.tracked(host.current(), most, "answer") as bar, run.timing.stage("decode", on_device=True):
         stream = TextStream(model, options.node_id) if options.stream else None
@@ -260,7 +254,8 @@ def _report(
         where = f", {len(hits)} from the cache ({', '.join(sorted(set(hits)))})" if hits else ""
         lines.append(f"pictures: {len(run.items)}, {visual:,} visual tokens, {run.encoded} encoded{where}")
     reused = f", {run.reused:,} of them reused" if run.reused else ""
-    lines.append(f"prompt: {run.prompt_tokens:,} tokens{reused}")
+    how = f"; prefill: {run.prefill}" if run.prefill else ""
+    lines.append(f"prompt: {run.prompt_tokens:,} tokens{reused}{how}")
     count = sum(map(len, written))
     rate = f", {count / seconds['decode']:.1f} tokens/s" if seconds.get("decode") and count else ""
     lines.append(f"answer: {count:,} tokens{rate}; decode: {run.path}; {sampling}")

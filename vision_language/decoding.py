@@ -65,7 +65,8 @@ def query_shape(network: Any, rows: int) -> tuple[int, int, int, int]:
 
 def weight_addresses(network: Any) -> tuple[int, ...]:
     """Where the decoder's weights are now. A CUDA graph reads these addresses, whoever lives there."""
-    return tuple(parameter.data_ptr() for parameter in (*text_decoder(network).parameters(), network.lm_head.weight))
+    decoder = text_decoder(network)
+    return tuple(held.data_ptr() for held in (*decoder.parameters(), *decoder.buffers(), network.lm_head.weight))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -183,9 +184,10 @@ class Workspace:
         self.step, self.rows, self.length = step, rows, length
         self.growing, self.filled = growing, 0
         first: Any = step.layers[0]
-        shape = (rows, first.heads, length, first.head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in step.layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in step.layers]
+        # One piece of memory for all layers: a prefix is copied in or out in one go.
+        shape = (2, len(step.layers), rows, first.heads, length, first.head_dim)
+        self.kept = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys, self.values = list(self.kept[0]), list(self.kept[1])
         self.bias = torch.full((rows, 1, 1, length), float("-inf"), device=device, dtype=dtype)
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
@@ -193,10 +195,13 @@ class Workspace:
         self._zero = torch.zeros((rows, 1, 1, 1), device=device, dtype=dtype)
         self.logits: Tensor | None = None
         self.graph: Any = None
+        self.pool: Any = None  # the memory that a model's recordings share: one of them runs at a time
         self.note = ""  # which attention runs in it, and why
+        self.prefix = ""  # the key of the prefix whose keys and values these are, if they are one's
+        self.prefills: dict[tuple[bool, int], Any] = {}  # recordings that write into these buffers
 
     def nbytes(self) -> int:
-        return 2 * len(self.keys) * self.keys[0].nbytes
+        return self.kept.nbytes
 
     def begin(self, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, positions: Tensor) -> None:
         """Continue after a prefill. keys, values: per layer [B or 1, heads, T, D]; mask: [B, T] of 0/1 (left padding).
@@ -210,7 +215,7 @@ class Workspace:
         self.bias[:, 0, 0, :filled].masked_fill_(mask.bool(), 0.0)
         self.positions.copy_(positions)
         self.slot.fill_(filled)
-        self.filled = filled
+        self.filled, self.prefix = filled, ""
 
     def _advance(self) -> Tensor:
         self.bias.index_copy_(3, self.slot, self._zero)
@@ -240,7 +245,7 @@ class Workspace:
             graph = torch.cuda.CUDAGraph()
             # Other threads of the host go on using the device meanwhile. A capture that fails leaves its stream current,
             # which the outer `with` puts right.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 self.logits = self._advance()
         torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
         self.graph = graph

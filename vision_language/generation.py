@@ -19,12 +19,13 @@ from torch import Tensor
 
 from .. import host
 from ..host.compiling import inductor, until_nothing_compiles
-from . import decode_attention, decoding
+from . import decode_attention, decoding, replayed_prefill
 from .encoder_outputs import given
 from .loaded_model import LoadedModel
-from .prefill import Prefilled, left_padded
+from .prefill import Prefilled, left_padded, prefill
 from .prompts import Prompt
 from .sampling import Sampler, Sampling
+from .timing import Timing
 
 log = logging.getLogger("hotpath.vision_language")
 
@@ -161,6 +162,10 @@ def workspace(
         steps[style] = decoding.DecodeStep(model.network, compile_part, attention)
     made = decoding.Workspace(steps[style], rows, length, model.device, model.dtype, growing=path.name == "static")
     made.note = f"attention {attention}, {why}" if why else ""
+    if model.device.type == "cuda":
+        if "graph memory" not in model.device_state:
+            model.device_state["graph memory"] = torch.cuda.graph_pool_handle()
+        made.pool = model.device_state["graph memory"]
     if path.name in ("compiled", "graph"):
         host.current().show_text(f"Preparing fast decoding for {length:,} tokens (once) ...")
         with torch.no_grad(), many_shapes():
@@ -179,6 +184,24 @@ def runner(model: LoadedModel, path: DecodePath, prefilled: Prefilled, new_token
     one; its note says why, and it is not tried again while the weights stay where they are.
     """
     rows, filled = prefilled.mask.shape
+    buffers, path = prepared(
+        model,
+        path,
+        rows,
+        filled + new_tokens,
+        lambda buffers: buffers.begin(*prefilled.layers(), prefilled.mask, prefilled.positions),
+    )
+    return (PlainRunner(model, prefilled) if buffers is None else buffers), path
+
+
+def prepared(
+    model: LoadedModel,
+    path: DecodePath,
+    rows: int,
+    tokens: int,
+    begin: Callable[[decoding.Workspace], None] = lambda buffers: None,
+) -> tuple[decoding.Workspace | None, DecodePath]:
+    """The buffers of `path`, or of a simpler one as `runner` tells, after `begin`; None for the plain one."""
     failed: dict[str, str] = model.device_state.setdefault("failed paths", {})
     why: list[str] = []
     if path.name == "compiled":
@@ -186,18 +209,87 @@ def runner(model: LoadedModel, path: DecodePath, prefilled: Prefilled, new_token
     while path.name != "plain":
         if path.name not in failed:
             try:
-                buffers = workspace(model, path, rows, filled + new_tokens)
-                buffers.begin(*prefilled.layers(), prefilled.mask, prefilled.positions)
+                buffers = workspace(model, path, rows, tokens)
+                begin(buffers)
                 notes = [path.note, *([buffers.note] if buffers.note else []), *why]
                 return buffers, replace(path, note="; ".join(notes))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what compilers and drivers raise, in all its forms
-                failed[path.name] = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                failed[path.name] = first_line(error)
                 log.warning("%s: the %s decode path failed", model.folder.name, path.name, exc_info=True)
         why.append(f"not {path.name}, because it failed here: {failed[path.name]}")
         path = simpler(path, model.device)
-    return PlainRunner(model, prefilled), replace(path, note="; ".join([path.note, *why]))
+    return None, replace(path, note="; ".join([path.note, *why]))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@dataclass(frozen=True)
+class Started:
+    """An answer after its prefill. logits: [B, V] of the first token. reused: tokens that came from the prefix cache."""
+
+    runner: Runner
+    path: DecodePath
+    logits: Tensor
+    reused: int
+    prefill: str  # what ran, for the report
+
+
+def start(
+    model: LoadedModel,
+    path: DecodePath,
+    prompts: Sequence[Prompt],
+    answers: int,
+    new_tokens: int,
+    use_prefix: bool,
+    kept: bool,
+    timing: Timing,
+) -> Started:
+    """Prefill `prompts`, each for `answers` answers, and have what decodes after it (the network is resident).
+
+    One question on the way of a CUDA graph is prefilled by a graph as well, unless the model does not stay to use it
+    again (kept=False).
+    """
+    failed: dict[str, str] = model.device_state.setdefault("failed paths", {})
+    graphs = model.device.type == "cuda" and path.name in ("compiled", "graph")
+    note = ""
+    if graphs and len(prompts) == 1 and answers == 1 and kept:
+        if reason := failed.get("replayed prefill") or replayed_prefill.too_long(prompts[0].length):
+            note = f"the library's, because {reason}"
+        elif found := _replayed(model, path, prompts[0], new_tokens, use_prefix, timing):
+            return found
+        else:
+            note = f"the library's, because {failed.get('replayed prefill', 'there is no graph here')}"
+    with timing.stage("prefill", on_device=True):
+        filled = prefill(model, prompts, use_prefix)
+    filled = filled.repeated(answers)
+    with timing.stage("compile"):
+        runs, path = runner(model, path, filled, new_tokens)
+    return Started(runs, path, filled.logits, filled.reused, note)
+
+
+def _replayed(
+    model: LoadedModel, path: DecodePath, prompt: Prompt, new_tokens: int, use_prefix: bool, timing: Timing
+) -> Started | None:
+    """`start` by a recording; None, and why in the failed paths, where that does not go."""
+    with timing.stage("compile"):
+        buffers, path = prepared(model, path, 1, prompt.length + new_tokens)
+    if buffers is None or buffers.graph is None:
+        return None
+    try:
+        with timing.stage("prefill", on_device=True):
+            logits, reused, note = replayed_prefill.replay(model, buffers, prompt, use_prefix)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        model.device_state["failed paths"]["replayed prefill"] = f"a recording failed here: {first_line(error)}"
+        log.warning("%s: the prefill could not be recorded", model.folder.name, exc_info=True)
+        buffers.prefills.clear()
+        return None
+    return Started(buffers, path, logits, reused, note)
 
 
 def simpler(path: DecodePath, device: torch.device) -> DecodePath:

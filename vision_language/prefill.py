@@ -56,11 +56,13 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class PrefixState:
-    """Keys and values of the first `length` positions, per layer."""
+    """Keys and values of the first positions of one question: [2, layers, 1, heads, length, D]."""
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    length: int
+    kept: Tensor
+
+    @property
+    def length(self) -> int:
+        return int(self.kept.shape[4])
 
 
 def left_padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,9 +111,9 @@ def prefix_cache(model: LoadedModel) -> BoundedCache[PrefixState]:
     return model.device_state.setdefault("prefix", BoundedCache("image prefixes", PREFIX_LIMIT))
 
 
-def prefix_key(prompt: Prompt) -> str:
-    """Everything the keys and values of the prefix depend on; '' when the prompt has no pictures."""
-    if not prompt.prefix or not all(item.key for item in prompt.items):
+def prefix_key(model: LoadedModel, prompt: Prompt) -> str:
+    """Everything the keys and values of the prefix depend on; '' when there is none that could be kept."""
+    if model.model_type not in decoding.DENSE_MODELS or not prompt.prefix or not all(item.key for item in prompt.items):
         return ""
     seen = [[item.key, list(item.grid), item.step] for item in prompt.items]
     return content_key(prompt.ids[:, : prompt.prefix], seen)
@@ -131,14 +133,12 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
     device = model.device
     ids, mask, kinds = ids.to(device), mask.to(device), kinds.to(device)
     positions, following = positions.to(device), following.to(device)
-    key = ""
-    if use_prefix and len(prompts) == 1 and model.model_type in decoding.DENSE_MODELS:
-        key = prefix_key(prompts[0])
+    key = prefix_key(model, prompts[0]) if use_prefix and len(prompts) == 1 else ""
     known = prefix_cache(model).get(key) if key else None
     cache = DynamicCache(config=model.config)
     start = 0
     if known is not None:
-        for layer, (keys, values) in enumerate(zip(known.keys, known.values, strict=True)):
+        for layer, (keys, values) in enumerate(zip(*known.kept, strict=True)):
             cache.update(keys, values, layer)
         start = known.length
     arguments: dict[str, Any] = {
@@ -155,12 +155,7 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
         logits = model.network(**arguments, **seen).logits[:, -1]
     if key and known is None:
         length = prompts[0].prefix
-        prefix_cache(model).put(
-            key,
-            PrefixState(
-                tuple(layer.keys[:, :, :length].clone() for layer in cache.layers),
-                tuple(layer.values[:, :, :length].clone() for layer in cache.layers),
-                length,
-            ),
-        )
+        keys = torch.stack([layer.keys[:, :, :length] for layer in cache.layers])
+        values = torch.stack([layer.values[:, :, :length] for layer in cache.layers])
+        prefix_cache(model).put(key, PrefixState(torch.stack((keys, values))))
     return Prefilled(logits, cache, mask, following, start)

@@ -1,0 +1,211 @@
+"""A question's prefill as a CUDA graph: the numbers of the library's, recorded once for each class of lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hotpath.cache import clear_all
+from hotpath.demo.captioner_model import write_folder
+from hotpath.vision_language import replayed_prefill
+from hotpath.vision_language.answering import Answer, AnswerOptions, answer
+from hotpath.vision_language.budgets import PRESETS
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loading import MODELS
+from hotpath.vision_language.pictures import Clip, Picture
+from hotpath.vision_language.prompts import Question
+from hotpath.vision_language.sampling import Sampling
+
+GREEDY = Sampling(sample=False)
+OPTIONS = AnswerOptions(max_new_tokens=8, budget=PRESETS["fast"], decode="graph", stream=False)
+
+
+@pytest.fixture
+def load(headless_host: Any, tmp_path: Path) -> Iterator[Any]:
+    headless_host._cache = tmp_path / "cache"
+    folder = headless_host.model_folders("LLM")[0]
+    folder.mkdir(parents=True)
+    clear_all()
+
+    def get(kind: str) -> Any:
+        write_folder(folder / kind, kind)
+        return MODELS.get(kind, LoadOptions(dtype="float32"), must_see=False)
+
+    yield get
+    MODELS.clear()
+    clear_all()
+
+
+def noise(seed: int, height: int = 100, width: int = 140) -> Picture:
+    return Picture(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+A, B = noise(1), noise(2, 160, 90)
+CLIP = Clip(np.random.default_rng(4).integers(0, 256, (4, 84, 84, 3), dtype=np.uint8), 2.0)
+
+
+def ask(model: Any, question: Question, **options: Any) -> Answer:
+    return answer(model, [question], GREEDY, replace(OPTIONS, **options))[0]
+
+
+def recordings(model: Any) -> list[Any]:
+    return [made for space in model.device_state["workspaces"].values() for made in space.prefills.values()]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_answers_are_the_plain_paths(card: Any, load: Any, kind: str) -> None:
+    model = load(kind)
+    media: dict[str, Any] = {} if kind == "qwen3" else {"pictures": (A, B), "clips": (CLIP,)}
+    first, second = Question("What?", "Be brief.", **media), Question("And which colours are in them?", **media)
+    for question in (first, replace(first, prompt="And which colours are in them, please?"), second, first):
+        wanted = ask(model, question, decode="plain", reuse_prefix=False)
+        made = ask(model, question)
+        assert made.raw == wanted.raw
+        assert "prefill: one CUDA graph of" in made.report and "prefill" not in wanted.report.split("time:")[0]
+    assert ("reused" in made.report) == (kind != "qwen3")
+    assert all(made.graph is not None for made in recordings(model))
+
+
+def test_logits_are_the_librarys(card: Any, load: Any) -> None:
+    from hotpath.vision_language.answering import on
+    from hotpath.vision_language.embeddings import EmbeddingCache, encode, look_up
+    from hotpath.vision_language.generation import choose_path, prepared
+    from hotpath.vision_language.prefill import prefill
+    from hotpath.vision_language.prompts import build
+    from hotpath.vision_language.timing import Timing
+
+    model = load("qwen3_vl")
+    timing, cache = Timing(model.device), EmbeddingCache()
+    prompts = []
+    for text in ("What?", "And which colours are in it?"):
+        question = Question(text, "", (A,))
+        prompts.append(build(model, question, look_up(model, question.pictures, (), PRESETS["fast"], cache, timing)))
+    with model.resident(500), on(model.device), torch.no_grad():
+        for index, prompt in enumerate(prompts):
+            encode(model, prompt.items, cache, timing)
+            space, _ = prepared(model, choose_path(model, "graph"), 1, prompt.length + 20)
+            for _ in range(2):  # as it is, and replayed
+                logits, reused, _ = replayed_prefill.replay(model, space, prompt, True)
+                wanted = prefill(model, [prompt], use_prefix=False)
+                torch.testing.assert_close(logits.cpu(), wanted.logits.cpu(), atol=2e-4, rtol=1e-4)
+                for kept, theirs in zip(
+                    (*space.keys, *space.values), (*wanted.layers()[0], *wanted.layers()[1]), strict=True
+                ):
+                    torch.testing.assert_close(kept[:, :, : prompt.length].cpu(), theirs.cpu(), atol=2e-4, rtol=1e-4)
+                assert space.slot.tolist() == [prompt.length]
+                assert space.positions.tolist() == wanted.positions.tolist()
+                assert torch.isfinite(space.bias.cpu()).sum() == prompt.length
+            assert (reused > 0) == (index > 0) or reused == prompts[0].prefix
+
+
+def test_a_class_is_recorded_once(card: Any, load: Any) -> None:
+    model = load("qwen3_vl")
+    questions = [Question(text, "", (A,)) for text in ("a", "b?", "something else")]
+    for question in questions:
+        ask(model, question)
+    graphs = card.graphs
+    assert len(recordings(model)) == 2  # a picture with its question, and a question about a known picture
+    waits = []
+    for question in (*questions, Question("another", "", (noise(8),))):
+        card.waits.clear()
+        ask(model, question)
+        waits.append(len(card.waits))
+    assert card.graphs == graphs
+    assert len(set(waits[:-1])) == 1
+
+
+def test_few_kernels_are_started_for_a_known_picture(card: Any, load: Any) -> None:
+    model = load("qwen3_vl")
+    for text in ("a", "b?"):
+        ask(model, Question(text, "", (A,)), max_new_tokens=1)
+    card.launches.clear()
+    card.replays = 0
+    ask(model, Question("c.", "", (A,)), max_new_tokens=1)
+    assert card.replays == 1 and sum(card.launches.values()) < 12, card.launches
+
+
+def test_recordings_go_when_the_weights_leave_and_are_made_again(card: Any, load: Any) -> None:
+    model = load("qwen3_vl")
+    question = Question("What?", "", (A,))
+    wanted = ask(model, question).raw
+    model.release()
+    assert not model.device_state
+    assert ask(model, question).raw == wanted
+    # Moved without telling: nothing that points at the old places is used.
+    for parameter in model.network.model.language_model.parameters():
+        parameter.data = parameter.data.clone()
+    assert ask(model, question).raw == wanted
+    assert ask(model, question, keep_loaded=False).raw == wanted
+
+
+def test_recordings_are_bounded(card: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replayed_prefill, "RECORDINGS", 2)
+    model = load("qwen3")
+    texts = ["a", "word " * 30, "word " * 60]
+    wanted = [ask(model, Question(text), decode="plain").raw for text in texts]
+    for _ in range(2):
+        assert [ask(model, Question(text)).raw for text in texts] == wanted
+    assert len(recordings(model)) == 2
+
+
+def test_what_is_too_long_or_cannot_be_recorded_is_the_librarys(
+    card: Any, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("qwen3_vl")
+    question = Question("What?", "", (A,))
+    wanted = ask(model, question).raw
+    monkeypatch.setattr(replayed_prefill, "LONGEST", 8)
+    made = ask(model, question)
+    assert made.raw == wanted and "prefill: the library's, because it has more than 8 tokens" in made.report
+    monkeypatch.undo()
+
+    def broken(self: Any, *_: Any) -> None:
+        raise RuntimeError("the driver refuses\nat length")
+
+    model.drop_device_state()
+    monkeypatch.setattr(replayed_prefill.PrefillRecording, "_record", broken)
+    for _ in range(2):
+        made = ask(model, question)
+        assert made.raw == wanted
+        assert "prefill: the library's, because a recording failed here: the driver refuses" in made.report
+
+
+def test_batches_and_several_answers_are_the_librarys(card: Any, load: Any) -> None:
+    model = load("qwen3_vl")
+    question = Question("What?", "", (A,))
+    made = answer(model, [question, Question("Else?")], GREEDY, OPTIONS)
+    assert [part.raw for part in made] == [ask(model, question).raw, ask(model, Question("Else?")).raw]
+    several = answer(model, [question], Sampling(temperature=1.0, seed=2), replace(OPTIONS, answers=2))
+    assert several[0].raw == answer(model, [question], Sampling(temperature=1.0, seed=2), OPTIONS)[0].raw
+
+
+def test_a_stop_before_the_prefill_leaves_nothing(card: Any, load: Any, headless_host: Any) -> None:
+    from hotpath.host import Interrupted
+
+    model = load("qwen3_vl")
+    question = Question("What?", "", (A,))
+    wanted = ask(model, question).raw
+
+    def stop() -> None:
+        raise Interrupted("stop")
+
+    headless_host.check_interrupt = stop
+    with pytest.raises(Interrupted):
+        ask(model, replace(question, prompt="And?"))
+    del headless_host.check_interrupt
+    assert ask(model, question).raw == wanted
+
+
+def test_classes() -> None:
+    for after_prefix, sizes in ((True, (1, 16, 17, 500)), (False, (1, 64, 65, 1045, 2048))):
+        for tokens in sizes:
+            made = replayed_prefill.length_class(tokens, after_prefix)
+            assert tokens <= made <= replayed_prefill.LONGEST
+    assert replayed_prefill.length_class(33, True) == 64
+    assert replayed_prefill.length_class(1045, False) == 1152
+    assert replayed_prefill.length_class(2048, False) == 2048

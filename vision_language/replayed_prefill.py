@@ -1,0 +1,246 @@
+"""The prefill of one question into the buffers of the decode step, as a CUDA graph for each class of lengths.
+
+The library's forward pass starts some thirty kernels a layer from the host, which takes longer than the card needs to
+run them, whether a question has a thousand tokens or ten. Here the tokens are padded at their right to the length of
+their class, where no later position sees what is not real, and everything that a call brings (ids, positions, features
+of pictures) lies at fixed addresses. A class is recorded when it first occurs, after it ran once as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import host
+from .decoding import Workspace, rms_norm, rotate, text_decoder
+from .embeddings import VisualFeatures, VisualItem
+from .encoder_outputs import on_device
+from .loaded_model import LoadedModel
+from .prefill import PrefixState, prefix_cache, prefix_key, rotary_positions
+from .prompts import Prompt
+
+log = logging.getLogger("hotpath.vision_language")
+
+LONGEST = 2048  # tokens of a whole question; one that is longer keeps a card busy without a graph
+LONGEST_AFTER_PREFIX = 512
+SHORTEST = 32  # fewer tokens take as long: weights are read once either way
+STEP = 64  # lengths of whole questions are multiples of it
+RECORDINGS = 12  # kept for each cache length, the least recently used go first
+
+
+def length_class(tokens: int, after_prefix: bool) -> int:
+    """How many tokens are run for `tokens`: a power of two after a prefix, else four significant bits."""
+    if after_prefix:
+        return max(SHORTEST, 1 << (tokens - 1).bit_length())
+    step = max(STEP, 1 << max(0, tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+def too_long(tokens: int) -> str:
+    """Why a question of so many tokens is not replayed; '' when it is."""
+    return f"it has more than {LONGEST:,} tokens" if tokens > LONGEST else ""
+
+
+class PrefillRecording:
+    """One class of lengths over one workspace. after_prefix: keys and values of earlier positions are in it."""
+
+    def __init__(
+        self, space: Workspace, network: Any, tokens: int, after_prefix: bool, axes: int, features: Tensor | None
+    ) -> None:
+        """axes: rotary axes of the model, 3 or 1. features: [levels, rows, hidden], the first row of each is zero."""
+        self.space, self.tokens, self.after_prefix, self.axes = space, tokens, after_prefix, axes
+        self.features = None if after_prefix else features
+        decoder = text_decoder(network)
+        # In a tuple: these are the network's, which moves them.
+        self._shared = (decoder.embed_tokens, decoder.rotary_emb)
+        device = space.tokens.device
+        # ids, rows of features, positions on every axis; then start, last, filled, position of the next token.
+        self.given = torch.zeros(tokens * (2 + axes) + 4, dtype=torch.long, device=device)
+        self.logits: Tensor | None = None
+        self.graph: Any = None
+
+    def __call__(self, numbers: Tensor) -> Tensor:
+        """Logits [1, V] after the last token, overwritten by the next call. numbers: what `given` holds, on the host."""
+        pinned = numbers.pin_memory() if self.given.is_cuda else numbers
+        self.given.copy_(pinned, non_blocking=True)
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.given.is_cuda:
+            self._record()
+        else:
+            self._run()
+        assert self.logits is not None
+        return self.logits
+
+    def _record(self) -> None:
+        """Run once as it is, which chooses kernels and gives the result, then record."""
+        here = torch.cuda.current_stream(self.given.device)
+        stream: Any = torch.cuda.Stream(device=self.given.device)
+        stream.wait_stream(here)
+        with torch.cuda.stream(stream):
+            self._run()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.space.pool, stream=stream, capture_error_mode="thread_local"):
+                self._run()
+        here.wait_stream(stream)
+        self.graph = graph
+
+    def _run(self) -> None:
+        space, n = self.space, self.tokens
+        embed, rotary = self._shared
+        ids, rows = self.given[:n], self.given[n : 2 * n]
+        start, last, filled, following = self.given[(2 + self.axes) * n :].split(1)
+        positions = self.given[2 * n : (2 + self.axes) * n].view(self.axes, 1, n)
+        x = F.embedding(ids, embed.weight)
+        deep: Tensor | None = None
+        if self.features is not None:
+            seen = self.features.index_select(1, rows)
+            x, deep = torch.where((rows > 0).unsqueeze(-1), seen[0], x), seen[1:]
+        cos, sin = rotary(x.unsqueeze(0), positions if self.axes > 1 else positions[0])
+        if cos.dim() != 3:
+            raise RuntimeError("the rotary embedding of this transformers version gives its axes apart")
+        cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+        columns = torch.arange(space.length, device=x.device)
+        places = torch.arange(n, device=x.device) + start
+        mask = None
+        if self.after_prefix:
+            closed = columns > places.unsqueeze(1)
+            mask = torch.zeros_like(closed, dtype=x.dtype).masked_fill_(closed, float("-inf"))
+        # What the padding leaves past the end is overwritten, place by place, before anything looks there.
+        places = places.clamp_max(space.length - 1)
+        for index, layer in enumerate(space.step.layers):
+            x = prefill_layer(layer, x, cos, sin, space.keys[index], space.values[index], places, mask)
+            if deep is not None and index < len(deep):
+                x = x + deep[index]
+        logits = space.step.head(x.index_select(0, last))
+        if self.logits is None:
+            self.logits = torch.empty_like(logits)
+        self.logits.copy_(logits)
+        space.bias.zero_().masked_fill_(columns >= filled, float("-inf"))
+        space.slot.copy_(filled)
+        space.positions.copy_(following)
+
+
+def prefill_layer(
+    layer: Any, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Tensor, mask: Tensor | None
+) -> Tensor:
+    """A `DecodeLayer` for n tokens of one row. x: [n, hidden]; cos, sin: [n, 1, D]; keys, values: [1, heads, length, D].
+
+    mask: [n, length] to see what the cache holds as well; None sees only these tokens, each those before it.
+    """
+    n, heads, groups, dim = len(x), layer.heads, layer.groups, layer.head_dim
+    qkv = layer.qkv(rms_norm(x, layer.norm_in.weight, layer.eps))
+    q, k, v = qkv.split((heads * groups * dim, heads * dim, heads * dim), dim=-1)
+    q, k, v = q.view(n, heads * groups, dim), k.view(n, heads, dim), v.view(n, heads, dim)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = rms_norm(q, layer.q_norm.weight, layer.eps), rms_norm(k, layer.k_norm.weight, layer.eps)
+    q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).transpose(0, 1), v.transpose(0, 1)
+    keys.index_copy_(2, places, k.unsqueeze(0))
+    values.index_copy_(2, places, v.unsqueeze(0))
+    if mask is None:
+        k, v = (t.unsqueeze(1).expand(heads, groups, n, dim).reshape(1, heads * groups, n, dim) for t in (k, v))
+        seen = F.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), k, v, is_causal=True)
+        seen = seen[0].transpose(0, 1)
+    else:
+        # Queries that share a key head stand one below the other, so that no key is copied.
+        q = q.view(n, heads, groups, dim).permute(1, 2, 0, 3).reshape(1, heads, groups * n, dim)
+        seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(groups, 1))
+        seen = seen.view(heads, groups, n, dim).permute(2, 0, 1, 3)
+    x = x + layer.out(seen.reshape(n, heads * groups * dim))
+    gate, up = layer.gate_up(rms_norm(x, layer.norm_mid.weight, layer.eps)).chunk(2, dim=-1)
+    return x + layer.down(F.silu(gate) * up)
+
+
+def feature_buffer(model: LoadedModel) -> Tensor | None:
+    """Where features of pictures lie for every recording of `model`: [levels, LONGEST + 1, hidden]; None without a tower."""
+    if model.processor is None:
+        return None
+    known: Tensor | None = model.device_state.get("feature buffer")
+    if known is None:
+        levels = 1 + len(getattr(model.config.vision_config, "deepstack_visual_indexes", None) or ())
+        shape = (levels, LONGEST + 1, int(model.text_config.hidden_size))
+        known = model.device_state["feature buffer"] = torch.zeros(shape, device=model.device, dtype=model.dtype)
+    return known
+
+
+def put_features(buffer: Tensor, found: Sequence[VisualFeatures]) -> None:
+    """Copy the features of pictures, in the order of the prompt, to the rows from 1 on."""
+    row = 1
+    for features in found:
+        for level, part in enumerate((features.pooled, *features.deep)):
+            buffer[level, row : row + len(part)].copy_(part)
+        row += len(features.pooled)
+
+
+def in_order(items: Sequence[VisualItem]) -> list[VisualItem]:
+    return [item for kind in ("image", "video") for item in items if item.kind == kind]
+
+
+def numbers_of(
+    model: LoadedModel, prompt: Prompt, items: Sequence[VisualItem], start: int, tokens: int, axes: int
+) -> Tensor:
+    """What a recording is given for `prompt` from position `start` on, padded to `tokens`. On the host."""
+    kinds = prompt.kinds[0]
+    mask = torch.ones_like(prompt.ids)
+    positions, following = rotary_positions(model, prompt.ids, mask, prompt.kinds, items)
+    rows = torch.zeros_like(kinds)
+    seen = 0
+    for kind in (1, 2):
+        here = kinds == kind
+        count = int(here.sum())
+        rows[here] = torch.arange(seen + 1, seen + count + 1)
+        seen += count
+    left = prompt.length - start
+    made = torch.zeros(tokens * (2 + axes) + 4, dtype=torch.long)
+    made[:left], made[tokens : tokens + left] = prompt.ids[0, start:], rows[start:]
+    table = made[2 * tokens : (2 + axes) * tokens].view(axes, tokens)
+    # Vision models: the text position comes before the three axes.
+    table[:, :left] = positions[-axes:, 0, start:] if positions.dim() == 3 else positions[:, start:]
+    made[-4:] = torch.tensor([start, left - 1, prompt.length, int(following)])
+    return made
+
+
+def replay(model: LoadedModel, space: Workspace, prompt: Prompt, use_prefix: bool) -> tuple[Tensor, int, str]:
+    """Prefill `prompt` into `space`: (logits [1, V], tokens that came from the prefix cache, a note).
+
+    The network is resident, `space` has one row and room for the prompt, which is not too long.
+    """
+    key = prefix_key(model, prompt) if use_prefix else ""
+    known = prefix_cache(model).get(key) if key else None
+    if known is not None and prompt.length - known.length > LONGEST_AFTER_PREFIX:
+        known = None  # a mask over so many tokens costs more than the pictures do
+    start = 0 if known is None else known.length
+    tokens = length_class(prompt.length - start, known is not None)
+    axes = 1 if model.processor is None else 3
+    recording = recording_of(model, space, tokens, known is not None, axes)
+    host.current().check_interrupt()
+    if known is not None:
+        if space.prefix != key:
+            space.kept[..., :start, :].copy_(known.kept)
+    elif recording.features is not None and prompt.items:
+        put_features(recording.features, on_device(model, in_order(prompt.items)))
+    space.prefix = ""
+    with torch.no_grad():
+        logits = recording(numbers_of(model, prompt, prompt.items, start, tokens, axes))
+    space.filled, space.prefix = prompt.length, key
+    if key and start == 0:
+        prefix_cache(model).put(key, PrefixState(space.kept[..., : prompt.prefix, :].clone()))
+    return logits, start, f"one CUDA graph of {tokens:,}" if recording.graph is not None else f"{tokens:,} in one go"
+
+
+def recording_of(model: LoadedModel, space: Workspace, tokens: int, after_prefix: bool, axes: int) -> PrefillRecording:
+    """The recording for a class of lengths, that of an earlier call when there was one."""
+    key = (after_prefix, tokens)
+    if key in space.prefills:
+        space.prefills[key] = found = space.prefills.pop(key)  # now the most recently used
+        return found
+    while len(space.prefills) >= RECORDINGS:
+        space.prefills.pop(next(iter(space.prefills)))
+    made = PrefillRecording(space, model.network, tokens, after_prefix, axes, feature_buffer(model))
+    space.prefills[key] = made
+    return made
