@@ -25,6 +25,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from quiet import alone
 
 # `python benchmarks/attention.py` puts benchmarks/ on the path; the pack is installed or found beside it.
 if importlib.util.find_spec("hotpath") is None:
@@ -178,7 +179,8 @@ def measure(
         return auto.attend(q, k, v, mask, policy=policy, record=log)
 
     row = Row(name, kind, "dispatcher")
-    row.cosine, row.largest_error = accuracy(choose(), q, k, v, mask)
+    with alone():
+        row.cosine, row.largest_error = accuracy(choose(), q, k, v, mask)
     row.note = next(iter(log.events())).used
     rows.append(row)
     runs["dispatcher"] = choose
@@ -195,11 +197,12 @@ def measure(
         runs["dispatcher, compiled"] = lambda: fast(q, k, v, mask)
 
     times: dict[str, list[float]] = {backend: [] for backend in runs}
-    for turn in range(rounds + 2):
-        for backend, run in runs.items():
-            elapsed = timed(run, device)
-            if turn >= 2:
-                times[backend].append(elapsed)
+    with alone():
+        for turn in range(rounds + 2):
+            for backend, run in runs.items():
+                elapsed = timed(run, device)
+                if turn >= 2:
+                    times[backend].append(elapsed)
     for row in rows:
         if times.get(row.backend):
             row.milliseconds = statistics.median(times[row.backend])
@@ -270,7 +273,8 @@ def main() -> int:
                 print(flush=True)
                 if options.json:
                     options.json.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
-        extra = overhead(device)
+        with alone():
+            extra = overhead(device)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
     versions = ", ".join(f"{name} {number}" for name, number in library_versions().items() if number != "None")
     heading = (

@@ -3,6 +3,7 @@
     python benchmarks/card.py --minutes 9 --out card            # health, kernels, GPU tests, then the benchmarks, reduced
     python benchmarks/card.py --minutes 9 --out card --resume   # what the last call did not get to
     python benchmarks/card.py --only instantid faces --out card
+    python benchmarks/card.py --together --minutes 6 --out card     # get ready side by side, measure one at a time
     python benchmarks/card.py --tiny --out card                 # a test of itself on any machine; so it runs without CUDA
     python benchmarks/card.py --simulated --minutes 60 --out card   # the same by way of the branches for CUDA
 
@@ -10,11 +11,16 @@ The stages stand in `card_plan.py`, the most telling first. Each is a process of
 crashes, hangs or runs out of memory is noted, and the next begins. After every stage DIR holds what is known so far:
 `card.json` (all results, also read by --resume), `card.md` (tables fit for RESULTS.md, last the goals beside what was
 measured) and `card.log` (what every stage printed). A second call first does what was not begun, then what failed.
+
+With --together all stages begin at once, and whoever measures stops the others meanwhile (see `quiet.py`). It needs a
+processor with a core for each, memory for all models at once (about 100 GB of the card's, 64 of the host's), and the warm-up
+times that are reported are those of stages beside one another.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -31,6 +37,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import card_plan
+import quiet
 from card_plan import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,29 +70,45 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
     return made
 
 
-def run_stage(stage: Stage, command: Sequence[str], env: Mapping[str, str], limit: float, log: Path) -> dict[str, Any]:
-    """Status, seconds and last line of one stage. What it prints goes to `log`."""
-    apart: dict[str, Any] = (
-        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
-    )
-    start = time.monotonic()
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=dict(env), cwd=ROOT, **apart)
-        try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:  # also when this program is interrupted: nothing of a stage is left on the card
-            _end(process)
-    seconds = time.monotonic() - start
-    lines = log.read_text("utf-8", "replace").strip().splitlines()
-    last = lines[-1].strip()[:300] if lines else "it printed nothing"
-    if code is None:
-        return {"status": STOPPED, "seconds": seconds, "why": f"its {limit:.0f} s were over; last line: {last}"}
-    if code:
-        ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-        return {"status": FAILED, "seconds": seconds, "why": f"{ended}: {last}"}
-    return {"status": DONE, "seconds": seconds, "why": ""}
+class Running:
+    """One stage's process. What it prints goes to `log`."""
+
+    def __init__(self, stage: Stage, command: Sequence[str], env: Mapping[str, str], limit: float, log: Path) -> None:
+        apart: dict[str, Any] = (
+            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+        )
+        self.stage, self.command, self.limit, self.log = stage, command, limit, log
+        self.start, self.began = time.monotonic(), time.time()
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=dict(env), cwd=ROOT, **apart
+            )
+
+    def over(self) -> bool:
+        return self.process.poll() is not None or time.monotonic() > self.start + self.limit
+
+    def wait(self) -> None:
+        """Until it ends or its time is up."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, self.start + self.limit - time.monotonic()))
+
+    def end(self) -> dict[str, Any]:
+        """Status, seconds and last line; nothing of the stage is left on the card."""
+        code = self.process.poll()
+        seconds = time.monotonic() - self.start
+        _end(self.process)
+        lines = self.log.read_text("utf-8", "replace").strip().splitlines()
+        last = lines[-1].strip()[:300] if lines else "it printed nothing"
+        if code is None:
+            return {
+                "status": STOPPED,
+                "seconds": seconds,
+                "why": f"its {self.limit:.0f} s were over; last line: {last}",
+            }
+        if code:
+            ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+            return {"status": FAILED, "seconds": seconds, "why": f"{ended}: {last}"}
+        return {"status": DONE, "seconds": seconds, "why": ""}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -175,6 +198,11 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     )
     parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder, where it is not found by itself")
     parser.add_argument("--peers", type=Path, help="folder with checkouts of the packs to compare with")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="stages get ready side by side and measure one at a time; not on Windows",
+    )
     parser.add_argument("--tiny", action="store_true", help="small sizes: a test of this script; implied without CUDA")
     parser.add_argument(
         "--simulated",
@@ -189,6 +217,115 @@ def has_cuda() -> bool:
     """Asked in another process: this one holds no memory of the card."""
     code = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)"
     return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Call:
+    """The stages of one call and what becomes known of them."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        state: dict[str, Any],
+        stages: Sequence[Stage],
+        work: Path,
+        until: float,
+        tiny: bool,
+    ) -> None:
+        self.options, self.state, self.stages, self.work, self.until, self.tiny = (
+            options,
+            state,
+            stages,
+            work,
+            until,
+            tiny,
+        )
+        self.env = environment(options)
+
+    def one_by_one(self, stages: Sequence[Stage]) -> None:
+        for stage in stages:
+            running = self.begin(stage, self.env, 600 if self.tiny else stage.seconds)
+            if running is None:
+                continue
+            try:
+                running.wait()
+            finally:  # also when this program is interrupted
+                ran = running.end()
+            self.note(running, ran)
+
+    def side_by_side(self, stages: Sequence[Stage]) -> None:
+        """All at once, each with folders of its own for what compilers keep: a stopped one may hold their locks."""
+        known = self.work / "together"
+        known.mkdir()
+        kept = Path(os.environ.get("HOTPATH_COMPILED", self.work / "compiled"))
+        left: list[Running] = []
+        try:
+            for stage in stages:
+                own = {
+                    "TORCHINDUCTOR_CACHE_DIR": str(kept / stage.name / "inductor"),
+                    "TRITON_CACHE_DIR": str(kept / stage.name / "triton"),
+                }
+                running = self.begin(stage, {**self.env, quiet.FOLDER: str(known), **own}, float("inf"), 0.2)
+                if running is not None:
+                    quiet.announce(known, stage.name, running.process.pid)
+                    left.append(running)
+            while left:
+                time.sleep(0.1)
+                for running in [running for running in left if running.over()]:
+                    left.remove(running)
+                    self._leave(known, running)
+        finally:
+            for running in left:
+                self._leave(known, running)
+
+    def _leave(self, known: Path, running: Running) -> None:
+        quiet.withdraw(known, running.stage.name)
+        if running.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.process.pid, signal.SIGCONT)  # stopped, it could not hear that it shall end
+        ran = running.end()
+        if ran["status"] != DONE:
+            quiet.wake(known)  # it may have been measuring
+        self.note(running, ran)
+
+    def begin(self, stage: Stage, env: Mapping[str, str], most: float, queue: float = 0.0) -> Running | None:
+        """The stage's process, which has `most` seconds at most; None where it cannot run, which is noted.
+
+        queue: part of its time in which it may have to wait for its turn, and for which it must not plan.
+        """
+        left = self.until - time.monotonic() - GRACE - 2
+        if left < (1 if self.tiny else stage.least):
+            print(f"{stage.name}: no time, {left:.0f} s are left", flush=True)
+            return None
+        limit = min(left, most)
+        command = stage.command(self.work, limit * (1 - queue), self.tiny, self.options.peers)
+        missing = [name for name in stage.needs if importlib.util.find_spec(name) is None]
+        if missing:
+            why = {"status": FAILED, "seconds": 0.0, "why": f"not installed: {', '.join(missing)}"}
+            self._note(stage, command, None, why, "")
+            return None
+        print(f"{stage.name}: at most {limit:.0f} s", flush=True)
+        return Running(stage, command, env, limit, self.work / f"{stage.name}.log")
+
+    def note(self, running: Running, ran: dict[str, Any]) -> None:
+        results = results_of(running.stage, self.work, running.began)
+        printed = printed_tables(running.log).replace(str(self.work), "DIR")
+        self._note(running.stage, running.command, results, ran, printed)
+        with (self.options.out / "card.log").open("ab") as all_logs:
+            all_logs.write(f"\n===== {running.stage.name}: {short(running.command, self.work)}\n".encode())
+            all_logs.write(running.log.read_bytes()[-LOG_BYTES:])
+
+    def _note(self, stage: Stage, command: Sequence[str], results: Any, ran: dict[str, Any], printed: str) -> None:
+        known = self.state["stages"]
+        before = known.get(stage.name)
+        if results is None and before is not None and before["results"] is not None:
+            print(f"{stage.name}: {ran['status']}; the earlier results stay", flush=True)
+            before["why"] = f"{before['why']} Again: {ran['status']}, {ran['why']}".strip()
+        else:
+            known[stage.name] = {
+                **ran, "tiny": self.tiny, "command": short(command, self.work), "results": results, "table": printed,
+            }  # fmt: skip
+        remember(self.state, self.stages, self.options.out)
+        print(f"{stage.name}: {ran['status']}, {ran['seconds']:.0f} s. {ran['why']}", flush=True)
 
 
 def main(stages: Sequence[Stage] = card_plan.STAGES) -> int:
@@ -216,39 +353,9 @@ def main(stages: Sequence[Stage] = card_plan.STAGES) -> int:
     else:
         (options.out / "card.log").unlink(missing_ok=True)
     chosen = [s for s in stages if s.name not in options.skip and (not options.only or s.name in options.only)]
-    env = environment(options)
     with tempfile.TemporaryDirectory(prefix="hotpath_card") as scratch:
-        work = Path(scratch)
-        for stage in order(chosen, state):
-            left = until - time.monotonic() - GRACE - 2
-            if left < (1 if tiny else stage.least):
-                print(f"{stage.name}: no time, {left:.0f} s are left", flush=True)
-                continue
-            limit = min(left, 600 if tiny else stage.seconds)
-            missing = [name for name in stage.needs if importlib.util.find_spec(name) is None]
-            command = stage.command(work, limit, tiny, options.peers)
-            began, log = time.time(), work / f"{stage.name}.log"
-            print(f"{stage.name}: at most {limit:.0f} s", flush=True)
-            if missing:
-                ran = {"status": FAILED, "seconds": 0.0, "why": f"not installed: {', '.join(missing)}"}
-                log.touch()
-            else:
-                ran = run_stage(stage, command, env, limit, log)
-            results = results_of(stage, work, began)
-            before = state["stages"].get(stage.name)
-            if results is None and before is not None and before["results"] is not None:
-                print(f"{stage.name}: {ran['status']}; the earlier results stay", flush=True)
-                before["why"] = f"{before['why']} Again: {ran['status']}, {ran['why']}".strip()
-            else:
-                state["stages"][stage.name] = {
-                    **ran, "tiny": tiny, "command": short(command, work), "results": results,
-                    "table": printed_tables(log).replace(str(work), "DIR"),
-                }  # fmt: skip
-            with (options.out / "card.log").open("ab") as all_logs:
-                all_logs.write(f"\n===== {stage.name}: {short(command, work)}\n".encode())
-                all_logs.write(log.read_bytes()[-LOG_BYTES:])
-            remember(state, stages, options.out)
-            print(f"{stage.name}: {ran['status']}, {ran['seconds']:.0f} s. {ran['why']}", flush=True)
+        call = Call(options, state, stages, Path(scratch), until, tiny)
+        (call.side_by_side if options.together else call.one_by_one)(order(chosen, state))
     remember(state, stages, options.out)
     text = (options.out / "card.md").read_text("utf-8")
     print(text[text.index("## Stages") :])

@@ -17,14 +17,16 @@ import sys
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from quiet import alone
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+ROW = "row: "  # begins the line of a result
 PACKAGES = (
     "torch", "triton", "transformers", "diffusers", "torchao", "numpy", "onnx", "onnxruntime", "insightface", "av",
     "scikit-image", "scenedetect", "comfy-kitchen", "comfy-aimdo", "torchsde", "sageattention",
@@ -91,37 +93,57 @@ def health(tiny: bool) -> dict[str, Any]:
         }
     else:
         found["note"] = "no CUDA: these are the CPU's rates"
-    found["copy, GB/s read and written"] = copy_rate((1 << 20) if tiny else (1 << 30), device) / 1e9
-    side = 256 if tiny else 8192
-    for kind in dict.fromkeys((dtype, torch.float16 if device.type == "cuda" else dtype, torch.float32)):
-        a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
-        rate = 2 * side**3 / seconds_of(lambda a=a, b=b: a @ b, 9) / 1e12  # type: ignore[misc]
-        found[f"{side}x{side}x{side} {str(kind).removeprefix('torch.')}, TFLOP/s"] = rate
-    small = torch.zeros(1, device=device)
-    start = time.perf_counter()
-    for _ in range(1000):
-        small.add_(1)
-    found["launch, us of Python"] = (time.perf_counter() - start) * 1e3
+    with alone():
+        found["copy, GB/s read and written"] = copy_rate((1 << 20) if tiny else (1 << 30), device) / 1e9
+        side = 256 if tiny else 8192
+        for kind in dict.fromkeys((dtype, torch.float16 if device.type == "cuda" else dtype, torch.float32)):
+            a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
+            rate = 2 * side**3 / seconds_of(lambda a=a, b=b: a @ b, 9) / 1e12  # type: ignore[misc]
+            found[f"{side}x{side}x{side} {str(kind).removeprefix('torch.')}, TFLOP/s"] = rate
+        small = torch.zeros(1, device=device)
+        start = time.perf_counter()
+        for _ in range(1000):
+            small.add_(1)
+        found["launch, us of Python"] = (time.perf_counter() - start) * 1e3
     return found | versions()
 
 
 def kernels(tiny: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Every kernel against its definition in higher precision, and its time beside the same in torch."""
-    _pack()
     found: dict[str, Any] = {"wrong": 0, "rows": []}
+    for check in CHECKS:
+        # Each in a process of its own: after an illegal access nothing runs in the old one.
+        command = [sys.executable, __file__, "kernels", "--only", check, *(["--tiny"] if tiny else [])]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if line.startswith(ROW):
+                    row = json.loads(line.removeprefix(ROW))
+                    found["wrong"] += not row["result"].startswith("agrees")
+                    found["rows"].append(row)
+                    save(found)
+        if process.returncode:
+            found["wrong"] += 1
+            found["rows"].append({"kernel": check, "result": f"ended with {process.returncode}"})
+            save(found)
+    return found
+
+
+def kernel(check: str, tiny: bool) -> None:
+    """The rows of one check, printed one by one."""
+    _pack()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for check in (token_attention, window_attention, decode_attention, best_match, memory_read):
+    made = CHECKS[check](device, tiny)
+    while True:
         try:
-            rows = check(device, tiny)
+            row = next(made, None)
         except Exception as error:
             traceback.print_exc()
-            rows = [{"kernel": check.__name__, "result": f"fails: {type(error).__name__}: {str(error)[:200]}"}]
-        for row in rows:
-            found["wrong"] += not row["result"].startswith("agrees")
-            print(row, flush=True)
-        found["rows"] += rows
-        save(found)
-    return found
+            row = {"kernel": f"{check}, the next one", "result": f"fails: {type(error).__name__}: {str(error)[:200]}"}
+        if row is None:
+            return
+        print(ROW + json.dumps(row), flush=True)
 
 
 def _row(
@@ -133,7 +155,8 @@ def _row(
     floor_bytes: float,
 ) -> dict[str, Any]:
     agrees = error <= allowed  # not so for NaN
-    torch_seconds, seconds = seconds_of(plain, 5), seconds_of(fused, 15)
+    with alone():
+        torch_seconds, seconds = seconds_of(plain, 5), seconds_of(fused, 15)
     return {
         "kernel": name,
         "result": f"agrees, error {error:.1e}" if agrees else f"DIFFERS: error {error:.1e}, allowed {allowed:.0e}",
@@ -144,10 +167,9 @@ def _row(
     }
 
 
-def token_attention(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+def token_attention(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     from hotpath.attention.token_attention import attend_tokens, attend_tokens_reference
 
-    rows = []
     sizes = ((64, 2, 64, 16),) if tiny else ((4096, 10, 64, 16), (1024, 20, 64, 16), (4096, 8, 160, 64))
     for queries, heads, dim, tokens in sizes:
         for dtype, allowed in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
@@ -157,20 +179,18 @@ def token_attention(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
             table = (torch.tensor([[0, 1]], dtype=torch.int32, device=device), torch.full((1, 2), 0.8, device=device))
             wanted = attend_tokens_reference(q.double(), out.double(), keys.double(), values.double(), *table, heads)
             made = attend_tokens(q, out, keys, values, *table, heads)
-            rows.append(_row(
+            yield _row(
                 f"token attention, 2 x {queries} x {heads} x {dim}, {tokens} tokens, {dtype}".replace("torch.", ""),
                 _error(made, wanted), allowed,
                 lambda q=q, out=out, k=keys, v=values, t=table, h=heads: attend_tokens(q, out, k, v, *t, h),
                 lambda q=q, out=out, k=keys, v=values, t=table, h=heads: attend_tokens_reference(q, out, k, v, *t, h),
                 3 * q.nbytes,
-            ))  # fmt: skip
-    return rows
+            )  # fmt: skip
 
 
-def window_attention(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+def window_attention(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     from hotpath.attention import local_window
 
-    rows = []
     for height, width in ((6, 9),) if tiny else ((28, 49), (70, 126)):
         for dtype, allowed in ((torch.float16, 5e-3), (torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
             frames, channels, values, window = (1, 16, 32, 15) if tiny else (5, 64, 1024, 15)
@@ -181,22 +201,20 @@ def window_attention(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
             fused, _ = local_window.select_local_window(device)
             # Equal to the definition, which would take 8 GB for its unfolded values.
             wanted = local_window.local_window_banded(q, k, v.float(), bias, window)
-            rows.append(_row(
+            yield _row(
                 f"window attention, {frames} x {height} x {width}, {dtype}".replace("torch.", ""),
                 _error(fused(q, k, v, bias, window), wanted), allowed,
                 lambda f=fused, q=q, k=k, v=v, b=bias, w=window: f(q, k, v, b, w),
                 lambda q=q, k=k, v=v, b=bias, w=window: local_window.local_window_banded(q, k, v, b, w),
                 q.nbytes + k.nbytes + v.nbytes + bias.nbytes + frames * v.nbytes,
-            ))  # fmt: skip
-    return rows
+            )  # fmt: skip
 
 
-def decode_attention(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+def decode_attention(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     """One new token of each row over its cache, as Qwen3-VL 4B decodes: 8 key heads with 4 queries each."""
     from hotpath.vision_language.decode_attention import ATTEND, PARTS, TORCH, attend_reference
 
     attend = ATTEND[PARTS if device.type == "cuda" else TORCH]
-    rows = []
     for batch, length in ((2, 96),) if tiny else ((1, 1536), (16, 1536), (1, 16384)):
         for dtype, allowed in ((torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
             heads, groups, dim, last = 8, 4, 128, length * 3 // 4
@@ -206,20 +224,18 @@ def decode_attention(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
             bias[..., last + 1 :] = float("-inf")
             slot = torch.full((1,), last, device=device)
             wanted = attend_reference(q.double(), keys.double(), values.double(), bias.double(), slot)
-            rows.append(_row(
+            yield _row(
                 f"decode attention, {batch} rows over {last + 1} of {length}, {dtype}".replace("torch.", ""),
                 _error(attend(q, keys, values, bias, slot), wanted), allowed,
                 lambda q=q, k=keys, v=values, b=bias, s=slot: attend(q, k, v, b, s),
                 lambda q=q, k=keys, v=values, b=bias, s=slot: attend_reference(q, k, v, b, s),
                 2 * q.nbytes + (keys.nbytes + values.nbytes) * (last + 1) // length,
-            ))  # fmt: skip
-    return rows
+            )  # fmt: skip
 
 
-def best_match(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+def best_match(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     from hotpath.attention import best_match as matching
 
-    rows = []
     for places in (200,) if tiny else (5184, 32640):
         # A smooth field of noise: neighbours are alike, as in a picture, so that near ties are common.
         theta, phi = (_smooth(places, 256, seed, device) for seed in (1, 2))
@@ -228,17 +244,15 @@ def best_match(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
         exact_score, _ = matching.best_match(theta, phi)
         reached = torch.einsum("nc,nc->n", theta.double(), phi[index].double())
         error = max(float((reached - exact_score.double()).abs().max()), float((score - exact_score).abs().max()))
-        rows.append(_row(
+        yield _row(
             f"best match, {places} x {places} x 256 ({search.status})", error, 2e-6, lambda s=search, t=theta, p=phi: s(t, p),
             lambda t=theta, p=phi: matching.best_match(t, p), theta.nbytes + phi.nbytes,
-        ))  # fmt: skip
-    return rows
+        )  # fmt: skip
 
 
-def memory_read(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
+def memory_read(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     from hotpath.attention import topk_memory
 
-    rows = []
     for queries, keys in ((50, 400),) if tiny else ((5 * 1372, 23720), (8820, 98200)):
         query, memory = (torch.randn(n, 64, device=device) for n in (queries, keys))
         selection, shrinkage = torch.rand(queries, 64, device=device), 1 + torch.rand(keys, device=device)
@@ -246,11 +260,15 @@ def memory_read(device: torch.device, tiny: bool) -> list[dict[str, Any]]:
         few = slice(0, min(queries, 64))
         wanted = topk_memory.read_top_k_reference(query[few], selection[few], memory, shrinkage, values, 30).readout
         run = lambda q=query, s=selection, m=memory, w=shrinkage, v=values: topk_memory.read_top_k(q, s, m, w, v, 30)  # noqa: E731
-        rows.append(_row(
+        yield _row(
             f"memory read, {queries} queries, {keys} keys", _error(run().readout[few], wanted), 5e-3, run, run,
             (query.nbytes + selection.nbytes + memory.nbytes + values.nbytes),
-        ))  # fmt: skip
-    return rows
+        )  # fmt: skip
+
+
+CHECKS = {
+    check.__name__: check for check in (token_attention, window_attention, decode_attention, best_match, memory_read)
+}
 
 
 def _smooth(places: int, channels: int, seed: int, device: torch.device) -> Tensor:
@@ -274,7 +292,7 @@ def tests(tiny: bool, seconds: float) -> dict[str, Any]:
     files = [str(ROOT / "tests" / "test_attention_local_window.py")] if tiny else list(gpu_tests())
     report = Path(os.environ.get("TMPDIR", "/tmp")) / f"card_tests_{os.getpid()}.xml"
     command = [
-        sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--timeout=120", "-p", "no:cacheprovider", "--durations=8",
+        sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--timeout=300", "-p", "no:cacheprovider", "--durations=8",
         f"--junitxml={report}", *files,
     ]  # fmt: skip
     several = min(4, (os.cpu_count() or 1) // 2, len(files))
@@ -324,6 +342,7 @@ def _pack() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("health", "kernels", "tests"))
+    parser.add_argument("--only", choices=CHECKS, help="of the kernels this check alone, its rows printed")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--tiny", action="store_true")
@@ -337,6 +356,9 @@ def main() -> int:
         found = tests(options.tiny, options.seconds)
     else:
         with torch.inference_mode():
+            if options.only:
+                kernel(options.only, options.tiny)
+                return 0
             found = health(options.tiny) if options.what == "health" else kernels(options.tiny, save)
     save(found)
     print(json.dumps(found, indent=1))

@@ -59,7 +59,7 @@ def _colour(size: str, frames: int, peer_frames: int) -> tuple[str, ...]:
 
 def _acceleration(family: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     shared = ("acceleration.py", "--only", family, "--out", "{work}", "--json", "{json}")
-    return (*shared, "--rounds", "5", "--minutes", "{minutes}"), (*shared, "--rounds", "1", "--tiny")
+    return (*shared, "--rounds", "4", "--minutes", "{minutes}"), (*shared, "--rounds", "1", "--tiny")
 
 
 _Z_IMAGE, _SDXL = _acceleration("z_image"), _acceleration("sdxl")
@@ -81,7 +81,7 @@ STAGES = (
     ),
     Stage(
         "instantid", "InstantID: what 70 patched blocks cost",
-        ("instantid.py", "--sizes", "1024x1024", "--dtypes", "fp16", "--rounds", "7", "--steps", "6", "--compile",
+        ("instantid.py", "--sizes", "1024x1024", "--dtypes", "fp16", "--rounds", "5", "--steps", "5", "--compile",
          "--seconds", "{seconds}", "--json", "{json}"),
         ("instantid.py", "--tiny", "--json", "{json}"), 120, 50,
     ),
@@ -101,8 +101,8 @@ STAGES = (
     ),
     Stage(
         "qwen_vl", "Qwen3-VL of the 4B shape",
-        ("qwen_vl.py", "--tokens", "96", "--pictures", "32", "--decode-with", "greedy", "--only", "decode", "first_token",
-         "captions", "memory", "agreement", "--json", "{json}"),
+        ("qwen_vl.py", "--tokens", "96", "--pictures", "32", "--decode-with", "greedy", "--rounds", "2", "--only", "decode",
+         "first_token", "captions", "memory", "agreement", "--json", "{json}"),
         ("qwen_vl.py", "--shape", "tiny", "--tokens", "6", "--pictures", "2", "--side", "112", "--json", "{json}"), 170, 70,
         needs=("transformers",),
     ),
@@ -179,7 +179,10 @@ def _near(stage: str, method: str) -> Callable[[Mapping[str, Any]], float]:
 
 
 def _qwen(results: Mapping[str, Any], what: str, entry: str = "value") -> float:
-    return next(row for row in results["qwen_vl"]["rows"] if row["what"].startswith(what))[entry]
+    found = next((row for row in results["qwen_vl"]["rows"] if row["what"].startswith(what)), None)
+    if found is None:  # not StopIteration, which would end the generators that ask
+        raise KeyError(what)
+    return found[entry]
 
 
 def _contestant(results: Mapping[str, Any], stage: str, name: str) -> Mapping[str, Any]:

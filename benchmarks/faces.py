@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from quiet import alone
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -261,11 +262,12 @@ def main() -> None:
             for count, pictures in batches.items():
                 if takes(contestant, count, 0):
                     contestant.run(pictures)
-        for number in range(options.rounds):
-            for count, pictures in batches.items():
-                for contestant in contestants:
-                    if takes(contestant, count, number):
-                        contestant.measure(pictures)
+        with alone():
+            for number in range(options.rounds):
+                for count, pictures in batches.items():
+                    for contestant in contestants:
+                        if takes(contestant, count, number):
+                            contestant.measure(pictures)
         for contestant in filter(None, gpu):
             largest = batches[max(options.pictures)]
             waits = synchronisations(lambda c=contestant, p=largest: c.run(p))

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quiet import alone
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -282,7 +283,8 @@ def kernel(dtype: torch.dtype, device: torch.device) -> list[str]:
             partial(attend_tokens_reference, q, out, keys, values, *table, heads),
             partial(torch.empty_like(source).copy_, source),
         )
-        times = [per_run(run, 50 if device.type == "cuda" else 3) for run in runs]
+        with alone():
+            times = [per_run(run, 50 if device.type == "cuda" else 3) for run in runs]
         rows.append(f"| {queries} x {width}, {heads} | " + " | ".join(f"{t * 1e6:.1f}" for t in times) + " |")
     return rows
 
@@ -354,8 +356,11 @@ def run(options: argparse.Namespace) -> str:
     for dtype_name in options.dtypes:
         stage = Stage(DTYPES[dtype_name], options.tiny, options.half)
         made = contestants(stage, options.compile, options.half)
+        if options.contestants:
+            made = [c for c in made if c.name.startswith("unpatched") or c.name in options.contestants]
         sizes = [tuple(int(n) for n in size.split("x")) for size in options.sizes]
-        differences, costs = compare_first(stage, made, sizes[0], 2), {}
+        with alone():  # kernels are tuned
+            differences, costs = compare_first(stage, made, sizes[0], 2), {}
         cases = []
         for size in sizes:
             for cfg in (4.0, 1.0):
@@ -363,15 +368,17 @@ def run(options: argparse.Namespace) -> str:
                 cases.append(case)
                 for contestant in made:  # loads, compiles, tunes
                     stage.sample(contestant.model, size, cfg, 2)
-                for number in range(options.rounds):
-                    if number >= 3 and time.monotonic() > until:
-                        break
-                    for contestant in made:
-                        seconds = clock(partial(stage.sample, contestant.model, size, cfg, options.steps))
-                        contestant.seconds.setdefault(case, []).append(seconds / options.steps)
+                with alone():
+                    for number in range(options.rounds):
+                        if number >= 3 and time.monotonic() > until:
+                            break
+                        for contestant in made:
+                            seconds = clock(partial(stage.sample, contestant.model, size, cfg, options.steps))
+                            contestant.seconds.setdefault(case, []).append(seconds / options.steps)
                 record[dtype_name] = as_record(made, costs, differences)
                 keep(record, options.json)
-        costs = nodes_and_memory(stage, sizes[0], options.steps)
+        with alone():
+            costs = nodes_and_memory(stage, sizes[0], options.steps)
         record[dtype_name] = as_record(made, costs, differences)
         keep(record, options.json)
         text += [f"### {dtype_name}, a sampling step", "", *step_table(made, cases), ""]
@@ -409,6 +416,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1e9, help="after these a case ends with its third round")
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="these alone, and the unpatched model")
     parser.add_argument("--compile", nargs="*", default=["core", "Hotpath"], choices=["core", "Hotpath"])
     parser.add_argument("--half", action="store_true", help="half SDXL's width, without compiling: for a CPU")
     parser.add_argument("--threads", type=int, help="of torch on a CPU")

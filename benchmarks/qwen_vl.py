@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from quiet import alone
 
 # `python benchmarks/qwen_vl.py` puts benchmarks/ on the path; the pack is installed or found beside it.
 if importlib.util.find_spec("hotpath") is None:
@@ -111,25 +112,27 @@ def timed(device: torch.device, work: Callable[[], Any], repeats: int = 3, warmu
     for _ in range(warmups):
         work()
     times = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+    with alone():
+        for _ in range(repeats):
+            synchronize(device)
+            start = time.perf_counter()
+            work()
+            synchronize(device)
+            times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
 def in_turns(device: torch.device, works: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, float]:
     """Median seconds of each of `works`, one after the other in every round; the first round is not counted."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        for name, work in works.items():
-            synchronize(device)
-            start = time.perf_counter()
-            work()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
+    with alone():
+        for _ in range(repeats + 1):
+            for name, work in works.items():
+                synchronize(device)
+                start = time.perf_counter()
+                work()
+                synchronize(device)
+                times[name].append(time.perf_counter() - start)
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
@@ -169,7 +172,7 @@ class Benchmark:
         # Random weights end nowhere in particular: every answer has its full length.
         model.stop_ids = frozenset()
         self.peer = Peer(model, ULTRA)
-        self.decode_with = ["greedy", "sampled"]
+        self.decode_with, self.repeats = ["greedy", "sampled"], 3
         self.rows: list[dict[str, Any]] = []
 
     def note(self, what: str, value: float, unit: str, against: float | None = None, remark: str = "") -> None:
@@ -212,7 +215,7 @@ class Benchmark:
                 into[path].append(self.ask(picture, self.tokens, s, decode=path).timing["decode"])
 
             works |= {path: lambda p=path, s=sampling, d=decoded: ours(p, s, d) for path in paths}
-            times = in_turns(device, works)
+            times = in_turns(device, works, self.repeats)
             base = (self.tokens - 1) / (times["whole"] - times["first"])
             self.note(f"decode, batch 1, {word}: transformers", base, "tokens/s")
             for path in paths:
@@ -272,7 +275,8 @@ class Benchmark:
             for size in (1, batch):
                 job = CaptionJob(Path(folder), PROMPT, output="jsonl", overwrite=True, batch_size=size)
                 FolderCaptioner(self.model, replace(job, pattern="000?.png"), Sampling(sample=False), options).run()
-                summary = FolderCaptioner(self.model, job, Sampling(sample=False), options).run()
+                with alone():
+                    summary = FolderCaptioner(self.model, job, Sampling(sample=False), options).run()
                 done = len(summary.captions) + len(summary.failed)
                 remark = f"{len(summary.failed)} without text" if summary.failed else ""
                 self.note(
@@ -347,6 +351,7 @@ def main() -> None:
         "--only", nargs="*", default=["decode", "agreement", "first_token", "captions", "vllm", "memory"]
     )
     parser.add_argument("--decode-with", nargs="+", choices=("greedy", "sampled"), default=["greedy", "sampled"])
+    parser.add_argument("--rounds", type=int, default=3, help="of timed answers")
     parser.add_argument("--json", type=Path, default=Path("qwen_vl_benchmark.json"), help="written after every part")
     options = parser.parse_args()
 
@@ -372,7 +377,7 @@ def main() -> None:
         }
         print(json.dumps(facts, indent=1))
         run = Benchmark(model, options.tokens, options.pictures, options.side)
-        run.decode_with = options.decode_with
+        run.decode_with, run.repeats = options.decode_with, options.rounds
         run.note("loading", time.perf_counter() - start, "s", None, "both sides")
         for part in options.only:
             clear_all()

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quiet import alone
 
 # `python benchmarks/text_to_image.py` puts benchmarks/ on the path; the pack is installed or found beside it.
 if importlib.util.find_spec("hotpath") is None:
@@ -112,19 +113,22 @@ def measure(name: str, draw: Draw, options: argparse.Namespace, device: torch.de
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times, steps = [], []
-    for _ in range(options.repeats):
-        (_, denoise), seconds = timed(device, lambda: draw(PROMPT, width, height))
-        times.append(seconds)
-        steps.append(denoise)
+    with alone():
+        for _ in range(options.repeats):
+            (_, denoise), seconds = timed(device, lambda: draw(PROMPT, width, height))
+            times.append(seconds)
+            steps.append(denoise)
     result.warm, result.slowest = statistics.median(times), max(times)
     known = [s for s in steps if s is not None]
     result.denoise = statistics.median(known) if known else None
     if device.type == "cuda":
         result.peak_mib = torch.cuda.max_memory_allocated(device) / 2**20
     before = graphs()
-    _, result.other_prompt = timed(device, lambda: draw(OTHER, width, height))
+    with alone():
+        _, result.other_prompt = timed(device, lambda: draw(OTHER, width, height))
     smaller = max(64, height * 3 // 4 // 16 * 16)
-    _, result.other_size = timed(device, lambda: draw(PROMPT, width, smaller))
+    with alone():
+        _, result.other_size = timed(device, lambda: draw(PROMPT, width, smaller))
     result.later_graphs = graphs() - before
     return result, picture
 
@@ -183,8 +187,9 @@ def prompt_stages(folder: Path, options: argparse.Namespace) -> dict[str, float]
     request = Request(PROMPT, "", options.width, options.height, 1, seed=SEED)
     found = {"loading and reading": generate(pipeline, request).seconds["prompts"]}
     clear_all()
-    found["reading"] = generate(pipeline, request).seconds["prompts"]
-    found["cached"] = generate(pipeline, request).seconds["prompts"]
+    with alone():
+        found["reading"] = generate(pipeline, request).seconds["prompts"]
+        found["cached"] = generate(pipeline, request).seconds["prompts"]
     MODELS.clear()
     return found
 
@@ -199,7 +204,8 @@ def decoding_memory(folder: Path, options: argparse.Namespace, device: torch.dev
         if device.type == "cuda":
             held = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-        (_, how), seconds = timed(device, lambda tiling=tiling: decoding.decode(model, latents, tiling))
+        with alone():
+            (_, how), seconds = timed(device, lambda tiling=tiling: decoding.decode(model, latents, tiling))
         found[tiling] = {"how": how, "seconds": seconds}
         if device.type == "cuda":
             found[tiling]["mib"] = (torch.cuda.max_memory_allocated(device) - held) / 2**20

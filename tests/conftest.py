@@ -77,7 +77,8 @@ def _load(name: str, folder: Path) -> None:
         spec.loader.exec_module(sys.modules[name])
 
 
-if not _controls():
+# Where the pack is not installed, the folders' own conftest.py need it of the controller too.
+if not _controls() or importlib.util.find_spec("hotpath") is None:
     _prepare()
 
 

@@ -74,7 +74,9 @@ def test_what_hangs_is_stopped_and_its_results_stay(tmp_path: Path, monkeypatch:
     hanging = stage("hang", HANGS)
     start = time.monotonic()
     command = hanging.command(tmp_path, 2, True, None)
-    ran = card.run_stage(hanging, command, {}, 2, tmp_path / "log")
+    running = card.Running(hanging, command, {}, 2, tmp_path / "log")
+    running.wait()
+    ran = running.end()
     assert ran["status"] == "stopped" and time.monotonic() - start < 20
     assert card.results_of(hanging, tmp_path, 0) == {"rows": []}
 
@@ -115,6 +117,50 @@ def test_goals_are_reached_missed_or_not_measured() -> None:
     assert most.row(slow)[:2] == ("<= 25 ms", "30 ms")
     assert most.row({"faces": {"ms": float("nan")}})[2] == "missed"
     assert all(goal.row({})[2] == "not measured" for goal in card_plan.GOALS)
+
+
+def test_goals_bear_results_that_broke_off() -> None:
+    broken = {stage.name: {"rows": [], "results": {}, "families": [{"contestants": []}]} for stage in card_plan.STAGES}
+    assert card_plan.goal_table(broken).count("not measured") > 20
+
+
+# Says when it measures, and stops others meanwhile.
+MEASURES = """
+import json, sys, time
+sys.path.insert(0, {folder!r})
+from quiet import alone
+time.sleep(0.5)
+with alone(), alone():
+    start = time.time()
+    time.sleep(1)
+    end = time.time()
+json.dump({{"rows": [{{"start": start, "end": end}}]}}, open(sys.argv[1], "w"))
+"""
+# A child of the stage does the work, as compilers' workers are.
+WORKS = """
+import subprocess, sys
+code = "import json, sys, time; stop = time.time() + 6; seen = []" + chr(10) + "while time.time() < stop:" + chr(10)
+code += "    seen.append(time.time()); time.sleep(0.02)" + chr(10)
+code += "json.dump({'rows': [{'seen': seen}]}, open(sys.argv[1], 'w'))"
+sys.exit(subprocess.call([sys.executable, "-c", code, sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes cannot be stopped there")
+def test_stages_together_measure_one_at_a_time(call: Any, tmp_path: Path) -> None:
+    measures = MEASURES.format(folder=str(Path(card.__file__).parent))
+    crashes = "import time; time.sleep(1); " + CRASHES
+    stages = [
+        stage(name, code) for name, code in (("a", measures), ("b", measures), ("work", WORKS), ("crash", crashes))
+    ]
+    found = call(stages, "--together")
+    assert [found[name]["status"] for name in ("a", "b", "work", "crash")] == ["done", "done", "done", "failed"]
+    first, second = sorted((found[name]["results"]["rows"][0] for name in ("a", "b")), key=lambda row: row["start"])
+    assert first["end"] <= second["start"]
+    worked = found["work"]["results"]["rows"][0]["seen"]
+    for row in (first, second):
+        assert not [moment for moment in worked if row["start"] < moment < row["end"]]
+    assert [moment for moment in worked if moment > second["end"]], "goes on afterwards"
 
 
 def test_every_stage_has_its_program_and_names_its_file(tmp_path: Path) -> None:
@@ -173,9 +219,10 @@ def test_contestants_leave_time_for_the_rounds_of_those_before_them(monkeypatch:
     clock = SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0])
     monkeypatch.setattr(acceleration, "time", clock)
     made = [acceleration.Contestant(name, lambda: run, est) for name, est in (("a", 0), ("b", 20), ("c", 40), ("d", 3))]
-    acceleration.measure(Family(), made, until=60, rounds=9)
+    acceleration.measure(Family(), made, until=60, rounds=30)
     assert [c.left_out for c in made] == ["", "", "no time was left", ""]
-    assert len(made[0].seconds["first"]) == 6, "nine seconds a round, after nine to be warm"
+    assert len(made[0].seconds["first"]) == 14, "two rounds of nine seconds and then of three, after nine to be warm"
+    assert len(made[0].seconds["second prompt"]) == 2
 
 
 def test_a_stopped_run_leaves_what_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
