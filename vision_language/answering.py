@@ -17,7 +17,7 @@ import torch
 from .. import host
 from . import answers
 from .budgets import PRESETS, Budget
-from .embeddings import EmbeddingCache, VisualItem, encode, look_up
+from .embeddings import EmbeddingCache, VisualItem, encode, keep, look_up
 from .generation import beam_search, choose_path, decode, start
 from .loaded_model import LoadedModel
 from .loading import MODELS
@@ -151,8 +151,13 @@ def _answer(
         MODELS.keep(model, True)
     try:
         with model.resident(run.prompt_tokens + most, rows), on(model.device):
-            run.encoded = encode(model, run.items, cache, run.timing, options.encode_jointly)
-            written = _write(model, prompts, sampling, options, most, run)
+            seen = encode(model, run.items, cache, run.timing, options.encode_jointly, keep_now=False)
+            run.encoded = len(seen)
+            try:
+                written = _write(model, prompts, sampling, options, most, run)
+            finally:
+                # After the device has all its work, and after a stop too: looking was the dear part.
+                keep(seen, cache)
     finally:
         if not options.keep_loaded:
             MODELS.keep(model, False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from .. import host
 from ..cache import BoundedCache, content_key, named_cache
 from ..cache.disk import DiskCache
+from . import patches
 from .budgets import Budget, fitted
 from .interruption import interruptible
 from .loaded_model import LoadedModel
@@ -30,7 +32,9 @@ log = logging.getLogger("hotpath.vision_language")
 
 MEMORY_LIMIT = 2 << 30
 DISK_LIMIT = 8 << 30
+DEVICE_LIMIT = 256 << 20  # bytes of the device, per model: what was seen last need not be sent again
 CLIP_TOKENS = 16384  # all frames of a clip together
+SLICE = 1 << 18  # bytes of pixels that one thread hashes at a time
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class VisualFeatures:
 class VisualItem:
     """One picture or clip on its way through an answer.
 
-    features is None until they were found or computed; then `patches` is what the tower must look at.
+    features is None until they were found or computed; then `patches` is what the tower must look at, or `pixels`,
+    [3, H, W] uint8, of which the card makes them.
     seconds: the time of every temporal patch (clips); step: seconds between two of them.
     """
 
@@ -60,6 +65,7 @@ class VisualItem:
     description: str = ""
     features: VisualFeatures | None = None
     patches: Tensor | None = None
+    pixels: Tensor | None = None
     seconds: tuple[float, ...] = ()
     step: float = 1.0
     found: str = ""  # "memory" or "disk" on a hit
@@ -94,8 +100,7 @@ class EmbeddingCache:
     def put(self, key: str, description: str, features: VisualFeatures) -> None:
         if not self.enabled:
             return
-        # Copies, because the parts are views of the features of the whole batch.
-        pooled, *deep = (part.to("cpu", copy=True) for part in (features.pooled, *features.deep))
+        pooled, *deep = to_host((features.pooled, *features.deep))
         kept = VisualFeatures(pooled, tuple(deep), features.grid)
         self.memory.put(key, kept)
         if self.disk is not None:
@@ -120,7 +125,7 @@ def describe(model: LoadedModel, pixels: Any, kind: str, processor: Any, size: S
 
     parts = {
         "kind": kind,
-        "pixels": content_key(pixels),
+        "pixels": pixels_key(pixels),
         "shape": list(pixels.shape),
         "size": [int(v) for v in size],
         "processor": constants(processor),
@@ -130,6 +135,16 @@ def describe(model: LoadedModel, pixels: Any, kind: str, processor: Any, size: S
         "tower": [str(model.dtype), model.quantization, model.attention],
     }
     return json.dumps(parts, sort_keys=True)
+
+
+def pixels_key(pixels: Any) -> str:
+    """A key of the exact pixels [..., 3] uint8, hashed in slices by several threads: MD5 takes 2 ms a megabyte."""
+    flat = np.ascontiguousarray(pixels).reshape(-1)
+    if flat.nbytes <= SLICE:
+        return content_key(flat)
+    slices = [flat[start : start + SLICE] for start in range(0, len(flat), SLICE)]
+    with ThreadPoolExecutor(4, "hotpath-hash") as threads:
+        return content_key(list(threads.map(content_key, slices)))
 
 
 def look_up(
@@ -178,7 +193,11 @@ def process_picture(
 ) -> VisualItem:
     from PIL import Image
 
-    processed = model.processor.image_processor(
+    worker = model.processor.image_processor
+    if patches.serves(worker, model.device):
+        shown = patches.resized(worker, picture.pixels, size)
+        return VisualItem("image", patches.grid_of(worker, shown), key, description, pixels=shown)
+    processed = worker(
         images=[Image.fromarray(picture.pixels)],
         return_tensors="pt",
         size={"shortest_edge": int(size[0]), "longest_edge": int(size[1])},
@@ -228,6 +247,20 @@ def as_grid(grid: Tensor) -> tuple[int, int, int]:
     return time, height, width
 
 
+def to_host(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the host. From CUDA in one go through pinned memory, which is given back."""
+    if parts[0].device.type != "cuda":
+        return [part.to("cpu", copy=True) for part in parts]
+    whole = torch.cat(tuple(parts))
+    pinned = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
+    pinned.copy_(whole, non_blocking=True)
+    done: Any = torch.cuda.Event()
+    done.record()
+    done.synchronize()
+    # A copy for each, so that none keeps the others' memory.
+    return [part.clone() for part in pinned.split([len(part) for part in parts])]
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """On CUDA through pinned memory, so that the copy really runs beside the host's work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -236,38 +269,69 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def encode(
-    model: LoadedModel, items: Sequence[VisualItem], cache: EmbeddingCache, timing: Timing, jointly: bool = False
-) -> int:
-    """Run the tower for every item without features (the network is resident); returns how many pictures it saw.
+    model: LoadedModel,
+    items: Sequence[VisualItem],
+    cache: EmbeddingCache,
+    timing: Timing,
+    jointly: bool = False,
+    keep_now: bool = True,
+) -> list[VisualItem]:
+    """Run the tower for every item without features (the network is resident); returns an item of each that it saw.
 
     jointly=True shows it all pictures at once, which is faster for many small ones; one by one a picture's features do
-    not depend on its company to the last bit.
+    not depend on its company to the last bit. keep_now=False leaves it to the caller to `keep` what came of it, once
+    the device has other work to do.
     """
     waiting: dict[str, list[VisualItem]] = {}
     for item in items:
         if item.features is None:
             waiting.setdefault(item.key, []).append(item)
+    seen: list[VisualItem] = []
     for kind in ("image", "video"):
         groups = [group for group in waiting.values() if group[0].kind == kind]
         for part in [groups] if jointly and groups else [[group] for group in groups]:
             made = tower(model, kind, [group[0] for group in part], timing)
             for group, features in zip(part, made, strict=True):
-                cache.put(group[0].key, group[0].description, features)
                 for item in group:
-                    item.features, item.patches = features, None
-    return len(waiting)
+                    item.features, item.patches, item.pixels = features, None, None
+                seen.append(group[0])
+    if keep_now:
+        keep(seen, cache)
+    return seen
+
+
+def keep(seen: Sequence[VisualItem], cache: EmbeddingCache) -> None:
+    """Put what the tower made of `seen` into the cache. Waits for the device."""
+    for item in seen:
+        if item.features is not None:
+            cache.put(item.key, item.description, item.features)
 
 
 def tower(model: LoadedModel, kind: str, items: Sequence[VisualItem], timing: Timing) -> list[VisualFeatures]:
     """The vision tower's features of `items`, all of one kind, in one run."""
     with timing.stage("transfer", on_device=True):
-        patches = to_device(torch.cat([item.patches for item in items if item.patches is not None]), model.device)
+        shown = (
+            torch.cat([patches_of(model, item) for item in items]) if len(items) > 1 else patches_of(model, items[0])
+        )
         grids = torch.tensor([item.grid for item in items], device=model.device)
     with timing.stage("tower", on_device=True), torch.no_grad(), interruptible(model.network):
         inner = model.network.model
         method = inner.get_image_features if kind == "image" else inner.get_video_features
-        pooled, deep = split(method(patches, grids), len(items), items, model)
+        pooled, deep = split(method(shown, grids), len(items), items, model)
     return [VisualFeatures(pooled[i], tuple(level[i] for level in deep), item.grid) for i, item in enumerate(items)]
+
+
+def patches_of(model: LoadedModel, item: VisualItem) -> Tensor:
+    """What the tower looks at, on its device."""
+    if item.patches is not None:
+        return to_device(item.patches, model.device)
+    assert item.pixels is not None
+    worker = model.processor.image_processor
+    table: Tensor | None = model.device_state.get("pixel values")
+    if table is None:
+        table = to_device(patches.values(worker).to(model.dtype), model.device)
+        model.device_state["pixel values"] = table
+    return patches.patches(worker, to_device(item.pixels, model.device), table)
 
 
 def split(

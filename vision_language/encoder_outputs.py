@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .embeddings import VisualFeatures, VisualItem, to_device
+from ..cache import BoundedCache
+from .embeddings import DEVICE_LIMIT, VisualFeatures, VisualItem, to_device
 from .loaded_model import LoadedModel
 
 KINDS = ("image", "video")
@@ -31,18 +32,27 @@ def grids(items: Sequence[VisualItem], kind: str, device: torch.device) -> Tenso
 
 
 def on_device(model: LoadedModel, items: Sequence[VisualItem]) -> list[VisualFeatures]:
-    """The items' features on the model's device, each distinct one moved once."""
+    """The items' features on the model's device, each distinct one moved once, the last of them kept there."""
     moved: dict[int, VisualFeatures] = {}
+    there: BoundedCache[VisualFeatures] | None = None
+    if model.device.type == "cuda":
+        there = model.device_state.setdefault("features", BoundedCache("image features on the device", DEVICE_LIMIT))
     for item in items:
         features = item.features
         if features is None:
             raise ValueError("A picture reached the decoder before the vision tower saw it.")
-        if id(features) not in moved:
-            moved[id(features)] = VisualFeatures(
+        if id(features) in moved:
+            continue
+        known = there.get(item.key) if there is not None and item.found else None
+        if known is None:
+            known = VisualFeatures(
                 to_device(features.pooled, model.device),
                 tuple(to_device(level, model.device) for level in features.deep),
                 features.grid,
             )
+            if there is not None and item.found:
+                there.put(item.key, known)
+        moved[id(features)] = known
     return [moved[id(item.features)] for item in items]
 
 

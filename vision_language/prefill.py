@@ -56,9 +56,13 @@ class Prefilled:
 
 @dataclass(frozen=True)
 class PrefixState:
-    """Keys and values of the first positions of one question: [2, layers, 1, heads, length, D]."""
+    """What the first positions of a question leave for the next one with the same beginning.
+
+    kept: keys and values, [2, layers, 1, heads, length, D]. shift: rotary position less place of every later token.
+    """
 
     kept: Tensor
+    shift: int
 
     @property
     def length(self) -> int:
@@ -130,6 +134,7 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
     items = [item for prompt in prompts for item in prompt.items]
     ids, mask, kinds = left_padded(prompts, model.pad_id)
     positions, following = rotary_positions(model, ids, mask, kinds, items)
+    shift = int(following[0]) - prompts[0].length
     device = model.device
     ids, mask, kinds = ids.to(device), mask.to(device), kinds.to(device)
     positions, following = positions.to(device), following.to(device)
@@ -157,5 +162,5 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
         length = prompts[0].prefix
         keys = torch.stack([layer.keys[:, :, :length] for layer in cache.layers])
         values = torch.stack([layer.values[:, :, :length] for layer in cache.layers])
-        prefix_cache(model).put(key, PrefixState(torch.stack((keys, values))))
+        prefix_cache(model).put(key, PrefixState(torch.stack((keys, values)), shift))
     return Prefilled(logits, cache, mask, following, start)

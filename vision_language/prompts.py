@@ -22,6 +22,7 @@ from .pictures import Clip, Picture
 log = logging.getLogger("hotpath.vision_language")
 
 CONTROL = re.compile(r"<\|(im_start|im_end|endoftext|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+PADS = re.compile(r"(?:<\|image_pad\|>)+|(?:<\|video_pad\|>)+")
 VISION_PLACE = re.compile(r"<\|vision_start\|><\|(image|video)_pad\|><\|vision_end\|>")
 
 
@@ -105,6 +106,19 @@ def place(model: LoadedModel, item: VisualItem) -> str:
     )
 
 
+def tokenized(model: LoadedModel, written: str) -> Tensor:
+    """Ids [1, T] of `written`. Of a row of pads only the first is read: the others have its id."""
+    counts = [len(found.group()) // len("<|image_pad|>") for found in PADS.finditer(written)]
+    short = PADS.sub(lambda found: found.group()[: len("<|image_pad|>")], written)
+    ids: Tensor = model.tokenizer(short, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    if not counts:
+        return ids
+    pads = (ids[0] == model.config.image_token_id) | (ids[0] == model.config.video_token_id)
+    repeats = torch.ones_like(ids[0])
+    repeats[pads] = torch.tensor(counts)
+    return ids.repeat_interleave(repeats, dim=1)
+
+
 def build(model: LoadedModel, question: Question, items: Sequence[VisualItem]) -> Prompt:
     """Token ids for `question` with `items` in the order pictures, clips.
 
@@ -120,7 +134,7 @@ def build(model: LoadedModel, question: Question, items: Sequence[VisualItem]) -
             f"{shown['video']} of {expected['video']} clips: the folder needs the template of its -VL model."
         )
     written = VISION_PLACE.sub(lambda found: place(model, left[found.group(1)].pop(0)), written)
-    ids = model.tokenizer(written, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenized(model, written)
     kinds = torch.zeros_like(ids)
     prefix = 0
     if items:

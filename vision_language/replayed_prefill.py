@@ -181,27 +181,26 @@ def in_order(items: Sequence[VisualItem]) -> list[VisualItem]:
     return [item for kind in ("image", "video") for item in items if item.kind == kind]
 
 
-def numbers_of(
-    model: LoadedModel, prompt: Prompt, items: Sequence[VisualItem], start: int, tokens: int, axes: int
-) -> Tensor:
-    """What a recording is given for `prompt` from position `start` on, padded to `tokens`. On the host."""
-    kinds = prompt.kinds[0]
-    mask = torch.ones_like(prompt.ids)
-    positions, following = rotary_positions(model, prompt.ids, mask, prompt.kinds, items)
-    rows = torch.zeros_like(kinds)
-    seen = 0
-    for kind in (1, 2):
-        here = kinds == kind
-        count = int(here.sum())
-        rows[here] = torch.arange(seen + 1, seen + count + 1)
-        seen += count
+def numbers_of(model: LoadedModel, prompt: Prompt, tokens: int, axes: int, known: PrefixState | None) -> Tensor:
+    """What a recording is given for `prompt`, less what is known of it, padded to `tokens`. On the host."""
+    start = 0 if known is None else known.length
     left = prompt.length - start
     made = torch.zeros(tokens * (2 + axes) + 4, dtype=torch.long)
-    made[:left], made[tokens : tokens + left] = prompt.ids[0, start:], rows[start:]
+    made[:left] = prompt.ids[0, start:]
     table = made[2 * tokens : (2 + axes) * tokens].view(axes, tokens)
-    # Vision models: the text position comes before the three axes.
-    table[:, :left] = positions[-axes:, 0, start:] if positions.dim() == 3 else positions[:, start:]
-    made[-4:] = torch.tensor([start, left - 1, prompt.length, int(following)])
+    if known is not None:
+        table[:, :left] = torch.arange(start + known.shift, prompt.length + known.shift)
+        following = prompt.length + known.shift
+    else:
+        mask = torch.ones_like(prompt.ids)
+        positions, after = rotary_positions(model, prompt.ids, mask, prompt.kinds, prompt.items)
+        following = int(after)
+        # Vision models: the text position comes before the three axes.
+        table[:, :left] = positions[-axes:, 0] if positions.dim() == 3 else positions
+        if prompt.items:
+            seen = torch.cat([(prompt.kinds[0] == kind).nonzero()[:, 0] for kind in (1, 2)])
+            made[tokens + seen] = torch.arange(1, len(seen) + 1)
+    made[-4:] = torch.tensor([start, left - 1, prompt.length, following])
     return made
 
 
@@ -226,10 +225,12 @@ def replay(model: LoadedModel, space: Workspace, prompt: Prompt, use_prefix: boo
         put_features(recording.features, on_device(model, in_order(prompt.items)))
     space.prefix = ""
     with torch.no_grad():
-        logits = recording(numbers_of(model, prompt, prompt.items, start, tokens, axes))
+        numbers = numbers_of(model, prompt, tokens, axes, known)
+        logits = recording(numbers)
     space.filled, space.prefix = prompt.length, key
     if key and start == 0:
-        prefix_cache(model).put(key, PrefixState(space.kept[..., : prompt.prefix, :].clone()))
+        shift = int(numbers[-1]) - prompt.length
+        prefix_cache(model).put(key, PrefixState(space.kept[..., : prompt.prefix, :].clone(), shift))
     return logits, start, f"one CUDA graph of {tokens:,}" if recording.graph is not None else f"{tokens:,} in one go"
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hotpath.cache import clear_all
+from hotpath.cache import clear_all, named_cache
 from hotpath.demo.captioner_model import write_folder
-from hotpath.vision_language import replayed_prefill
+from hotpath.vision_language import patches, replayed_prefill
 from hotpath.vision_language.answering import Answer, AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.loaded_model import LoadOptions
@@ -209,3 +209,55 @@ def test_classes() -> None:
     assert replayed_prefill.length_class(33, True) == 64
     assert replayed_prefill.length_class(1045, False) == 1152
     assert replayed_prefill.length_class(2048, False) == 2048
+
+
+def test_the_tower_sees_what_the_library_makes(card: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load("qwen3_vl")
+    question = Question("Compare.", "", (A, noise(5, 300, 200), B), (CLIP,))
+    made = ask(model, question)
+    clear_all()
+    model.drop_device_state()
+    jointly = ask(model, question, encode_jointly=True)
+    clear_all()
+    model.drop_device_state()
+    monkeypatch.setattr(patches, "serves", lambda *_: False)
+    assert made.raw == jointly.raw == ask(model, question).raw
+    kept = [entry.features for entry in made.items]
+    assert all(part.pooled.device.type == "cuda" for part in kept if part is not None)
+
+
+def test_a_known_picture_is_sent_once(card: Any, load: Any) -> None:
+    model = load("qwen3_vl")
+    question = Question("What?", "", (A,))
+    wanted = ask(model, question, reuse_prefix=False).raw
+    assert ask(model, question, reuse_prefix=False).raw == wanted
+    assert len(model.device_state["features"]) == 1
+    made = ask(model, question, reuse_prefix=False)
+    assert made.raw == wanted and "(memory)" in made.report
+    assert len(model.device_state["features"]) == len(named_cache("image embeddings", 1 << 30)) == 1
+    ask(model, question, reuse_prefix=False, cache_images=False)
+    assert len(model.device_state["features"]) == 1
+
+
+def test_a_stop_after_the_tower_keeps_what_it_saw(card: Any, load: Any, headless_host: Any) -> None:
+    from hotpath.host import Interrupted
+
+    model = load("qwen3_vl")
+    question = Question("What?", "", (A,))
+    wanted = ask(model, question).raw
+    clear_all()
+    model.drop_device_state()
+    check, asked = headless_host.check_interrupt, []
+
+    def stop() -> None:
+        asked.append(1)
+        if len(model.device_state.get("workspaces", ())):
+            raise Interrupted("stop")
+        check()
+
+    headless_host.check_interrupt = stop
+    with pytest.raises(Interrupted):
+        ask(model, question)
+    del headless_host.check_interrupt
+    made = ask(model, question)
+    assert asked and made.raw == wanted and "1 from the cache (memory)" in made.report
