@@ -1,8 +1,8 @@
 """The whole way from pictures to faces, on one device, for any number of pictures of any sizes.
 
-Per part of the call: bytes to the device, letterbox, one detector batch whatever the sizes, one copy of the candidates
-to the host (the only wait), overlap and choice there, then one recogniser batch over the chosen faces and one copy of
-their embeddings. Pictures without a face go through again at the next smaller detector size, together.
+Per part of the call: bytes to the device, letterbox, detector batches whatever the sizes, one copy of all candidates to
+the host (the only wait), overlap and choice there, then recogniser batches over the chosen faces and one copy of their
+embeddings. Pictures without a face go through again at the next smaller detector size, together.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from .model_folder import ModelFolder
 from .pictures import PictureGroup, group_pictures, letterbox
 from .recognition import Recogniser
 from .remembering import analyse_in_parts, picture_keys
-from .runner import DETECTOR_BYTES_PER_PIXEL
+from .runner import DETECTOR_BYTES_PER_PIXEL, joined
 
-PICTURES_AT_ONCE = 32
+PICTURES_AT_ONCE = 32  # as bytes on the device
+PICTURES_AT_A_STEP = 8  # of the detector on an accelerator, which more would not keep busier
 FACES_AT_ONCE_ON_CPU = 4  # more gain nothing there, and a stop would wait for them
 
 
@@ -82,12 +83,13 @@ class PictureAnalyser:
         """See `FaceAnalyser.analyse`. Remembered per picture by the MD5 of its pixels and of every setting."""
         began = time.perf_counter()
         embed = embed or (choose is not None and choose.needs_embeddings)
-        groups = group_pictures(images)
+        groups = group_pictures(images, self.device)
         keys = picture_keys(self._fingerprint, groups, choose, embed, options) if self.remember else {}
         result, remembered = analyse_in_parts(
             groups,
             keys,
-            self._pictures_at_once(options),
+            # Asking how much memory is free takes as long as a network.
+            self._pictures_at_once(options) if sum(map(len, groups)) > PICTURES_AT_A_STEP else PICTURES_AT_A_STEP,
             lambda part: self._analyse_part([group.to(self.device) for group in part], choose, embed, options),
         )
         self._note(result, remembered, options, time.perf_counter() - began)
@@ -121,24 +123,23 @@ class PictureAnalyser:
 
     def _detect(self, part: list[PictureGroup], options: DetectionOptions) -> list[Faces]:
         sizes = self._sizes(options)
-        owners = [(group, row) for group in part for row in range(len(group.positions))]
+        owners = [(group, row) for group in part for row in range(len(group))]
         found = [Faces.none(group.size, max(sizes[-1])) for group, _ in owners]
         still = list(range(len(owners)))
-        # A CPU gains nothing from a batch of pictures of this size and loses its cache; an accelerator gains.
-        step = 1 if self.device.type == "cpu" else len(still)
+        # A CPU gains nothing from a batch of pictures of this size and loses its cache, nor from a common copy.
+        on_cpu = self.device.type == "cpu"
+        step, together = (1, 1) if on_cpu else (PICTURES_AT_A_STEP, len(still))
         for size in sizes:
             missed = []
-            for start in range(0, len(still), step):
-                host.current().check_interrupt()
-                together = still[start : start + step]
+            for start in range(0, len(still), together):
+                asked = still[start : start + together]
                 canvases, scales = [], []
-                for group in part:
-                    if rows := [owners[i][1] for i in together if owners[i][0] is group]:
-                        canvas, place = letterbox(group.take(rows).pixels, size)
-                        canvases.append(canvas)
-                        scales += [place.scale] * len(rows)
-                candidates = self.detector.find(torch.cat(canvases), options.threshold)
-                for i, scale, one in zip(together, scales, candidates, strict=True):
+                for i in range(0, len(asked), step):
+                    canvas, own_scales = _canvas(part, [owners[j] for j in asked[i : i + step]], size)
+                    canvases.append(canvas)
+                    scales += own_scales
+                candidates = self.detector.find(canvases, options.threshold)
+                for i, scale, one in zip(asked, scales, candidates, strict=True):
                     if len(one.scores):
                         found[i] = _merged(one, scale, options.overlap, owners[i][0].size, max(size))
                     else:
@@ -152,12 +153,12 @@ class PictureAnalyser:
         counts = [len(one) for one in faces]
         crops, start = [], 0
         for group in part:
-            own = faces[start : start + len(group.positions)]
+            own = faces[start : start + len(group)]
             rows = [row for row, one in enumerate(own) for _ in range(len(one))]
             if rows:
                 crops.append(self.aligned(group.pixels, torch.tensor(rows), torch.cat([one.keypoints for one in own])))
             start += len(own)
-        vectors = self._vectors(torch.cat(crops)).cpu() if crops else torch.zeros(0, self.embedding_width)
+        vectors = self._vectors(joined(crops)).cpu() if crops else torch.zeros(0, self.embedding_width)
         return [
             Faces(one.boxes, one.keypoints, one.scores, vector.clone(), one.size, one.detector_size)
             for one, vector in zip(faces, torch.split(vectors, counts), strict=True)
@@ -170,7 +171,7 @@ class PictureAnalyser:
         for start in range(0, len(crops), step):
             host.current().check_interrupt()
             parts.append(self.recogniser.embed(crops[start : start + step]))
-        return torch.cat(parts)
+        return joined(parts)
 
     def aligned(self, pixels: Tensor, rows: Tensor, keypoints: Tensor) -> Tensor:
         """[F, S, S, 3] float RGB 0..255 crops for the recogniser, of `pixels` [n, H, W, 3] on the device.
@@ -203,6 +204,10 @@ class PictureAnalyser:
         said = [f"Faces by {runner.engine} ({runner.where}), {self.folder.name}: {self._last}.", *self.why]
         if self.folder.recogniser is None:
             said.append("No recogniser file: faces can be found, not identified.")
+        for name, used in (("detector", self.detector), ("recogniser", self._recogniser)):
+            graphs = getattr(used.runner, "graphs", None) if used is not None else None
+            if graphs is not None:
+                said.append(f"CUDA graphs of the {name}: {graphs.status}.")
         return " ".join(part for part in (*said, *self.folder.notes) if part)
 
     def release(self) -> None:
@@ -210,6 +215,19 @@ class PictureAnalyser:
         self.detector.runner.release()
         if self._recogniser is not None:
             self._recogniser.runner.release()
+
+
+def _canvas(
+    part: list[PictureGroup], wanted: list[tuple[PictureGroup, int]], size: tuple[int, int]
+) -> tuple[Tensor, list[float]]:
+    """The detector's input for pictures (group, row) in the order of `part`, and the scale of each."""
+    canvases, scales = [], []
+    for group in part:
+        if rows := [row for owner, row in wanted if owner is group]:
+            canvas, place = letterbox(group.take(rows).pixels, size)
+            canvases.append(canvas)
+            scales += [place.scale] * len(rows)
+    return joined(canvases), scales
 
 
 def _merged(candidates: Candidates, scale: float, overlap: float, size: tuple[int, int], detector_size: int) -> Faces:

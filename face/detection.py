@@ -10,6 +10,7 @@ Newer exports put the batch first. No header says which, so `Detector` finds out
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,13 +19,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import host
 from .faces import FaceError
 from .onnx_outline import Outline
-from .runner import Runner
+from .runner import Run, Runner, joined, replayed
 
 log = logging.getLogger("hotpath.face")
 
-CANDIDATES = 256  # fetched per picture; a picture with more over the threshold is fetched again, whole
+CANDIDATES = 256  # fetched per picture; pictures with more over the threshold are computed again, and fetched whole
+MERGED_AT_ONCE = 256
 PROBE_SIDE = 96  # three cells at stride 32
 PROBE_TOLERANCE = 2e-3  # on outputs of about 1; a wrong layout is wrong by more than 0.1
 
@@ -100,48 +103,62 @@ class Detector:
             arranged.append(output.reshape(count, cells * self.anchors, channels))
         return arranged
 
-    def predict(self, canvas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def predict(self, canvas: Tensor, run: Run | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Scores [N, A], side distances [N, A, 4] and point offsets [N, A, 10] of `canvas` [N, 3, H, W], in strides."""
+        run = run or self.runner.run
         count, size = canvas.shape[0], (int(canvas.shape[2]), int(canvas.shape[3]))
         if self.layout == "one picture at a time":
-            each = [self._arrange(self.runner.run(canvas[i : i + 1]), 1, size, "batch outside") for i in range(count)]
+            each = [self._arrange(run(canvas[i : i + 1]), 1, size, "batch outside") for i in range(count)]
             outputs = [torch.cat(parts) for parts in zip(*each, strict=True)]
         else:
-            outputs = self._arrange(self.runner.run(canvas), count, size, self.layout)
+            outputs = self._arrange(run(canvas), count, size, self.layout)
         levels = len(self.strides)
         scores, sides, points = (torch.cat(outputs[i * levels : (i + 1) * levels], 1) for i in range(3))
         return scores[..., 0], sides, points
 
-    def find(self, canvas: Tensor, threshold: float) -> list[Candidates]:
-        """Everything with a score of at least `threshold` per picture of `canvas` [N, 3, H, W].
+    def find(self, canvases: Sequence[Tensor], threshold: float) -> list[Candidates]:
+        """Everything with a score of at least `threshold` per picture of `canvases` [N, 3, H, W] of one size.
 
-        One copy to the host, which is the only time anybody waits for the device; a picture with more than CANDIDATES
-        over the threshold costs a second one.
+        One copy to the host, which is the only time anybody waits for the device; pictures with more than CANDIDATES over
+        the threshold are computed and copied again. Checks for an interrupt before each canvas.
         """
-        scores, sides, points = self.predict(canvas)
-        grid = _grid(self.strides, self.anchors, (int(canvas.shape[2]), int(canvas.shape[3])), canvas.device)
-        passed = (scores >= threshold).sum(1)
-        limit = min(CANDIDATES, scores.shape[1])
-        packed = torch.cat([passed[:, None].float(), self._pack(scores, sides, points, grid, limit)], 1).cpu()
-        if int(packed[:, 0].max()) > limit:
-            limit = int(packed[:, 0].max())
-            packed = torch.cat([packed[:, :1], self._pack(scores, sides, points, grid, limit).cpu()], 1)
+        packed = [self._packed(canvas, threshold, CANDIDATES) for canvas in canvases]
+        rows = joined(packed).cpu()
+        most = int(rows[:, 0].max())
+        if most > (rows.shape[1] - 1) // 15:
+            rows = joined([self._packed(canvas, threshold, most) for canvas in canvases]).cpu()
         found = []
-        for row in packed.numpy():
-            values = row[1:].reshape(limit, 15)[: int(row[0])]
+        for row in rows.numpy():
+            values = row[1:].reshape(-1, 15)[: int(row[0])]
             found.append(Candidates(values[:, 1:5], values[:, 5:].reshape(-1, 5, 2), values[:, 0]))
         return found
 
-    def _pack(self, scores: Tensor, sides: Tensor, points: Tensor, grid: Tensor, limit: int) -> Tensor:
-        """[N, limit * 15]: score, box and points of the best, decoded to canvas pixels."""
-        best, index = scores.topk(limit, dim=1)
-        anchor = grid[index]
-        centre, stride = anchor[..., :2], anchor[..., 2:]
-        side = sides.gather(1, index[..., None].expand(-1, -1, 4)) * stride
-        point = points.gather(1, index[..., None].expand(-1, -1, 10)) * stride
-        box = torch.cat([centre - side[..., :2], centre + side[..., 2:]], -1)
-        point = point + centre.repeat(1, 1, 5)
-        return torch.cat([best[..., None], box, point], -1).flatten(1)
+    def _packed(self, canvas: Tensor, threshold: float, limit: int) -> Tensor:
+        """[N, 1 + K * 15] per picture: how many passed the threshold, and the best K; K is `limit`, if there are as many."""
+        host.current().check_interrupt()
+        grid = _grid(self.strides, self.anchors, (int(canvas.shape[2]), int(canvas.shape[3])), canvas.device)
+
+        def step(run: Run, canvas: Tensor) -> list[Tensor]:
+            scores, sides, points = self.predict(canvas, run)
+            passed = (scores >= threshold).sum(1)
+            # On a CPU nobody waits for the number.
+            most = max(limit, int(passed.max())) if canvas.device.type == "cpu" else limit
+            best = _pack(scores, sides, points, grid, min(most, scores.shape[1]))
+            return [torch.cat([passed[:, None].float(), best], 1), scores, sides, points]
+
+        return replayed(self.runner, ("find", threshold, limit), step, canvas)
+
+
+def _pack(scores: Tensor, sides: Tensor, points: Tensor, grid: Tensor, limit: int) -> Tensor:
+    """[N, limit * 15]: score, box and points of the best, decoded to canvas pixels."""
+    best, index = scores.topk(limit, dim=1)
+    anchor = grid[index]
+    centre, stride = anchor[..., :2], anchor[..., 2:]
+    side = sides.gather(1, index[..., None].expand(-1, -1, 4)) * stride
+    point = points.gather(1, index[..., None].expand(-1, -1, 10)) * stride
+    box = torch.cat([centre - side[..., :2], centre + side[..., 2:]], -1)
+    point = point + centre.repeat(1, 1, 5)
+    return torch.cat([best[..., None], box, point], -1).flatten(1)
 
 
 @lru_cache(maxsize=16)
@@ -164,15 +181,30 @@ def merge_overlapping(boxes: NDArray[np.float32], overlap: float) -> list[int]:
 
     Sides count one pixel more than their difference, as in every SCRFD evaluation; an IoU above `overlap` goes.
     """
-    x0, y0, x1, y1 = boxes.T
-    area = (x1 - x0 + 1) * (y1 - y0 + 1)
     left = np.arange(len(boxes))
     kept: list[int] = []
     while left.size:
-        best, others = left[0], left[1:]
-        kept.append(int(best))
-        width = np.minimum(x1[best], x1[others]) - np.maximum(x0[best], x0[others]) + 1
-        height = np.minimum(y1[best], y1[others]) - np.maximum(y0[best], y0[others]) + 1
-        shared = width.clip(min=0) * height.clip(min=0)
-        left = others[shared / (area[best] + area[others] - shared) <= overlap]
+        # All pairs of a few hundred at once: a call of numpy takes longer than the arithmetic of a row.
+        foremost, left = left[:MERGED_AT_ONCE], left[MERGED_AT_ONCE:]
+        apart = _overlaps(boxes[foremost], boxes[foremost]) <= overlap
+        remains = np.ones(len(foremost), bool)
+        chosen = []
+        for i in range(len(foremost)):
+            if remains[i]:
+                chosen.append(i)
+                remains &= apart[i]
+        kept += foremost[chosen].tolist()
+        if left.size:
+            left = left[(_overlaps(boxes[foremost[chosen]], boxes[left]) <= overlap).all(0)]
     return kept
+
+
+def _overlaps(boxes: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[N, M] intersection over union of boxes [N, 4] and others [M, 4]."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    width, height = np.maximum(high - low + np.float32(1), np.float32(0)).transpose(2, 0, 1)
+    area, other = (np.prod(given[:, 2:] - given[:, :2] + np.float32(1), 1) for given in (boxes, others))
+    shared = width * height
+    made: NDArray[np.float32] = shared / (area[:, None] + other - shared)
+    return made

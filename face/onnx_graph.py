@@ -75,6 +75,7 @@ class OnnxNetwork(nn.Module):
 
         graph = read_model(path).graph
         self.file = path
+        self.when_moved: Callable[[], None] | None = None  # called when the weights are elsewhere
         self._packed: dict[int, PackedConvolution] = {}
         self._constants: dict[str, Tensor] = {
             t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer
@@ -240,19 +241,29 @@ class OnnxNetwork(nn.Module):
             packed = self._packed[position] = PackedConvolution(node.attributes, x, weight, node.then_relu)
         return packed(x, bias)
 
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        # Hosts ask a module to be where it is already before every use; torch takes milliseconds to find that out.
+        weights = self._parameters.values()
+        if len(args) == 1 and not kwargs and all(weight is None or weight.device == args[0] for weight in weights):
+            return self
+        return super().to(*args, **kwargs)
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        before = self._addresses()
+        before = self.addresses()
         made = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        # Hosts ask a module to be where it is already before every use; then nothing has changed.
-        if before != self._addresses():
+        if before != self.addresses():
             self._packed.clear()
+            if self.when_moved is not None:
+                self.when_moved()
         return made
 
-    def _addresses(self) -> list[int]:
+    def addresses(self) -> list[int]:
+        """Where the weights are."""
         return [weight.data_ptr() for weight in self._parameters.values() if weight is not None]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": {}}  # what oneDNN packed cannot be copied
+        # What oneDNN packed cannot be copied, and graphs are of these weights.
+        return {**self.__dict__, "_packed": {}, "when_moved": None}
 
     def _fixed(self, name: str) -> Tensor:
         found = self._parameters.get(self._parameter_of.get(name, ""))

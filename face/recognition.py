@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .faces import FaceError
 from .onnx_outline import Outline
-from .runner import Runner
+from .runner import Run, Runner, joined, replayed
 
-BATCH = 64
+BATCH = 16
 
 
 class Recogniser:
@@ -40,6 +40,9 @@ class Recogniser:
 
     def embed(self, crops: Tensor) -> Tensor:
         """[F, D] raw embeddings on the device, of crops [F, size, size, 3] float RGB in 0..255."""
-        x = crops.permute(0, 3, 1, 2).sub(self.mean).mul(1.0 / self.deviation)
         step = BATCH if self.batches else 1
-        return torch.cat([self.runner.run(part)[0] for part in torch.split(x, step)])
+        vectors = [replayed(self.runner, "embed", self._embed, part) for part in torch.split(crops, step)]
+        return joined(vectors)
+
+    def _embed(self, run: Run, crops: Tensor) -> list[Tensor]:
+        return run(crops.permute(0, 3, 1, 2).sub(self.mean).mul(1.0 / self.deviation))

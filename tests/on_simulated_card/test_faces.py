@@ -1,34 +1,128 @@
-"""Faces on the card: the host waits once for what was found and once for the vectors, and they are the CPU's."""
+"""Faces on the card: the host waits once for what was found and once for the vectors, graphs replay both networks, and the
+faces are the CPU's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hotpath import face
 
 MODELS = Path(__file__).resolve().parents[2] / "demo" / "models" / "insightface"
 OPTIONS = face.DetectionOptions(sizes=(320,))
+LARGEST = face.FaceChoice.largest()
 
 
-def test_a_batch_is_two_waits_and_the_cpus_result(card: Any) -> None:
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
     import skimage.data
 
     photo = torch.from_numpy(skimage.data.astronaut()).float() / 255
-    pictures = torch.stack([photo.roll(8 * i, 1) for i in range(3)])
-    here, there = (
-        face.load_analyser([MODELS], engine="torch", device=torch.device(device), remember=False)
-        for device in ("cpu", "cuda")
-    )
-    largest = face.FaceChoice.largest()
-    expected = here.analyse(pictures, choose=largest, options=OPTIONS)
-    there.analyse(pictures, choose=largest, options=OPTIONS)
-    card.waits.clear()
-    card.launches.clear()
-    found = there.analyse(pictures, choose=largest, options=OPTIONS)
-    assert card.waits == ["copy to the host"] * 2
-    assert card.launches["aten::convolution"] < 100  # of one batch, not of every picture
+    return torch.stack([photo.roll(8 * i, 1) for i in range(3)])
+
+
+@pytest.fixture(scope="module")
+def expected(pictures: torch.Tensor) -> list[face.Faces]:
+    here = face.load_analyser([MODELS], engine="torch", device=torch.device("cpu"), remember=False)
+    return here.analyse(pictures, choose=LARGEST, options=OPTIONS)
+
+
+@pytest.fixture
+def there(card: Any) -> Iterator[Any]:
+    analyser = face.load_analyser([MODELS], engine="torch", device=torch.device("cuda"), remember=False)
+    yield analyser
+    analyser.release()
+
+
+def assert_same(found: list[face.Faces], expected: list[face.Faces]) -> None:
     for one, other in zip(found, expected, strict=True):
         assert len(one) == 1 and torch.allclose(one.boxes, other.boxes, atol=1e-2)
         assert torch.cosine_similarity(one.embeddings, other.embeddings).min() > 0.99999
+
+
+def test_a_batch_is_two_waits_and_the_cpus_result(
+    card: Any, there: Any, pictures: torch.Tensor, expected: list[face.Faces]
+) -> None:
+    given = pictures.clone()
+    assert_same(there.analyse(given, choose=LARGEST, options=OPTIONS), expected)
+    card.launches.clear()
+    assert_same(there.analyse(given, choose=LARGEST, options=OPTIONS), expected)
+    assert card.graphs == 2 and card.launches["aten::convolution"]
+    assert there.report().count("recorded, equal to the plain run.") == 2
+    for rolled in (0, 1, 0):
+        card.waits.clear()
+        card.launches.clear()
+        card.replays = 0
+        found = there.analyse(given.roll(rolled, 0), choose=LARGEST, options=OPTIONS)
+        assert_same(found, expected[-rolled:] + expected[:-rolled])
+        assert card.waits == ["copy to the host"] * 2
+        assert card.replays == card.graphs == 2 and not card.launches["aten::convolution"]
+        assert sum(card.launches.values()) < 90
+    assert torch.equal(given, pictures)
+
+
+def test_graphs_go_with_the_weights(card: Any, there: Any, pictures: torch.Tensor, expected: list[face.Faces]) -> None:
+    for _ in range(2):
+        there.analyse(pictures, choose=LARGEST, options=OPTIONS)
+    held, graphs = card.held, there.detector.runner.graphs
+    assert len(graphs) == 1
+    there.release()
+    assert len(graphs) == 0 and card.held < held / 4
+    card.replays = 0
+    assert_same(there.analyse(pictures, choose=LARGEST, options=OPTIONS), expected)
+    assert card.replays == 2  # recorded again at once: the shape is known
+
+
+def test_pictures_of_two_sizes_and_two_modes_share_graphs(card: Any, there: Any, pictures: torch.Tensor) -> None:
+    small = torch.nn.functional.interpolate(pictures[:1].permute(0, 3, 1, 2), (400, 500)).permute(0, 2, 3, 1)[0]
+    mixed = [pictures[0], small, (pictures[1] * 255).to(torch.uint8)]
+    plain = there.analyse(mixed, choose=LARGEST, options=OPTIONS)
+    with torch.inference_mode():
+        assert_same(there.analyse(mixed, choose=LARGEST, options=OPTIONS), plain)
+    found = there.analyse(mixed, choose=LARGEST, options=OPTIONS)
+    assert card.graphs == 2 and card.replays >= 4
+    found[0].embeddings.add_(1)  # nobody else's, and no inference tensor
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        assert_same(there.analyse(mixed, choose=LARGEST, options=OPTIONS), plain)
+
+
+def test_a_network_that_cannot_be_recorded_runs_plainly_and_says_why(
+    card: Any, there: Any, pictures: torch.Tensor, expected: list[face.Faces], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = type(there.detector.runner.network)
+    forward = network.forward
+
+    def waits(self: Any, x: torch.Tensor) -> Any:
+        x.sum().item()
+        return forward(self, x)
+
+    monkeypatch.setattr(network, "forward", waits)
+    for _ in range(3):
+        assert_same(there.analyse(pictures, choose=LARGEST, options=OPTIONS), expected)
+    assert not card.graphs and "CUDA graphs of the detector: none: " in there.report()
+    assert "when stream is capturing" in there.report()
+
+
+def test_shapes_that_keep_changing_are_not_recorded_without_end(card: Any, there: Any) -> None:
+    from hotpath.face.graphs import MOST_GRAPHS
+
+    graphs = there.detector.runner.graphs
+    options = [face.DetectionOptions(sizes=(side,)) for side in range(64, 64 + 32 * (MOST_GRAPHS + 3), 32)]
+    for _ in range(2):
+        for one in options:
+            there.analyse(torch.rand(1, 64, 64, 3), embed=False, options=one)
+    assert len(graphs) == MOST_GRAPHS and f"{MOST_GRAPHS} shapes" in there.report()
+
+
+def test_many_candidates_are_fetched_again(card: Any, there: Any, pictures: torch.Tensor) -> None:
+    everything = face.DetectionOptions(threshold=0.0, sizes=(128,))
+    here = face.load_analyser([MODELS], engine="torch", device=torch.device("cpu"), remember=False)
+    wanted = here.analyse(pictures, embed=False, options=everything)
+    for _ in range(3):
+        found = there.analyse(pictures, embed=False, options=everything)
+        assert [len(one) for one in found] == [len(one) for one in wanted]

@@ -1,0 +1,160 @@
+"""CUDA graphs of the face networks: some hundred small kernels take longer to launch one by one than to run.
+
+A shape is recorded when it comes a second time, beside a plain run that it is compared with. A graph reads the weights where
+they were: when the host moves them, all graphs go, with the memory they hold.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+
+log = logging.getLogger("hotpath.face")
+
+TOLERANCE = 1e-2  # of the largest number; a graph that reads wrong memory is off by far more
+MOST_GRAPHS = 8  # of a network
+IDLE_CALLS = 64  # a graph that was not used for as many may go for another one
+MOST_BYTES = 1 << 30  # of activations; graphs of a network share them
+WARM_RUNS = 2  # so that libraries choose kernels and workspaces outside of the capture
+
+# The result, and what it was made of: numbers to compare two runs by, where that is not the result itself.
+Step = Callable[[Tensor], Sequence[Tensor]]
+_capturing = threading.Lock()  # cudaMallocAsync, which ComfyUI asks for, allows one capture in a process
+
+
+class _Memory:
+    """What graphs work in, all in the same: one runs at a time, and its result is copied out at once."""
+
+    def __init__(self) -> None:
+        self.stream: Any = torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+class _Graph:
+    def __init__(self, step: Step, given: Tensor, memory: _Memory) -> None:
+        self._step = step  # holds tables that the graph reads
+        self._memory = memory
+        self.used = 0
+        before: Any = torch.cuda.current_stream()
+        # A recording lives on after the inference mode in which a node made it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._held = torch.empty_like(given)
+            self._held.copy_(given)
+            memory.stream.wait_stream(before)
+            try:
+                # Around the capture too: torch leaves its stream behind as the current one where a capture fails.
+                with torch.cuda.stream(memory.stream):
+                    for _ in range(WARM_RUNS):
+                        step(self._held)
+                    self._graph: Any = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(self._graph, memory.pool, memory.stream, capture_error_mode="thread_local"):
+                        self.made = step(self._held)
+            finally:
+                before.wait_stream(memory.stream)
+
+    def replay(self, given: Tensor) -> None:
+        self._held.copy_(given, non_blocking=True)
+        self._graph.replay()
+
+
+class Graphs:
+    """The graphs of one network. `status` says whether there are any, and why not."""
+
+    def __init__(self) -> None:
+        self.status = "not recorded yet"
+        self._lock = threading.RLock()
+        self._memory: _Memory | None = None
+        self._kept: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._weights: Sequence[int] = ()
+        self._calls = 0
+        self._stream: Any = None
+        self._failed = False
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def forget(self) -> None:
+        """The weights leave, or others come: what was recorded points at nothing."""
+        with self._lock:
+            self._kept.clear()
+            self._memory = None  # a pool that its last graph has left cannot be used again
+
+    def __call__(self, key: Hashable, step: Step, given: Tensor, weights: Sequence[int], nbytes: int) -> Tensor:
+        """The first of what `step` gives for `given`.
+
+        key: all that `step` depends on beside its tensor; weights: where they are; nbytes: of activations in a call.
+        """
+        with self._lock, torch.cuda.device(given.device):
+            if weights != self._weights:
+                self.forget()
+                self._weights = weights
+            key = (key, given.shape, given.stride(), given.dtype)
+            self._calls += 1
+            graph = self._kept.get(key)
+            if graph is None:
+                result, *evidence = step(given)
+                if self._may_record(key, nbytes, given.device):
+                    self._record(key, step, given, evidence or [result])
+                return result
+            graph.used = self._calls
+            self._kept.move_to_end(key)
+            self._wait_for_last_call()
+            graph.replay(given)
+            return graph.made[0].clone()
+
+    def _wait_for_last_call(self) -> None:
+        """Graphs write where the last one may still read, if that was on another stream."""
+        stream: Any = torch.cuda.current_stream()
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    def _may_record(self, key: Hashable, nbytes: int, device: torch.device) -> bool:
+        if self._failed or nbytes > MOST_BYTES:
+            return False
+        if key not in self._seen:
+            self._seen[key] = None
+            while len(self._seen) > 8 * MOST_GRAPHS:
+                self._seen.popitem(last=False)
+            return False
+        if len(self._kept) >= MOST_GRAPHS:
+            oldest = next(iter(self._kept))
+            if self._calls - self._kept[oldest].used < IDLE_CALLS:
+                return False
+            del self._kept[oldest]
+        if host.current().free_memory(device) < 2 * nbytes:
+            self.status = "not recorded, memory is short" if not self._kept else self.status
+            return False
+        return True
+
+    def _record(self, key: Hashable, step: Step, given: Tensor, expected: Sequence[Tensor]) -> None:
+        try:
+            with _capturing:
+                self._memory = self._memory or _Memory()
+                graph = _Graph(step, given, self._memory)
+            self._wait_for_last_call()
+            graph.replay(given)
+            for one, other in zip(graph.made[-len(expected) :], expected, strict=True):
+                if not (one - other).abs().max() <= TOLERANCE * other.abs().max().clamp_min(1e-6):
+                    raise RuntimeError("the replay differs from the plain run")
+        except RuntimeError as error:
+            self.forget()
+            self._failed = True
+            # What ends a capture that went wrong says no more than that.
+            cause = error.__context__ or error
+            self.status = f"none: {(str(cause).splitlines() or ['no message'])[0][:160]}"
+            log.warning("no CUDA graph of a face network: %s", self.status)
+            return
+        graph.used = self._calls
+        self._kept[key] = graph
+        shapes = f", {len(self._kept)} shapes" if len(self._kept) > 1 else ""
+        self.status = f"recorded, equal to the plain run{shapes}"
