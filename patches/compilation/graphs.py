@@ -23,6 +23,7 @@ from ...host.compiling import ask_at_each_operation, inductor, stop_asking, unti
 from .blocks import tensors_in
 from .options import NotTraceable
 from .settings import CompileSettings
+from .written_out import write_out
 
 log = logging.getLogger("hotpath.compile")
 
@@ -80,8 +81,8 @@ def _guard_options() -> dict[str, Any]:
 class CompiledKind:
     """The graphs of one kind of block.
 
-    graphs: how many were compiled (the first included). seconds: spent compiling. reason: why the kind runs as it is,
-    or None while it is compiled.
+    graphs: how many were compiled (the first included). seconds: spent compiling. operators: of those that the compiler
+    cannot look into, what became of each. reason: why the kind runs as it is, or None while it is compiled.
     """
 
     def __init__(self, title: str, forward: Callable[..., Any], settings: CompileSettings, backend: Backend) -> None:
@@ -89,6 +90,7 @@ class CompiledKind:
         self.graphs = 0
         self.seconds = 0.0
         self.blocks: set[str] = set()
+        self.operators: dict[str, str] = {}
         self.reason: str | None = None
         self._lock = threading.Lock()
         self._backend = backend
@@ -116,8 +118,10 @@ class CompiledKind:
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
         stop_asking(graph)
         start = time.perf_counter()
+        operators = write_out(graph)
         made = self._backend(graph, inputs)
         with self._lock:
+            self.operators |= operators
             self.graphs += 1
             self.seconds += time.perf_counter() - start
         log.debug("%s: graph %d compiled in %.2f s", self.title, self.graphs, time.perf_counter() - start)

@@ -25,6 +25,7 @@ from .options import NotTraceable, block_options, options_read_by, share_attenti
 from .recording import CallRecorder
 from .regions import Region, find_regions
 from .settings import CompileSettings
+from .written_out import NAMESPACE
 
 log = logging.getLogger("hotpath.compile")
 
@@ -277,6 +278,8 @@ class RegionalCompiler:
         for kind in kinds:
             per_title[kind.title] += kind.graphs
         lines += [f"  {title}: {count}" for title, count in per_title.items()]
+        operators = {(name, what) for kind in kinds for name, what in kind.operators.items()}
+        lines += [f"  {NAMESPACE}::{name} {what}" for name, what in sorted(operators)]
         lines += [f"  {count} x as it is, {reason}" for reason, count in self.fallbacks().items()]
         if self.recorder is not None:
             lines.append(self.recorder.report())
