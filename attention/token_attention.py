@@ -66,6 +66,41 @@ def attend_tokens(
     return _run(q, out, keys, values, rows, weights, heads, mask, stats, attention)
 
 
+def attend_text_and_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    stats: Tensor | None = None,
+) -> Tensor | None:
+    """`attend_tokens` to what q attends to in k and v, the text's, in one launch; None where that is not served.
+
+    k, v: [B, T, heads * D] in q's dtype. The text's part is exact attention in half precision with sums in float32, as of
+    the kernels that torch chooses from. The others: as of `attend_tokens`.
+    """
+    if not q.is_cuda or torch.compiler.is_compiling() or k.dtype != q.dtype or k.shape[0] != q.shape[0]:
+        return None
+    head_dim = q.shape[2] // heads
+    if why_not_fused(q.device, q.dtype, keys.shape[1], head_dim) or not rows.shape[1] == weights.shape[1] == q.shape[0]:
+        return None
+    from .token_attention_kernel import attend_tokens_fused, why_not_text
+
+    if why_not_text(q.dtype, head_dim, k.shape[1]):
+        return None
+    try:
+        return attend_tokens_fused(q, None, keys, values, rows, weights, heads, mask, stats, (k, v))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        _note_failure(q.device, error)
+        return None
+
+
 def attend_tokens_reference(
     q: Tensor,
     out: Tensor,
@@ -116,10 +151,14 @@ def _run(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, a driver too old, a card that Triton does not know
-            _failed[q.device] = f"the kernel failed on {q.device} ({type(error).__name__}: {error})"
-            why_not_fused.cache_clear()
-            log.warning("token attention runs in plain torch: %s", _failed[q.device])
+            _note_failure(q.device, error)
     return attend_tokens_reference(q, out, keys, values, rows, weights, heads, mask, stats, attention)
+
+
+def _note_failure(device: torch.device, error: Exception) -> None:
+    _failed[device] = f"the kernel failed on {device} ({type(error).__name__}: {error})"
+    why_not_fused.cache_clear()
+    log.warning("token attention runs in plain torch: %s", _failed[device])
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """The fused form of `token_attention`, in Triton: one read of q, one of out, one write, all identities in one launch.
 
 The few keys and values of an image prompt stay in registers while the queries stream past, as in FlashAttention (Dao et
-al., 2022): with a single key block, as a rule; only keys too many or too wide for the registers come in several.
+al., 2022): with a single key block, as a rule; only keys too many or too wide for the registers come in several. The text's
+attention, whose keys are few too, may be computed in the same launch: then `out` is never written and read, and where a model
+waits for Python to launch, an identity costs nothing, because one launch has taken the place of another.
 
 What it costs at SDXL's main shape (2 samples of 4096 queries, 10 heads of 64, 16 tokens, half precision), computed, not
 measured: 31.5 MB read and written, 6.6 us at an H200's 4.8 TB/s; 0.34 GFLOP, which tensor cores do in under 1 us. Memory is
@@ -28,6 +30,9 @@ log = logging.getLogger("hotpath.attention")
 
 MAX_TOKENS = 128
 MAX_HEAD_DIM = 256
+MAX_TEXT = 1024  # keys of the text; for longer ones a kernel that keeps more of them near is faster
+MAX_TEXT_HEAD_DIM = 64  # wider ones do not fit the registers beside the text
+TEXT_BLOCK = 32  # of the text's tokens in registers at a time: 77, CLIP's number, fill three well
 MAX_PLANS = 512  # a run needs about four; sizes that change all day must not pile up
 
 # (queries per program, warps), of which `configs_for` takes those that fit. The first of them is used where nothing may be
@@ -37,7 +42,32 @@ MEASURED_LAUNCHES = 8
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False  # it cannot multiply bfloat16
 
 
-@triton.jit(do_not_specialize_on_alignment=["ROWS", "WEIGHTS", "MASK", "STATS"])
+@triton.jit
+def _attend_block(
+    q, KEYS, VALUES, start, first, tokens, width, column, highest, whole, attended, scale,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TOKEN_BLOCK: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax over the keys so far and over these: `highest` logit, `whole` sum and `attended` values, as they are then."""
+    dim = tl.arange(0, PADDED_DIM)
+    token = first + tl.arange(0, TOKEN_BLOCK)
+    held = (token < tokens)[:, None] & (dim < DIM)[None, :]
+    at = start + token[:, None] * width + column + dim[None, :]
+    keys = tl.load(KEYS + at, mask=held, other=0.0)
+    values = tl.load(VALUES + at, mask=held, other=0.0)
+    if WIDEN:
+        keys, values = keys.to(tl.float32), values.to(tl.float32)
+    logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
+    logits = tl.where((token < tokens)[None, :], logits, float("-inf"))
+    # A block without a token cannot come first, so the highest is finite from the first block on.
+    higher = tl.maximum(highest, tl.max(logits, 1))
+    decay = tl.exp(highest - higher)
+    share = tl.exp(logits - higher[:, None])
+    whole = whole * decay + tl.sum(share, 1)
+    attended = tl.dot(share.to(values.dtype), values, attended * decay[:, None], input_precision=PRECISION)
+    return higher, whole, attended
+
+
+@triton.jit(do_not_specialize=["text_tokens"], do_not_specialize_on_alignment=["ROWS", "WEIGHTS", "MASK", "STATS"])
 def _attend_tokens(
     Q,
     OUT,
@@ -48,6 +78,9 @@ def _attend_tokens(
     WEIGHTS,
     MASK,
     STATS,
+    TEXT_KEYS,
+    TEXT_VALUES,
+    text_tokens,
     scale,
     queries,
     batch,
@@ -65,6 +98,7 @@ def _attend_tokens(
     PADDED_DIM: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    TEXT_BLOCK: tl.constexpr,
     WIDEN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -77,11 +111,24 @@ def _attend_tokens(
     # 64 bits: a batch of long sequences has more than 2^31 elements.
     at_sample, at_query = sample.to(tl.int64), query.to(tl.int64)
     q_at = at_sample * q_sample + at_query[:, None] * q_query + head * DIM + dim[None, :]
-    out_at = at_sample * out_sample + at_query[:, None] * out_query + head * DIM + dim[None, :]
     q = tl.load(Q + q_at, mask=here, other=0.0)
     if WIDEN:
         q = q.to(tl.float32)
-    out = tl.load(OUT + out_at, mask=here, other=0.0).to(tl.float32)
+    if TEXT_BLOCK > 0:
+        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        whole = tl.zeros([BLOCK], tl.float32)
+        attended = tl.zeros([BLOCK, PADDED_DIM], tl.float32)
+        first = text_tokens * 0
+        while first < text_tokens:  # the interpreter has no range of what is not constant
+            highest, whole, attended = _attend_block(
+                q, TEXT_KEYS, TEXT_VALUES, at_sample * text_tokens * width, first, text_tokens, width, head * DIM,
+                highest, whole, attended, scale, DIM, PADDED_DIM, TEXT_BLOCK, WIDEN, PRECISION,
+            )  # fmt: skip
+            first += TEXT_BLOCK
+        out = attended / whole[:, None]
+    else:
+        out_at = at_sample * out_sample + at_query[:, None] * out_query + head * DIM + dim[None, :]
+        out = tl.load(OUT + out_at, mask=here, other=0.0).to(tl.float32)
     total = out
     for identity in range(IDENTITIES):
         weight = tl.load(WEIGHTS + identity * batch + sample)
@@ -91,22 +138,10 @@ def _attend_tokens(
             whole = tl.zeros([BLOCK], tl.float32)
             attended = tl.zeros([BLOCK, PADDED_DIM], tl.float32)
             for first in range(0, PADDED_TOKENS, TOKEN_BLOCK):
-                token = first + tl.arange(0, TOKEN_BLOCK)
-                held = (token < TOKENS)[:, None] & (dim < DIM)[None, :]
-                kv_at = row * TOKENS * width + token[:, None] * width + head * DIM + dim[None, :]
-                keys = tl.load(KEYS + kv_at, mask=held, other=0.0)
-                values = tl.load(VALUES + kv_at, mask=held, other=0.0)
-                if WIDEN:
-                    keys, values = keys.to(tl.float32), values.to(tl.float32)
-                logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale
-                logits = tl.where((token < TOKENS)[None, :], logits, float("-inf"))
-                # A block without a token cannot come first, so the highest is finite from the first block on.
-                higher = tl.maximum(highest, tl.max(logits, 1))
-                decay = tl.exp(highest - higher)
-                share = tl.exp(logits - higher[:, None])
-                whole = whole * decay + tl.sum(share, 1)
-                attended = tl.dot(share.to(values.dtype), values, attended * decay[:, None], input_precision=PRECISION)
-                highest = higher
+                highest, whole, attended = _attend_block(
+                    q, KEYS, VALUES, row * TOKENS * width, first, TOKENS, width, head * DIM, highest, whole, attended, scale,
+                    DIM, PADDED_DIM, TOKEN_BLOCK, WIDEN, PRECISION,
+                )  # fmt: skip
             attended = attended * (weight / whole)[:, None]
             if HAS_MASK:
                 mask_at = identity * mask_identity + sample * mask_sample + query
@@ -118,7 +153,7 @@ def _attend_tokens(
         # Queries past the end attend too, evenly to all tokens.
         added = tl.where(here, total - out, 0.0)
         tl.atomic_add(STATS, tl.sum(added * added))
-        tl.atomic_add(STATS + 1, tl.sum(out * out))
+        tl.atomic_add(STATS + 1, tl.sum(tl.where(here, out * out, 0.0)))
 
 
 _plans: dict[tuple[Any, ...], Callable[..., None]] = {}
@@ -136,9 +171,20 @@ def why_not(dtype: torch.dtype, tokens: int, head_dim: int) -> str:
     return ""
 
 
+def why_not_text(dtype: torch.dtype, head_dim: int, text_tokens: int) -> str:
+    """Why the kernel does not compute the text's attention too; "" when it does."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"{dtype}: the kernel attends to the text in half precision"
+    if head_dim > MAX_TEXT_HEAD_DIM:
+        return f"heads {head_dim} wide, the kernel takes up to {MAX_TEXT_HEAD_DIM} beside the text"
+    if not 0 < text_tokens <= MAX_TEXT:
+        return f"{text_tokens} keys of the text, the kernel takes 1 to {MAX_TEXT}"
+    return ""
+
+
 def attend_tokens_fused(
     q: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     keys: Tensor,
     values: Tensor,
     rows: Tensor,
@@ -146,40 +192,48 @@ def attend_tokens_fused(
     heads: int,
     mask: Tensor | None = None,
     stats: Tensor | None = None,
+    text: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`token_attention.attend_tokens` in one launch. No synchronisation; the result is the only allocation.
 
     q and out may be strided in batch and sequence; keys and values are contiguous. mask: [P, 1 or B, N] float32.
+    text: keys and values of the text, [B, T, heads * D], instead of `out`, which is then what q attends to in them.
     """
     if q.stride(-1) != 1:
         q = q.contiguous()
-    if out.stride(-1) != 1:
+    if out is not None and out.stride(-1) != 1:
         out = out.contiguous()
-    result = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    result = torch.empty(q.shape, dtype=q.dtype if out is None else out.dtype, device=q.device)
     if result.numel() == 0:
         return result
     # Triton wants a pointer also where none is read.
+    base = q if out is None else out
+    text_keys, text_values = (keys, values) if text is None else (text[0].contiguous(), text[1].contiguous())
     tensors = (
-        q, out, result, keys, values, rows, weights, weights if mask is None else mask, weights if stats is None else stats
+        q, base, result, keys, values, rows, weights, weights if mask is None else mask, weights if stats is None else stats,
+        text_keys, text_values, 0 if text is None else text_keys.shape[1],
     )  # fmt: skip
     # All that Triton compiles for; of the pointers that is whether they are aligned to 16 bytes.
-    addresses = q.data_ptr() | out.data_ptr() | result.data_ptr() | keys.data_ptr() | values.data_ptr()
+    addresses = q.data_ptr() | base.data_ptr() | result.data_ptr() | keys.data_ptr() | values.data_ptr()
+    if text is not None:
+        addresses |= text_keys.data_ptr() | text_values.data_ptr()
     key = (
-        q.shape, q.stride(), out.stride(), q.dtype, out.dtype, q.device, keys.shape, keys.dtype, rows.shape, heads,
-        None if mask is None else mask.stride(), mask is not None and mask.shape[1] > 1, stats is not None, addresses & 15,
+        q.shape, q.stride(), base.stride(), q.dtype, result.dtype, q.device, keys.shape, keys.dtype, rows.shape, heads,
+        None if mask is None else mask.stride(), mask is not None and mask.shape[1] > 1, stats is not None, text is not None,
+        addresses & 15,
     )  # fmt: skip
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            (_plans.get(key) or _make_plan(key, tensors, heads, mask, stats is not None))(*tensors)
+            (_plans.get(key) or _make_plan(key, tensors, heads, mask, stats is not None, text is not None))(*tensors)
     else:
-        (_plans.get(key) or _make_plan(key, tensors, heads, mask, stats is not None))(*tensors)
+        (_plans.get(key) or _make_plan(key, tensors, heads, mask, stats is not None, text is not None))(*tensors)
     return result
 
 
 def _make_plan(
-    key: tuple[Any, ...], tensors: tuple[Tensor, ...], heads: int, mask: Tensor | None, has_stats: bool
+    key: tuple[Any, ...], tensors: tuple[Any, ...], heads: int, mask: Tensor | None, has_stats: bool, has_text: bool
 ) -> Callable[..., None]:
-    """The fastest of `CONFIGS` for this shape, measured once."""
+    """The fastest of `CONFIGS` for this shape, measured once, with as much text as there is then."""
     q, out, keys, rows = tensors[0], tensors[1], tensors[3], tensors[5]
     batch, queries, width = q.shape
     dim, tokens = width // heads, keys.shape[1]
@@ -187,12 +241,12 @@ def _make_plan(
         dim**-0.5, queries, batch, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         0 if mask is None else mask.stride(0), 0 if mask is None or mask.shape[1] == 1 else mask.stride(1),
         rows.shape[0], tokens, _padded(tokens), token_block(tokens, dim, q.element_size()), dim, _padded(dim), mask is not None,
-        has_stats, INTERPRETED and q.dtype == torch.bfloat16, float32_products(q.device),
+        has_stats, TEXT_BLOCK if has_text else 0, INTERPRETED and q.dtype == torch.bfloat16, float32_products(q.device),
     )  # fmt: skip
     configs = configs_for(dim, q.element_size(), float32_products(q.device))
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     # Trials must not count into a running measurement.
-    trial = (*tensors[:8], torch.zeros(2, device=q.device))
+    trial = (*tensors[:8], torch.zeros(2, device=q.device), *tensors[9:])
     first_only = capturing or INTERPRETED or not q.is_cuda  # what the interpreter takes tells nothing
     plans = list(_candidates(trial, constants, (queries, heads, batch), configs, first_only))
     plan = plans[0] if len(plans) == 1 else min(plans, key=lambda p: _milliseconds(p, trial))
@@ -216,7 +270,10 @@ def configs_for(head_dim: int, element_size: int, precision: str) -> list[tuple[
     narrow, half = width <= 64, element_size <= 2
     # Elements of q that a thread holds, at most.
     most = (64 if width <= 128 else 32) if half else (32 if narrow and precision != "ieee" else 16)
-    return [(block, warps) for block, warps in CONFIGS if most <= 4 * block * width // (32 * warps) <= 4 * most]
+    fitting = [(block, warps) for block, warps in CONFIGS if most <= 4 * block * width // (32 * warps) <= 4 * most]
+    # Products of float32 on a Hopper's matrix units by more than one group of four warps: Triton 3.6 makes code of them that
+    # reads past its memory.
+    return fitting if half else [(block, warps) for block, warps in fitting if block < 64 or (block, warps) == (64, 4)]
 
 
 def _padded(size: int) -> int:
@@ -225,7 +282,7 @@ def _padded(size: int) -> int:
 
 
 def _candidates(
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     constants: tuple[Any, ...],
     extent: tuple[int, int, int],
     configs: list[tuple[int, int]],
@@ -250,16 +307,16 @@ def _candidates(
 
 def _direct(launch: Callable[..., None], constants: tuple[Any, ...]) -> Callable[..., None]:
     """Launch what is compiled already: Triton's own call looks at every argument again each time."""
-    return lambda *tensors: launch(*tensors, *constants)
+    return lambda *arguments: launch(*arguments, *constants)
 
 
 def _interpret(
-    grid: tuple[int, int, int], constants: tuple[Any, ...], options: dict[str, int], *tensors: Tensor
+    grid: tuple[int, int, int], constants: tuple[Any, ...], options: dict[str, int], *arguments: Any
 ) -> None:
-    _attend_tokens[grid](*tensors, *constants, **options)
+    _attend_tokens[grid](*arguments, *constants, **options)
 
 
-def _milliseconds(plan: Callable[..., None], tensors: tuple[Tensor, ...]) -> float:
+def _milliseconds(plan: Callable[..., None], tensors: tuple[Any, ...]) -> float:
     """Median of a few launches, by events: waits for the device, once per shape."""
     times = []
     for _ in range(MEASURED_LAUNCHES):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import host
 from ..cache import content_key, named_cache
 from ..host import Managed
 from .adapter import InstantIDAdapter
@@ -20,6 +21,7 @@ from .embedding import combine_embeddings, unconditional_embedding
 
 COND, UNCOND = 0, 1
 CACHE_BYTES = 512 << 20  # about 45 people at half precision
+ROOM = 12 << 30  # SDXL with a ControlNet in half precision, and what it computes with
 
 
 class PreparedIdentity:
@@ -34,7 +36,7 @@ class PreparedIdentity:
         self.uncond = uncond
         # One flat tensor: one allocation and one copy per device instead of 140.
         self._shapes = [tuple(k.shape) for k, _ in blocks]
-        self._master = torch.cat([t.reshape(-1) for pair in blocks for t in pair]).cpu()
+        self._master = _on_cpu(torch.cat([t.reshape(-1) for pair in blocks for t in pair]))
         self._copies: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
         self._lock = threading.Lock()
 
@@ -102,7 +104,8 @@ def prepare(
 ) -> PreparedIdentity:
     """Tokens and keys and values for the face embeddings [N, 1, D] of one person, from the cache when it was done before.
 
-    managed: the adapter in the host's memory management; it is on the device only while this computes.
+    managed: the adapter in the host's memory management. It stays on a card with ROOM to spare, so that the next
+    face need not wait for its weights, until the host needs the memory; elsewhere it leaves when this is done.
     combine, noise: see `embedding`. Raises ValueError when the embeddings are not of the width the adapter takes.
     """
     if embeddings.shape[-1] != adapter.embedding_dim:
@@ -124,17 +127,40 @@ def _compute(
 ) -> PreparedIdentity:
     embedding = combine_embeddings(embeddings.float().cpu(), combine)
     unconditional = unconditional_embedding(embedding, noise)
-    with managed.resident(keep=False) as network:
+    with managed.resident(keep=_has_room(managed)) as network:
         weights = next(network.parameters())
-        # Each on its own: a larger batch may round differently, and goldens are compared to the last digits.
-        cond, uncond = (
-            network.image_proj_model(e.to(weights.device, weights.dtype)) for e in (embedding, unconditional)
-        )
+        faces = [e.to(weights.device, weights.dtype) for e in (embedding, unconditional)]
+        # A card waits for Python here, so both go through together. Elsewhere each goes on its own: a larger batch may round
+        # differently, and goldens are compared to the last digits.
+        together = weights.is_cuda
+        if together:
+            cond, uncond = network.image_proj_model(torch.cat(faces)).chunk(2)
+        else:
+            cond, uncond = (network.image_proj_model(face) for face in faces)
         # [N, T, C] becomes one sequence of N * T tokens, as attention has always read it.
-        tokens = (cond.flatten(0, 1), uncond.flatten(0, 1))
+        tokens = torch.stack((cond.flatten(0, 1), uncond.flatten(0, 1)))
         blocks = []
         for index in adapter.numbers:
-            keys, values = (torch.stack(t) for t in zip(*(network.project(index, t) for t in tokens), strict=True))
+            if together:
+                keys, values = network.project(index, tokens)
+            else:
+                keys, values = (torch.stack(t) for t in zip(*(network.project(index, t) for t in tokens), strict=True))
             blocks.append((keys.to(dtype), values.to(dtype)))
-        cond, uncond = cond.to("cpu", dtype), uncond.to("cpu", dtype)
-    return PreparedIdentity(cond, uncond, blocks)
+        made = PreparedIdentity(cond.to("cpu", dtype), uncond.to("cpu", dtype), blocks)
+    return made
+
+
+def _has_room(managed: Managed) -> bool:
+    """Whether the adapter may stay on its device: a card that keeps ROOM free beside it."""
+    if managed.device.type != "cuda":
+        return False
+    size = sum(parameter.nbytes for parameter in managed.module.parameters())
+    return host.current().free_memory(managed.device) > ROOM + size
+
+
+def _on_cpu(flat: Tensor) -> Tensor:
+    """A copy on the CPU, by way of memory that a card copies to at full speed and that torch keeps for the next one."""
+    if not flat.is_cuda:
+        return flat.cpu()
+    staging = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+    return staging.copy_(flat).clone()

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.token_attention import attend_tokens
+from ..attention.token_attention import attend_text_and_tokens, attend_tokens
+
+OVERRIDE = "optimized_attention_override"  # ComfyUI's name for attention that a node puts in place of its own
 
 
 class TokenStep:
@@ -53,6 +55,15 @@ class TokenStep:
         made.__dict__.update(self.__dict__)
         made.weights, made.stats, made.counts_out = weights, stats, counts_out
         return made
+
+    def with_text(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor | None:
+        """The text's attention with these identities in one launch, as the first step; None where that is not served."""
+        mask = self.mask
+        if self.keys.dtype != q.dtype or (mask is not None and mask.shape[-1] != q.shape[1]):
+            return None
+        return attend_text_and_tokens(
+            q, k, v, self.keys, self.values, self.rows, self.weights, extra_options["n_heads"], mask, self.stats
+        )
 
     def add_to(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         """`out` [B, N, C] with these identities."""
@@ -95,6 +106,14 @@ class BoundAttention:
         self.steps = steps
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        steps = self.steps
+        # Text attention that a node chose for the model stays what it is.
+        if self.base is None and steps and isinstance(steps[0], TokenStep) and OVERRIDE not in extra_options:
+            both = steps[0].with_text(q, k, v, extra_options)
+            if both is not None:
+                for step in steps[1:]:
+                    both = step.add_to(both, q, k, v, extra_options)
+                return both
         if self.base is not None:
             out = self.base(q, k, v, extra_options)
         else:
@@ -108,7 +127,7 @@ class BoundAttention:
                 attn_precision=extra_options.get("attn_precision"),
                 transformer_options=extra_options,
             )
-        for step in self.steps:
+        for step in steps:
             out = step.add_to(out, q, k, v, extra_options)
         return out.to(q.dtype)
 

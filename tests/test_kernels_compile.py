@@ -75,27 +75,30 @@ def test_window_attention_stays_in_registers(kind: str, target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dim", "tokens", "target"),
+    ("kind", "dim", "tokens", "target", "text"),
     [
-        ("fp16", 64, 16, "sm86"),
-        ("bf16", 64, 16, "sm90"),
-        ("fp32", 64, 16, "sm90"),
-        ("fp16", 160, 64, "sm86"),
-        ("fp32", 160, 64, "sm86"),
-        ("fp16", 64, 16, "gfx1100"),
+        ("fp16", 64, 16, "sm86", False),
+        ("bf16", 64, 16, "sm90", False),
+        ("fp32", 64, 16, "sm90", False),
+        ("fp16", 160, 64, "sm86", False),
+        ("fp32", 160, 64, "sm86", False),
+        ("fp16", 64, 16, "gfx1100", False),
+        ("fp16", 64, 16, "sm90", True),
+        ("bf16", 64, 16, "sm86", True),
+        ("fp16", 40, 16, "gfx1100", True),
     ],
 )
-def test_token_attention_stays_in_registers(kind: str, dim: int, tokens: int, target: str) -> None:
+def test_token_attention_stays_in_registers(kind: str, dim: int, tokens: int, target: str, text: bool) -> None:
     kernel = token_attention_kernel
     configs = kernel.configs_for(dim, BYTES[kind], TARGETS[target][1])
     assert configs
     form = {
         "IDENTITIES": 2, "TOKENS": tokens, "PADDED_TOKENS": kernel._padded(tokens),
         "TOKEN_BLOCK": kernel.token_block(tokens, dim, BYTES[kind]), "DIM": dim, "PADDED_DIM": kernel._padded(dim),
-        "HAS_MASK": True, "HAS_STATS": True, "WIDEN": False, "PRECISION": TARGETS[target][1], "BLOCK": configs[0][0],
-        "num_warps": configs[0][1], "num_stages": 1,
+        "HAS_MASK": True, "HAS_STATS": True, "WIDEN": False, "TEXT_BLOCK": kernel.TEXT_BLOCK if text else 0,
+        "PRECISION": TARGETS[target][1], "BLOCK": configs[0][0], "num_warps": configs[0][1], "num_stages": 1,
     }  # fmt: skip
-    pointers = {name: kind for name in ("Q", "OUT", "RESULT", "KEYS", "VALUES")}
+    pointers = {name: kind for name in ("Q", "OUT", "RESULT", "KEYS", "VALUES", "TEXT_KEYS", "TEXT_VALUES")}
     pointers |= {"ROWS": "i32", "WEIGHTS": "fp32", "MASK": "fp32", "STATS": "fp32"}
     made = compiled(kernel._attend_tokens, pointers, form, target)
     # Wide heads in float32 do not quite fit; what spills is read once per block of tokens.

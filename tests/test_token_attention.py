@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hotpath.attention import token_attention
-from hotpath.attention.token_attention import attend_tokens, attend_tokens_reference
+from hotpath.attention.token_attention import attend_text_and_tokens, attend_tokens, attend_tokens_reference
 from torch import Tensor
 from triton_interpreter import interpret, run_apart
 
@@ -70,6 +70,16 @@ def by_definition(inputs: dict[str, Any]) -> Tensor:
     return result
 
 
+def text_inputs(inputs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """`inputs` with keys and values of a text, and `out`, in float64, as what q attends to in them."""
+    q, heads = inputs["q"], inputs["heads"]
+    random = torch.Generator().manual_seed(tokens)
+    k, v = (torch.randn(q.shape[0], tokens, q.shape[2], generator=random).to(q.dtype) for _ in range(2))
+    split = [x.double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    return {**inputs, "out": out, "text": (k, v)}
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference_is_the_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -102,8 +112,8 @@ INTERPRETED = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import conftest, itertools, torch
-from test_token_attention import SHAPES, TOLERANCE, by_definition, token_inputs
-from hotpath.attention.token_attention_kernel import attend_tokens_fused
+from test_token_attention import SHAPES, TOLERANCE, by_definition, text_inputs, token_inputs
+from hotpath.attention.token_attention_kernel import _plans, attend_tokens_fused
 for number, (shape, dtype) in enumerate(itertools.product(SHAPES, TOLERANCE)):
     inputs = token_inputs(shape, dtype, strided=number % 2 == 1)  # each shape and each dtype both ways
     stats = torch.zeros(2)
@@ -114,6 +124,19 @@ for number, (shape, dtype) in enumerate(itertools.product(SHAPES, TOLERANCE)):
     added = (wanted - before.double()).square().sum()
     torch.testing.assert_close(stats.double(), torch.stack((added, before.double().square().sum())), rtol=2e-2, atol=1e-3)
     assert made.dtype == dtype and torch.equal(inputs["out"], before)
+for shape, dtype, texts in ((SHAPES[0], torch.float16, (77, 154, 1)), (SHAPES[1], torch.float32, (33,)),
+                            (SHAPES[2], torch.bfloat16, (77,))):
+    plans = len(_plans)
+    for tokens in texts:
+        inputs = text_inputs(token_inputs(shape, dtype), tokens)
+        given = {name: value for name, value in inputs.items() if name != "out"}
+        stats, before = torch.zeros(2), inputs["text"][0].clone()
+        made, wanted = attend_tokens_fused(out=None, **given, stats=stats), by_definition(inputs)
+        torch.testing.assert_close(made.double(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        sums = torch.stack(((wanted - inputs["out"]).square().sum(), inputs["out"].square().sum()))
+        torch.testing.assert_close(stats.double(), sums, rtol=2e-2, atol=1e-3)
+        assert made.dtype == dtype and torch.equal(inputs["text"][0], before)
+    assert len(_plans) == plans + 1, "a text of another length needs nothing new"
 empty = token_inputs((1, 1, 2, 64, 16, 1, 0), torch.float32)
 assert attend_tokens_fused(**{**empty, "q": empty["q"][:, :0], "out": empty["out"][:, :0]}).shape == (1, 0, 128)
 print("equal")
@@ -138,6 +161,26 @@ def test_kernel_is_the_definition_on_the_gpu(shape: tuple[int, ...], dtype: torc
         tolerance = max(TOLERANCE[dtype], 1e-5)  # float32 in three products of tensor cores
         torch.testing.assert_close(made.double().cpu(), expected, atol=tolerance, rtol=tolerance)
     assert token_attention.why_not_fused(made.device, dtype, shape[4], shape[3]) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 77, 154, 500])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 4096, 10, 64, 16, 1, 0), (2, 1024, 20, 64, 16, 2, 1)])
+def test_text_and_identities_in_one_launch_on_the_gpu(shape: tuple[int, ...], tokens: int, dtype: torch.dtype) -> None:
+    inputs = text_inputs(token_inputs(shape, dtype), tokens)
+    on_gpu = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    from hotpath.attention import token_attention_kernel
+
+    text = [part.cuda() for part in on_gpu.pop("text")]
+    on_gpu.pop("out")
+    made = attend_text_and_tokens(on_gpu.pop("q"), *text, **on_gpu)
+    if shape[3] > token_attention_kernel.MAX_TEXT_HEAD_DIM:
+        assert made is None
+        return
+    assert made is not None
+    torch.testing.assert_close(made.double().cpu(), by_definition(inputs), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.gpu
@@ -262,12 +305,14 @@ class Driver:
 
 triton.runtime.driver.set_active(Driver())
 from hotpath.attention import token_attention_kernel as kernel
-from test_token_attention import SHAPES, token_inputs
+from test_token_attention import SHAPES, text_inputs, token_inputs
 asked = []
 run = type(kernel._attend_tokens).run
 type(kernel._attend_tokens).run = lambda *a, **k: (asked.append(1), run(*a, **k))[1]
-for shape in SHAPES:
+for shape, tokens in [(shape, 0) for shape in SHAPES] + [(SHAPES[0], 77)]:
     inputs = token_inputs(shape, torch.float16)
+    if tokens:
+        inputs = {**text_inputs(inputs, tokens), "out": None}
     stats = torch.zeros(2)
     for measured in (None, stats):
         launches.clear(), asked.clear()

@@ -50,3 +50,37 @@ def test_identities_in_a_recorded_model(card: Any) -> None:
     assert recorder is not None
     assert (sample(model, *plain[1:], **small) - expected).abs().max() <= 2e-5 * expected.abs().max()
     assert recorder.recorded == recorder.replayed == 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_text_and_identity_take_one_launch(card: Any, masked: bool) -> None:
+    from hotpath.patches.bound_attention import OVERRIDE, BoundAttention, TokenStep
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").half()
+
+    rows = torch.tensor([[0, 1]], dtype=torch.int32, device="cuda")
+    mask = torch.rand(1, 2, 40, device="cuda") if masked else None
+    step = TokenStep(
+        normal(2, 16, 128), normal(2, 16, 128), rows, torch.full((1, 2), 0.8, device="cuda"),
+        None if mask is None else lambda length: mask, 40,
+    )  # fmt: skip
+    bound, (q, k, v) = BoundAttention(None, (step, step)), (normal(2, n, 128) for n in (40, 77, 77))
+
+    def attentions(options: dict[str, Any]) -> tuple[torch.Tensor, int, int]:
+        before = dict(card.launches)
+        out = bound(q, k, v, {"n_heads": 2, **options})
+        new = {name: count - before.get(name, 0) for name, count in card.launches.items()}
+        return out, new.get("triton::_attend_tokens", 0), sum(n for name, n in new.items() if "dot_product" in name)
+
+    attentions({})  # the kernel is tried
+    fused, ours, theirs = attentions({})
+    assert (ours, theirs) == (2, 0)  # the second step adds to the first one's result
+    # A node's choice of attention is the text's.
+    chosen = {OVERRIDE: lambda function, *args, **kwargs: function(*args, **kwargs)}
+    attentions(chosen)
+    expected, ours, theirs = attentions(chosen)
+    assert ours == 2 and theirs > 0
+    assert (fused - expected).abs().max() <= 4e-3 * expected.abs().max()
+    bound.steps = (step.variant(step.weights, torch.zeros(2, device="cuda"), True),)
+    assert attentions({})[2] == 0 and (bound.steps[0].stats > 0).all()
