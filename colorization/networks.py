@@ -147,11 +147,18 @@ def _networks() -> Any:
 
 
 def laid_out(network: Any) -> Any:
-    """`network` as the host's device computes it fastest: channels last on CUDA, and on a CPU with the weights of wide
-    convolutions transformed."""
+    """`network` as the host's device computes it fastest: what is in half precision with channels last on CUDA, and on a CPU
+    with the weights of wide convolutions transformed.
+
+    In float32 without TF32, cuDNN has no good kernels for channels last: on an H200 ColorMNet took 50 GiB for five frames of
+    768x432, to change the order of things, and a tenth of the speed that half precision has.
+    """
     device = host.current().device().type
     if device == "cuda":
-        return network.to(memory_format=torch.channels_last)
+        for module in network.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.ndim == 4 and weight.dtype != torch.float32:
+                module.to(memory_format=torch.channels_last)
     if device == "cpu":
         prepare_convolutions(network)
     return network
