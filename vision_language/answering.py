@@ -189,7 +189,7 @@ def _write(
             run.notes.append(f"{sampling.beams} answers, because {sampling.beams} beams find no more")
         with run.timing.stage("decode", on_device=True):
             return [row for prompt in prompts for row in beam_search(model, prompt, sampling, most, options.answers)]
-    path = choose_path(model, options.decode, options.keep_loaded)
+    path = choose_path(model, options.decode, options.keep_loaded, len(prompts) * options.answers)
     # A cache of pictures that is switched off leaves nothing of them behind, as a prefix neither.
     use_prefix = options.reuse_prefix and options.cache_images
     begun = start(model, path, prompts, options.answers, most, use_prefix, options.keep_loaded, run.timing)

@@ -132,6 +132,8 @@ class DecodeHead(nn.Module):
 class DecodeStep(nn.Module):
     """The decoder's layers for one token, sharing the weights of `network`."""
 
+    note = ""  # how its products are made, for the report
+
     def __init__(
         self,
         network: Any,

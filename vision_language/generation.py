@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import host
 from ..host.compiling import inductor, until_nothing_compiles
-from . import decode_attention, decoding, replayed_prefill
+from . import decode_attention, decoding, fused_decode, replayed_prefill
 from .encoder_outputs import given
 from .loaded_model import LoadedModel
 from .prefill import Prefilled, left_padded, prefill
@@ -31,22 +31,37 @@ log = logging.getLogger("hotpath.vision_language")
 
 DECODE_PATHS = ("auto", "compiled", "graph", "static", "plain")
 COMPILED_SHAPES = 256  # versions of a decode layer: models, batch sizes and buckets together
+GRAPHS = ("fused", "compiled", "graph")  # paths whose step is recorded, or compiled
 WORKSPACES = 2  # decode buffers kept per model: the last batch sizes and buckets
 OnTokens = Callable[[list[list[int]]], None]
 
 
 @dataclass(frozen=True)
 class DecodePath:
-    """Which path runs and why; `note` is for the report."""
+    """Which path runs and why; `note` is for the report. otherwise: the path to take where it cannot be prepared.
+
+    name: one of DECODE_PATHS but auto, or fused, a graph of our own kernels.
+    """
 
     name: str
     note: str
+    otherwise: str = ""
 
 
-def choose_path(model: LoadedModel, asked: str, kept: bool = True) -> DecodePath:
+NOTES = {
+    "fused": "static cache, our kernels, one CUDA graph",
+    "compiled": "static cache, compiled layers, one CUDA graph",
+    "graph": "static cache, one CUDA graph",
+    "static": "static cache",
+    "plain": "plain",
+}
+
+
+def choose_path(model: LoadedModel, asked: str, kept: bool = True, rows: int = 1) -> DecodePath:
     """The decode path for `asked`, one of DECODE_PATHS. kept: the model stays loaded, so what is compiled serves again.
 
-    auto: compiled on CUDA with Triton, a CUDA graph without it, static on the CPU, the plain path elsewhere.
+    auto: on CUDA our own kernels for one row where they serve, else compiled with Triton, a CUDA graph without it; static
+    on the CPU, the plain path elsewhere. A graph is one of our kernels where they serve.
     """
     if asked not in DECODE_PATHS:
         raise ValueError(f"{asked!r} is no decode path: choose one of {', '.join(DECODE_PATHS)}.")
@@ -60,24 +75,21 @@ def choose_path(model: LoadedModel, asked: str, kept: bool = True) -> DecodePath
     if asked == "auto" and not cuda:
         return DecodePath("plain", f"plain, because there are no CUDA graphs on {model.device.type}")
     triton = importlib.util.find_spec("triton") is not None
+    if cuda and asked in ("auto", "graph"):
+        fused = not fused_decode.why_not(model.network, rows, model.device, model.dtype) if triton else False
+        if fused and "fused" not in model.device_state.get("failed paths", ()):
+            return DecodePath("fused", NOTES["fused"], "compiled" if asked == "auto" and kept else "graph")
     if asked == "auto":
         if triton and not kept:
-            return DecodePath(
-                "graph", "static cache, one CUDA graph; not compiled, because the model does not stay loaded"
-            )
+            return DecodePath("graph", f"{NOTES['graph']}; not compiled, because the model does not stay loaded")
         if triton:
-            return DecodePath("compiled", "static cache, compiled layers, one CUDA graph")
-        return DecodePath("graph", "static cache, one CUDA graph; not compiled, because Triton is missing")
+            return DecodePath("compiled", NOTES["compiled"])
+        return DecodePath("graph", f"{NOTES['graph']}; not compiled, because Triton is missing")
     if asked == "graph" and not cuda:
         return DecodePath("static", f"static cache; no graph, because there are no CUDA graphs on {model.device.type}")
     if asked == "compiled" and cuda and not triton:
-        return DecodePath("graph", "static cache, one CUDA graph; not compiled, because Triton is missing")
-    notes = {
-        "compiled": "static cache, compiled layers",
-        "graph": "static cache, one CUDA graph",
-        "static": "static cache",
-    }
-    return DecodePath(asked, notes[asked])
+        return DecodePath("graph", f"{NOTES['graph']}; not compiled, because Triton is missing")
+    return DecodePath(asked, NOTES[asked] if cuda or asked == "static" else "static cache, compiled layers")
 
 
 class Runner(Protocol):
@@ -151,22 +163,27 @@ def workspace(
     while len(kept) >= WORKSPACES:
         kept.pop(next(iter(kept)))
     attention, why = decode_attention.TORCH, ""
-    if path.name in ("compiled", "graph"):
+    if path.name in GRAPHS:
         attention, why = decode_attention.choose(
             decoding.query_shape(model.network, rows), length, model.device, model.dtype
         )
     steps: dict[tuple[str, str], decoding.DecodeStep] = model.device_state.setdefault("steps", {})
-    style = ("compiled" if path.name == "compiled" else "plain", attention)
-    if style not in steps:
+    style = (path.name if path.name in ("fused", "compiled") else "plain", attention)
+    if style not in steps and path.name == "fused":
+        host.current().show_text("Measuring kernels for this model on this card (once) ...")
+        with torch.no_grad():
+            steps[style] = fused_decode.step_of(model.network, attention)
+    elif style not in steps:
         compile_part = compiler(backend) if path.name == "compiled" else None
         steps[style] = decoding.DecodeStep(model.network, compile_part, attention)
     made = decoding.Workspace(steps[style], rows, length, model.device, model.dtype, growing=path.name == "static")
-    made.note = f"attention {attention}, {why}" if why else ""
+    notes = [steps[style].note, f"attention {attention}, {why}" if why else ""]
+    made.note = "; ".join(note for note in notes if note)
     if model.device.type == "cuda":
         if "graph memory" not in model.device_state:
             model.device_state["graph memory"] = torch.cuda.graph_pool_handle()
         made.pool = model.device_state["graph memory"]
-    if path.name in ("compiled", "graph"):
+    if path.name in GRAPHS:
         host.current().show_text(f"Preparing fast decoding for {length:,} tokens (once) ...")
         with torch.no_grad(), many_shapes():
             if model.device.type == "cuda":
@@ -204,9 +221,9 @@ def prepared(
     """The buffers of `path`, or of a simpler one as `runner` tells, after `begin`; None for the plain one."""
     failed: dict[str, str] = model.device_state.setdefault("failed paths", {})
     why: list[str] = []
-    if path.name == "compiled":
-        until_nothing_compiles()
     while path.name != "plain":
+        if path.name == "compiled":
+            until_nothing_compiles()
         if path.name not in failed:
             try:
                 buffers = workspace(model, path, rows, tokens)
@@ -254,7 +271,7 @@ def start(
     again (kept=False).
     """
     failed: dict[str, str] = model.device_state.setdefault("failed paths", {})
-    graphs = model.device.type == "cuda" and path.name in ("compiled", "graph")
+    graphs = model.device.type == "cuda" and path.name in GRAPHS
     note = ""
     if graphs and len(prompts) == 1 and answers == 1 and kept:
         if reason := failed.get("replayed prefill") or replayed_prefill.too_long(prompts[0].length):
@@ -294,13 +311,10 @@ def _replayed(
 
 def simpler(path: DecodePath, device: torch.device) -> DecodePath:
     """The path to take when `path` cannot be prepared."""
+    name = path.otherwise
     if path.name == "compiled":
-        return (
-            DecodePath("graph", "static cache, one CUDA graph")
-            if device.type == "cuda"
-            else DecodePath("static", "static cache")
-        )
-    return DecodePath("plain", "plain")
+        name = "graph" if device.type == "cuda" else "static"
+    return DecodePath(name or "plain", NOTES[name or "plain"])
 
 
 class TokenReader:

@@ -170,10 +170,27 @@ def test_nothing_is_compiled_for_a_model_that_leaves(load, monkeypatch):
     model = load("qwen3_vl")
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: name)
-    assert choose_path(model, "auto").name == "compiled"
-    assert choose_path(model, "auto", kept=False).name == "graph"
-    assert "does not stay loaded" in choose_path(model, "auto", kept=False).note
+    assert choose_path(model, "auto", rows=2).name == "compiled"
+    assert choose_path(model, "auto", kept=False, rows=2).name == "graph"
+    assert "does not stay loaded" in choose_path(model, "auto", kept=False, rows=2).note
     assert choose_path(model, "compiled", kept=False).name == "compiled"  # as asked
+
+
+def test_one_row_is_decoded_by_our_kernels_where_they_serve(load, monkeypatch):
+    model, packed = load("qwen3_vl"), load("qwen3_vl", quantization="int8")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: name)
+    for asked, kept, otherwise in (("auto", True, "compiled"), ("auto", False, "graph"), ("graph", True, "graph")):
+        path = choose_path(model, asked, kept)
+        assert (path.name, path.otherwise) == ("fused", otherwise)
+        assert generation.simpler(path, model.device).name == otherwise
+    assert choose_path(packed, "auto").name == "compiled" and choose_path(packed, "graph").name == "graph"
+    assert choose_path(model, "compiled").name == "compiled"  # as asked
+    model.device_state["failed paths"] = {"fused": "it was wrong"}
+    assert choose_path(model, "auto").name == "compiled"
+    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: None)
+    model.device_state.clear()
+    assert "Triton is missing" in choose_path(model, "auto").note
 
 
 def test_a_path_that_fails_gives_way_and_says_so(load, pictures, monkeypatch):

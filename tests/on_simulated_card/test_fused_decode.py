@@ -1,0 +1,129 @@
+"""The decode step by our own kernels, interpreted: text and logits are the plain path's, in seven launches a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hotpath.cache import clear_all
+from hotpath.demo.captioner_model import write_folder
+from hotpath.vision_language import decode_attention, fused_decode
+from hotpath.vision_language.answering import Answer, AnswerOptions, answer
+from hotpath.vision_language.budgets import PRESETS
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loading import MODELS
+from hotpath.vision_language.pictures import Picture
+from hotpath.vision_language.prompts import Question
+from hotpath.vision_language.sampling import Sampling
+
+GREEDY = Sampling(sample=False)
+
+
+@pytest.fixture
+def load(headless_host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(fused_decode, "allow_interpreter", True)
+    monkeypatch.setattr(fused_decode, "CONFIGS", ((256, 128, 4),))
+    monkeypatch.setattr(fused_decode, "AT_LEAST", 0.0)  # nothing is fast in the interpreter
+    monkeypatch.setattr(decode_attention, "CALLS", 1)
+    monkeypatch.setattr(decode_attention, "REPLAYS", 1)
+    monkeypatch.setattr(decode_attention, "why_not", lambda *_: "it is tested elsewhere")
+    fused_decode._chosen.clear()
+    headless_host._cache = tmp_path / "cache"
+    folder = headless_host.model_folders("LLM")[0]
+    folder.mkdir(parents=True)
+    clear_all()
+
+    def get(kind: str) -> Any:
+        write_folder(folder / kind, kind)
+        return MODELS.get(kind, LoadOptions(dtype="float32"), must_see=False)
+
+    yield get
+    MODELS.clear()
+    clear_all()
+    fused_decode._chosen.clear()
+
+
+PICTURE = Picture(np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+
+
+def ask(model: Any, decode: str, tokens: int = 4, prompt: str = "What?", **options: Any) -> Answer:
+    question = Question(prompt, "", (PICTURE,) if model.processor is not None else ())
+    settings = AnswerOptions(tokens, PRESETS["fast"], decode=decode, stream=False, **options)
+    return answer(model, [question], GREEDY, settings)[0]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_vl"])
+def test_text_is_the_plain_paths(card: Any, load: Any, kind: str) -> None:
+    model = load(kind)
+    wanted = ask(model, "plain")
+    made = ask(model, "auto")
+    assert made.raw == wanted.raw
+    assert "static cache, our kernels, one CUDA graph; products by our kernels" in made.report
+    graphs = card.graphs
+    assert ask(model, "graph").raw == wanted.raw and card.graphs == graphs  # the same buffers serve
+    assert not card.compiled
+
+
+def test_logits_and_cache_are_the_plain_steps(card: Any, load: Any) -> None:
+    from hotpath.vision_language.decoding import DecodeStep, Workspace
+
+    model = load("qwen3_vl")
+    with model.resident(100), torch.no_grad():
+        steps = [DecodeStep(model.network), fused_decode.FusedStep(model.network, "torch")]
+        spaces = [Workspace(step, 1, 512, model.device, model.dtype) for step in steps]
+        for token in (5, 77, 3):
+            found = []
+            for space in spaces:
+                card.launches.clear()
+                found.append(space.run(torch.tensor([token], device=model.device)).cpu())
+            torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(spaces[1].kept.cpu(), spaces[0].kept.cpu(), atol=1e-4, rtol=1e-4)
+        layers = len(steps[1].layers)
+        launches = {name: count for name, count in card.launches.items() if name.startswith("triton")}
+        assert launches == {"triton::_product": 4 * layers + 1, "triton::_place": layers}
+
+
+def test_a_batch_is_decoded_otherwise(card: Any, load: Any) -> None:
+    model = load("qwen3")
+    assert "our kernels" not in ask(model, "graph", answers=2).report
+
+
+@pytest.mark.parametrize("how", ["wrong", "slow", "broken"])
+def test_kernels_that_do_not_serve_give_way(card: Any, load: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    from hotpath.vision_language import fused_decode_kernel as kernel
+
+    model = load("qwen3")
+    wanted = ask(model, "plain").raw
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise TypeError("no such instruction")
+
+    if how == "wrong":
+        monkeypatch.setattr(kernel, "product", lambda x, weight, result, *_, **__: result.zero_())
+    elif how == "slow":
+        monkeypatch.setattr(fused_decode, "AT_LEAST", 1e9)
+    else:
+        monkeypatch.setattr(kernel, "product", broken)
+    reasons = {"wrong": "is off by", "slow": "torch's", "broken": "no such instruction"}
+    made = ask(model, "auto")
+    assert made.raw == wanted and "compiled layers" in made.report
+    assert "not fused, because it failed here" in made.report and reasons[how] in made.report
+    assert ask(model, "auto").raw == wanted
+    model.release()
+    monkeypatch.undo()
+
+
+def test_configs_are_measured_once(card: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load("qwen3")
+    measured = []
+    real = decode_attention.milliseconds
+    monkeypatch.setattr(decode_attention, "milliseconds", lambda *given: (measured.append(1), real(*given))[1])
+    wanted = ask(model, "auto").raw
+    first = len(measured)
+    model.release()
+    assert ask(model, "auto").raw == wanted
+    assert first and len(measured) == first

@@ -1,0 +1,172 @@
+"""Our kernels for one token: the products and the place of a new key are torch's numbers, in the interpreter and compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from triton_interpreter import interpret
+
+# (outputs, inputs): whole blocks, and not.
+SHAPES = [(64, 96), (40, 70), (1, 16)]
+KINDS = {
+    "plain": {},
+    "normed": {"norm": True},
+    "gated": {"norm": True, "gated": True},
+    "added": {"added": True},
+    "biased": {"norm": True, "bias": True},
+}
+
+
+def product_inputs(shape, dtype, norm=False, gated=False, added=False, bias=False):
+    outputs, inputs = shape
+    generator = torch.Generator().manual_seed(outputs)
+
+    def random(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    weight = random(2 * outputs if gated else outputs, inputs)
+    return {
+        "x": random(inputs),
+        "weight": weight,
+        "bias": random(outputs) if bias else None,
+        "norm": random(inputs) if norm else None,
+        "eps": 1e-6,
+        "added": random(outputs) if added else None,
+        "gated": gated,
+    }
+
+
+def expected(given):
+    from types import SimpleNamespace
+
+    from hotpath.vision_language.fused_decode import reference
+
+    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    linear = SimpleNamespace(weight=wide["weight"], bias=wide["bias"])
+    return reference(wide["x"], linear, wide["norm"], wide["eps"], wide["added"], wide["gated"])
+
+
+def place_inputs(dtype, normed):
+    heads, groups, dim, length = 2, 3, 20, 40
+    generator = torch.Generator().manual_seed(dim)
+
+    def random(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    angles = torch.rand(dim // 2, generator=generator).repeat(2)
+    return {
+        "qkv": random(heads * (groups + 2) * dim),
+        "cos": angles.cos().to(dtype),
+        "sin": angles.sin().to(dtype),
+        "q_norm": random(dim) if normed else None,
+        "k_norm": random(dim) if normed else None,
+        "eps": 1e-6,
+        "queries": torch.zeros(1, heads, groups, dim, dtype=dtype),
+        "keys": random(1, heads, length, dim),
+        "values": random(1, heads, length, dim),
+        "slot": torch.tensor([17]),
+    }
+
+
+def expected_places(given):
+    from hotpath.vision_language.decoding import rms_norm, rotate
+
+    _, heads, groups, dim = given["queries"].shape
+    q, k, v = given["qkv"].double().split((heads * groups * dim, heads * dim, heads * dim))
+    q, k = q.view(1, heads, groups, dim), k.view(1, heads, 1, dim)
+    if given["q_norm"] is not None:
+        q, k = rms_norm(q, given["q_norm"].double(), 1e-6), rms_norm(k, given["k_norm"].double(), 1e-6)
+    cos, sin = given["cos"].double(), given["sin"].double()
+    keys, values = given["keys"].double().clone(), given["values"].double().clone()
+    keys[:, :, 17:18], values[:, :, 17] = rotate(k, cos, sin), v.view(1, heads, dim)
+    return rotate(q, cos, sin), keys, values
+
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+INTERPRETED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest, torch
+sys.path.insert(0, sys.argv[2])
+import test_fused_decode as cases
+from hotpath.vision_language import fused_decode_kernel as kernel
+for dtype in (torch.float32, torch.bfloat16):
+    for shape in cases.SHAPES:
+        for name, kind in cases.KINDS.items():
+            given = cases.product_inputs(shape, dtype, **kind)
+            result = torch.full((shape[0],), float("nan"), dtype=dtype)
+            kernel.product(result=result, config=(8, 32, 4), **given)
+            wanted, limit = cases.expected(given), cases.TOLERANCE[dtype]
+            torch.testing.assert_close(result.double(), wanted, atol=limit * float(wanted.abs().max()), rtol=limit)
+    for normed in (True, False):
+        given = cases.place_inputs(dtype, normed)
+        wanted = cases.expected_places(given)
+        kernel.place(**given)
+        for found, want in zip((given["queries"], given["keys"], given["values"]), wanted, strict=True):
+            torch.testing.assert_close(found.double(), want, atol=cases.TOLERANCE[dtype], rtol=cases.TOLERANCE[dtype])
+print("equal")
+"""
+
+
+def test_kernels_are_torchs_numbers_in_the_interpreter():
+    interpret(INTERPRETED, Path(__file__).parents[1], Path(__file__).parent)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [*SHAPES, (6144, 2560), (2560, 9728)])
+def test_products_are_torchs_on_the_gpu(shape, kind, dtype):
+    from hotpath.vision_language import fused_decode, fused_decode_kernel
+
+    given = product_inputs(shape, dtype, **KINDS[kind])
+    wanted = expected(given)
+    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    for config in fused_decode.CONFIGS:
+        result = torch.full((shape[0],), float("nan"), dtype=dtype, device="cuda")
+        fused_decode_kernel.product(result=result, config=config, **moved)
+        limit = TOLERANCE[dtype]
+        torch.testing.assert_close(result.double().cpu(), wanted, atol=limit * float(wanted.abs().max()), rtol=limit)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_places_are_torchs_on_the_gpu(dtype, normed):
+    from hotpath.vision_language import fused_decode_kernel
+
+    given = place_inputs(dtype, normed)
+    wanted = expected_places(given)
+    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    fused_decode_kernel.place(**moved)
+    for found, want in zip((moved["queries"], moved["keys"], moved["values"]), wanted, strict=True):
+        torch.testing.assert_close(found.double().cpu(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("normed", "gated", "adds"), [(True, False, False), (True, True, False), (False, False, True)])
+def test_products_compile_for_cards_that_are_not_here(normed, gated, adds):
+    """To machine code by way of Triton's own assembler: loads of 16 bytes, and no spills."""
+    triton = pytest.importorskip("triton")
+    from hotpath.vision_language import fused_decode
+    from hotpath.vision_language import fused_decode_kernel as kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = ("X", "WEIGHT", "BIAS", "NORM", "ADDED", "RESULT")
+    types = dict.fromkeys(names, "*bf16") | {"outputs": "i32", "inputs": "i32", "eps": "fp32"}
+    divisible = {(i,): [["tt.divisibility", 16]] for i in range(8)}
+    for block_n, block_k, warps in fused_decode.CONFIGS:
+        constants = {
+            "NORMED": normed, "GATED": gated, "ADDS": adds, "BIASED": False, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "STEPS": 3,
+        }  # fmt: skip
+        source = ASTSource(kernel._product, types | dict.fromkeys(constants, "constexpr"), constants, divisible)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        assert made.asm["cubin"] and "ld.global" in made.asm["ptx"]
+        wide = made.asm["ptx"].count(".v4.b32")
+        assert wide, (block_n, block_k, warps)
