@@ -27,7 +27,7 @@ from .runner import Run, Runner, joined, replayed
 log = logging.getLogger("hotpath.face")
 
 CANDIDATES = 256  # fetched per picture; pictures with more over the threshold are computed again, and fetched whole
-MERGED_AT_ONCE = 256
+MERGED_AT_ONCE = 128
 PROBE_SIDE = 96  # three cells at stride 32
 PROBE_TOLERANCE = 2e-3  # on outputs of about 1; a wrong layout is wrong by more than 0.1
 
@@ -201,10 +201,14 @@ def merge_overlapping(boxes: NDArray[np.float32], overlap: float) -> list[int]:
 
 def _overlaps(boxes: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
     """[N, M] intersection over union of boxes [N, 4] and others [M, 4]."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    width, height = np.maximum(high - low + np.float32(1), np.float32(0)).transpose(2, 0, 1)
-    area, other = (np.prod(given[:, 2:] - given[:, :2] + np.float32(1), 1) for given in (boxes, others))
+    x0, y0, x1, y1 = np.ascontiguousarray(others.T)
+    u0, v0, u1, v1 = np.ascontiguousarray(boxes.T)[:, :, None]
+    width, height = np.minimum(u1, x1), np.minimum(v1, y1)
+    for side, low, other in ((width, u0, x0), (height, v0, y0)):
+        side -= np.maximum(low, other)
+        side += np.float32(1)
+        np.maximum(side, np.float32(0), out=side)
     shared = width * height
-    made: NDArray[np.float32] = shared / (area[:, None] + other - shared)
+    both = (u1 - u0 + 1) * (v1 - v0 + 1) + (x1 - x0 + 1) * (y1 - y0 + 1)
+    made: NDArray[np.float32] = shared / (both - shared)
     return made

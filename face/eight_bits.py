@@ -1,29 +1,25 @@
 """Float pictures to bytes, in pieces that stay in a core's cache, on all cores.
 
 Whole-picture operations of torch read and write fresh memory three times; on a card that takes longer than both networks.
-numpy lets go of the interpreter while it computes, so plain threads are enough, however many torch has been given.
+Threads of our own do it, however many torch has been given.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK = 1 << 17  # floats; with the bytes they become they fit a core's second cache
-BLOCKS_PER_TASK = 2
-MOST_THREADS = 16
+from .cores import cores, on_cores
+
+BLOCK = 1 << 18  # floats; with the bytes they become they fit a core's second cache
 MOST_PINNED = 256 << 20  # bytes of one call; torch keeps pinned memory and gives it out again
 
 _scratch = threading.local()
-_threads: ThreadPoolExecutor | None = None
-_starting = threading.Lock()
 
 
 def host_memory(shape: Sequence[int], device: torch.device | None) -> Tensor:
@@ -43,14 +39,12 @@ def truncate(pictures: Sequence[Tensor], out: Sequence[Tensor]) -> int | None:
     Returns which picture holds NaN or infinity, the first of them, or None; `out` is then not whole.
     """
     tasks: list[tuple[int, Tensor, Tensor]] = []
-    cores = _cores()
-    pieces = -(-sum(picture.numel() for picture in pictures) // (2 * cores))
-    length = max(BLOCKS_PER_TASK, -(-pieces // BLOCK)) * BLOCK
+    share = -(-sum(picture.numel() for picture in pictures) // (2 * cores()))
+    length = max(1, -(-share // BLOCK)) * BLOCK
     for number, (picture, target) in enumerate(zip(pictures, out, strict=True)):
         flat = picture.detach().to(torch.float32).contiguous().reshape(-1)
         tasks += [(number, *pair) for pair in zip(flat.split(length), target.view(-1).split(length), strict=True)]
-    each = map if len(tasks) == 1 or cores == 1 else _pool(cores).map
-    whole = list(each(_truncate, tasks))
+    whole = on_cores(_truncate, tasks)
     return min((task[0] for task, fine in zip(tasks, whole, strict=True) if not fine), default=None)
 
 
@@ -66,32 +60,9 @@ def _truncate(task: tuple[int, Tensor, Tensor]) -> bool:
             given = source[start : start + BLOCK]
             scaled = np.multiply(given, np.float32(255), out=room[: len(given)])
             # Pictures seldom leave 0..255; NaN is neither above nor below.
-            if not (scaled.min() >= 0 and scaled.max() <= 255):
+            if not (np.minimum.reduce(scaled) >= 0 and np.maximum.reduce(scaled) <= 255):
                 if not np.isfinite(given).all():
                     return False
                 np.clip(scaled, 0, 255, out=scaled)
             np.copyto(target[start : start + BLOCK], scaled, casting="unsafe")
     return True
-
-
-def _cores() -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_THREADS, usable))
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    global _threads
-    with _starting:
-        if _threads is None:
-            _threads = ThreadPoolExecutor(threads, thread_name_prefix="hotpath-bytes")
-        return _threads
-
-
-def _forget_threads() -> None:
-    """In a forked child there are none."""
-    global _threads, _starting
-    _threads, _starting = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)

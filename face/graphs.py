@@ -1,7 +1,7 @@
 """CUDA graphs of the face networks: some hundred small kernels take longer to launch one by one than to run.
 
 A shape is recorded when it comes a second time, beside a plain run that it is compared with. A graph reads the weights where
-they were: when the host moves them, all graphs go, with the memory they hold.
+they were: when the host moves them, all graphs go, with the memory they hold, and counting begins anew.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class Graphs:
         """The weights leave, or others come: what was recorded points at nothing."""
         with self._lock:
             self._kept.clear()
+            # Recording takes longer than some hundred replays save, so weights that come and go are not worth it.
+            self._seen.clear()
             self._memory = None  # a pool that its last graph has left cannot be used again
 
     def __call__(self, key: Hashable, step: Step, given: Tensor, weights: Sequence[int], nbytes: int) -> Tensor:

@@ -75,7 +75,7 @@ class OnnxNetwork(nn.Module):
 
         graph = read_model(path).graph
         self.file = path
-        self.when_moved: Callable[[], None] | None = None  # called when the weights are elsewhere
+        self.when_moved: Callable[[], Any] | None = None  # called when the weights are elsewhere
         self._packed: dict[int, PackedConvolution] = {}
         self._constants: dict[str, Tensor] = {
             t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer
@@ -243,9 +243,12 @@ class OnnxNetwork(nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         # Hosts ask a module to be where it is already before every use; torch takes milliseconds to find that out.
-        weights = self._parameters.values()
-        if len(args) == 1 and not kwargs and all(weight is None or weight.device == args[0] for weight in weights):
-            return self
+        if len(args) == 1 and not kwargs and isinstance(args[0], torch.device):
+            device = args[0]
+            if device.type == "cuda" and device.index is None:
+                device = torch.device("cuda", torch.cuda.current_device())
+            if all(weight is None or weight.device == device for weight in self._parameters.values()):
+                return self
         return super().to(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+
+import torch
 
 from .. import host
 from ..cache import content_key, named_cache
+from .cores import on_cores
 from .faces import DetectionOptions, FaceChoice, Faces
 from .pictures import PictureGroup
 
 RESULTS_LIMIT = 64 << 20  # bytes
-HASHING_THREADS = 8
+PIECES = 4  # of a picture, hashed side by side
 
 
 def picture_keys(
@@ -24,11 +26,10 @@ def picture_keys(
     """MD5 of each picture's pixels and every setting, by the picture's position in the call."""
     choice = None if choose is None else (choose.kind, choose.position, choose.identity)
     settings = content_key(fingerprint, choice, embed, options.threshold, options.overlap, options.sizes)
-    entries = [(p, picture) for group in groups for p, picture in zip(group.positions, group.pixels, strict=True)]
-    # hashlib lets go of the interpreter while it reads, so pictures are hashed side by side.
-    with ThreadPoolExecutor(max_workers=min(HASHING_THREADS, len(entries))) as pool:
-        digests = pool.map(lambda entry: content_key(settings, entry[1]), entries)
-        return {position: digest for (position, _), digest in zip(entries, digests, strict=True)}
+    entries = [(p, picture) for group in groups for p, picture in zip(group.positions, group.pixels.cpu(), strict=True)]
+    pieces = [piece for _, picture in entries for piece in torch.tensor_split(picture, PIECES)]
+    digests = iter(on_cores(content_key, pieces))
+    return {position: content_key(settings, [next(digests) for _ in range(PIECES)]) for position, _ in entries}
 
 
 def analyse_in_parts(

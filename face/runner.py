@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Protocol
@@ -52,7 +53,9 @@ class TorchRunner:
         self.graphs: Graphs | None = None
         if device.type == "cuda":
             self.graphs = Graphs()
-            network.when_moved = self.graphs.forget
+            # Weak: the graphs hold the network.
+            forget = weakref.WeakMethod(self.graphs.forget)
+            network.when_moved = lambda: (bound := forget()) and bound()
 
     def run(self, x: Tensor) -> list[Tensor]:
         with torch.no_grad(), self.managed.resident(extra_bytes=self._activations(x)) as network:

@@ -14,7 +14,7 @@ from hotpath.face.alignment import similarity, template, warp
 from hotpath.face.detection import Detector, merge_overlapping
 from hotpath.face.loading import Stationary, agreement
 from hotpath.face.onnx_graph import OnnxNetwork
-from hotpath.face.pictures import letterbox, resize
+from hotpath.face.pictures import group_pictures, letterbox, resize
 
 pytestmark = pytest.mark.xdist_group("face_engine")
 pytest.importorskip("insightface")
@@ -441,6 +441,40 @@ def test_enlarging_is_within_one_level_of_cv2(source, target):
     picture = np.random.default_rng(7).integers(0, 256, (*source, 3), dtype=np.uint8)
     difference = np.abs(resize(torch.from_numpy(picture)[None], *target)[0].numpy() - cv2.resize(picture, target[::-1]))
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["wide", "half", "bfloat16", "double", "rgba", "grey", "transposed", "in range"])
+def test_floats_become_bytes_by_truncation_whatever_their_layout(kind):
+    """Also outside of 0..1, across the borders between pieces, and never in the pictures that were given."""
+    values = torch.rand(2, 350, 800, 4, generator=torch.Generator().manual_seed(10)) * 3 - 1
+    values[0, 0, :5] = torch.tensor([0.0, -0.0, 1.0, 3e38, -3e38])[:, None]
+    given = {
+        "wide": values[..., :3].contiguous(),
+        "half": values[..., :3].clamp(-9, 9).half(),
+        "bfloat16": values[..., :3].bfloat16().clamp(-9, 9),
+        "double": values[..., :3].double(),
+        "rgba": values,
+        "grey": values[..., :1],
+        "transposed": values[..., :3].transpose(1, 2),
+        "in range": values[..., :3].clamp(0, 1),
+    }[kind]
+    before = given.clone()
+    wanted = given[..., :3].float().mul(255).clamp(0, 255).to(torch.uint8).expand(*given.shape[:3], 3)
+    assert torch.equal(group_pictures(given)[0].pixels, wanted)
+    ragged = group_pictures([given[0], given[1, :200], given[1]])
+    assert [group.positions for group in ragged] == [(0, 2), (1,)]
+    assert torch.equal(ragged[0].pixels, wanted) and torch.equal(ragged[1].pixels[0], wanted[1, :200])
+    assert torch.equal(given, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_the_first_picture_with_a_broken_number_is_named(bad):
+    pictures = torch.rand(4, 300, 500, 3, generator=torch.Generator().manual_seed(11))
+    pictures[1, -1, -1, -1] = pictures[3, 0, 0, 0] = bad
+    with pytest.raises(FaceError, match="Picture 1 holds NaN or infinity"):
+        group_pictures(pictures)
+    with pytest.raises(FaceError, match="Picture 2 holds NaN or infinity"):
+        group_pictures([pictures[0], pictures[2, :200], pictures[1]])
 
 
 def test_the_letterbox_is_black_outside_and_keeps_the_scale():

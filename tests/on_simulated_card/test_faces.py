@@ -32,7 +32,8 @@ def expected(pictures: torch.Tensor) -> list[face.Faces]:
 
 @pytest.fixture
 def there(card: Any) -> Iterator[Any]:
-    analyser = face.load_analyser([MODELS], engine="torch", device=torch.device("cuda"), remember=False)
+    with torch.inference_mode():  # as a node loads it
+        analyser = face.load_analyser([MODELS], engine="torch", device=torch.device("cuda"), remember=False)
     yield analyser
     analyser.release()
 
@@ -71,9 +72,9 @@ def test_graphs_go_with_the_weights(card: Any, there: Any, pictures: torch.Tenso
     assert len(graphs) == 1
     there.release()
     assert len(graphs) == 0 and card.held < held / 4
-    card.replays = 0
-    assert_same(there.analyse(pictures, choose=LARGEST, options=OPTIONS), expected)
-    assert card.replays == 2  # recorded again at once: the shape is known
+    for recorded in (0, 1):  # weights that leave after every call are not worth a recording
+        assert_same(there.analyse(pictures, choose=LARGEST, options=OPTIONS), expected)
+        assert len(graphs) == recorded
 
 
 def test_pictures_of_two_sizes_and_two_modes_share_graphs(card: Any, there: Any, pictures: torch.Tensor) -> None:
