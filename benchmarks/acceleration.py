@@ -273,9 +273,11 @@ def sdxl(tiny: bool) -> tuple[Family, list[Contestant]]:
     person = with_identity(model)
     return family, [
         Contestant("ComfyUI", lambda: family.sampler(model)),
+        Contestant("Hotpath cudagraphs", family.compiled(model, mode="cudagraphs"), 4),
         Contestant("Hotpath compile, default", family.compiled(model), 60),
         Contestant("Hotpath compile, reduce-overhead", family.compiled(model, mode="reduce-overhead"), 10),
         Contestant("InstantID", lambda: family.sampler(person)),
+        Contestant("InstantID, Hotpath cudagraphs", family.compiled(person, mode="cudagraphs"), 4),
         Contestant("InstantID, Hotpath compile, reduce-overhead", family.compiled(person, mode="reduce-overhead"), 30),
         Contestant(
             "Hotpath attention auto, reduce-overhead", family.compiled_with_attention(model, mode="reduce-overhead"), 40

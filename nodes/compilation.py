@@ -39,7 +39,8 @@ class HotpathCompile:
                     {
                         "default": "default",
                         "tooltip": "default: fused kernels. reduce-overhead: also plays back the whole step as one CUDA graph "
-                        "per size, for models that wait for Python (SDXL). max-autotune: also tries kernels, minutes at first.",
+                        "per size, for models that wait for Python (SDXL). max-autotune: also tries kernels, minutes at first. "
+                        "cudagraphs: plays back and compiles nothing, ready after one step.",
                     },
                 ),
                 "regions": (
@@ -72,8 +73,8 @@ class HotpathCompile:
                         "default": 4,
                         "min": 1,
                         "max": 64,
-                        "tooltip": "How many CUDA graphs reduce-overhead and max-autotune keep. They share the memory of the "
-                        "largest step; each adds a copy of its inputs.",
+                        "tooltip": "How many CUDA graphs reduce-overhead, max-autotune and cudagraphs keep. They share the "
+                        "memory of the largest step; each adds a copy of its inputs.",
                     },
                 ),
             },

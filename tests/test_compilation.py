@@ -267,11 +267,43 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
             pytest.skip("asks for the C++ compiler that only a CPU needs")
         model, report = compile_model(bench.model)
         assert report.startswith("Not compiled: there is no C++ compiler")
+        # Recording needs none of it, but a card.
+        for strict in (False, True):
+            graphs = CompileSettings(mode="cudagraphs", strict=strict)
+            if strict:
+                with pytest.raises(CompilationRefused, match="CUDA graphs need a CUDA device"):
+                    compile_model(bench.model, graphs)
+            else:
+                made, report = compile_model(bench.model, graphs)
+                assert report.startswith("Not recorded: CUDA graphs need") and compiler_of(made) is None
         assert compiler_of(model) is None
         with pytest.raises(CompilationRefused, match=r"C\+\+ compiler"):
             compile_model(bench.model, CompileSettings(strict=True))
     finally:
         settings.compiler_problem.cache_clear()
+
+
+def test_a_cards_compilers_start_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hotpath.patches import compilation
+    from hotpath.patches.compilation import graphs
+    from torch._inductor import async_compile
+
+    started: list[str] = []
+    monkeypatch.setattr(compilation, "compiler_problem", lambda device: None)
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: started.append("processes"))
+    monkeypatch.setattr(async_compile.AsyncCompile, "use_process_pool", lambda: started.append("asked"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    graphs.start_workers.cache_clear()
+    model = tiny("flux").model.clone()
+    compile_model(model)
+    assert not started  # a CPU's kernels are compiled by other means
+    model.load_device = torch.device("cuda")
+    compile_model(model, backend="eager")
+    assert not started
+    for _ in range(2):
+        compile_model(model)
+    assert started[0] == "processes" and started.count("processes") == 1
+    graphs.start_workers.cache_clear()
 
 
 def test_wrong_choices_are_refused() -> None:
@@ -479,7 +511,7 @@ def test_nothing_global_is_left_behind() -> None:
     bench = tiny("flux")
     sample(bench)
     before = state()
-    for mode in settings.MODES:
+    for mode in (mode for mode in settings.MODES if CompileSettings(mode).compiles):
         sample(bench, compiled(bench.model, mode=mode)[0])
     assert state() == before
 

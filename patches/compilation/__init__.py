@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .graphs import Backend, named_backend
+from .graphs import Backend, named_backend, start_workers
 from .options import attention_that_traces
 from .recording import KEY as RECORDING_KEY
 from .recording import record_calls
-from .regional import CompilationRefused, RegionalCompiler, forget_compiled_kinds
+from .regional import RegionalCompiler, forget_compiled_kinds
 from .regions import describe_regions, find_regions
-from .settings import MODES, REGIONS, CompileSettings, compiler_problem
+from .settings import MODES, REGIONS, CompilationRefused, CompileSettings, compiler_problem
 
 __all__ = [
     "MODES",
@@ -41,19 +41,27 @@ def compile_model(
     Nothing is compiled yet: that happens in the first call of the model with each kind of block, or in a warm-up.
     backend: a Dynamo backend by name or as a function; everything but "inductor" is for tests and comparisons.
     Raises ValueError for a model without repeated blocks, and CompilationRefused in strict mode when this machine
-    has no compiler; otherwise the clone then runs as it was, and the report says so.
+    has no compiler (no CUDA for "cudagraphs"); otherwise the clone then runs as it was, and the report says so.
     """
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
     chosen = settings or CompileSettings()
-    problem = compiler_problem(model.load_device.type) if backend == "inductor" else None
+    problem, refused = None, "Not compiled"
+    if not chosen.compiles:
+        refused = "Not recorded"
+        if model.load_device.type != "cuda":
+            problem = f"CUDA graphs need a CUDA device, and this model runs on {model.load_device.type}."
+    elif backend == "inductor":
+        problem = compiler_problem(model.load_device.type)
     if problem:
         if chosen.strict:
-            raise CompilationRefused(f"Not compiled: {problem}")
-        return model.clone(), f"Not compiled: {problem}"
+            raise CompilationRefused(f"{refused}: {problem}")
+        return model.clone(), f"{refused}: {problem}"
+    if chosen.compiles and backend == "inductor" and model.load_device.type == "cuda":
+        start_workers()
     made, lines = _static_clone(model)
     found = find_regions(made.get_model_object("diffusion_model"), chosen.regions)
-    if not found:
+    if not found and chosen.compiles:
         raise ValueError(
             f"{type(made.model).__name__} has no repeated {'blocks' if chosen.regions == 'all blocks' else chosen.regions} "
             "to compile."
@@ -73,12 +81,13 @@ def compile_model(
     ):
         made.remove_callbacks_with_key(moment, KEY)
         made.add_callback_with_key(moment, KEY, compiler.changed)
-    if note := attention_that_traces()[1]:
+    if chosen.compiles and (note := attention_that_traces()[1]):
         lines.append(note)
     lines += record_calls(made, compiler)
     made.set_attachments(KEY, compiler)
     sizes = "one graph for all sizes" if chosen.dynamic else "one graph per size"
-    lines.insert(0, f"{chosen.mode}, {sizes}: {describe_regions(found)}; compiled at first use")
+    what = f"{sizes}: {describe_regions(found)}; compiled at first use" if chosen.compiles else "nothing is compiled"
+    lines.insert(0, f"{chosen.mode}, {what}")
     return made, "\n".join(lines)
 
 

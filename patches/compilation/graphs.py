@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import threading
 import time
@@ -39,6 +40,24 @@ def named_backend(name: str, settings: CompileSettings) -> Backend:
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(name)
+
+
+@functools.cache
+def start_workers() -> None:
+    """Start the processes in which Inductor compiles kernels, once, without waiting for them.
+
+    They import torch first. Inductor itself starts them with its first graph, whose kernels it then compiles one after the
+    other in this process, since there is nobody else yet.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return  # nothing is compiled
+    try:
+        from torch._inductor.async_compile import AsyncCompile, maybe_warm_pool
+    except ImportError:
+        return  # another torch: Inductor sees to it with the first graph
+    maybe_warm_pool()
+    if hasattr(AsyncCompile, "use_process_pool") and torch._inductor.config.compile_threads != 1:
+        AsyncCompile.use_process_pool()  # asks them to answer; as soon as they have, they get the kernels
 
 
 def compile_errors() -> tuple[type[Exception], ...]:

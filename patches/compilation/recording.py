@@ -35,6 +35,7 @@ from .options import (
     is_traceable,
     options_read_by,
 )
+from .settings import CompilationRefused
 
 if TYPE_CHECKING:
     from .regional import RegionalCompiler
@@ -255,6 +256,9 @@ class CallRecorder:
 
     def _unrecorded(self, reason: str, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.reason = reason
+        settings = self.compiler.settings
+        if settings.strict and not settings.compiles:
+            raise CompilationRefused(f"The model's call cannot be recorded: {reason}.")
         return executor(*args, **kwargs)
 
     def _make(self, executor: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]], flat: _Flat) -> _Recorded:

@@ -24,7 +24,7 @@ from .graphs import Backend, CompiledKind, compile_errors
 from .options import NotTraceable, block_options, options_read_by, share_attention_log
 from .recording import CallRecorder
 from .regions import Region, find_regions
-from .settings import CompileSettings
+from .settings import CompilationRefused, CompileSettings
 from .written_out import NAMESPACE
 
 log = logging.getLogger("hotpath.compile")
@@ -98,6 +98,8 @@ class BlockForward:
             self.reason = str(error)
             return
         self.reason = None
+        if not self.owner.settings.compiles:
+            return
         self.kind = shared_kind(
             self.key, lambda: CompiledKind(self.title, self.original, self.owner.settings, self.owner.backend)
         )
@@ -137,10 +139,6 @@ class BlockForward:
             options = block_options(args[self.place] or {}, self._read)
             return (*args[: self.place], options, *args[self.place + 1 :]), kwargs
         return args, kwargs
-
-
-class CompilationRefused(RuntimeError):
-    """In strict mode, a block could not be compiled."""
 
 
 def _first_line(error: BaseException) -> str:
@@ -203,7 +201,7 @@ class RegionalCompiler:
         self.backend = backend
         # Graphs depend on these; a backend given as a function has no name to share graphs by.
         self.key: Hashable = (settings.graph_key, backend_name or id(backend))
-        self.errors = compile_errors()
+        self.errors = compile_errors() if settings.compiles else (RuntimeError,)
         self.kinds: set[CompiledKind] = set()
         self.failed: dict[Hashable, str] = {}  # kinds that could not be compiled, and why
         self._plans: weakref.WeakKeyDictionary[Any, _Plan] = weakref.WeakKeyDictionary()
@@ -244,7 +242,7 @@ class RegionalCompiler:
         before = getattr(self._thread, "plan", None)
         self._thread.plan = plan
         try:
-            with installed(plan.blocks):
+            with installed(plan.blocks if self.settings.compiles else []):
                 return executor(x, *args, **kwargs)
         finally:
             self._thread.plan = before
@@ -273,7 +271,8 @@ class RegionalCompiler:
     def report(self) -> str:
         """What is compiled, and what is not and why, as lines."""
         kinds = sorted((k for k in self.kinds if k.graphs), key=lambda kind: kind.title)
-        lines = [f"{self.graphs} graphs compiled in {self.seconds:.1f} s"] if kinds else ["nothing compiled yet"]
+        nothing = "nothing compiled yet" if self.settings.compiles else "nothing is compiled in this mode"
+        lines = [f"{self.graphs} graphs compiled in {self.seconds:.1f} s"] if kinds else [nothing]
         per_title = Counter[str]()
         for kind in kinds:
             per_title[kind.title] += kind.graphs

@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraphs")
 REGIONS = ("all blocks", "transformer blocks")
-GRAPH_MODES = ("reduce-overhead", "max-autotune")
+GRAPH_MODES = ("reduce-overhead", "max-autotune", "cudagraphs")
+
+
+class CompilationRefused(RuntimeError):
+    """In strict mode, something could not be compiled or recorded."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class CompileSettings:
     """How a model is compiled.
 
     mode: "default" lets Inductor fuse; "reduce-overhead" also records the whole model call as a CUDA graph per size;
-    "max-autotune-no-cudagraphs" lets Inductor try kernels on this GPU (slow to start); "max-autotune" does both.
+    "max-autotune-no-cudagraphs" lets Inductor try kernels on this GPU (slow to start); "max-autotune" does both;
+    "cudagraphs" records and compiles nothing: the model's own kernels, without Python between them, after one step.
     regions: "all blocks" takes every kind of block that repeats (a UNet's residual blocks too), "transformer blocks"
     only those with attention.
     dynamic: one graph for all sizes and token counts. Off makes one per size, each a little faster.
@@ -46,6 +51,11 @@ class CompileSettings:
     def records(self) -> bool:
         """Whether whole model calls are recorded as CUDA graphs."""
         return self.mode in GRAPH_MODES
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled at all."""
+        return self.mode != "cudagraphs"
 
     @property
     def graph_key(self) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hotpath.patches.compilation import CompileSettings, compile_model, compiler_of
+from hotpath.patches.compilation import CompilationRefused, CompileSettings, compile_model, compiler_of
 from tiny_native_models import tiny
 
 pytestmark = pytest.mark.comfy
@@ -19,9 +19,10 @@ def _inference() -> Iterator[None]:
         yield
 
 
-def test_recorded_calls(card: Any) -> None:
+@pytest.mark.parametrize("mode", ["reduce-overhead", "cudagraphs"])
+def test_recorded_calls(card: Any, mode: str) -> None:
     bench = tiny("z_image")
-    model, _ = compile_model(bench.model, CompileSettings(mode="reduce-overhead"), backend="eager")
+    model, _ = compile_model(bench.model, CompileSettings(mode=mode, strict=True), backend="eager")
     recorder = compiler_of(model).recorder
     assert recorder is not None
     for count, changes in ((1, {}), (1, {"prompt": "another"}), (2, {"size": (16, 24)}), (2, {"steps": 3})):
@@ -34,9 +35,11 @@ def test_recorded_calls(card: Any) -> None:
         assert recorder.recorded == count and recorder.reason is None
     assert ours == its  # the last one found its recording
     assert recorder.replayed == card.replays == 9 and card.graphs == 2
+    assert bool(compiler_of(model).kinds) == (mode == "reduce-overhead")
 
 
-def test_identities_in_a_recorded_model(card: Any) -> None:
+@pytest.mark.parametrize("mode", ["reduce-overhead", "cudagraphs"])
+def test_identities_in_a_recorded_model(card: Any, mode: str) -> None:
     from instantid_bench import apply, sample, shallow_bench
 
     small: dict[str, Any] = {"size": (8, 8), "steps": 1}
@@ -45,7 +48,7 @@ def test_identities_in_a_recorded_model(card: Any) -> None:
     assert "11 of 11 blocks" in report
     expected = sample(*plain, **small)
     assert card.launches["triton::_attend_tokens"] >= 11
-    model, _ = compile_model(plain[0], CompileSettings(mode="reduce-overhead"), backend="eager")
+    model, _ = compile_model(plain[0], CompileSettings(mode=mode), backend="eager")
     recorder = compiler_of(model).recorder
     assert recorder is not None
     assert (sample(model, *plain[1:], **small) - expected).abs().max() <= 2e-5 * expected.abs().max()
@@ -84,3 +87,18 @@ def test_text_and_identity_take_one_launch(card: Any, masked: bool) -> None:
     assert (fused - expected).abs().max() <= 4e-3 * expected.abs().max()
     bound.steps = (step.variant(step.weights, torch.zeros(2, device="cuda"), True),)
     assert attentions({})[2] == 0 and (bound.steps[0].stats > 0).all()
+
+
+def test_what_cannot_be_recorded_is_refused_where_that_is_asked_for(card: Any) -> None:
+    bench = tiny("z_image")
+    other = bench.model.clone()
+    other.set_model_patch(lambda args: args, "double_block")
+    for strict in (False, True):
+        model, report = compile_model(other, CompileSettings(mode="cudagraphs", strict=strict))
+        assert "nothing is compiled" in report
+        if strict:
+            with pytest.raises(CompilationRefused, match="cannot be recorded: double_block of another pack"):
+                bench.sample(model)
+        else:
+            assert torch.equal(bench.sample(model), bench.sample(other))
+            assert "was not recorded" in compiler_of(model).report()
