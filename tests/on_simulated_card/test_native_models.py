@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +104,26 @@ def test_what_cannot_be_recorded_is_refused_where_that_is_asked_for(card: Any) -
         else:
             assert torch.equal(bench.sample(model), bench.sample(other))
             assert "was not recorded" in compiler_of(model).report()
+
+
+def test_the_adapter_stays_where_there_is_room(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hotpath.identity import prepared
+    from instantid_bench import shallow_bench
+
+    adapter = shallow_bench().instantid
+    faces = torch.randn(4, 1, 1, adapter.embedding_dim)
+    on_cpu = prepared.prepare(
+        adapter, SimpleNamespace(device=torch.device("cpu"), resident=lambda keep: nullcontext(adapter)), faces[0]
+    )
+    moved = card.launches.copy()
+    kept = prepared.prepare(adapter, adapter.managed, faces[1])
+    assert next(adapter.parameters()).is_cuda and card.launches != moved
+    again = prepared.prepare(adapter, adapter.managed, faces[1], noise=0.1)
+    assert torch.equal(again.cond, kept.cond) and not torch.equal(again.uncond, kept.uncond)
+    monkeypatch.setattr(prepared, "ROOM", 1 << 50)
+    prepared.prepare(adapter, adapter.managed, faces[2])
+    assert not next(adapter.parameters()).is_cuda
+    prepared.named_cache("InstantID identities", prepared.CACHE_BYTES).clear()
+    both_ways = prepared.prepare(adapter, adapter.managed, faces[0])
+    assert (both_ways._master - on_cpu._master).abs().max() <= 1e-5 * on_cpu._master.abs().max()
+    assert both_ways.cond.device.type == both_ways._master.device.type == "cpu"
