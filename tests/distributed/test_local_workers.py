@@ -104,7 +104,7 @@ def test_killed_then_stopped_then_finished(tmp_path, headless_host, request_for)
     """kill -9 of the run, Ctrl-C of the next one, and a third that finishes: every picture once, and whole."""
     inputs = headless_host.input_folder()
     headless_host._input = tmp_path
-    for i in range(8):
+    for i in range(6):
         picture(tmp_path / "in" / f"p{i:02}.png", i, SLOW)
     (tmp_path / "w.json").write_text(json.dumps(COPY))
     out = tmp_path / "out"
@@ -127,15 +127,15 @@ def test_killed_then_stopped_then_finished(tmp_path, headless_host, request_for)
     _, said = second.communicate(timeout=120)
     took = time.monotonic() - asked
     assert second.returncode == 130 and "the same command goes on from there" in said
-    assert took < 30.0, f"{took:.1f} s"  # the machine may be busy; eight pictures take longer still
+    assert took < 30.0, f"{took:.1f} s"  # the machine may be busy; six pictures take longer still
     assert not psutil.wait_procs(workers, timeout=30)[1]
     assert {name: content for name, content in made(out).items() if name in after_kill} == after_kill
     states = [line["status"] for line in listed(out)]
-    assert states.count("done") == len(made(out)) < 8
+    assert states.count("done") == len(made(out)) < 6
 
     third = run_map(request_for(tmp_path / "in"))
     assert third.status.skipped == len([s for s in states if s == "done"])
-    assert third.whole and len(made(out)) == 8
+    assert third.whole and len(made(out)) == 6
     headless_host._input = inputs
     assert not list(out.glob(".*.part"))
 
