@@ -18,6 +18,7 @@ from .. import host
 from .alignment import invert, similarity, template, warp
 from .detection import Candidates, Detector, merge_overlapping
 from .faces import DetectionOptions, FaceChoice, FaceError, Faces, counted
+from .graphs import MOST_BYTES
 from .model_folder import ModelFolder
 from .pictures import PictureGroup, group_pictures, letterbox
 from .recognition import Recogniser
@@ -25,7 +26,9 @@ from .remembering import analyse_in_parts, picture_keys
 from .runner import DETECTOR_BYTES_PER_PIXEL, joined
 
 PICTURES_AT_ONCE = 32  # as bytes on the device
-PICTURES_AT_A_STEP = 8  # of the detector on an accelerator, which more would not keep busier
+PICTURES_AT_A_STEP = (
+    8  # of the detector on an accelerator, which more would not keep busier; fewer where they are large
+)
 FACES_AT_ONCE_ON_CPU = 4  # more gain nothing there, and a stop would wait for them
 
 
@@ -128,8 +131,10 @@ class PictureAnalyser:
         still = list(range(len(owners)))
         # A CPU gains nothing from a batch of pictures of this size and loses its cache, nor from a common copy.
         on_cpu = self.device.type == "cpu"
-        step, together = (1, 1) if on_cpu else (PICTURES_AT_A_STEP, len(still))
+        together = 1 if on_cpu else len(still)
         for size in sizes:
+            fit = MOST_BYTES // (size[0] * size[1] * DETECTOR_BYTES_PER_PIXEL)
+            step = 1 if on_cpu else max(1, min(PICTURES_AT_A_STEP, fit))
             missed = []
             for start in range(0, len(still), together):
                 asked = still[start : start + together]

@@ -121,7 +121,10 @@ class Graphs:
         self._stream = stream
 
     def _may_record(self, key: Hashable, nbytes: int, device: torch.device) -> bool:
-        if self._failed or nbytes > MOST_BYTES:
+        if self._failed:
+            return False
+        if nbytes > MOST_BYTES:
+            self.status = self.status if self._kept else "not recorded, the pictures are too large"
             return False
         if key not in self._seen:
             self._seen[key] = None
@@ -134,7 +137,7 @@ class Graphs:
                 return False
             del self._kept[oldest]
         if host.current().free_memory(device) < 2 * nbytes:
-            self.status = "not recorded, memory is short" if not self._kept else self.status
+            self.status = self.status if self._kept else "not recorded, memory is short"
             return False
         return True
 

@@ -127,3 +127,19 @@ def test_many_candidates_are_fetched_again(card: Any, there: Any, pictures: torc
     for _ in range(3):
         found = there.analyse(pictures, embed=False, options=everything)
         assert [len(one) for one in found] == [len(one) for one in wanted]
+
+
+def test_large_pictures_go_in_smaller_steps_which_are_recorded(
+    card: Any, there: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hotpath.face import analyser, runner
+
+    monkeypatch.setattr(analyser, "MOST_BYTES", 3 * 64 * 64 * runner.DETECTOR_BYTES_PER_PIXEL)
+    small = face.DetectionOptions(sizes=(64,))
+    pictures = torch.rand(6, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+    there.analyse(pictures, embed=False, options=small)  # two steps of three
+    assert len(there.detector.runner.graphs) == 1
+    card.replays = 0
+    card.waits.clear()
+    there.analyse(pictures, embed=False, options=small)
+    assert card.replays == 2 and card.waits == ["copy to the host"]
