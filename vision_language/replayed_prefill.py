@@ -8,6 +8,7 @@ of pictures) lies at fixed addresses. A class is recorded when it first occurs, 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
+from . import fused_decode
 from .decoding import Workspace, rms_norm, rotate, text_decoder
 from .embeddings import VisualFeatures, VisualItem
 from .encoder_outputs import on_device
@@ -63,6 +65,8 @@ class PrefillRecording:
         self.given = torch.zeros(tokens * (2 + axes) + 4, dtype=torch.long, device=device)
         self.logits: Tensor | None = None
         self.graph: Any = None
+        first: Any = space.step.layers[0]
+        self.kernels = not kernels_missing(device, space.bias.dtype, int(first.head_dim))
 
     def __call__(self, numbers: Tensor) -> Tensor:
         """Logits [1, V] after the last token, overwritten by the next call. numbers: what `given` holds, on the host."""
@@ -104,7 +108,7 @@ class PrefillRecording:
         cos, sin = rotary(x.unsqueeze(0), positions if self.axes > 1 else positions[0])
         if cos.dim() != 3:
             raise RuntimeError("the rotary embedding of this transformers version gives its axes apart")
-        cos, sin = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+        cos, sin = cos[0], sin[0]
         columns = torch.arange(space.length, device=x.device)
         places = torch.arange(n, device=x.device) + start
         mask = None
@@ -113,10 +117,13 @@ class PrefillRecording:
             mask = torch.zeros_like(closed, dtype=x.dtype).masked_fill_(closed, float("-inf"))
         # What the padding leaves past the end is overwritten, place by place, before anything looks there.
         places = places.clamp_max(space.length - 1)
+        run = fused_layer if self.kernels else prefill_layer
+        delta: Tensor | None = None  # what is still to be added to x
         for index, layer in enumerate(space.step.layers):
-            x = prefill_layer(layer, x, cos, sin, space.keys[index], space.values[index], places, mask)
+            x, delta = run(layer, x, delta, cos, sin, space.keys[index], space.values[index], places, mask)
             if deep is not None and index < len(deep):
-                x = x + deep[index]
+                x, delta = x + delta, deep[index]
+        x = x if delta is None else x + delta
         logits = space.step.head(x.index_select(0, last))
         if self.logits is None:
             self.logits = torch.empty_like(logits)
@@ -127,33 +134,109 @@ class PrefillRecording:
 
 
 def prefill_layer(
-    layer: Any, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Tensor, mask: Tensor | None
-) -> Tensor:
-    """A `DecodeLayer` for n tokens of one row. x: [n, hidden]; cos, sin: [n, 1, D]; keys, values: [1, heads, length, D].
+    layer: Any, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A `DecodeLayer` for n tokens of one row: (x, what is to be added to it), as x + delta came in.
 
-    mask: [n, length] to see what the cache holds as well; None sees only these tokens, each those before it.
+    x, delta: [n, hidden]; cos, sin: [n, D]; keys, values: [1, heads, length, D], written at `places` [n]. mask: [n,
+    length] to see what the cache holds as well; None sees only these tokens, each those before it.
     """
     n, heads, groups, dim = len(x), layer.heads, layer.groups, layer.head_dim
+    x = x if delta is None else x + delta
     qkv = layer.qkv(rms_norm(x, layer.norm_in.weight, layer.eps))
     q, k, v = qkv.split((heads * groups * dim, heads * dim, heads * dim), dim=-1)
     q, k, v = q.view(n, heads * groups, dim), k.view(n, heads, dim), v.view(n, heads, dim)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm.weight, layer.eps), rms_norm(k, layer.k_norm.weight, layer.eps)
-    q, k, v = rotate(q, cos, sin), rotate(k, cos, sin).transpose(0, 1), v.transpose(0, 1)
-    keys.index_copy_(2, places, k.unsqueeze(0))
-    values.index_copy_(2, places, v.unsqueeze(0))
-    if mask is None:
-        k, v = (t.unsqueeze(1).expand(heads, groups, n, dim).reshape(1, heads * groups, n, dim) for t in (k, v))
-        seen = F.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), k, v, is_causal=True)
-        seen = seen[0].transpose(0, 1)
-    else:
-        # Queries that share a key head stand one below the other, so that no key is copied.
-        q = q.view(n, heads, groups, dim).permute(1, 2, 0, 3).reshape(1, heads, groups * n, dim)
-        seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(groups, 1))
-        seen = seen.view(heads, groups, n, dim).permute(2, 0, 1, 3)
-    x = x + layer.out(seen.reshape(n, heads * groups * dim))
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    keys.index_copy_(2, places, rotate(k, cos, sin).transpose(0, 1).unsqueeze(0))
+    values.index_copy_(2, places, v.transpose(0, 1).unsqueeze(0))
+    x = x + layer.out(attend(rotate(q, cos, sin).transpose(0, 1), keys, values, mask))
     gate, up = layer.gate_up(rms_norm(x, layer.norm_mid.weight, layer.eps)).chunk(2, dim=-1)
-    return x + layer.down(F.silu(gate) * up)
+    return x, layer.down(F.silu(gate) * up)
+
+
+def fused_layer(
+    layer: Any, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Tensor,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`prefill_layer`, with our kernels between the products."""
+    from .prefill_kernels import gate_rows, norm_rows, place_rows
+
+    x, normed = norm_rows(x, delta, layer.norm_in.weight, layer.eps)
+    q_norm = None if layer.q_norm is None else layer.q_norm.weight
+    k_norm = None if layer.k_norm is None else layer.k_norm.weight
+    queries = place_rows(layer.qkv(normed), cos, sin, q_norm, k_norm, layer.eps, layer.groups, keys, values, places)
+    x, normed = norm_rows(x, layer.out(attend(queries, keys, values, mask)), layer.norm_mid.weight, layer.eps)
+    return x, layer.down(gate_rows(layer.gate_up(normed)))
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """[n, query heads * D]. q: [query heads, n, D]; keys, values: [1, heads, length, D], from the first on if no mask."""
+    heads, dim = keys.shape[1], keys.shape[3]
+    groups, n = q.shape[0] // heads, q.shape[1]
+    if mask is None:
+        k, v = keys[0, :, :n], values[0, :, :n]
+        if groups > 1:
+            k, v = (t.unsqueeze(1).expand(heads, groups, n, dim).reshape(heads * groups, n, dim) for t in (k, v))
+        seen = F.scaled_dot_product_attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), is_causal=True)
+        return seen[0].transpose(0, 1).reshape(n, heads * groups * dim)
+    # Queries that share a key head stand one below the other, so that no key is copied.
+    q = q.reshape(1, heads, groups * n, dim)
+    seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(groups, 1))
+    return seen.view(heads, groups, n, dim).permute(2, 0, 1, 3).reshape(n, heads * groups * dim)
+
+
+@functools.cache
+def kernels_missing(device: torch.device, dtype: torch.dtype, dim: int) -> str:
+    """Why torch's operators stand between the products; '' where our kernels do. Tried once, against torch. Waits."""
+    if device.type != "cuda" or dtype not in fused_decode.TOLERANCE:
+        return f"there are none for {dtype} on {device.type}"
+    try:
+        from . import prefill_kernels
+
+        if prefill_kernels.INTERPRETED and not fused_decode.allow_interpreter:
+            return "Triton interprets, which is for tests"
+        for found, wanted in trial(device, dtype, dim):
+            fused_decode.check(found, wanted)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, a card that Triton does not know, numbers that are off
+        log.warning("prefill: torch's operators, because our kernels failed", exc_info=True)
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def trial(device: torch.device, dtype: torch.dtype, dim: int) -> list[tuple[Tensor, Tensor]]:
+    """What our kernels make of some numbers, and torch."""
+    from .prefill_kernels import gate_rows, norm_rows, place_rows
+
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+    rows, width, heads, groups, length = 5, 2 * dim + 8, 2, 2, 9
+    x, delta, weight, norms = random(rows, width), random(rows, width), random(width), random(2, dim)
+    qkv, gate_up = random(rows, (groups + 2) * heads * dim), random(rows, 2 * width)
+    angles = torch.rand(rows, dim, generator=generator, device=device)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    places = torch.arange(rows, device=device) + 2
+    keys, values = random(1, heads, length, dim), random(1, heads, length, dim)
+    total, normed = norm_rows(x, delta, weight, 1e-6)
+    queries = place_rows(qkv, cos, sin, norms[0], norms[1], 1e-6, groups, keys, values, places)
+    q, k, v = (part.view(rows, -1, dim) for part in qkv.split((heads * groups * dim, heads * dim, heads * dim), dim=-1))
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return [
+        (total, x + delta),
+        (normed, rms_norm(x + delta, weight, 1e-6)),
+        (queries, rotate(rms_norm(q, norms[0], 1e-6), cos, sin).transpose(0, 1)),
+        (keys[0, :, 2 : 2 + rows], rotate(rms_norm(k, norms[1], 1e-6), cos, sin).transpose(0, 1)),
+        (values[0, :, 2 : 2 + rows], v.transpose(0, 1)),
+        (gate_rows(gate_up), F.silu(gate) * up),
+    ]
 
 
 def feature_buffer(model: LoadedModel) -> Tensor | None:

@@ -261,3 +261,21 @@ def test_a_stop_after_the_tower_keeps_what_it_saw(card: Any, load: Any, headless
     del headless_host.check_interrupt
     made = ask(model, question)
     assert asked and made.raw == wanted and "1 from the cache (memory)" in made.report
+
+
+def test_kernels_between_the_products_change_nothing(card: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hotpath.vision_language import decode_attention, fused_decode
+
+    model = load("qwen3_vl")
+    question = Question("?", "", (noise(3, 64, 64),))
+    wanted = ask(model, question, max_new_tokens=2, reuse_prefix=False).raw
+    model.drop_device_state()
+    monkeypatch.setattr(fused_decode, "allow_interpreter", True)
+    monkeypatch.setattr(replayed_prefill, "STEP", 8)  # every row of every head takes the interpreter a millisecond
+    for module in (fused_decode, decode_attention):
+        monkeypatch.setattr(module, "why_not", lambda *_: "it is tested elsewhere")
+    replayed_prefill.kernels_missing.cache_clear()
+    assert ask(model, question, max_new_tokens=2, reuse_prefix=False).raw == wanted
+    assert [made.kernels for made in recordings(model)] == [True]
+    assert {"triton::_norm_rows", "triton::_place_rows", "triton::_gate_rows"} <= set(card.launches)
+    replayed_prefill.kernels_missing.cache_clear()
