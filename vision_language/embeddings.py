@@ -138,7 +138,8 @@ def describe(model: LoadedModel, pixels: Any, kind: str, processor: Any, size: S
 
 def pixels_key(pixels: Any) -> str:
     """SHA-1 (hex) of the exact pixels [..., 3] uint8: processors have instructions for it, and none for MD5."""
-    return hashlib.sha1(memoryview(np.ascontiguousarray(pixels).reshape(-1)), usedforsecurity=False).hexdigest()
+    flat: Any = np.ascontiguousarray(pixels).reshape(-1)
+    return hashlib.sha1(flat, usedforsecurity=False).hexdigest()
 
 
 def look_up(
