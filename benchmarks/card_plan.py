@@ -259,7 +259,7 @@ GOALS = (
     Goal("ColorMNet, pixels within 1/255 of float32", 0.99, None, "", _near("colour_small", "ColorMNet")),
     Goal("Deep Exemplar, pixels within 1/255 of float32", 0.99, None, "", _near("colour_small", "Deep Exemplar")),
     Goal("Qwen3-VL 4B, decode, batch 1", 250, None, "tokens/s",
-         lambda r: max(_qwen(r, f"decode, batch 1, greedy: {path}") for path in ("graph", "compiled"))),
+         lambda r: max(_qwen(r, f"decode, batch 1, greedy: {path}") for path in ("auto", "compiled"))),
     Goal("Qwen3-VL 4B, captions, batch 16, against transformers", 20, None, "x",
          lambda r: _qwen(r, "captions, 64 tokens, batch 16", "times the peer")),
     Goal("Qwen3-VL 4B, first token, known picture, against a new one", None, 0.25, "x",

@@ -173,6 +173,7 @@ class Benchmark:
         model.stop_ids = frozenset()
         self.peer = Peer(model, ULTRA)
         self.decode_with, self.repeats = ["greedy", "sampled"], 3
+        self.paths = ["plain", "auto", "compiled"] if model.device.type == "cuda" else ["plain", "static"]
         self.rows: list[dict[str, Any]] = []
 
     def note(self, what: str, value: float, unit: str, against: float | None = None, remark: str = "") -> None:
@@ -191,8 +192,7 @@ class Benchmark:
         return answer(self.model, [Question(prompt, "", (picture,))], sampling, options)[0]
 
     def decode(self) -> None:
-        device, picture = self.model.device, self.picture(0)
-        paths = ["plain", "graph", "compiled"] if device.type == "cuda" else ["plain", "static"]
+        device, picture, paths = self.model.device, self.picture(0), self.paths
         for sample, sampling in (
             (False, Sampling(sample=False)),
             (True, Sampling(temperature=0.7, top_p=0.9, top_k=50)),
@@ -200,11 +200,13 @@ class Benchmark:
             word = "sampled" if sample else "greedy"
             if word not in self.decode_with:
                 continue
-            began: dict[str, float] = {}
+            began: dict[str, str] = {}
             for path in paths:
                 start = time.perf_counter()
-                self.ask(picture, self.tokens, sampling, decode=path)
-                began[path] = time.perf_counter() - start
+                report = self.ask(picture, self.tokens, sampling, decode=path).report
+                print(report, flush=True)
+                ran = report.split("decode: ")[-1].split(";")[0]
+                began[path] = f"first call {time.perf_counter() - start:.1f} s; {ran}"
             works: dict[str, Callable[[], Any]] = {
                 "first": lambda s=sample: self.peer.write(picture, 1, s),
                 "whole": lambda s=sample: self.peer.write(picture, self.tokens, s),
@@ -220,7 +222,7 @@ class Benchmark:
             self.note(f"decode, batch 1, {word}: transformers", base, "tokens/s")
             for path in paths:
                 rate = (self.tokens - 1) / statistics.median(decoded[path][1:])
-                self.note(f"decode, batch 1, {word}: {path}", rate, "tokens/s", base, f"first call {began[path]:.1f} s")
+                self.note(f"decode, batch 1, {word}: {path}", rate, "tokens/s", base, began[path])
 
     def agreement(self) -> None:
         """How many leading tokens each path shares with the peer's greedy answer (in bfloat16 ties may fall apart)."""
@@ -231,7 +233,7 @@ class Benchmark:
         original = tokenizer.batch_decode
         tokenizer.batch_decode = lambda rows, **kwargs: (written.append(rows[0]), original(rows, **kwargs))[1]
         try:
-            for path in ("plain", "graph", "compiled") if self.model.device.type == "cuda" else ("plain", "static"):
+            for path in self.paths:
                 self.ask(picture, 64, Sampling(sample=False), decode=path)
                 same = next(
                     (i for i, (a, b) in enumerate(zip(wanted, written[-1], strict=False)) if a != b), len(wanted)
@@ -351,6 +353,7 @@ def main() -> None:
         "--only", nargs="*", default=["decode", "agreement", "first_token", "captions", "vllm", "memory"]
     )
     parser.add_argument("--decode-with", nargs="+", choices=("greedy", "sampled"), default=["greedy", "sampled"])
+    parser.add_argument("--paths", nargs="+", help="of decoding: auto, compiled, graph, static, plain")
     parser.add_argument("--rounds", type=int, default=3, help="of timed answers")
     parser.add_argument("--json", type=Path, default=Path("qwen_vl_benchmark.json"), help="written after every part")
     options = parser.parse_args()
@@ -378,6 +381,7 @@ def main() -> None:
         print(json.dumps(facts, indent=1))
         run = Benchmark(model, options.tokens, options.pictures, options.side)
         run.decode_with, run.repeats = options.decode_with, options.rounds
+        run.paths = options.paths or run.paths
         run.note("loading", time.perf_counter() - start, "s", None, "both sides")
         for part in options.only:
             clear_all()
