@@ -11,7 +11,7 @@ import pytest
 import torch
 from hotpath.cache import clear_all
 from hotpath.demo.captioner_model import write_folder
-from hotpath.vision_language import decode_attention, fused_decode
+from hotpath.vision_language import decode_attention, fused_decode, replayed_prefill
 from hotpath.vision_language.answering import Answer, AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.loaded_model import LoadOptions
@@ -31,6 +31,7 @@ def load(headless_host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(decode_attention, "CALLS", 1)
     monkeypatch.setattr(decode_attention, "REPLAYS", 1)
     monkeypatch.setattr(decode_attention, "why_not", lambda *_: "it is tested elsewhere")
+    monkeypatch.setattr(replayed_prefill, "kernels_missing", lambda *_: "they are tested elsewhere")
     fused_decode._chosen.clear()
     headless_host._cache = tmp_path / "cache"
     folder = headless_host.model_folders("LLM")[0]
