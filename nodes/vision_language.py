@@ -39,7 +39,7 @@ DECODE = (
     list(DECODE_PATHS),
     {
         "default": "auto",
-        "tooltip": "auto: compiled layers in one CUDA graph where that runs, static on a CPU, else plain. "
+        "tooltip": "auto: our own kernels, or compiled layers, in one CUDA graph where that runs, static on a CPU, else plain. "
         "plain is the library's own path.",
     },
 )
