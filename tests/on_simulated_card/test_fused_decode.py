@@ -62,7 +62,7 @@ def test_text_is_the_plain_paths(card: Any, load: Any, kind: str) -> None:
     model = load(kind)
     wanted = ask(model, "plain")
     made = ask(model, "auto")
-    assert made.raw == wanted.raw
+    assert made.raw == wanted.raw and len(set(made.raw)) > 1
     assert "static cache, our kernels, one CUDA graph; products by our kernels" in made.report
     graphs = card.graphs
     assert ask(model, "graph").raw == wanted.raw and card.graphs == graphs  # the same buffers serve

@@ -124,3 +124,10 @@ def test_memory_of_another_stream_is_kept_for_it(card: Any) -> None:
     assert not card.hazards
     del x
     assert len(card.hazards) == 1 and "record_stream" in card.hazards.pop()
+
+
+def test_a_device_in_force_is_heard(card: Any) -> None:
+    with torch.device("meta"):
+        assert torch.tensor([1.0]).is_meta and torch.zeros(1).is_meta
+    with torch.device("cuda"):
+        assert torch.tensor([1.0]).is_cuda

@@ -138,6 +138,8 @@ def _functions(card: Card) -> dict[str, Any]:
 def _numbers(_: Card) -> None:
     """`torch.tensor` of a list that holds tensors of the card: one wait each."""
     plain = torch.tensor
+    # What `with torch.device(...)` concerns, found out once: by the names as they are now.
+    torch.utils._device._device_constructors()
 
     @functools.wraps(plain)
     def tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
