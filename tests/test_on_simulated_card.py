@@ -13,9 +13,14 @@ import torch
 HERE = Path(__file__).resolve().parent / "on_simulated_card"
 
 
+LANGUAGE = ("test_answers.py", "test_fused_decode.py", "test_prefill.py")
+REST = tuple(sorted(path.name for path in HERE.glob("test_*.py") if path.name not in LANGUAGE))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real card")
-def test_on_simulated_card() -> None:
-    command = [sys.executable, "-m", "pytest", ".", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+@pytest.mark.parametrize("files", [LANGUAGE, REST], ids=["language", "rest"])  # two workers share them
+def test_on_simulated_card(files: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(
         command, env={**environment, "HOTPATH_SIMULATED_CARD": "1"}, capture_output=True, text=True, cwd=HERE

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hotpath.cache import clear_all
-from hotpath.demo.captioner_model import write_folder
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
-from hotpath.vision_language.loaded_model import LoadOptions
-from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import Picture
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling
@@ -22,15 +16,8 @@ TOKENS = 16
 
 
 @pytest.fixture
-def model(headless_host: Any, tmp_path: Path) -> Iterator[Any]:
-    headless_host._cache = tmp_path / "cache"
-    folder = headless_host.model_folders("LLM")[0]
-    folder.mkdir(parents=True)
-    write_folder(folder / "qwen3_vl", "qwen3_vl")
-    clear_all()
-    yield MODELS.get("qwen3_vl", LoadOptions(dtype="float32"), must_see=False)
-    MODELS.clear()
-    clear_all()
+def model(load_llm: Any) -> Any:
+    return load_llm("qwen3_vl")
 
 
 def asked(model: Any, decode: str, sampling: Sampling, tokens: int = TOKENS) -> list[str]:

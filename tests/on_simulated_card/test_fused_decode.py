@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hotpath.cache import clear_all
-from hotpath.demo.captioner_model import write_folder
 from hotpath.vision_language import decode_attention, fused_decode, replayed_prefill
 from hotpath.vision_language.answering import Answer, AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
-from hotpath.vision_language.loaded_model import LoadOptions
-from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import Picture
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling
@@ -24,7 +19,8 @@ GREEDY = Sampling(sample=False)
 
 
 @pytest.fixture
-def load(headless_host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def load(load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`load_llm`, with our kernels for the products interpreted and torch's in all other places."""
     monkeypatch.setattr(fused_decode, "allow_interpreter", True)
     monkeypatch.setattr(fused_decode, "CONFIGS", ((256, 128, 4),))
     monkeypatch.setattr(fused_decode, "AT_LEAST", 0.0)  # nothing is fast in the interpreter
@@ -33,18 +29,7 @@ def load(headless_host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(decode_attention, "why_not", lambda *_: "it is tested elsewhere")
     monkeypatch.setattr(replayed_prefill, "kernels_missing", lambda *_: "they are tested elsewhere")
     fused_decode._chosen.clear()
-    headless_host._cache = tmp_path / "cache"
-    folder = headless_host.model_folders("LLM")[0]
-    folder.mkdir(parents=True)
-    clear_all()
-
-    def get(kind: str) -> Any:
-        write_folder(folder / kind, kind)
-        return MODELS.get(kind, LoadOptions(dtype="float32"), must_see=False)
-
-    yield get
-    MODELS.clear()
-    clear_all()
+    yield load_llm
     fused_decode._chosen.clear()
 
 

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hotpath.cache import clear_all, named_cache
-from hotpath.demo.captioner_model import write_folder
 from hotpath.vision_language import patches, replayed_prefill
 from hotpath.vision_language.answering import Answer, AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
-from hotpath.vision_language.loaded_model import LoadOptions
-from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import Clip, Picture
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling
 
 GREEDY = Sampling(sample=False)
 OPTIONS = AnswerOptions(max_new_tokens=8, budget=PRESETS["fast"], decode="graph", stream=False)
-
-
-@pytest.fixture
-def load(headless_host: Any, tmp_path: Path) -> Iterator[Any]:
-    headless_host._cache = tmp_path / "cache"
-    folder = headless_host.model_folders("LLM")[0]
-    folder.mkdir(parents=True)
-    clear_all()
-
-    def get(kind: str) -> Any:
-        write_folder(folder / kind, kind)
-        return MODELS.get(kind, LoadOptions(dtype="float32"), must_see=False)
-
-    yield get
-    MODELS.clear()
-    clear_all()
 
 
 def noise(seed: int, height: int = 100, width: int = 140) -> Picture:
@@ -58,8 +37,8 @@ def recordings(model: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_answers_are_the_plain_paths(card: Any, load: Any, kind: str) -> None:
-    model = load(kind)
+def test_answers_are_the_plain_paths(card: Any, load_llm: Any, kind: str) -> None:
+    model = load_llm(kind)
     media: dict[str, Any] = {} if kind == "qwen3" else {"pictures": (A, B), "clips": (CLIP,)}
     first, second = Question("What?", "Be brief.", **media), Question("And which colours are in them?", **media)
     for question in (first, replace(first, prompt="And which colours are in them, please?"), second, first):
@@ -71,7 +50,7 @@ def test_answers_are_the_plain_paths(card: Any, load: Any, kind: str) -> None:
     assert all(made.graph is not None for made in recordings(model))
 
 
-def test_logits_are_the_librarys(card: Any, load: Any) -> None:
+def test_logits_are_the_librarys(card: Any, load_llm: Any) -> None:
     from hotpath.vision_language.answering import on
     from hotpath.vision_language.embeddings import EmbeddingCache, encode, look_up
     from hotpath.vision_language.generation import choose_path, prepared
@@ -79,7 +58,7 @@ def test_logits_are_the_librarys(card: Any, load: Any) -> None:
     from hotpath.vision_language.prompts import build
     from hotpath.vision_language.timing import Timing
 
-    model = load("qwen3_vl")
+    model = load_llm("qwen3_vl")
     timing, cache = Timing(model.device), EmbeddingCache()
     prompts = []
     for text in ("What?", "And which colours are in it?"):
@@ -103,8 +82,8 @@ def test_logits_are_the_librarys(card: Any, load: Any) -> None:
             assert (reused > 0) == (index > 0) or reused == prompts[0].prefix
 
 
-def test_a_class_is_recorded_once(card: Any, load: Any) -> None:
-    model = load("qwen3_vl")
+def test_a_class_is_recorded_once(card: Any, load_llm: Any) -> None:
+    model = load_llm("qwen3_vl")
     questions = [Question(text, "", (A,)) for text in ("a", "b?", "something else")]
     for question in questions:
         ask(model, question)
@@ -119,8 +98,8 @@ def test_a_class_is_recorded_once(card: Any, load: Any) -> None:
     assert len(set(waits[:-1])) == 1
 
 
-def test_few_kernels_are_started_for_a_known_picture(card: Any, load: Any) -> None:
-    model = load("qwen3_vl")
+def test_few_kernels_are_started_for_a_known_picture(card: Any, load_llm: Any) -> None:
+    model = load_llm("qwen3_vl")
     for text in ("a", "b?"):
         ask(model, Question(text, "", (A,)), max_new_tokens=1)
     card.launches.clear()
@@ -129,8 +108,8 @@ def test_few_kernels_are_started_for_a_known_picture(card: Any, load: Any) -> No
     assert card.replays == 1 and sum(card.launches.values()) < 12, card.launches
 
 
-def test_recordings_go_when_the_weights_leave_and_are_made_again(card: Any, load: Any) -> None:
-    model = load("qwen3_vl")
+def test_recordings_go_when_the_weights_leave_and_are_made_again(card: Any, load_llm: Any) -> None:
+    model = load_llm("qwen3_vl")
     question = Question("What?", "", (A,))
     wanted = ask(model, question).raw
     model.release()
@@ -143,9 +122,9 @@ def test_recordings_go_when_the_weights_leave_and_are_made_again(card: Any, load
     assert ask(model, question, keep_loaded=False).raw == wanted
 
 
-def test_recordings_are_bounded(card: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recordings_are_bounded(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replayed_prefill, "RECORDINGS", 2)
-    model = load("qwen3")
+    model = load_llm("qwen3")
     texts = ["a", "word " * 30, "word " * 60]
     wanted = [ask(model, Question(text), decode="plain").raw for text in texts]
     for _ in range(2):
@@ -154,9 +133,9 @@ def test_recordings_are_bounded(card: Any, load: Any, monkeypatch: pytest.Monkey
 
 
 def test_what_is_too_long_or_cannot_be_recorded_is_the_librarys(
-    card: Any, load: Any, monkeypatch: pytest.MonkeyPatch
+    card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load("qwen3_vl")
+    model = load_llm("qwen3_vl")
     question = Question("What?", "", (A,))
     wanted = ask(model, question).raw
     monkeypatch.setattr(replayed_prefill, "LONGEST", 8)
@@ -175,8 +154,8 @@ def test_what_is_too_long_or_cannot_be_recorded_is_the_librarys(
         assert "prefill: the library's, because a recording failed here: the driver refuses" in made.report
 
 
-def test_batches_and_several_answers_are_the_librarys(card: Any, load: Any) -> None:
-    model = load("qwen3_vl")
+def test_batches_and_several_answers_are_the_librarys(card: Any, load_llm: Any) -> None:
+    model = load_llm("qwen3_vl")
     question = Question("What?", "", (A,))
     made = answer(model, [question, Question("Else?")], GREEDY, OPTIONS)
     assert [part.raw for part in made] == [ask(model, question).raw, ask(model, Question("Else?")).raw]
@@ -184,10 +163,10 @@ def test_batches_and_several_answers_are_the_librarys(card: Any, load: Any) -> N
     assert several[0].raw == answer(model, [question], Sampling(temperature=1.0, seed=2), OPTIONS)[0].raw
 
 
-def test_a_stop_before_the_prefill_leaves_nothing(card: Any, load: Any, headless_host: Any) -> None:
+def test_a_stop_before_the_prefill_leaves_nothing(card: Any, load_llm: Any, headless_host: Any) -> None:
     from hotpath.host import Interrupted
 
-    model = load("qwen3_vl")
+    model = load_llm("qwen3_vl")
     question = Question("What?", "", (A,))
     wanted = ask(model, question).raw
 
@@ -211,8 +190,8 @@ def test_classes() -> None:
     assert replayed_prefill.length_class(2048, False) == 2048
 
 
-def test_the_tower_sees_what_the_library_makes(card: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load("qwen3_vl")
+def test_the_tower_sees_what_the_library_makes(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_llm("qwen3_vl")
     question = Question("Compare.", "", (A, noise(5, 300, 200), B), (CLIP,))
     made = ask(model, question)
     clear_all()
@@ -226,8 +205,8 @@ def test_the_tower_sees_what_the_library_makes(card: Any, load: Any, monkeypatch
     assert all(part.pooled.device.type == "cuda" for part in kept if part is not None)
 
 
-def test_a_known_picture_is_sent_once(card: Any, load: Any) -> None:
-    model = load("qwen3_vl")
+def test_a_known_picture_is_sent_once(card: Any, load_llm: Any) -> None:
+    model = load_llm("qwen3_vl")
     question = Question("What?", "", (A,))
     wanted = ask(model, question, reuse_prefix=False).raw
     assert ask(model, question, reuse_prefix=False).raw == wanted
@@ -239,10 +218,10 @@ def test_a_known_picture_is_sent_once(card: Any, load: Any) -> None:
     assert len(model.device_state["features"]) == 1
 
 
-def test_a_stop_after_the_tower_keeps_what_it_saw(card: Any, load: Any, headless_host: Any) -> None:
+def test_a_stop_after_the_tower_keeps_what_it_saw(card: Any, load_llm: Any, headless_host: Any) -> None:
     from hotpath.host import Interrupted
 
-    model = load("qwen3_vl")
+    model = load_llm("qwen3_vl")
     question = Question("What?", "", (A,))
     wanted = ask(model, question).raw
     clear_all()
@@ -263,10 +242,10 @@ def test_a_stop_after_the_tower_keeps_what_it_saw(card: Any, load: Any, headless
     assert asked and made.raw == wanted and "1 from the cache (memory)" in made.report
 
 
-def test_kernels_between_the_products_change_nothing(card: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_between_the_products_change_nothing(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from hotpath.vision_language import decode_attention, fused_decode
 
-    model = load("qwen3_vl")
+    model = load_llm("qwen3_vl")
     question = Question("?", "", (noise(3, 64, 64),))
     wanted = ask(model, question, max_new_tokens=2, reuse_prefix=False).raw
     model.drop_device_state()
