@@ -26,9 +26,7 @@ from .remembering import analyse_in_parts, picture_keys
 from .runner import DETECTOR_BYTES_PER_PIXEL, joined
 
 PICTURES_AT_ONCE = 32  # as bytes on the device
-PICTURES_AT_A_STEP = (
-    8  # of the detector on an accelerator, which more would not keep busier; fewer where they are large
-)
+PICTURES_AT_A_STEP = 8  # of the detector on an accelerator, which more would not keep busier; fewer of large ones
 FACES_AT_ONCE_ON_CPU = 4  # more gain nothing there, and a stop would wait for them
 
 
