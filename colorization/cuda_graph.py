@@ -13,9 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..host.capturing import captured
+
 log = logging.getLogger("hotpath.colorization")
 
 TOLERANCE = 2e-2  # of the largest number; a graph that reads wrong memory is off by far more
+WARM_RUNS = 2
 MOST_SHAPES = 4  # a film has one; every graph keeps the memory of its step
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -37,24 +40,14 @@ Record = Callable[[Step, Sequence[Tensor]], Recording]
 
 
 class CudaRecording:
-    """`function` of copies of `tensors`, captured after two runs that let libraries choose their kernels.
+    """`function` of copies of `tensors`, captured.
 
     pool: memory that recordings share. They may: one runs at a time, and what it leaves is copied at once.
     """
 
     def __init__(self, function: Step, tensors: Sequence[Tensor], pool: Any = None) -> None:
         self.inputs = [tensor.clone() for tensor in tensors]
-        stream: Any = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                function(*self.inputs)
-            self._graph: Any = torch.cuda.CUDAGraph()
-            # Other threads decode, pin memory and copy meanwhile; that is no business of this capture. A capture that fails
-            # leaves its stream current, which the outer `with` puts right.
-            with torch.cuda.graph(self._graph, pool, stream, capture_error_mode="thread_local"):
-                self.outputs = function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        self._graph, self.outputs = captured(lambda: function(*self.inputs), WARM_RUNS, pool=pool)
 
     def replay(self) -> None:
         self._graph.replay()

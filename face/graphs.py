@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..host.capturing import captured
 
 log = logging.getLogger("hotpath.face")
 
@@ -23,11 +24,10 @@ TOLERANCE = 1e-2  # of the largest number; a graph that reads wrong memory is of
 MOST_GRAPHS = 8  # of a network
 IDLE_CALLS = 64  # a graph that was not used for as many may go for another one
 MOST_BYTES = 1 << 30  # of activations; graphs of a network share them
-WARM_RUNS = 2  # so that libraries choose kernels and workspaces outside of the capture
+WARM_RUNS = 2
 
 # The result, and what it was made of: numbers to compare two runs by, where that is not the result itself.
 Step = Callable[[Tensor], Sequence[Tensor]]
-_capturing = threading.Lock()  # cudaMallocAsync, which ComfyUI asks for, allows one capture in a process
 
 
 class _Memory:
@@ -43,22 +43,13 @@ class _Graph:
         self._step = step  # holds tables that the graph reads
         self._memory = memory
         self.used = 0
-        before: Any = torch.cuda.current_stream()
         # A recording lives on after the inference mode in which a node made it.
         with torch.inference_mode(False), torch.no_grad():
             self._held = torch.empty_like(given)
             self._held.copy_(given)
-            memory.stream.wait_stream(before)
-            try:
-                # Around the capture too: torch leaves its stream behind as the current one where a capture fails.
-                with torch.cuda.stream(memory.stream):
-                    for _ in range(WARM_RUNS):
-                        step(self._held)
-                    self._graph: Any = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(self._graph, memory.pool, memory.stream, capture_error_mode="thread_local"):
-                        self.made = step(self._held)
-            finally:
-                before.wait_stream(memory.stream)
+            self._graph, self.made = captured(
+                lambda: step(self._held), WARM_RUNS, stream=memory.stream, pool=memory.pool
+            )
 
     def replay(self, given: Tensor) -> None:
         self._held.copy_(given, non_blocking=True)
@@ -143,9 +134,8 @@ class Graphs:
 
     def _record(self, key: Hashable, step: Step, given: Tensor, expected: Sequence[Tensor]) -> None:
         try:
-            with _capturing:
-                self._memory = self._memory or _Memory()
-                graph = _Graph(step, given, self._memory)
+            self._memory = self._memory or _Memory()
+            graph = _Graph(step, given, self._memory)
             self._wait_for_last_call()
             graph.replay(given)
             for one, other in zip(graph.made[-len(expected) :], expected, strict=True):

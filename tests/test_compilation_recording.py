@@ -247,7 +247,8 @@ def test_a_capture_that_breaks_off_leaves_no_stream_behind(monkeypatch: pytest.M
     """torch leaves the capture's stream as the current one where ending the capture raises."""
     from unittest.mock import MagicMock
 
-    current = ["the caller's"]
+    callers = MagicMock()
+    current = [callers]
 
     class Stream(MagicMock):
         pass
@@ -271,12 +272,13 @@ def test_a_capture_that_breaks_off_leaves_no_stream_behind(monkeypatch: pytest.M
 
     for name, value in {
         "current_device": lambda: 0, "Stream": Stream, "stream": On, "CUDAGraph": MagicMock, "graph": Capture,
-        "graph_pool_handle": lambda: "pool", "current_stream": lambda: current[0],
+        "graph_pool_handle": lambda: "pool", "current_stream": lambda _=None: current[0],
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
     with pytest.raises(RuntimeError, match="invalidated"):
         CudaRecording(lambda: 1)
-    assert current == ["the caller's"]
+    assert current == [callers]
+    callers.wait_stream.assert_called_once()  # for what ran before the capture
 
 
 def test_autocast_is_recorded_apart() -> None:

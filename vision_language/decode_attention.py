@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.choice import fastest
+from ..host.capturing import captured
 
 log = logging.getLogger("hotpath.vision_language")
 
@@ -93,16 +94,12 @@ def choose(shape: tuple[int, int, int, int], length: int, device: torch.device, 
 
 def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
     """Of one call among many in a CUDA graph, where starting a kernel from the host costs nothing."""
-    stream: Any = torch.cuda.Stream(device=device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        run()
-        graph = torch.cuda.CUDAGraph()
-        # A capture that fails leaves its stream current, which the outer `with` puts right.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for _ in range(CALLS):
-                run()
-    torch.cuda.current_stream(device).wait_stream(stream)
+
+    def many() -> None:
+        for _ in range(CALLS):
+            run()
+
+    graph, _ = captured(many, 1, device)
     event: Any = torch.cuda.Event
     spans = []
     for _ in range(REPLAYS):

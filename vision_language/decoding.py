@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..host.capturing import captured
 from . import decode_attention
 from .offloading import StreamedLayer
 
@@ -23,7 +24,7 @@ log = logging.getLogger("hotpath.vision_language")
 
 DENSE_MODELS = ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 BUCKETS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 131072, 262144)
-GRAPH_WARMUP = 3  # runs before a capture, so that kernels are chosen and compiled outside of it
+GRAPH_WARMUP = 3
 
 
 def bucket_length(tokens: int) -> int:
@@ -238,19 +239,9 @@ class Workspace:
 
     def capture(self) -> None:
         """Record the step as a CUDA graph. Overwrites the buffers, so call it before `begin`."""
-        stream: Any = torch.cuda.Stream(device=self.tokens.device)
-        stream.wait_stream(torch.cuda.current_stream(self.tokens.device))
-        with torch.cuda.stream(stream):
-            for _ in range(GRAPH_WARMUP):
-                self.warm_up()
-            self.slot.zero_()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads of the host go on using the device meanwhile. A capture that fails leaves its stream current,
-            # which the outer `with` puts right.
-            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                self.logits = self._advance()
-        torch.cuda.current_stream(self.tokens.device).wait_stream(stream)
-        self.graph = graph
+        self.slot.zero_()
+        # Each warm run moves the slot on by one; `begin` sets it.
+        self.graph, self.logits = captured(self._advance, GRAPH_WARMUP, self.tokens.device, pool=self.pool)
 
     def run(self, tokens: Tensor) -> Tensor:
         """The logits after `tokens` [B]. On CUDA they are overwritten by the next run."""

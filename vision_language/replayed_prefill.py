@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
+from ..host.capturing import captured
 from . import fused_decode
 from .decoding import Workspace, rms_norm, rotate, text_decoder
 from .embeddings import VisualFeatures, VisualItem
@@ -83,16 +84,7 @@ class PrefillRecording:
 
     def _record(self) -> None:
         """Run once as it is, which chooses kernels and gives the result, then record."""
-        here = torch.cuda.current_stream(self.given.device)
-        stream: Any = torch.cuda.Stream(device=self.given.device)
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            self._run()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.space.pool, stream=stream, capture_error_mode="thread_local"):
-                self._run()
-        here.wait_stream(stream)
-        self.graph = graph
+        self.graph, _ = captured(self._run, 1, self.given.device, pool=self.space.pool)
 
     def _run(self) -> None:
         space, n = self.space, self.tokens
@@ -208,8 +200,8 @@ def kernels_missing(device: torch.device, dtype: torch.dtype, dim: int) -> str:
     return ""
 
 
-def trial(device: torch.device, dtype: torch.dtype, dim: int) -> list[tuple[Tensor, Tensor]]:
-    """What our kernels make of some numbers, and torch."""
+def trial(device: torch.device, dtype: torch.dtype, dim: int, normed: bool = True) -> list[tuple[Tensor, Tensor]]:
+    """What our kernels make of some numbers, and torch. normed: heads have norms of their own, as Qwen3's."""
     from .prefill_kernels import gate_rows, norm_rows, place_rows
 
     generator = torch.Generator(device=device).manual_seed(0)
@@ -224,16 +216,19 @@ def trial(device: torch.device, dtype: torch.dtype, dim: int) -> list[tuple[Tens
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     places = torch.arange(rows, device=device) + 2
     keys, values = random(1, heads, length, dim), random(1, heads, length, dim)
-    total, normed = norm_rows(x, delta, weight, 1e-6)
-    queries = place_rows(qkv, cos, sin, norms[0], norms[1], 1e-6, groups, keys, values, places)
+    total, of_rows = norm_rows(x, delta, weight, 1e-6)
+    q_norm, k_norm = norms if normed else (None, None)
+    queries = place_rows(qkv, cos, sin, q_norm, k_norm, 1e-6, groups, keys, values, places)
     q, k, v = (part.view(rows, -1, dim) for part in qkv.split((heads * groups * dim, heads * dim, heads * dim), dim=-1))
+    if normed:
+        q, k = rms_norm(q, norms[0], 1e-6), rms_norm(k, norms[1], 1e-6)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     gate, up = gate_up.chunk(2, dim=-1)
     return [
         (total, x + delta),
-        (normed, rms_norm(x + delta, weight, 1e-6)),
-        (queries, rotate(rms_norm(q, norms[0], 1e-6), cos, sin).transpose(0, 1)),
-        (keys[0, :, 2 : 2 + rows], rotate(rms_norm(k, norms[1], 1e-6), cos, sin).transpose(0, 1)),
+        (of_rows, rms_norm(x + delta, weight, 1e-6)),
+        (queries, rotate(q, cos, sin).transpose(0, 1)),
+        (keys[0, :, 2 : 2 + rows], rotate(k, cos, sin).transpose(0, 1)),
         (values[0, :, 2 : 2 + rows], v.transpose(0, 1)),
         (gate_rows(gate_up), F.silu(gate) * up),
     ]

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ...host.capturing import captured
 from ..model_call import BOUND, BoundPatches
 from .blocks import attributes_used
 from .options import (
@@ -65,7 +66,7 @@ class _Memory:
 
 # By device; held by the recordings alone, since a pool that the last of them has left cannot be used again.
 _memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
-_recording = threading.Lock()  # cudaMallocAsync, which ComfyUI asks for, allows one capture in a process
+_recording = threading.Lock()  # whoever records has the device's memory and stream for himself
 
 
 class CudaRecording:
@@ -83,17 +84,7 @@ class CudaRecording:
                 raise
 
     def _record(self, function: Callable[[], Any], memory: _Memory) -> None:
-        before = torch.cuda.current_stream()
-        memory.stream.wait_stream(before)
-        self._graph = torch.cuda.CUDAGraph()
-        # Around the capture too: torch leaves its stream behind as the current one where ending a capture fails.
-        with torch.cuda.stream(memory.stream):
-            for _ in range(WARM_CALLS):
-                function()
-            # thread_local: what another thread does with the GPU meanwhile, such as decoding a preview, is its own affair.
-            with torch.cuda.graph(self._graph, memory.pool, memory.stream, capture_error_mode="thread_local"):
-                self._output = function()
-        before.wait_stream(memory.stream)
+        self._graph, self._output = captured(function, WARM_CALLS, stream=memory.stream, pool=memory.pool)
 
     def replay(self) -> Any:
         self._graph.replay()
