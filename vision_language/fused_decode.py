@@ -85,7 +85,8 @@ class FusedStep(DecodeStep):
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
     ) -> Tensor:
-        from .fused_decode_kernel import place, product
+        from .fused_decode_kernel import product
+        from .prefill_kernels import place_rows
 
         embed, rotary = self._shared
         x = F.embedding(tokens, embed.weight)[0]
@@ -97,13 +98,13 @@ class FusedStep(DecodeStep):
         first = layers[0]
         heads, groups, dim, hidden = first.heads, first.groups, first.head_dim, len(x)
         new = functools.partial(torch.empty, dtype=x.dtype, device=x.device)
-        qkv, queries = new(heads * (groups + 2) * dim), new(1, heads, groups, dim)
+        qkv = new(1, heads * (groups + 2) * dim)
         for layer, k, v in zip(layers, keys, values, strict=True):
             product(x, layer.qkv.weight, qkv, self.configs["qkv"], layer.qkv.bias, layer.norm_in.weight, layer.eps)
             q_norm = None if layer.q_norm is None else layer.q_norm.weight
             k_norm = None if layer.k_norm is None else layer.k_norm.weight
-            place(qkv, cos, sin, q_norm, k_norm, layer.eps, queries, k, v, slot)
-            seen = layer.attend(queries, k, v, bias, slot).reshape(heads * groups * dim)
+            queries = place_rows(qkv, cos, sin, q_norm, k_norm, layer.eps, groups, k, v, slot)
+            seen = layer.attend(queries.view(1, heads, groups, dim), k, v, bias, slot).reshape(heads * groups * dim)
             middle, after = new(hidden), new(hidden)
             product(seen, layer.out.weight, middle, self.configs["out"], added=x)
             inner = new(layer.down.in_features)

@@ -1,8 +1,8 @@
 """The products of one token with a decoder's matrices, in Triton: every weight is read once, with what stands around it.
 
-A decode step is as fast as its weights are read, so what torch does between two products (norms, SiLU, residual sums,
-rotary embedding, the write into the cache) is done where the numbers are anyway. The factor of an RMS norm is the same for
-all of a row: it is applied to the sum, so that reading weights does not wait for it.
+A decode step is as fast as its weights are read, so what torch does between two products (norms, SiLU, residual sums) is done
+where the numbers are anyway. The factor of an RMS norm is the same for all of a row: it is applied to the sum, so that reading
+weights does not wait for it.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -60,40 +60,6 @@ def _product(
     tl.store(RESULT + output, made.to(RESULT.dtype.element_ty), mask=held)
 
 
-@triton.jit
-def _place(
-    QKV, COS, SIN, Q_NORM, K_NORM, QUERIES, KEYS, VALUES, SLOT, eps, length, query_heads, heads,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, NORMED: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0)
-    dim = tl.arange(0, PADDED_DIM)
-    held = dim < DIM
-    HALF: tl.constexpr = DIM // 2
-    partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
-    x = tl.load(QKV + head * DIM + dim, mask=held, other=0.0).to(tl.float32)
-    y = tl.load(QKV + head * DIM + partner, mask=held, other=0.0).to(tl.float32)
-    if NORMED:
-        factor = 1.0 / tl.sqrt(tl.sum(x * x, 0) / DIM + eps)
-        asks = head < query_heads
-        q, k = tl.load(Q_NORM + dim, mask=held, other=0.0), tl.load(K_NORM + dim, mask=held, other=0.0)
-        turned_x = x * factor * tl.where(asks, q, k).to(tl.float32)
-        q, k = tl.load(Q_NORM + partner, mask=held, other=0.0), tl.load(K_NORM + partner, mask=held, other=0.0)
-        turned_y = y * factor * tl.where(asks, q, k).to(tl.float32)
-    else:
-        turned_x, turned_y = x, y
-    cos = tl.load(COS + dim, mask=held, other=0.0).to(tl.float32)
-    sin = tl.load(SIN + dim, mask=held, other=0.0).to(tl.float32)
-    turned = turned_x * cos + tl.where(dim < HALF, -turned_y, turned_y) * sin
-    slot = tl.load(SLOT)
-    key = head - query_heads
-    value = key - heads
-    tl.store(QUERIES + head * DIM + dim, turned.to(QUERIES.dtype.element_ty), mask=held & (head < query_heads))
-    at = (key.to(tl.int64) * length + slot) * DIM
-    tl.store(KEYS + at + dim, turned.to(KEYS.dtype.element_ty), mask=held & (key >= 0) & (key < heads))
-    at = (value.to(tl.int64) * length + slot) * DIM
-    tl.store(VALUES + at + dim, x.to(VALUES.dtype.element_ty), mask=held & (value >= 0))
-
-
 def product(
     x: Tensor,
     weight: Tensor,
@@ -119,21 +85,4 @@ def product(
         nothing if added is None else added, result, outputs, inputs, eps,
         NORMED=norm is not None, GATED=gated, ADDS=added is not None, BIASED=bias is not None,
         BLOCK_N=block_n, BLOCK_K=block_k, STEPS=triton.cdiv(inputs, block_k), num_warps=warps,
-    )  # fmt: skip
-
-
-def place(
-    qkv: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
-    queries: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
-) -> None:  # fmt: skip
-    """Norm and rotate the heads of qkv [(query heads + 2 heads) * D] into queries [1, heads, G, D] and the caches at `slot`.
-
-    keys, values: [1, heads, length, D]; cos, sin: [D]; slot: [1].
-    """
-    _, heads, length, dim = keys.shape
-    query_heads = queries.shape[1] * queries.shape[2]
-    _place[(query_heads + 2 * heads,)](
-        qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, queries, keys, values, slot,
-        eps, length, query_heads, heads,
-        DIM=dim, PADDED_DIM=triton.next_power_of_2(dim), NORMED=q_norm is not None, num_warps=1,
     )  # fmt: skip

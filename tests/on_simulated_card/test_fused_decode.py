@@ -70,7 +70,7 @@ def test_logits_and_cache_are_the_plain_steps(card: Any, load: Any) -> None:
         torch.testing.assert_close(spaces[1].kept.cpu(), spaces[0].kept.cpu(), atol=1e-4, rtol=1e-4)
         layers = len(steps[1].layers)
         launches = {name: count for name, count in card.launches.items() if name.startswith("triton")}
-        assert launches == {"triton::_product": 4 * layers + 1, "triton::_place": layers}
+        assert launches == {"triton::_product": 4 * layers + 1, "triton::_place_rows": layers}
 
 
 def test_a_batch_is_decoded_otherwise(card: Any, load: Any) -> None:

@@ -20,8 +20,9 @@ from test_prefill_kernels import TOLERANCE
 from hotpath.vision_language.replayed_prefill import trial
 for dtype in (torch.float32, torch.bfloat16):
     for dim in (16, 24):
-        for found, wanted in trial(torch.device("cpu"), dtype, dim):
-            torch.testing.assert_close(found, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        for normed in (True, False):
+            for found, wanted in trial(torch.device("cpu"), dtype, dim, normed):
+                torch.testing.assert_close(found, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 print("equal")
 """
 
@@ -34,8 +35,9 @@ def test_kernels_are_torchs_numbers_in_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("dim", [64, 80, 128])
-def test_kernels_are_torchs_numbers_on_the_gpu(dim, dtype):
-    for found, wanted in replayed_prefill.trial(torch.device("cuda"), dtype, dim):
+@pytest.mark.parametrize("normed", [True, False])
+def test_kernels_are_torchs_numbers_on_the_gpu(normed, dim, dtype):
+    for found, wanted in replayed_prefill.trial(torch.device("cuda"), dtype, dim, normed):
         torch.testing.assert_close(found, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert replayed_prefill.kernels_missing(torch.device("cuda", 0), dtype, dim) == ""
 
