@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from quiet import alone
 from torch import Tensor
+from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parent.parent
 ROW = "row: "  # begins the line of a result
@@ -266,8 +267,35 @@ def memory_read(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
         )  # fmt: skip
 
 
+def picture_norms(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+    """GroupNorm with SiLU and what is added before it, as SDXL's residual blocks have it at 1024x1024 with CFG."""
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, added: Tensor) -> Tensor:
+        return functional.silu(functional.group_norm(x + added[..., None, None], 32, weight, bias, 1e-5))
+
+    for channels, side in ((64, 4),) if tiny else ((320, 128), (640, 64), (1280, 32), (2560, 32), (960, 128)):
+        for order in (torch.channels_last, torch.contiguous_format):
+            x = torch.randn(2, channels, side, side, device=device, dtype=torch.float16).contiguous(memory_format=order)
+            weight, bias = torch.randn(2, channels, device=device, dtype=torch.float16)
+            added = torch.randn(2, channels, device=device, dtype=torch.float16)
+            fused = plain
+            if device.type == "cuda":
+                from hotpath.patches.compilation.group_norm_kernel import group_norm
+
+                fused = lambda x, w, b, a: group_norm(x, 32, w, b, 1e-5, silu=True, added=a)  # noqa: E731
+            wanted = plain(x.double(), weight.double(), bias.double(), added.double())
+            yield _row(
+                f"norm of 2 x {channels} x {side} x {side}, {'channels last' if order == torch.channels_last else 'planes'}",
+                _error(fused(x, weight, bias, added), wanted), 2e-3,
+                lambda f=fused, x=x, w=weight, b=bias, a=added: f(x, w, b, a),
+                lambda x=x, w=weight, b=bias, a=added: plain(x, w, b, a),
+                3 * x.nbytes,
+            )  # fmt: skip
+
+
 CHECKS = {
-    check.__name__: check for check in (token_attention, window_attention, decode_attention, best_match, memory_read)
+    check.__name__: check
+    for check in (token_attention, window_attention, decode_attention, best_match, memory_read, picture_norms)
 }
 
 

@@ -13,6 +13,7 @@ from hotpath.attention import best_match, local_window
 
 triton = pytest.importorskip("triton")
 from hotpath.attention import best_match_kernel, local_window_kernel, token_attention_kernel  # noqa: E402
+from hotpath.patches.compilation import group_norm_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -35,13 +36,16 @@ def compiled(kernel: Any, pointers: dict[str, str], form: dict[str, Any], target
     names = kernel.arg_names
     signature = {
         name: "constexpr" if name in form else f"*{pointers[name]}" if name in pointers
-        else "fp32" if name == "scale" else "i32" for name in names
+        else "fp32" if name in ("scale", "eps") else "i32" for name in names
     }  # fmt: skip
     # As at a launch: torch aligns what it allocates, and sizes are mostly multiples of 16.
+    even = (
+        "channels", "value_channels", "q_query", "out_query", "q_sample", "out_sample", "places", "x_sample", "x_channel",
+        "x_place",
+    )  # fmt: skip
     aligned = {
-        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names)
-        if name in pointers or name in ("channels", "value_channels", "q_query", "out_query", "q_sample", "out_sample")
-    }  # fmt: skip
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in pointers or name in even
+    }
     return triton.compile(ASTSource(kernel, signature, form, aligned), target=where, options=options)
 
 
@@ -103,6 +107,33 @@ def test_token_attention_stays_in_registers(kind: str, dim: int, tokens: int, ta
     made = compiled(kernel._attend_tokens, pointers, form, target)
     # Wide heads in float32 do not quite fit; what spills is read once per block of tokens.
     assert spilled(made) <= (512 if (kind, dim) == ("fp32", 160) else 0) and made.metadata.shared <= SHARED
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("last", [True, False])
+def test_norms_of_pictures_read_sixteen_bytes_at_once(last: bool, target: str) -> None:
+    kernel = group_norm_kernel
+    tile = {"PLACES": 32, "CHANNELS": 64} if last else {"PLACES": 1024, "CHANNELS": 2}
+    launch = {"num_warps": 4, "num_stages": 1}
+    order = {"x_channel": 1} if last else {"x_place": 1}
+    half = dict.fromkeys(("X", "Y", "OUT", "WEIGHT", "BIAS", "ADDED", "OFFSETS", "MORE"), "fp16")
+    pointers = half | dict.fromkeys(("MEANS", "SQUARES", "FACTORS", "SHIFTS"), "fp32")
+    made = [
+        compiled(kernel._moments, pointers, {**order, **tile, **launch, "STEPS": 8}, target),
+        compiled(kernel._apply, pointers, {**order, **tile, **launch, "SILU": True}, target),
+        compiled(kernel._add, pointers, {**order, **tile, **launch, "OFFSET": True, "MORE_OFFSET": True}, target),
+    ]
+    factors = {
+        **launch,
+        "num_warps": kernel.FACTOR_WARPS,
+        "ADDS": True,
+        "OFFSET": True,
+        "STRETCHES": kernel.STRETCHES,
+        "WIDTH": 128,
+    }
+    assert not any(spilled(one) for one in [*made, compiled(kernel._factors, pointers, factors, target)])
+    if target.startswith("sm"):
+        assert all("ld.global.v4.b32" in one.asm["ptx"] for one in made)
 
 
 @pytest.mark.parametrize(("target", "shared"), [("sm86", SHARED), ("sm90", 227 << 10), ("gfx1100", 64 << 10)])

@@ -6,6 +6,7 @@ from typing import Any
 
 from .graphs import Backend, named_backend, start_workers
 from .options import attention_that_traces
+from .pictures import describe_parts
 from .recording import KEY as RECORDING_KEY
 from .recording import record_calls
 from .regional import RegionalCompiler, forget_compiled_kinds
@@ -84,6 +85,8 @@ def compile_model(
     if chosen.compiles and (note := attention_that_traces()[1]):
         lines.append(note)
     lines += record_calls(made, compiler)
+    if compiler.recorder is not None and (parts := describe_parts(made.get_model_object("diffusion_model"))):
+        lines.append(parts)
     made.set_attachments(KEY, compiler)
     sizes = "one graph for all sizes" if chosen.dynamic else "one graph per size"
     what = f"{sizes}: {describe_regions(found)}; compiled at first use" if chosen.compiles else "nothing is compiled"

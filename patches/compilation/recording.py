@@ -217,6 +217,7 @@ class CallRecorder:
         if unpatch_all:
             self._kept.clear()
             self._failed.clear()
+            self.compiler.release()
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -263,6 +264,7 @@ class CallRecorder:
         devices = [buffer.device for buffer in buffers if buffer.device.type == "cuda"]
         with torch.cuda.device(devices[0]) if devices else contextlib.nullcontext():
             made = _Recorded(self.record(call), buffers, flat)
+        made.kept += self.compiler.current().held
         self.recorded += 1
         return made
 

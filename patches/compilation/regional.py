@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from .blocks import ORDINARY, LiveParts, constants_of, parts_of
 from .graphs import Backend, CompiledKind, compile_errors
 from .options import NotTraceable, block_options, options_read_by, share_attention_log
+from .pictures import Pictures, Written
 from .recording import CallRecorder
 from .regions import Region, find_regions
 from .settings import CompilationRefused, CompileSettings
@@ -154,16 +155,28 @@ class _Plan:
 
     def __init__(self, model: Any, owner: RegionalCompiler) -> None:
         found = find_regions(model.diffusion_model, owner.settings.regions)
+        self._compiles = owner.settings.compiles
         self.blocks = [BlockForward(region, owner) for region in found]
+        compiled = {block.module: block for block in self.blocks} if owner.settings.compiles else {}
+        # What is launched from Python one by one pays only where Python does it once.
+        self.pictures = Pictures(model.diffusion_model, compiled) if owner.recorder is not None else None
+        self.forwards: list[Written | BlockForward] = []
         self.stamp: Any = None
         self.problem: str | None = None  # why the model as a whole cannot be recorded
         inside = frozenset(part for block in self.blocks for part in block.module.modules())
         self._around = LiveParts(model.diffusion_model, without=inside)
         self._holders = [held for part in model.diffusion_model.modules() for held in (part._parameters, part._buffers)]
 
-    def examine(self, device: torch.device) -> None:
+    def examine(self, device: torch.device, model: Any) -> None:
         """Look at where weights are, and what other packs did, now."""
         self.problem = None
+        self.forwards = []
+        if self.pictures is not None:
+            from comfy.model_management import get_free_memory
+
+            hooked = bool(getattr(getattr(model, "current_patcher", None), "hook_patches", None))
+            self.pictures.examine(device, get_free_memory(device), hooked)
+            self.forwards += self.pictures.serving  # before the compiled ones, which then are not asked
         for block in self.blocks:
             block.examine(device)
             if block.kind is None and block.key not in block.owner.failed:
@@ -172,6 +185,18 @@ class _Plan:
             self._around.state(device)
         except NotTraceable as error:
             self.problem = str(error)
+        if self._compiles:
+            self.forwards += self.blocks
+
+    def begin(self, options: dict[str, Any]) -> None:
+        """A call with these `transformer_options` begins."""
+        if self.pictures is not None:
+            self.pictures.begin(patched=any((options.get("patches") or {}).values()))
+
+    @property
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """What recordings read besides the weights of the model."""
+        return self.pictures.held if self.pictures is not None else ()
 
     def weights(self) -> Hashable:
         """Where every weight of the model lies now; of a quantised one, where its numbers and scales lie.
@@ -185,6 +210,7 @@ class _Plan:
                     found.append(weight.data_ptr())
                 elif weight is not None:
                     found += [part.data_ptr() for part in parts_of(weight)[0]]
+        found += [copy.data_ptr() for copy in self.held]
         return tuple(found)
 
     def fits(self, diffusion_model: nn.Module) -> bool:
@@ -230,7 +256,7 @@ class RegionalCompiler:
             return plan
         if plan is None or not plan.fits(model.diffusion_model):
             plan = self._plans[model] = _Plan(model, self)
-        plan.examine(device)
+        plan.examine(device, model)
         plan.stamp = stamp
         return plan
 
@@ -239,13 +265,21 @@ class RegionalCompiler:
         options = kwargs.get("transformer_options", args[4] if len(args) > 4 else None)
         share_attention_log(options or {})
         plan = self.plan(executor.class_obj, x.device)
+        plan.begin(options or {})
         before = getattr(self._thread, "plan", None)
         self._thread.plan = plan
         try:
-            with installed(plan.blocks if self.settings.compiles else []):
+            with installed(plan.forwards):
                 return executor(x, *args, **kwargs)
         finally:
             self._thread.plan = before
+
+    def release(self) -> None:
+        """The weights leave the device."""
+        for plan in self._plans.values():
+            if plan.pictures is not None:
+                plan.pictures.release()
+                plan.stamp = None  # copies are made anew when they are back
 
     def current(self) -> _Plan:
         """The blocks of the model that runs in this thread."""
@@ -280,14 +314,16 @@ class RegionalCompiler:
         operators = {(name, what) for kind in kinds for name, what in kind.operators.items()}
         lines += [f"  {NAMESPACE}::{name} {what}" for name, what in sorted(operators)]
         lines += [f"  {count} x as it is, {reason}" for reason, count in self.fallbacks().items()]
+        for plan in self._plans.values():
+            lines += plan.pictures.report() if plan.pictures is not None else []
         if self.recorder is not None:
             lines.append(self.recorder.report())
         return "\n".join(lines)
 
 
 @contextmanager
-def installed(blocks: list[BlockForward]) -> Iterator[None]:
-    """Our `forward` on the blocks that have none of another pack."""
+def installed(blocks: Sequence[Written | BlockForward]) -> Iterator[None]:
+    """Our `forward` on the blocks that have none of another pack, the first one of each."""
     done: list[nn.Module] = []
     try:
         for block in blocks:
