@@ -39,7 +39,10 @@ def _join_server() -> None:
         server = prompt_server()
         if server is not None:
             from . import panel
+            from .headless.orphans import end_with_starter
             from .host import node_warnings, saved_layouts
+
+            end_with_starter()
 
             server.add_on_prompt_handler(saved_layouts.migrate_queued)
             node_warnings.install(send_warning)

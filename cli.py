@@ -340,6 +340,9 @@ def _add_map(commands: Commands) -> None:
     mapped.add_argument("--policy", choices=("least_busy", "round_robin", "random"), default="least_busy")
     mapped.add_argument("--retries", type=int, default=2, metavar="N", help="new attempts after errors that can pass")
     mapped.add_argument(
+        "--minutes", type=float, default=0.0, metavar="N", help="end an attempt that takes longer (default: never)"
+    )
+    mapped.add_argument(
         "--seeds", choices=("item", "workflow"), default="item", help="own seeds for every item, or one"
     )
     mapped.add_argument("-q", "--quiet", action="store_true", help="no progress line")

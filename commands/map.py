@@ -73,6 +73,7 @@ def _request(options: argparse.Namespace, graph: Graph, here: HeadlessHost) -> M
             options.seeds,
             options.threads,
             restart=options.restart,
+            minutes=options.minutes,
             cluster=cluster,
         ),
     )

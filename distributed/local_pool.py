@@ -150,7 +150,7 @@ class LocalPool:
         if process is not None:
             _kill(process)
             _close(process)
-        self._starts[slot] = 0
+        self._starts[slot], self._jobs[slot] = 0, None
         self._start(slot)
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import secrets
 import sqlite3
@@ -45,7 +46,8 @@ class MapOptions:
 
     workers: 0 is one per GPU, or one on the CPU. gpus: all, none, or numbers by commas. retries: further attempts after
     an error that can pass. seeds: item gives each item its own, workflow leaves the workflow's. threads: of torch on the
-    CPU per worker, 0 chooses. in_process: whether a single local worker may be this process itself.
+    CPU per worker, 0 chooses. minutes: that an attempt may take until its worker is replaced, 0 for any time. in_process:
+    whether a single local worker may be this process itself, which cannot be replaced.
     """
 
     executor: str = "local"
@@ -57,6 +59,7 @@ class MapOptions:
     threads: int = 0
     depth: int = DEPTH
     restart: bool = False
+    minutes: float = 0.0
     in_process: bool = True
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
 
@@ -67,6 +70,8 @@ class MapOptions:
             raise BadMap(f"There is no policy {self.policy!r}; choose one of {', '.join(POLICIES)}.")
         if self.retries < 0:
             raise BadMap("The number of retries must be 0 or more.")
+        if not 0 <= self.minutes < math.inf:
+            raise BadMap("The minutes of an attempt must be 0, for any time, or more.")
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,8 @@ def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callab
         with _beacon(store.work) as beacon, _pool(request, devices, beacon, interrupted) as pool:
             outcome.workers, outcome.slots = pool.name, pool.slots
             policy, retry = make_policy(options.policy), RetryPlan(options.retries)
-            scheduler = Scheduler(pool, store, policy, retry, status, observer, interrupted, options.depth)
+            limit = options.minutes * 60 or None
+            scheduler = Scheduler(pool, store, policy, retry, status, observer, interrupted, options.depth, limit=limit)
             if isinstance(pool, InProcessPool):
                 pool.begins, pool.advanced = manifest.begin, lambda fraction: scheduler.tell(0, fraction)
             try:
@@ -268,7 +274,7 @@ def _pool(request: MapRequest, devices: Devices, beacon: Path, interrupted: Call
         [str(beacon), *([str(inputs)] if inputs.is_dir() else [])],
     )
     if options.executor == "local":
-        if options.in_process and devices.workers == 1:
+        if options.in_process and devices.workers == 1 and not options.minutes:
             yield InProcessPool(replace(settings, device=devices.device), interrupted)
         else:
             yield LocalPool(settings, devices.per_worker())

@@ -69,7 +69,7 @@ class Pool(Protocol):
         """What happened, waiting for up to `timeout` seconds for something to happen."""
 
     def renew(self, slot: int) -> None:
-        """Replace the worker of a slot that has no job, because it ran out of memory; `Ready` follows."""
+        """Replace the worker of a slot, whatever it does; `Ready` follows, and nothing more of a job it had."""
 
     def close(self) -> None:
         """End all workers now, whatever they do."""

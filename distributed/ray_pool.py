@@ -147,7 +147,7 @@ class RayPool:
 
     def renew(self, slot: int) -> None:
         self._forget(slot)
-        self._starts[slot] = 0
+        self._starts[slot], self._jobs[slot] = 0, None
         self._start(slot)
 
     def close(self) -> None:

@@ -69,7 +69,8 @@ class _Waiting:
 
 
 class Scheduler:
-    """One run over `jobs`. interrupted: raises when the person wants to stop; it is asked at every turn."""
+    """One run over `jobs`. interrupted: raises when the person wants to stop; it is asked at every turn. limit: seconds
+    that an attempt may take until its worker is replaced; None for any time."""
 
     def __init__(
         self,
@@ -82,12 +83,14 @@ class Scheduler:
         interrupted: Callable[[], None] = lambda: None,
         depth: int = DEPTH,
         clock: Callable[[], float] = time.monotonic,
+        limit: float | None = None,
     ) -> None:
         self.pool, self.store, self.policy, self.retry = pool, store, policy, retry
         self.status, self.observer = status, observer or Unobserved()
-        self.interrupted, self.depth, self.clock = interrupted, max(1, depth), clock
+        self.interrupted, self.depth, self.clock, self.limit = interrupted, max(1, depth), clock, limit
         self._queues: list[deque[_Task]] = [deque() for _ in range(pool.slots)]
         self._running: list[_Task | None] = [None] * pool.slots
+        self._begun = [0.0] * pool.slots
         self._ready = [False] * pool.slots
         self._gone = [False] * pool.slots
         self._without_room: list[set[str]] = [set() for _ in range(pool.slots)]
@@ -125,6 +128,7 @@ class Scheduler:
                 # While there is a list of what is done to go through, nothing is waited for.
                 for event in self.pool.wait(TICK if exhausted or self.status.skipped == before else 0.0):
                     self._handle(event)
+                self._end_late()
                 self.observer.changed(self.status)
         finally:
             self.status.running.clear()
@@ -174,7 +178,7 @@ class Scheduler:
         for slot, queue in enumerate(self._queues):
             if queue and self._ready[slot] and self._running[slot] is None:
                 task = queue.popleft()
-                self._running[slot] = task
+                self._running[slot], self._begun[slot] = task, self.clock()
                 self.status.running[slot] = 0.0
                 self.pool.submit(slot, task.job.payload(self.store.staging(task.job, task.attempt), task.attempt))
 
@@ -202,6 +206,19 @@ class Scheduler:
                     self._ended(slot, task, result)
             case Died(slot, reason, _, final):
                 self._died(slot, reason, final)
+
+    def _end_late(self) -> None:
+        """A job that waits for ever would keep its worker for ever, and the run."""
+        if self.limit is None:
+            return
+        for slot, task in enumerate(self._running):
+            if task is not None and self.clock() - self._begun[slot] > self.limit:
+                self._free(slot)
+                self._ready[slot] = False
+                self.status.has_workers(sum(self._ready))
+                self.pool.renew(slot)
+                self.store.discard(self.store.staging(task.job, task.attempt))
+                self._failed(task, WORKER, f"it was not done after {self.limit / 60:g} minutes", self.limit)
 
     def _free(self, slot: int) -> None:
         self._running[slot] = None

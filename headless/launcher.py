@@ -28,6 +28,7 @@ import yaml
 
 from ..host.headless import best_device
 from .locate import PACK, carries_pack, python_for
+from .orphans import STARTED_BY
 
 PACK_FOLDER = "comfyui-hotpath"
 LOG_TAIL = 25  # lines shown when it does not start
@@ -89,7 +90,8 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
             output = options.output_folder or work / "output"
             command = [str(python), str(comfyui / "main.py"), *_arguments(comfyui, options, work, port, output, python)]
             log = work / "comfyui.log"
-            environment = {**os.environ, "PYTHONUNBUFFERED": "1", **options.environment}
+            started_by = {STARTED_BY: str(os.getpid())}
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1", **started_by, **options.environment}
             with log.open("wb") as sink:
                 process = subprocess.Popen(
                     command,

@@ -129,6 +129,16 @@ class HotpathMap:
                         "tooltip": "Take ComfyUI's models off the GPU first, to make room for the workers'.",
                     },
                 ),
+                "minutes": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 100000.0,
+                        "step": 1.0,
+                        "tooltip": "An attempt that takes longer is ended and counts as a worker that died. 0: never.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -490,6 +491,44 @@ def test_a_second_ctrl_c_leaves_no_comfyui_behind(monkeypatch):
         patched.setattr(process, "wait", pressed)
         launcher._stop(process)
     assert process.wait(10) == -signal.SIGKILL
+
+
+STARTER = """
+import os, subprocess, sys, time
+child = '''
+import signal, time
+from hotpath.headless.orphans import end_with_starter
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+assert end_with_starter(every=0.05, grace=0.2)
+print("watches", flush=True)
+time.sleep(300)
+'''
+environment = {**os.environ, "HOTPATH_STARTED_BY": str(os.getpid())}
+started = subprocess.Popen([sys.executable, "-c", child], env=environment, start_new_session=True, stdout=subprocess.PIPE)
+print(started.pid, started.stdout.readline(), flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process is told of its parent's end on POSIX only")
+def test_a_comfyui_ends_with_who_started_it_however_that_ended(monkeypatch):
+    import psutil
+    from hotpath.headless.orphans import STARTED_BY, end_with_starter
+
+    starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    number, said = starter.stdout.readline().split()
+    assert "watches" in said
+    child = psutil.Process(int(number))
+    starter.kill()
+    starter.wait()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        child.wait(10)
+    # What such a ComfyUI starts has the variable too, and another parent.
+    monkeypatch.setenv(STARTED_BY, "1")
+    assert os.getppid() == 1 or not end_with_starter()
+    monkeypatch.delenv(STARTED_BY)
+    assert not end_with_starter()
 
 
 def processes_with(text: str) -> list[str]:

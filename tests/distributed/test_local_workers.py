@@ -28,11 +28,12 @@ SLOW = 1400  # side of a picture that takes a good part of a second to write
 
 
 class Killer:
-    """Kills the first worker it sees at work."""
+    """Kills the first worker it sees at work, and lets the next one hang."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pool: LocalPool | None = None
         self.killed: int | None = None
+        self.stopped: int | None = None
         start = LocalPool.start
 
         def watched(pool: LocalPool) -> None:
@@ -48,21 +49,25 @@ class Killer:
             if self.killed is None and pid is not None:
                 self.killed = pid
                 os.kill(pid, signal.SIGKILL)
+            elif self.stopped is None and pid not in (None, self.killed):
+                self.stopped = pid
+                os.kill(pid, signal.SIGSTOP)
 
 
 @posix
-def test_two_processes_one_of_which_is_killed_give_what_this_one_gives(
+def test_two_processes_one_killed_one_hanging_give_what_this_one_gives(
     pictures, request_for, monkeypatch, headless_host
 ):
     for i in range(3):
         picture(pictures / f"slow{i}.png", 50 + i, SLOW)
     (pictures / "bad.png").write_text("no picture")
     killer = Killer(monkeypatch)
-    together = run_map(request_for(pictures, "two", workers=2, in_process=False), killer)
-    assert killer.killed is not None and not psutil.pid_exists(killer.killed)
+    together = run_map(request_for(pictures, "two", workers=2, minutes=0.1), killer)
+    for pid in (killer.killed, killer.stopped):
+        assert pid is not None and not psutil.pid_exists(pid)
     status = together.status
-    assert (status.done, status.failed, status.retried) == (8, 1, 1), (
-        "only the bad picture fails; the killed job is repeated"
+    assert (status.done, status.failed, status.retried) == (8, 1, 2), (
+        "only the bad picture fails; the jobs of the killed and the hanging worker are repeated"
     )
     assert "2 processes of this machine" in together.report()
     alone = run_map(request_for(pictures, "one"))

@@ -23,7 +23,9 @@ from hotpath.headless.graph import Node
 class Rig:
     """A scheduler on simulated workers. answers: what a job gives instead of done, attempt by attempt."""
 
-    def __init__(self, workers=2, seconds=1.0, policy="least_busy", retries=2, answers=None, depth=2, **cluster):
+    def __init__(
+        self, workers=2, seconds=1.0, policy="least_busy", retries=2, answers=None, depth=2, limit=None, **cluster
+    ):
         self.answers = answers or {}
         self.pool = SimulatedPool(Cluster(workers, **cluster), lambda job_id: seconds, random.Random(0))
         self.store = CountingStore()
@@ -33,7 +35,7 @@ class Rig:
         plan = RetryPlan(retries, rng=random.Random(1))
         self.scheduler = Scheduler(
             self.pool, self.store, make_policy(policy, random.Random(2)), plan, self.status, self, self.stop, depth,
-            self.pool.now,
+            self.pool.now, limit,
         )  # fmt: skip
         self.stop_at = float("inf")
         self.most_known = 0
@@ -202,6 +204,17 @@ def test_deaths_lose_nothing(policy):
     assert rig.pool.died > 10
     assert sorted(rig.store.kept, key=int) == [str(i) for i in range(60)]
     assert status.failed == 0
+
+
+def test_a_job_that_hangs_is_ended_and_holds_nobody_up():
+    rig = Rig(workers=2, limit=10.0, start=1.0)
+    rig.pool.durations = lambda job_id: float("inf") if job_id == "3" else 1.0
+    status = rig.run(12)
+    assert (status.done, status.failed, status.retried) == (11, 1, 2)
+    assert rig.store.failed == {"3": "it was not done after 0.166667 minutes (attempt 3 of 3)"}
+    assert 30 < rig.pool.time < 60  # three attempts, their waits, and a new worker each time
+    assert [attempt for job, attempt, _ in rig.attempts if job == "3"] == [1, 2, 3]
+    assert len(rig.attempts) == 14  # nobody else's job is repeated
 
 
 def test_a_job_that_kills_every_worker_is_given_up():

@@ -1,0 +1,42 @@
+"""In a ComfyUI that was started for one run: it ends when whoever started it is gone, also where that was killed.
+
+`launcher` stops its ComfyUI on every way out that Python knows of; `kill -9` and a crash are none. Not on Windows, where a
+process is not told that its parent has ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+
+log = logging.getLogger("hotpath.headless")
+
+STARTED_BY = "HOTPATH_STARTED_BY"  # the process id of who started this ComfyUI
+EVERY = 2.0  # seconds between two looks
+GRACE = 10.0  # seconds for it to end by itself
+
+
+def end_with_starter(every: float = EVERY, grace: float = GRACE) -> bool:
+    """Watch whoever started this process, if the environment says that it was started for one run; whether it did."""
+    starter = os.environ.get(STARTED_BY, "")
+    # What this process starts inherits the variable, and has another parent.
+    if os.name != "posix" or starter != str(os.getppid()):
+        return False
+
+    def watch() -> None:
+        while str(os.getppid()) == starter:
+            time.sleep(every)
+        log.warning("The run that this ComfyUI was started for is gone: it ends too.")
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            # The group is ours alone: `launcher` gives each ComfyUI a session.
+            if os.getpgrp() == os.getpid():
+                os.killpg(os.getpid(), number)
+            else:
+                os.kill(os.getpid(), number)
+            time.sleep(grace)
+
+    threading.Thread(target=watch, name="hotpath-starter", daemon=True).start()
+    return True
