@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ log = logging.getLogger("hotpath.cache")
 
 SUFFIX = ".safetensors"
 FORMAT = "1"
+WRITING = ".writing-"  # begins the name of what is not whole yet
+ABANDONED = 3600.0  # seconds after which nobody writes to it any more
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class DiskCache:
         temporary: str | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=".writing-")
+            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=WRITING)
             with os.fdopen(handle, "wb") as file:
                 file.write(payload)
             Path(temporary).replace(path)
@@ -146,6 +149,7 @@ class DiskCache:
     def trim(self) -> int:
         """Delete the least recently used files until the folder is within its limit; returns how many went."""
         with self._lock:
+            self._sweep()
             files = self.entries()
             sizes = {path: path.stat().st_size for path in files if path.exists()}
             total, gone = sum(sizes.values()), 0
@@ -156,6 +160,15 @@ class DiskCache:
                 total -= sizes.get(path, 0)
                 gone += 1
             return gone
+
+    def _sweep(self) -> None:
+        """Remove what a process that was killed had begun to write."""
+        for path in self.folder.glob(f"{WRITING}*"):
+            try:
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    path.unlink()
+            except OSError as error:  # it was finished meanwhile, or belongs to somebody else
+                log.debug("cache: %s stays, because %s", path.name, error)
 
     def clear(self) -> int:
         """Delete every entry; returns how many there were."""

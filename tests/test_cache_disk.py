@@ -32,6 +32,16 @@ def test_round_trip_of_every_dtype(cache: DiskCache) -> None:
         assert found.tensors[name].dtype == tensor.dtype and torch.equal(found.tensors[name], tensor)
 
 
+def test_what_a_killed_process_left_is_removed(cache: DiskCache) -> None:
+    cache.put("k", {"a": torch.ones(2)})
+    left, begun = (cache.folder / f".writing-{name}" for name in ("left", "begun"))
+    for path in (left, begun):
+        path.write_bytes(b"half of it")
+    os.utime(left, (1, 1))
+    cache.put("other", {"a": torch.ones(2)})
+    assert not left.exists() and begun.exists() and len(cache.entries()) == 2
+
+
 def test_a_missing_key_is_a_miss(cache: DiskCache) -> None:
     assert cache.get("absent") is None and cache.misses == 1
 
