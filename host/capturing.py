@@ -10,7 +10,7 @@ import torch
 
 Made = TypeVar("Made")
 
-_capturing = threading.Lock()
+_capturing = threading.RLock()  # one in another is for torch to refuse
 
 
 def captured(

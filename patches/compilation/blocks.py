@@ -82,6 +82,7 @@ def _constant(value: Any) -> Hashable:
 
 LIVE = frozenset({"training", "comfy_cast_weights", "weight_function", "bias_function"})  # read by `LiveParts`
 CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")  # ComfyUI sets them when it loads
+INNER = ("_forward", "_conv_forward")  # what `forward` of some modules calls; seamless tiling replaces the second
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 ORDINARY = (nn.Parameter, torch.Tensor)
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
@@ -130,6 +131,9 @@ class LiveParts:
             # ComfyUI's bypass LoRA leaves the class's own method behind as an attribute.
             if forward is not None and getattr(forward, "__func__", None) is not type(part).forward:
                 raise NotTraceable(f"a pack replaced the forward of a {type(part).__name__} inside")
+            for name in INNER:
+                if name in own:
+                    raise NotTraceable(f"a pack replaced the {name} of a {type(part).__name__} inside")
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 raise NotTraceable(f"a pack hooked a {type(part).__name__} inside")
             if own.get("weight_function") or own.get("bias_function"):

@@ -69,7 +69,7 @@ def _factors(
     means = tl.load(MEANS + at, mask=inside, other=0.0) + moved[None, :]
     counts = tl.minimum(places - stretch * per_stretch, per_stretch).to(tl.float32)
     counts = tl.where(inside, counts[:, None], 0.0)
-    number = places.to(tl.float32) * width
+    number = tl.sum(tl.sum(counts, 1), 0)
     mean = tl.sum(tl.sum(counts * means, 1), 0) / number
     apart = tl.where(inside, means - mean, 0.0)
     squares = tl.load(SQUARES + at, mask=inside, other=0.0) + counts * apart * apart

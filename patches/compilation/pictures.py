@@ -5,8 +5,8 @@ that no compiler touches. What is left between them, norms, SiLU, biases and sum
 Tensor cores read channels that lie side by side: where this machine's convolutions are faster so, pictures stay in that
 order from block to block, tokens are a view of them, and kernels of 3x3 are kept once more in it.
 
-Launching these from Python takes longer than one compiled block, so only models whose calls are recorded are given them.
-The model that came in is not changed.
+Launching these from Python takes longer than one compiled block, so they are there while a call is recorded and at no other
+time. The model that came in is not changed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,10 +41,12 @@ Forward = Callable[..., Any]
 def kernels_missing(device: torch.device, dtype: torch.dtype) -> str:
     """Why the model's own layers run; '' where our kernels do. Tried once, against torch. Waits for the device."""
     if device.type != "cuda" or dtype not in HALF:
-        return f"there are none for {str(dtype).removeprefix('torch.')} on {device.type}"
+        return f"there are none for {_name(dtype)} on {device.type}"
     try:
         from .group_norm_kernel import INTERPRETED
-
+    except ImportError:
+        return "Triton is not installed"
+    try:
         if INTERPRETED and not allow_interpreter:
             return "Triton interprets, which is for tests"
         for found, wanted in trial(device, dtype):
@@ -98,68 +101,81 @@ def channels_last_is_faster(device: torch.device, dtype: torch.dtype) -> bool:
     return choice.backend == "channels last"
 
 
-def _own_forward(part: nn.Module) -> bool:
-    """Whether a layer computes what its torch class does: it is torch's or ComfyUI's."""
-    return type(part).forward.__module__.startswith(("torch.nn.", "comfy.ops"))
+METHODS = ("forward", "_forward", "_conv_forward", "forward_comfy_cast_weights")
+UNSEEN = "it has not been looked at"
+HOMES = ("torch.nn.", "comfy.ops", "comfy.ldm.")
 
 
-def _check(norms: list[Any], convolutions: list[Any], dtype: torch.dtype) -> None:
-    for part in (*norms, *convolutions):
-        name = type(part).__name__
-        if not _own_forward(part):
-            raise NotTraceable(f"a {name} inside has a forward of its own")
-        if part.weight is None or part.bias is None:
-            raise NotTraceable(f"a {name} inside has no weight or no bias")
-        for weight in (part.weight, part.bias):
-            quantised = hasattr(weight, "__tensor_flatten__")
-            if quantised or weight.dtype != dtype:
-                kept = type(weight).__name__ if quantised else str(weight.dtype).removeprefix("torch.")
-                raise NotTraceable(f"weights of a {name} inside are kept as {kept}")
-    for part in convolutions:
-        if part.padding_mode != "zeros" or part.groups != 1 or part.dilation != (1, 1):
-            raise NotTraceable("a convolution inside is not a plain one")
+def _check_class(part: nn.Module) -> None:
+    """Raises NotTraceable where another pack has put its own method into one of the part's classes."""
+    for base in type(part).__mro__:
+        for name in METHODS:
+            method = vars(base).get(name)
+            home = getattr(method, "__module__", None) or "?"
+            if method is not None and not home.startswith(HOMES):
+                raise NotTraceable(f"{home} replaced the {name} of {base.__name__}")
+
+
+def _check_layer(part: Any, dtype: torch.dtype) -> None:
+    name = type(part).__name__
+    _check_class(part)
+    if part.weight is None or part.bias is None:
+        raise NotTraceable(f"a {name} inside has no weight or no bias")
+    for weight in (part.weight, part.bias):
+        quantised = hasattr(weight, "__tensor_flatten__")
+        if quantised or weight.dtype != dtype:
+            kept = type(weight).__name__ if quantised else _name(weight.dtype)
+            raise NotTraceable(f"weights of a {name} inside are kept as {kept} and computed with as {_name(dtype)}")
+    if isinstance(part, nn.Conv2d) and (part.padding_mode, part.groups, part.dilation) != ("zeros", 1, (1, 1)):
+        raise NotTraceable(f"a {name} inside is not a plain one")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Written:
-    """The `forward` of one part of a UNet during a model call. Where ours does not serve, `otherwise` does."""
+    """The `forward` of one part of a UNet while a call is recorded."""
 
-    norms: list[Any]
-    convolutions: list[Any]
+    without: frozenset[nn.Module] = frozenset()  # modules inside that run as they are
 
-    def __init__(self, module: Any, pictures: Pictures, otherwise: Forward, without: frozenset[nn.Module]) -> None:
+    def __init__(self, module: Any, pictures: Pictures) -> None:
         self.module = module
         self.title = type(module).__name__
-        self.otherwise = otherwise
-        self.reason = ""
+        self.otherwise: Forward = functools.partial(type(module).forward, module)
+        self.reason = UNSEEN
         self._pictures = pictures
-        self._live = LiveParts(module, without)
-        self._device = torch.device("cpu")
-        self._dtype: torch.dtype | None = None
 
-    def examine(self, device: torch.device) -> None:
-        """Find out whether ours serves, as the weights are now."""
-        self._device, self._dtype = device, None
+    @property
+    def norms(self) -> list[Any]:
+        return []
+
+    @property
+    def convolutions(self) -> list[Any]:
+        """As they are now: a pack may have put another one in a place."""
+        return []
+
+    def examine(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Find out whether ours serves, as the weights are now. dtype: that the model computes in."""
         try:
-            self._live.state(device)
-            dtype = (*self.norms, *self.convolutions)[0].weight.dtype
-            _check(self.norms, self.convolutions, dtype)
+            LiveParts(self.module, self.without).state(device)
+            _check_class(self.module)
+            for part in (*self.norms, *self.convolutions):
+                _check_layer(part, dtype)
             if missing := kernels_missing(device, dtype):
                 raise NotTraceable(missing)
         except NotTraceable as error:
             self.reason = str(error)
-            return
-        self.reason, self._dtype = "", dtype
+        else:
+            self.reason = ""
 
     @property
     def serves(self) -> bool:
-        return self._dtype is not None
+        return not self.reason
 
     def takes(self, x: Tensor) -> bool:
-        """Whether ours can be given `x` in this call."""
-        return (
-            x.dtype == self._dtype and x.dim() == 4 and x.numel() > 0 and x.device == self._device
-            and not torch.is_grad_enabled()
-        )  # fmt: skip
+        """Whether ours can be given `x`."""
+        return x.dtype == self._pictures.dtype and x.dim() == 4 and x.numel() > 0 and not torch.is_grad_enabled()
 
     def ordered(self, x: Tensor) -> Tensor:
         order = torch.channels_last if self._pictures.channels_last else torch.contiguous_format
@@ -175,20 +191,25 @@ class Written:
 class ResidualForward(Written):
     """ComfyUI's ResBlock: norm, SiLU, convolution, the timestep added, norm, SiLU, convolution, the input added."""
 
-    def __init__(self, module: Any, pictures: Pictures, otherwise: Forward) -> None:
-        self.norms = [module.in_layers[0], module.out_layers[0]]
-        self.convolutions = [module.in_layers[-1], module.out_layers[-1]]
-        self._skip = None if isinstance(module.skip_connection, nn.Identity) else module.skip_connection
-        if self._skip is not None:
-            self.convolutions.append(self._skip)
-        super().__init__(module, pictures, otherwise, frozenset())
+    @property
+    def norms(self) -> list[Any]:
+        return [self.module.in_layers[0], self.module.out_layers[0]]
+
+    @property
+    def convolutions(self) -> list[Any]:
+        skip = self.module.skip_connection
+        return [
+            self.module.in_layers[-1],
+            self.module.out_layers[-1],
+            *([] if isinstance(skip, nn.Identity) else [skip]),
+        ]
 
     def __call__(self, x: Tensor, emb: Tensor) -> Any:
         if not self.takes(x):
             return self.otherwise(x, emb)
         from .group_norm_kernel import add, group_norm
 
-        (first, second), (conv_in, conv_out) = self.norms, self.convolutions[:2]
+        (first, second), (conv_in, conv_out, *skips) = self.norms, self.convolutions
         x = self.ordered(x)
         h = group_norm(x, first.num_groups, first.weight, first.bias, first.eps, silu=True)
         h = self.convolved(conv_in, h)
@@ -198,27 +219,38 @@ class ResidualForward(Written):
             h, second.num_groups, second.weight, second.bias, second.eps, silu=True, added=added, offset=conv_in.bias
         )
         h = self.convolved(conv_out, h)
-        if self._skip is None:
+        if not skips:
             return add(h, x, conv_out.bias)
-        return add(h, self.convolved(self._skip, x), conv_out.bias, self._skip.bias)
+        return add(h, self.convolved(skips[0], x), conv_out.bias, skips[0].bias)
 
 
 class TransformerForward(Written):
     """ComfyUI's SpatialTransformer around its blocks: a norm, two projections, the input added. Channels last only."""
 
-    def __init__(self, module: Any, pictures: Pictures, otherwise: Forward) -> None:
-        self.norms = [module.norm]
-        self.convolutions = [] if module.use_linear else [module.proj_in, module.proj_out]
-        inside = frozenset(part for block in module.transformer_blocks for part in block.modules())
-        super().__init__(module, pictures, otherwise, inside)
+    def __init__(self, module: Any, pictures: Pictures) -> None:
+        super().__init__(module, pictures)
+        self.without = frozenset(part for block in module.transformer_blocks for part in block.modules())
+
+    @property
+    def norms(self) -> list[Any]:
+        return [self.module.norm]
+
+    @property
+    def convolutions(self) -> list[Any]:
+        return [] if self.module.use_linear else [self.module.proj_in, self.module.proj_out]
+
+    def examine(self, device: torch.device, dtype: torch.dtype) -> None:
+        super().examine(device, dtype)
+        if self.serves and not self._pictures.channels_last:
+            self.reason = "channels do not lie side by side, which pays here alone"
 
     def __call__(self, x: Tensor, context: Any = None, transformer_options: Any = None) -> Any:
         options = {} if transformer_options is None else transformer_options
-        if not self.takes(x) or not self._pictures.channels_last:
+        if not self.takes(x):
             return self.otherwise(x, context, options)
         from .group_norm_kernel import group_norm
 
-        module, norm = self.module, self.norms[0]
+        module, norm = self.module, self.module.norm
         blocks = module.transformer_blocks
         contexts = context if isinstance(context, list) else [context] * len(blocks)
         options["activations_shape"] = list(x.shape)
@@ -238,11 +270,11 @@ class TransformerForward(Written):
 
 
 class ConvolutionForward(Written):
-    """A convolution between levels, with its kernel in the pictures' order."""
+    """A convolution between blocks, with its kernel in the pictures' order."""
 
-    def __init__(self, module: Any, pictures: Pictures, otherwise: Forward) -> None:
-        self.norms, self.convolutions = [], [module]
-        super().__init__(module, pictures, otherwise, frozenset())
+    @property
+    def convolutions(self) -> list[Any]:
+        return [self.module]
 
     def __call__(self, x: Tensor) -> Any:
         if not self.takes(x):
@@ -250,109 +282,147 @@ class ConvolutionForward(Written):
         return self.convolved(self.module, self.ordered(x), self.module.bias)
 
 
-def _parts(diffusion_model: nn.Module) -> Iterator[tuple[Any, Any]]:
+def _parts(diffusion_model: Any) -> list[tuple[Any, type[Written]]]:
     """The parts that are written here, each with its class. Classes that inherit from ComfyUI's compute something else."""
     from comfy.ldm.modules.attention import SpatialTransformer
-    from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
+    found: list[tuple[Any, type[Written]]] = []
+    if not isinstance(diffusion_model, UNetModel):
+        return found
     for module in diffusion_model.modules():
         part: Any = module
         kind = type(module)
         if kind is ResBlock and not (part.updown or part.use_scale_shift_norm or part.exchange_temb_dims):
             if isinstance(part.in_layers[-1], nn.Conv2d) and isinstance(part.skip_connection, nn.Conv2d | nn.Identity):
-                yield part, ResidualForward
+                found.append((part, ResidualForward))
         elif kind is SpatialTransformer:
-            yield part, TransformerForward
+            found.append((part, TransformerForward))
         elif kind in (Downsample, Upsample) and part.use_conv and part.dims == 2:
-            yield part.op if kind is Downsample else part.conv, ConvolutionForward
+            found.append((part.op if kind is Downsample else part.conv, ConvolutionForward))
+    if not any(kind is ResidualForward for _, kind in found):
+        return []  # a model of films, whose own blocks turn what comes from these
+    # What it gives is put beside the last block's input, and would turn all of it.
+    first = diffusion_model.input_blocks[0][0]
+    return [(first, ConvolutionForward), *found] if isinstance(first, nn.Conv2d) else found
 
 
 def describe_parts(diffusion_model: nn.Module) -> str:
     """A line about the parts of a model that are written here, or ""."""
     found = Counter(type(module).__name__ for module, _ in _parts(diffusion_model))
     what = ", ".join(f"{count} {title}" for title, count in found.items())
-    return f"in half precision our own kernels run {what}, which then need no graph" if found else ""
+    return f"recorded in half precision, {what} run by our own kernels and need no graph" if found else ""
 
 
 class Pictures:
     """The written parts of one model instance, and the kernels of its convolutions in the order that they are read in.
 
-    channels_last: the order of pictures in this call.
+    channels_last: the order of pictures. dtype: that the model computes in.
     """
 
-    def __init__(self, diffusion_model: nn.Module, otherwise: Mapping[nn.Module, Forward]) -> None:
-        """otherwise: the `forward` of parts where ours does not serve; by default that of their class."""
+    def __init__(self, diffusion_model: nn.Module) -> None:
         self.channels_last = False
-        self._prefers_last = False
+        self.dtype: torch.dtype | None = None
+        self.parts = [kind(module, self) for module, kind in _parts(diffusion_model)]
         self._copies: dict[nn.Module, Tensor] = {}
-        self.parts: list[Written] = []
-        for module, kind in _parts(diffusion_model):
-            plain = functools.partial(type(module).forward, module)
-            self.parts.append(kind(module, self, otherwise.get(module, plain)))
+        self.lost = False  # whether copies went that recordings may still hold
+        self._used = False  # whether copies are read: not while hooks change weights from call to call
+        self._note = ""
 
     @property
     def serving(self) -> list[Written]:
         return [part for part in self.parts if part.serves]
 
-    def examine(self, device: torch.device, free: int, hooked: bool) -> None:
+    def examine(self, device: torch.device, dtype: torch.dtype, free: int, hooked: bool) -> None:
         """Look at the weights as they are now. Waits for the device the first time.
 
-        free: bytes. hooked: weights may change from call to call, so that no copies are kept.
+        dtype: that the model computes in. free: bytes. hooked: weights may change from call to call.
         """
-        for part in self.parts:
-            part.examine(device)
-        serving = self.serving
-        self._prefers_last = bool(serving) and channels_last_is_faster(
-            device, (*serving[0].norms, *serving[0].convolutions)[0].weight.dtype
-        )
-        if not self._prefers_last or hooked:
-            self._copies.clear()
+        self.dtype, self._note = dtype, ""
+        if not self.parts:
             return
-        self._copy([conv for part in serving for conv in part.convolutions], free)
+        try:
+            self.channels_last = not kernels_missing(device, dtype) and channels_last_is_faster(device, dtype)
+            for part in self.parts:
+                part.examine(device, dtype)
+            self._copy(free, hooked)
+        except RuntimeError as error:  # memory is short, or a library refuses
+            log.warning("pictures: the model's own layers, because %s", error)
+            for part in self.parts:
+                part.reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            self.release()
 
-    def _copy(self, convolutions: list[Any], free: int) -> None:
+    def _copy(self, free: int, hooked: bool) -> None:
         """Keep kernels in the other order, in the same memory as before where there is some: recordings read it."""
+        self._used = self.channels_last and not hooked
+        if not self._used:
+            return  # what is held stays for the recordings that read it, and is brought up to date before they run again
+        convolutions = [conv for part in self.serving for conv in part.convolutions]
         copied = [c for c in convolutions if not c.weight.is_contiguous(memory_format=torch.channels_last)]
-        new = sum(c.weight.nbytes for c in copied if c not in self._copies)
-        if new > ROOM * free:
-            self._copies.clear()
+        if sum(c.weight.nbytes for c in copied if c not in self._copies) > ROOM * free:
+            self._note = ", whose kernels are reordered at every step for want of memory"
+            self.release()
             return
         for gone in self._copies.keys() - set(copied):
             del self._copies[gone]
+            self.lost = True
         # Copies outlive the inference mode of the call in which they are made, and are written to in others.
         with torch.inference_mode(False), torch.no_grad():
             for conv in copied:
                 held, weight = self._copies.get(conv), conv.weight
                 if held is None or (held.shape, held.dtype, held.device) != (weight.shape, weight.dtype, weight.device):
+                    self.lost |= held is not None
                     held = self._copies[conv] = torch.empty_like(weight, memory_format=torch.channels_last)
                 held.copy_(weight)
 
     def kernel(self, conv: Any) -> Tensor:
-        """The weight of `conv`, in the order of this call's pictures if there is a copy; torch reorders it otherwise."""
+        """The weight of `conv`, in the pictures' order if there is a copy; torch reorders it otherwise."""
         weight: Tensor = conv.weight
-        return self._copies.get(conv, weight) if self.channels_last else weight
-
-    def begin(self, patched: bool) -> None:
-        """A call begins. patched: other packs' code is given pictures in between, and may take their order for granted."""
-        self.channels_last = self._prefers_last and not patched
+        return self._copies.get(conv, weight) if self._used else weight
 
     @property
     def held(self) -> tuple[Tensor, ...]:
         """The copies, which a recording reads."""
-        return tuple(self._copies.values())
+        return tuple(self._copies.values()) if self._used else ()
+
+    @property
+    def key(self) -> Hashable:
+        """What a recording depends on beside the weights."""
+        return self.channels_last, self.dtype, tuple(part.serves for part in self.parts)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Our `forward` on the parts that it serves, in place of whatever stands there."""
+        before: list[tuple[dict[str, Any], Any]] = []
+        try:
+            for part in self.serving:
+                own = vars(part.module)
+                there = own.get("forward")
+                part.otherwise = there or functools.partial(type(part.module).forward, part.module)
+                before.append((own, there))
+                own["forward"] = part
+            yield
+        finally:
+            for own, there in reversed(before):
+                own.pop("forward", None)
+                if there is not None:
+                    own["forward"] = there
 
     def release(self) -> None:
-        """The weights leave the device: so do the copies."""
+        """The weights leave the device, or there is no room: the copies go."""
+        self.lost |= bool(self._copies)
         self._copies.clear()
+        self._used = False
 
     def report(self) -> list[str]:
-        """What ran by our kernels, and what did not and why, as lines."""
+        """What runs by our kernels in recordings, and what does not and why, as lines."""
         ours = Counter(part.title for part in self.serving)
         lines = []
         if ours:
             what = ", ".join(f"{count} {title}" for title, count in ours.items())
-            held = sum(copy.nbytes for copy in self._copies.values()) / 2**20
-            order = f", channels last ({held:.0f} MiB of reordered weights)" if self._prefers_last else ""
+            held = sum(copy.nbytes for copy in self.held) / 2**20
+            order = ", channels last" if self.channels_last else ""
+            order += f" ({held:.0f} MiB of reordered weights)" if held else self._note
             lines.append(f"  {what} by our own kernels{order}")
-        others = Counter(f"{part.title}: {part.reason}" for part in self.parts if part.reason)
+        others = Counter(f"{part.title}: {part.reason}" for part in self.parts if part.reason not in ("", UNSEEN))
         return lines + [f"  {count} not by our own kernels, {reason}" for reason, count in others.items()]

@@ -187,6 +187,15 @@ class _Recorded:
             torch._foreach_copy_(buffers, tensors)
 
 
+def _triton_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises where it cannot compile or launch a kernel of ours."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
+
+
 class CallRecorder:
     """A DIFFUSION_MODEL wrapper that records calls and plays them back.
 
@@ -200,7 +209,7 @@ class CallRecorder:
         self.recorded = 0
         self.replayed = 0
         self.reason: str | None = None
-        self._errors: tuple[type[Exception], ...] = (RuntimeError, *compiler.errors)
+        self._errors: tuple[type[Exception], ...] = (RuntimeError, *compiler.errors, *_triton_errors())
         self._kept: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._failed: dict[Hashable, str] = {}
         self._read: dict[type, frozenset[str]] = {}
@@ -212,12 +221,17 @@ class CallRecorder:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def forget(self, _: Any = None, unpatch_all: bool = True, *__: Any) -> None:
+    def let_go(self) -> None:
+        """Drop all recordings."""
+        self._kept.clear()
+
+    def forget(self, patcher: Any = None, unpatch_all: bool = True, *_: Any) -> None:
         """A callback: the weights leave the device, so what was recorded points at nothing."""
         if unpatch_all:
             self._kept.clear()
             self._failed.clear()
-            self.compiler.release()
+            if patcher is not None:
+                self.compiler.release(patcher.model)
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -262,9 +276,14 @@ class CallRecorder:
             return executor(*_fresh(args), **_fresh(kwargs))
 
         devices = [buffer.device for buffer in buffers if buffer.device.type == "cuda"]
-        with torch.cuda.device(devices[0]) if devices else contextlib.nullcontext():
+        pictures = self.compiler.current().pictures
+        held = pictures.held if pictures is not None else ()
+        with (
+            torch.cuda.device(devices[0]) if devices else contextlib.nullcontext(),
+            pictures.installed() if pictures is not None else contextlib.nullcontext(),
+        ):
             made = _Recorded(self.record(call), buffers, flat)
-        made.kept += self.compiler.current().held
+        made.kept += held  # the graph reads them, whoever else lets go of them
         self.recorded += 1
         return made
 

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from .blocks import ORDINARY, LiveParts, constants_of, parts_of
 from .graphs import Backend, CompiledKind, compile_errors
 from .options import NotTraceable, block_options, options_read_by, share_attention_log
-from .pictures import Pictures, Written
+from .pictures import Pictures
 from .recording import CallRecorder
 from .regions import Region, find_regions
 from .settings import CompilationRefused, CompileSettings
@@ -155,28 +155,17 @@ class _Plan:
 
     def __init__(self, model: Any, owner: RegionalCompiler) -> None:
         found = find_regions(model.diffusion_model, owner.settings.regions)
-        self._compiles = owner.settings.compiles
         self.blocks = [BlockForward(region, owner) for region in found]
-        compiled = {block.module: block for block in self.blocks} if owner.settings.compiles else {}
-        # What is launched from Python one by one pays only where Python does it once.
-        self.pictures = Pictures(model.diffusion_model, compiled) if owner.recorder is not None else None
-        self.forwards: list[Written | BlockForward] = []
+        self.pictures = Pictures(model.diffusion_model) if owner.recorder is not None else None
         self.stamp: Any = None
         self.problem: str | None = None  # why the model as a whole cannot be recorded
         inside = frozenset(part for block in self.blocks for part in block.module.modules())
         self._around = LiveParts(model.diffusion_model, without=inside)
         self._holders = [held for part in model.diffusion_model.modules() for held in (part._parameters, part._buffers)]
 
-    def examine(self, device: torch.device, model: Any) -> None:
+    def examine(self, device: torch.device, model: Any, recorder: CallRecorder | None) -> None:
         """Look at where weights are, and what other packs did, now."""
         self.problem = None
-        self.forwards = []
-        if self.pictures is not None:
-            from comfy.model_management import get_free_memory
-
-            hooked = bool(getattr(getattr(model, "current_patcher", None), "hook_patches", None))
-            self.pictures.examine(device, get_free_memory(device), hooked)
-            self.forwards += self.pictures.serving  # before the compiled ones, which then are not asked
         for block in self.blocks:
             block.examine(device)
             if block.kind is None and block.key not in block.owner.failed:
@@ -185,21 +174,22 @@ class _Plan:
             self._around.state(device)
         except NotTraceable as error:
             self.problem = str(error)
-        if self._compiles:
-            self.forwards += self.blocks
+        if self.pictures is None or recorder is None:
+            return
+        if self.problem is not None:
+            self.pictures.release()  # nothing is recorded, mostly for want of memory
+        else:
+            from comfy.model_management import get_free_memory
 
-    def begin(self, options: dict[str, Any]) -> None:
-        """A call with these `transformer_options` begins."""
-        if self.pictures is not None:
-            self.pictures.begin(patched=any((options.get("patches") or {}).values()))
-
-    @property
-    def held(self) -> tuple[torch.Tensor, ...]:
-        """What recordings read besides the weights of the model."""
-        return self.pictures.held if self.pictures is not None else ()
+            hooked = bool(getattr(getattr(model, "current_patcher", None), "hook_patches", None))
+            self.pictures.examine(device, model.get_dtype_inference(), get_free_memory(device), hooked)
+        if self.pictures.lost:
+            recorder.let_go()
+            self.pictures.lost = False
 
     def weights(self) -> Hashable:
-        """Where every weight of the model lies now; of a quantised one, where its numbers and scales lie.
+        """Where every weight of the model lies now, and every copy of one; of a quantised one, where its numbers and scales
+        lie.
 
         Its identity would not do: what replaces a weight that is gone often gets the same.
         """
@@ -210,8 +200,10 @@ class _Plan:
                     found.append(weight.data_ptr())
                 elif weight is not None:
                     found += [part.data_ptr() for part in parts_of(weight)[0]]
-        found += [copy.data_ptr() for copy in self.held]
-        return tuple(found)
+        if self.pictures is None:
+            return tuple(found)
+        found += [copy.data_ptr() for copy in self.pictures.held]
+        return tuple(found), self.pictures.key
 
     def fits(self, diffusion_model: nn.Module) -> bool:
         """Whether the blocks are still the ones in the model; an object patch can have replaced some."""
@@ -256,7 +248,7 @@ class RegionalCompiler:
             return plan
         if plan is None or not plan.fits(model.diffusion_model):
             plan = self._plans[model] = _Plan(model, self)
-        plan.examine(device, model)
+        plan.examine(device, model, self.recorder)
         plan.stamp = stamp
         return plan
 
@@ -264,22 +256,22 @@ class RegionalCompiler:
         """An APPLY_MODEL wrapper: the blocks are compiled inside, and as they were outside."""
         options = kwargs.get("transformer_options", args[4] if len(args) > 4 else None)
         share_attention_log(options or {})
-        plan = self.plan(executor.class_obj, x.device)
-        plan.begin(options or {})
         before = getattr(self._thread, "plan", None)
-        self._thread.plan = plan
-        try:
-            with installed(plan.forwards):
-                return executor(x, *args, **kwargs)
-        finally:
-            self._thread.plan = before
+        # Triton launches on the current device, and a pack may have put the model on another one.
+        with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+            plan = self._thread.plan = self.plan(executor.class_obj, x.device)
+            try:
+                with installed(plan.blocks if self.settings.compiles else []):
+                    return executor(x, *args, **kwargs)
+            finally:
+                self._thread.plan = before
 
-    def release(self) -> None:
-        """The weights leave the device."""
-        for plan in self._plans.values():
-            if plan.pictures is not None:
-                plan.pictures.release()
-                plan.stamp = None  # copies are made anew when they are back
+    def release(self, model: Any) -> None:
+        """The weights of `model` (a BaseModel) leave the device."""
+        plan = self._plans.get(model)
+        if plan is not None and plan.pictures is not None:
+            plan.pictures.release()
+            plan.stamp = None  # copies are made anew when they are back
 
     def current(self) -> _Plan:
         """The blocks of the model that runs in this thread."""
@@ -314,7 +306,7 @@ class RegionalCompiler:
         operators = {(name, what) for kind in kinds for name, what in kind.operators.items()}
         lines += [f"  {NAMESPACE}::{name} {what}" for name, what in sorted(operators)]
         lines += [f"  {count} x as it is, {reason}" for reason, count in self.fallbacks().items()]
-        for plan in self._plans.values():
+        for plan in list(self._plans.values()):
             lines += plan.pictures.report() if plan.pictures is not None else []
         if self.recorder is not None:
             lines.append(self.recorder.report())
@@ -322,8 +314,8 @@ class RegionalCompiler:
 
 
 @contextmanager
-def installed(blocks: Sequence[Written | BlockForward]) -> Iterator[None]:
-    """Our `forward` on the blocks that have none of another pack, the first one of each."""
+def installed(blocks: Sequence[BlockForward]) -> Iterator[None]:
+    """Our `forward` on the blocks that have none of another pack."""
     done: list[nn.Module] = []
     try:
         for block in blocks:
