@@ -14,11 +14,12 @@ HERE = Path(__file__).resolve().parent / "on_simulated_card"
 
 
 LANGUAGE = ("test_answers.py", "test_fused_decode.py", "test_prefill.py")
-REST = tuple(sorted(path.name for path in HERE.glob("test_*.py") if path.name not in LANGUAGE))
+UNETS = ("test_native_models.py", "test_pictures.py")
+REST = tuple(sorted(path.name for path in HERE.glob("test_*.py") if path.name not in LANGUAGE + UNETS))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real card")
-@pytest.mark.parametrize("files", [LANGUAGE, REST], ids=["language", "rest"])  # two workers share them
+@pytest.mark.parametrize("files", [LANGUAGE, UNETS, REST], ids=["language", "unets", "rest"])  # workers share them
 def test_on_simulated_card(files: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}

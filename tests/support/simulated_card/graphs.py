@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_flatten
 
+from .arguments import leaves
 from .streams import Hazard, Memory, Stream, card, cuda_error
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def below() -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def spoil(tensor: torch.Tensor) -> None:

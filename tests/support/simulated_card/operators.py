@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
+from .arguments import leaves, mapped
 from .graphs import Capture, below, spoil
 from .streams import Hazard, Memory, Stream, card, cuda_error, device_of, is_made
 
@@ -96,7 +96,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operator."""
     assert is_made()
     name = func._schema.name.split("::")
-    flat = tree_flatten((args, kwargs))[0]
+    flat = leaves((args, kwargs))
     given = [leaf for leaf in flat if isinstance(leaf, OnCard)]
     if name[1] == "is_pinned":
         return not given and _is_pinned(args[0])
@@ -226,7 +226,7 @@ def execute(
                 return wrapped(value, device, stream, known, capture, clock)
         return wrapped(value, device, stream, known, capture, clock)
 
-    return tree_map(wrap, out)
+    return mapped(wrap, out)
 
 
 def _has_storage(tensor: torch.Tensor) -> bool:
@@ -266,7 +266,7 @@ def _perform(
             tensor.memory.check_write(stream)
         for tensor in may_write if capture is not None else ():
             capture.will_write(tensor)
-    inner_args, inner_kwargs = tree_map(inner_of, (args, kwargs))
+    inner_args, inner_kwargs = mapped(inner_of, (args, kwargs))
     with below():
         out = function(*inner_args, **inner_kwargs)
     if capture is not None:
@@ -306,13 +306,13 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[OnCard]:
     for place, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            found += [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, OnCard)]
+            found += [leaf for leaf in leaves(value) if isinstance(leaf, OnCard)]
     return found
 
 
 def launched(name: str, kernel: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """A Triton kernel, whose arguments on the card have become CPU tensors when it runs. Which it writes is not known."""
-    given = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+    given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     on_card = [tensor for tensor in given if isinstance(tensor, OnCard)]
     if on_card and len(on_card) < len(given):
         raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")

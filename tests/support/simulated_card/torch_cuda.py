@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
 
+from .arguments import mapped
 from .graphs import CUDAGraph, new_pool
 from .operators import ATTENTION, OnCard, Simulation, implementations, launched, run
 from .streams import TOTAL, Card, Event, Stream, card, device_of, is_made, make_card, on_device, on_stream
@@ -144,7 +144,7 @@ def _numbers(_: Card) -> None:
     @functools.wraps(plain)
     def tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(data, (list, tuple)):
-            data = tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, OnCard) else leaf, data)
+            data = mapped(lambda leaf: leaf.tolist() if isinstance(leaf, OnCard) else leaf, data)
         return plain(data, *args, **kwargs)
 
     torch.tensor = tensor
