@@ -134,6 +134,21 @@ def test_the_model_that_came_in_is_left_alone() -> None:
     assert all("forward" not in vars(block) for block in blocks_of(bench.model))
 
 
+def test_a_class_that_another_pack_changes_meanwhile_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AnimateDiff's packs put another norm into torch's class for the length of a sampling, and graphs hold the old one."""
+    bench = tiny("z_image")
+    model, _ = compiled(bench.model)
+    before = sample(bench, model)
+    plain = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda layer, x: plain(layer, x) * 0.5)
+    expected = sample(bench, bench.model)
+    made = sample(bench, model)
+    assert torch.equal(made, expected) and not torch.equal(made, before)
+    assert "test_compilation replaced the forward of Linear" in compiler_of(model).report()
+    monkeypatch.undo()
+    assert torch.equal(sample(bench, model), before)
+
+
 def test_nothing_stays_on_the_blocks_after_an_interrupt_or_an_error() -> None:
     import comfy.model_management as management
 

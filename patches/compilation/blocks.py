@@ -82,6 +82,7 @@ def _constant(value: Any) -> Hashable:
 
 LIVE = frozenset({"training", "comfy_cast_weights", "weight_function", "bias_function"})  # read by `LiveParts`
 CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")  # ComfyUI sets them when it loads
+HOMES = ("torch.", "comfy.")
 INNER = ("_forward", "_conv_forward")  # what `forward` of some modules calls; seamless tiling replaces the second
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 ORDINARY = (nn.Parameter, torch.Tensor)
@@ -115,6 +116,22 @@ def constants_of(block: nn.Module) -> Hashable:
     return tuple(found)
 
 
+METHODS = ("forward", *INNER, "forward_comfy_cast_weights")
+
+
+def check_kind(kind: type) -> None:
+    """Raises NotTraceable where another pack has put its own method into a class, as AnimateDiff's do with torch's norms.
+
+    A graph made before would not notice.
+    """
+    for base in kind.__mro__:
+        for name in METHODS:
+            method = vars(base).get(name)
+            home = getattr(method, "__module__", None)
+            if method is not None and home != base.__module__ and not (home or "").startswith(HOMES):
+                raise NotTraceable(f"{home} replaced the {name} of {base.__name__}")
+
+
 class LiveParts:
     """The modules of a block, listed once, because they are looked at again with every run."""
 
@@ -122,9 +139,12 @@ class LiveParts:
         self._parts = [
             (part, vars(part), part._parameters, part._buffers) for part in block.modules() if part not in without
         ]
+        self._kinds = {type(part) for part, *_ in self._parts}
 
     def state(self, device: torch.device) -> Hashable:
         """The part of a block's kind that changes with loading. Raises NotTraceable when it cannot be compiled so."""
+        for kind in self._kinds:
+            check_kind(kind)
         found: list[Hashable] = []
         for part, own, parameters, buffers in self._parts:
             forward = own.get("forward")
