@@ -81,8 +81,7 @@ def same(made: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((made - expected).abs().max() <= 1e-2 * expected.abs().max())
 
 
-@pytest.mark.parametrize("linear", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "linear"), [(torch.float16, True), (torch.bfloat16, False)])
 def test_the_picture_stays(card: Any, dtype: torch.dtype, linear: bool) -> None:
     tiny = bench(dtype, use_linear_in_transformer=linear)
     model = recorded(tiny.model)
