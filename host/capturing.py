@@ -36,10 +36,7 @@ def captured(
                 function()
             graph = torch.cuda.CUDAGraph()
             # thread_local: what another thread does with the card meanwhile, such as decoding a preview, is its own affair.
-            with (
-                _capturing,
-                torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-            ):
+            with _capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 made = function()
     finally:
         before.wait_stream(stream)

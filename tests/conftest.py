@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import os
@@ -15,6 +16,10 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+# Python goes through its objects to find what is lost, and there are millions of them here: a sixth of all time. Tests that
+# count what is held ask for it themselves.
+gc.set_threshold(100_000, 20, 100)
 
 # Of each graph that is compiled torch writes a trace for whoever collects it, which takes as long as compiling. pytest
 # collects every log.
@@ -80,6 +85,11 @@ def _load(name: str, folder: Path) -> None:
 # Where the pack is not installed, the folders' own conftest.py need it of the controller too.
 if not _controls() or importlib.util.find_spec("hotpath") is None:
     _prepare()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what importing made stays for good
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -82,8 +82,9 @@ def _constant(value: Any) -> Hashable:
 
 LIVE = frozenset({"training", "comfy_cast_weights", "weight_function", "bias_function"})  # read by `LiveParts`
 CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")  # ComfyUI sets them when it loads
-HOMES = ("torch.", "comfy.")
 INNER = ("_forward", "_conv_forward")  # what `forward` of some modules calls; seamless tiling replaces the second
+METHODS = ("forward", *INNER, "forward_comfy_cast_weights")
+HOMES = ("torch.", "comfy.")  # where a method of a class may come from, beside the class's own file
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 ORDINARY = (nn.Parameter, torch.Tensor)
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
@@ -116,9 +117,6 @@ def constants_of(block: nn.Module) -> Hashable:
     return tuple(found)
 
 
-METHODS = ("forward", *INNER, "forward_comfy_cast_weights")
-
-
 def check_kind(kind: type) -> None:
     """Raises NotTraceable where another pack has put its own method into a class, as AnimateDiff's do with torch's norms.
 
@@ -129,7 +127,7 @@ def check_kind(kind: type) -> None:
             method = vars(base).get(name)
             home = getattr(method, "__module__", None)
             if method is not None and home != base.__module__ and not (home or "").startswith(HOMES):
-                raise NotTraceable(f"{home} replaced the {name} of {base.__name__}")
+                raise NotTraceable(f"{home or 'a pack'} replaced the {name} of {base.__name__}")
 
 
 class LiveParts:

@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -314,7 +314,7 @@ class RegionalCompiler:
 
 
 @contextmanager
-def installed(blocks: Sequence[BlockForward]) -> Iterator[None]:
+def installed(blocks: list[BlockForward]) -> Iterator[None]:
     """Our `forward` on the blocks that have none of another pack."""
     done: list[nn.Module] = []
     try:

@@ -62,7 +62,7 @@ def test_two_processes_one_killed_one_hanging_give_what_this_one_gives(
         picture(pictures / f"slow{i}.png", 50 + i, SLOW)
     (pictures / "bad.png").write_text("no picture")
     killer = Killer(monkeypatch)
-    together = run_map(request_for(pictures, "two", workers=2, minutes=0.1), killer)
+    together = run_map(request_for(pictures, "two", workers=2, minutes=0.2), killer)
     for pid in (killer.killed, killer.stopped):
         assert pid is not None and not psutil.pid_exists(pid)
     status = together.status
@@ -76,7 +76,7 @@ def test_two_processes_one_killed_one_hanging_give_what_this_one_gives(
     assert [[line[k] for k in keys] for line in listed(together.folder)] == [
         [line[k] for k in keys] for line in listed(alone.folder)
     ]
-    assert max(line["attempts"] for line in listed(together.folder)) == 2
+    assert sum(line["attempts"] - 1 for line in listed(together.folder)) == 2  # of one item or of two
 
 
 def command(folder: Path, *more: str) -> subprocess.Popen:
