@@ -82,16 +82,26 @@ def _factors(
 
 
 @triton.jit
+def _tile_of_program(
+    sample, places, channels, x_sample, x_channel, x_place, PLACES: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """A program's channels and which of them there are; where its numbers lie, and which of them there are."""
+    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    held = channel < channels
+    at = sample * x_sample + place.to(tl.int64)[:, None] * x_place + channel.to(tl.int64)[None, :] * x_channel
+    return channel, held, at, (place < places)[:, None] & held[None, :]
+
+
+@triton.jit
 def _apply(
     X, FACTORS, SHIFTS, OUT, places, channels, x_sample, x_channel, x_place,
     SILU: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    held = channel < channels
-    inside = (place < places)[:, None] & held[None, :]
-    at = sample * x_sample + place.to(tl.int64)[:, None] * x_place + channel.to(tl.int64)[None, :] * x_channel
+    channel, held, at, inside = _tile_of_program(
+        sample, places, channels, x_sample, x_channel, x_place, PLACES, CHANNELS
+    )
     factor = tl.load(FACTORS + sample * channels + channel, mask=held, other=0.0)
     shift = tl.load(SHIFTS + sample * channels + channel, mask=held, other=0.0)
     made = tl.load(X + at, mask=inside, other=0.0).to(tl.float32) * factor[None, :] + shift[None, :]
@@ -106,11 +116,9 @@ def _add(
     OFFSET: tl.constexpr, MORE_OFFSET: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(2).to(tl.int64)
-    place = tl.program_id(0) * PLACES + tl.arange(0, PLACES)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    held = channel < channels
-    inside = (place < places)[:, None] & held[None, :]
-    at = sample * x_sample + place.to(tl.int64)[:, None] * x_place + channel.to(tl.int64)[None, :] * x_channel
+    channel, held, at, inside = _tile_of_program(
+        sample, places, channels, x_sample, x_channel, x_place, PLACES, CHANNELS
+    )
     made = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
     made += tl.load(Y + at, mask=inside, other=0.0).to(tl.float32)
     if OFFSET:
