@@ -133,6 +133,7 @@ class Written:
         self.title = type(module).__name__
         self.otherwise: Forward = functools.partial(type(module).forward, module)
         self.reason = UNSEEN
+        self.refused = ""  # what it could not be given in the last recording
         self._pictures = pictures
 
     @property
@@ -162,8 +163,10 @@ class Written:
         return not self.reason
 
     def takes(self, x: Tensor) -> bool:
-        """Whether ours can be given `x`."""
-        return x.dtype == self._pictures.dtype and x.dim() == 4 and x.numel() > 0 and not torch.is_grad_enabled()
+        """Whether ours can be given `x`; the report tells what it could not."""
+        taken = x.dtype == self._pictures.dtype and x.dim() == 4 and x.numel() > 0
+        self.refused = "" if taken else f"it was given {_name(x.dtype)} of {x.dim()} dimensions"
+        return taken
 
     def ordered(self, x: Tensor) -> Tensor:
         order = torch.channels_last if self._pictures.channels_last else torch.contiguous_format
@@ -404,7 +407,7 @@ class Pictures:
 
     def report(self) -> list[str]:
         """What runs by our kernels in recordings, and what does not and why, as lines."""
-        ours = Counter(part.title for part in self.serving)
+        ours = Counter(part.title for part in self.serving if not part.refused)
         lines = []
         if ours:
             what = ", ".join(f"{count} {title}" for title, count in ours.items())
@@ -412,5 +415,6 @@ class Pictures:
             order = ", channels last" if self.channels_last else ""
             order += f" ({held:.0f} MiB of reordered weights)" if held else self._note
             lines.append(f"  {what} by our own kernels{order}")
-        others = Counter(f"{part.title}: {part.reason}" for part in self.parts if part.reason not in ("", UNSEEN))
+        reasons = ((part.title, part.reason or part.refused) for part in self.parts)
+        others = Counter(f"{title}: {reason}" for title, reason in reasons if reason not in ("", UNSEEN))
         return lines + [f"  {count} not by our own kernels, {reason}" for reason, count in others.items()]

@@ -280,3 +280,16 @@ def test_the_order_is_measured(card: Any, monkeypatch: pytest.MonkeyPatch) -> No
         pictures.channels_last_is_faster.cache_clear()
         assert pictures.channels_last_is_faster(torch.device("cuda", 0), torch.float16) is expected
     pictures.channels_last_is_faster.cache_clear()
+
+
+def test_numbers_of_another_kind_are_left_to_the_layers_and_that_is_told(
+    card: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that says it computes in one type and is given another."""
+    tiny = bench()
+    model = recorded(tiny.model)
+    plain = pictures.Written.takes
+    monkeypatch.setattr(pictures.Written, "takes", lambda part, x: plain(part, x.float()))
+    assert same(tiny.sample(model, **SMALL), tiny.sample(**SMALL)) and not ran()
+    report = compiler_of(model).report()
+    assert "ResBlock: it was given float32 of 4 dimensions" in report and "channels last" not in report
