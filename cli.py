@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .host.errors import first_line
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -357,9 +358,8 @@ def _device(text: str) -> str:
         wanted = torch.device(text)
         torch.empty(1, device=wanted)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA asserts
-        why = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no device torch can use here ({why}): leave it out, or try cpu"
+            f"{text!r} is no device torch can use here ({first_line(error)}): leave it out, or try cpu"
         ) from None
     return text
 

@@ -313,7 +313,9 @@ def measure(
                 _warm(family, contestant, references)
             running.append(contestant)
         except Exception as error:
-            contestant.left_out = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            from hotpath.host.errors import kind_and_line
+
+            contestant.left_out = kind_and_line(error)
             traceback.print_exc()
         print(f"  {contestant.name}: {contestant.left_out or f'warm after {contestant.warm_up:.1f} s'}", flush=True)
     with alone():

@@ -49,6 +49,7 @@ from hotpath.attention.dispatch import (
 )
 from hotpath.attention.events import AttentionLog
 from hotpath.attention.reference import attention_reference, share_heads
+from hotpath.host.errors import kind_and_line
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def measure(
             row.cosine, row.largest_error = accuracy(run(), q, k, v, mask)
             runs[backend.name] = run
         except Exception as error:  # what a record cannot know shows here, and is a result
-            row.note = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            row.note = f"fails: {kind_and_line(error, 120)}"
     auto, log = AttentionDispatcher(choices=MeasuredChoices()), AttentionLog()
     policy = AttentionPolicy()
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..host.compiling import ask_at_each_operation, inductor, stop_asking, until_nothing_compiles
+from ..host.errors import kind_and_line
 
 log = logging.getLogger("hotpath.colorization")
 
@@ -59,7 +60,7 @@ class MaybeCompiled:
         except Exception as error:
             if _is_from_compiler(error):
                 self._wanted = False
-                self.status = f"not compiled: {_first_line(error)}"
+                self.status = f"not compiled: {kind_and_line(error)}"
                 log.warning("%s runs %s", self.name, self.status)
                 return self._plain(*args)
             raise
@@ -74,10 +75,3 @@ class MaybeCompiled:
 def _is_from_compiler(error: BaseException) -> bool:
     """Whether the compiler raised, and not the function: out of memory and wrong shapes are for the caller."""
     return type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton"))
-
-
-def _first_line(error: BaseException) -> str:
-    error = (
-        getattr(error, "inner_exception", None) or error
-    )  # what a backend raised, inside of what torch says about it
-    return f"{type(error).__name__}, {(str(error).strip().splitlines() or ['no message'])[0][:200]}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..host.capturing import captured
+from ..host.errors import first_line
 
 log = logging.getLogger("hotpath.colorization")
 
@@ -106,7 +107,7 @@ class GraphedStep:
         except RuntimeError as error:
             self._record = None
             self._recordings.clear()
-            self.status = f"none: {(str(error).splitlines() or ['no message'])[0][:160]}"
+            self.status = f"none: {first_line(error, 160)}"
             log.warning("no CUDA graph: %s", self.status)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..host.errors import kind_and_line
 from ..host.interruption import read_ahead
 
 Perceptual = Callable[[Tensor, Tensor], float]
@@ -36,8 +37,7 @@ def load_perceptual() -> tuple[Perceptual | None, str]:
     try:
         return _load(backbones[-1], heads), "LPIPS: AlexNet, version 0.1"
     except Exception as error:  # a torchvision that is missing or of another torch, a file that was cut off
-        first = (str(error).strip().splitlines() or [""])[0][:200]
-        return None, f"LPIPS is not measured: it cannot be loaded ({type(error).__name__}: {first})"
+        return None, f"LPIPS is not measured: it cannot be loaded ({kind_and_line(error, 200)})"
 
 
 @functools.lru_cache(maxsize=1)  # 10 MB, and a file of 240 MB to read

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..host.errors import first_line
 from .devices import VISIBLE
 from .jobs import BadMap
 
@@ -243,7 +244,7 @@ def _knock(address: str) -> None:
 def _refused(error: BaseException, address: str | None) -> str:
     """Why Ray could not be used, as a sentence; Ray says it in the causes of what it raises."""
     if address is None:
-        return f"Ray on this machine cannot be used: {_first_line(error)}"
+        return f"Ray on this machine cannot be used: {first_line(error)}"
     told = "".join(traceback.format_exception(error))
     if "InvalidAuthToken" in told:
         return f"The cluster at {address} refuses the token: give the one it was started with (--token-file)."
@@ -252,11 +253,7 @@ def _refused(error: BaseException, address: str | None) -> str:
             f"This machine is no node of the cluster at {address}, and Ray takes work only from its nodes: run "
             f"`ray start --address={address} --num-cpus=0` here first, with {MODE}=token and the same token."
         )
-    return f"Ray at {address} cannot be used: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].strip("'") if str(error) else repr(error)
+    return f"Ray at {address} cannot be used: {first_line(error)}"
 
 
 @contextmanager

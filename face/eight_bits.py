@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .cores import cores, on_cores
+from ..host.cores import cores, on_cores
 
 BLOCK = 1 << 18  # floats; with the bytes they become they fit a core's second cache
 MOST_PINNED = 256 << 20  # bytes of one call; torch keeps pinned memory and gives it out again

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import host
 from ..host.capturing import captured
+from ..host.errors import first_line
 
 log = logging.getLogger("hotpath.face")
 
@@ -146,7 +147,7 @@ class Graphs:
             self._failed = True
             # What ends a capture that went wrong says no more than that.
             cause = error.__context__ or error
-            self.status = f"none: {(str(cause).splitlines() or ['no message'])[0][:160]}"
+            self.status = f"none: {first_line(cause, 160)}"
             log.warning("no CUDA graph of a face network: %s", self.status)
             return
         graph.used = self._calls

@@ -8,7 +8,7 @@ import torch
 
 from .. import host
 from ..cache import content_key, named_cache
-from .cores import on_cores
+from ..host.cores import on_cores
 from .faces import DetectionOptions, FaceChoice, Faces
 from .pictures import PictureGroup
 

@@ -11,7 +11,7 @@ from ..host import Host
 from ..vision_language import folders
 from ..vision_language.answering import AnswerOptions, answer, on
 from ..vision_language.budgets import PRESETS
-from ..vision_language.embeddings import EmbeddingCache, encode, look_up
+from ..vision_language.embeddings import EmbeddingCache, look_up
 from ..vision_language.generation import PlainRunner, choose_path, runner
 from ..vision_language.loaded_model import LoadedModel, LoadOptions
 from ..vision_language.loading import MODELS
@@ -20,6 +20,7 @@ from ..vision_language.prefill import prefill
 from ..vision_language.prompts import Question, build
 from ..vision_language.sampling import Sampling
 from ..vision_language.timing import Timing
+from ..vision_language.tower import encode
 from .selftest import Absent, Finding, relative_difference, timed
 
 ROUNDING = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}

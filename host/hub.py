@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .downloads import STAGING, TIMEOUT, DownloadError, ProgressCallback, check_space, fetch, safe_target
+from .errors import first_line
 
 REVISION = ".hotpath-revision"  # which one a half folder is of
 # What a model folder needs; not the same weights again in another format, and no code.
@@ -91,7 +92,6 @@ def _hub_errors(what: str) -> Iterator[None]:
         ) from None
     # Which library speaks HTTP for the hub, and with it the errors of a machine that is offline, changed twice.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
         raise DownloadError(
-            f"{what} could not be downloaded: {reason}. Connect and try again; it goes on where it stopped."
+            f"{what} could not be downloaded: {first_line(error)}. Connect and try again; it goes on where it stopped."
         ) from error

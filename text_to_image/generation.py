@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import host
 from ..host.compiling import until_nothing_compiles
+from ..host.errors import kind_and_line
 from . import compilation, decoding, denoising
 from .adapters import Adapter
 from .compilation import CompilationPlan
@@ -332,8 +333,7 @@ class Run:
         except Exception as error:
             if self.model.compilation.mode == "none" or not compilation.is_compiler_error(error):
                 raise
-            first = (str(error).strip().splitlines() or [""])[0][:200]
-            note = f"compile: none instead of regional, because {type(error).__name__}: {first}"
+            note = f"compile: none instead of regional, because {kind_and_line(error, 200)}"
             log.warning("%s", note)
             self.model.compilation = CompilationPlan("none", note)
             compilation.undo(network)

@@ -21,6 +21,7 @@ from torch import nn
 
 from .. import host
 from ..cache import content_key
+from ..host.errors import first_line
 from . import compilation, interruption, precision, stream_attention
 from .adapters import Adapters
 from .folders import COMPONENTS, Checkpoint, UnusableCheckpoint, find
@@ -271,8 +272,9 @@ def _from_pretrained(
     except (torch.OutOfMemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the libraries raise anything from KeyError to ImportError
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnusableCheckpoint(f"{folder} could not be loaded as {kind.__name__}: {first[:300]}") from error
+        raise UnusableCheckpoint(
+            f"{folder} could not be loaded as {kind.__name__}: {first_line(error, 300)}"
+        ) from error
     # Left to themselves the libraries fill these with random numbers and go on.
     wrong = [*found["missing_keys"], *found.get("mismatched_keys", ()), *found.get("error_msgs", ())]
     if wrong:

@@ -17,13 +17,14 @@ import torch
 from .. import host
 from . import answers
 from .budgets import PRESETS, Budget
-from .embeddings import EmbeddingCache, VisualItem, encode, keep, look_up
+from .embeddings import EmbeddingCache, VisualItem, look_up
 from .generation import beam_search, choose_path, decode, start
 from .loaded_model import LoadedModel
 from .loading import MODELS
 from .prompts import Prompt, Question, build
 from .sampling import Sampler, Sampling
 from .timing import Timing
+from .tower import RECORDED_TOWER, encode, keep
 
 log = logging.getLogger("hotpath.vision_language")
 
@@ -151,7 +152,9 @@ def _answer(
         MODELS.keep(model, True)
     try:
         with model.resident(run.prompt_tokens + most, rows), on(model.device):
-            seen = encode(model, run.items, cache, run.timing, options.encode_jointly, keep_now=False)
+            seen = encode(
+                model, run.items, cache, run.timing, options.encode_jointly, keep_now=False, record=options.keep_loaded
+            )
             run.encoded = len(seen)
             try:
                 written = _write(model, prompts, sampling, options, most, run)
@@ -257,7 +260,11 @@ def _report(
         visual = sum(item.tokens(merge) for item in run.items)
         hits = [item.found for item in run.items if item.found]
         where = f", {len(hits)} from the cache ({', '.join(sorted(set(hits)))})" if hits else ""
-        lines.append(f"pictures: {len(run.items)}, {visual:,} visual tokens, {run.encoded} encoded{where}")
+        replayed = sum(item.replayed for item in run.items)
+        how = f" ({replayed} by a CUDA graph)" if replayed else ""
+        lines.append(f"pictures: {len(run.items)}, {visual:,} visual tokens, {run.encoded} encoded{how}{where}")
+        if reason := model.device_state.get("failed paths", {}).get(RECORDED_TOWER):
+            lines.append(f"vision tower: no CUDA graph, because a recording failed here: {reason}")
     reused = f", {run.reused:,} of them reused" if run.reused else ""
     how = f"; prefill: {run.prefill}" if run.prefill else ""
     lines.append(f"prompt: {run.prompt_tokens:,} tokens{reused}{how}")

@@ -12,6 +12,8 @@ import platform
 import torch
 from torch import Tensor
 
+from ..host.errors import first_line
+
 FEW_ROWS = 16  # with more, unpacking once and a plain product is as fast, and exact
 STEP = 64  # torch's int8 kernel reads whole vectors: with other numbers of inputs, past the end of the weights
 INNER_TILES = 1
@@ -34,7 +36,7 @@ def why_not(method: str) -> str:
         if not torch.allclose(made, wanted, rtol=0, atol=0.02 * float(wanted.abs().max())):
             return f"torch's {method} kernel for CPUs is wrong here"
     except (AttributeError, RuntimeError, NotImplementedError) as error:
-        return f"torch has no {method} kernel for this CPU ({str(error).strip().splitlines()[0][:100]})"
+        return f"torch has no {method} kernel for this CPU ({first_line(error, 100)})"
     return ""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import host
+from ..host.errors import first_line
 from . import folders
 from .folders import ModelFolder, UnusableModel
 
@@ -87,8 +88,8 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
             "check the name, or put the folder there."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnusableModel(
-            f"There is no whole model folder {target.name!r} under {folders.roots()[0]}, and {repository} could not be fetched "
-            f"({first[:200]}): check the name, connect and run again, which continues where it stopped, or put the folder there."
+            f"There is no whole model folder {target.name!r} under {folders.roots()[0]}, and {repository} could not be "
+            f"fetched ({first_line(error)}): check the name, connect and run again, which continues where it stopped, "
+            "or put the folder there."
         ) from error

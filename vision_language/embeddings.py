@@ -7,7 +7,6 @@ live in CPU memory (bounded, shared by all models, they survive an unload) and, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -21,9 +20,9 @@ from torch import Tensor
 from .. import host
 from ..cache import BoundedCache, content_key, named_cache
 from ..cache.disk import DiskCache
+from ..host.cores import on_cores
 from . import patches
 from .budgets import Budget, fitted
-from .interruption import interruptible
 from .loaded_model import LoadedModel
 from .pictures import Clip, Picture
 from .timing import Timing
@@ -33,6 +32,7 @@ log = logging.getLogger("hotpath.vision_language")
 MEMORY_LIMIT = 2 << 30
 DISK_LIMIT = 8 << 30
 DEVICE_LIMIT = 256 << 20  # bytes of the device, per model: what was seen last need not be sent again
+PIECES = 16  # of a picture's pixels
 CLIP_TOKENS = 16384  # all frames of a clip together
 
 
@@ -68,6 +68,7 @@ class VisualItem:
     seconds: tuple[float, ...] = ()
     step: float = 1.0
     found: str = ""  # "memory" or "disk" on a hit
+    replayed: bool = False  # by the tower's recording
 
     def tokens(self, merge: int) -> int:
         time, height, width = self.grid
@@ -137,9 +138,8 @@ def describe(model: LoadedModel, pixels: Any, kind: str, processor: Any, size: S
 
 
 def pixels_key(pixels: Any) -> str:
-    """SHA-1 (hex) of the exact pixels [..., 3] uint8: processors have instructions for it, and none for MD5."""
-    flat: Any = np.ascontiguousarray(pixels).reshape(-1)
-    return hashlib.sha1(flat, usedforsecurity=False).hexdigest()
+    """MD5 (hex) of the exact pixels [..., 3] uint8, by way of those of PIECES parts, which are hashed side by side."""
+    return content_key(on_cores(content_key, np.array_split(np.ascontiguousarray(pixels).reshape(-1), PIECES)))
 
 
 def look_up(
@@ -261,92 +261,3 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def encode(
-    model: LoadedModel,
-    items: Sequence[VisualItem],
-    cache: EmbeddingCache,
-    timing: Timing,
-    jointly: bool = False,
-    keep_now: bool = True,
-) -> list[VisualItem]:
-    """Run the tower for every item without features (the network is resident); returns an item of each that it saw.
-
-    jointly=True shows it all pictures at once, which is faster for many small ones; one by one a picture's features do
-    not depend on its company to the last bit. keep_now=False leaves it to the caller to `keep` what came of it, once
-    the device has other work to do.
-    """
-    waiting: dict[str, list[VisualItem]] = {}
-    for item in items:
-        if item.features is None:
-            waiting.setdefault(item.key, []).append(item)
-    seen: list[VisualItem] = []
-    for kind in ("image", "video"):
-        groups = [group for group in waiting.values() if group[0].kind == kind]
-        for part in [groups] if jointly and groups else [[group] for group in groups]:
-            made = tower(model, kind, [group[0] for group in part], timing)
-            for group, features in zip(part, made, strict=True):
-                for item in group:
-                    item.features, item.patches, item.pixels = features, None, None
-                seen.append(group[0])
-    if keep_now:
-        keep(seen, cache)
-    return seen
-
-
-def keep(seen: Sequence[VisualItem], cache: EmbeddingCache) -> None:
-    """Put what the tower made of `seen` into the cache. Waits for the device."""
-    for item in seen:
-        if item.features is not None:
-            cache.put(item.key, item.description, item.features)
-
-
-def tower(model: LoadedModel, kind: str, items: Sequence[VisualItem], timing: Timing) -> list[VisualFeatures]:
-    """The vision tower's features of `items`, all of one kind, in one run."""
-    with timing.stage("transfer", on_device=True):
-        shown = (
-            torch.cat([patches_of(model, item) for item in items]) if len(items) > 1 else patches_of(model, items[0])
-        )
-        grids = torch.tensor([item.grid for item in items], device=model.device)
-    with timing.stage("tower", on_device=True), torch.no_grad(), interruptible(model.network):
-        inner = model.network.model
-        method = inner.get_image_features if kind == "image" else inner.get_video_features
-        pooled, deep = split(method(shown, grids), len(items), items, model)
-    return [VisualFeatures(pooled[i], tuple(level[i] for level in deep), item.grid) for i, item in enumerate(items)]
-
-
-def patches_of(model: LoadedModel, item: VisualItem) -> Tensor:
-    """What the tower looks at, on its device."""
-    if item.patches is not None:
-        return to_device(item.patches, model.device)
-    assert item.pixels is not None
-    worker = model.processor.image_processor
-    table: Tensor | None = model.device_state.get("pixel values")
-    if table is None:
-        table = to_device(patches.values(worker).to(model.dtype), model.device)
-        model.device_state["pixel values"] = table
-    return patches.patches(worker, to_device(item.pixels, model.device), table)
-
-
-def split(
-    result: Any, count: int, items: Sequence[VisualItem], model: LoadedModel
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The parts of what get_image_features returned, per picture: 4.57 gives tuples, later versions objects."""
-    if hasattr(result, "pooler_output"):
-        pooled, deep = result.pooler_output, getattr(result, "deepstack_features", None) or []
-    elif isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], list):
-        pooled, deep = result
-    else:
-        pooled, deep = result, []
-    merge = int(model.config.vision_config.spatial_merge_size)
-    sizes = [item.tokens(merge) for item in items]
-
-    def parts(value: Any) -> list[Tensor]:
-        if isinstance(value, Tensor):
-            return list(torch.split(value, sizes))
-        pieces = list(value)
-        # Some versions split a clip by its frames.
-        return pieces if len(pieces) == count else list(torch.split(torch.cat(pieces), sizes))
-
-    return parts(pooled), [parts(level) for level in deep]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import host
 from ..host.compiling import inductor, until_nothing_compiles
+from ..host.errors import first_line
 from . import decode_attention, decoding, fused_decode, replayed_prefill
 from .encoder_outputs import given
 from .loaded_model import LoadedModel
@@ -238,10 +239,6 @@ def prepared(
         why.append(f"not {path.name}, because it failed here: {failed[path.name]}")
         path = simpler(path, model.device)
     return None, replace(path, note="; ".join([path.note, *why]))
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @dataclass(frozen=True)

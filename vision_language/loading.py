@@ -15,11 +15,12 @@ import torch
 
 from .. import host
 from ..cache import content_key
+from ..host.errors import first_line
 from . import decoding, download, offloading, projections
 from .folders import ModelFolder, UnusableModel
 from .interruption import interruptible_loading
 from .loaded_model import LoadedModel, LoadOptions, compute_device
-from .quantization import QuantizationPlan, plan, quantize
+from .quantization import PACKED, QuantizationPlan, plan, quantize
 
 log = logging.getLogger("hotpath.vision_language")
 
@@ -90,9 +91,8 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
     except Exception as error:  # the library raises anything from KeyError to ImportError
         if type(error).__name__ == "InterruptProcessingException":  # ordinary in older versions of ComfyUI
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnusableModel(
-            f"The model folder {folder.path} could not be loaded as {folder.model_type}: {first[:300]}"
+            f"The model folder {folder.path} could not be loaded as {folder.model_type}: {first_line(error, 300)}"
         ) from error
     # The library would fill these with random numbers and go on.
     if wrong := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
@@ -107,7 +107,9 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
     plain = stored is None and not packing.method.startswith("bitsandbytes")
     if plain and network.config.model_type in decoding.DENSE_MODELS:
         projections.merge_decoder(decoding.text_decoder(network).layers)
-    if packing.method in ("int8", "int4", "float8"):
+    if folder.sees:
+        projections.patches_by_product(getattr(network.model, "visual", None))
+    if packing.method in PACKED:
         count = quantize(decoding.text_decoder(network).layers, packing.method)
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
     if note := stream_layers(network, device, options.stream_layers):

@@ -1,4 +1,5 @@
-"""One matrix instead of three: the decoder's query, key and value projections merged, and its gate and up projections.
+"""One matrix instead of three: the decoder's query, key and value projections merged, and its gate and up projections; and
+one instead of a convolution: the tower's first layer.
 
 Reading one long matrix uses the memory bus better than reading three short ones, and a decode step is nothing but
 reading. The merged matrix is the only copy; the old names stay as views of its rows, so that the library's own forward
@@ -66,3 +67,27 @@ def merge_decoder(layers: nn.ModuleList) -> bool:
         if hasattr(layer, "self_attn") and hasattr(layer, "mlp")
     ]
     return len(done) == len(layers) and all(done)
+
+
+class PatchProduct(nn.Module):
+    """A convolution whose kernels cover their input once, as the matrix product that it is; its weights are the layer's.
+
+    cuDNN has had releases without a kernel for it in half precision, where torch then takes the slowest way there is.
+    """
+
+    def __init__(self, layer: nn.Conv3d) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, C, T, H, W] of the kernel's own size to [n, outputs, 1, 1, 1]."""
+        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
+
+
+def patches_by_product(tower: Any) -> bool:
+    """Let the patch embedding of `tower` multiply rather than convolve; False, and nothing changed, if it is another layer."""
+    layer = getattr(getattr(tower, "patch_embed", None), "proj", None)
+    if type(layer) is not nn.Conv3d or layer.groups != 1 or layer.kernel_size != layer.stride or any(layer.padding):
+        return False
+    tower.patch_embed.proj = PatchProduct(layer)
+    return True

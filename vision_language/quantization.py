@@ -20,7 +20,8 @@ from . import cpu_kernels
 
 INT4_GROUP = 64  # inputs that share one scale and one zero point
 
-QUANTIZATIONS = ("none", "int8", "int4", "float8", "bitsandbytes 8-bit", "bitsandbytes 4-bit")
+PACKED = ("int8", "int4", "float8")  # by this module, decoder only
+QUANTIZATIONS = ("none", *PACKED, "bitsandbytes 8-bit", "bitsandbytes 4-bit")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...attention.choice import fastest, milliseconds
+from ...host.errors import kind_and_line
 from .blocks import LiveParts
 from .options import NotTraceable
 
@@ -56,7 +57,7 @@ def kernels_missing(device: torch.device, dtype: torch.dtype) -> str:
         raise
     except Exception as error:  # no compiler, a card that Triton does not know
         log.warning("pictures: the model's own layers, because our kernels failed", exc_info=True)
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        return kind_and_line(error)
     return ""
 
 
@@ -340,7 +341,7 @@ class Pictures:
         except RuntimeError as error:  # memory is short, or a library refuses
             log.warning("pictures: the model's own layers, because %s", error)
             for part in self.parts:
-                part.reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                part.reason = kind_and_line(error)
             self.release()
 
     def _copy(self, free: int, hooked: bool) -> None:

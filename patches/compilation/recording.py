@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ...host.capturing import captured
+from ...host.errors import kind_and_line
 from ..model_call import BOUND, BoundPatches
 from .blocks import attributes_used
 from .options import (
@@ -247,7 +248,7 @@ class CallRecorder:
             try:
                 held = self._make(executor, arguments, flat)
             except self._errors as error:
-                self._failed[key] = f"{type(error).__name__} while recording: {str(error).splitlines()[0][:160]}"
+                self._failed[key] = f"while recording, {kind_and_line(error)}"
                 if isinstance(error, torch.OutOfMemoryError):
                     self._kept.clear()
                 log.warning("The model call is not recorded: %s", self._failed[key])

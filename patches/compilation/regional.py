@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...host.errors import kind_and_line
 from .blocks import ORDINARY, LiveParts, constants_of, parts_of
 from .graphs import Backend, CompiledKind, compile_errors
 from .options import NotTraceable, block_options, options_read_by, share_attention_log
@@ -117,7 +118,7 @@ class BlockForward:
         except NotTraceable as error:
             return self._as_it_is(str(error), args, kwargs, error)
         except self.owner.errors as error:
-            reason = kind.reason = self.owner.failed[self.key] = _first_line(error)
+            reason = kind.reason = self.owner.failed[self.key] = kind_and_line(error, 200)
             forget(kind)  # who asks for a compiled model next starts anew
             log.warning("%s is not compiled: %s", self.title, reason)
             return self._as_it_is(reason, args, kwargs, error)
@@ -140,14 +141,6 @@ class BlockForward:
             options = block_options(args[self.place] or {}, self._read)
             return (*args[: self.place], options, *args[self.place + 1 :]), kwargs
         return args, kwargs
-
-
-def _first_line(error: BaseException) -> str:
-    error = (
-        getattr(error, "inner_exception", None) or error
-    )  # what a backend raised, inside of what torch says about it
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
 class _Plan:

@@ -52,11 +52,12 @@ def test_answers_are_the_plain_paths(card: Any, load_llm: Any, kind: str) -> Non
 
 def test_logits_are_the_librarys(card: Any, load_llm: Any) -> None:
     from hotpath.vision_language.answering import on
-    from hotpath.vision_language.embeddings import EmbeddingCache, encode, look_up
+    from hotpath.vision_language.embeddings import EmbeddingCache, look_up
     from hotpath.vision_language.generation import choose_path, prepared
     from hotpath.vision_language.prefill import prefill
     from hotpath.vision_language.prompts import build
     from hotpath.vision_language.timing import Timing
+    from hotpath.vision_language.tower import encode
 
     model = load_llm("qwen3_vl")
     timing, cache = Timing(model.device), EmbeddingCache()

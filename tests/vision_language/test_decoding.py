@@ -24,8 +24,9 @@ KINDS = ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 def prompts(model, pictures):
     """Two questions of different length, with pictures where the model sees."""
-    from hotpath.vision_language.embeddings import EmbeddingCache, encode, look_up
+    from hotpath.vision_language.embeddings import EmbeddingCache, look_up
     from hotpath.vision_language.timing import Timing
+    from hotpath.vision_language.tower import encode
 
     timing, cache, made = Timing(model.device), EmbeddingCache(), []
     shown = ([pictures.a], [pictures.b, pictures.c]) if model.processor is not None else ([], [])

@@ -35,7 +35,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     global _threads
     with _starting:
         if _threads is None:
-            _threads = ThreadPoolExecutor(threads, thread_name_prefix="hotpath-faces")
+            _threads = ThreadPoolExecutor(threads, thread_name_prefix="hotpath-cores")
         return _threads
 
 
