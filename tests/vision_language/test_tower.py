@@ -48,6 +48,7 @@ def test_what_is_not_known_is_left_to_the_library(load: Any, monkeypatch: pytest
     assert tower.from_size(nn.Identity(), sizes, cpu) is None
     monkeypatch.setattr(tower, "_asked", lambda kind: ("get_vision_cu_seqlens", "get_vision_something_new"))
     assert tower.from_size(visual, sizes, cpu) is None
+    pytest.importorskip("transformers.vision_utils")
     monkeypatch.setattr(tower, "_asked", lambda kind: ("torch", "get_vision_cu_seqlens"))
     found = tower.from_size(visual, sizes, cpu)
     assert found is not None and found["cu_seqlens"].tolist() == [0, 16]
