@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..host.capturing import captured
+from ..host.capturing import GraphMemory, captured
 from ..host.errors import first_line
 
 log = logging.getLogger("hotpath.colorization")
@@ -43,28 +43,23 @@ Record = Callable[[Step, Sequence[Tensor]], Recording]
 class CudaRecording:
     """`function` of copies of `tensors`, captured.
 
-    pool: memory that recordings share. They may: one runs at a time, and what it leaves is copied at once.
+    memory: what recordings share. They may: one runs at a time, and what it leaves is copied at once.
     """
 
-    def __init__(self, function: Step, tensors: Sequence[Tensor], pool: Any = None) -> None:
+    def __init__(self, function: Step, tensors: Sequence[Tensor], memory: GraphMemory | None = None) -> None:
         self.inputs = [tensor.clone() for tensor in tensors]
-        self._graph, self.outputs = captured(lambda: function(*self.inputs), WARM_RUNS, pool=pool)
+        self._graph, self.outputs = captured(lambda: function(*self.inputs), WARM_RUNS, memory=memory)
 
     def replay(self) -> None:
         self._graph.replay()
-
-
-def graph_memory(device: torch.device) -> Any:
-    """For the steps of one job to share."""
-    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
 class GraphedStep:
     """`function` of tensors to a tuple of tensors, replayed from a graph from the second call of each shape on.
 
     The first call of a shape runs plainly, records, replays, and compares: a recording that fails or differs ends all
-    recording, and `status` says why. record: makes a Recording; CUDA's by default, and none elsewhere. pool: see
-    `graph_memory`.
+    recording, and `status` says why. record: makes a Recording; CUDA's by default, and none elsewhere. memory: what
+    the steps of one job share.
     """
 
     def __init__(
@@ -72,10 +67,10 @@ class GraphedStep:
         function: Step,
         device: torch.device,
         record: Record | None = None,
-        pool: Any = None,
+        memory: GraphMemory | None = None,
     ) -> None:
         self._function = function
-        on_cuda = functools.partial(CudaRecording, pool=pool) if device.type == "cuda" else None
+        on_cuda = functools.partial(CudaRecording, memory=memory) if device.type == "cuda" else None
         self._record: Record | None = record or on_cuda
         self._recordings: dict[tuple[Any, ...], Recording] = {}
         self.status = "not captured yet" if self._record else f"none: CUDA only, this is {device.type}"

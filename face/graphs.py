@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..host.capturing import captured
+from ..host.capturing import GraphMemory, captured
 from ..host.errors import first_line
 
 log = logging.getLogger("hotpath.face")
@@ -31,26 +31,15 @@ WARM_RUNS = 2
 Step = Callable[[Tensor], Sequence[Tensor]]
 
 
-class _Memory:
-    """What graphs work in, all in the same: one runs at a time, and its result is copied out at once."""
-
-    def __init__(self) -> None:
-        self.stream: Any = torch.cuda.Stream()
-        self.pool = torch.cuda.graph_pool_handle()
-
-
 class _Graph:
-    def __init__(self, step: Step, given: Tensor, memory: _Memory) -> None:
+    def __init__(self, step: Step, given: Tensor, memory: GraphMemory) -> None:
         self._step = step  # holds tables that the graph reads
-        self._memory = memory
         self.used = 0
         # A recording lives on after the inference mode in which a node made it.
         with torch.inference_mode(False), torch.no_grad():
             self._held = torch.empty_like(given)
             self._held.copy_(given)
-            self._graph, self.made = captured(
-                lambda: step(self._held), WARM_RUNS, stream=memory.stream, pool=memory.pool
-            )
+            self._graph, self.made = captured(lambda: step(self._held), WARM_RUNS, memory=memory)
 
     def replay(self, given: Tensor) -> None:
         self._held.copy_(given, non_blocking=True)
@@ -63,7 +52,7 @@ class Graphs:
     def __init__(self) -> None:
         self.status = "not recorded yet"
         self._lock = threading.RLock()
-        self._memory: _Memory | None = None
+        self._memory = GraphMemory()
         self._kept: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._weights: Sequence[int] = ()
@@ -80,7 +69,6 @@ class Graphs:
             self._kept.clear()
             # Recording takes longer than some hundred replays save, so weights that come and go are not worth it.
             self._seen.clear()
-            self._memory = None  # a pool that its last graph has left cannot be used again
 
     def __call__(self, key: Hashable, step: Step, given: Tensor, weights: Sequence[int], nbytes: int) -> Tensor:
         """The first of what `step` gives for `given`.
@@ -135,7 +123,6 @@ class Graphs:
 
     def _record(self, key: Hashable, step: Step, given: Tensor, expected: Sequence[Tensor]) -> None:
         try:
-            self._memory = self._memory or _Memory()
             graph = _Graph(step, given, self._memory)
             self._wait_for_last_call()
             graph.replay(given)

@@ -1,43 +1,168 @@
-"""CUDA graphs are captured here, one at a time: cudaMallocAsync, which ComfyUI asks for, allows one capture in a process."""
+"""CUDA graphs are captured here, one at a time: cudaMallocAsync, which ComfyUI asks for, allows one capture in a process.
+
+What torch leaves to whoever captures is done here too. Products write into a workspace that cuBLAS keeps for each stream, and
+a graph has its address: under torch's own allocator it is made anew within the capture, in the graph's memory, and lives as
+long as that does. And a capture that breaks off leaves the allocator waiting for its end, which then frees nothing any more.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import logging
+import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
+log = logging.getLogger("hotpath")
+
 Made = TypeVar("Made")
 
+STREAMS = 64  # tries to find a stream that no living graph was captured on; torch has 32 and gives them out in turn
+
 _capturing = threading.RLock()  # one in another is for torch to refuse
+_spare: dict[int, Any] = {}  # by device
+_streams: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # of graphs
+
+
+class GraphMemory:
+    """What some graphs work in, all in the same: one of them runs at a time, and what it leaves is copied before the next.
+
+    torch lets graphs share memory if they were captured on one stream, as long as one of them lives. device: the current one
+    by default.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self.stream: Any = None
+        self.pool: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def renew_if_left(self) -> None:
+        """Memory that its last graph has left is torch's to free, and cannot be captured into again."""
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(device=self.device)
+        if not self._graphs:
+            self.pool = torch.cuda.graph_pool_handle()
+
+    def forget(self) -> None:
+        """Nothing more goes where these graphs are: a capture broke off there."""
+        self.stream = self.pool = None
+        self._graphs = weakref.WeakSet()
+
+    def add(self, graph: Any) -> None:
+        self._graphs.add(graph)
 
 
 def captured(
     function: Callable[[], Made],
     warm_runs: int,
     device: torch.device | None = None,
-    stream: Any = None,
-    pool: Any = None,
+    memory: GraphMemory | None = None,
 ) -> tuple[Any, Made]:
     """A CUDA graph of `function`, and what `function` gave while it was captured: every replay writes that anew.
 
-    `function` runs `warm_runs` times before, so that libraries choose their kernels and workspaces outside of the capture; what
-    it then writes is there when this returns. device: the current one by default. stream: a new one by default; pool: memory
-    that graphs share, which they may where one of them runs at a time.
+    `function` runs `warm_runs` times before, so that libraries choose their kernels outside of the capture; what it then writes
+    is there when this returns. device: the current one by default. memory: what the graph shares with others.
     """
-    before: Any = torch.cuda.current_stream(device)
-    stream = stream or torch.cuda.Stream(device=device)
-    stream.wait_stream(before)
-    try:
-        # Around the capture too: torch leaves its stream behind as the current one where a capture fails.
-        with torch.cuda.stream(stream):
-            for _ in range(warm_runs):
-                function()
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: what another thread does with the card meanwhile, such as decoding a preview, is its own affair.
-            with _capturing, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                made = function()
-    finally:
-        before.wait_stream(stream)
+    with _capturing:
+        if memory is None:
+            memory = GraphMemory(device)
+            memory.stream = _spare_stream(device)
+        memory.renew_if_left()
+        stream, pool = memory.stream if _workspaces_stay() else _free_stream(device), memory.pool
+        before: Any = torch.cuda.current_stream(device)
+        stream.wait_stream(before)
+        try:
+            # Around the capture too: torch leaves its stream behind as the current one where a capture fails.
+            with torch.cuda.stream(stream):
+                for _ in range(warm_runs):
+                    function()
+                graph = torch.cuda.CUDAGraph()
+                made = _capture(function, graph, stream, pool, device)
+        except BaseException:
+            memory.forget()
+            raise
+        finally:
+            before.wait_stream(stream)
+        memory.add(graph)
+        _streams[graph] = int(stream.cuda_stream)
     return graph, made
+
+
+def _capture(function: Callable[[], Made], graph: Any, stream: Any, pool: Any, device: torch.device | None) -> Made:
+    own = _own_allocator()
+    if own:
+        torch._C._cuda_clearCublasWorkspaces()
+    try:
+        # thread_local: what another thread does with the card meanwhile, such as decoding a preview, is its own affair.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            return function()
+    except BaseException:
+        _end(device, pool)
+        raise
+    finally:
+        if own:
+            torch._C._cuda_clearCublasWorkspaces()
+
+
+def _end(device: torch.device | None, pool: Any) -> None:
+    """Have the allocator leave a capture that broke off, where torch itself did not get as far."""
+    # It refuses where nothing is to be ended.
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(_index(device), pool)
+        torch._C._cuda_releasePool(_index(device), pool)
+
+
+def _own_allocator() -> bool:
+    """Whether torch allocates by itself; cudaMallocAsync gives what is allocated in a capture to that graph alone."""
+    return torch.cuda.get_allocator_backend() == "native"
+
+
+def _workspaces_stay() -> bool:
+    """Whether a graph that goes leaves the workspaces of its stream to the others: from torch 2.12 on it does not."""
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    return _own_allocator() or release < (2, 12)
+
+
+def _spare_stream(device: torch.device | None) -> Any:
+    """For graphs with memory of their own: what a capture leaves on a stream, it leaves once."""
+    index = _index(device)
+    if index not in _spare:
+        _spare[index] = torch.cuda.Stream(device=device)
+    return _spare[index]
+
+
+def _index(device: torch.device | None) -> int:
+    return torch.cuda.current_device() if device is None or device.index is None else device.index
+
+
+def _free_stream(device: torch.device | None) -> Any:
+    """A stream that no living graph was captured on, if there is one."""
+    taken = set(_streams.values())
+    stream: Any = None
+    for _ in range(STREAMS):
+        stream = torch.cuda.Stream(device=device)
+        if int(stream.cuda_stream) not in taken:
+            break
+    return stream
+
+
+def trim(device: torch.device) -> None:
+    """Give back what graphs that are gone, or do not run now, hold on `device`: under cudaMallocAsync the driver keeps it.
+
+    Living graphs get it again when they are replayed.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or _own_allocator():
+        return
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        handle = ctypes.c_int()
+        if driver.cuDeviceGet(ctypes.byref(handle), _index(device)) == 0:
+            driver.cuDeviceGraphMemTrim(handle)
+    except (OSError, AttributeError):  # a driver from before CUDA 11.4 knows neither graphs' memory nor how to trim it
+        log.debug("the driver cannot trim the memory of CUDA graphs", exc_info=True)

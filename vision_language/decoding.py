@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..host.capturing import captured
+from ..host.capturing import GraphMemory, captured
 from . import decode_attention
 from .offloading import StreamedLayer
 
@@ -198,7 +198,7 @@ class Workspace:
         self._zero = torch.zeros((rows, 1, 1, 1), device=device, dtype=dtype)
         self.logits: Tensor | None = None
         self.graph: Any = None
-        self.pool: Any = None  # the memory that a model's recordings share: one of them runs at a time
+        self.memory: GraphMemory | None = None  # what a model's graphs share: one of them runs at a time
         self.note = ""  # which attention runs in it, and why
         self.prefix = ""  # the key of the prefix whose keys and values these are, if they are one's
         self.prefills: dict[tuple[bool, int], Any] = {}  # recordings that write into these buffers
@@ -241,7 +241,7 @@ class Workspace:
         """Record the step as a CUDA graph. Overwrites the buffers, so call it before `begin`."""
         self.slot.zero_()
         # Each warm run moves the slot on by one; `begin` sets it.
-        self.graph, self.logits = captured(self._advance, GRAPH_WARMUP, self.tokens.device, pool=self.pool)
+        self.graph, self.logits = captured(self._advance, GRAPH_WARMUP, self.tokens.device, self.memory)
 
     def run(self, tokens: Tensor) -> Tensor:
         """The logits after `tokens` [B]. On CUDA they are overwritten by the next run."""

@@ -22,7 +22,7 @@ from ..host.compiling import inductor, until_nothing_compiles
 from ..host.errors import first_line
 from . import decode_attention, decoding, fused_decode, replayed_prefill
 from .encoder_outputs import given
-from .loaded_model import LoadedModel
+from .loaded_model import LoadedModel, graph_memory
 from .prefill import Prefilled, left_padded, prefill
 from .prompts import Prompt
 from .sampling import Sampler, Sampling
@@ -181,9 +181,7 @@ def workspace(
     notes = [steps[style].note, f"attention {attention}, {why}" if why else ""]
     made.note = "; ".join(note for note in notes if note)
     if model.device.type == "cuda":
-        if "graph memory" not in model.device_state:
-            model.device_state["graph memory"] = torch.cuda.graph_pool_handle()
-        made.pool = model.device_state["graph memory"]
+        made.memory = graph_memory(model)
     if path.name in GRAPHS:
         host.current().show_text(f"Preparing fast decoding for {length:,} tokens (once) ...")
         with torch.no_grad(), many_shapes():

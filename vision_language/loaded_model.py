@@ -21,6 +21,7 @@ from torch import nn
 from .. import host
 from ..cache import content_key, file_fingerprint
 from ..host import Managed
+from ..host.capturing import GraphMemory
 from . import decoding
 from .budgets import TokenPixels
 from .folders import ModelFolder, UnusableModel
@@ -207,6 +208,12 @@ class LoadedModel:
         with self.lock:
             self.drop_device_state()
             self.managed.release()
+
+
+def graph_memory(model: LoadedModel) -> GraphMemory:
+    """What all graphs over this model's weights share: one of them runs at a time, and what it leaves is copied."""
+    memory: GraphMemory = model.device_state.setdefault("graph memory", GraphMemory(model.device))
+    return memory
 
 
 def manage(holder: NetworkHolder, device: str) -> Managed:

@@ -84,7 +84,7 @@ class PrefillRecording:
 
     def _record(self) -> None:
         """Run once as it is, which chooses kernels and gives the result, then record."""
-        self.graph, _ = captured(self._run, 1, self.given.device, pool=self.space.pool)
+        self.graph, _ = captured(self._run, 1, self.given.device, self.space.memory)
 
     def _run(self) -> None:
         space, n = self.space, self.tokens

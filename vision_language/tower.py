@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..host.capturing import captured
+from ..host.capturing import GraphMemory, captured
 from ..host.errors import first_line
 from . import patches
 from .embeddings import EmbeddingCache, VisualFeatures, VisualItem, to_device
 from .interruption import interruptible
-from .loaded_model import LoadedModel
+from .loaded_model import LoadedModel, graph_memory
 from .quantization import PACKED
 from .timing import Timing
 
@@ -206,7 +206,9 @@ def _asked(kind: type) -> tuple[str, ...]:
 class TowerRecording:
     """The tower for one size, as a CUDA graph over fixed addresses."""
 
-    def __init__(self, tower: Any, grid: tuple[int, int, int], given: dict[str, Any], shown: Tensor, pool: Any) -> None:
+    def __init__(
+        self, tower: Any, grid: tuple[int, int, int], given: dict[str, Any], shown: Tensor, memory: GraphMemory
+    ) -> None:
         self.given, self.shown = given, torch.empty_like(shown)
         grids = torch.tensor([grid])
 
@@ -215,7 +217,7 @@ class TowerRecording:
             return made.pooler_output, list(getattr(made, "deepstack_features", None) or [])
 
         self.shown.copy_(shown)
-        self.graph, self.made = captured(look, 1, shown.device, pool=pool)
+        self.graph, self.made = captured(look, 1, shown.device, memory)
 
     def __call__(self, shown: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(features, deeper levels) of patches of this size."""
@@ -267,7 +269,5 @@ def recorded(model: LoadedModel, tower: Any, grid: tuple[int, int, int], shown: 
     others = [other for other, made in sizes.items() if made is not None]
     for other in others[: max(0, len(others) - RECORDINGS + 1)]:
         sizes[other] = None
-    if "graph memory" not in state:
-        state["graph memory"] = torch.cuda.graph_pool_handle()
-    sizes[grid] = made = TowerRecording(tower, grid, given, shown.to(model.dtype), state["graph memory"])
+    sizes[grid] = made = TowerRecording(tower, grid, given, shown.to(model.dtype), graph_memory(model))
     return made

@@ -14,8 +14,9 @@ from ...attention.compiled import number_of, prepare
 from ...attention.dispatch import AttentionPolicy, attend
 from ...attention.events import AttentionLog
 from ...attention.local_window import AUTOMATIC, select_local_window
+from ...host.capturing import GraphMemory
 from ..compilation import MaybeCompiled
-from ..cuda_graph import GraphedStep, graph_memory
+from ..cuda_graph import GraphedStep
 from .decoder import DecoderContext
 from .network import ColorMNet, FrameKeys
 
@@ -57,8 +58,10 @@ class ColorMNetEngine:
         _, self._local_reason = select_local_window(network.compute_device, backend=local_attention)
         # One for frames that update the sensory memory, one for those that do not.
         device = network.compute_device
-        memory = graph_memory(device)
-        self.steps = {update: GraphedStep(_step(self.decode, update), device, pool=memory) for update in (True, False)}
+        memory = GraphMemory(device)
+        self.steps = {
+            update: GraphedStep(_step(self.decode, update), device, memory=memory) for update in (True, False)
+        }
         functions.calls.begin()
 
     def near(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ import contextlib
 import copy
 import inspect
 import logging
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ...host.capturing import captured
+from ...host.capturing import GraphMemory, captured
 from ...host.errors import kind_and_line
 from ..model_call import BOUND, BoundPatches
 from .blocks import attributes_used
@@ -54,38 +53,15 @@ class Recording(Protocol):
     def replay(self) -> Any: ...
 
 
-class _Memory:
-    """What the recordings on one device work in, all in the same: one runs at a time, and its output is copied out at once.
-
-    torch lets graphs share a pool if they were recorded on one stream.
-    """
-
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
-        self.pool = torch.cuda.graph_pool_handle()
-
-
-# By device; held by the recordings alone, since a pool that the last of them has left cannot be used again.
-_memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
-_recording = threading.Lock()  # whoever records has the device's memory and stream for himself
+_memories: dict[int, GraphMemory] = {}  # of all recordings on a device
 
 
 class CudaRecording:
     """`function` recorded as a CUDA graph on the current device, in memory that all recordings there share."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        device = torch.cuda.current_device()
-        with _recording:
-            self._memory = _memories.get(device) or _Memory()
-            _memories[device] = self._memory
-            try:
-                self._record(function, self._memory)
-            except BaseException:
-                _memories.pop(device, None)  # what a capture that broke off has left of the pool is not to be shared
-                raise
-
-    def _record(self, function: Callable[[], Any], memory: _Memory) -> None:
-        self._graph, self._output = captured(function, WARM_CALLS, stream=memory.stream, pool=memory.pool)
+        memory = _memories.setdefault(torch.cuda.current_device(), GraphMemory())
+        self._graph, self._output = captured(function, WARM_CALLS, memory=memory)
 
     def replay(self) -> Any:
         self._graph.replay()

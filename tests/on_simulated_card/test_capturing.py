@@ -6,8 +6,9 @@ import threading
 import time
 from typing import Any
 
+import pytest
 import torch
-from hotpath.host.capturing import captured
+from hotpath.host.capturing import GraphMemory, captured
 
 
 def test_one_capture_at_a_time(card: Any) -> None:
@@ -37,3 +38,78 @@ def test_one_capture_at_a_time(card: Any) -> None:
         thread.join()
     assert made == [True] * 3
     assert all(end <= start for (_, end), (start, _) in zip(sorted(captures), sorted(captures)[1:], strict=False))
+
+
+def test_a_capture_that_breaks_off_costs_the_next_ones_nothing(card: Any) -> None:
+    x, out = torch.arange(4.0, device="cuda"), torch.zeros(4, device="cuda")
+    memory = GraphMemory()
+
+    def step() -> None:
+        out.copy_(x + 1)
+
+    def waits() -> None:
+        step()
+        out.sum().item()
+
+    first, _ = captured(step, 1, memory=memory)
+    stream = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match=r"previous error|capturing"):
+        captured(waits, 1, memory=memory)
+    assert torch.cuda.current_stream() is stream
+    second, _ = captured(step, 1, memory=memory)
+    for graph in (first, second):
+        x.add_(1)
+        graph.replay()
+        assert torch.equal(out.cpu(), x.cpu() + 1)
+
+
+def test_an_error_of_the_function_ends_the_capture(card: Any) -> None:
+    def fails() -> None:
+        torch.zeros(3, device="cuda").add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        captured(fails, 1)
+    assert captured(lambda: torch.zeros(3, device="cuda"), 1)[0] is not None
+
+
+def test_memory_is_shared_while_a_graph_of_it_lives(card: Any) -> None:
+    memory = GraphMemory()
+    first, _ = captured(lambda: torch.zeros(3, device="cuda"), 1, memory=memory)
+    second, _ = captured(lambda: torch.zeros(3, device="cuda"), 1, memory=memory)
+    assert first.pool() == second.pool()
+    del first
+    third, _ = captured(lambda: torch.zeros(3, device="cuda"), 1, memory=memory)
+    assert third.pool() == second.pool()
+    left = third.pool()
+    del second, third
+    assert captured(lambda: torch.zeros(3, device="cuda"), 1, memory=memory)[0].pool() != left
+
+
+def test_workspaces_are_made_within_the_capture(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured(lambda: torch.zeros(3, device="cuda"), 1)
+    assert card.launches["workspaces cleared"] == 2  # before it, and after it
+    # cudaMallocAsync gives a graph what is allocated in its capture: there they stay where the runs before it made them.
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    captured(lambda: torch.zeros(3, device="cuda"), 1)
+    assert card.launches["workspaces cleared"] == 2
+
+
+def test_where_a_graph_that_goes_takes_workspaces_with_it_each_has_its_stream(
+    card: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Any] = []
+
+    def step() -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            used.append(torch.cuda.current_stream())
+        return torch.zeros(3, device="cuda")
+
+    memory = GraphMemory()
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    for release, streams in (("2.11.0+cu130", 1), ("2.12.1", 3)):
+        monkeypatch.setattr(torch, "__version__", release)
+        used.clear()
+        kept = [captured(step, 1, memory=memory) for _ in range(3)]
+        assert len(set(used)) == streams and len(kept) == 3

@@ -106,17 +106,20 @@ class CUDAGraph:
         stream = here.stream
         if stream is here.default(stream.device):
             raise cuda_error("CUDA graphs must be captured on a non-default stream.")
-        if here.capture is not None:
+        if here.capture is not None or here.captures_into is not None:
             raise cuda_error("another capture is under way")
         self._pool = pool or new_pool()
         here.broken = False
+        here.captures_into = self._pool
         here.capture = Capture(stream, self._pool)
 
     def capture_end(self) -> None:
         here = card()
         made, here.capture = here.capture, None
         if made is None or here.broken:
+            # The allocator goes on waiting for the end, as torch's does up to 2.11.
             raise cuda_error("operation failed due to a previous error during capture")
+        here.captures_into = None
         made.end()
         self._made = made
         here.graphs += 1

@@ -174,6 +174,7 @@ class Card:
         self.held = self.peak = 0
         self.operations = self.graphs = self.replays = 0
         self.capture: Capture | None = None
+        self.captures_into: Any = None  # the pool that the allocator takes from while a capture is under way
         self.broken = False
         self.debug = 0
         self.host: dict[Stream, int] = {}  # how far streams are whom the host has waited for

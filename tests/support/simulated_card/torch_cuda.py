@@ -41,7 +41,17 @@ def install(devices: int = 1) -> Card:
     cuda.graphs.CUDAGraph = CUDAGraph
     changed: Any = torch
     changed.Generator = Generator
-    for change in (_numbers, _data, _attention, _tracing, _compiling, _operators_of_the_pack, _triton, _threads):
+    for change in (
+        _captures,
+        _numbers,
+        _data,
+        _attention,
+        _tracing,
+        _compiling,
+        _operators_of_the_pack,
+        _triton,
+        _threads,
+    ):
         change(made)
     Simulation().__enter__()
     return made
@@ -133,6 +143,20 @@ def _functions(card: Card) -> dict[str, Any]:
         "cudart": lambda: cudart,
         "utilization": lambda device=None: 0,
     }
+
+
+def _captures(card: Card) -> None:
+    """What ends a capture for the allocator, where the capture itself could not."""
+
+    def end(_: int, pool: Any) -> None:
+        if card.captures_into != pool:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        card.captures_into = None
+
+    inner: Any = torch._C
+    inner._cuda_endAllocateToPool = end
+    inner._cuda_releasePool = lambda *_: None
+    inner._cuda_clearCublasWorkspaces = lambda: card.launches.update(["workspaces cleared"])
 
 
 def _numbers(_: Card) -> None:
