@@ -49,6 +49,18 @@ class GraphMemory:
         if not self._graphs:
             self.pool = torch.cuda.graph_pool_handle()
 
+    def run(self, function: Callable[[], Made]) -> Made:
+        """`function` on the stream where it will be captured, for libraries to have there what they need."""
+        with _capturing:
+            self.renew_if_left()
+            before: Any = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(before)
+            try:
+                with torch.cuda.stream(self.stream):
+                    return function()
+            finally:
+                before.wait_stream(self.stream)
+
     def forget(self) -> None:
         """Nothing more goes where these graphs are: a capture broke off there."""
         self.stream = self.pool = None
@@ -74,7 +86,9 @@ def captured(
             memory = GraphMemory(device)
             memory.stream = _spare_stream(device)
         memory.renew_if_left()
-        stream, pool = memory.stream if _workspaces_stay() else _free_stream(device), memory.pool
+        stream, pool = memory.stream, memory.pool
+        if not _workspaces_stay():
+            stream, warm_runs = _free_stream(device), max(1, warm_runs)
         before: Any = torch.cuda.current_stream(device)
         stream.wait_stream(before)
         try:

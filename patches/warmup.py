@@ -18,8 +18,10 @@ from .. import host
 from ..host.interface import tracked
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of, uncompiled
+from .compilation.recording import WARM_CALLS
 
 STEPS = 2  # the first compiles, the second runs what was compiled
+RECORDED_STEPS = WARM_CALLS + 2  # after those before it one is recorded, and the last is a replay
 MOST_SIZES = 32
 EXAMPLE = "1024x1024, 832x1216"
 
@@ -98,7 +100,7 @@ def warm_up(
     sampler: str = "euler",
     scheduler: str = "simple",
 ) -> tuple[list[SizeWarmup], str]:
-    """Sample `STEPS` steps of `model` at each of `sizes` (width, height in pixels), and say what each took.
+    """Sample a few steps of `model` at each of `sizes` (width, height in pixels), and say what each took.
 
     positive, negative: CONDITIONINGs as the pictures will have; without, empty prompts. cfg: 1 leaves the negative out,
     as samplers do. Shows progress by size and can be interrupted between steps; the model stays usable then.
@@ -109,7 +111,8 @@ def warm_up(
     positive = positive if positive is not None else empty_prompt(model)
     negative = negative if negative is not None else positive
     done: list[SizeWarmup] = []
-    with tracked(host.current(), len(sizes) * STEPS, "warm-up") as bar:
+    steps = STEPS if compiler is None or compiler.recorder is None else RECORDED_STEPS
+    with tracked(host.current(), len(sizes) * steps, "warm-up") as bar:
         for width, height in sizes:
             latent = comfy.sample.fix_empty_latent_channels(model, latent_for(model, width, height, batch))
             noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
@@ -132,7 +135,7 @@ def warm_up(
                 moments.append(_now(model))
                 bar.update()
 
-            sample(model, STEPS, after_step)
+            sample(model, steps, after_step)
             graphs, recordings = (now - then for now, then in zip(_made(compiler), before, strict=True))
             step = moments[-1] - moments[-2]
             done.append(SizeWarmup(width, height, _now(model) - moments[0], step, graphs, recordings))

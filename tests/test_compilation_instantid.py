@@ -114,13 +114,17 @@ def test_another_packs_callback_runs_as_it_is() -> None:
     assert list(compiler.fallbacks().values()) == [1]
 
 
+@pytest.fixture(autouse=True)
+def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first call of a kind; `test_a_kind_of_call_is_recorded_when_it_stays` is about those before it."""
+    monkeypatch.setattr(recording, "WARM_CALLS", 0)
+
+
 class Replay:
     """Stands in for a CUDA graph where there is no GPU: the same buffers in, the same buffers out."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
-        for _ in range(recording.WARM_CALLS):
-            function()
         self.output = function()
 
     def replay(self) -> Any:

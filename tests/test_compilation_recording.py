@@ -10,19 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from hotpath.patches.compilation import CompileSettings, compile_model, compiler_of
-from hotpath.patches.compilation.recording import WARM_CALLS, CallRecorder, CudaRecording, record_calls
+from hotpath.patches.compilation import CompileSettings, compile_model, compiler_of, recording
+from hotpath.patches.compilation.recording import CallRecorder, CudaRecording, record_calls
 from tiny_native_models import Tiny, tiny
 
 pytestmark = pytest.mark.comfy
 CLOSE = 2e-5
 
 
+@pytest.fixture(autouse=True)
+def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first call of a kind; `test_a_kind_of_call_is_recorded_when_it_stays` is about those before it."""
+    monkeypatch.setattr(recording, "WARM_CALLS", 0)
+
+
 class Replay:
     def __init__(self, function: Any) -> None:
         self.function = function
-        for _ in range(WARM_CALLS):
-            function()
         self.output = function()
 
     def replay(self) -> Any:
@@ -227,20 +231,6 @@ def test_a_quantised_weight_is_known_by_its_numbers() -> None:
     assert plan.weights() != before
 
 
-def test_tuples_of_a_kind_of_their_own_are_not_taken_apart() -> None:
-    from collections import namedtuple
-
-    from hotpath.patches.compilation.recording import _Flat, _flatten, _rebuild
-
-    Pair = namedtuple("Pair", "first second")
-    given = (Pair(torch.ones(1), torch.ones(2)), [torch.ones(3)], torch.ones(4))
-    flat = _Flat([], [], [])
-    _flatten(given, flat)
-    made = _rebuild(given, iter([tensor.clone() for tensor in flat.tensors]))
-    assert [tensor.numel() for tensor in flat.tensors] == [3, 4]
-    assert made[0] is given[0] and made[1][0].numel() == 3 and made[2].numel() == 4
-
-
 def test_copied_options_keep_the_recorder() -> None:
     bench = tiny("flux")
     model, recorder = recorded(bench.model)
@@ -268,3 +258,182 @@ def test_cuda_graphs_give_the_same_picture() -> None:
     for changes in ({}, {"prompt": "another"}, {"size": (16, 24)}, {}):
         assert_same_picture(sample(bench, model, **changes), sample(bench, **changes))
     assert recorder.recorded == 2 and recorder.reason is None
+
+
+def test_a_kind_of_call_is_recorded_when_it_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first steps of a picture are not thrown away, and prompts that never come again are not recorded."""
+    monkeypatch.setattr(recording, "WARM_CALLS", 2)
+    bench = tiny("flux")
+    calls = []
+
+    def count(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return executor(*args, **kwargs)
+
+    model, recorder = recorded(bench.model)
+    forward = bench.model.model.diffusion_model.img_in.forward
+    seen = []
+    monkeypatch.setattr(Replay, "__init__", _counting(Replay.__init__, seen))
+    for width in (8, 12, 16):
+        assert_same_picture(sample(bench, model, size=(8, width), steps=2), sample(bench, size=(8, width), steps=2))
+    assert recorder.recorded == recorder.replayed == 0 and recorder.reason is None and not seen
+    assert_same_picture(sample(bench, model, size=(8, 16), steps=3), sample(bench, size=(8, 16), steps=3))
+    assert recorder.recorded == 1 and recorder.replayed == 3
+    assert forward.__func__ is type(bench.model.model.diffusion_model.img_in).forward and not calls
+
+
+def _counting(plain: Any, seen: list[int]) -> Any:
+    def made(self: Any, function: Any) -> None:
+        seen.append(1)
+        plain(self, function)
+
+    return made
+
+
+def test_memory_that_is_short_at_the_first_replay_costs_the_recording_alone() -> None:
+    """The driver gives graphs their memory when they are launched for the first time."""
+    bench = tiny("flux")
+
+    class Full(Replay):
+        def replay(self) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, recorder = recorded(bench.model, record=Full)
+    assert_same_picture(sample(bench, model, steps=2), sample(bench, steps=2))
+    assert len(recorder) == 0 and recorder.recorded == 1  # once in a run
+    assert "memory" in recorder.reason
+    recorder.record = Replay
+    assert_same_picture(sample(bench, model), sample(bench))
+    assert len(recorder) == 1 and recorder.reason is None
+
+
+def test_nothing_of_a_failed_recording_is_held_while_the_call_runs_as_it_is() -> None:
+    import weakref
+
+    bench = tiny("flux")
+    held: list[Any] = []
+
+    def failing(function: Any) -> Any:
+        large = torch.zeros(3)
+        held.append(weakref.ref(large))
+        raise RuntimeError("no")
+
+    alive = []
+
+    def look(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        alive.append(bool(held) and held[0]() is not None)
+        return executor(*args, **kwargs)
+
+    model, _ = recorded(bench.model, record=failing)
+    model.add_wrapper_with_key("diffusion_model", "hotpath.look", look)
+    look.__module__ = "hotpath.look"
+    sample(bench, model, steps=1)
+    assert alive == [False]
+
+
+def test_a_model_whose_code_cannot_be_captured_is_tried_once() -> None:
+    bench = tiny("flux")
+    tried = []
+
+    def failing(function: Any) -> Any:
+        tried.append(1)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    model, recorder = recorded(bench.model, record=failing)
+    for width in (8, 12, 16):
+        sample(bench, model, size=(8, width), steps=2)
+    assert len(tried) == 1 and "capturing" in recorder.reason
+
+
+def test_more_sizes_in_turn_than_are_kept_are_not_recorded_for_ever() -> None:
+    bench = tiny("flux")
+    model, recorder = recorded(bench.model, captured_sizes=1)
+    for _ in range(4):
+        for width in (8, 12):
+            sample(bench, model, size=(8, width), steps=1)
+    assert recorder.recorded == 1 + recording.WASTED
+    assert "take turns" in recorder.reason and len(recorder) == 0
+    assert_same_picture(sample(bench, model), sample(bench))
+
+
+def test_another_packs_attention_under_ours_is_seen() -> None:
+    from comfy.ldm.modules.attention import attention_pytorch
+    from hotpath.attention.dispatch import AttentionPolicy
+    from hotpath.patches.attention_override import AttentionOverride
+
+    bench = tiny("flux")
+    calls = []
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        attention = args[0] if callable(args[0]) else attention_pytorch
+        return attention(*(args[1:] if callable(args[0]) else args), **kwargs)
+
+    theirs.__module__ = "custom_nodes.other_pack"
+    model, recorder = recorded(bench.model)
+    for override in (AttentionOverride(AttentionPolicy(), theirs), _wrapped_by_comfyui(theirs)):
+        calls.clear()
+        patched = model.clone()
+        patched.model_options["transformer_options"]["optimized_attention_override"] = override
+        sample(bench, patched, steps=2)
+        assert "attention is overridden by custom_nodes.other_pack" in recorder.reason
+        assert calls and recorder.recorded == 0
+
+
+def _wrapped_by_comfyui(function: Any) -> Any:
+    import comfy.model_patcher
+
+    holder: Any = type("Holder", (), {"model_options": {"transformer_options": {}}})()
+    comfy.model_patcher.ModelPatcher.set_model_optimized_attention(holder, function)
+    return holder.model_options["transformer_options"]["optimized_attention_override"]
+
+
+def test_a_method_that_is_replaced_for_some_steps_is_seen() -> None:
+    """As caches of steps do: the function is theirs while a step runs."""
+    bench = tiny("flux")
+    model, recorder = recorded(bench.model)
+    network = bench.model.model.diffusion_model
+    plain, calls = network.forward_orig, []
+
+    def theirs(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    def around(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        network.forward_orig = theirs
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            del network.forward_orig
+
+    patched = model.clone()
+    patched.add_wrapper_with_key("apply_model", "theirs", around)
+    assert_same_picture(sample(bench, patched, steps=3), sample(bench, steps=3))
+    assert len(calls) == 3 and recorder.recorded == 0
+    assert "replaced the forward_orig of a Flux" in recorder.reason
+
+
+def test_objects_whose_content_is_not_known_are_not_recorded() -> None:
+    """They may change between calls, and many, such as windows of a film, are made anew for each."""
+    from collections import namedtuple
+
+    Pair = namedtuple("Pair", "first second")
+    for given in (object(), Pair(torch.ones(1), torch.ones(2))):
+        with pytest.raises(recording.NotTraceable, match=f"is given a .*{type(given).__name__}"):
+            recording._flatten({"window": [given]}, recording._Flat([], [], []))
+    sizes = [recording._flatten(torch.Size([1, n]), recording._Flat([], [], [])) for n in (2, 2, 3)]
+    assert sizes[0] == sizes[1] != sizes[2]
+
+
+def test_layers_of_another_pack_are_not_known() -> None:
+    bench = tiny("flux")
+    model, recorder = recorded(bench.model)
+    plain = bench.model.model.diffusion_model.final_layer.linear
+    kind = type("Linear4Bit", (type(plain),), {"__module__": "custom_nodes.other_pack"})
+    before = type(plain)
+    plain.__class__ = kind
+    try:
+        assert_same_picture(sample(bench, model), sample(bench))
+        assert "its Linear4Bit is made by custom_nodes.other_pack" in recorder.reason and recorder.recorded == 0
+    finally:
+        plain.__class__ = before

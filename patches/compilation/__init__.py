@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from .graphs import Backend, named_backend, start_workers
@@ -27,6 +28,8 @@ __all__ = [
 
 KEY = "hotpath_compile"
 CORE_KEY = "torch.compile"  # ComfyUI's own TorchCompileModel
+
+_static_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by the model under DynamicVRAM
 
 
 def compiler_of(model: Any) -> RegionalCompiler | None:
@@ -103,7 +106,10 @@ def _static_clone(model: Any) -> tuple[Any, list[str]]:
             "This MODEL is under DynamicVRAM, which moves weights while it runs, and its loader gave no way to load it "
             "without; load it with ComfyUI's own loader, or start ComfyUI with --disable-dynamic-vram."
         )
-    return model.clone(disable_dynamic=True), [
+    # As ComfyUI does for its own: what was loaded so serves every other clone of the same model, a changed LoRA too.
+    made = model.clone(disable_dynamic=True, model_override=_static_models.get(model.model))
+    _static_models[model.model] = made.get_clone_model_override()
+    return made, [
         "DynamicVRAM is off for this model, since compiled graphs need weights that stay: it is loaded a second time"
     ]
 

@@ -82,9 +82,9 @@ def _constant(value: Any) -> Hashable:
 
 LIVE = frozenset({"training", "comfy_cast_weights", "weight_function", "bias_function"})  # read by `LiveParts`
 CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")  # ComfyUI sets them when it loads
-INNER = ("_forward", "_conv_forward")  # what `forward` of some modules calls; seamless tiling replaces the second
-METHODS = ("forward", *INNER, "forward_comfy_cast_weights")
-HOMES = ("torch.", "comfy.")  # where a method of a class may come from, beside the class's own file
+# What `forward` of some modules calls; seamless tiling replaces the second.
+METHODS = ("forward", "_forward", "_conv_forward", "forward_comfy_cast_weights")
+HOMES = ("torch.", "comfy.", "comfy_extras.")  # where a method of a class may come from, beside the class's own file
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 ORDINARY = (nn.Parameter, torch.Tensor)
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
@@ -130,6 +130,32 @@ def check_kind(kind: type) -> None:
                 raise NotTraceable(f"{home or 'a pack'} replaced the {name} of {base.__name__}")
 
 
+@functools.cache
+def _methods(kind: Any) -> frozenset[str]:
+    """Names of the functions of a module's class and of those it is made from, apart from torch's Module."""
+    bases = (base for base in kind.__mro__ if base not in (nn.Module, object))
+    return frozenset(
+        name for base in bases for name, value in vars(base).items() if isinstance(value, types.FunctionType)
+    )
+
+
+def check_replaced(part: nn.Module) -> None:
+    """Raises NotTraceable where a pack has put a function of its own in the place of one of the module's."""
+    own, kind = vars(part), _kind(part)
+    for name in own.keys() & _methods(kind):
+        # ComfyUI's bypass LoRA leaves the class's own method behind as an attribute.
+        if getattr(own[name], "__func__", None) is not getattr(kind, name):
+            raise NotTraceable(f"a pack replaced the {name} of a {kind.__name__} inside")
+
+
+def foreign_class(model: nn.Module) -> str | None:
+    """Why the Python inside `model` is not known: a class that is neither torch's nor ComfyUI's nor ours. None if it is."""
+    for kind in {type(part) for part in model.modules()}:
+        if not kind.__module__.startswith((*HOMES, OWN)):
+            return f"its {kind.__name__} is made by {kind.__module__}"
+    return None
+
+
 class LiveParts:
     """The modules of a block, listed once, because they are looked at again with every run."""
 
@@ -145,13 +171,7 @@ class LiveParts:
             check_kind(kind)
         found: list[Hashable] = []
         for part, own, parameters, buffers in self._parts:
-            forward = own.get("forward")
-            # ComfyUI's bypass LoRA leaves the class's own method behind as an attribute.
-            if forward is not None and getattr(forward, "__func__", None) is not type(part).forward:
-                raise NotTraceable(f"a pack replaced the forward of a {type(part).__name__} inside")
-            for name in INNER:
-                if name in own:
-                    raise NotTraceable(f"a pack replaced the {name} of a {type(part).__name__} inside")
+            check_replaced(part)
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 raise NotTraceable(f"a pack hooked a {type(part).__name__} inside")
             if own.get("weight_function") or own.get("bias_function"):

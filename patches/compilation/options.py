@@ -89,10 +89,17 @@ def is_traceable(patch: Any) -> bool:
 
 
 def check_override(override: Callable[..., Any]) -> None:
-    """Raises NotTraceable for an attention override that is neither ComfyUI's nor ours."""
+    """Raises NotTraceable for an attention override that is neither ComfyUI's nor ours, or that has another pack's inside."""
     home = getattr(override, "__module__", None) or type(override).__module__
     if not home.startswith(("comfy.", "comfy_extras.", OWN)):
         raise NotTraceable(f"attention is overridden by {_origin(override)}")
+    # Ours calls what was there before it; ComfyUI's is made around any function that a node has given it.
+    inside = [getattr(override, "below", None)]
+    if home == "comfy.model_patcher":
+        inside += [cell.cell_contents for cell in getattr(override, "__closure__", None) or ()]
+    for other in inside:
+        if callable(other):
+            check_override(other)
 
 
 @functools.cache

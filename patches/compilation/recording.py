@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import enum
+import functools
 import inspect
 import logging
 import weakref
@@ -22,10 +24,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ...host.capturing import GraphMemory, captured
+from ...host.capturing import GraphMemory, captured, trim
 from ...host.errors import kind_and_line
 from ..model_call import BOUND, BoundPatches
-from .blocks import attributes_used
+from .blocks import attributes_used, check_replaced
 from .options import (
     CALL,
     OVERRIDE,
@@ -39,12 +41,17 @@ from .options import (
 from .settings import CompilationRefused
 
 if TYPE_CHECKING:
-    from .regional import RegionalCompiler
+    from .regional import RegionalCompiler, _Plan
 
 log = logging.getLogger("hotpath.compile")
 
 KEY = "hotpath_compile"
-WARM_CALLS = 2  # before recording: the first compiles, the second finds every workspace and kernel in place
+WARM_CALLS = (
+    2  # of a kind before it is recorded: the first compiles, the second finds every kernel and workspace in place
+)
+FEW_REPLAYS = 4  # a recording that serves no more than that before it has to go was not worth making
+WASTED = 3  # such recordings in a row, and no more are made of that model
+MOST_REASONS = 64
 
 
 class Recording(Protocol):
@@ -60,12 +67,20 @@ class CudaRecording:
     """`function` recorded as a CUDA graph on the current device, in memory that all recordings there share."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        memory = _memories.setdefault(torch.cuda.current_device(), GraphMemory())
-        self._graph, self._output = captured(function, WARM_CALLS, memory=memory)
+        self._graph, self._output = captured(function, 0, memory=_memory())
 
     def replay(self) -> Any:
         self._graph.replay()
         return self._output
+
+    @staticmethod
+    def warm(function: Callable[[], Any]) -> Any:
+        """Run `function` where it will be recorded; its result."""
+        return _memory().run(function)
+
+
+def _memory() -> GraphMemory:
+    return _memories.setdefault(torch.cuda.current_device(), GraphMemory())
 
 
 @dataclass
@@ -93,6 +108,8 @@ def _flatten(value: Any, flat: _Flat, lasting: bool = False) -> Hashable:
         return dict, parts, _same(value.get(OVERRIDE), flat)
     if type(value) in (list, tuple):
         return type(value), tuple(_flatten(part, flat, lasting) for part in value)
+    if isinstance(value, (torch.Size, enum.Enum)):
+        return type(value), value
     if (attributes := attributes_used(value)) is not None:
         ours = lasting or type(value).__module__.startswith(OWN)
         return type(value), tuple((name, _flatten(part, flat, ours)) for name, part in attributes.items())
@@ -100,9 +117,14 @@ def _flatten(value: Any, flat: _Flat, lasting: bool = False) -> Hashable:
 
 
 def _same(value: Any, flat: _Flat) -> Hashable:
-    """The very object counts, not what is in it: an attention override, a function."""
+    """The very object counts, not what is in it: an attention override, a function.
+
+    Raises NotTraceable for others: what is in them may change, and many are made anew for every call.
+    """
     if value is None:
         return None
+    if not callable(value):
+        raise NotTraceable(f"the model is given a {type(value).__module__}.{type(value).__name__}")
     flat.kept.append(value)
     return "object", id(value)
 
@@ -124,30 +146,47 @@ def _rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
 
 
 def _modes(tensors: list[torch.Tensor]) -> Hashable:
-    """What of the thread's settings decides which kernels a call runs."""
+    """What of the thread's and the process's settings decides which kernels a call runs."""
     devices = {tensor.device.type for tensor in tensors}
     casts = tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in sorted(devices))
-    return torch.is_inference_mode_enabled(), casts
+    matmul: Any = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    half = getattr(matmul, "allow_fp16_accumulation", None), matmul.allow_fp16_reduced_precision_reduction
+    return torch.is_inference_mode_enabled(), casts, precision, half, torch.backends.cudnn.enabled
 
 
-def _copies(output: Any) -> Any:
+def _copies(output: Any, made_elsewhere: bool = False) -> Any:
+    """made_elsewhere: on another stream than the present one, whose memory it is."""
     if isinstance(output, torch.Tensor):
+        if made_elsewhere and output.is_cuda:
+            output.record_stream(torch.cuda.current_stream(output.device))
         return output.clone()
     if isinstance(output, (list, tuple)):
-        return type(output)(_copies(part) for part in output)
+        return type(output)(_copies(part, made_elsewhere) for part in output)
     return output
 
 
 class _Recorded:
-    def __init__(self, recording: Recording, buffers: list[torch.Tensor], flat: _Flat) -> None:
-        self.recording = recording
-        self.buffers = buffers
+    """A kind of call on its way: first run as it is on buffers of its own, then recorded."""
+
+    def __init__(self, flat: _Flat, call: Callable[[list[torch.Tensor]], Callable[[], Any]]) -> None:
+        self.buffers = [tensor.clone() for tensor in flat.tensors]
+        self.call = call(self.buffers)
         self.kept = flat.kept
+        self.recording: Recording | None = None
+        self.runs = 0
         self._held = [weakref.ref(tensor) for tensor in flat.tensors]
 
     def play(self, flat: _Flat) -> Any:
+        assert self.recording is not None
         self._fill(flat)
+        self.runs += 1
         return _copies(self.recording.replay())
+
+    def warm(self, flat: _Flat, run: Callable[[Callable[[], Any]], Any]) -> Any:
+        self._fill(flat)
+        self.runs += 1
+        return _copies(run(self.call), made_elsewhere=True)
 
     def _fill(self, flat: _Flat) -> None:
         """The buffers get what changed: an identity has some 300 tensors, and they stay from step to step."""
@@ -164,31 +203,44 @@ class _Recorded:
             torch._foreach_copy_(buffers, tensors)
 
 
-def _triton_errors() -> tuple[type[Exception], ...]:
-    """What Triton raises where it cannot compile or launch a kernel of ours."""
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return ()
-    return (TritonError,)
+class _Calls:
+    """What is known of the calls of one model instance, for as long as its weights stay where they are."""
+
+    def __init__(self) -> None:
+        self.weights: Hashable = None
+        self.clear()
+
+    def clear(self) -> None:
+        self.kept: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self.warm: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self.failed: OrderedDict[Hashable, str] = OrderedDict()
+        self.given_up: str | None = None
+        self.short: int | None = None  # the run in which memory was
+        self.wasted = 0
+
+    def drop(self) -> None:
+        """Let go of all that holds memory."""
+        self.kept.clear()
+        self.warm.clear()
 
 
 class CallRecorder:
     """A DIFFUSION_MODEL wrapper that records calls and plays them back.
 
-    recorded: how many recordings were made; replayed: how many calls they served. reason: why the last call was not
-    recorded, or None.
+    The first calls of a kind (sizes, prompt lengths, settings) run as they are, in the place where they will be recorded; the
+    next one is recorded. recorded: how many recordings were made; replayed: how many calls they served. reason: why the last
+    call was not recorded, or None.
     """
 
     def __init__(self, compiler: RegionalCompiler, record: Callable[[Callable[[], Any]], Recording]) -> None:
         self.compiler = compiler
         self.record = record
+        self._run: Callable[[Callable[[], Any]], Any] = getattr(record, "warm", None) or (lambda function: function())
         self.recorded = 0
         self.replayed = 0
         self.reason: str | None = None
-        self._errors: tuple[type[Exception], ...] = (RuntimeError, *compiler.errors, *_triton_errors())
-        self._kept: OrderedDict[Hashable, _Recorded] = OrderedDict()
-        self._failed: dict[Hashable, str] = {}
+        # Of each model instance: those of ComfyUI's multi-GPU split run in threads of their own.
+        self._calls: weakref.WeakKeyDictionary[_Plan, _Calls] = weakref.WeakKeyDictionary()
         self._read: dict[type, frozenset[str]] = {}
         self._places: dict[type, int | None] = {}
 
@@ -196,46 +248,120 @@ class CallRecorder:
         return self
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return sum(len(calls.kept) for calls in list(self._calls.values()))
 
-    def let_go(self) -> None:
-        """Drop all recordings."""
-        self._kept.clear()
+    def let_go(self, plan: _Plan) -> None:
+        """Drop all recordings of a model instance."""
+        if plan in self._calls:
+            self._calls[plan].drop()
 
     def forget(self, patcher: Any = None, unpatch_all: bool = True, *_: Any) -> None:
         """A callback: the weights leave the device, so what was recorded points at nothing."""
         if unpatch_all:
-            self._kept.clear()
-            self._failed.clear()
+            for calls in list(self._calls.values()):
+                calls.clear()
             if patcher is not None:
                 self.compiler.release(patcher.model)
+                trim(patcher.load_device)
+
+    def rest(self, patcher: Any, *_: Any) -> None:
+        """A callback: sampling is done, and others want memory."""
+        trim(patcher.load_device)
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            arguments = self._reduced(executor, args, kwargs)
-        except NotTraceable as error:
-            return self._unrecorded(str(error), executor, args, kwargs)
+        plan = self.compiler.current()
+        calls = self._calls.setdefault(plan, _Calls())
         flat = _Flat([], [], [])
-        key = (_flatten(arguments, flat), self.compiler.current().weights(), _modes(flat.tensors))
-        if key in self._failed:
-            return self._unrecorded(self._failed[key], executor, args, kwargs)
-        held = self._kept.get(key)
-        if held is None:
+        try:
+            arguments = self._reduced(plan, calls, executor, args, kwargs)
+            key = (_flatten(arguments, flat), _modes(flat.tensors), plan.copies())
+        except NotTraceable as error:
+            reason: str | None = str(error)
+        else:
+            weights = plan.weights()
+            if weights != calls.weights:
+                calls.clear()
+                calls.weights = weights
+            reason = calls.given_up or calls.failed.get(key)
+            if calls.short == self.compiler.loads:
+                reason = "memory is short"
+        if reason is None:
             try:
-                held = self._make(executor, arguments, flat)
-            except self._errors as error:
-                self._failed[key] = f"while recording, {kind_and_line(error)}"
-                if isinstance(error, torch.OutOfMemoryError):
-                    self._kept.clear()
-                log.warning("The model call is not recorded: %s", self._failed[key])
-                return self._unrecorded(self._failed[key], executor, args, kwargs)
-            self._kept[key] = held
-            while len(self._kept) > self.compiler.settings.captured_sizes:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
+                return self._recorded(plan, calls, key, executor, arguments, flat)
+            except CompilationRefused:
+                raise
+            except (
+                Exception
+            ) as error:  # compilers, drivers, and code that cannot do with less: whatever it is, it can run
+                reason = self._failed(calls, key, error)
+            # Outside of the handler, whose traceback holds what the failed call had in memory.
+            if calls.short is not None:
+                calls.drop()
+                trim(flat.tensors[0].device)
+        return self._unrecorded(reason, executor, args, kwargs)
+
+    def _recorded(
+        self, plan: _Plan, calls: _Calls, key: Hashable, executor: Any, arguments: tuple[Any, Any], flat: _Flat
+    ) -> Any:
+        held = calls.kept.get(key)
+        if held is None:
+            held = calls.warm.pop(key, None) or _Recorded(flat, functools.partial(_prepared, executor, arguments))
+            with self._installed(plan, held):
+                if held.runs < WARM_CALLS:
+                    made = held.warm(flat, self._run)
+                    calls.warm[key] = held
+                    while len(calls.warm) > self.compiler.settings.captured_sizes:
+                        calls.warm.popitem(last=False)
+                    self.reason = None
+                    return made
+                held.recording = self.record(held.call)
+            held.runs = 0
+            self.recorded += 1
+            made = held.play(flat)  # the driver may find only now that there is no memory
+            calls.kept[key] = held
+            self._make_room(calls)
+        else:
+            calls.kept.move_to_end(key)
+            made = held.play(flat)
         self.reason = None
         self.replayed += 1
-        return held.play(flat)
+        return made
+
+    def _installed(self, plan: _Plan, held: _Recorded) -> contextlib.ExitStack:
+        """On the device of the inputs, with our kernels in the model."""
+        stack = contextlib.ExitStack()
+        devices = [buffer.device for buffer in held.buffers if buffer.device.type == "cuda"]
+        if devices:
+            stack.enter_context(torch.cuda.device(devices[0]))
+        if plan.pictures is not None:
+            held.kept = [*held.kept, *plan.pictures.held]  # a graph reads them, whoever else lets go of them
+            stack.enter_context(plan.pictures.installed())
+        return stack
+
+    def _make_room(self, calls: _Calls) -> None:
+        while len(calls.kept) > self.compiler.settings.captured_sizes:
+            _, gone = calls.kept.popitem(last=False)
+            calls.wasted = calls.wasted + 1 if gone.runs <= FEW_REPLAYS else 0
+        if calls.wasted >= WASTED:
+            calls.drop()
+            kept = self.compiler.settings.captured_sizes
+            calls.given_up = f"more sizes or prompt lengths take turns than the {kept} that are kept"
+            log.warning("Model calls are not recorded any more: %s", calls.given_up)
+
+    def _failed(self, calls: _Calls, key: Hashable, error: Exception) -> str:
+        from comfy.model_management import is_oom
+
+        reason = f"while recording, {kind_and_line(error)}"
+        if is_oom(error):
+            calls.short = self.compiler.loads  # in another run there may be more
+        elif isinstance(error, RuntimeError) and "captur" in str(error):
+            calls.given_up = reason  # what its code does, it does at every size
+        else:
+            calls.failed[key] = reason
+            while len(calls.failed) > MOST_REASONS:
+                calls.failed.popitem(last=False)
+        log.warning("The model call is not recorded: %s", reason)
+        return reason
 
     def _unrecorded(self, reason: str, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.reason = reason
@@ -244,28 +370,8 @@ class CallRecorder:
             raise CompilationRefused(f"The model's call cannot be recorded: {reason}.")
         return executor(*args, **kwargs)
 
-    def _make(self, executor: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]], flat: _Flat) -> _Recorded:
-        buffers = [tensor.clone() for tensor in flat.tensors]
-        args, kwargs = _rebuild(arguments, iter(buffers))
-
-        def call() -> Any:
-            # The model writes into its options while it runs.
-            return executor(*_fresh(args), **_fresh(kwargs))
-
-        devices = [buffer.device for buffer in buffers if buffer.device.type == "cuda"]
-        pictures = self.compiler.current().pictures
-        held = pictures.held if pictures is not None else ()
-        with (
-            torch.cuda.device(devices[0]) if devices else contextlib.nullcontext(),
-            pictures.installed() if pictures is not None else contextlib.nullcontext(),
-        ):
-            made = _Recorded(self.record(call), buffers, flat)
-        made.kept += held  # the graph reads them, whoever else lets go of them
-        self.recorded += 1
-        return made
-
     def _reduced(
-        self, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, plan: _Plan, calls: _Calls, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with `transformer_options` cut down to what the model's code reads."""
         for wrapper in executor.wrappers[executor.idx + 1 :]:
@@ -274,10 +380,10 @@ class CallRecorder:
                 raise NotTraceable(f"{home} wraps the model's forward")
         if torch.is_grad_enabled():
             raise NotTraceable("gradients are wanted, and a recording has none")
-        problem = self.compiler.current().problem
-        if problem is not None:
-            self._kept.clear()  # mostly weights that had to make room, for which recordings hold room as well
-            raise NotTraceable(problem)
+        check_replaced(executor.class_obj)  # for the length of a step, as caches of steps do
+        if plan.problem is not None:
+            calls.drop()  # mostly weights that had to make room, for which recordings hold room as well
+            raise NotTraceable(plan.problem)
         model = type(executor.class_obj)
         if model not in self._places:
             self._read[model] = options_read_by(executor.class_obj)
@@ -326,6 +432,15 @@ class CallRecorder:
         return f"{kept}; the last call was not recorded: {self.reason}" if self.reason else kept
 
 
+def _prepared(
+    executor: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]], buffers: list[torch.Tensor]
+) -> Callable[[], Any]:
+    """The model's call over `buffers`."""
+    args, kwargs = _rebuild(arguments, iter(buffers))
+    # The model writes into its options while it runs.
+    return lambda: executor(*_fresh(args), **_fresh(kwargs))
+
+
 def _fresh(value: Any) -> Any:
     """Containers copied, what they hold not."""
     if isinstance(value, dict):
@@ -340,7 +455,8 @@ def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> l
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
     made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
-    made.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
+    for moment in (CallbacksMP.ON_DETACH, CallbacksMP.ON_CLEANUP):
+        made.remove_callbacks_with_key(moment, KEY)
     compiler.recorder = None
     if not compiler.settings.records:
         return []
@@ -351,4 +467,5 @@ def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> l
     compiler.recorder = CallRecorder(compiler, record)
     made.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, compiler.recorder)
     made.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, compiler.recorder.forget)
+    made.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, compiler.recorder.rest)
     return [f"model calls are recorded as CUDA graphs, {compiler.settings.captured_sizes} sizes kept"]

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ...host.errors import kind_and_line
-from .blocks import ORDINARY, LiveParts, constants_of, parts_of
+from .blocks import ORDINARY, LiveParts, constants_of, foreign_class, parts_of
 from .graphs import Backend, CompiledKind, compile_errors
 from .options import NotTraceable, block_options, options_read_by, share_attention_log
 from .pictures import Pictures
@@ -154,6 +154,7 @@ class _Plan:
         self.problem: str | None = None  # why the model as a whole cannot be recorded
         inside = frozenset(part for block in self.blocks for part in block.module.modules())
         self._around = LiveParts(model.diffusion_model, without=inside)
+        self._foreign = foreign_class(model.diffusion_model)
         self._holders = [held for part in model.diffusion_model.modules() for held in (part._parameters, part._buffers)]
 
     def examine(self, device: torch.device, model: Any, recorder: CallRecorder | None) -> None:
@@ -167,6 +168,8 @@ class _Plan:
             self._around.state(device)
         except NotTraceable as error:
             self.problem = str(error)
+        if self._foreign is not None:
+            self.problem = self.problem or self._foreign
         if self.pictures is None or recorder is None:
             return
         if self.problem is not None:
@@ -177,12 +180,11 @@ class _Plan:
             hooked = bool(getattr(getattr(model, "current_patcher", None), "hook_patches", None))
             self.pictures.examine(device, model.get_dtype_inference(), get_free_memory(device), hooked)
         if self.pictures.lost:
-            recorder.let_go()
+            recorder.let_go(self)
             self.pictures.lost = False
 
     def weights(self) -> Hashable:
-        """Where every weight of the model lies now, and every copy of one; of a quantised one, where its numbers and scales
-        lie.
+        """Where every weight of the model lies now; of a quantised one, where its numbers and scales lie.
 
         Its identity would not do: what replaces a weight that is gone often gets the same.
         """
@@ -193,10 +195,13 @@ class _Plan:
                     found.append(weight.data_ptr())
                 elif weight is not None:
                     found += [part.data_ptr() for part in parts_of(weight)[0]]
+        return tuple(found)
+
+    def copies(self) -> Hashable:
+        """Where copies of weights lie that our own kernels read, and which of those kernels there are."""
         if self.pictures is None:
-            return tuple(found)
-        found += [copy.data_ptr() for copy in self.pictures.held]
-        return tuple(found), self.pictures.key
+            return None
+        return tuple(copy.data_ptr() for copy in self.pictures.held), self.pictures.key
 
     def fits(self, diffusion_model: nn.Module) -> bool:
         """Whether the blocks are still the ones in the model; an object patch can have replaced some."""
@@ -222,6 +227,11 @@ class RegionalCompiler:
 
     def __deepcopy__(self, _: Any) -> RegionalCompiler:
         return self  # packs that copy a model's options whole must not copy the model along
+
+    @property
+    def loads(self) -> int:
+        """Rises with every run, and whenever weights are loaded or moved."""
+        return self._loads
 
     def changed(self, *_: Any, **__: Any) -> None:
         """A callback: weights were loaded or moved, or a run begins."""

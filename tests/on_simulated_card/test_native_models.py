@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from hotpath.patches.compilation import CompilationRefused, CompileSettings, compile_model, compiler_of
+from hotpath.patches.compilation import CompilationRefused, CompileSettings, compile_model, compiler_of, recording
 from tiny_native_models import tiny
 
 pytestmark = pytest.mark.comfy
 
 
 @pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
+def _inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(recording, "WARM_CALLS", 0)
     with torch.inference_mode():
         yield
 
@@ -38,6 +39,15 @@ def test_recorded_calls(card: Any, mode: str) -> None:
     assert ours == its  # the last one found its recording
     assert recorder.replayed == card.replays == 9 and card.graphs == 2
     assert bool(compiler_of(model).kinds) == (mode == "reduce-overhead")
+
+
+def test_the_first_calls_run_where_the_next_is_recorded(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "WARM_CALLS", 2)
+    bench = tiny("z_image")
+    model, _ = compile_model(bench.model, CompileSettings(mode="cudagraphs", strict=True), backend="eager")
+    made, expected = bench.sample(model, steps=5), bench.sample(steps=5)
+    assert (made - expected).abs().max() <= 2e-5 * expected.abs().max()
+    assert card.graphs == 1 and card.replays == 3
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "cudagraphs"])

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hotpath.patches.compilation import CompileSettings, compile_model, compiler_of, group_norm_kernel, pictures
+from hotpath.patches.compilation import (
+    CompileSettings,
+    compile_model,
+    compiler_of,
+    group_norm_kernel,
+    pictures,
+    recording,
+)
 from hotpath.patches.compilation.graphs import CompiledKind
 from tiny_native_models import LEAST_SDXL, Tiny
 
@@ -51,6 +58,7 @@ def _ours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(group_norm_kernel, "add", add)
     monkeypatch.setattr(pictures, "allow_interpreter", True)
     monkeypatch.setattr(pictures, "TRIAL", (1, 8, 8, 8))
+    monkeypatch.setattr(recording, "WARM_CALLS", 0)
     monkeypatch.setattr(pictures, "channels_last_is_faster", lambda *_: True)
     pictures.kernels_missing.cache_clear()
     with torch.inference_mode():
