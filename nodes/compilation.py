@@ -40,7 +40,7 @@ class HotpathCompile:
                         "default": "default",
                         "tooltip": "default: fused kernels. reduce-overhead: also plays back the whole step as one CUDA graph "
                         "per size, for models that wait for Python (SDXL). max-autotune: also tries kernels, minutes at first. "
-                        "cudagraphs: plays back and compiles nothing, ready after one step.",
+                        "cudagraphs: plays back and compiles nothing, ready after two steps.",
                     },
                 ),
                 "regions": (

@@ -173,17 +173,19 @@ def test_dynamic_vram_and_compilation_exclude_each_other() -> None:
         def is_dynamic(self) -> bool:
             return True
 
-        def clone(self, disable_dynamic: bool = False, **_: Any) -> Any:
-            asked.append(disable_dynamic)
+        def clone(self, disable_dynamic: bool = False, model_override: Any = None, **_: Any) -> Any:
+            asked.append((disable_dynamic, model_override and model_override[0]))
             return bench.model.clone()
 
     dynamic = Dynamic(bench.model.model, bench.model.load_device, bench.model.offload_device)
     with pytest.raises(ValueError, match="--disable-dynamic-vram"):
         compile_model(dynamic, backend="eager")
     dynamic.cached_patcher_init = (lambda: None, ())
-    _, report = compile_model(dynamic, backend="eager")
-    assert asked == [True]
+    made, report = compile_model(dynamic, backend="eager")
     assert "DynamicVRAM is off for this model" in report
+    # A LoRA before it changed: nothing is read from disk again.
+    compile_model(dynamic, backend="eager")
+    assert asked == [(True, None), (True, made.model)]
 
 
 def test_compiling_twice_and_after_comfyui_compiles_once() -> None:
