@@ -24,5 +24,5 @@ def run_apart(script: str, *folders: Path, **variables: str) -> subprocess.Compl
 
 def interpret(script: str, *folders: Path) -> None:
     """Run `script` with kernels interpreted; it ends by printing "equal" when all it compared was."""
-    result = run_apart(script, *folders, TRITON_INTERPRET="1")
+    result = run_apart("import quick_interpreter\nquick_interpreter.hurry()\n" + script, *folders, TRITON_INTERPRET="1")
     assert result.returncode == 0 and "equal" in result.stdout, result.stderr[-3000:]

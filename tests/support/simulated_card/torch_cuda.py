@@ -249,6 +249,9 @@ def _triton(_: Card) -> None:
         from triton.runtime import interpreter
     except ImportError:
         return
+    from quick_interpreter import hurry
+
+    hurry()
     plain = interpreter.GridExecutor.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
