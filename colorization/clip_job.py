@@ -86,8 +86,7 @@ def colorize_stills(
 
 def room_for(loaded: LoadedNetwork, options: FilmOptions, height: int, width: int) -> int:
     """Bytes of activations to ask the host for."""
-    small = network_size(height, width, options.colour_size)
-    return activations(options, small, loaded.precision.dtype, loaded.managed.device)[1]
+    return activations(options, (height, width), loaded.precision.dtype, loaded.managed.device)[1]
 
 
 def start_report(

@@ -104,10 +104,9 @@ class FilmSession:
         self.size = (height, width)
         self.device: torch.device = network.compute_device
         self.times = StageTimes(self.device)
-        small = network_size(height, width, options.colour_size)
         self.halved = options.method == "Deep Exemplar"
-        self.small = (max(1, small[0] // 2), max(1, small[1] // 2)) if self.halved else small
-        self.batch, _ = activations(options, self.small, loaded.precision.dtype, self.device)
+        self.small = computed_size(options, height, width)
+        self.batch, _ = activations(options, self.size, loaded.precision.dtype, self.device)
         self.copies = copies_for(self.device)
         self.detector = ShotDetector(options.shot_threshold) if options.shots != "off" else None
         self.seen: Tensor | None = None  # the last frame as the detector saw it
@@ -335,10 +334,17 @@ class FilmSession:
         }
 
 
+def computed_size(options: FilmOptions, height: int, width: int) -> tuple[int, int]:
+    """Height and width of what the networks see of frames of height x width: of half `colour_size` for Deep Exemplar."""
+    small = network_size(height, width, options.colour_size)
+    return (max(1, small[0] // 2), max(1, small[1] // 2)) if options.method == "Deep Exemplar" else small
+
+
 def activations(
-    options: FilmOptions, small: tuple[int, int], dtype: torch.dtype, device: torch.device
+    options: FilmOptions, size: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int]:
-    """Frames per batch and bytes of activations for frames of the networks' size."""
+    """Frames per batch and bytes of activations for a film whose frames are of `size`, (height, width)."""
+    small = computed_size(options, *size)
     if options.method == "Deep Exemplar":
         return deep_exemplar_batch(*small, device)
     return colormnet_batch(*small, dtype, device, options.memory_mode)

@@ -235,6 +235,22 @@ def test_strange_pictures_go_through_and_wrong_ones_are_named() -> None:
         run(images[:0], reference)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_room_is_asked_for_what_the_networks_see(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not more: the host puts other models out for it."""
+    from hotpath.colorization import frame_budget
+
+    asked: list[int] = []
+    kept = networks.LoadedNetwork.resident
+    monkeypatch.setattr(networks.LoadedNetwork, "resident", lambda self, room=0: asked.append(room) or kept(self, room))
+    run(frames(1, 128, 256), frames(1), method=method, colour_size=64)
+    if method == "Deep Exemplar":
+        _, needed = frame_budget.deep_exemplar_batch(32, 64, torch.device("cpu"))
+    else:
+        _, needed = frame_budget.colormnet_batch(64, 128, torch.float32, torch.device("cpu"))
+    assert asked == [needed]
+
+
 def test_8k_width_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(film, "FULL_SIZE_PIXELS", 1 << 20)
     done = run(frames(1, 620, 7680), frames(1), method="Deep Exemplar", colour_size=64, edge_filter="none")
