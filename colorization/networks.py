@@ -65,13 +65,17 @@ class LoadedNetwork:
     @contextmanager
     def resident(self, extra_bytes: int = 0) -> Iterator[Any]:
         """The network on its device, with inference mode on and float32 meaning float32: convolutions and products
-        use TF32 only where a caller of this process asked for half precision anyway."""
+        use TF32 only where a caller of this process asked for half precision anyway.
+
+        Whether cuDNN is used, or tries out its algorithms, stays as it is set: ComfyUI switches it off on some AMD cards.
+        """
         with self.managed.resident(extra_bytes) as network, torch.inference_mode():
             if network.compute_device.type != "cuda":
                 yield network
                 return
-            flags = torch.backends.cudnn.flags
-            with flags(enabled=True, benchmark=False, allow_tf32=False):
+            kept = ("enabled", "benchmark", "benchmark_limit", "deterministic")
+            as_set = {name: getattr(torch.backends.cudnn, name) for name in kept}
+            with torch.backends.cudnn.flags(**as_set, allow_tf32=False):
                 yield network
 
 

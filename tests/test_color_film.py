@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -233,6 +235,28 @@ def test_strange_pictures_go_through_and_wrong_ones_are_named() -> None:
         run(torch.zeros(2, 3, 40, 54), reference)
     with pytest.raises(ValueError, match="is empty"):
         run(images[:0], reference)
+
+
+@pytest.mark.parametrize("as_set", [True, False])
+def test_cudnn_stays_as_it_is_set(as_set: bool) -> None:
+    class OnCard(torch.nn.Module):
+        compute_device = torch.device("cuda")
+
+        @contextmanager
+        def resident(self, extra_bytes: int) -> Iterator[OnCard]:
+            yield self
+
+    cudnn = torch.backends.cudnn
+    loaded = networks.LoadedNetwork(OnCard(), (), networks.Precision(torch.float32, "asked for"))
+    loaded.managed = OnCard()
+
+    def now() -> tuple[bool, bool, bool]:
+        return cudnn.enabled, cudnn.benchmark, cudnn.deterministic
+
+    with cudnn.flags(enabled=as_set, benchmark=not as_set, deterministic=as_set, allow_tf32=True):
+        with loaded.resident():
+            assert now() == (as_set, not as_set, as_set) and not cudnn.allow_tf32
+        assert now() == (as_set, not as_set, as_set) and cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("method", METHODS)
