@@ -15,13 +15,10 @@ log = logging.getLogger("hotpath.colorization")
 
 Result = TypeVar("Result")
 
-# torch 2.4 has the first name only; both are RuntimeErrors.
-OutOfMemory: type[RuntimeError] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that a device, the CPU included, has no memory left."""
-    if isinstance(error, OutOfMemory | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and (

@@ -21,6 +21,8 @@ from .backends import look_at_backends, unmet_requirements
 from .console import say, table
 from .models_folder import headless_host
 
+TORCH = "torch>=2.5"  # as in pyproject.toml; requirements.txt leaves torch to ComfyUI
+
 
 def run(options: argparse.Namespace) -> int:
     """Exit code 1 when a node family could not be loaded or a requirement is not met."""
@@ -63,7 +65,7 @@ def libraries() -> dict[str, Any]:
     return {
         "backends": [asdict(backend) for backend in look_at_backends()],
         "face_engines": face.diagnose(),
-        "unmet_requirements": unmet_requirements(lines),
+        "unmet_requirements": unmet_requirements([*lines, TORCH]),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from checkout_files import files
+from packaging.requirements import Requirement
 
 try:
     import tomllib
@@ -52,6 +53,14 @@ def test_every_folder_with_code_is_packaged(project):
 def test_requirements_are_the_dependencies_without_torch(project):
     wanted = [d for d in project["project"]["dependencies"] if requirement_name(d) not in ("torch", "torchvision")]
     assert sorted(requirements()) == sorted(wanted)
+
+
+def test_torch_is_new_enough_for_the_names_that_are_used(project):
+    from hotpath.commands import doctor
+
+    (line,) = (d for d in project["project"]["dependencies"] if requirement_name(d) == "torch")
+    assert not Requirement(line).specifier.contains("2.4.1")  # which lacks torch.OutOfMemoryError
+    assert line == doctor.TORCH  # requirements.txt does not name torch, so the doctor does
 
 
 def test_comfyui_manager_is_never_asked_for_torch_or_an_onnxruntime():
