@@ -56,6 +56,10 @@ class Faces:
             embeddings=None if self.embeddings is None else self.embeddings[chosen],
         )
 
+    def copy(self) -> Faces:
+        """These faces in memory of their own, for whoever may change them in place."""
+        return self.select(range(len(self)))
+
     @property
     def areas(self) -> Tensor:
         """[N] box areas in square pixels."""

@@ -40,7 +40,8 @@ def analyse_in_parts(
 ) -> tuple[list[Faces], int]:
     """The faces of all pictures in order, `at_once` pictures of any sizes computed together, and how many were remembered.
 
-    `keys` is empty when nothing is to be remembered. Checks for an interrupt between the parts.
+    `keys` is empty when nothing is to be remembered. Checks for an interrupt between the parts. What is returned is the
+    caller's own: packs that take our analyser for insightface's scale boxes and normalise embeddings in place.
     """
     count = sum(len(group.positions) for group in groups)
     cache = named_cache("faces", RESULTS_LIMIT)
@@ -60,4 +61,4 @@ def analyse_in_parts(
             for position, faces in zip(positions, compute(part), strict=True):
                 found[position] = cache.put(keys[position], faces) if keys else faces
             bar.update(len(positions))
-    return [faces for faces in found if faces is not None], remembered
+    return [faces.copy() if keys else faces for faces in found if faces is not None], remembered

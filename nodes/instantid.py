@@ -227,7 +227,8 @@ class ApplyInstantID:
         )
         patched, line = attach_identity(model, adapter, prepared, settings, mask)
         strength = weight if cn_strength is None else cn_strength
-        tokens = (prepared.cond.to(drawing.dtype), prepared.uncond.to(drawing.dtype))
+        # Copies: what other packs do to a CONDITIONING must not reach the cache.
+        tokens = (prepared.cond.to(drawing.dtype, copy=True), prepared.uncond.to(drawing.dtype, copy=True))
         identity_net = IdentityNet(control_net, drawing, strength, (start_at, end_at), tokens)
         positive, negative = apply_identity_net(positive, negative, identity_net, mask)
         host.current().show_text("\n".join([*notes, line]), unique_id)

@@ -204,7 +204,8 @@ def _with_identity_nets(
     several = len(people) > 1
     for number, (person, identity, pose) in enumerate(zip(people, prepared, poses, strict=True)):
         # One sequence: of a batch of them, ComfyUI would give each picture of the latent batch another photo's.
-        cond, uncond = (tokens.float().flatten(0, 1)[None] for tokens in (identity.cond, identity.uncond))
+        # Copies: what other packs do to a CONDITIONING must not reach the cache.
+        cond, uncond = (tokens.clone().float().flatten(0, 1)[None] for tokens in (identity.cond, identity.uncond))
         net = IdentityNet(
             control_net,
             pose.drawing,

@@ -281,6 +281,28 @@ def test_results_are_remembered_by_pixels_and_settings(roots):
     cache.clear_all("faces")
 
 
+def test_what_others_change_in_place_does_not_reach_the_memory(roots):
+    cache.clear_all("faces")
+    analyser = face.load_analyser([roots["inside"]], engine="torch", device=CPU)
+    bgr = np.ascontiguousarray(skimage_data.astronaut()[..., ::-1])
+    try:
+        for _ in range(2):  # found anew, and remembered
+            for one in analyser.get(bgr):
+                one.bbox *= 2
+                one.kps -= 1
+                one.embedding /= np.linalg.norm(one.embedding)
+        analyser.analyse([as_image(bgr[..., ::-1])])[0].boxes.mul_(2)
+        kept = analyser.get(bgr)
+        assert "1 remembered" in analyser.report()
+        cache.clear_all("faces")
+        fresh = analyser.get(bgr)
+    finally:
+        cache.clear_all("faces")
+    assert kept and len(kept) == len(fresh)
+    for again, first in zip(kept, fresh, strict=True):
+        assert all(np.array_equal(again[name], first[name]) for name in ("bbox", "kps", "embedding"))
+
+
 def test_half_precision_is_used_only_where_the_weights_stand_it(roots, monkeypatch):
     # How far bfloat16 turns the outputs of random weights depends on the processor, and may be either side of the limit.
     measured: list[float] = []

@@ -114,6 +114,21 @@ def test_without_pose_identity_net_is_left_out(bench: Bench) -> None:
         assert "IdentityNet is left out" in report
 
 
+@pytest.mark.parametrize("node", ["compatible", "every ControlNet", "IdentityNet only"])
+def test_what_others_do_to_a_conditioning_does_not_reach_the_cache(bench: Bench, node: str) -> None:
+    def tokens() -> torch.Tensor:
+        positive = (bench.apply() if node == "compatible" else apply(bench, face_tokens_for=node))[1]
+        options = positive[0][1]
+        if node == "IdentityNet only":
+            return next(v for k, v in options["model_conds"].items() if "face_tokens" in k).cond
+        return options["cross_attn_controlnet"]
+
+    handed_out = tokens()
+    before = handed_out.clone()
+    handed_out.zero_()
+    assert before.any() and torch.equal(tokens(), before)
+
+
 def test_a_saved_identity_gives_the_same_picture_without_its_photo(bench: Bench, tmp_path: Any) -> None:
     from hotpath.identity import load_identity, save_identity
 
