@@ -17,6 +17,7 @@ from ..colorization.file_job import FileJob, colorize_file
 from ..colorization.file_names import VIDEO_SUFFIXES, inside, videos_in
 from ..colorization.film_options import METHODS, SHOTS, FilmOptions, Reference, read_references
 from ..colorization.film_state import FilmState, load_state, save_state
+from ..colorization.made_films import note_made, times_lost
 from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, PRECISIONS
 from ..colorization.pictures import as_frames
 from ..colorization.shot_job import Shot, colorize_shot
@@ -255,11 +256,13 @@ class HotpathColorizeFile:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, video: str, output: str, **settings: Any) -> str:
+    def IS_CHANGED(cls, video: str | None = None, output: str | None = None, **settings: Any) -> str:
         here = host.current()
-        source, target = inside(here.input_folder(), video), inside(here.output_folder(), output)
-        # Also when the result was deleted.
-        return f"{file_fingerprint(source) if source.is_file() else ''} {target.is_file()}"
+        # A name that comes from another node is not known yet: ComfyUI gives None.
+        source = None if video is None else inside(here.input_folder(), video)
+        target = None if output is None else inside(here.output_folder(), output)
+        # Also when the result was deleted, but the same before a run as after it.
+        return f"{file_fingerprint(source) if source is not None and source.is_file() else ''} {times_lost(target)}"
 
     def colorize(
         self,
@@ -292,6 +295,7 @@ class HotpathColorizeFile:
             report = colorize_shot(job, references, Shot.parse(shot_frames))
         else:
             report = colorize_file(job, references, lambda line: here.show_text(line, unique_id))
+        note_made(job.output, job.source)
         here.show_text(report, unique_id)
         return str(job.output), report
 

@@ -523,6 +523,36 @@ def test_command_line_colours_a_film(
     assert cli.main([*call, *film_options]) == 130
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_same_workflow_does_not_colour_its_film_again(here: Any, linked: bool) -> None:
+    from hotpath.nodes.colorize import HotpathColorizeFile as Node
+
+    here.input_folder().mkdir()
+    write_film(here.input_folder() / "film.mp4", frames(3), sound=False)
+    # ComfyUI asks with None for what another node gives.
+    named = {"video": None, "output": None} if linked else {"video": "film.mp4", "output": "o.mp4"}
+
+    def key() -> str:
+        return Node.IS_CHANGED(**named, method="ColorMNet", reference=None)
+
+    def run() -> Path:
+        return Path(Node().colorize("film.mp4", frames(1), "ColorMNet", "o.mp4", colour_size=32)[0])
+
+    first = key()
+    made = run()
+    assert key() == first
+    made.unlink()
+    gone = key()
+    assert gone != first and key() == gone
+    run()
+    assert key() == gone
+    write_film(here.input_folder() / "film.mp4", frames(4, seed=1), sound=False)
+    another = key()
+    assert another != gone
+    run()
+    assert key() == another
+
+
 @pytest.mark.comfy
 def test_nodes_inside_comfyui(model_files: Path, tmp_path: Path) -> None:
     """The networks live in ComfyUI's memory management: loaded for a job, evicted when it wants the room."""
