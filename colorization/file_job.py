@@ -1,5 +1,6 @@
 """A film from video file to video file, never whole in memory: parts on disk with the state after each, so that a
 crash costs the shot that was under way, an interrupt leaves a playable file, and the same call goes on where it stopped.
+A whole film that was there before stays until the new one is whole.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from .film_state import load_state
 from .manifest import Manifest, read_manifest
 from .networks import AUTOMATIC, LoadedNetwork
 from .part_recorder import PartRecorder
+from .playable_part import FILE as PLAYABLE
+from .playable_part import drop_left, note_left, parts_folder, place_for
 from .shots import Segment
 from .video_file import VideoError, VideoFacts, assemble, check_container, read_facts, read_portions
 
@@ -61,21 +64,28 @@ def _same_file(job: FileJob) -> bool:
     return job.source.exists() and job.output.samefile(job.source)
 
 
-def colorize_file(job: FileJob, references: Sequence[Reference], status: Callable[[str], None] | None = None) -> str:
-    """Colour `job.source` into `job.output` and return the report. `status` gets a line about once a second.
+def colorize_file(
+    job: FileJob,
+    references: Sequence[Reference],
+    status: Callable[[str], None] | None = None,
+    begun: Callable[[], None] | None = None,
+) -> str:
+    """Colour `job.source` into `job.output` and return the report. `status` gets a line about once a second. `begun` is
+    called once, when nothing is left that could be refused.
 
-    Raises what stopped it: the host's interrupt, OSError for a full disk. The output then holds all finished frames,
-    and the same call goes on after them.
+    Raises what stopped it: the host's interrupt, OSError for a full disk. The output, or a file beside it where there was
+    one before, then holds all finished frames, and the same call goes on after them.
     """
+    status = status or _unheard
     facts = read_facts(job.source)
     loaded = load_method(job.options, job.checkpoint, job.precision)
-    folder = job.output.with_name(job.output.name + ".parts")
+    folder = parts_folder(job.output)
     folder.mkdir(parents=True, exist_ok=True)
     manifest = _manifest(job, references, loaded, folder)
     try:
         check_container(job.source, job.output, folder, facts, job.codec, job.quality)
     except VideoError:
-        if not manifest.parts:
+        if not any(folder.iterdir()):
             folder.rmdir()
         raise
     report = start_report(loaded, references, job.options, facts.height, facts.width)
@@ -87,13 +97,16 @@ def colorize_file(job: FileJob, references: Sequence[Reference], status: Callabl
         film = FilmSession(network, loaded, job.options, references, facts.height, facts.width)
         if manifest.parts:
             film.load(load_state(manifest.state_file(folder, len(manifest.parts))))
+        if begun is not None:
+            begun()
         try:
-            _FileRun(job, facts, film, folder, manifest, status or _unheard).run()
+            _FileRun(job, facts, film, folder, manifest, status).run()
         except BaseException:
-            _leave_playable(job, folder, manifest)
+            _leave_playable(job, folder, manifest, status)
             raise
     for lost in assemble(manifest.part_files(folder), job.source, job.output):
         report.note(lost)
+    drop_left(job.output)
     shutil.rmtree(folder, ignore_errors=True)
     finish_report(report, film, manifest.frames - before)
     for note in unreached(references, manifest.frames):
@@ -108,6 +121,7 @@ def colorize_file_by_path(
     options: FilmOptions,
     reference_frames: str = "",
     status: Callable[[str], None] | None = None,
+    begun: Callable[[], None] | None = None,
     **settings: Any,
 ) -> str:
     """The same from paths alone, for the command line. settings: further fields of FileJob."""
@@ -127,7 +141,7 @@ def colorize_file_by_path(
                 f"{path} is no picture that can be read: a reference is a PNG, a JPEG or the like."
             ) from None
     job = FileJob(source, output, options, **settings)
-    return colorize_file(job, read_references(pictures, reference_frames), status)
+    return colorize_file(job, read_references(pictures, reference_frames), status, begun)
 
 
 class _FileRun:
@@ -273,18 +287,29 @@ def _manifest(job: FileJob, references: Sequence[Reference], loaded: LoadedNetwo
     found = read_manifest(folder, key) if job.resume else None
     if found is not None:
         return found
-    if any(folder.iterdir()):
+    # What a stop left as a playable file may be replaced by this job's, too.
+    old = [file for file in folder.iterdir() if file.name != PLAYABLE]
+    if old:
         log.info("%s belongs to another job and is replaced.", folder.name)
-    for file in folder.iterdir():
+    for file in old:
         file.unlink()
     return Manifest(key)
 
 
-def _leave_playable(job: FileJob, folder: Path, manifest: Manifest) -> None:
+def _leave_playable(job: FileJob, folder: Path, manifest: Manifest, status: Callable[[str], None]) -> None:
+    """What is finished as a video, which never takes the place of a file that was there before."""
     if not manifest.parts:
         return
     try:
-        assemble(manifest.part_files(folder), job.source, job.output, complete=False)
+        place = place_for(job.output)
+        if place is None:
+            raise VideoError(f"{job.output.name} and the name beside it belong to other files")
+        assemble(manifest.part_files(folder), job.source, place, complete=False)
+        note_left(job.output, place)
+        beside = "" if place == job.output else f", because {job.output.name} was there before"
+        status(
+            f"Stopped: the {manifest.frames} frames that are finished are in {place.name}{beside}. Run the same again to go on."
+        )
     except Exception as error:
         log.warning("The finished parts of %s stay in %s: %s", job.output.name, folder, error)
 

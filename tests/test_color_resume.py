@@ -20,6 +20,7 @@ from hotpath import host
 from hotpath.colorization import file_job, film
 from hotpath.colorization.film_options import FilmOptions, Reference, read_references
 from hotpath.colorization.manifest import FinishedPart, Manifest, read_manifest
+from hotpath.colorization.playable_part import finished_so_far
 from hotpath.colorization.shots import ShotDetector
 from hotpath.colorization.video_file import PartWriter
 from tiny_colorizers import save_models
@@ -325,6 +326,58 @@ def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     changed, _ = file_task(tmp_path, strength=0.0)
     assert "continued" not in file_job.colorize_file(changed, references)
     assert read_film(job.output)[0].float().std(-1).mean() < 3
+
+
+def finished_before(folder: Path) -> tuple[file_job.FileJob, list[Reference], Path]:
+    """A film that is whole, a job with another strength for the same output, and what that leaves when it is stopped."""
+    write_film(folder / "in.mp4", counted(66), rate=RATE, crf=4)
+    job, references = file_task(folder)
+    file_job.colorize_file(job, references)
+    return file_task(folder, strength=0.5)[0], references, folder / "out.partial.mp4"
+
+
+def test_a_stop_leaves_the_whole_film_of_an_earlier_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    job, references, partial = finished_before(tmp_path)
+    whole, said = job.output.read_bytes(), list[str]()
+    calls = crash_at_the_third_segment(monkeypatch)
+    for segment, done in ((3, 41), (4, 61)):
+        with pytest.raises(RuntimeError, match="went away"):
+            file_job.colorize_file(job, references, said.append)
+        assert job.output.read_bytes() == whole and finished_so_far(job.output) == partial
+        assert numbers(read_film(partial)[0]) == list(range(done))
+        assert f"the {done} frames that are finished are in out.partial.mp4, because out.mp4 was there" in said[-1]
+        calls[0] = 1
+    # Not the film any more: what is finished may have its name.
+    job.output.unlink()
+    calls[0] = 2
+    with pytest.raises(RuntimeError, match="went away"):
+        file_job.colorize_file(job, references, said.append)
+    assert finished_so_far(job.output) == job.output and not partial.exists() and "because" not in said[-1]
+    assert "continued: after 61 frames" in file_job.colorize_file(job, references)
+    assert numbers(read_film(job.output)[0]) == list(range(66))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
+
+
+def test_what_a_stop_left_goes_when_the_film_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    job, references, partial = finished_before(tmp_path)
+    partial.write_bytes(b"somebody's")
+    whole = job.output.read_bytes()
+    crash_at_the_third_segment(monkeypatch)
+    with pytest.raises(RuntimeError, match="went away"):
+        file_job.colorize_file(job, references)
+    assert job.output.read_bytes() == whole and partial.read_bytes() == b"somebody's"
+    assert finished_so_far(job.output) == tmp_path / "out.mp4.parts"
+    partial.unlink()
+    with monkeypatch.context() as broken:
+        crash_at_the_third_segment(broken)
+        with pytest.raises(RuntimeError, match="went away"):
+            file_job.colorize_file(file_task(tmp_path, strength=0.25)[0], references)
+    assert numbers(read_film(partial)[0]) == list(range(41))
+    file_job.colorize_file(job, references)
+    assert job.output.read_bytes() != whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
 
 
 @pytest.mark.parametrize("ending", [".ts", ".h264"])

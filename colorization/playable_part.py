@@ -1,0 +1,66 @@
+"""The playable file that a film job leaves when it is stopped.
+
+It has the output's name while that is free. What else has that name, such as the whole film of an earlier job, is never
+replaced by a part: then it is `<name>.partial.<ending>` beside it, which goes when the film is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .manifest import FILE as MANIFEST
+
+FILE = "playable.json"  # in the folder of the parts
+
+
+def parts_folder(output: Path) -> Path:
+    """Where the work on `output` lies until it is whole."""
+    return output.with_name(output.name + ".parts")
+
+
+def place_for(output: Path) -> Path | None:
+    """Where a part of the film may be written now; None where both names belong to other files."""
+    before = left_before(output)
+    beside = output.with_name(f"{output.stem}.partial{output.suffix}")
+    return next((path for path in (output, beside) if path == before or not path.exists()), None)
+
+
+def left_before(output: Path) -> Path | None:
+    """The file that the last stop left, if it is still as it was then."""
+    try:
+        noted = json.loads((parts_folder(output) / FILE).read_text(encoding="utf-8"))
+        path = output.with_name(noted["file"])
+        return path if _stamp(path) == noted["stamp"] else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def note_left(output: Path, path: Path) -> None:
+    """`path` now holds what is finished of `output`; the file of an earlier stop goes."""
+    before = left_before(output)
+    noted = json.dumps({"file": path.name, "stamp": _stamp(path)})
+    (parts_folder(output) / FILE).write_text(noted, encoding="utf-8")
+    if before is not None and before != path:
+        before.unlink(missing_ok=True)
+
+
+def drop_left(output: Path) -> None:
+    """`output` is whole: what a stop left beside it goes."""
+    before = left_before(output)
+    if before is not None and before != output:
+        before.unlink(missing_ok=True)
+
+
+def finished_so_far(output: Path) -> Path | None:
+    """What holds the finished part of a film that is not whole: a video, or the folder of its parts where none could be
+    made of them. None when nothing is finished."""
+    folder = parts_folder(output)
+    if not (folder / MANIFEST).is_file():
+        return None
+    return left_before(output) or folder
+
+
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
