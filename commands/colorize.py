@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .. import host
+from ..distributed.retry import is_full
 from ..headless.interrupts import stopped_by_ctrl_c
 from .console import complain, note, say
 from .models_folder import headless_host
 
-INTERRUPTED = 130  # what a shell expects of a program ended by Ctrl-C
-REFUSED = 2
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code: 0 done, 2 refused before it began, 130 stopped; what is finished is then in the output file."""
+    """Exit code: 0 done, 1 stopped by an error after it had begun, 2 refused before that, 130 stopped by the person. What is
+    finished is kept in all of them."""
     from ..colorization.file_job import colorize_file_by_path
     from ..colorization.film_options import FilmOptions
 
     mine = headless_host(options.models, device=options.device, show_progress=not options.quiet)
     before = host.use(mine)
+    has_begun = False
+
+    def begun() -> None:
+        nonlocal has_begun
+        has_begun = True
+
     try:
         film = FilmOptions(
             method="Deep Exemplar" if options.method == "deep-exemplar" else "ColorMNet",
@@ -39,19 +47,43 @@ def run(options: argparse.Namespace) -> int:
                 options.reference,
                 film,
                 options.reference_frames,
+                begun=begun,
                 quality=options.quality,
                 precision=options.precision,
                 resume=not options.restart,
             )
-    except (FileNotFoundError, ValueError, ImportError) as error:  # the last: a library that an option needs
-        complain(str(error))
-        return REFUSED
+    except (OSError, ValueError, ImportError) as error:  # the last: a library that an option needs
+        complain(_sentence(error, options.output))
+        if not has_begun:
+            return REFUSED
+        note(_kept(options.output), "yellow")
+        return FAILED
     except KeyboardInterrupt:
-        note(f"Stopped. {options.output} holds what is finished; the same command goes on from there.", "yellow")
+        note(f"Stopped. {_kept(options.output)}", "yellow")
         return INTERRUPTED
+    except Exception:
+        if has_begun:
+            note(_kept(options.output), "yellow")
+        raise
     finally:
         host.use(before)
     if not options.quiet:
         note(report)
     say(str(options.output))
     return 0
+
+
+def _sentence(error: Exception, output: Path) -> str:
+    if is_full(error):
+        return f"The disk that {output} is written to is full ({error}): make room there."
+    # The file's name is part of an OSError's text.
+    return str(error) or type(error).__name__
+
+
+def _kept(output: Path) -> str:
+    from ..colorization.playable_part import finished_so_far
+
+    kept = finished_so_far(output)
+    if kept is None:
+        return "No part of the film was finished yet."
+    return f"{kept} holds what is finished; the same command goes on from there."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -516,11 +518,42 @@ def test_command_line_colours_a_film(
     assert cli.main(["colorize", "none.mp4", *call[2:], *film_options]) == 2
     assert "There is no video" in capsys.readouterr().err
 
-    def stopped(*_: Any) -> None:
-        raise host.Interrupted("stopped")
+    (tmp_path / "o.mp4").unlink()
+    monkeypatch.setattr(file_job, "PART_FRAMES", 1)
+    monkeypatch.setattr(clip_job, "PORTIONS", (1,))
+    colour, calls = film.FilmSession.colour, [0]
 
-    monkeypatch.setattr(film.FilmSession, "colour", stopped)
-    assert cli.main([*call, *film_options]) == 130
+    def stops_with(error: BaseException, at: int = 3) -> tuple[int, str]:
+        """The exit code and what is said, when the film stops at this portion from here on."""
+        calls[0] = 0
+
+        def stopped(self: Any, *parts: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == at:
+                raise error
+            return colour(self, *parts)
+
+        monkeypatch.setattr(film.FilmSession, "colour", stopped)
+        return cli.main([*call, *film_options]), capsys.readouterr().err
+
+    goes_on = f"{tmp_path / 'o.mp4'} holds what is finished; the same command goes on from there."
+    code, said = stops_with(host.Interrupted("stopped"))
+    assert code == 130 and f"Stopped. {goes_on}" in said
+    (tmp_path / "o.mp4").unlink()
+    shutil.rmtree(tmp_path / "o.mp4.parts")
+    code, said = stops_with(OSError(errno.ENOSPC, "No space left on device"))
+    assert code == 1 and "o.mp4 is written to is full" in said and "make room" in said and goes_on in said
+    shutil.rmtree(tmp_path / "o.mp4.parts")
+    code, said = stops_with(video_file.VideoError("film.mp4 is damaged"))
+    assert code == 1 and "film.mp4 is damaged" in said and str(tmp_path / "o.partial.mp4") in said
+    code, said = stops_with(RuntimeError("no such kernel"), at=1)
+    assert code == 1 and "RuntimeError: no such kernel" in said and "the same command goes on" in said
+    # Refused although parts are there: the same command would be refused again.
+    assert cli.main([*call[:3], str(tmp_path / "no.png"), *call[4:], *film_options]) == 2
+    assert "goes on" not in capsys.readouterr().err
+    monkeypatch.setattr(film.FilmSession, "colour", colour)
+    assert cli.main([*call, *film_options]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "o.mp4", "r.png"]
 
 
 @pytest.mark.parametrize("linked", [False, True])

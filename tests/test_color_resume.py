@@ -341,7 +341,7 @@ def test_a_stop_leaves_the_whole_film_of_an_earlier_job(tmp_path: Path, monkeypa
     job, references, partial = finished_before(tmp_path)
     whole, said = job.output.read_bytes(), list[str]()
     calls = crash_at_the_third_segment(monkeypatch)
-    for segment, done in ((3, 41), (4, 61)):
+    for done in (41, 61):
         with pytest.raises(RuntimeError, match="went away"):
             file_job.colorize_file(job, references, said.append)
         assert job.output.read_bytes() == whole and finished_so_far(job.output) == partial
