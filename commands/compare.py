@@ -27,6 +27,8 @@ from .rendering import Place, rendering
 
 PASSED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 MARK = ".hotpath-comparison"  # in a folder that this command made and may empty again
+UNFINISHED = ".unfinished"  # in it, while a comparison is made
+PARTIAL = "partial"  # in it, what was done of one that was stopped while an earlier one was there
 MIN_COSINE = 0.98
 
 
@@ -59,15 +61,19 @@ def run(options: argparse.Namespace) -> int:
         sides = _sides(options)
         judges = _judges(options)
         needed = [path for path in (options.a, options.b, options.input_folder, options.models) if path is not None]
-        output = _prepared(options.output_folder.resolve(), needed)
-        writer = ComparisonFolder(output, sides[0].label, sides[1].label)
-        unfinished = _fill(writer, sides, judges, options)
+        work = _prepared(options.output_folder.resolve(), needed)
+        try:
+            writer = ComparisonFolder(work, sides[0].label, sides[1].label)
+            unfinished = _fill(writer, sides, judges, options)
+            made = writer.finish(judges.thresholds, judges.notes, {"Hotpath": __version__})
+            place = _put_in_place(work, whole=unfinished is None)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     except (Refused, FolderError, WorkflowError, FileNotFoundError, face.FaceError) as error:
         complain(str(error))
         return REFUSED
-    made = writer.finish(judges.thresholds, judges.notes, {"Hotpath": __version__})
     say(comparison.describe(made))
-    say(str(writer.page), "bold")
+    say(str(place / writer.page.name), "bold")
     if unfinished is not None:
         return unfinished
     if made.count(comparison.REFUSED):
@@ -163,20 +169,41 @@ def _face_finder(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _prepared(output: Path, needed: Sequence[Path]) -> Path:
-    """An empty folder; only one that this command made is emptied, and never one that holds what is `needed`."""
+    """An empty folder in `output`, which is one that this command made or nobody, and never one that holds what is `needed`:
+    the comparison that is there goes when the new one is whole."""
     for path in needed:
         if path.resolve().is_relative_to(output):
             raise Refused(f"{path} lies in the output folder, which is emptied; choose another --output-folder.")
     if output.exists() and not output.is_dir():
         raise Refused(f"{output} is a file; name a folder with --output-folder.")
-    if output.is_dir() and any(output.iterdir()):
-        if not (output / MARK).is_file():
-            raise Refused(f"{output} holds files that `hotpath compare` did not make; choose another --output-folder.")
-        for entry in output.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    if output.is_dir() and any(output.iterdir()) and not (output / MARK).is_file():
+        raise Refused(f"{output} holds files that `hotpath compare` did not make; choose another --output-folder.")
     output.mkdir(parents=True, exist_ok=True)
-    (output / MARK).write_text("Made by `hotpath compare`, which empties this folder when it runs again.\n")
-    return output
+    (output / MARK).write_text("Made by `hotpath compare`, which empties this folder when it has run again.\n")
+    work = output / UNFINISHED
+    _empty(work)
+    return work
+
+
+def _put_in_place(work: Path, whole: bool) -> Path:
+    """Where the comparison in `work` now is: in the output folder in place of what was there, or in a folder of that when it
+    is not whole and an earlier comparison is there."""
+    place = work.parent
+    if not whole and (place / "results.json").is_file():
+        place = place / PARTIAL
+        note(f"The earlier comparison in {work.parent} stays; what was done of this one is in {place}.", "yellow")
+    _empty(place, but=(MARK, UNFINISHED))
+    for entry in work.iterdir():
+        entry.rename(place / entry.name)
+    return place
+
+
+def _empty(folder: Path, but: Sequence[str] = ()) -> None:
+    """Make `folder` an empty one, except for the names in `but`."""
+    folder.mkdir(exist_ok=True)
+    for entry in folder.iterdir():
+        if entry.name not in but:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def _judged(name: str, a: Tensor, b: Tensor, judges: Judges, point: Point | None = None) -> Pair:

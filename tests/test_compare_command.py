@@ -240,6 +240,38 @@ def test_what_was_done_before_a_failure_is_kept(workflow: Path, out: Path, monke
     assert (out / "index.html").is_file()
 
 
+@pytest.mark.parametrize("stopped_by", [ValueError, KeyboardInterrupt])
+def test_an_earlier_comparison_stays_until_the_new_one_is_whole(
+    workflow: Path, out: Path, monkeypatch: Any, capsys: Any, stopped_by: type[BaseException]
+) -> None:
+    draw = Pattern.draw
+
+    def stops_at_two(self: Any, seed: int, **inputs: Any) -> Any:
+        if seed == 2:
+            raise stopped_by("no more")
+        return draw(self, seed, **inputs)
+
+    seeds = ["--seeds", "1,2,3", "--set-b", "1.strength=0.01"]
+    earlier = compare(workflow, *seeds, out=out, code=0)
+    with monkeypatch.context() as broken:
+        broken.setattr(Pattern, "draw", stops_at_two)
+        code = 1 if stopped_by is ValueError else 130
+        assert compare(workflow, *seeds, out=out, code=code) == earlier
+    assert all((out / pair["files"]["a"]).is_file() for pair in earlier["pairs"])
+    said = capsys.readouterr()
+    assert (
+        f"what was done of this one is in {out / 'partial'}" in said.err
+        and str(out / "partial" / "index.html") in said.out
+    )
+    assert len(json.loads((out / "partial" / "results.json").read_text())["pairs"]) == 1
+    # Nor does one that is refused on the way take it along.
+    assert compare(workflow, *seeds, "--picture-from", "1", out=out, code=2) == earlier
+    assert [p["seed"] for p in compare(workflow, "--seeds", "5", *seeds[2:], out=out, code=0)["pairs"]] == [5]
+    assert (
+        not {"partial", ".unfinished"} & {path.name for path in out.iterdir()} and len(list((out / "a").iterdir())) == 1
+    )
+
+
 class TestGrid:
     def graph(self, **nodes: Any) -> Graph:
         return Graph.parse(nodes)
