@@ -415,7 +415,9 @@ class HotpathLoadColorState:
         return {"required": {"name": name}}
 
     @classmethod
-    def IS_CHANGED(cls, name: str) -> str:
+    def IS_CHANGED(cls, name: str | None) -> Any:
+        if name is None:
+            return float("nan")  # it comes from another node, and ComfyUI does not tell it yet
         path = inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
         return file_fingerprint(path) if path.is_file() else ""
 

@@ -127,8 +127,10 @@ class HotpathSpeedProfile:
         }
 
     @classmethod
-    def IS_CHANGED(cls, profile: str = "", section: str = "", file: str = FROM_FILE, **_: Any) -> str:
-        return source_fingerprint(file) if profile == FROM_FILE else ""
+    def IS_CHANGED(cls, profile: str | None = "", file: str | None = FROM_FILE, **_: Any) -> Any:
+        if profile is None or (profile == FROM_FILE and file is None):
+            return float("nan")  # it comes from another node, and ComfyUI does not tell it yet
+        return source_fingerprint(file or "") if profile == FROM_FILE else ""
 
     def apply(
         self, model: Any, profile: str, section: str = "", file: str = FROM_FILE, unique_id: str | None = None

@@ -18,7 +18,9 @@ class ReadsSavedFile:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, file: str) -> str:
+    def IS_CHANGED(cls, file: str | None) -> Any:
+        if file is None:
+            return float("nan")  # the name comes from another node, and ComfyUI does not tell it yet
         try:
             stat = host.current().model_path(cls.SAVED_IN, file).stat()
         except FileNotFoundError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -495,6 +496,8 @@ def test_our_nodes(here: Any) -> None:
     nodes.HotpathSaveColorState().save(state, "reel")
     again, following = nodes.HotpathLoadColorState().load("reel")
     assert following == 3 and set(again.tensors) == set(state.tensors)
+    changed = nodes.HotpathLoadColorState.IS_CHANGED
+    assert changed("reel") == changed("reel") != changed("other") and math.isnan(changed(None))
     with pytest.raises(FileNotFoundError, match="no color state"):
         nodes.HotpathLoadColorState().load("other")
     (moved,) = nodes.HotpathColorTransfer().transfer(frames(2), frames(1, 10, 10))

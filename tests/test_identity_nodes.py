@@ -252,6 +252,7 @@ def test_loading_runs_again_when_the_file_changed(folders: Path) -> None:
     run("HotpathIdentitySave", identity=someone("ann"), filename="")
     assert changed(file="ann.safetensors") != first
     assert changed(file="../ann.safetensors") == changed(file="") == "missing"
+    assert math.isnan(changed(file=None)), "a name from another node, which ComfyUI does not tell here"
 
 
 @pytest.mark.comfy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +287,5 @@ def test_the_node_applies_profiles_and_files(headless_host: Any, no_compiler_nee
     file.write_text("mine:\n  attention: {backend: auto}\n")
     assert node.IS_CHANGED(model=None, profile="hotpath.yaml", section="mine") != before
     assert node.IS_CHANGED(model=None, profile="balanced") == ""
+    for linked in ({"profile": None}, {"profile": "hotpath.yaml", "file": None}):
+        assert math.isnan(node.IS_CHANGED(model=None, **linked)), "what another node says is not told here"
