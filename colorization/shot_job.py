@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,21 +83,26 @@ def colorize_shot(job: FileJob, references: Sequence[Reference], shot: Shot) -> 
     with loaded.resident(room_for(loaded, job.options, facts.height, facts.width)) as network:
         film = FilmSession(network, loaded, job.options, references, facts.height, facts.width)
         film.start_at(shot.first, shot.number)
-        writer = PartWriter(unfinished, facts, job.codec, job.quality)
+        writer: PartWriter | None = None
         try:
+            writer = PartWriter(unfinished, facts, job.codec, job.quality)
             with host.tracked(host.current(), shot.stop - shot.first, job.source.name) as bar:
                 for portion in _portions_of(job.source, shot):
                     done = film.colorize(portion.frames)
                     writer.write(done.pictures, portion.times)
                     bar.update(len(portion.times), preview_of(done.pictures[-1]))
-        except BaseException:
+            if film.frame < shot.stop:
+                raise ValueError(
+                    f"{job.source.name} ends at frame {film.frame}, before frame {shot.stop} of this shot."
+                )
             writer.close()
+        except BaseException:
+            if writer is not None:
+                # On a full disk this fails, too, and must neither hide why nor leave the file there.
+                with suppress(Exception):
+                    writer.close()
             unfinished.unlink(missing_ok=True)
             raise
-        writer.close()
-    if film.frame < shot.stop:
-        unfinished.unlink(missing_ok=True)
-        raise ValueError(f"{job.source.name} ends at frame {film.frame}, before frame {shot.stop} of this shot.")
     unfinished.replace(job.output)
     finish_report(report, film, shot.stop - shot.first)
     return report.text(film.times, film.engines(), film.notes())

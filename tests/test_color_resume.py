@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 import torch
 from film_files import write_film
 from hotpath import host
-from hotpath.colorization import file_job, film
+from hotpath.colorization import file_job, film, shot_job
 from hotpath.colorization.film_options import FilmOptions, Reference, read_references
 from hotpath.colorization.manifest import FinishedPart, Manifest, read_manifest
 from hotpath.colorization.playable_part import finished_so_far
@@ -444,6 +446,34 @@ def test_a_disk_that_fills_loses_no_frame(tmp_path: Path, monkeypatch: pytest.Mo
     assert numbers(read_film(job.output)[0]) == list(range(done))
     assert f"continued: after {done} frames" in file_job.colorize_file(job, references)
     assert numbers(read_film(job.output)[0]) == list(range(120))
+
+
+def test_a_shot_on_a_disk_that_fills_leaves_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_film(tmp_path / "in.mp4", counted(4), rate=RATE, crf=4)
+    job, references = file_task(tmp_path, shots="reset")
+    job = replace(job, output=tmp_path / "shot.nut")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fails(self: PartWriter) -> None:
+        self._container.close()
+        raise RuntimeError("closing failed as well")
+
+    with monkeypatch.context() as small:
+        small.setattr(PartWriter, "write", full)
+        small.setattr(PartWriter, "close", fails)
+        with pytest.raises(OSError, match="No space left"):
+            shot_job.colorize_shot(job, references, shot_job.Shot(0, 4))
+    with pytest.raises(ValueError, match="ends at frame 4, before frame 9"):
+        shot_job.colorize_shot(job, references, shot_job.Shot(0, 9))
+    with monkeypatch.context() as flushing:
+        flushing.setattr(PartWriter, "close", fails)
+        with pytest.raises(RuntimeError, match="closing failed"):
+            shot_job.colorize_shot(job, references, shot_job.Shot(0, 4))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+    shot_job.colorize_shot(job, references, shot_job.Shot(0, 4))
+    assert numbers(read_pictures(job.output)) == list(range(4))
 
 
 def test_a_crash_while_the_film_is_put_together_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
