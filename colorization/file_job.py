@@ -305,7 +305,7 @@ def _leave_playable(job: FileJob, folder: Path, manifest: Manifest, status: Call
         if place is None:
             raise VideoError(f"{job.output.name} and the name beside it belong to other files")
         assemble(manifest.part_files(folder), job.source, place, complete=False)
-        note_left(job.output, place)
+        note_left(job.output, place, manifest.frames)
         beside = "" if place == job.output else f", because {job.output.name} was there before"
         status(
             f"Stopped: the {manifest.frames} frames that are finished are in {place.name}{beside}. Run the same again to go on."

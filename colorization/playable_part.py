@@ -36,10 +36,10 @@ def left_before(output: Path) -> Path | None:
         return None
 
 
-def note_left(output: Path, path: Path) -> None:
-    """`path` now holds what is finished of `output`; the file of an earlier stop goes."""
+def note_left(output: Path, path: Path, frames: int) -> None:
+    """`path` now holds what is finished of `output`, the first `frames`; the file of an earlier stop goes."""
     before = left_before(output)
-    noted = json.dumps({"file": path.name, "stamp": _stamp(path)})
+    noted = json.dumps({"file": path.name, "stamp": _stamp(path), "frames": frames})
     (parts_folder(output) / FILE).write_text(noted, encoding="utf-8")
     if before is not None and before != path:
         before.unlink(missing_ok=True)
@@ -54,11 +54,18 @@ def drop_left(output: Path) -> None:
 
 def finished_so_far(output: Path) -> Path | None:
     """What holds the finished part of a film that is not whole: a video, or the folder of its parts where none could be
-    made of them. None when nothing is finished."""
+    made of all of them. None when nothing is finished."""
     folder = parts_folder(output)
-    if not (folder / MANIFEST).is_file():
+    try:
+        finished = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["parts"][-1]["stop"]
+    except (OSError, ValueError, TypeError, LookupError):
         return None
-    return left_before(output) or folder
+    try:
+        in_video = json.loads((folder / FILE).read_text(encoding="utf-8"))["frames"]
+    except (OSError, ValueError, TypeError, LookupError):
+        return folder
+    left = left_before(output)
+    return left if left is not None and in_video == finished else folder
 
 
 def _stamp(path: Path) -> list[int]:

@@ -382,6 +382,28 @@ def test_what_a_stop_left_goes_when_the_film_is_whole(tmp_path: Path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
 
 
+def test_parts_that_no_video_could_be_made_of_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    write_film(tmp_path / "in.mp4", counted(66), rate=RATE, crf=4)
+    job, references = file_task(tmp_path)
+    assert finished_so_far(job.output) is None
+    calls = crash_at_the_third_segment(monkeypatch)
+    with pytest.raises(RuntimeError, match="went away"):
+        file_job.colorize_file(job, references)
+    assert finished_so_far(job.output) == job.output
+    calls[0] = 1
+
+    def full(*_: Any, **__: Any) -> list[str]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(file_job, "assemble", full)
+    with pytest.raises(RuntimeError, match="went away"):
+        file_job.colorize_file(job, references)
+    # The video there is the one of the first stop, and has fewer frames.
+    assert numbers(read_film(job.output)[0]) == list(range(41))
+    assert finished_so_far(job.output) == tmp_path / "out.mp4.parts"
+
+
 @pytest.mark.parametrize("ending", [".ts", ".h264"])
 def test_streams_that_cannot_be_sought_lose_no_frame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
