@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..host.capturing import GraphMemory, captured
+from ..host.capturing import GraphMemory, captured, trim
 from ..host.errors import first_line
 
 log = logging.getLogger("hotpath.face")
@@ -34,6 +34,7 @@ Step = Callable[[Tensor], Sequence[Tensor]]
 class _Graph:
     def __init__(self, step: Step, given: Tensor, memory: GraphMemory) -> None:
         self._step = step  # holds tables that the graph reads
+        self.device = given.device
         self.used = 0
         # A recording lives on after the inference mode in which a node made it.
         with torch.inference_mode(False), torch.no_grad():
@@ -66,7 +67,12 @@ class Graphs:
     def forget(self) -> None:
         """The weights leave, or others come: what was recorded points at nothing."""
         with self._lock:
+            held = next(iter(self._kept.values()), None)
+            device = None if held is None else held.device
+            del held
             self._kept.clear()
+            if device is not None:
+                trim(device)
             # Recording takes longer than some hundred replays save, so weights that come and go are not worth it.
             self._seen.clear()
 
