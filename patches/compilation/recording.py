@@ -13,12 +13,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import enum
-import functools
 import inspect
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -167,12 +166,14 @@ def _copies(output: Any, made_elsewhere: bool = False) -> Any:
 
 
 class _Recorded:
-    """A kind of call on its way: first run as it is on buffers of its own, then recorded."""
+    """A kind of call on its way: first run as it is on buffers of its own, then recorded.
 
-    def __init__(self, flat: _Flat, call: Callable[[list[torch.Tensor]], Callable[[], Any]]) -> None:
+    kept: what lives as long, because the key names it or a graph reads it. runs: as it is, then replays.
+    """
+
+    def __init__(self, flat: _Flat, copies: Sequence[torch.Tensor]) -> None:
         self.buffers = [tensor.clone() for tensor in flat.tensors]
-        self.call = call(self.buffers)
-        self.kept = flat.kept
+        self.kept = [*flat.kept, *copies]
         self.recording: Recording | None = None
         self.runs = 0
         self._held = [weakref.ref(tensor) for tensor in flat.tensors]
@@ -183,10 +184,10 @@ class _Recorded:
         self.runs += 1
         return _copies(self.recording.replay())
 
-    def warm(self, flat: _Flat, run: Callable[[Callable[[], Any]], Any]) -> Any:
+    def warm(self, flat: _Flat, run: Callable[[Callable[[], Any]], Any], call: Callable[[], Any]) -> Any:
         self._fill(flat)
         self.runs += 1
-        return _copies(run(self.call), made_elsewhere=True)
+        return _copies(run(call), made_elsewhere=True)
 
     def _fill(self, flat: _Flat) -> None:
         """The buffers get what changed: an identity has some 300 tensors, and they stay from step to step."""
@@ -255,14 +256,13 @@ class CallRecorder:
         if plan in self._calls:
             self._calls[plan].drop()
 
-    def forget(self, patcher: Any = None, unpatch_all: bool = True, *_: Any) -> None:
+    def forget(self, patcher: Any, unpatch_all: bool = True, *_: Any) -> None:
         """A callback: the weights leave the device, so what was recorded points at nothing."""
-        if unpatch_all:
-            for calls in list(self._calls.values()):
-                calls.clear()
-            if patcher is not None:
-                self.compiler.release(patcher.model)
-                trim(patcher.load_device)
+        if unpatch_all and patcher is not None:
+            plan = self.compiler.release(patcher.model)
+            if plan is not None and plan in self._calls:
+                self._calls[plan].clear()
+            trim(patcher.load_device)
 
     def rest(self, patcher: Any, *_: Any) -> None:
         """A callback: sampling is done, and others want memory."""
@@ -290,9 +290,7 @@ class CallRecorder:
                 return self._recorded(plan, calls, key, executor, arguments, flat)
             except CompilationRefused:
                 raise
-            except (
-                Exception
-            ) as error:  # compilers, drivers, and code that cannot do with less: whatever it is, it can run
+            except Exception as error:  # of compilers, drivers, code that cannot do with less: as it is it may run
                 reason = self._failed(calls, key, error)
             # Outside of the handler, whose traceback holds what the failed call had in memory.
             if calls.short is not None:
@@ -305,16 +303,22 @@ class CallRecorder:
     ) -> Any:
         held = calls.kept.get(key)
         if held is None:
-            held = calls.warm.pop(key, None) or _Recorded(flat, functools.partial(_prepared, executor, arguments))
-            with self._installed(plan, held):
+            pictures = plan.pictures
+            held = calls.warm.pop(key, None) or _Recorded(flat, pictures.held if pictures is not None else ())
+            call = _prepared(executor, arguments, held.buffers)
+            devices = [buffer.device for buffer in held.buffers if buffer.device.type == "cuda"]
+            with (
+                torch.cuda.device(devices[0]) if devices else contextlib.nullcontext(),
+                pictures.installed() if pictures is not None else contextlib.nullcontext(),
+            ):
                 if held.runs < WARM_CALLS:
-                    made = held.warm(flat, self._run)
+                    made = held.warm(flat, self._run, call)
                     calls.warm[key] = held
                     while len(calls.warm) > self.compiler.settings.captured_sizes:
                         calls.warm.popitem(last=False)
                     self.reason = None
                     return made
-                held.recording = self.record(held.call)
+                held.recording = self.record(call)
             held.runs = 0
             self.recorded += 1
             made = held.play(flat)  # the driver may find only now that there is no memory
@@ -326,17 +330,6 @@ class CallRecorder:
         self.reason = None
         self.replayed += 1
         return made
-
-    def _installed(self, plan: _Plan, held: _Recorded) -> contextlib.ExitStack:
-        """On the device of the inputs, with our kernels in the model."""
-        stack = contextlib.ExitStack()
-        devices = [buffer.device for buffer in held.buffers if buffer.device.type == "cuda"]
-        if devices:
-            stack.enter_context(torch.cuda.device(devices[0]))
-        if plan.pictures is not None:
-            held.kept = [*held.kept, *plan.pictures.held]  # a graph reads them, whoever else lets go of them
-            stack.enter_context(plan.pictures.installed())
-        return stack
 
     def _make_room(self, calls: _Calls) -> None:
         while len(calls.kept) > self.compiler.settings.captured_sizes:

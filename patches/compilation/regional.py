@@ -269,12 +269,13 @@ class RegionalCompiler:
             finally:
                 self._thread.plan = before
 
-    def release(self, model: Any) -> None:
-        """The weights of `model` (a BaseModel) leave the device."""
+    def release(self, model: Any) -> _Plan | None:
+        """The weights of `model` (a BaseModel) leave the device. Returns its blocks, if they are known."""
         plan = self._plans.get(model)
         if plan is not None and plan.pictures is not None:
             plan.pictures.release()
             plan.stamp = None  # copies are made anew when they are back
+        return plan
 
     def current(self) -> _Plan:
         """The blocks of the model that runs in this thread."""
