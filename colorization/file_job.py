@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,10 @@ from .part_recorder import PartRecorder
 from .playable_part import FILE as PLAYABLE
 from .playable_part import drop_left, note_left, parts_folder, place_for
 from .shots import Segment
-from .video_file import VideoError, VideoFacts, assemble, check_container, read_facts, read_portions
+from .video_assembly import assemble
+from .video_file import Irregularities, VideoError, VideoFacts, read_facts
+from .video_frames import read_portions
+from .video_parts import check_container
 
 log = logging.getLogger("hotpath.colorization")
 
@@ -90,6 +94,8 @@ def colorize_file(
         raise
     report = start_report(loaded, references, job.options, facts.height, facts.width)
     report.fact("file", f"{job.source.name} to {job.output.name}, {job.codec} crf {job.quality}")
+    for note in facts.notes(job.source.name, job.codec):
+        report.note(note)
     before = manifest.frames
     if before:
         report.fact("continued", f"after {before} frames that were finished before")
@@ -99,11 +105,14 @@ def colorize_file(
             film.load(load_state(manifest.state_file(folder, len(manifest.parts))))
         if begun is not None:
             begun()
+        running = _FileRun(job, facts, film, folder, manifest, status)
         try:
-            _FileRun(job, facts, film, folder, manifest, status).run()
+            running.run()
         except BaseException:
             _leave_playable(job, folder, manifest, status)
             raise
+    for note in running.found.notes(job.source.name):
+        report.note(note)
     for lost in assemble(manifest.part_files(folder), job.source, job.output):
         report.note(lost)
     drop_left(job.output)
@@ -162,7 +171,8 @@ class _FileRun:
         self.recorder = PartRecorder(folder, manifest, facts, job.codec, job.quality, film.times)
         self.name = job.source.name
         size = portion_frames(facts.height, facts.width, 1)
-        self.portions = read_portions(job.source, facts, size, manifest.next_time)
+        self.found = Irregularities()
+        self.portions = read_portions(job.source, facts, size, manifest.next_time, self.found)
         self.encoding: deque[Future[Any]] = deque()
         self.in_part = 0
         self.part_shot = 0
@@ -172,6 +182,7 @@ class _FileRun:
     def run(self) -> None:
         clock = _Clock(self.total, self.done, self.status)
         with (
+            closing(self.portions),
             ThreadPoolExecutor(1, "decode") as decoder,
             ThreadPoolExecutor(1, "encode") as encoder,
             host.tracked(host.current(), self.total, self.name) as bar,

@@ -11,7 +11,8 @@ from .film import ColouringFrames, Snapshot
 from .film_state import save_state
 from .manifest import FinishedPart, Manifest
 from .stage_times import StageTimes
-from .video_file import PartWriter, VideoFacts
+from .video_file import VideoFacts
+from .video_parts import PartWriter
 
 log = logging.getLogger("hotpath.colorization")
 

@@ -7,8 +7,8 @@ part without sound; `merge_shots` puts parts in a row and the film's sound besid
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,10 @@ from .file_job import FileJob
 from .film import FilmSession
 from .film_options import Reference
 from .shots import ShotDetector
-from .video_file import FramePortion, PartWriter, assemble, read_facts, read_portions
+from .video_assembly import assemble
+from .video_file import Irregularities, VideoFacts, read_facts
+from .video_frames import FramePortion, read_portions
+from .video_parts import PartWriter
 
 WRITTEN = re.compile(r"(\d+):(\d+)(?:@(-?\d+))?(?:#(\d+))?")
 PART_SUFFIX = ".nut"
@@ -54,14 +57,15 @@ def find_shots(path: Path, threshold: float) -> Iterator[Shot]:
     frame = number = start = 0
     time: int | None = None
     facts = read_facts(path)
-    for portion in read_portions(path, facts, portion_frames(facts.height, facts.width, 1)):
-        host.current().check_interrupt()
-        if time is None:
-            time = portion.times[0]
-        for cut in detector.cuts(portion.frames):
-            yield Shot(start, frame + cut, time, number)
-            start, time, number = frame + cut, portion.times[cut], number + 1
-        frame += len(portion.times)
+    with closing(read_portions(path, facts, portion_frames(facts.height, facts.width, 1))) as portions:
+        for portion in portions:
+            host.current().check_interrupt()
+            if time is None:
+                time = portion.times[0]
+            for cut in detector.cuts(portion.frames):
+                yield Shot(start, frame + cut, time, number)
+                start, time, number = frame + cut, portion.times[cut], number + 1
+            frame += len(portion.times)
     if frame > start:
         yield Shot(start, frame, time, number)
 
@@ -78,6 +82,9 @@ def colorize_shot(job: FileJob, references: Sequence[Reference], shot: Shot) -> 
     loaded = load_method(job.options, job.checkpoint, job.precision)
     report = start_report(loaded, references, job.options, facts.height, facts.width)
     report.fact("shot", f"{shot.number + 1}, frames {shot.first} to {shot.stop - 1} of {job.source.name}")
+    for note in facts.notes(job.source.name, job.codec):
+        report.note(note)
+    found = Irregularities()
     job.output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = job.output.with_name(f".{job.output.name}.part")
     with loaded.resident(room_for(loaded, job.options, facts.height, facts.width)) as network:
@@ -86,8 +93,11 @@ def colorize_shot(job: FileJob, references: Sequence[Reference], shot: Shot) -> 
         writer: PartWriter | None = None
         try:
             writer = PartWriter(unfinished, facts, job.codec, job.quality)
-            with host.tracked(host.current(), shot.stop - shot.first, job.source.name) as bar:
-                for portion in _portions_of(job.source, shot):
+            with (
+                closing(_portions_of(job.source, facts, shot, found)) as portions,
+                host.tracked(host.current(), shot.stop - shot.first, job.source.name) as bar,
+            ):
+                for portion in portions:
                     done = film.colorize(portion.frames)
                     writer.write(done.pictures, portion.times)
                     bar.update(len(portion.times), preview_of(done.pictures[-1]))
@@ -104,6 +114,8 @@ def colorize_shot(job: FileJob, references: Sequence[Reference], shot: Shot) -> 
             unfinished.unlink(missing_ok=True)
             raise
     unfinished.replace(job.output)
+    for note in found.notes(job.source.name):
+        report.note(note)
     finish_report(report, film, shot.stop - shot.first)
     return report.text(film.times, film.engines(), film.notes())
 
@@ -115,14 +127,17 @@ def merge_shots(parts: Sequence[Path], source: Path, output: Path) -> list[str]:
     return assemble(parts, source, output)
 
 
-def _portions_of(path: Path, shot: Shot) -> Iterator[FramePortion]:
+def _portions_of(
+    path: Path, facts: VideoFacts, shot: Shot, found: Irregularities
+) -> Generator[FramePortion, None, None]:
     """The frames of a shot, a portion at a time; without a time they are counted from the start of the film."""
-    facts = read_facts(path)
     frame = 0 if shot.time is None else shot.first
-    for portion in read_portions(path, facts, portion_frames(facts.height, facts.width, 1), shot.time):
-        begin, end = max(0, shot.first - frame), min(len(portion.times), shot.stop - frame)
-        if begin < end:
-            yield FramePortion(portion.frames[begin:end], portion.times[begin:end])
-        frame += len(portion.times)
-        if frame >= shot.stop:
-            return
+    size = portion_frames(facts.height, facts.width, 1)
+    with closing(read_portions(path, facts, size, shot.time, found)) as arriving:
+        for portion in arriving:
+            begin, end = max(0, shot.first - frame), min(len(portion.times), shot.stop - frame)
+            if begin < end:
+                yield FramePortion(portion.frames[begin:end], portion.times[begin:end])
+            frame += len(portion.times)
+            if frame >= shot.stop:
+                return

@@ -1,27 +1,25 @@
-"""Video files through PyAV: frames in portions, parts of a film on disk, and their assembly with the sound.
-
-Only what is asked for is decoded or held; times stay exact in the stream's own time base, constant frame rate or not.
-"""
+"""Video files through PyAV: what one says about itself, its packets and its decoded frames."""
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import struct
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-STRAYING = Fraction(2, 1000)  # seconds by which a container may round a frame's time
-
-ITU601, ITU709 = 5, 1  # ffmpeg's numbers for the colour matrices; 2 is "not said"
+# ffmpeg's numbers for colour matrices, primaries and transfers; 2 is "not said"
+ITU709, UNSAID, ITU601, BT2020 = 1, 2, 5, 9
+MATRICES = (ITU709, 4, ITU601, 6, 7, BT2020)  # the ones swscale knows
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 HD_ROWS = 720  # from here on an untagged video is taken for ITU-R 709, as players do
+COARSEST_TICK = Fraction(1, 1000)  # seconds; a clock of whole frames could not tell two frames of one time apart
+LOOKED_AT = 5  # first frames that say whether a film is interlaced
+ATTACHED_PICTURE = 1 << 10  # among ffmpeg's dispositions
+INTERLACED_CODECS = ("libx264",)  # the encoders that keep fields apart
 
 
 class VideoError(ValueError):
@@ -31,8 +29,10 @@ class VideoError(ValueError):
 @dataclass(frozen=True)
 class VideoFacts:
     """height and width as shown; frames: how many, exact or estimated, 0 when unknown; rate: average per second;
-    matrix: ffmpeg's number of its colour matrix; rotation: quarter turns to the left that show it upright; pixel_aspect:
-    width of a pixel over its height, 0 when unknown."""
+    time_base: seconds of a tick of the film's clock, the stream's own or a fraction of it; matrix, primaries, transfer:
+    ffmpeg's numbers of its colours; rotation: quarter turns to the left that show it upright, after its left and right
+    were changed over if it is mirrored; pixel_aspect: width of a pixel over its height, 0 when unknown; fields: tff or
+    bff when it is interlaced, by the field that is shown first."""
 
     height: int
     width: int
@@ -42,235 +42,236 @@ class VideoFacts:
     matrix: int
     rotation: int
     pixel_aspect: Fraction = Fraction(0)
+    mirrored: bool = False
+    primaries: int = UNSAID
+    transfer: int = UNSAID
+    fields: str = ""
+
+    @property
+    def hdr(self) -> bool:
+        return self.transfer in HDR_TRANSFERS
+
+    @property
+    def coded_size(self) -> tuple[int, int]:
+        """Height and width before turning."""
+        return (self.width, self.height) if self.rotation % 2 else (self.height, self.width)
+
+    @property
+    def step(self) -> int:
+        """Ticks from frame to frame at the average rate."""
+        return max(1, round(1 / self.rate / self.time_base))
+
+    @property
+    def written_colours(self) -> tuple[int, int, int]:
+        """Matrix, primaries and transfer of the coloured film."""
+        return (ITU709, ITU709, ITU709) if self.hdr else (self.matrix, self.primaries, self.transfer)
+
+    def written_fields(self, codec: str) -> str:
+        """tff or bff where the coloured film is interlaced, too."""
+        # 4:2:0 has a row of chroma for two rows of each field.
+        kept = codec in INTERLACED_CODECS and self.rotation == 0 and self.height % 4 == 0 and self.width % 2 == 0
+        return self.fields if kept else ""
+
+    def notes(self, name: str, codec: str) -> list[str]:
+        """What becomes of this film's kind, a sentence each. name: of the file."""
+        said = []
+        if self.hdr:
+            said.append(
+                f"{name} is HDR ({HDR_TRANSFERS[self.transfer]}); the coloured film is SDR, its brightness is mapped from "
+                "1,000 to 100 cd/m² as in ITU-R BT.2390."
+            )
+        if self.fields and self.written_fields(codec):
+            said.append(
+                f"{name} is interlaced, and so is the coloured film; colours are better on one that was deinterlaced first."
+            )
+        elif self.fields:
+            said.append(
+                f"{name} is interlaced and the coloured film is marked as progressive, with combs where things move; "
+                "deinterlace it first."
+            )
+        return said
 
 
-@dataclass(frozen=True)
-class FramePortion:
-    """frames: [T, H, W, 3] uint8; times: of each frame in the stream's time base."""
+@dataclass
+class Irregularities:
+    """What was found on the way through a file. damaged: packets that could not be decoded; cut_off: it could not be read
+    to its end; unheard: packets of sound or subtitles that are broken; scaled: frames of another size; lifted: frames whose
+    time was not after the one before; breaks: places where its clock starts again."""
 
-    frames: Tensor
-    times: list[int]
+    damaged: int = 0
+    cut_off: bool = False
+    unheard: int = 0
+    scaled: int = 0
+    lifted: int = 0
+    breaks: int = 0
+
+    def notes(self, name: str) -> list[str]:
+        """A sentence for each kind. name: of the file."""
+        found = [
+            (self.damaged, f"{name} is damaged: {_frames(self.damaged)} left out that could not be decoded."),
+            (self.cut_off, f"{name} is damaged: it could not be read to its end."),
+            (self.unheard, f"{name} is damaged: {self.unheard} packets of its sound or subtitles were left out."),
+            (self.scaled, f"{name} changes its size: {_frames(self.scaled)} scaled to that of the first one."),
+            (self.lifted, f"{name} repeats times: {_frames(self.lifted)} moved behind the one before."),
+            (self.breaks, f"The clock of {name} leaps, as in files put in a row; it goes on without a gap now."),
+        ]
+        return [sentence for count, sentence in found if count]
+
+
+def _frames(count: int) -> str:
+    return "1 frame was" if count == 1 else f"{count} frames were"
 
 
 def read_facts(path: Path) -> VideoFacts:
-    with _open(path) as container:
-        stream = _video_stream(container, path)
-        try:
-            frame = next(container.decode(stream))
-        except (StopIteration, OSError, ValueError) as error:
-            raise VideoError(f"{path.name} has no frame that can be decoded ({type(error).__name__}).") from error
-        rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
+    """Raises VideoError when no frame can be decoded."""
+    with open_video(path) as container:
+        stream = video_stream(container, path)
+        with closing(decoded(container, stream, Irregularities())) as found:
+            try:
+                first = list(islice(found, LOOKED_AT))
+            except (OSError, ValueError) as error:
+                raise VideoError(f"{path.name} has no frame that can be decoded ({type(error).__name__}).") from error
+        if not first:
+            raise VideoError(f"{path.name} has no frame that can be decoded: it is damaged, or not all of it is there.")
+        frame, context = first[0], stream.codec_context
+        rate = average_rate(stream)
         frames = stream.frames or 0
         if not frames and stream.duration and stream.time_base:
             frames = round(float(stream.duration * stream.time_base * rate))
         elif not frames and container.duration:
             frames = round(container.duration / 1e6 * float(rate))
         said = int(frame.colorspace)
-        matrix = said if said in (ITU601, ITU709, 6) else (ITU709 if frame.height >= HD_ROWS else ITU601)
-        turns = round(getattr(frame, "rotation", 0) / 90) % 4
+        matrix = said if said in MATRICES else (ITU709 if frame.height >= HD_ROWS else ITU601)
+        mirrored, turns = _turned(frame)
         height, width, aspect = frame.height, frame.width, Fraction(stream.sample_aspect_ratio or 0)
         if turns % 2:
             height, width, aspect = width, height, 1 / aspect if aspect else aspect
-        return VideoFacts(height, width, frames, rate, Fraction(stream.time_base or 1 / rate), matrix, turns, aspect)
+        tick = Fraction(stream.time_base or 1 / rate)
+        while tick > COARSEST_TICK:
+            tick /= 2
+        # Older PyAV has these two at the decoder only.
+        primaries, transfer = (
+            int(getattr(frame, name, 0) or getattr(context, name)) for name in ("color_primaries", "color_trc")
+        )
+        interlaced = [each for each in first if each.interlaced_frame]
+        return VideoFacts(
+            height,
+            width,
+            frames,
+            rate,
+            tick,
+            matrix,
+            turns,
+            aspect,
+            mirrored,
+            primaries or UNSAID,
+            transfer or UNSAID,
+            _first_field(interlaced[0]) if 2 * len(interlaced) > len(first) else "",
+        )
 
 
-def read_portions(path: Path, facts: VideoFacts, size: int, start: int | None = None) -> Iterator[FramePortion]:
-    """`size` frames at a time, the first portion with one more; from the first frame at or after time `start` on."""
-    frames: list[Tensor] = []
-    times: list[int] = []
-    target = size + (start is None)
-    for time, frame in _timed_frames(path, facts, start):
-        frames.append(_to_rgb(frame, facts))
-        times.append(time)
-        if len(frames) == target:
-            yield FramePortion(torch.stack(frames), times)
-            frames, times, target = [], [], size
-    if frames:
-        yield FramePortion(torch.stack(frames), times)
+def average_rate(stream: Any) -> Fraction:
+    return Fraction(stream.average_rate or stream.guessed_rate or 25)
 
 
-def _timed_frames(path: Path, facts: VideoFacts, start: int | None) -> Iterator[tuple[int, Any]]:
-    """Decoded frames with their times, from the first one at or after `start` on."""
-    with ExitStack() as open_files:
-        container = open_files.enter_context(_open(path))
-        decoded = None if start is None else _sought(container, _video_stream(container, path), start)
-        if decoded is None:
-            # Transport streams may seek too far, and raw ones not at all: what comes before is decoded and left out.
-            container = open_files.enter_context(_open(path)) if start is not None else container
-            stream = _video_stream(container, path)
-            stream.thread_type = "AUTO"
-            decoded = container.decode(stream)
-        step = max(1, round(1 / facts.rate / facts.time_base))
-        following = 0
-        for frame in decoded:
-            # Some containers leave frames without a time; they follow one another at the average rate.
-            time = frame.pts if frame.pts is not None else following
-            following = time + step
-            if start is None or time >= start:
-                yield time, frame
+def _turned(frame: Any) -> tuple[bool, int]:
+    """Whether left and right change places, and the quarter turns to the left after it, of the frame's display matrix."""
+    found = frame.side_data.get("DISPLAYMATRIX")
+    if found is None:
+        return False, 0
+    # A pixel at (x, y), y downwards, is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = struct.unpack("=9i", bytes(found)[:36])[:5]
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, b = -a, -b
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return mirrored, 0 if a + d >= 0 else 2
+    return mirrored, 1 if c - b > 0 else 3
 
 
-def _sought(container: Any, stream: Any, start: int) -> Iterator[Any] | None:
-    """Frames from a place at or before `start` on; None where that cannot be found without decoding all."""
-    stream.thread_type = "AUTO"
-    try:
-        container.seek(start, stream=stream, backward=True)
-        frames = container.decode(stream)
-        first = next(frames)
-    except (StopIteration, OSError, ValueError):
-        return None
-    return chain([first], frames) if first.pts is not None and first.pts <= start else None
-
-
-def _to_rgb(frame: Any, facts: VideoFacts) -> Tensor:
-    picture = frame.to_ndarray(format="rgb24", src_colorspace=facts.matrix)
-    return torch.from_numpy(np.ascontiguousarray(np.rot90(picture, facts.rotation)))
-
-
-class PartWriter:
-    """One part of the coloured film: a NUT file, which keeps absolute times of any time base."""
-
-    def __init__(self, path: Path, facts: VideoFacts, codec: str, quality: int) -> None:
-        import av
-
-        self._facts = facts
-        self._container = av.open(str(path), "w", format="nut")
-        # Without reordered frames, packets of several parts can be put in a row with no times to invent.
-        options = {"crf": str(quality), "bf": "0"}
-        stream: Any = self._container.add_stream(codec, rate=facts.rate, options=options)
-        stream.height, stream.width = facts.height, facts.width
-        even = facts.height % 2 == 0 and facts.width % 2 == 0
-        stream.pix_fmt = "yuv420p" if even else "yuv444p"
-        stream.codec_context.time_base = facts.time_base
-        stream.codec_context.colorspace = facts.matrix
-        stream.codec_context.color_range = 1
-        if facts.pixel_aspect:
-            stream.codec_context.sample_aspect_ratio = facts.pixel_aspect
-        self._stream = stream
-
-    def write(self, pictures: Tensor, times: Sequence[int]) -> None:
-        """pictures: [T, H, W, 3] uint8."""
-        import av
-
-        for picture, time in zip(pictures, times, strict=True):
-            frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
-            frame = frame.reformat(format=self._stream.pix_fmt, dst_colorspace=self._facts.matrix)
-            frame.pts, frame.time_base = time, self._facts.time_base
-            self._container.mux(self._stream.encode(frame))
-
-    def close(self) -> None:
-        try:
-            self._container.mux(self._stream.encode())
-        finally:
-            self._container.close()
-
-
-def check_container(source: Path, output: Path, folder: Path, facts: VideoFacts, codec: str, quality: int) -> None:
-    """Put a film of three grey frames together as `output` will be, in `folder`, and read it: whether its container holds
-    such pictures and keeps their times is better known before the film is coloured.
-
-    Raises VideoError when it does not.
-    """
-    part, made = folder / "trial.nut", folder / f"trial{output.suffix}"
-    step = max(1, round(1 / facts.rate / facts.time_base))
-    times = [0, step, 3 * step]
-    try:
-        writer = PartWriter(part, facts, codec, quality)
-        writer.write(torch.full((3, facts.height, facts.width, 3), 128, dtype=torch.uint8), times)
-        writer.close()
-        assemble([part], source, made, complete=False)
-        found = read_facts(made)
-        kept = [time * found.time_base for time, _ in _timed_frames(made, found, None)]
-        wanted = [time * facts.time_base for time in times]
-        whole = len(kept) == 3 and (found.height, found.width) == (facts.height, facts.width)
-        if not whole or any(abs(a - kept[0] - b) > STRAYING for a, b in zip(kept, wanted, strict=True)):
-            raise VideoError("frames or their times were lost in a trial")
-    except (VideoError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        ending = f"A {output.suffix} file" if output.suffix else "A file without an ending"
-        raise VideoError(
-            f"{ending} cannot hold this film as {codec} ({error}). Choose another ending, such as .mp4 or .mkv."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-        made.unlink(missing_ok=True)
-
-
-def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool = True) -> list[str]:
-    """Put the parts' packets in a row, with the source's sound beside them as it is; of a film that is not complete,
-    as much sound as there are pictures.
-
-    A file called `output` stays whole until the new one is. Returns a sentence for every sound track that its container
-    cannot hold.
-    """
+def _first_field(frame: Any) -> str:
+    """tff or bff. PyAV does not say, but the filter that separates fields gives the first one first."""
     import av
 
-    unfinished = output.with_name(f"{output.stem}.unfinished{output.suffix}")
+    small = frame.reformat(width=16, height=32, format="gray")
+    plane = small.planes[0]
+    plane.update((bytes(plane.line_size) + b"\xff" * plane.line_size) * (plane.height // 2))
+    graph = av.filter.Graph()
+    graph.link_nodes(
+        graph.add_buffer(width=16, height=32, format=small.format, time_base=Fraction(1, 25)),
+        graph.add("separatefields"),
+        graph.add("buffersink"),
+    ).configure()
+    graph.push(small)
+    return "tff" if bytes(graph.pull().planes[0])[0] == 0 else "bff"
+
+
+def decoded(container: Any, stream: Any, found: Irregularities, clock: Any = None) -> Generator[Any, None, None]:
+    """Frames as they are shown. clock: puts the times of packets right. What a damaged packet costs is counted."""
+    import av
+
+    def pictures(packet: Any) -> list[Any]:
+        try:
+            return list(stream.decode(packet))
+        except av.error.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
+            if not isinstance(error, EOFError):
+                found.damaged += 1
+            return []
+
     try:
-        with av.open(str(unfinished), "w") as target, _open(source) as original, _open(parts[0]) as first:
-            video = target.add_stream_from_template(_video_stream(first, parts[0]))
-            sounds = {stream.index: _same_sound(target, stream) for stream in original.streams.audio}
-            lost = [
-                f"{output.suffix} cannot hold the film's {original.streams[index].codec_context.name} sound, which is left "
-                "out; choose another ending, such as .mkv."
-                for index, stream in sounds.items()
-                if stream is None
-            ]
-            sounds = {index: stream for index, stream in sounds.items() if stream is not None}
-            heard = original.demux([original.streams[index] for index in sounds]) if sounds else iter(())
-            waiting: Any = next(heard, None)
-            for packet in _packets(parts):
-                now = packet.pts * packet.time_base
-                while waiting is not None and (waiting.dts is None or waiting.dts * waiting.time_base <= now):
-                    _mux(target, waiting, sounds)
-                    waiting = next(heard, None)
-                packet.stream = video
-                target.mux(packet)
-            while complete and waiting is not None:
-                _mux(target, waiting, sounds)
-                waiting = next(heard, None)
-        unfinished.replace(output)
-        return lost
+        for packet in demuxed(container, [stream], found):
+            if clock is not None:
+                clock.correct(packet)
+            yield from pictures(packet)
+        yield from pictures(None)
     finally:
-        unfinished.unlink(missing_ok=True)
+        # A decoder's threads may wait for Python's lock to log something, and freeing the decoder waits for them with
+        # that lock held. Flushing waits for them without it.
+        stream.codec_context.flush_buffers()
 
 
-def _packets(parts: Sequence[Path]) -> Iterator[Any]:
-    for part in parts:
-        with _open(part) as container:
-            for packet in container.demux(_video_stream(container, part)):
-                if packet.size:
-                    packet.dts = packet.pts
-                    yield packet
+def demuxed(container: Any, streams: list[Any], found: Irregularities) -> Generator[Any, None, None]:
+    """Packets in the order of the file, none without content: those would end a decoder's work."""
+    import av
 
-
-def _same_sound(target: Any, stream: Any) -> Any:
-    """A stream of `target` for packets of `stream`; None when its container cannot hold the codec."""
     try:
-        return target.add_stream_from_template(stream)
-    except (ValueError, OSError):
-        return None
+        for packet in container.demux(streams):
+            if packet.size:
+                yield packet
+    except av.error.InvalidDataError:
+        found.cut_off = True
 
 
-def _mux(target: Any, packet: Any, sounds: dict[int, Any]) -> None:
-    if packet.size and packet.dts is not None:
-        packet.stream = sounds[packet.stream.index]
-        target.mux(packet)
-
-
-def _open(path: Path) -> Any:
+def open_video(path: Path) -> Any:
     import av
 
     if not path.is_file():
         raise FileNotFoundError(f"There is no video {path}.")
     try:
-        return av.open(str(path))
+        # Names in old files are in any encoding.
+        return av.open(str(path), metadata_errors="replace")
     except (OSError, ValueError) as error:
         raise VideoError(f"{path.name} cannot be opened as a video ({error}).") from error
 
 
-def _video_stream(container: Any, path: Path) -> Any:
+def video_stream(container: Any, path: Path) -> Any:
+    """The film, not a cover picture beside it."""
     if not container.streams.video:
         raise VideoError(f"{path.name} has no video stream.")
-    return container.streams.video[0]
+    moving = [stream for stream in container.streams.video if not is_cover(stream)]
+    stream = (moving or container.streams.video)[0]
+    if stream.codec_context is None:
+        raise VideoError(f"{path.name} cannot be decoded: PyAV has no decoder for its video.")
+    return stream
+
+
+def is_cover(stream: Any) -> bool:
+    return bool(disposition_of(stream) & ATTACHED_PICTURE)
+
+
+def disposition_of(stream: Any) -> int:
+    """What a stream is for, in ffmpeg's bits; 0 where PyAV does not tell."""
+    found = getattr(stream, "disposition", 0)
+    return int(getattr(found, "value", found))

@@ -15,7 +15,8 @@ from ..cache import content_key, file_fingerprint
 from ..colorization.file_job import FileJob
 from ..colorization.shot_job import PART_SUFFIX, find_shots, merge_shots
 from ..colorization.shots import THRESHOLD
-from ..colorization.video_file import check_container, read_facts
+from ..colorization.video_file import read_facts
+from ..colorization.video_parts import check_container
 from ..headless.catalog import declared_inputs
 from ..headless.graph import Graph, Link, Node
 from .items import Item, ItemSource

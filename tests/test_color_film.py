@@ -15,7 +15,7 @@ import pytest
 import torch
 from film_files import write_film
 from hotpath import host
-from hotpath.colorization import clip_job, file_job, film, networks, video_file
+from hotpath.colorization import clip_job, file_job, film, networks, video_file, video_parts
 from hotpath.colorization.checkpoint_file import WrongCheckpoint
 from hotpath.colorization.colour_space import luminance_of
 from hotpath.colorization.film_options import METHODS, FilmOptions, Reference, read_references
@@ -365,7 +365,7 @@ def test_full_disk_is_raised_and_the_old_file_stays(tmp_path: Path, monkeypatch:
     def full(self: Any, pictures: Tensor, times: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(video_file.PartWriter, "write", full)
+    monkeypatch.setattr(video_parts.PartWriter, "write", full)
     with pytest.raises(OSError, match="No space left"):
         file_job.colorize_file(job, references)
     assert job.output.read_bytes() == b"an older result"

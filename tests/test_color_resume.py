@@ -12,6 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hotpath.colorization.film_options import FilmOptions, Reference, read_refer
 from hotpath.colorization.manifest import FinishedPart, Manifest, read_manifest
 from hotpath.colorization.playable_part import finished_so_far
 from hotpath.colorization.shots import ShotDetector
-from hotpath.colorization.video_file import PartWriter
+from hotpath.colorization.video_parts import PartWriter
 from tiny_colorizers import save_models
 from torch import Tensor
 
@@ -97,14 +98,28 @@ def read_pictures(path: Path) -> Tensor:
         return torch.stack([torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in decoded])
 
 
-def read_film(path: Path) -> tuple[Tensor, list[Fraction], Tensor]:
-    """Pictures, times in seconds, and the sound's samples."""
+def read_times(path: Path) -> tuple[Tensor, list[Fraction]]:
+    """Pictures, and times in seconds."""
     import av
 
     with av.open(str(path)) as container:
         decoded = list(container.decode(container.streams.video[0]))
         pictures = torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")) for f in decoded])
-        times = [f.pts * f.time_base for f in decoded]
+        return pictures, [f.pts * f.time_base for f in decoded]
+
+
+def sound_packets(path: Path) -> list[tuple[int, bytes]]:
+    import av
+
+    with av.open(str(path)) as container:
+        return [(packet.pts, bytes(packet)) for packet in container.demux(audio=0) if packet.size]
+
+
+def read_film(path: Path) -> tuple[Tensor, list[Fraction], Tensor]:
+    """Pictures, times in seconds, and the sound's samples."""
+    import av
+
+    pictures, times = read_times(path)
     with av.open(str(path)) as container:
         heard = [torch.from_numpy(f.to_ndarray()) for f in container.decode(container.streams.audio[0])]
     return pictures, times, torch.cat(heard, dim=1)
@@ -418,6 +433,35 @@ def test_streams_that_cannot_be_sought_lose_no_frame(
         file_job.colorize_file(job, references)
     assert "continued: after 41 frames" in file_job.colorize_file(job, references)
     assert numbers(read_pictures(job.output)) == list(range(60))
+
+
+@pytest.mark.parametrize("place", [35, 50])
+def test_a_broken_film_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """Two transport streams in a row, the second one's clock starting again, before or after the film stops; a packet of
+    each is lost."""
+    monkeypatch.setattr(file_job, "PART_FRAMES", 20)
+    data = b""
+    for name, first, count in (("a", 0, place), ("b", place, 70 - place)):
+        write_film(tmp_path / f"{name}.ts", counted(count, first), rate=RATE, crf=4)
+        packets = bytearray((tmp_path / f"{name}.ts").read_bytes())
+        middle = len(packets) // 188 // 2 * 188
+        data += packets[:middle] + packets[middle + 188 :]
+    (tmp_path / "in.ts").write_bytes(data)
+    _, references = file_task(tmp_path)
+    job = file_job.FileJob(tmp_path / "in.ts", tmp_path / "out.mp4", FilmOptions(colour_size=32), quality=4)
+    assert "The clock of in.ts leaps" in file_job.colorize_file(job, references)
+    whole, heard = read_times(job.output), sound_packets(job.output)
+    job.output.unlink()
+    with monkeypatch.context() as broken:
+        crash_at_the_third_segment(broken)
+        with pytest.raises(RuntimeError, match="went away"):
+            file_job.colorize_file(job, references)
+    assert numbers(read_pictures(job.output))[:10] == list(range(10))
+    assert "continued: after 41 frames" in file_job.colorize_file(job, references)
+    resumed = read_times(job.output)
+    assert resumed[1] == whole[1] and len(whole[1]) >= 68 and torch.equal(resumed[0], whole[0])
+    assert max(b - a for a, b in pairwise(whole[1])) < 4 / RATE
+    assert sound_packets(job.output) == heard
 
 
 def test_an_interrupt_while_a_part_is_closed_costs_nothing(

@@ -1,0 +1,209 @@
+"""A coloured film from its parts and what the source has beside its pictures: sound, subtitles, chapters, names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from math import floor
+from pathlib import Path
+from typing import Any
+
+from .video_clock import beside
+from .video_file import (
+    Irregularities,
+    average_rate,
+    demuxed,
+    disposition_of,
+    is_cover,
+    open_video,
+    read_facts,
+    video_stream,
+)
+
+# What a container says of itself and of the encoder, and what mkvmerge counted in the grey film's packets
+OWN_TAGS = ("major_brand", "minor_version", "compatible_brands", "encoder")
+COUNTED_TAGS = ("bps", "duration", "number_of_frames", "number_of_bytes", "_statistics", "rotate")
+CHAPTERED = ("mp4", "mov", "ipod", "matroska", "webm", "nut")
+
+
+@dataclass
+class _Sink:
+    """A stream of the new file. strict: whether each of its packets must be later than the one before."""
+
+    stream: Any
+    strict: bool
+    last: int | None = None
+
+    def take(self, target: Any, packet: Any, shift: Fraction = Fraction(0)) -> None:
+        """shift: seconds to add to the packet's times. One that lies wholly before what is there already is left out."""
+        time_base = self.stream.time_base
+
+        def ticks(time: int) -> int:
+            return floor((time * packet.time_base + shift) / time_base + Fraction(1, 2))
+
+        dts = ticks(packet.dts if packet.dts is not None else packet.pts)
+        pts = dts if packet.pts is None else ticks(packet.pts)
+        length = floor((packet.duration or 0) * packet.time_base / time_base + Fraction(1, 2))
+        if self.last is not None and dts < self.last + self.strict:
+            if self.stream.type == "audio" and dts + length <= self.last:
+                return
+            dts = self.last + self.strict
+        self.last = dts
+        packet.dts, packet.pts, packet.duration, packet.time_base = dts, max(pts, dts), length, time_base
+        packet.stream = self.stream
+        target.mux(packet)
+
+
+def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool = True) -> list[str]:
+    """Put the parts' packets in a row, with the source's sound and subtitles beside them as they are; of a film that is not
+    complete, as much of them as there are pictures.
+
+    A file called `output` stays whole until the new one is. Returns a sentence for everything of the source that the new
+    file lacks.
+    """
+    unfinished = output.with_name(f"{output.stem}.unfinished{output.suffix}")
+    try:
+        try:
+            lost = _written(parts, source, unfinished, output.suffix, complete, with_subtitles=True)
+        except _NoHeader:
+            lost = _written(parts, source, unfinished, output.suffix, complete, with_subtitles=False)
+        unfinished.replace(output)
+        return lost
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class _NoHeader(ValueError):
+    """The file could not be begun with subtitles in it."""
+
+
+def _written(
+    parts: Sequence[Path], source: Path, path: Path, suffix: str, complete: bool, with_subtitles: bool
+) -> list[str]:
+    import av
+
+    facts, found = read_facts(source), Irregularities()
+    with ExitStack() as files:
+        target = files.enter_context(av.open(str(path), "w"))
+        original, first = files.enter_context(open_video(source)), files.enter_context(open_video(parts[0]))
+        film = video_stream(original, source)
+        # The encoder's own time base is taken for the rate otherwise.
+        video = target.add_stream_from_template(video_stream(first, parts[0]), rate=average_rate(film))
+        _name_alike(video, film, (*OWN_TAGS, *COUNTED_TAGS))
+        strict = not target.format.flags & av.format.Flags.ts_nonstrict.value
+        sinks: dict[int, _Sink] = {}
+        lost: list[str] = []
+        for stream in original.streams:
+            if stream.index == film.index:
+                continue
+            made = _same(target, stream) if with_subtitles or stream.type == "audio" else None
+            if made is None and not (stream.type == "data" and original.format.name.startswith("mov,mp4")):
+                lost.append(_left_out(stream, suffix))  # an MP4's chapters are data, too
+            elif made is not None and stream.type in ("audio", "subtitle"):
+                sinks[stream.index] = _Sink(made, strict)
+        target.metadata.update(_tags(original, OWN_TAGS))
+        lost += _chapters(target, original, suffix, complete)
+        try:
+            target.start_encoding()
+        except (ValueError, OSError) as error:
+            if with_subtitles and any(stream.type not in ("audio", "video") for stream in target.streams):
+                raise _NoHeader from error
+            raise
+        pictures = _Sink(video, strict)
+        arriving = files.enter_context(
+            closing(beside(original, film, [original.streams[index] for index in sinks], facts, found))
+        )
+        waiting = next(arriving, None)
+        for packet in _packets(parts):
+            now = packet.pts * packet.time_base
+            while waiting is not None and _begins(*waiting) <= now:
+                _pass_on(target, sinks, found, *waiting)
+                waiting = next(arriving, None)
+            pictures.take(target, packet)
+        while complete and waiting is not None:
+            _pass_on(target, sinks, found, *waiting)
+            waiting = next(arriving, None)
+    return lost + found.notes(source.name)
+
+
+def _begins(packet: Any, shift: Fraction) -> Fraction:
+    """In seconds; without a time a packet is left out, whenever."""
+    time = packet.dts if packet.dts is not None else packet.pts
+    return Fraction(0) if time is None else time * packet.time_base + shift
+
+
+def _pass_on(target: Any, sinks: dict[int, _Sink], found: Irregularities, packet: Any, shift: Fraction) -> None:
+    import av
+
+    sink = sinks[packet.stream.index]
+    # Subtitles have one time only; sound without one belongs nowhere.
+    if packet.dts is None and (packet.pts is None or sink.stream.type != "subtitle"):
+        return
+    try:
+        sink.take(target, packet, shift)
+    except av.error.InvalidDataError:  # what turns broadcast sound into a file's looks into it
+        found.unheard += 1
+
+
+def _packets(parts: Sequence[Path]) -> Iterator[Any]:
+    for part in parts:
+        with open_video(part) as container:
+            for packet in demuxed(container, [video_stream(container, part)], Irregularities()):
+                packet.dts = packet.pts
+                yield packet
+
+
+def _same(target: Any, stream: Any) -> Any:
+    """A stream of `target` for packets of `stream`, called as that one is; None when there can be none."""
+    attached = stream.type == "attachment" and target.format.name == "matroska" and hasattr(target, "add_attachment")
+    if not attached and (stream.type not in ("audio", "subtitle") or stream.codec_context is None):
+        return None
+    try:
+        made = target.add_stream_from_template(stream)
+    except (ValueError, OSError):
+        return None
+    _name_alike(made, stream)
+    return made
+
+
+def _name_alike(made: Any, stream: Any, without: tuple[str, ...] = ()) -> None:
+    """Language, title and what the stream is for (forced, for the deaf, ...)."""
+    made.metadata.update(_tags(stream, without))
+    with suppress(AttributeError):  # PyAV before it could be set
+        made.disposition = disposition_of(stream)
+
+
+def _tags(thing: Any, without: tuple[str, ...]) -> dict[str, str]:
+    return {name: value for name, value in thing.metadata.items() if not name.lower().startswith(without)}
+
+
+def _chapters(target: Any, original: Any, suffix: str, complete: bool) -> list[str]:
+    """Copy them, into a film that is complete: others may lie behind its end."""
+    if not hasattr(original, "chapters"):  # PyAV before it knew of them
+        return []
+    found = original.chapters()
+    if not found or not complete:
+        return []
+    if target.format.name not in CHAPTERED or not hasattr(target, "set_chapters"):
+        return [f"{suffix} cannot hold the film's chapters, which are left out; choose another ending, such as .mkv."]
+    target.set_chapters(found)
+    return []
+
+
+def _left_out(stream: Any, suffix: str) -> str:
+    """A sentence about a stream that the new file lacks."""
+    if stream.type == "video":
+        return f"The film's {'cover picture' if is_cover(stream) else 'further video stream'} is left out."
+    coded = "" if stream.codec_context is None else f"{stream.codec_context.name} "
+    spoken = stream.metadata.get("language", "")
+    spoken = f" ({spoken})" if spoken not in ("", "und") else ""
+    if stream.type == "audio":
+        return f"{suffix} cannot hold the film's {coded}sound{spoken}, which is left out; choose another ending, such as .mkv."
+    if stream.type == "subtitle":
+        return (
+            f"{suffix} cannot hold the film's {coded}subtitles{spoken}, which are left out; choose another ending, such as "
+            ".mkv."
+        )
+    return f"The film's {stream.type} stream {stream.index} is left out."

@@ -1,0 +1,161 @@
+"""One clock for a whole film, where timestamps repeat or start again, and the same for what runs beside it.
+
+Files put in a row (`cat a.ts b.ts`), edited recordings and broken ones have times that go back. The film's own packets, in
+the order of the file, say where: both reading its frames and copying its sound follow them, so both get the same offsets.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .video_file import Irregularities, VideoFacts, demuxed, open_video, video_stream
+
+BACK = Fraction(1, 4)  # seconds; less is a wrong timestamp, and frames there are shown as soon as may be
+AHEAD = 10  # seconds; more is another recording, where the container is one that may leap
+PATIENCE = 100  # packets of the film within which its sound leaps, too
+REORDERED = 64  # more frames than any codec shows in another order
+
+
+class FilmClock:
+    """Ticks of `facts.time_base` for the packets of `stream`, in the order of the file."""
+
+    def __init__(self, container: Any, stream: Any, facts: VideoFacts) -> None:
+
+        self.time_base = facts.time_base
+        self.offset = 0  # ticks
+        self.breaks = 0
+        self.seen = 0  # packets
+        self.broke_at = 0  # how many of them before the last break
+        self.latest: int | None = None  # time of a frame
+        self._end: int = -sys.maxsize  # where the next one would be
+        self._scale = Fraction(stream.time_base or facts.time_base) / facts.time_base
+        self._step = facts.step
+        self._last: int | None = None
+        self._leaps = leaps_ahead(container)
+        self._back, self._ahead = int(BACK / facts.time_base), int(AHEAD / facts.time_base)
+
+    def correct(self, packet: Any) -> None:
+        """Put the times of one packet right."""
+        self.seen += 1
+        pts, dts = (None if time is None else int(time * self._scale) for time in (packet.pts, packet.dts))
+        if dts is not None:
+            back = self._last is not None and dts < self._last - self._back
+            ahead = self._leaps and self._last is not None and dts > self._last + self._ahead
+            if back or ahead:
+                self.offset = self._end - (dts if pts is None else pts)
+                self.breaks += 1
+                self.broke_at = self.seen
+            self._last = dts
+        shown = pts if pts is not None else dts
+        if shown is not None:
+            self._end = max(self._end, shown + self.offset + self._step)
+        if pts is not None:
+            packet.pts = pts + self.offset
+            if not packet.is_discard:
+                self.latest = packet.pts if self.latest is None else max(self.latest, packet.pts)
+        packet.dts = None if dts is None else dts + self.offset
+
+    def in_file(self, time: int) -> int:
+        """A time of this clock in the stream's own ticks, before any break."""
+        return int(time // self._scale)
+
+
+def leaps_ahead(container: Any) -> bool:
+    """Whether times in such a container may leap and mean nothing by it."""
+    import av
+
+    return bool(container.format.flags & av.format.Flags.ts_discont.value)
+
+
+@dataclass
+class _Track:
+    """One stream beside the film. shift: seconds that the film's clock adds to its times; end: where the last packet ends
+    by the file's own; waiting: packets that leapt before the film did; leapt_at: how many of the film's were seen then."""
+
+    continuous: bool
+    shift: Fraction = Fraction(0)
+    breaks: int = 0
+    end: Fraction | None = None
+    waiting: list[Any] = field(default_factory=list)
+    leapt_at: int = 0
+
+    def follow(self, clock: FilmClock) -> None:
+        self.shift, self.breaks = clock.offset * clock.time_base, clock.breaks
+
+
+def beside(
+    container: Any, film: Any, streams: list[Any], facts: VideoFacts, found: Irregularities
+) -> Generator[tuple[Any, Fraction], None, None]:
+    """Packets of `streams`, and the seconds to add to their times so that they stay in step with the film's frames."""
+    tracks = {stream.index: _Track(stream.type == "audio") for stream in streams}
+    if not tracks:
+        return
+    if container.format.name.startswith("mov,mp4"):
+        # Times there are sums of durations and cannot leap, so that the pictures need not be read.
+        yield from ((packet, Fraction(0)) for packet in demuxed(container, streams, found))
+        return
+    clock = FilmClock(container, film, facts)
+    leaps = leaps_ahead(container)
+    for packet in demuxed(container, [film, *streams], found):
+        if packet.stream.index == film.index:
+            clock.correct(packet)
+            for track in tracks.values():
+                if track.waiting and (track.breaks < clock.breaks or clock.seen - track.leapt_at > PATIENCE):
+                    track.follow(clock)
+                    yield from ((held, track.shift) for held in track.waiting)
+                    track.waiting.clear()
+            continue
+        track, time = tracks[packet.stream.index], packet.dts if packet.dts is not None else packet.pts
+        if time is None:
+            continue
+        now = time * packet.time_base
+        apart = Fraction(0) if track.end is None else now - track.end
+        track.end = now + (packet.duration or 0) * packet.time_base
+        if track.breaks < clock.breaks:
+            # Sound of before the break may come a little later than the film's first packet after it.
+            straggles = track.continuous and abs(apart) < BACK and clock.seen - clock.broke_at <= PATIENCE
+            if not straggles:
+                track.follow(clock)
+        elif not track.waiting and track.continuous and (apart < -BACK or (leaps and apart > AHEAD)):
+            track.leapt_at = clock.seen
+            track.waiting.append(packet)
+            continue
+        if track.waiting:
+            track.waiting.append(packet)
+        else:
+            yield packet, track.shift
+    for track in tracks.values():
+        yield from ((held, track.shift) for held in track.waiting)
+
+
+def is_regular(path: Path, facts: VideoFacts) -> bool:
+    """Whether every packet of the film has a time of its own and none goes back, so that a place can be sought by time.
+
+    Reads the file once, without decoding; the answer is remembered.
+    """
+    stat = path.stat()
+    return _regular(path.resolve(), stat.st_size, stat.st_mtime_ns, facts)
+
+
+@lru_cache(maxsize=64)
+def _regular(path: Path, size: int, modified: int, facts: VideoFacts) -> bool:
+    found = Irregularities()
+    with open_video(path) as container:
+        stream = video_stream(container, path)
+        clock = FilmClock(container, stream, facts)
+        recent: deque[int] = deque(maxlen=REORDERED)
+        with closing(demuxed(container, [stream], found)) as packets:
+            for packet in packets:
+                clock.correct(packet)
+                if clock.breaks or packet.pts is None or packet.pts in recent:
+                    return False
+                recent.append(packet.pts)
+    return not found.cut_off
