@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,16 @@ class _Sink:
     def take(self, target: Any, packet: Any, shift: Fraction = Fraction(0)) -> None:
         """shift: seconds to add to the packet's times. One that lies wholly before what is there already is left out."""
         time_base = self.stream.time_base
+        scale = packet.time_base / time_base
+        up, down = scale.numerator, scale.denominator
+        added = round(shift / time_base) if shift else 0
 
         def ticks(time: int) -> int:
-            return floor((time * packet.time_base + shift) / time_base + Fraction(1, 2))
+            return (2 * up * time + down) // (2 * down) + added
 
         dts = ticks(packet.dts if packet.dts is not None else packet.pts)
         pts = dts if packet.pts is None else ticks(packet.pts)
-        length = floor((packet.duration or 0) * packet.time_base / time_base + Fraction(1, 2))
+        length = (2 * up * (packet.duration or 0) + down) // (2 * down)
         if self.last is not None and dts < self.last + self.strict:
             if self.stream.type == "audio" and dts + length <= self.last:
                 return
@@ -116,11 +118,13 @@ def _written(
             closing(beside(original, film, [original.streams[index] for index in sinks], facts, found))
         )
         waiting = next(arriving, None)
+        begins = 0.0 if waiting is None else _begins(*waiting)
         for packet in _packets(parts):
-            now = packet.pts * packet.time_base
-            while waiting is not None and _begins(*waiting) <= now:
+            now = _begins(packet)
+            while waiting is not None and begins <= now:
                 _pass_on(target, sinks, found, *waiting)
                 waiting = next(arriving, None)
+                begins = 0.0 if waiting is None else _begins(*waiting)
             pictures.take(target, packet)
         while complete and waiting is not None:
             _pass_on(target, sinks, found, *waiting)
@@ -128,10 +132,10 @@ def _written(
     return lost + found.notes(source.name)
 
 
-def _begins(packet: Any, shift: Fraction) -> Fraction:
+def _begins(packet: Any, shift: Fraction = Fraction(0)) -> float:
     """In seconds; without a time a packet is left out, whenever."""
     time = packet.dts if packet.dts is not None else packet.pts
-    return Fraction(0) if time is None else time * packet.time_base + shift
+    return 0.0 if time is None else time * float(packet.time_base) + float(shift)
 
 
 def _pass_on(target: Any, sinks: dict[int, _Sink], found: Irregularities, packet: Any, shift: Fraction) -> None:
@@ -160,6 +164,8 @@ def _same(target: Any, stream: Any) -> Any:
     attached = stream.type == "attachment" and target.format.name == "matroska" and hasattr(target, "add_attachment")
     if not attached and (stream.type not in ("audio", "subtitle") or stream.codec_context is None):
         return None
+    if stream.type == "audio" and not stream.codec_context.sample_rate:
+        return None  # announced, as broadcasts do, and never sent; no file can be begun with it
     try:
         made = target.add_stream_from_template(stream)
     except (ValueError, OSError):
@@ -199,6 +205,8 @@ def _left_out(stream: Any, suffix: str) -> str:
     coded = "" if stream.codec_context is None else f"{stream.codec_context.name} "
     spoken = stream.metadata.get("language", "")
     spoken = f" ({spoken})" if spoken not in ("", "und") else ""
+    if stream.type == "audio" and stream.codec_context is not None and not stream.codec_context.sample_rate:
+        return f"The film's {coded}sound{spoken} begins late or never, and is left out."
     if stream.type == "audio":
         return f"{suffix} cannot hold the film's {coded}sound{spoken}, which is left out; choose another ending, such as .mkv."
     if stream.type == "subtitle":

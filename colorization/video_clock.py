@@ -20,7 +20,8 @@ from .video_file import Irregularities, VideoFacts, demuxed, open_video, video_s
 
 BACK = Fraction(1, 4)  # seconds; less is a wrong timestamp, and frames there are shown as soon as may be
 AHEAD = 10  # seconds; more is another recording, where the container is one that may leap
-PATIENCE = 100  # packets of the film within which its sound leaps, too
+PATIENCE = 100  # packets of the film that its sound waits for when it leaps first
+STRAGGLING = 25  # of them in which sound of before may still come
 REORDERED = 64  # more frames than any codec shows in another order
 
 
@@ -36,7 +37,8 @@ class FilmClock:
         self.broke_at = 0  # how many of them before the last break
         self.latest: int | None = None  # time of a frame
         self._end: int = -sys.maxsize  # where the next one would be
-        self._scale = Fraction(stream.time_base or facts.time_base) / facts.time_base
+        # Ticks of this clock in one of the stream's; whole, as `read_facts` chose them.
+        self._scale = max(1, round(Fraction(stream.time_base or facts.time_base) / facts.time_base))
         self._step = facts.step
         self._last: int | None = None
         self._leaps = leaps_ahead(container)
@@ -45,7 +47,7 @@ class FilmClock:
     def correct(self, packet: Any) -> None:
         """Put the times of one packet right."""
         self.seen += 1
-        pts, dts = (None if time is None else int(time * self._scale) for time in (packet.pts, packet.dts))
+        pts, dts = (None if time is None else time * self._scale for time in (packet.pts, packet.dts))
         if dts is not None:
             back = self._last is not None and dts < self._last - self._back
             ahead = self._leaps and self._last is not None and dts > self._last + self._ahead
@@ -65,7 +67,7 @@ class FilmClock:
 
     def in_file(self, time: int) -> int:
         """A time of this clock in the stream's own ticks, before any break."""
-        return int(time // self._scale)
+        return time // self._scale
 
 
 def leaps_ahead(container: Any) -> bool:
@@ -78,12 +80,15 @@ def leaps_ahead(container: Any) -> bool:
 @dataclass
 class _Track:
     """One stream beside the film. shift: seconds that the film's clock adds to its times; end: where the last packet ends
-    by the file's own; waiting: packets that leapt before the film did; leapt_at: how many of the film's were seen then."""
+    by the file's own, in the stream's ticks; back, ahead: leaps, in those; waiting: packets that leapt before the film did;
+    leapt_at: how many of the film's were seen then."""
 
     continuous: bool
+    back: float
+    ahead: float
     shift: Fraction = Fraction(0)
     breaks: int = 0
-    end: Fraction | None = None
+    end: int | None = None
     waiting: list[Any] = field(default_factory=list)
     leapt_at: int = 0
 
@@ -95,8 +100,7 @@ def beside(
     container: Any, film: Any, streams: list[Any], facts: VideoFacts, found: Irregularities
 ) -> Generator[tuple[Any, Fraction], None, None]:
     """Packets of `streams`, and the seconds to add to their times so that they stay in step with the film's frames."""
-    tracks = {stream.index: _Track(stream.type == "audio") for stream in streams}
-    if not tracks:
+    if not streams:
         return
     if container.format.name.startswith("mov,mp4"):
         # Times there are sums of durations and cannot leap, so that the pictures need not be read.
@@ -104,6 +108,14 @@ def beside(
         return
     clock = FilmClock(container, film, facts)
     leaps = leaps_ahead(container)
+    tracks = {
+        stream.index: _Track(
+            stream.type == "audio",
+            float(BACK / stream.time_base),
+            float(AHEAD / stream.time_base) if leaps else float("inf"),
+        )
+        for stream in streams
+    }
     for packet in demuxed(container, [film, *streams], found):
         if packet.stream.index == film.index:
             clock.correct(packet)
@@ -116,15 +128,15 @@ def beside(
         track, time = tracks[packet.stream.index], packet.dts if packet.dts is not None else packet.pts
         if time is None:
             continue
-        now = time * packet.time_base
-        apart = Fraction(0) if track.end is None else now - track.end
-        track.end = now + (packet.duration or 0) * packet.time_base
+        apart = 0 if track.end is None else time - track.end
+        track.end = time + (packet.duration or 0)
         if track.breaks < clock.breaks:
             # Sound of before the break may come a little later than the film's first packet after it.
-            straggles = track.continuous and abs(apart) < BACK and clock.seen - clock.broke_at <= PATIENCE
+            late = clock.seen - clock.broke_at <= STRAGGLING
+            straggles = late and track.continuous and abs(apart) < track.back / 4
             if not straggles:
                 track.follow(clock)
-        elif not track.waiting and track.continuous and (apart < -BACK or (leaps and apart > AHEAD)):
+        elif not track.waiting and track.continuous and (apart < -track.back or apart > track.ahead):
             track.leapt_at = clock.seen
             track.waiting.append(packet)
             continue

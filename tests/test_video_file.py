@@ -41,12 +41,13 @@ def write(
     times: list[int] | None = None,
     first: int = 0,
     sound: bool = False,
+    sound_from: int = 0,
     size: tuple[int, int] = (HEIGHT, WIDTH),
     container: str | None = None,
     fields: str = "",
     **options: str,
 ) -> Path:
-    """times: in units of 1 / rate. options: of the encoder."""
+    """times: in units of 1 / rate. sound_from: in seconds. options: of the encoder."""
     with av.open(str(path), "w", format=container) as target:
         quality = {"crf": "4"} if codec == "libx264" else {"qmax": "2"}
         stream: Any = target.add_stream(codec, rate=rate, options={**quality, **options})
@@ -70,7 +71,7 @@ def write(
         if voice is not None:
             wave = np.sin(np.arange(int(16000 * count / rate)) / 6).astype(np.float32)[None]
             heard = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
-            heard.sample_rate = 16000
+            heard.sample_rate, heard.pts, heard.time_base = 16000, 16000 * sound_from, Fraction(1, 16000)
             for part in (heard, None):
                 target.mux(voice.encode(part))
     return path
@@ -319,6 +320,11 @@ def test_what_a_container_cannot_hold_is_named(tmp_path: Path) -> None:
     assert notes == [
         ".mp4 cannot hold the film's srt subtitles (deu), which are left out; choose another ending, such as .mkv."
     ]
+
+
+def test_sound_that_is_announced_and_not_sent_costs_no_film(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.ts", 300, sound=True, sound_from=9, size=(16, 64), bf="0")
+    assert through(source, tmp_path / "out.mp4") == ["The film's aac sound begins late or never, and is left out."]
 
 
 @pytest.mark.parametrize("fields", ["tff", "bff", ""])
