@@ -24,6 +24,7 @@ from .video_file import (
 # What a container says of itself and of the encoder, and what mkvmerge counted in the grey film's packets
 OWN_TAGS = ("major_brand", "minor_version", "compatible_brands", "encoder")
 COUNTED_TAGS = ("bps", "duration", "number_of_frames", "number_of_bytes", "_statistics", "rotate")
+TRANSPORTED = ("dvbsub", "pgssub")  # subtitles that players find in a transport stream; it takes any
 CHAPTERED = ("mp4", "mov", "ipod", "matroska", "webm", "nut")
 
 
@@ -166,6 +167,8 @@ def _same(target: Any, stream: Any) -> Any:
         return None
     if stream.type == "audio" and not stream.codec_context.sample_rate:
         return None  # announced, as broadcasts do, and never sent; no file can be begun with it
+    if stream.type == "subtitle" and target.format.name == "mpegts" and stream.codec_context.name not in TRANSPORTED:
+        return None
     try:
         made = target.add_stream_from_template(stream)
     except (ValueError, OSError):

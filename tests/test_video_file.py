@@ -13,6 +13,7 @@ import pytest
 import torch
 from hotpath.colorization import video_assembly, video_frames, video_parts
 from hotpath.colorization.video_file import Irregularities, VideoError, VideoFacts, read_facts
+from PIL import Image
 from torch import Tensor
 
 HEIGHT, WIDTH = 48, 64
@@ -315,11 +316,32 @@ def test_subtitles_chapters_languages_and_titles_stay(tmp_path: Path) -> None:
         assert [bytes(p) for p in made.demux(subtitles=0) if p.size] == [b"Good evening."]
 
 
-def test_what_a_container_cannot_hold_is_named(tmp_path: Path) -> None:
-    notes = through(rich(tmp_path / "in.mkv"), tmp_path / "out.mp4")
-    assert notes == [
-        ".mp4 cannot hold the film's srt subtitles (deu), which are left out; choose another ending, such as .mkv."
-    ]
+@pytest.mark.parametrize("ending", [".mp4", ".ts"])
+def test_what_a_container_cannot_hold_is_named(tmp_path: Path, ending: str) -> None:
+    notes = through(rich(tmp_path / "in.mkv"), tmp_path / f"out{ending}")
+    lost = "cannot hold the film's srt subtitles (deu), which are left out; choose another ending, such as .mkv."
+    assert f"{ending} {lost}" in notes
+    chapters = hasattr(av.container.OutputContainer, "set_chapters") and ending == ".ts"
+    assert any("the film's chapters" in note for note in notes) == chapters and len(notes) == 1 + chapters
+
+
+def test_covers_are_no_films_and_fonts_stay(tmp_path: Path) -> None:
+    if not hasattr(av.container.OutputContainer, "add_attachment"):
+        pytest.skip("this PyAV cannot attach files")
+    plain = write(tmp_path / "plain.mkv", 9)
+    Image.fromarray(picture(0, 80, 80)).save(tmp_path / "cover.jpg")
+    with av.open(str(plain)) as film, av.open(str(tmp_path / "in.mkv"), "w") as target:
+        target.add_attachment("cover.jpg", "image/jpeg", (tmp_path / "cover.jpg").read_bytes())
+        target.add_attachment("a.ttf", "font/ttf", b"a font")
+        made = target.add_stream_from_template(film.streams.video[0])
+        for packet in film.demux(video=0):
+            if packet.size:
+                packet.stream = made
+                target.mux(packet)
+    assert through(tmp_path / "in.mkv", tmp_path / "out.mkv") == ["The film's cover picture is left out."]
+    assert read_facts(tmp_path / "out.mkv").height == HEIGHT
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        assert [(each.name, each.data) for each in container.streams.attachments] == [("a.ttf", b"a font")]
 
 
 def test_sound_that_is_announced_and_not_sent_costs_no_film(tmp_path: Path) -> None:
