@@ -349,24 +349,23 @@ def test_thinking_can_be_switched_off(load):
 
 def test_out_of_memory_tries_half_the_budget_once(load, ask, pictures, monkeypatch):
     model = load("qwen3_vl")
-    original = type(model.network.model).get_image_features
+    tower = type(model.network.model.visual)
+    original = tower.forward
     tokens = []
 
     @functools.wraps(original)
-    def tight(self, pixels, grid, *args, **kwargs):
-        tokens.append(int(grid.prod()) // 4)
+    def tight(self, shown, *args, **kwargs):
+        tokens.append(len(shown) // 4)
         if tokens[-1] > 20:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(self, pixels, grid, *args, **kwargs)
+        return original(self, shown, *args, **kwargs)
 
-    monkeypatch.setattr(type(model.network.model), "get_image_features", tight)
+    monkeypatch.setattr(tower, "forward", tight)
     from hotpath.vision_language.budgets import Budget
 
     made = ask(model, Question("Describe.", "", (pictures.a,)), budget=Budget("small", 0, 32))
     assert "ran out of memory; tried again with 16 visual tokens" in made.report
     assert tokens[0] > 20 >= tokens[1]
-    monkeypatch.setattr(
-        type(model.network.model), "get_image_features", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError())
-    )
+    monkeypatch.setattr(tower, "forward", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError):
         ask(model, Question("Describe.", "", (pictures.b,)))
