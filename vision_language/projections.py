@@ -16,18 +16,21 @@ from torch import Tensor, nn
 
 
 class Rows(nn.Module):
-    """Rows start..stop of the linear layer `name` of `owner`, as a linear layer of its own."""
+    """Rows start..stop of the linear layer `merged`, which another module owns, as a linear layer of its own."""
 
-    def __init__(self, owner: nn.Module, name: str, start: int, stop: int) -> None:
+    def __init__(self, merged: nn.Module, start: int, stop: int) -> None:
         super().__init__()
-        # In a tuple, or the owner would become a child of its own child.
-        self._owner = (owner,)
-        self._name = name
+        self.read_from(merged)
         self.start, self.stop = start, stop
 
     @property
     def merged(self) -> Any:
-        return getattr(self._owner[0], self._name)
+        return self._merged[0]
+
+    def read_from(self, merged: nn.Module) -> None:
+        # In a tuple, or its weights would be in the state dict once for each that reads them. The layer and not its owner,
+        # which holds this module: weights in a circle stay in memory until Python looks for circles.
+        self._merged = (merged,)
 
     def forward(self, x: Tensor) -> Tensor:
         merged = self.merged
@@ -52,9 +55,18 @@ def merge(owner: Any, names: tuple[str, ...], merged_name: str) -> bool:
     setattr(owner, merged_name, merged)
     start = 0
     for name, length in zip(names, outputs, strict=True):
-        setattr(owner, name, Rows(owner, merged_name, start, start + length))
+        setattr(owner, name, Rows(merged, start, start + length))
         start += length
     return True
+
+
+def replace(owner: nn.Module, name: str, made: nn.Module) -> None:
+    """Put `made` in the place of the linear layer `name` of `owner`, also for those that read rows of it."""
+    before = getattr(owner, name)
+    setattr(owner, name, made)
+    for child in owner.children():
+        if isinstance(child, Rows) and child.merged is before:
+            child.read_from(made)
 
 
 def merge_decoder(layers: nn.ModuleList) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import host
 from . import cpu_kernels
+from .projections import replace
 
 INT4_GROUP = 64  # inputs that share one scale and one zero point
 
@@ -164,5 +165,5 @@ def quantize(decoder: nn.Module, method: str) -> int:
         if type(child) is nn.Linear
     ]
     for parent, name in host.each(dense, method):
-        setattr(parent, name, pack(getattr(parent, name), method))
+        replace(parent, name, pack(getattr(parent, name), method))
     return len(dense)

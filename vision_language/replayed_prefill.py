@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,9 @@ class PrefillRecording:
         self, space: Workspace, network: Any, tokens: int, after_prefix: bool, axes: int, features: Tensor | None
     ) -> None:
         """axes: rotary axes of the model, 3 or 1. features: [levels, rows, hidden], the first row of each is zero."""
-        self.space, self.tokens, self.after_prefix, self.axes = space, tokens, after_prefix, axes
+        # Weakly: the buffers hold their recordings, and must go at once when room is needed.
+        self._space = weakref.ref(space)
+        self.tokens, self.after_prefix, self.axes = tokens, after_prefix, axes
         self.features = None if after_prefix else features
         decoder = text_decoder(network)
         # In a tuple: these are the network's, which moves them.
@@ -68,6 +71,13 @@ class PrefillRecording:
         self.graph: Any = None
         first: Any = space.step.layers[0]
         self.kernels = not kernels_missing(device, space.bias.dtype, int(first.head_dim))
+
+    @property
+    def space(self) -> Workspace:
+        """The buffers that it writes into."""
+        space = self._space()
+        assert space is not None, "a recording was used after its buffers were gone"
+        return space
 
     def __call__(self, numbers: Tensor) -> Tensor:
         """Logits [1, V] after the last token, overwritten by the next call. numbers: what `given` holds, on the host."""

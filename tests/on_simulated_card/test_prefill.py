@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -121,6 +125,28 @@ def test_recordings_go_when_the_weights_leave_and_are_made_again(card: Any, load
         parameter.data = parameter.data.clone()
     assert ask(model, question).raw == wanted
     assert ask(model, question, keep_loaded=False).raw == wanted
+
+
+@contextmanager
+def no_search_for_circles() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def test_buffers_and_graphs_go_at_once(card: Any, load_llm: Any) -> None:
+    model = load_llm("qwen3_vl")
+    with no_search_for_circles():
+        ask(model, Question("What?", "", (A,)))
+        (space,) = model.device_state["workspaces"].values()
+        (made,) = space.prefills.values()
+        held = [weakref.ref(it) for it in (space, space.kept, made, made.graph, made.given, made.features)]
+        del space, made
+        model.drop_device_state()
+        assert [it() for it in held] == [None] * len(held)
 
 
 def test_recordings_are_bounded(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

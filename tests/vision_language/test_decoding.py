@@ -236,6 +236,11 @@ def test_merged_projections_are_the_same_weights():
     owner.to(torch.float64)
     assert owner.k_proj(x.double()).dtype == torch.float64
     assert not projections.merge(owner, ("q_proj", "k_proj"), "again")
+    assert set(owner.state_dict()) == {"qkv_proj.weight", "qkv_proj.bias"}
+    apart = copy.deepcopy(owner)
+    assert apart.k_proj.merged is apart.qkv_proj is not owner.qkv_proj
+    assert quantization.quantize(owner, "int8") == 1
+    assert type(owner.qkv_proj) is ScaledLinear and owner.v_proj.merged is owner.qkv_proj
 
 
 @pytest.mark.parametrize(("method", "limit"), [("int8", 0.01), ("float8", 0.04), ("int4", 0.12)])

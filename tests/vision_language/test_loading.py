@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 from hotpath.demo.captioner_model import write_folder
-from hotpath.vision_language import download, folders
+from hotpath.vision_language import decoding, download, folders
 from hotpath.vision_language.folders import UnusableModel
 from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.loading import MODELS
@@ -216,6 +216,23 @@ def test_a_model_is_freed_with_its_last_holder(load, ask):
     del model
     gc.collect()
     assert watched() is None
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_vl"])
+def test_weights_go_with_their_model_at_once(load, ask, kind, quantization):
+    gc.collect()
+    gc.disable()
+    try:
+        model = load(kind, quantization=quantization)
+        ask(model, Question("x"), keep_loaded=False)
+        decoder = decoding.text_decoder(model.network)
+        attention = decoder.layers[0].self_attn
+        held = [weakref.ref(it) for it in (attention, attention.qkv_proj.weight, decoder.embed_tokens.weight)]
+        del model, decoder, attention
+        assert [it() for it in held] == [None] * len(held)
+    finally:
+        gc.enable()
 
 
 def test_two_nodes_with_and_without_keep_share_and_release(load, ask):
