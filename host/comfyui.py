@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ _loading = threading.RLock()  # ComfyUI's list of loaded models is made for one 
 
 
 class ComfyUIManaged:
-    """A network of ours in a ModelPatcher, so that ComfyUI can evict it and make room for it."""
+    """A network of ours in a ModelPatcher, so that ComfyUI can evict it and make room for it.
+
+    A module with a method `before_leaving` is told before ComfyUI takes some of its weights off the device; `to` tells it when
+    all of them go.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         import comfy.model_management as management
-        import comfy.model_patcher
 
         self.module = module
         self._lock = threading.RLock()  # one thread must not send away what another computes with
@@ -43,7 +47,7 @@ class ComfyUIManaged:
             let_layers_ask(module)
         # Not CoreModelPatcher: with dynamic VRAM that one is for ComfyUI's own layers, and would upload every weight of
         # ours again each time it is asked for. ComfyUI keeps the present device on the module, as `model.device`.
-        self.patcher = comfy.model_patcher.ModelPatcher(module, load_device=self.device, offload_device=offload)
+        self.patcher = _patcher()(module, load_device=self.device, offload_device=offload)
 
     @contextmanager
     def resident(self, extra_bytes: int = 0, keep: bool = True) -> Iterator[nn.Module]:
@@ -67,6 +71,27 @@ class ComfyUIManaged:
             management.unload_model_and_clones(self.patcher, unload_additional_models=False)
             # What `resident` brought along is in nobody's books.
             self.module.to(self.patcher.offload_device)
+
+
+@cache
+def _patcher() -> Any:
+    """ComfyUI's plain ModelPatcher, which tells a module before some of its weights leave."""
+    import comfy.model_management as management
+    import comfy.model_patcher
+
+    class TellingPatcher(comfy.model_patcher.ModelPatcher):  # type: ignore[misc,unused-ignore]
+        def partially_unload(self, device_to: Any, memory_to_free: float = 0, *args: Any, **kwargs: Any) -> Any:
+            gained = 0
+            if hasattr(self.model, "before_leaving"):
+                before = management.get_free_memory(self.load_device)
+                self.model.before_leaving()
+                if self.load_device.type != "cpu":  # whose free memory is every program's
+                    gained = max(0, management.get_free_memory(self.load_device) - before)
+            if 0 < memory_to_free <= gained:
+                return gained
+            return gained + super().partially_unload(device_to, memory_to_free - gained, *args, **kwargs)
+
+    return TellingPatcher
 
 
 class ComfyUIProgress:

@@ -54,12 +54,18 @@ class NetworkHolder(nn.Module):
         self.network = network
         self._owner: weakref.ref[LoadedModel] | None = None
 
+    def before_leaving(self) -> None:
+        """The host takes weights off the device: what was built for their present place goes."""
+        owner = self._owner() if self._owner is not None else None
+        if owner is not None:
+            owner.drop_device_state()
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         target = kwargs.get("device", args[0] if args else None)
         owner = self._owner() if self._owner is not None else None
         device = torch.device(target) if isinstance(target, str | torch.device) else None
         if owner is not None and device is not None and device.type != owner.device.type:
-            owner.drop_device_state()
+            self.before_leaving()
         return super().to(*args, **kwargs)
 
 

@@ -81,6 +81,23 @@ def test_another_models_need_takes_the_room(comfyui, pictures):
     assert text(model, pictures.a) == first
 
 
+def test_what_hangs_on_the_weights_goes_when_some_of_them_leave(comfyui, pictures, monkeypatch):
+    model = MODELS.get("tiny", LoadOptions())
+    first = text(model, pictures.a)
+    assert {"workspaces", "prefix"} <= set(model.device_state)
+    entry = next(entry for entry in comfyui.current_loaded_models if entry.model is patcher(model))
+    assert not entry.model_unload(1000)  # a part of it was enough
+    assert not model.device_state and loaded(comfyui, model)
+    assert text(model, pictures.a) == first
+    # Where that alone gives the room, weights stay.
+    size = patcher(model).loaded_size()
+    with monkeypatch.context() as patched:
+        patched.setattr(patcher(model), "load_device", torch.device("meta"))
+        patched.setattr(comfyui, "get_free_memory", lambda device: 0 if model.device_state else 5000)
+        assert not entry.model_unload(4000)
+    assert not model.device_state and patcher(model).loaded_size() == size
+
+
 def test_not_kept_leaves_at_once(comfyui, pictures):
     model = MODELS.get("tiny", LoadOptions())
     text(model, pictures.a, keep_loaded=False)
