@@ -74,6 +74,7 @@ class FusedStep(DecodeStep):
     def __init__(self, network: Any, attention_name: str) -> None:
         super().__init__(network, None, attention_name)
         self.configs: dict[str, Config] = {}
+        self._try_placing()
         self._tune()
 
     def forward(
@@ -118,6 +119,15 @@ class FusedStep(DecodeStep):
         logits = new(head.head.out_features)
         product(x, head.head.weight, logits, self.configs["head"], norm=head.norm.weight, eps=head.eps)
         return logits.unsqueeze(0)
+
+    def _try_placing(self) -> None:
+        """Rotary embedding and the write into the cache are by a kernel that a prefill shares."""
+        from .replayed_prefill import kernels_missing
+
+        first: Any = self.layers[0]
+        weight = first.qkv.weight
+        if reason := kernels_missing(weight.device, weight.dtype, first.head_dim, first.q_norm is not None):
+            raise Unfit(f"the kernels around the products do not serve ({reason})")
 
     def _tune(self) -> None:
         layers: list[Any] = list(self.layers)

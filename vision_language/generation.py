@@ -22,6 +22,7 @@ from ..host.compiling import inductor, until_nothing_compiles
 from ..host.errors import first_line
 from . import decode_attention, decoding, fused_decode, replayed_prefill
 from .encoder_outputs import given
+from .interruption import is_stop
 from .loaded_model import LoadedModel, graph_memory
 from .prefill import Prefilled, left_padded, prefill
 from .prompts import Prompt
@@ -231,7 +232,11 @@ def prepared(
                 return buffers, replace(path, note="; ".join(notes))
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # what compilers and drivers raise, in all its forms
+            except (
+                Exception
+            ) as error:  # what compilers and drivers raise, in all its forms; Triton's are no RuntimeError
+                if is_stop(error):
+                    raise
                 failed[path.name] = first_line(error)
                 log.warning("%s: the %s decode path failed", model.folder.name, path.name, exc_info=True)
         why.append(f"not {path.name}, because it failed here: {failed[path.name]}")
@@ -296,7 +301,9 @@ def _replayed(
             logits, reused, note = replayed_prefill.replay(model, buffers, prompt, use_prefix)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except Exception as error:  # as above
+        if is_stop(error):
+            raise
         model.device_state["failed paths"]["replayed prefill"] = f"a recording failed here: {first_line(error)}"
         log.warning("%s: the prefill could not be recorded", model.folder.name, exc_info=True)
         buffers.prefills.clear()

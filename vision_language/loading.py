@@ -18,7 +18,7 @@ from ..cache import content_key
 from ..host.errors import first_line
 from . import decoding, download, offloading, projections
 from .folders import ModelFolder, UnusableModel
-from .interruption import interruptible_loading
+from .interruption import interruptible_loading, is_stop
 from .loaded_model import LoadedModel, LoadOptions, compute_device
 from .quantization import PACKED, QuantizationPlan, plan, quantize
 
@@ -89,7 +89,7 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
     except (torch.OutOfMemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the library raises anything from KeyError to ImportError
-        if type(error).__name__ == "InterruptProcessingException":  # ordinary in older versions of ComfyUI
+        if is_stop(error):
             raise
         raise UnusableModel(
             f"The model folder {folder.path} could not be loaded as {folder.model_type}: {first_line(error, 300)}"

@@ -70,7 +70,7 @@ class PrefillRecording:
         self.logits: Tensor | None = None
         self.graph: Any = None
         first: Any = space.step.layers[0]
-        self.kernels = not kernels_missing(device, space.bias.dtype, int(first.head_dim))
+        self.kernels = not kernels_missing(device, space.bias.dtype, first.head_dim, first.q_norm is not None)
 
     @property
     def space(self) -> Workspace:
@@ -191,8 +191,11 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tens
 
 
 @functools.cache
-def kernels_missing(device: torch.device, dtype: torch.dtype, dim: int) -> str:
-    """Why torch's operators stand between the products; '' where our kernels do. Tried once, against torch. Waits."""
+def kernels_missing(device: torch.device, dtype: torch.dtype, dim: int, normed: bool) -> str:
+    """Why torch's operators stand between the products; '' where our kernels do. Tried once, against torch. Waits.
+
+    dim: width of a head. normed: heads have norms of their own, as Qwen3's; the kernel is another one without.
+    """
     if device.type != "cuda" or dtype not in fused_decode.TOLERANCE:
         return f"there are none for {dtype} on {device.type}"
     try:
@@ -200,7 +203,7 @@ def kernels_missing(device: torch.device, dtype: torch.dtype, dim: int) -> str:
 
         if prefill_kernels.INTERPRETED and not fused_decode.allow_interpreter:
             return "Triton interprets, which is for tests"
-        for found, wanted in trial(device, dtype, dim):
+        for found, wanted in trial(device, dtype, dim, normed):
             fused_decode.check(found, wanted)
     except torch.OutOfMemoryError:
         raise
@@ -210,8 +213,8 @@ def kernels_missing(device: torch.device, dtype: torch.dtype, dim: int) -> str:
     return ""
 
 
-def trial(device: torch.device, dtype: torch.dtype, dim: int, normed: bool = True) -> list[tuple[Tensor, Tensor]]:
-    """What our kernels make of some numbers, and torch. normed: heads have norms of their own, as Qwen3's."""
+def trial(device: torch.device, dtype: torch.dtype, dim: int, normed: bool) -> list[tuple[Tensor, Tensor]]:
+    """What our kernels make of some numbers, and torch."""
     from .prefill_kernels import gate_rows, norm_rows, place_rows
 
     generator = torch.Generator(device=device).manual_seed(0)

@@ -28,10 +28,12 @@ def load(load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(decode_attention, "CALLS", 1)
     monkeypatch.setattr(decode_attention, "REPLAYS", 1)
     monkeypatch.setattr(decode_attention, "why_not", lambda *_: "it is tested elsewhere")
-    monkeypatch.setattr(replayed_prefill, "kernels_missing", lambda *_: "they are tested elsewhere")
-    fused_decode._chosen.clear()
+    monkeypatch.setattr(replayed_prefill, "fused_layer", replayed_prefill.prefill_layer)
+    for forget in (fused_decode._chosen.clear, replayed_prefill.kernels_missing.cache_clear):
+        forget()
     yield load_llm
-    fused_decode._chosen.clear()
+    for forget in (fused_decode._chosen.clear, replayed_prefill.kernels_missing.cache_clear):
+        forget()
 
 
 PICTURE = Picture(np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8))
@@ -79,26 +81,42 @@ def test_a_batch_is_decoded_otherwise(card: Any, load: Any) -> None:
     assert "our kernels" not in ask(model, "graph", answers=2).report
 
 
-@pytest.mark.parametrize("how", ["wrong", "slow", "broken"])
+class OutOfResources(Exception):
+    """As Triton's: no RuntimeError."""
+
+
+@pytest.mark.parametrize("how", ["wrong", "slow", "broken", "places wrongly", "cannot place", "fails later"])
 def test_kernels_that_do_not_serve_give_way(card: Any, load: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     from hotpath.vision_language import fused_decode_kernel as kernel
+    from hotpath.vision_language import prefill_kernels
 
     model = load("qwen3")
     wanted = ask(model, "plain").raw
 
     def broken(*_: Any, **__: Any) -> None:
-        raise TypeError("no such instruction")
+        raise OutOfResources("no such instruction")
+
+    def displaced(*given: Any) -> Any:
+        place_rows(*given)
+        return given[0].new_zeros(1)
+
+    place_rows = prefill_kernels.place_rows
 
     if how == "wrong":
         monkeypatch.setattr(kernel, "product", lambda x, weight, result, *_, **__: result.zero_())
     elif how == "slow":
         monkeypatch.setattr(fused_decode, "AT_LEAST", 1e9)
-    else:
+    elif how == "broken":
         monkeypatch.setattr(kernel, "product", broken)
-    reasons = {"wrong": "is off by", "slow": "torch's", "broken": "no such instruction"}
+    elif how == "fails later":
+        monkeypatch.setattr(fused_decode.FusedStep, "forward", broken)
+    else:
+        monkeypatch.setattr(prefill_kernels, "place_rows", broken if how == "cannot place" else displaced)
+    reasons = {"wrong": "is off by", "slow": "torch's", "places wrongly": "around the products do not serve"}
     made = ask(model, "auto")
     assert made.raw == wanted and "compiled layers" in made.report
-    assert "not fused, because it failed here" in made.report and reasons[how] in made.report
+    assert "not fused, because it failed here" in made.report
+    assert reasons.get(how, "no such instruction") in made.report
     assert ask(model, "auto").raw == wanted
     model.release()
     monkeypatch.undo()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hotpath.cache import clear_all, named_cache
+from hotpath.host import Interrupted
 from hotpath.vision_language import patches, replayed_prefill
 from hotpath.vision_language.answering import Answer, AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
@@ -159,8 +160,13 @@ def test_recordings_are_bounded(card: Any, load_llm: Any, monkeypatch: pytest.Mo
     assert len(recordings(model)) == 2
 
 
+class TritonError(Exception):
+    """As Triton's: no RuntimeError."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, TritonError])
 def test_what_is_too_long_or_cannot_be_recorded_is_the_librarys(
-    card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch
+    card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     model = load_llm("qwen3_vl")
     question = Question("What?", "", (A,))
@@ -171,7 +177,7 @@ def test_what_is_too_long_or_cannot_be_recorded_is_the_librarys(
     monkeypatch.undo()
 
     def broken(self: Any, *_: Any) -> None:
-        raise RuntimeError("the driver refuses\nat length")
+        raise kind("the driver refuses\nat length")
 
     model.drop_device_state()
     monkeypatch.setattr(replayed_prefill.PrefillRecording, "_record", broken)
@@ -190,18 +196,23 @@ def test_batches_and_several_answers_are_the_librarys(card: Any, load_llm: Any) 
     assert several[0].raw == answer(model, [question], Sampling(temperature=1.0, seed=2), OPTIONS)[0].raw
 
 
-def test_a_stop_before_the_prefill_leaves_nothing(card: Any, load_llm: Any, headless_host: Any) -> None:
-    from hotpath.host import Interrupted
+class InterruptProcessingException(Exception):
+    """As older versions of ComfyUI have it."""
 
+
+@pytest.mark.parametrize("kind", [Interrupted, InterruptProcessingException])
+def test_a_stop_before_the_prefill_leaves_nothing(
+    card: Any, load_llm: Any, headless_host: Any, kind: type[BaseException]
+) -> None:
     model = load_llm("qwen3_vl")
     question = Question("What?", "", (A,))
     wanted = ask(model, question).raw
 
     def stop() -> None:
-        raise Interrupted("stop")
+        raise kind("stop")
 
     headless_host.check_interrupt = stop
-    with pytest.raises(Interrupted):
+    with pytest.raises(kind):
         ask(model, replace(question, prompt="And?"))
     del headless_host.check_interrupt
     assert ask(model, question).raw == wanted
@@ -246,8 +257,6 @@ def test_a_known_picture_is_sent_once(card: Any, load_llm: Any) -> None:
 
 
 def test_a_stop_after_the_tower_keeps_what_it_saw(card: Any, load_llm: Any, headless_host: Any) -> None:
-    from hotpath.host import Interrupted
-
     model = load_llm("qwen3_vl")
     question = Question("What?", "", (A,))
     wanted = ask(model, question).raw
@@ -267,6 +276,24 @@ def test_a_stop_after_the_tower_keeps_what_it_saw(card: Any, load_llm: Any, head
     del headless_host.check_interrupt
     made = ask(model, question)
     assert asked and made.raw == wanted and "1 from the cache (memory)" in made.report
+
+
+def test_kernels_are_tried_as_they_will_run(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads with norms of their own and heads without have kernels of their own."""
+    from hotpath.vision_language import fused_decode, prefill_kernels
+
+    place_rows = prefill_kernels.place_rows
+
+    def wrong_without_norms(*given: Any) -> Any:
+        return place_rows(*given) * (2 if given[3] is None else 1)
+
+    monkeypatch.setattr(fused_decode, "allow_interpreter", True)
+    monkeypatch.setattr(prefill_kernels, "place_rows", wrong_without_norms)
+    replayed_prefill.kernels_missing.cache_clear()
+    device = torch.device("cuda", 0)
+    assert replayed_prefill.kernels_missing(device, torch.float32, 16, True) == ""
+    assert "off by" in replayed_prefill.kernels_missing(device, torch.float32, 16, False)
+    replayed_prefill.kernels_missing.cache_clear()
 
 
 def test_kernels_between_the_products_change_nothing(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,11 +39,11 @@ def test_kernels_are_torchs_numbers_in_the_interpreter():
 def test_kernels_are_torchs_numbers_on_the_gpu(normed, dim, dtype):
     for found, wanted in replayed_prefill.trial(torch.device("cuda"), dtype, dim, normed):
         torch.testing.assert_close(found, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    assert replayed_prefill.kernels_missing(torch.device("cuda", 0), dtype, dim) == ""
+    assert replayed_prefill.kernels_missing(torch.device("cuda", 0), dtype, dim, normed) == ""
 
 
 def test_elsewhere_it_is_torchs():
-    assert "cpu" in replayed_prefill.kernels_missing(torch.device("cpu"), torch.float32, 128)
+    assert "cpu" in replayed_prefill.kernels_missing(torch.device("cpu"), torch.float32, 128, True)
 
 
 def test_kernels_compile_for_cards_that_are_not_here():
