@@ -19,6 +19,7 @@ from .. import host
 from ..host.whole_files import whole_file
 from .answering import AnswerOptions, answer
 from .embeddings import EmbeddingCache, VisualItem, look_up
+from .interruption import is_stop
 from .loaded_model import LoadedModel
 from .pictures import Picture, read_picture
 from .prompts import Question
@@ -245,6 +246,7 @@ class FolderCaptioner:
         if not ready:
             return []
         paths = list(ready)
+        made, failure = None, ""
         try:
             made = answer(
                 self.model,
@@ -254,14 +256,17 @@ class FolderCaptioner:
                 [ready[path][1] for path in paths],
             )
         except Exception as error:
-            # Older versions of ComfyUI interrupt with an ordinary exception.
-            if type(error).__name__ == "InterruptProcessingException":
+            if is_stop(error):
                 raise
-            if len(paths) == 1:
-                summary.failed[paths[0]] = f"{type(error).__name__}: {error}"
-                self._record_failure(paths[0], summary.failed[paths[0]])
-                return []
-            log.warning("captions: a batch of %d failed (%s); its pictures are tried one by one", len(paths), error)
+            failure = f"{type(error).__name__}: {error}"
+        if made is None and len(paths) == 1:
+            summary.failed[paths[0]] = failure
+            self._record_failure(paths[0], failure)
+            return []
+        if made is None:
+            log.warning("captions: a batch of %d failed (%s); its pictures are tried one by one", len(paths), failure)
+            # Out of the handler first: the traceback held what the batch had on the device.
+            self.model.drop_device_state()
             return [pair for path in paths for pair in self._caption({path: ready[path]}, summary)]
         summary.notes = made[0].report
         return [(path, found.text) for path, found in zip(paths, made, strict=True)]

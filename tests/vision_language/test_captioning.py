@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -123,6 +125,31 @@ def test_a_batch_that_fails_is_tried_one_by_one(captioner, drawings, monkeypatch
     summary = FolderCaptioner(captioner, CaptionJob(folder, "Caption this picture."), GREEDY, OPTIONS).run()
     assert sizes == [5, 1, 1, 1, 1, 1]
     assert len(summary.captions) == 4 and "device is full" in next(iter(summary.failed.values()))
+
+
+def test_what_a_failed_batch_held_is_free_for_its_pictures(captioner, drawings, monkeypatch):
+    from hotpath.vision_language import answering
+
+    real, held, alive = answering.start, [], []
+
+    def full(model, path, prompts, *rest):
+        alive.append(sum(it() is not None for it in held))
+        begun = real(model, path, prompts, *rest)
+        held.append(weakref.ref(begun.logits))
+        if len(prompts) > 1:
+            held.append(weakref.ref(begun.runner))
+            raise RuntimeError("the device is full")
+        return begun
+
+    monkeypatch.setattr(answering, "start", full)
+    folder = next(iter(drawings)).parent
+    gc.collect()
+    gc.disable()
+    try:
+        summary = FolderCaptioner(captioner, CaptionJob(folder, "Caption this picture."), GREEDY, OPTIONS).run()
+    finally:
+        gc.enable()
+    assert len(summary.captions) == 5 and alive == [0] * 6
 
 
 def test_an_interrupted_job_keeps_what_was_written(captioner, drawings, headless_host, monkeypatch):
