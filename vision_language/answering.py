@@ -17,7 +17,7 @@ import torch
 from .. import host
 from . import answers
 from .budgets import PRESETS, Budget
-from .embeddings import EmbeddingCache, VisualItem, look_up
+from .embeddings import EmbeddingCache, VisualItem, look_up, to_device
 from .generation import beam_search, choose_path, decode, start
 from .loaded_model import LoadedModel
 from .loading import MODELS
@@ -195,13 +195,16 @@ def _write(
     path = choose_path(model, options.decode, options.keep_loaded, len(prompts) * options.answers)
     # A cache of pictures that is switched off leaves nothing of them behind, as a prefix neither.
     use_prefix = options.reuse_prefix and options.cache_images
+    prompt_ids = None
+    if sampling.penalises:
+        # Before the prefill is queued, which a copy after it would wait for.
+        prompt_ids = to_device(prompts[0].ids if len(prompts) == 1 else _padded(prompts, model), model.device)
     begun = start(model, path, prompts, options.answers, most, use_prefix, options.keep_loaded, run.timing)
     run.reused, run.path, run.prefill = begun.reused, begun.path.note, begun.prefill
     rows = len(prompts) * options.answers
     seeds = [sampling.seed + row for row in range(rows)] if options.answers > 1 else [sampling.seed] * rows
-    prompt_ids = prompts[0].ids if len(prompts) == 1 else _padded(prompts, model)
     runs, logits = begun.runner, begun.logits
-    sampler = Sampler(sampling, prompt_ids.to(model.device).expand(rows, -1), logits.shape[-1], seeds)
+    sampler = Sampler(sampling, model.device, seeds, prompt_ids, logits.shape[-1])
     with host.tracked(host.current(), most, "answer") as bar, run.timing.stage("decode", on_device=True):
         stream = TextStream(model, options.node_id) if options.stream else None
         done = 0

@@ -58,8 +58,13 @@ class Sampling:
             seed=self.seed if self.seed >= 0 else secrets.randbelow(2**32),
         )
 
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's chance depends on those before it."""
+        return self.repetition_penalty not in (None, 1.0)
+
     def __str__(self) -> str:
-        penalty = "" if self.repetition_penalty in (None, 1.0) else f", repetition penalty {self.repetition_penalty:g}"
+        penalty = f", repetition penalty {self.repetition_penalty:g}" if self.penalises else ""
         if self.beams > 1:
             return f"{self.beams} beams{penalty}"
         if not self.sample:
@@ -128,14 +133,23 @@ class Sampler:
     So the answer of a row does not depend on which rows stand beside it, and torch's own generators are never touched.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Tensor, vocabulary: int, seeds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        device: torch.device,
+        seeds: Sequence[int],
+        prompt: Tensor | None = None,
+        vocabulary: int = 0,
+    ) -> None:
+        """prompt: ids [B or 1, T] on `device`, of `vocabulary` tokens; needed where `sampling` penalises repetitions."""
         self.sampling = sampling
-        device = prompt.device
         self.generators = [torch.Generator(device=device).manual_seed(seed % SEED_LIMIT) for seed in seeds]
         self.seen: Tensor | None = None
-        if sampling.repetition_penalty not in (None, 1.0):
-            self.seen = torch.zeros(prompt.shape[0], vocabulary, dtype=torch.bool, device=device)
-            self.seen.scatter_(1, prompt, True)
+        if sampling.penalises:
+            if prompt is None:
+                raise ValueError("A repetition penalty needs the prompt.")
+            self.seen = torch.zeros(len(seeds), vocabulary, dtype=torch.bool, device=device)
+            self.seen.scatter_(1, prompt.expand(len(seeds), -1), True)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """logits: [B, V], any float type; returns token ids [B] on the same device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,3 +47,20 @@ def test_graphs_write_what_the_plain_path_writes(card: Any, model: Any, sampling
         assert card.graphs == graphs and card.replays >= tokens - 1
         waits.append(list(card.waits))
     assert waits[0] == waits[1]  # all of them before the first token
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_question_that_came_before_is_answered_without_a_wait(card: Any, model: Any, penalty: float) -> None:
+    picture = Picture(np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    question, sampling = (
+        Question("Describe.", "", (picture,)),
+        Sampling(temperature=1.0, seed=3, repetition_penalty=penalty),
+    )
+    settings = AnswerOptions(max_new_tokens=6, budget=PRESETS["fast"], decode="plain", stream=False)
+    wanted = answer(model, [question], sampling, settings)[0].raw
+    settings = replace(settings, decode="graph")
+    for _ in range(2):  # the whole question, and what follows the picture
+        assert answer(model, [question], sampling, settings)[0].raw == wanted
+    card.waits.clear()
+    assert answer(model, [question], sampling, settings)[0].raw == wanted
+    assert not card.waits

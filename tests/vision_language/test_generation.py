@@ -148,9 +148,8 @@ def test_draws_are_the_same_whichever_way_the_filters_went(monkeypatch):
     logits = [torch.randn(4, 500, generator=torch.Generator().manual_seed(i)) * 3 for i in range(40)]
 
     def run():
-        sampler = Sampler(
-            Sampling(temperature=0.9, repetition_penalty=1.1), torch.zeros(4, 1, dtype=torch.long), 500, range(4)
-        )
+        prompt = torch.zeros(1, 1, dtype=torch.long)
+        sampler = Sampler(Sampling(temperature=0.9, repetition_penalty=1.1), prompt.device, range(4), prompt, 500)
         return torch.stack([sampler(each) for each in logits])
 
     found = run()
@@ -162,9 +161,7 @@ def test_draws_are_the_same_whichever_way_the_filters_went(monkeypatch):
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     rows = 4000
-    sampler = Sampler(
-        Sampling(temperature=1.0, top_p=1.0, top_k=0), torch.zeros(rows, 1, dtype=torch.long), 4, range(rows)
-    )
+    sampler = Sampler(Sampling(temperature=1.0, top_p=1.0, top_k=0), logits.device, range(rows))
     drawn = torch.bincount(sampler(logits.expand(rows, -1)), minlength=4) / rows
     # 4000 draws: the standard error of every share is below 0.008.
     assert torch.allclose(drawn, logits[0].softmax(-1), atol=0.03)
@@ -294,7 +291,7 @@ def test_the_reader_runs_one_step_behind_and_drops_what_came_after_the_end():
     runner = Counting()
     original, generation.TokenReader = generation.TokenReader, Late
     try:
-        sampler = Sampler(GREEDY, torch.zeros(1, 1, dtype=torch.long), 10, [0])
+        sampler = Sampler(GREEDY, torch.device("cpu"), [0])
         assert generation.decode(runner, sampler, torch.eye(10)[:1], 50, frozenset({4})) == [[0, 1, 2, 3]]
         assert runner.steps == 5
         assert generation.decode(runner, sampler, torch.eye(10)[:1], 3, frozenset()) == [[0, 1, 2]]
