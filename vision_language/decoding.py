@@ -201,7 +201,7 @@ class Workspace:
         self.memory: GraphMemory | None = None  # what a model's graphs share: one of them runs at a time
         self.note = ""  # which attention runs in it, and why
         self.prefix = ""  # the key of the prefix whose keys and values these are, if they are one's
-        self.prefills: dict[tuple[bool, int], Any] = {}  # recordings that write into these buffers
+        self.prefills: dict[tuple[int, int], Any] = {}  # recordings that write into these buffers
 
     def nbytes(self) -> int:
         return self.kept.nbytes

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import host
 from ..host.capturing import captured
 from . import fused_decode
-from .decoding import Workspace, rms_norm, rotate, text_decoder
+from .decoding import Workspace, bucket_length, rms_norm, rotate, text_decoder
 from .embeddings import VisualFeatures, VisualItem
 from .encoder_outputs import on_device
 from .loaded_model import LoadedModel
@@ -45,22 +45,30 @@ def length_class(tokens: int, after_prefix: bool) -> int:
     return -(-tokens // step) * step
 
 
+def reach(positions: int, length: int) -> int:
+    """How far a question that ends at `positions` looks in a cache of `length`: a cache is mostly room for the answer."""
+    return min(bucket_length(positions), length)
+
+
 def too_long(tokens: int) -> str:
     """Why a question of so many tokens is not replayed; '' when it is."""
     return f"it has more than {LONGEST:,} tokens" if tokens > LONGEST else ""
 
 
 class PrefillRecording:
-    """One class of lengths over one workspace. after_prefix: keys and values of earlier positions are in it."""
+    """One class of lengths over one workspace."""
 
     def __init__(
-        self, space: Workspace, network: Any, tokens: int, after_prefix: bool, axes: int, features: Tensor | None
+        self, space: Workspace, network: Any, tokens: int, seen: int, axes: int, features: Tensor | None
     ) -> None:
-        """axes: rotary axes of the model, 3 or 1. features: [levels, rows, hidden], the first row of each is zero."""
+        """seen: positions of the cache that attention reads, those before the tokens included; 0 where there are none before.
+
+        axes: rotary axes of the model, 3 or 1. features: [levels, rows, hidden], the first row of each is zero.
+        """
         # Weakly: the buffers hold their recordings, and must go at once when room is needed.
         self._space = weakref.ref(space)
-        self.tokens, self.after_prefix, self.axes = tokens, after_prefix, axes
-        self.features = None if after_prefix else features
+        self.tokens, self.seen, self.axes = tokens, seen, axes
+        self.features = None if seen else features
         decoder = text_decoder(network)
         # In a tuple: these are the network's, which moves them.
         self._shared = (decoder.embed_tokens, decoder.rotary_emb)
@@ -114,9 +122,11 @@ class PrefillRecording:
         columns = torch.arange(space.length, device=x.device)
         places = torch.arange(n, device=x.device) + start
         mask = None
-        if self.after_prefix:
-            closed = columns > places.unsqueeze(1)
+        if self.seen:
+            closed = columns[: self.seen] > places.unsqueeze(1)
             mask = torch.zeros_like(closed, dtype=x.dtype).masked_fill_(closed, float("-inf"))
+            first: Any = space.step.layers[0]
+            mask = mask.repeat(first.groups, 1)
         # What the padding leaves past the end is overwritten, place by place, before anything looks there.
         places = places.clamp_max(space.length - 1)
         run = fused_layer if self.kernels else prefill_layer
@@ -141,8 +151,8 @@ def prefill_layer(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A `DecodeLayer` for n tokens of one row: (x, what is to be added to it), as x + delta came in.
 
-    x, delta: [n, hidden]; cos, sin: [n, D]; keys, values: [1, heads, length, D], written at `places` [n]. mask: [n,
-    length] to see what the cache holds as well; None sees only these tokens, each those before it.
+    x, delta: [n, hidden]; cos, sin: [n, D]; keys, values: [1, heads, length, D], written at `places` [n]. mask: as `attend`
+    takes it, to see what the cache holds as well; None sees only these tokens, each those before it.
     """
     n, heads, groups, dim = len(x), layer.heads, layer.groups, layer.head_dim
     x = x if delta is None else x + delta
@@ -175,7 +185,10 @@ def fused_layer(
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """[n, query heads * D]. q: [query heads, n, D]; keys, values: [1, heads, length, D], from the first on if no mask."""
+    """[n, query heads * D]. q: [query heads, n, D]; keys, values: [1, heads, length, D], from the first on if no mask.
+
+    mask: [groups * n, positions], to be added, the rows of the queries that share a key head one below the other.
+    """
     heads, dim = keys.shape[1], keys.shape[3]
     groups, n = q.shape[0] // heads, q.shape[1]
     if mask is None:
@@ -185,8 +198,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tens
         seen = F.scaled_dot_product_attention(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), is_causal=True)
         return seen[0].transpose(0, 1).reshape(n, heads * groups * dim)
     # Queries that share a key head stand one below the other, so that no key is copied.
-    q = q.reshape(1, heads, groups * n, dim)
-    seen = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask.repeat(groups, 1))
+    q, positions = q.reshape(1, heads, groups * n, dim), mask.shape[1]
+    seen = F.scaled_dot_product_attention(q, keys[:, :, :positions], values[:, :, :positions], attn_mask=mask)
     return seen.view(heads, groups, n, dim).permute(2, 0, 1, 3).reshape(n, heads * groups * dim)
 
 
@@ -307,7 +320,8 @@ def replay(model: LoadedModel, space: Workspace, prompt: Prompt, use_prefix: boo
     start = 0 if known is None else known.length
     tokens = length_class(prompt.length - start, known is not None)
     axes = 1 if model.processor is None else 3
-    recording = recording_of(model, space, tokens, known is not None, axes)
+    seen = 0 if known is None else reach(prompt.length, space.length)
+    recording = recording_of(model, space, tokens, seen, axes)
     host.current().check_interrupt()
     if known is not None:
         if space.prefix != key:
@@ -325,14 +339,14 @@ def replay(model: LoadedModel, space: Workspace, prompt: Prompt, use_prefix: boo
     return logits, start, f"one CUDA graph of {tokens:,}" if recording.graph is not None else f"{tokens:,} in one go"
 
 
-def recording_of(model: LoadedModel, space: Workspace, tokens: int, after_prefix: bool, axes: int) -> PrefillRecording:
+def recording_of(model: LoadedModel, space: Workspace, tokens: int, seen: int, axes: int) -> PrefillRecording:
     """The recording for a class of lengths, that of an earlier call when there was one."""
-    key = (after_prefix, tokens)
+    key = (seen, tokens)
     if key in space.prefills:
         space.prefills[key] = found = space.prefills.pop(key)  # now the most recently used
         return found
     while len(space.prefills) >= RECORDINGS:
         space.prefills.pop(next(iter(space.prefills)))
-    made = PrefillRecording(space, model.network, tokens, after_prefix, axes, feature_buffer(model))
+    made = PrefillRecording(space, model.network, tokens, seen, axes, feature_buffer(model))
     space.prefills[key] = made
     return made

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hotpath.cache import clear_all, named_cache
 from hotpath.host import Interrupted
-from hotpath.vision_language import patches, replayed_prefill
+from hotpath.vision_language import decoding, patches, replayed_prefill
 from hotpath.vision_language.answering import Answer, AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.pictures import Clip, Picture
@@ -55,7 +55,9 @@ def test_answers_are_the_plain_paths(card: Any, load_llm: Any, kind: str) -> Non
     assert all(made.graph is not None for made in recordings(model))
 
 
-def test_logits_are_the_librarys(card: Any, load_llm: Any) -> None:
+@pytest.mark.parametrize("room", [20, 1500])
+def test_logits_are_the_librarys(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Whatever room the cache has for the answer: attention does not read it."""
     from hotpath.vision_language.answering import on
     from hotpath.vision_language.embeddings import EmbeddingCache, look_up
     from hotpath.vision_language.generation import choose_path, prepared
@@ -65,15 +67,20 @@ def test_logits_are_the_librarys(card: Any, load_llm: Any) -> None:
     from hotpath.vision_language.tower import encode
 
     model = load_llm("qwen3_vl")
+    monkeypatch.setattr(decoding, "BUCKETS", (128, 256, 2048))
+    masks: list[Any] = []
+    attend = replayed_prefill.attend
+    monkeypatch.setattr(replayed_prefill, "attend", lambda *given: (masks.append(given[3]), attend(*given))[1])
     timing, cache = Timing(model.device), EmbeddingCache()
     prompts = []
-    for text in ("What?", "And which colours are in it?"):
+    for text in ("What?", "And which colours are in it?", "word " * 20):
         question = Question(text, "", (A,))
         prompts.append(build(model, question, look_up(model, question.pictures, (), PRESETS["fast"], cache, timing)))
     with model.resident(500), on(model.device), torch.no_grad():
         for index, prompt in enumerate(prompts):
             encode(model, prompt.items, cache, timing)
-            space, _ = prepared(model, choose_path(model, "graph"), 1, prompt.length + 20)
+            space, _ = prepared(model, choose_path(model, "graph"), 1, prompt.length + room)
+            masks.clear()
             for _ in range(2):  # as it is, and replayed
                 logits, reused, _ = replayed_prefill.replay(model, space, prompt, True)
                 wanted = prefill(model, [prompt], use_prefix=False)
@@ -85,7 +92,12 @@ def test_logits_are_the_librarys(card: Any, load_llm: Any) -> None:
                 assert space.slot.tolist() == [prompt.length]
                 assert space.positions.tolist() == wanted.positions.tolist()
                 assert torch.isfinite(space.bias.cpu()).sum() == prompt.length
-            assert (reused > 0) == (index > 0) or reused == prompts[0].prefix
+            assert reused == prompts[0].prefix
+            if index:
+                # One mask for all layers of a run, which is once as it is and once recorded.
+                assert len({id(mask) for mask in masks}) == 2
+                assert {mask.shape[1] for mask in masks} == {decoding.bucket_length(prompt.length)}
+        assert [decoding.bucket_length(prompt.length) for prompt in prompts] == [128, 128, 256]
 
 
 def test_a_class_is_recorded_once(card: Any, load_llm: Any) -> None:
