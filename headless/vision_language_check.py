@@ -51,7 +51,7 @@ def _decode_step(model: LoadedModel, question: Question) -> Iterator[Finding]:
     path = choose_path(model, "auto")
     if path.name == "plain":
         path = choose_path(model, "static")
-    with model.resident(prompt.length + ROOM), on(model.device):
+    with model.resident(prompt.length, ROOM), on(model.device):
         encode(model, items, cache, timing)
         filled = prefill(model, [prompt], use_prefix=False)
         tokens = filled.logits.argmax(-1)

@@ -18,7 +18,7 @@ from .. import host
 from . import answers
 from .budgets import PRESETS, Budget
 from .embeddings import EmbeddingCache, VisualItem, look_up, to_device
-from .generation import beam_search, choose_path, decode, start
+from .generation import DecodePath, beam_search, choose_path, decode, start
 from .loaded_model import LoadedModel
 from .loading import MODELS
 from .prompts import Prompt, Question, build
@@ -147,17 +147,22 @@ def _answer(
     most = min(options.max_new_tokens, model.context_length - run.prompt_tokens)
     if most < options.max_new_tokens:
         notes.append(f"the answer may have {most:,} tokens, because the context of {model.context_length:,} ends there")
-    rows = len(prompts) * options.answers
+    if sampling.beams > 1:  # one question after the other, each in as many rows as there are beams
+        path = DecodePath("plain", f"{sampling.beams} beams, by the library")
+        rows, answers_each = sampling.beams, 1
+    else:
+        path = choose_path(model, options.decode, options.keep_loaded, len(prompts) * options.answers)
+        rows, answers_each = len(prompts), options.answers
     if options.keep_loaded:
         MODELS.keep(model, True)
     try:
-        with model.resident(run.prompt_tokens + most, rows), on(model.device):
+        with model.resident(run.prompt_tokens, most, rows, answers_each, path.name), on(model.device):
             seen = encode(
                 model, run.items, cache, run.timing, options.encode_jointly, keep_now=False, record=options.keep_loaded
             )
             run.encoded = len(seen)
             try:
-                written = _write(model, prompts, sampling, options, most, run)
+                written = _write(model, prompts, path, sampling, options, most, run)
             finally:
                 # After the device has all its work, and after a stop too: looking was the dear part.
                 keep(seen, cache)
@@ -183,16 +188,21 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _write(
-    model: LoadedModel, prompts: list[Prompt], sampling: Sampling, options: AnswerOptions, most: int, run: _Run
+    model: LoadedModel,
+    prompts: list[Prompt],
+    path: DecodePath,
+    sampling: Sampling,
+    options: AnswerOptions,
+    most: int,
+    run: _Run,
 ) -> list[list[int]]:
     """Token lists, one a row; the network is resident."""
     if sampling.beams > 1:
-        run.path = f"{sampling.beams} beams, by the library"
+        run.path = path.note
         if options.answers > sampling.beams:
             run.notes.append(f"{sampling.beams} answers, because {sampling.beams} beams find no more")
         with run.timing.stage("decode", on_device=True):
             return [row for prompt in prompts for row in beam_search(model, prompt, sampling, most, options.answers)]
-    path = choose_path(model, options.decode, options.keep_loaded, len(prompts) * options.answers)
     # A cache of pictures that is switched off leaves nothing of them behind, as a prefix neither.
     use_prefix = options.reuse_prefix and options.cache_images
     prompt_ids = None

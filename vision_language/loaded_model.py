@@ -198,12 +198,38 @@ class LoadedModel:
         return 2 * int(text.num_hidden_layers) * int(heads) * int(dim) * length * rows * self.dtype.itemsize
 
     # memory
+    def room(
+        self, prompt_tokens: int, new_tokens: int = 0, prompts: int = 1, answers: int = 1, path: str = "plain"
+    ) -> int:
+        """Bytes beside the weights for `answers` of up to `new_tokens` to each of `prompts` questions of `prompt_tokens`.
+
+        path: how it is decoded. Buffers that are there already are asked for no more.
+        """
+        rows, positions = prompts * answers, prompt_tokens + new_tokens
+        # What a prefill computes with, and the keys and values that it makes, or leaves for the next question.
+        asked = prompt_tokens * prompts * PREFILL_BYTES_PER_TOKEN + self.cache_bytes(prompt_tokens, rows)
+        whole = self.cache_bytes(positions, rows)
+        if path == "plain":
+            # The library's cache grows by a copy of one layer at a time.
+            return asked + whole + whole // int(self.text_config.num_hidden_layers)
+        here = (rows, decoding.bucket_length(positions))
+        return asked + (0 if any(key[1:] == here for key in self.device_state.get("workspaces", ())) else whole)
+
     @contextmanager
-    def resident(self, tokens: int, rows: int = 1, keep: bool = True) -> Iterator[Any]:
-        """The network on its device, with room for `rows` sequences of `tokens`; sent back afterwards unless kept."""
-        extra = 2 * self.cache_bytes(tokens, rows) + tokens * rows * PREFILL_BYTES_PER_TOKEN
-        with self.lock, self.managed.resident(extra_bytes=extra, keep=keep):
-            yield self.network
+    def resident(
+        self,
+        prompt_tokens: int,
+        new_tokens: int = 0,
+        prompts: int = 1,
+        answers: int = 1,
+        path: str = "plain",
+        keep: bool = True,
+    ) -> Iterator[Any]:
+        """The network on its device, with `room` for what is asked; sent back afterwards unless kept."""
+        with self.lock:
+            extra = self.room(prompt_tokens, new_tokens, prompts, answers, path)
+            with self.managed.resident(extra_bytes=extra, keep=keep):
+                yield self.network
 
     def drop_device_state(self) -> None:
         """Free what was built for the weights' present place: decode buffers, graphs, prefix keys and values."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import shutil
 import weakref
 
 import pytest
 import torch
+from hotpath import host
 from hotpath.demo.captioner_model import write_folder
 from hotpath.vision_language import decoding, download, folders
 from hotpath.vision_language.folders import UnusableModel
-from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loaded_model import PREFILL_BYTES_PER_TOKEN, LoadOptions
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
+from hotpath.vision_language.sampling import Sampling
 
 
 def test_every_llm_path_is_scanned(llm, headless_host, tiny_folders):
@@ -267,15 +270,42 @@ def test_the_context_and_cache_sizes_come_from_the_config(load):
     assert model.image_sizes.side == 32 and load("qwen2_5_vl").image_sizes.side == 28
 
 
-def test_room_is_asked_for_keys_values_and_activations(load, ask, monkeypatch):
-    model = load("qwen3_vl")
-    asked = []
-    resident = type(model.managed).resident
+@pytest.fixture
+def asked(llm, monkeypatch):
+    """Bytes that were asked for beside the weights of a model, by each call."""
+    found = []
+    kind = type(host.current().manage(torch.nn.Identity()))
+    resident = kind.resident
 
     def watched(self, extra_bytes=0, keep=True):
-        asked.append(extra_bytes)
+        found.append(extra_bytes)
         return resident(self, extra_bytes, keep)
 
-    monkeypatch.setattr(type(model.managed), "resident", watched)
-    ask(model, Question("x"), max_new_tokens=700)
-    assert asked[0] > 2 * model.cache_bytes(700)
+    monkeypatch.setattr(kind, "resident", watched)
+    return found
+
+
+def test_room_is_asked_for_keys_values_and_activations(load, ask, asked):
+    """Activations are the prompt's alone, and buffers that are there are no more asked for, however long an answer may be."""
+    model, question = load("qwen3_vl"), Question("x")
+    prompt = ask(model, question, max_new_tokens=1).report
+    tokens = int(re.search(r"prompt: (\d+) tokens", prompt).group(1))
+    least = tokens * PREFILL_BYTES_PER_TOKEN + model.cache_bytes(tokens)
+    model.drop_device_state()
+    asked.clear()
+    model.stop_ids = frozenset(range(model.text_config.vocab_size))  # whatever is written first ends the answer
+    for most in (700, 700, 2000):
+        ask(model, question, max_new_tokens=most)
+    assert asked == [least + model.cache_bytes(tokens + 700), least, least + model.cache_bytes(tokens + 2000)]
+
+
+def test_room_of_batches_answers_and_beams(load, ask, asked):
+    model, question = load("qwen3_vl"), Question("x")
+    ask(model, question, answers=3)
+    ask(model, question, Sampling(sample=False, beams=3))
+    ask(model, question, decode="plain")
+    several, beams, plain = asked
+    assert several < beams  # whose prefill has three rows
+    # The library's cache grows by a copy of a layer at a time.
+    whole = model.cache_bytes(100)
+    assert plain - (several - 2 * 3 * whole) == 2 * whole + whole // 4
