@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +31,7 @@ PREFILL_BYTES_PER_TOKEN = 1 << 19  # activations of a prefill, generously; the l
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a folder is loaded. The same folder with the same options is loaded once.
+    """How a folder is loaded. The same folder with options that come to the same is loaded once.
 
     dtype: auto, bfloat16, float16 or float32 (auto is float32 on the CPU). device: auto, cpu or a torch device.
     quantization, attention: what a widget says; what ran instead, and why, is in `LoadedModel.notes`.
@@ -76,11 +76,12 @@ class LoadedModel:
     """
 
     def __init__(
-        self, folder: ModelFolder, options: LoadOptions, network: Any, notes: list[str], quantization: str = "none"
+        self, folder: ModelFolder, options: LoadOptions, network: Any, notes: Sequence[str], quantization: str = "none"
     ) -> None:
         from transformers import AutoProcessor, AutoTokenizer
 
-        self.folder, self.options, self.network, self.notes = folder, options, network, notes
+        self.folder, self.options, self.network = folder, options, network
+        self.notes_of_loading, self.notes_of_choices = tuple(notes), tuple[str, ...]()
         self.quantization = quantization
         if folder.sees:
             self.processor: Any = AutoProcessor.from_pretrained(folder.path)
@@ -96,6 +97,11 @@ class LoadedModel:
         self.device_state: dict[str, Any] = {}
 
     # facts
+    @property
+    def notes(self) -> list[str]:
+        """What is not as it was asked for, and why, for the report."""
+        return [*self.notes_of_choices, *self.notes_of_loading]
+
     @property
     def device(self) -> torch.device:
         return self.managed.device
@@ -249,12 +255,19 @@ def graph_memory(model: LoadedModel) -> GraphMemory:
 
 
 def manage(holder: NetworkHolder, device: str) -> Managed:
-    """The host's management, unless a certain device was asked for."""
-    if device in ("auto", ""):
+    """The host's management, unless another device than the host's was asked for."""
+    if numbered(compute_device(device)) == numbered(host.current().device()):
         return host.current().manage(holder)
     from ..host.headless import HeadlessManaged
 
     return HeadlessManaged(holder, compute_device(device), torch.device("cpu"))
+
+
+def numbered(device: torch.device) -> torch.device:
+    """`device` with the number that "cuda" without one means."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def compute_device(asked: str) -> torch.device:

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ import torch
 from .. import host
 from ..cache import content_key
 from ..host.errors import first_line
+from ..host.unloading import before_unloading_all
 from . import decoding, download, offloading, projections
 from .folders import ModelFolder, UnusableModel
 from .interruption import interruptible_loading, is_stop
-from .loaded_model import LoadedModel, LoadOptions, compute_device
+from .loaded_model import LoadedModel, LoadOptions, compute_device, numbered
 from .quantization import PACKED, QuantizationPlan, plan, quantize
 
 log = logging.getLogger("hotpath.vision_language")
@@ -56,6 +58,42 @@ def choose_attention(asked: str) -> tuple[str, str]:
     raise ValueError(f"{asked!r} is no attention: choose one of {', '.join(ATTENTIONS)}.")
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What `LoadOptions` come to for a folder, on this machine. notes: what was not done as asked, and why.
+
+    Whatever words they are, options that come to the same share one model.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    packing: QuantizationPlan
+    stream_layers: int
+    notes: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return content_key(
+            str(numbered(self.device)), str(self.dtype), self.attention, self.packing.method, self.stream_layers
+        )
+
+
+def choices(folder: ModelFolder, options: LoadOptions) -> Choices:
+    """Raises ValueError for a word that is not known, UnusableModel for a device that is not there."""
+    device = compute_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    attention, note = choose_attention(options.attention)
+    packing = plan(options.quantization, device)
+    stored = folder.config.get("quantization_config")
+    if stored is not None and packing.method != "none":
+        packing = QuantizationPlan("none", f"the folder is already quantised ({stored.get('quant_method')})")
+    notes = [note] if note else []
+    if packing.note and options.quantization.lower() not in ("none", "none (fp16)"):
+        notes.append(f"quantization: {packing.note}")
+    return Choices(device, dtype, attention, packing, options.stream_layers, tuple(notes))
+
+
 @torch.inference_mode(False)
 def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
     """Load `folder` anew, into ordinary tensors also where the host runs nodes in inference mode.
@@ -69,13 +107,9 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
             f"Vision-language models need transformers 4.57 or newer ({error}): "
             'install it with pip install "transformers>=4.57".'
         ) from error
-    device = compute_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    attention, attention_note = choose_attention(options.attention)
-    packing = plan(options.quantization, device)
+    chosen = choices(folder, options)
+    device, dtype, attention, packing = chosen.device, chosen.dtype, chosen.attention, chosen.packing
     stored = folder.config.get("quantization_config")
-    if stored is not None and packing.method != "none":
-        packing = QuantizationPlan("none", f"the folder is already quantised ({stored.get('quant_method')})")
     settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
     if packing.method.startswith("bitsandbytes"):
         settings |= {"quantization_config": bitsandbytes_settings(packing.method, dtype), "device_map": {"": device}}
@@ -101,9 +135,6 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
             f"such as {wrong[0]}. Fetch the folder again."
         )
     network.eval().requires_grad_(False)
-    notes = [note for note in (attention_note,) if note]
-    if packing.note and options.quantization.lower() not in ("none", "none (fp16)"):
-        notes.append(f"quantization: {packing.note}")
     plain = stored is None and not packing.method.startswith("bitsandbytes")
     if plain and network.config.model_type in decoding.DENSE_MODELS:
         projections.merge_decoder(decoding.text_decoder(network).layers)
@@ -112,10 +143,9 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
     if packing.method in PACKED:
         count = quantize(decoding.text_decoder(network).layers, packing.method)
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
-    if note := stream_layers(network, device, options.stream_layers):
-        notes.append(note)
+    streamed = stream_layers(network, device, options.stream_layers)
     quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
-    model = LoadedModel(folder, options, network, notes, quantization)
+    model = LoadedModel(folder, options, network, [streamed] if streamed else [], quantization)
     if folder.sees and not model.takes_encoder_outputs:
         log.debug("deeper levels come %s", "split by picture" if model.deepstack_in_parts else "joined")
     log.info("%s loaded in %.1f s (%s, %s)", folder.name, time.perf_counter() - start, dtype, attention)
@@ -148,22 +178,30 @@ def bitsandbytes_settings(method: str, dtype: torch.dtype) -> Any:
 
 
 class Registry:
-    """The loaded models of the process. A model stays while somebody holds it or it was asked to be kept."""
+    """The loaded models of the process. A model stays while somebody holds it or it was asked to be kept.
+
+    Models that nobody but the registry holds are let go when ComfyUI unloads every model, and the least recently used of them
+    when their weights would not fit once more into the memory that is free; the last one stays.
+    """
 
     def __init__(self) -> None:
         self._models: weakref.WeakValueDictionary[str, LoadedModel] = weakref.WeakValueDictionary()
-        self._kept: dict[str, LoadedModel] = {}
+        self._kept: dict[str, LoadedModel] = {}  # the least recently used first
         self._lock = threading.RLock()
 
     def get(self, name: str, options: LoadOptions, must_see: bool = True) -> LoadedModel:
         """The model a widget value means: the copy that is loaded, else a fresh one."""
         folder = download.locate(name, options.revision, must_see)
-        key = content_key(str(folder.path.resolve()), vars(options), str(host.current().device()))
+        before_unloading_all(self.let_go)
         with self._lock:
+            chosen = choices(folder, options)
+            key = content_key(str(folder.path.resolve()), chosen.key)
             model = self._models.get(key)
             if model is None:
                 model = load_folder(folder, options)
                 self._models[key] = model
+            # Of who asked last: what ran is the same for all, why it is not what was asked is not.
+            model.notes_of_choices = chosen.notes
             return model
 
     def keep(self, model: LoadedModel, keep: bool) -> None:
@@ -174,7 +212,23 @@ class Registry:
                 self._kept.pop(key or "", None)
                 model.release()
             elif key is not None:
+                self._kept.pop(key, None)
                 self._kept[key] = model
+                self._let_go_of_old_ones()
+
+    def _let_go_of_old_ones(self) -> None:
+        kept = self._kept
+        while len(kept) > 1:
+            held = sum(offloading.whole_bytes(model.network) for model in kept.values())
+            if held <= host.current().free_memory(torch.device("cpu")):
+                return
+            oldest = kept.pop(next(iter(kept)))
+            log.info("%s is no longer kept: memory is short", oldest.folder.name)
+
+    def let_go(self) -> None:
+        """Keep no model any more; those that somebody holds stay loaded."""
+        # No lock: a model that another thread loads must not hold up a user who wants memory back.
+        self._kept = {}
 
     def loaded(self) -> list[LoadedModel]:
         with self._lock:
@@ -184,7 +238,7 @@ class Registry:
         """Release every model and forget the kept ones; returns how many there were."""
         with self._lock:
             models = list(self._models.values())
-            self._kept.clear()
+            self._kept = {}
             for model in models:
                 model.release()
             self._models.clear()

@@ -45,6 +45,12 @@ def layer_bytes(layer: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*layer.parameters(), *layer.buffers()])
 
 
+def whole_bytes(network: nn.Module) -> int:
+    """Bytes of the weights of `network`, streamed layers included."""
+    streamed = (part._layer[0] for part in network.modules() if isinstance(part, StreamedLayer))
+    return layer_bytes(network) + sum(map(layer_bytes, streamed))
+
+
 def layers_to_stream(network: nn.Module, layers: nn.ModuleList, available: int) -> int:
     """How many decoder layers must be streamed so that the rest of `network` fits into `available` bytes."""
     excess = sum(t.nbytes for t in [*network.parameters(), *network.buffers()]) + RESERVE - available

@@ -259,7 +259,7 @@ class TestPrefix:
         MODELS.clear()
         ask(model, Question("What?", "", (pictures.a,)))
         MODELS._models.clear()
-        MODELS._kept.clear()
+        MODELS.let_go()
         model.holder.to("cpu")
         assert model.device_state
         model.holder.to("meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -157,9 +158,25 @@ def test_two_nodes_share_one_copy_in_comfyuis_list(comfyui, pictures):
     assert [it for it in listed if type(it.model) is type(model.managed.module)] == [patcher(model)]
 
 
-def test_a_dropped_model_leaves_no_weights(comfyui, pictures):
-    import weakref
+def test_kept_models_go_when_everything_is_unloaded(comfyui, pictures):
+    gone, held = MODELS.get("tiny", LoadOptions()), MODELS.get("tiny", LoadOptions(quantization="int8"))
+    for model in (gone, held):
+        text(model, pictures.a)
+    comfyui.free_memory(1 << 60, torch.device("cpu"))  # another model wants the room: the weights wait on the CPU
+    watched = [weakref.ref(it) for it in (gone, gone.network.lm_head.weight)]
+    del model, gone
+    assert all(it() is not None for it in watched)
+    gc.disable()
+    try:
+        comfyui.unload_all_models()
+        assert [it() for it in watched] == [None, None]
+    finally:
+        gc.enable()
+    assert MODELS.loaded() == [held] and text(held, pictures.a)
+    assert not any(entry.is_dead() for entry in comfyui.current_loaded_models)
 
+
+def test_a_dropped_model_leaves_no_weights(comfyui, pictures):
     model = MODELS.get("tiny", LoadOptions())
     text(model, pictures.a, keep_loaded=False)
     weights = weakref.ref(model.network)

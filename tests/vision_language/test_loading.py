@@ -16,8 +16,10 @@ from hotpath.vision_language import decoding, download, folders
 from hotpath.vision_language.folders import UnusableModel
 from hotpath.vision_language.loaded_model import PREFILL_BYTES_PER_TOKEN, LoadOptions
 from hotpath.vision_language.loading import MODELS
+from hotpath.vision_language.offloading import whole_bytes
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling
+from transformers.utils import is_flash_attn_2_available
 
 
 def test_every_llm_path_is_scanned(llm, headless_host, tiny_folders):
@@ -245,6 +247,42 @@ def test_two_nodes_with_and_without_keep_share_and_release(load, ask):
     assert load("qwen3_vl") is model
 
 
+def test_words_that_mean_the_same_share_a_model(load):
+    words = [("none", "auto"), ("None (FP16)", "sdpa"), ("", "sage"), ("none", "flash_attention_2")]
+    if is_flash_attn_2_available():
+        words.pop()
+    first, *others = [load("qwen3", quantization=packing, attention=attention) for packing, attention in words]
+    assert all(other is first for other in others)
+    assert load("qwen3", device="cpu", dtype="float32") is first and load("qwen3", device="auto") is first
+    packed = load("qwen3", quantization="8bit")
+    assert packed is load("qwen3", quantization="8-bit (Balanced)") is load("qwen3", quantization="int8") is not first
+    assert load("qwen3", attention="eager") is not first
+    assert load("qwen3", stream_layers=1) is not first
+    # The reasons are those of who asked last.
+    assert load("qwen3", attention="sage").notes != load("qwen3").notes == []
+
+
+def test_kept_models_are_let_go_when_memory_is_short(load, ask, headless_host):
+    kinds = ("qwen2", "qwen3", "qwen3_vl")
+
+    def kept(free):
+        headless_host.free_memory = lambda device: free
+        for kind in kinds:
+            ask(load(kind), Question("x"))
+        found = [model.folder.name for model in MODELS.loaded()]
+        MODELS.clear()
+        return found
+
+    sizes = [whole_bytes(load(kind).network) for kind in kinds]
+    assert sorted(kept(sum(sizes))) == sorted(kinds)
+    assert sorted(kept(sum(sizes[1:]))) == ["qwen3", "qwen3_vl"]
+    assert kept(0) == ["qwen3_vl"]
+
+
+def test_the_size_of_a_model_has_its_streamed_layers_in_it(load):
+    assert whole_bytes(load("qwen3", stream_layers=2).network) == whole_bytes(load("qwen3").network)
+
+
 def test_float32_on_the_cpu(load):
     assert load("qwen3_vl").dtype == torch.float32
     assert load("qwen3_vl", device="cpu").device.type == "cpu"
@@ -253,8 +291,6 @@ def test_float32_on_the_cpu(load):
 
 
 def test_attention_that_cannot_run_says_so(load, ask):
-    from transformers.utils import is_flash_attn_2_available
-
     report = ask(load("qwen3_vl", attention="sage"), Question("x")).report
     assert "attention: sdpa, because SageAttention" in report
     if not is_flash_attn_2_available():
