@@ -109,7 +109,8 @@ def run(
     model_name: str, question: Question, load: LoadOptions, sampling: Sampling, options: AnswerOptions
 ) -> tuple[str]:
     needs_sight = bool(question.pictures or question.clips)
-    made = answer(MODELS.get(model_name, load, needs_sight), [question], sampling, options)[0]
+    with MODELS.borrowed(model_name, load, needs_sight) as loaded:
+        made = answer(loaded, [question], sampling, options)[0]
     host.current().show_text(f"{made.raw}\n\n{made.report}", options.node_id)
     return (made.raw,)
 

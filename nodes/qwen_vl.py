@@ -118,7 +118,8 @@ def run(
 ) -> tuple[str]:
     """One answer as these nodes give it, with the report under the node."""
     needs_sight = bool(question.pictures or question.clips)
-    made = answer(MODELS.get(model, load, needs_sight), [question], sampling, options)[0]
+    with MODELS.borrowed(model, load, needs_sight) as loaded:
+        made = answer(loaded, [question], sampling, options)[0]
     text = made.text if strip else made.raw
     host.current().show_text(f"{text}\n\n{made.report}", options.node_id)
     return (text,)

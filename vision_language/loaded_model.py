@@ -25,6 +25,7 @@ from ..host.capturing import GraphMemory
 from . import decoding
 from .budgets import TokenPixels
 from .folders import ModelFolder, UnusableModel
+from .quantization import PACKED
 
 PREFILL_BYTES_PER_TOKEN = 1 << 19  # activations of a prefill, generously; the logits are made for one position only
 
@@ -245,6 +246,17 @@ class LoadedModel:
         """Send the weights back to the offload device and free everything that was built on the compute device."""
         with self.lock:
             self.drop_device_state()
+            self.managed.release()
+
+    @torch.inference_mode(False)
+    def discard(self) -> None:
+        """Free the weights where they are. Nothing can be asked of this model any more."""
+        with self.lock:
+            self.drop_device_state()
+            if self.quantization in ("none", *PACKED):  # tensors of other libraries do not lend themselves to it
+                for tensor in (*self.network.parameters(), *self.network.buffers()):
+                    tensor.data = torch.empty(0, dtype=tensor.dtype)
+            # For the host's books: what it sends away is next to nothing.
             self.managed.release()
 
 

@@ -9,6 +9,9 @@ import logging
 import threading
 import time
 import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,30 +190,67 @@ class Registry:
     def __init__(self) -> None:
         self._models: weakref.WeakValueDictionary[str, LoadedModel] = weakref.WeakValueDictionary()
         self._kept: dict[str, LoadedModel] = {}  # the least recently used first
+        self._held: weakref.WeakSet[LoadedModel] = weakref.WeakSet()  # by who does not say when it is done
+        self._borrowers: Counter[LoadedModel] = Counter()
         self._lock = threading.RLock()
 
     def get(self, name: str, options: LoadOptions, must_see: bool = True) -> LoadedModel:
-        """The model a widget value means: the copy that is loaded, else a fresh one."""
+        """The model a widget value means: the copy that is loaded, else a fresh one. For who holds on to it."""
         folder = download.locate(name, options.revision, must_see)
-        before_unloading_all(self.let_go)
         with self._lock:
-            chosen = choices(folder, options)
-            key = content_key(str(folder.path.resolve()), chosen.key)
-            model = self._models.get(key)
-            if model is None:
-                model = load_folder(folder, options)
-                self._models[key] = model
-            # Of who asked last: what ran is the same for all, why it is not what was asked is not.
-            model.notes_of_choices = chosen.notes
+            model = self._find(folder, options)
+            self._held.add(model)
             return model
 
+    @contextmanager
+    def borrowed(self, name: str, options: LoadOptions, must_see: bool = True) -> Iterator[LoadedModel]:
+        """`get` for the length of one call.
+
+        With the last borrower of a model that nobody holds, and that was not asked to be kept, its weights are freed where they
+        are: on their way to another device they would take seconds and as much memory again.
+        """
+        folder = download.locate(name, options.revision, must_see)
+        with self._lock:
+            model = self._find(folder, options)
+            self._borrowers[model] += 1
+        try:
+            yield model
+        finally:
+            with self._lock:
+                self._borrowers[model] -= 1
+                if not self._borrowers[model]:
+                    del self._borrowers[model]
+                    if model not in self._held and model not in self._kept.values():
+                        self._forget(model)
+                        model.discard()
+
+    def _find(self, folder: ModelFolder, options: LoadOptions) -> LoadedModel:
+        before_unloading_all(self.let_go)
+        chosen = choices(folder, options)
+        key = content_key(str(folder.path.resolve()), chosen.key)
+        model = self._models.get(key)
+        if model is None:
+            model = load_folder(folder, options)
+            self._models[key] = model
+        # Of who asked last: what ran is the same for all, why it is not what was asked is not.
+        model.notes_of_choices = chosen.notes
+        return model
+
+    def _forget(self, model: LoadedModel) -> None:
+        for key in [key for key, known in self._models.items() if known is model]:
+            del self._models[key]
+
     def keep(self, model: LoadedModel, keep: bool) -> None:
-        """keep=False takes the weights off the device at once and out of memory with the last node that holds them."""
+        """keep=False takes the weights off the device at once and out of memory with the last node that holds them.
+
+        What is only borrowed goes when it is given back.
+        """
         with self._lock:
             key = next((k for k, known in self._models.items() if known is model), None)
             if not keep:
                 self._kept.pop(key or "", None)
-                model.release()
+                if model in self._held or not self._borrowers[model]:
+                    model.release()
             elif key is not None:
                 self._kept.pop(key, None)
                 self._kept[key] = model

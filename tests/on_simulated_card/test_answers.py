@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,27 @@ def test_graphs_write_what_the_plain_path_writes(card: Any, model: Any, sampling
         assert card.graphs == graphs and card.replays >= tokens - 1
         waits.append(list(card.waits))
     assert waits[0] == waits[1]  # all of them before the first token
+
+
+def test_what_is_borrowed_leaves_the_card_without_a_copy(card: Any, load_llm: Any) -> None:
+    from hotpath.vision_language.loaded_model import LoadOptions
+    from hotpath.vision_language.loading import MODELS
+
+    load_llm("qwen3")  # writes the model's folder
+    MODELS.clear()
+    gc.collect()
+    settings = AnswerOptions(max_new_tokens=3, decode="graph", keep_loaded=False)
+    before = card.held
+    gc.disable()
+    try:
+        with MODELS.borrowed("qwen3", LoadOptions(dtype="float32"), must_see=False) as model:
+            answer(model, [Question("x")], Sampling(sample=False), settings)
+            weights = sum(parameter.nbytes for parameter in model.network.parameters())
+            assert card.held >= before + weights
+            card.waits.clear()
+        assert card.held - before < weights // 100 and not card.waits
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])

@@ -106,6 +106,39 @@ def test_not_kept_leaves_at_once(comfyui, pictures):
     assert not model.device_state
 
 
+def test_the_nodes_leave_nothing_of_what_they_are_not_to_keep(comfyui, monkeypatch):
+    """Neither in ComfyUI's list nor in memory, and no weight is copied to the CPU in order to be dropped there."""
+    from hotpath.nodes import NODE_CLASS_MAPPINGS
+    from hotpath.vision_language.loaded_model import NetworkHolder
+
+    moved, to = [], NetworkHolder.to
+
+    def watched(self, *args, **kwargs):
+        moved.append((self, sum(p.nbytes for p in self.parameters())))
+        return to(self, *args, **kwargs)
+
+    image, listed = torch.rand(1, 64, 64, 3), len(comfyui.current_loaded_models)
+    name, kept = "Qwen-VL/tiny", {"keep_model_loaded": False}
+    older = {"text": "x", "model": name, "do_sample": False, "image1": image, "max_new_tokens": 4}
+    others = {"model_name": name, "custom_prompt": "x", "image": image, "max_tokens": 4, "seed": 1}
+    others |= {"quantization": "None (FP16)", "attention_mode": "auto", "preset_prompt": ""}
+    gc.collect()
+    gc.disable()
+    try:
+        for node, wanted in (("QwenVL", older), ("AILab_QwenVL", others)):
+            work = NODE_CLASS_MAPPINGS[node]()
+            with monkeypatch.context() as patched, torch.inference_mode():
+                patched.setattr(NetworkHolder, "to", watched)
+                getattr(work, work.FUNCTION)(**wanted, **kept)
+            assert moved[0][1] > 0 and moved[-1][1] == 0
+            network = weakref.ref(moved[0][0])
+            moved.clear()
+            assert network() is None and MODELS.loaded() == []
+            assert len(comfyui.current_loaded_models) == listed
+    finally:
+        gc.enable()
+
+
 def test_keys_values_and_activations_are_asked_for(comfyui, pictures, monkeypatch):
     model = MODELS.get("tiny", LoadOptions())
     asked = []

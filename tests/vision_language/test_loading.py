@@ -247,6 +247,59 @@ def test_two_nodes_with_and_without_keep_share_and_release(load, ask):
     assert load("qwen3_vl") is model
 
 
+class TestBorrowed:
+    """A model that nobody holds and nobody keeps is gone with the call that used it, and no weight is moved for that."""
+
+    @pytest.fixture
+    def moved(self, llm, monkeypatch):
+        """Bytes of weights at each release."""
+        found = []
+        kind = type(host.current().manage(torch.nn.Identity()))
+        release = kind.release
+        monkeypatch.setattr(
+            kind, "release", lambda it: (found.append(sum(p.nbytes for p in it.module.parameters())), release(it))
+        )
+        return found
+
+    @pytest.mark.parametrize("packing", ["none", "int4"])
+    def test_weights_are_freed_where_they_are(self, ask, moved, packing):
+        options = LoadOptions(quantization=packing)
+        with MODELS.borrowed("qwen3_vl", options) as model:
+            first = ask(model, Question("x"), keep_loaded=False).raw
+            assert ask(model, Question("x"), keep_loaded=False).raw == first and not moved
+        assert moved == [0] and MODELS.loaded() == []
+        assert not any(tensor.nbytes for tensor in (*model.network.parameters(), *model.network.buffers()))
+        with MODELS.borrowed("qwen3_vl", options) as another:
+            assert another is not model and ask(another, Question("x"), keep_loaded=False).raw == first
+
+    def test_kept_it_stays(self, ask, moved):
+        with MODELS.borrowed("qwen3_vl", LoadOptions()) as model:
+            first = ask(model, Question("x")).raw
+        assert MODELS.loaded() == [model] and not moved
+        with MODELS.borrowed("qwen3_vl", LoadOptions()) as again:
+            assert again is model and ask(model, Question("x")).raw == first
+
+    def test_one_that_somebody_holds_is_sent_away_whole(self, load, ask, moved):
+        model = load("qwen3_vl")
+        with MODELS.borrowed("qwen3_vl", LoadOptions()) as borrowed:
+            first = ask(borrowed, Question("x"), keep_loaded=False).raw
+        assert borrowed is model and len(moved) == 1 and moved[0] > 0
+        assert ask(model, Question("x")).raw == first and MODELS.loaded() == [model]
+
+    def test_the_last_of_several_borrowers_gives_it_back(self, ask, moved):
+        with MODELS.borrowed("qwen3_vl", LoadOptions()) as one:
+            with MODELS.borrowed("qwen3_vl", LoadOptions()) as other:
+                first = ask(other, Question("x"), keep_loaded=False).raw
+            assert one is other and ask(one, Question("x"), keep_loaded=False).raw == first
+            assert not moved
+        assert moved == [0]
+
+    def test_an_error_leaves_nothing(self, ask, moved):
+        with pytest.raises(ValueError, match="nothing to answer"), MODELS.borrowed("qwen3", LoadOptions(), False) as it:
+            ask(it, Question(" "))
+        assert moved == [0] and MODELS.loaded() == []
+
+
 def test_words_that_mean_the_same_share_a_model(load):
     words = [("none", "auto"), ("None (FP16)", "sdpa"), ("", "sage"), ("none", "flash_attention_2")]
     if is_flash_attn_2_available():
