@@ -21,7 +21,7 @@ from torch import nn
 from .. import host
 from ..cache import content_key, file_fingerprint
 from ..host import Managed
-from ..host.capturing import GraphMemory
+from ..host.capturing import GraphMemory, trim
 from . import decoding
 from .budgets import TokenPixels
 from .folders import ModelFolder, UnusableModel
@@ -240,7 +240,10 @@ class LoadedModel:
 
     def drop_device_state(self) -> None:
         """Free what was built for the weights' present place: decode buffers, graphs, prefix keys and values."""
+        graphs = "graph memory" in self.device_state
         self.device_state.clear()
+        if graphs:
+            trim(self.device)
 
     def release(self) -> None:
         """Send the weights back to the offload device and free everything that was built on the compute device."""
