@@ -29,7 +29,6 @@ class FilmClock:
     """Ticks of `facts.time_base` for the packets of `stream`, in the order of the file."""
 
     def __init__(self, container: Any, stream: Any, facts: VideoFacts) -> None:
-
         self.time_base = facts.time_base
         self.offset = 0  # ticks
         self.breaks = 0

@@ -232,9 +232,7 @@ def prepared(
                 return buffers, replace(path, note="; ".join(notes))
             except torch.OutOfMemoryError:
                 raise
-            except (
-                Exception
-            ) as error:  # what compilers and drivers raise, in all its forms; Triton's are no RuntimeError
+            except Exception as error:  # of compilers and drivers, in all its forms; Triton's are no RuntimeError
                 if is_stop(error):
                     raise
                 failed[path.name] = first_line(error)
