@@ -109,8 +109,9 @@ class _QwenNode:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, seed: int = -1, **inputs: Any) -> Any:
-        return float("nan") if seed < 0 else seed
+    def IS_CHANGED(cls, seed: int | None = -1, **inputs: Any) -> Any:
+        # One that comes from another node is not known yet (None), and changes with that node.
+        return float("nan") if seed is not None and seed < 0 else seed
 
 
 def run(

@@ -77,7 +77,9 @@ class HotpathZImageLoader:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, checkpoint: str = "", **inputs: Any) -> str:
+    def IS_CHANGED(cls, checkpoint: str | None = "", **inputs: Any) -> str:
+        if checkpoint is None:
+            return ""  # it comes from another node, and changes with that
         return folders.find(checkpoint).identity(*folders.COMPONENTS)
 
     def load(
@@ -127,7 +129,9 @@ class HotpathZImageLora:
         }
 
     @classmethod
-    def IS_CHANGED(cls, lora: str = "", **inputs: Any) -> str:
+    def IS_CHANGED(cls, lora: str | None = "", **inputs: Any) -> str:
+        if lora is None:
+            return ""  # it comes from another node, and changes with that
         return file_fingerprint(host.current().model_path(LORAS, lora))
 
     def add(self, pipeline: Pipeline, lora: str, strength: float) -> tuple[Pipeline]:

@@ -97,3 +97,17 @@ def test_every_node_is_described(node_classes: dict[str, type[Any]], headless_ho
         for section in ("required", "optional"):
             for name, (_, *rest) in declared.get(section, {}).items():
                 assert rest and rest[0].get("tooltip"), f"{node_id}.{name} has no tooltip"
+
+
+def test_inputs_that_other_nodes_give_stop_no_node_from_being_remembered(
+    node_classes: dict[str, type[Any]], headless_host: Any
+) -> None:
+    """Before a run ComfyUI asks IS_CHANGED and gives None for what is linked; a node that raises then runs every time."""
+    asked = 0
+    for node in node_classes.values():
+        if hasattr(node, "IS_CHANGED"):
+            declared = node.INPUT_TYPES()
+            names = [name for group in ("required", "optional") for name in declared.get(group, {})]
+            node.IS_CHANGED(**dict.fromkeys(names))
+            asked += 1
+    assert asked > 10
