@@ -334,7 +334,6 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setattr(film, "copies_for", DirectCopies)
     monkeypatch.setattr(film, "activations", lambda *_: (8, 0))
     monkeypatch.setattr(stage_times.StageTimes, "__init__", _without_events)
-    monkeypatch.setattr(engine, "graph_memory", lambda device: None)
     original = GraphedStep.__init__
 
     def plain(self: GraphedStep, function: Any, device: torch.device, **_: Any) -> None:
