@@ -15,7 +15,7 @@ COMFYUI := $(shell if [ -n "$$COMFYUI_PATH" ]; then set -- "$$COMFYUI_PATH"; els
 # Tests and the demo start dozens of processes; where bytecode may not be kept, each compiles ComfyUI and torch anew (20 s).
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-all check format clean
 
 # Made again when what it is made from changes, or when a ComfyUI appears.
 $(VENV)/.ready: pyproject.toml constraints.txt overrides.txt $(wildcard $(COMFYUI)/requirements.txt)
@@ -38,6 +38,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-all: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --all
 
 check: $(VENV)/.ready
 	$(BIN)/python -m ruff check .

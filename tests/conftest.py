@@ -92,7 +92,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what importing made stays for good
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="tests marked `long` as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        skip = pytest.mark.skip(reason="long: runs with --all (`make test-all`)")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skip)
     if COMFYUI is None:
         skip = pytest.mark.skip(reason="no ComfyUI checkout: set COMFYUI_PATH, or put one at ~/ComfyUI")
         for item in items:

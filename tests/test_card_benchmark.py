@@ -97,6 +97,7 @@ def test_nothing_begins_without_time(call: Any) -> None:
     assert call([stage("good", WRITES)], "--minutes", "0.01") == {}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real card")
 def test_stages_find_the_simulated_card(call: Any) -> None:
     code = (
@@ -146,6 +147,7 @@ sys.exit(subprocess.call([sys.executable, "-c", code, sys.argv[1]]))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="processes cannot be stopped there")
 def test_stages_together_measure_one_at_a_time(call: Any, tmp_path: Path) -> None:
     measures = MEASURES.format(folder=str(Path(card.__file__).parent))

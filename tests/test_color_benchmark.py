@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "colorization.py"
 
 
@@ -14,6 +16,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_both_methods_give_a_row_and_what_ran() -> None:
     done = run("--tiny", "--long", "10")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -24,6 +27,7 @@ def test_both_methods_give_a_row_and_what_ran() -> None:
     assert "CUDA graph of the decoder" in done.stdout and "match: " in done.stdout
 
 
+@pytest.mark.long
 def test_nothing_begins_after_its_time_and_it_says_so() -> None:
     done = run("--tiny", "--seconds", "0")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -136,6 +136,7 @@ def save_reference(folder: Path) -> None:
     Image.fromarray((counted(1)[0] * 255).to(torch.uint8).numpy()).save(folder / "r.png")
 
 
+@pytest.mark.long
 def test_a_killed_process_costs_one_part_and_no_frame(
     tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +211,7 @@ def test_parts_are_shots_and_long_shots_are_split(tmp_path: Path, monkeypatch: p
     assert split[1] == whole[1] and (split[0].float() - whole[0].float()).abs().mean() < 0.6
 
 
-@pytest.mark.parametrize("stop", [2, 4])
+@pytest.mark.parametrize("stop", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_resume_begins_with_the_shot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     pytest.importorskip("scenedetect")
     shots_film(tmp_path / "in.mp4")
@@ -435,7 +436,7 @@ def test_streams_that_cannot_be_sought_lose_no_frame(
     assert numbers(read_pictures(job.output)) == list(range(60))
 
 
-@pytest.mark.parametrize("place", [35, 50])
+@pytest.mark.parametrize("place", [35, pytest.param(50, marks=pytest.mark.long)])
 def test_a_broken_film_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
     """Two transport streams in a row, the second one's clock starting again, before or after the film stops; a packet of
     each is lost."""
@@ -488,7 +489,7 @@ def test_an_interrupt_while_a_part_is_closed_costs_nothing(
     assert numbers(read_pictures(job.output)) == list(range(60))
 
 
-@pytest.mark.parametrize("failing", [2, 4])
+@pytest.mark.parametrize("failing", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_disk_that_fills_loses_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
     """Whatever is queued behind the frames that were not written must not count."""
     monkeypatch.setattr(file_job, "PART_FRAMES", 20)

@@ -34,7 +34,9 @@ def test_repeated_blocks_are_found_in_the_module_tree(name: str, regions: str, e
     assert describe_regions(find_regions(tiny(name).model.model.diffusion_model, regions)) == expected
 
 
-@pytest.mark.parametrize(("name", "graphs"), [("z_image", 2), ("flux", 2), ("least_sdxl", 12)])
+@pytest.mark.parametrize(
+    ("name", "graphs"), [("z_image", 2), ("flux", 2), pytest.param("least_sdxl", 12, marks=pytest.mark.long)]
+)
 @pytest.mark.usefixtures("own_graphs")
 def test_one_graph_per_kind_serves_prompts_and_sizes(name: str, graphs: int) -> None:
     bench = tiny(name)

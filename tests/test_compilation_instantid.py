@@ -132,7 +132,7 @@ class Replay:
         return self.output
 
 
-@pytest.mark.parametrize("compiled_first", [True, False])
+@pytest.mark.parametrize("compiled_first", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_recording_follows_every_change_of_an_identity(compiled_first: bool) -> None:
     settings = CompileSettings(mode="reduce-overhead", regions="transformer blocks")
 

@@ -51,7 +51,7 @@ def assert_same_picture(made: torch.Tensor, expected: torch.Tensor) -> None:
     assert (made - expected).abs().max() <= CLOSE * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["z_image", "flux"])
+@pytest.mark.parametrize("name", ["z_image", pytest.param("flux", marks=pytest.mark.long)])
 def test_one_recording_per_size_serves_every_step_and_prompt(name: str) -> None:
     bench = tiny(name)
     model, recorder = recorded(bench.model)

@@ -136,7 +136,9 @@ def test_a_kernel_of_comfy_kitchens_own_is_asked_for(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.comfy
-@pytest.mark.parametrize(("name", "operator"), [("z_image", "rms_rope"), ("flux", "apply_rope")])
+@pytest.mark.parametrize(
+    ("name", "operator"), [("z_image", "rms_rope"), pytest.param("flux", "apply_rope", marks=pytest.mark.long)]
+)
 @pytest.mark.usefixtures("own_graphs")
 def test_native_models_run_without_opaque_rotations(name: str, operator: str) -> None:
     bench = tiny(name)

@@ -113,7 +113,10 @@ class TestInComfyUI:
         twin = json.loads(twin_path(path).read_text("utf-8"))
         assert twin == twin_of(path, object_info), "run `python tests/make_example_files.py`"
 
-    @pytest.mark.parametrize("name", NAMES)
+    # map_captions starts two workers, which the demo does as well.
+    @pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[pytest.mark.long] * (name == "map_captions")) for name in NAMES]
+    )
     def test_it_runs(self, server, name, tmp_path: Path):
         before = server.log.stat().st_size
         outcome = run_example(server, FOLDER / f"{name}.json", tmp_path)

@@ -314,6 +314,7 @@ def alike(made: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((made - expected).abs().max() < 1e-5 * expected.abs().max())
 
 
+@pytest.mark.long
 def test_compiled_models_follow_every_change_in_one_graph(bench: Bench) -> None:
     """No graph break, nothing baked in; a graph of the plain model is not taken for the patched one or the reverse."""
     from hotpath_demo import tiny_sdxl

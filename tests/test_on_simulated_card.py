@@ -13,15 +13,16 @@ import torch
 HERE = Path(__file__).resolve().parent / "on_simulated_card"
 
 
-LANGUAGE = ("test_answers.py", "test_fused_decode.py", "test_prefill.py")
-UNETS = ("test_native_models.py", "test_pictures.py")
-REST = tuple(sorted(path.name for path in HERE.glob("test_*.py") if path.name not in LANGUAGE + UNETS))
+LANGUAGE = ("test_answers.py", "test_fused_decode.py", "test_prefill.py", "test_tower.py")
+REST = tuple(sorted(path.name for path in HERE.glob("test_*.py") if path.name not in LANGUAGE))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real card")
-@pytest.mark.parametrize("files", [LANGUAGE, UNETS, REST], ids=["language", "unets", "rest"])  # workers share them
-def test_on_simulated_card(files: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("files", [LANGUAGE, REST], ids=["language", "rest"])  # workers share them
+def test_on_simulated_card(files: tuple[str, ...], request: pytest.FixtureRequest) -> None:
     command = [sys.executable, "-m", "pytest", *files, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    if request.config.getoption("--all"):
+        command.append("--all")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(
         command, env={**environment, "HOTPATH_SIMULATED_CARD": "1"}, capture_output=True, text=True, cwd=HERE

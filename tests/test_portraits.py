@@ -121,6 +121,7 @@ class TestInComfyUI:
             assert torch.allclose(x[:, :48], portraits.hint_features(hint), atol=1e-4)
             assert not x[:, 48:].any()
 
+    @pytest.mark.long
     def test_the_face_becomes_the_given_one_as_the_weight_rises(self, parts, analyser):
         alike: dict[float, list[float]] = {0.0: [], 0.9: []}
         off = []
@@ -138,6 +139,7 @@ class TestInComfyUI:
         assert with_it > 0.4, alike
         assert len(off) >= 5 and np.mean(off) < 0.04, "eyes, nose and mouth are where the key points say"
 
+    @pytest.mark.long
     def test_words_choose_the_background(self, parts, analyser):
         (given,) = found(analyser, drawn(people(1)[0]))
         for colour in ("red", "blue"):

@@ -53,7 +53,9 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize(("name", "dtype"), [("z_image", torch.float32), ("flux", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("z_image", torch.float32), pytest.param("flux", torch.bfloat16, marks=pytest.mark.long)]
+)
 def test_the_picture_is_close_and_the_original_untouched(name, dtype, scheme):
     import comfy.model_management as management
 

@@ -327,6 +327,7 @@ def test_a_refusal_is_said_in_the_panel(front_end: FrontEnd) -> None:
     front_end.page.unroute("**/hotpath/caches/clear")
 
 
+@pytest.mark.long
 def test_libraries_and_the_light_theme(front_end: FrontEnd) -> None:
     panel = front_end.open_panel()
     front_end.setting("Comfy.ColorPalette", "light")
@@ -353,6 +354,7 @@ def test_the_panel_asks_only_while_it_is_seen(front_end: FrontEnd) -> None:
     assert asked == []
 
 
+@pytest.mark.long
 def test_the_other_renderer_shows_the_same(front_end: FrontEnd) -> None:
     front_end.setting("Comfy.VueNodes.Enabled", True)
     load_faces(front_end, provider="DirectML")

@@ -104,6 +104,7 @@ def wait_for(condition, seconds: float = 90.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.long
 @posix
 def test_killed_then_stopped_then_finished(tmp_path, headless_host, request_for):
     """kill -9 of the run, Ctrl-C of the next one, and a third that finishes: every picture once, and whole."""

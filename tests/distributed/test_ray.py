@@ -83,6 +83,7 @@ def test_actors_one_of_which_is_killed_give_what_this_process_gives(ray, picture
     ]
 
 
+@pytest.mark.long
 @needs_ray
 def test_an_interrupt_ends_the_actors_work(ray, pictures, request_for, monkeypatch):
     for i in range(3):
@@ -127,6 +128,7 @@ def test_only_this_machine_reaches_it_and_only_with_the_token(ray):
     assert "token" in done.stderr
 
 
+@pytest.mark.long
 @needs_ray
 def test_an_actor_that_does_not_see_the_files_says_so(ray, tmp_path):
     pool = RayPool(ray, WorkerSettings(str(tmp_path), sees=[str(tmp_path / "nothing")]), 1, 0.0, 0.5)
@@ -226,6 +228,7 @@ def test_an_address_where_nobody_is_and_one_that_is_none(tmp_path, monkeypatch, 
             connected(ClusterOptions(address), tmp_path).__enter__()
 
 
+@pytest.mark.long
 @needs_ray
 def test_a_wrong_token_is_one_sentence_at_once(ray, tmp_path):
     address = ray.get_runtime_context().gcs_address

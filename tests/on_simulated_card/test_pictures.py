@@ -107,7 +107,7 @@ def test_the_picture_stays(card: Any, dtype: torch.dtype, linear: bool) -> None:
         assert all(weight.is_contiguous() for weight in part.parameters(recurse=False))
 
 
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("last", [pytest.param(True, marks=pytest.mark.long), False])
 def test_a_block_by_the_kernels_themselves(card: Any, real_kernels: None, last: bool) -> None:
     from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
     from hotpath_demo import tiny_sdxl

@@ -17,7 +17,7 @@ def write_film(path: Path, pictures: Tensor, sound: bool = True, rate: int = 12,
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv444p"
-        voice: Any = container.add_stream("aac", rate=16000) if sound else None
+        voice: Any = container.add_stream("aac", rate=16000, options={"aac_coder": "fast"}) if sound else None
         for picture in (pictures * 255).to(torch.uint8):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")))
         container.mux(stream.encode())

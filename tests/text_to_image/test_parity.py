@@ -88,7 +88,7 @@ def test_drawing_in_a_mask(load, draw, library):
     assert torch.equal(over.latents[:, :, :2], kept) and not torch.equal(over.latents[:, :, 2:], drawn)
 
 
-@pytest.mark.parametrize(("compile", "channels"), [("none", 4), ("regional", 9)])
+@pytest.mark.parametrize(("compile", "channels"), [("none", 4), pytest.param("regional", 9, marks=pytest.mark.long)])
 def test_drawing_after_a_control_image(load, draw, folder, graphs, channels, compile):
     from diffusers import ZImageControlNetModel, ZImageControlNetPipeline, ZImagePipeline
 
