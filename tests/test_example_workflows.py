@@ -113,7 +113,7 @@ class TestInComfyUI:
         twin = json.loads(twin_path(path).read_text("utf-8"))
         assert twin == twin_of(path, object_info), "run `python tests/make_example_files.py`"
 
-    # map_captions starts two workers, which the demo does as well.
+    # map_captions starts workers of its own, a process each.
     @pytest.mark.parametrize(
         "name", [pytest.param(name, marks=[pytest.mark.long] * (name == "map_captions")) for name in NAMES]
     )
