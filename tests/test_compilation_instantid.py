@@ -85,6 +85,7 @@ def test_masks_and_sizes_share_one_more_graph() -> None:
         assert compiler.fallbacks() == {}
 
 
+@pytest.mark.long
 def test_two_people_and_compiling_after_them() -> None:
     def both(model: Any) -> Any:
         model, positive, negative = bench().apply(model=model, mask=mask(3))

@@ -153,6 +153,7 @@ def test_native_models_run_without_opaque_rotations(name: str, operator: str) ->
     assert f"comfy_kitchen::{operator} written out" in compiler.report()
 
 
+@pytest.mark.long
 def test_norm_and_rotation_of_queries_and_keys_are_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     if problem := settings.compiler_problem("cpu"):
         pytest.skip(problem)

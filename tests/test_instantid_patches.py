@@ -348,6 +348,7 @@ def test_compiled_models_follow_every_change_in_one_graph(bench: Bench) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 def test_a_range_of_sigmas_needs_no_graph_of_its_own_on_a_device(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where reading the sigma would wait, the weight is a tensor that becomes 0: the same graph in and out of range."""
     from hotpath.patches.model_call import ModelCall

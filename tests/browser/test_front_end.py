@@ -368,6 +368,7 @@ def test_the_other_renderer_shows_the_same(front_end: FrontEnd) -> None:
     front_end.setting("Comfy.VueNodes.Enabled", False)
 
 
+@pytest.mark.long
 def test_everything_of_ours_speaks_chinese(front_end: FrontEnd) -> None:
     """Chosen while the page is open: panel, badges, notes about older graphs, menu entries; and the colours stay."""
     panel = front_end.open_panel()

@@ -172,6 +172,7 @@ def test_a_worker_takes_what_it_started_with_it():
     wait_for(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE, 10.0)
 
 
+@pytest.mark.long
 def test_workers_that_cannot_begin_end_the_run(pictures, request_for, monkeypatch):
     """As on a machine without the shared storage: the worker says what it does not see."""
     pool = LocalPool(WorkerSettings(str(pictures), sees=[str(pictures / "nothing")]), [None])
