@@ -67,6 +67,8 @@ def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool =
     file lacks.
     """
     unfinished = output.with_name(f"{output.stem}.unfinished{output.suffix}")
+    if unfinished.exists() and unfinished.samefile(source):
+        unfinished = output.with_name(f"{output.stem}.unfinished-2{output.suffix}")
     try:
         try:
             lost = _written(parts, source, unfinished, output.suffix, complete, with_subtitles=True)

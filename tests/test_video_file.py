@@ -119,6 +119,15 @@ def gaps(times: list[float]) -> float:
     return max(b - a for a, b in pairwise(ordered))
 
 
+def test_a_source_called_as_what_is_unfinished_is_not_written_over(tmp_path: Path) -> None:
+    source = write(tmp_path / "film.unfinished.mp4")
+    before = source.read_bytes()
+    assert through(source, tmp_path / "film.mp4") == []
+    assert source.read_bytes() == before and len(read(tmp_path / "film.mp4")[1]) == 24
+    assert {path.name for path in tmp_path.iterdir()} >= {"film.unfinished.mp4", "film.mp4"}
+    assert not list(tmp_path.glob("*unfinished-2*"))
+
+
 @pytest.mark.parametrize("rate", [25, Fraction(24000, 1001)])
 @pytest.mark.parametrize("ending", [".mkv", ".mp4"])
 def test_the_rate_stays(tmp_path: Path, rate: Fraction | int, ending: str) -> None:
