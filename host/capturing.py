@@ -22,6 +22,7 @@ log = logging.getLogger("hotpath")
 
 Made = TypeVar("Made")
 
+ENDS = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the second in older releases
 STREAMS = 64  # tries to find a stream that no living graph was captured on; torch has 32 and gives them out in turn
 
 _capturing = threading.RLock()  # one in another is for torch to refuse
@@ -126,10 +127,13 @@ def _capture(function: Callable[[], Made], graph: Any, stream: Any, pool: Any, d
 
 def _end(device: torch.device | None, pool: Any) -> None:
     """Have the allocator leave a capture that broke off, where torch itself did not get as far."""
-    # It refuses where nothing is to be ended.
-    with contextlib.suppress(RuntimeError):
-        torch._C._cuda_endAllocateToPool(_index(device), pool)
-        torch._C._cuda_releasePool(_index(device), pool)
+    inner: Any = torch._C
+    end = next((getattr(inner, name) for name in ENDS if hasattr(inner, name)), None)
+    if end is None:
+        return
+    with contextlib.suppress(RuntimeError):  # it refuses where nothing is to be ended
+        end(_index(device), pool)
+        inner._cuda_releasePool(_index(device), pool)
 
 
 def _own_allocator() -> bool:

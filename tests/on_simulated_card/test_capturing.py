@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hotpath.host import capturing
 from hotpath.host.capturing import GraphMemory, captured
 
 
@@ -40,7 +41,13 @@ def test_one_capture_at_a_time(card: Any) -> None:
     assert all(end <= start for (_, end), (start, _) in zip(sorted(captures), sorted(captures)[1:], strict=False))
 
 
-def test_a_capture_that_breaks_off_costs_the_next_ones_nothing(card: Any) -> None:
+@pytest.mark.parametrize("name", capturing.ENDS)
+def test_a_capture_that_breaks_off_costs_the_next_ones_nothing(
+    card: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    end = torch._C._cuda_endAllocateToPool
+    monkeypatch.delattr(torch._C, "_cuda_endAllocateToPool")
+    monkeypatch.setattr(torch._C, name, end, raising=False)
     x, out = torch.arange(4.0, device="cuda"), torch.zeros(4, device="cuda")
     memory = GraphMemory()
 
