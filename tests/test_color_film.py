@@ -284,6 +284,7 @@ def test_8k_width_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     assert done.pictures.shape == (1, 620, 7680, 3)
 
 
+@pytest.mark.long
 def test_full_size_conversion_halves_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     original = film.with_luminance
 

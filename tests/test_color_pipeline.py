@@ -359,6 +359,7 @@ def test_the_test_finds_what_waits(pretended_gpu: torch.device) -> None:
             reading()
 
 
+@pytest.mark.long
 def test_memory_waits_only_when_long_term_memory_is_full(pretended_gpu: torch.device) -> None:
     """Which of the least used elements tie is a number only the device knows: once in a compression, and no sooner."""
     with pretended_gpu:

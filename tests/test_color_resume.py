@@ -377,6 +377,7 @@ def test_a_stop_leaves_the_whole_film_of_an_earlier_job(tmp_path: Path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
 
 
+@pytest.mark.long
 def test_what_a_stop_left_goes_when_the_film_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_job, "PART_FRAMES", 20)
     job, references, partial = finished_before(tmp_path)

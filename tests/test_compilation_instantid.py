@@ -73,6 +73,7 @@ def test_what_changes_from_picture_to_picture_needs_no_graph() -> None:
         assert compiler.fallbacks() == {}, name
 
 
+@pytest.mark.long
 def test_masks_and_sizes_share_one_more_graph() -> None:
     base, compiler = bases()
     made = sample(*bench().advanced(model=base, mask=mask(4)))

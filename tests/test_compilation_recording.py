@@ -164,6 +164,7 @@ def test_a_recording_that_fails_leaves_the_call_as_it_is() -> None:
     assert "not permitted" in compiler_of(model).report()
 
 
+@pytest.mark.long
 def test_gradients_are_never_lost_in_a_recording() -> None:
     bench = tiny("flux")
     model, recorder = recorded(bench.model)

@@ -84,6 +84,7 @@ def test_with_instantid_controlnet_and_attention():
     assert 0 < relative(out, expected) < 0.1 and override_of(both).log.calls
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("own_graphs")
 def test_quantised_with_chosen_attention_and_compiled():
     from hotpath.patches.compilation import compile_model, compiler_of

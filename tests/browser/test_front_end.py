@@ -240,6 +240,7 @@ def test_an_older_node_is_replaced_from_its_menu(front_end: FrontEnd) -> None:
     assert "DeepExColorVideoNode" not in {node["class_type"] for node in prompt.values()}
 
 
+@pytest.mark.long
 def test_templates_list_the_examples_and_no_api_twins(front_end: FrontEnd) -> None:
     with urllib.request.urlopen(f"{front_end.url}/api/workflow_templates", timeout=30) as answer:
         listed = json.load(answer)["comfyui-hotpath"]
@@ -341,6 +342,7 @@ def test_libraries_and_the_light_theme(front_end: FrontEnd) -> None:
     front_end.setting("Comfy.ColorPalette", "dark")
 
 
+@pytest.mark.long
 def test_the_panel_asks_only_while_it_is_seen(front_end: FrontEnd) -> None:
     panel = front_end.open_panel()
     asked: list[str] = []

@@ -111,6 +111,7 @@ def test_a_network_that_cannot_be_recorded_runs_plainly_and_says_why(
     assert "when stream is capturing" in there.report()
 
 
+@pytest.mark.long
 def test_shapes_that_keep_changing_are_not_recorded_without_end(card: Any, there: Any) -> None:
     from hotpath.face.graphs import MOST_GRAPHS
 

@@ -45,7 +45,8 @@ def ask(model: Any, decode: str, tokens: int = 4, prompt: str = "What?", **optio
     return answer(model, [question], GREEDY, settings)[0]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("qwen2", marks=pytest.mark.long), "qwen3_vl"])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_vl"])
 def test_text_is_the_plain_paths(card: Any, load: Any, kind: str) -> None:
     model = load(kind)
     wanted = ask(model, "plain")

@@ -41,7 +41,15 @@ def recordings(model: Any) -> list[Any]:
     return [made for space in model.device_state["workspaces"].values() for made in space.prefills.values()]
 
 
-@pytest.mark.parametrize("kind", ["qwen3", pytest.param("qwen2_vl", marks=pytest.mark.long), "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "qwen3",
+        pytest.param("qwen2_vl", marks=pytest.mark.long),
+        pytest.param("qwen2_5_vl", marks=pytest.mark.long),
+        "qwen3_vl",
+    ],
+)
 def test_answers_are_the_plain_paths(card: Any, load_llm: Any, kind: str) -> None:
     model = load_llm(kind)
     media: dict[str, Any] = {} if kind == "qwen3" else {"pictures": (A, B), "clips": (CLIP,)}
