@@ -53,7 +53,7 @@ def installed() -> bool:
     return True
 
 
-@pytest.mark.parametrize("command", [".", "hotpath", str(ROOT)])
+@pytest.mark.parametrize("command", [pytest.param(".", marks=pytest.mark.long), "hotpath", str(ROOT)])
 def test_every_way_to_start(command):
     if command == "hotpath" and not installed():
         pytest.skip("the pack is not installed in this environment")

@@ -30,6 +30,7 @@ def workflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_grid_in_two_settings(
     demo_comfyui: Any, workflow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -211,6 +211,7 @@ def test_what_a_graph_knows_of_weights_is_part_of_a_kind() -> None:
     assert not alike(), "compiled kernels are for one layout in memory"
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("own_graphs")
 def test_more_sizes_than_torch_keeps_graphs_for_run_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     import torch._dynamo
@@ -276,6 +277,7 @@ def test_inductor_compiles_a_block_for_the_cpu() -> None:
     assert kind.graphs == 1
 
 
+@pytest.mark.long
 def test_attention_of_a_node_that_runs_again_needs_no_new_graph() -> None:
     from hotpath.patches.attention_override import attention_report, set_attention
 

@@ -77,6 +77,7 @@ def test_nothing_stays_on_the_blocks_after_an_interrupt_or_an_error() -> None:
     assert torch.equal(sample(bench, model), expected)
 
 
+@pytest.mark.long
 def test_copies_of_the_options_keep_the_compiler() -> None:
     bench = tiny("flux")
     model, compiler = compiled(bench.model)

@@ -129,6 +129,7 @@ def test_padding_leaves_legal_sizes_alone() -> None:
     assert legal_size(50, 71) == (56, 80)
 
 
+@pytest.mark.long
 def test_portions_batches_and_state_change_nothing(networks: DeepExemplar) -> None:
     # The golden clip: its best matches are clear of one another, so rounding flips none.
     golden = np.load(DATA / "deepex_d2_propagate.npz")

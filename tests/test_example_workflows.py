@@ -140,7 +140,9 @@ class TestInComfyUI:
         with urllib.request.urlopen(f"{base}/images/blocks.jpg", timeout=60) as answer:
             assert answer.headers["Content-Type"] == "image/jpeg"
 
-    @pytest.mark.parametrize(("kind", "number"), [("bash", 0), ("python", 0), ("python", 1)])
+    @pytest.mark.parametrize(
+        ("kind", "number"), [("bash", 0), ("python", 0), pytest.param("python", 1, marks=pytest.mark.long)]
+    )
     def test_the_guides_examples_run(self, server, tmp_path: Path, kind: str, number: int):
         """The blocks of docs/api.md, as they stand, in a folder with the files they name."""
         guide = (FOLDER.parent / "docs" / "api.md").read_text("utf-8")

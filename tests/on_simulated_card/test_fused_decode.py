@@ -123,6 +123,7 @@ def test_kernels_that_do_not_serve_give_way(card: Any, load: Any, monkeypatch: p
     monkeypatch.undo()
 
 
+@pytest.mark.long
 def test_configs_are_measured_once(card: Any, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("qwen3")
     del text_decoder(model.network).layers[1:]

@@ -170,6 +170,7 @@ def test_buffers_and_graphs_go_at_once(card: Any, load_llm: Any) -> None:
         assert [it() for it in held] == [None] * len(held)
 
 
+@pytest.mark.long
 def test_recordings_are_bounded(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replayed_prefill, "RECORDINGS", 2)
     model = load_llm("qwen3")
@@ -316,6 +317,7 @@ def test_kernels_are_tried_as_they_will_run(card: Any, monkeypatch: pytest.Monke
     replayed_prefill.kernels_missing.cache_clear()
 
 
+@pytest.mark.long
 def test_kernels_between_the_products_change_nothing(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from hotpath.vision_language import decode_attention, fused_decode
 
