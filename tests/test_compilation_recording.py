@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hotpath.patches.compilation import CompileSettings, compile_model, compiler_of, recording
+from hotpath.patches.compilation import CompileSettings, call_arguments, compile_model, compiler_of, recording
 from hotpath.patches.compilation.recording import CallRecorder, CudaRecording, record_calls
 from tiny_native_models import Tiny, tiny
 
@@ -421,8 +421,8 @@ def test_objects_whose_content_is_not_known_are_not_recorded() -> None:
     Pair = namedtuple("Pair", "first second")
     for given in (object(), Pair(torch.ones(1), torch.ones(2))):
         with pytest.raises(recording.NotTraceable, match=f"is given a .*{type(given).__name__}"):
-            recording._flatten({"window": [given]}, recording._Flat([], [], []))
-    sizes = [recording._flatten(torch.Size([1, n]), recording._Flat([], [], [])) for n in (2, 2, 3)]
+            call_arguments.flatten({"window": [given]}, call_arguments.Flat([], [], []))
+    sizes = [call_arguments.flatten(torch.Size([1, n]), call_arguments.Flat([], [], [])) for n in (2, 2, 3)]
     assert sizes[0] == sizes[1] != sizes[2]
 
 

@@ -11,14 +11,11 @@ code, our patches, and nothing of another pack. Where that is not so, the call r
 from __future__ import annotations
 
 import contextlib
-import copy
-import enum
 import inspect
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,7 +23,8 @@ import torch
 from ...host.capturing import GraphMemory, captured, trim
 from ...host.errors import kind_and_line
 from ..model_call import BOUND, BoundPatches
-from .blocks import attributes_used, check_replaced
+from .blocks import check_replaced
+from .call_arguments import Flat, copies, flatten, fresh, rebuild
 from .options import (
     CALL,
     OVERRIDE,
@@ -82,68 +80,6 @@ def _memory() -> GraphMemory:
     return _memories.setdefault(torch.cuda.current_device(), GraphMemory())
 
 
-@dataclass
-class _Flat:
-    """The tensors in some arguments, and everything else about them as a key.
-
-    lasting: which of the tensors are in patches of ours, that is, never written to once they are made. kept: objects that
-    the key names by identity; held so that no other object gets their identity.
-    """
-
-    tensors: list[torch.Tensor]
-    lasting: list[bool]
-    kept: list[Any]
-
-
-def _flatten(value: Any, flat: _Flat, lasting: bool = False) -> Hashable:
-    if isinstance(value, torch.Tensor):
-        flat.tensors.append(value)
-        flat.lasting.append(lasting)
-        return "tensor", tuple(value.shape), value.dtype, value.device
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
-        return type(value), value
-    if isinstance(value, dict):
-        parts = tuple((key, _flatten(part, flat, lasting)) for key, part in value.items() if key != OVERRIDE)
-        return dict, parts, _same(value.get(OVERRIDE), flat)
-    if type(value) in (list, tuple):
-        return type(value), tuple(_flatten(part, flat, lasting) for part in value)
-    if isinstance(value, (torch.Size, enum.Enum)):
-        return type(value), value
-    if (attributes := attributes_used(value)) is not None:
-        ours = lasting or type(value).__module__.startswith(OWN)
-        return type(value), tuple((name, _flatten(part, flat, ours)) for name, part in attributes.items())
-    return _same(value, flat)
-
-
-def _same(value: Any, flat: _Flat) -> Hashable:
-    """The very object counts, not what is in it: an attention override, a function.
-
-    Raises NotTraceable for others: what is in them may change, and many are made anew for every call.
-    """
-    if value is None:
-        return None
-    if not callable(value):
-        raise NotTraceable(f"the model is given a {type(value).__module__}.{type(value).__name__}")
-    flat.kept.append(value)
-    return "object", id(value)
-
-
-def _rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """`value` with its tensors replaced, in the order of `_flatten`."""
-    if isinstance(value, torch.Tensor):
-        return next(tensors)
-    if isinstance(value, dict):
-        return {key: part if key == OVERRIDE else _rebuild(part, tensors) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_rebuild(part, tensors) for part in value)
-    if (attributes := attributes_used(value)) is not None:
-        made = copy.copy(value)
-        for name, part in attributes.items():
-            object.__setattr__(made, name, _rebuild(part, tensors))
-        return made
-    return value
-
-
 def _modes(tensors: list[torch.Tensor]) -> Hashable:
     """What of the thread's and the process's settings decides which kernels a call runs."""
     devices = {tensor.device.type for tensor in tensors}
@@ -154,42 +90,31 @@ def _modes(tensors: list[torch.Tensor]) -> Hashable:
     return torch.is_inference_mode_enabled(), casts, precision, half, torch.backends.cudnn.enabled
 
 
-def _copies(output: Any, made_elsewhere: bool = False) -> Any:
-    """made_elsewhere: on another stream than the present one, whose memory it is."""
-    if isinstance(output, torch.Tensor):
-        if made_elsewhere and output.is_cuda:
-            output.record_stream(torch.cuda.current_stream(output.device))
-        return output.clone()
-    if isinstance(output, (list, tuple)):
-        return type(output)(_copies(part, made_elsewhere) for part in output)
-    return output
-
-
 class _Recorded:
     """A kind of call on its way: first run as it is on buffers of its own, then recorded.
 
     kept: what lives as long, because the key names it or a graph reads it. runs: as it is, then replays.
     """
 
-    def __init__(self, flat: _Flat, copies: Sequence[torch.Tensor]) -> None:
+    def __init__(self, flat: Flat, copies: Sequence[torch.Tensor]) -> None:
         self.buffers = [tensor.clone() for tensor in flat.tensors]
         self.kept = [*flat.kept, *copies]
         self.recording: Recording | None = None
         self.runs = 0
         self._held = [weakref.ref(tensor) for tensor in flat.tensors]
 
-    def play(self, flat: _Flat) -> Any:
+    def play(self, flat: Flat) -> Any:
         assert self.recording is not None
         self._fill(flat)
         self.runs += 1
-        return _copies(self.recording.replay())
+        return copies(self.recording.replay())
 
-    def warm(self, flat: _Flat, run: Callable[[Callable[[], Any]], Any], call: Callable[[], Any]) -> Any:
+    def warm(self, flat: Flat, run: Callable[[Callable[[], Any]], Any], call: Callable[[], Any]) -> Any:
         self._fill(flat)
         self.runs += 1
-        return _copies(run(call), made_elsewhere=True)
+        return copies(run(call), made_elsewhere=True)
 
-    def _fill(self, flat: _Flat) -> None:
+    def _fill(self, flat: Flat) -> None:
         """The buffers get what changed: an identity has some 300 tensors, and they stay from step to step."""
         changed: dict[Hashable, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for place, (tensor, lasts) in enumerate(zip(flat.tensors, flat.lasting, strict=True)):
@@ -271,10 +196,10 @@ class CallRecorder:
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         plan = self.compiler.current()
         calls = self._calls.setdefault(plan, _Calls())
-        flat = _Flat([], [], [])
+        flat = Flat([], [], [])
         try:
             arguments = self._reduced(plan, calls, executor, args, kwargs)
-            key = (_flatten(arguments, flat), _modes(flat.tensors), plan.copies())
+            key = (flatten(arguments, flat), _modes(flat.tensors), plan.copies())
         except NotTraceable as error:
             reason: str | None = str(error)
         else:
@@ -299,7 +224,7 @@ class CallRecorder:
         return self._unrecorded(reason, executor, args, kwargs)
 
     def _recorded(
-        self, plan: _Plan, calls: _Calls, key: Hashable, executor: Any, arguments: tuple[Any, Any], flat: _Flat
+        self, plan: _Plan, calls: _Calls, key: Hashable, executor: Any, arguments: tuple[Any, Any], flat: Flat
     ) -> Any:
         held = calls.kept.get(key)
         if held is None:
@@ -429,18 +354,9 @@ def _prepared(
     executor: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]], buffers: list[torch.Tensor]
 ) -> Callable[[], Any]:
     """The model's call over `buffers`."""
-    args, kwargs = _rebuild(arguments, iter(buffers))
+    args, kwargs = rebuild(arguments, iter(buffers))
     # The model writes into its options while it runs.
-    return lambda: executor(*_fresh(args), **_fresh(kwargs))
-
-
-def _fresh(value: Any) -> Any:
-    """Containers copied, what they hold not."""
-    if isinstance(value, dict):
-        return {key: _fresh(part) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_fresh(part) for part in value)
-    return value
+    return lambda: executor(*fresh(args), **fresh(kwargs))
 
 
 def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> list[str]:
