@@ -28,6 +28,7 @@ class Flat:
 
 
 def flatten(value: Any, flat: Flat, lasting: bool = False) -> Hashable:
+    """The key of `value`, whose tensors go into `flat`. Raises NotTraceable for what may change without a trace."""
     if isinstance(value, torch.Tensor):
         flat.tensors.append(value)
         flat.lasting.append(lasting)
