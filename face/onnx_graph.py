@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .faces import FaceError
 from .onnx_operators import OPERATORS, Attributes, UnsupportedOperator, scale_shift
-from .packed_convolution import PackedConvolution, can_pack
+from .packed_convolution import PackedConvolutions, can_pack
 
 READS_NUMBERS = ("Clip", "Expand", "Pad", "Resize", "Slice", "Upsample")
 
@@ -76,7 +76,8 @@ class OnnxNetwork(nn.Module):
         graph = read_model(path).graph
         self.file = path
         self.when_moved: Callable[[], Any] | None = None  # called when the weights are elsewhere
-        self._packed: dict[int, PackedConvolution] = {}
+        self._packed: PackedConvolutions | None = None
+        self._last_size: torch.Size | None = None
         self._constants: dict[str, Tensor] = {
             t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer
         }
@@ -212,7 +213,7 @@ class OnnxNetwork(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         values: dict[str, Tensor] = {self.input_name: x}
         weights, parameter_of, constants = self._parameters, self._parameter_of, self._constants
-        pack = can_pack(x)
+        packed = self._packed_for(x)
         for position, node in enumerate(self.nodes):
             given: list[Tensor | None] = []
             for name in node.inputs:
@@ -222,9 +223,9 @@ class OnnxNetwork(nn.Module):
                     given.append(weights[parameter_of[name]])
                 else:
                     given.append(constants[name] if name else None)
-            if pack and node.kind == "Conv" and given[1] is not None and given[1].dim() == 4:
-                values[node.output] = self._packed_conv(position, node, *given)
-            elif pack and node.done_before and given[0] is not None and given[0].dim() == 4:
+            if packed is not None and node.kind == "Conv" and given[1] is not None and given[1].dim() == 4:
+                values[node.output] = packed(position, node.attributes, node.then_relu, *given)
+            elif packed is not None and node.done_before and given[0] is not None and given[0].dim() == 4:
                 values[node.output] = given[0]
             else:
                 values[node.output] = node.function(node.attributes, *given)
@@ -232,14 +233,23 @@ class OnnxNetwork(nn.Module):
                 values.pop(name, None)
         return tuple(values[name] if name in values else self._fixed(name) for name in self.output_names)
 
-    def _packed_conv(
-        self, position: int, node: Node, x: Tensor | None, weight: Tensor | None, bias: Tensor | None = None
-    ) -> Tensor:
-        assert x is not None and weight is not None
-        packed = self._packed.get(position)
-        if packed is None:
-            packed = self._packed[position] = PackedConvolution(node.attributes, x, weight, node.then_relu)
-        return packed(x, bias)
+    def _packed_for(self, x: Tensor) -> PackedConvolutions | None:
+        """Weights as oneDNN wants them for the size of `x`; kept from the second call of a size in a row on.
+
+        One copy is enough, and a size that comes once in between does not take its place. What is computed does not
+        depend on the calls before.
+        """
+        if not can_pack(x):
+            return None
+        packed, again = self._packed, self._last_size == x.shape
+        self._last_size = x.shape
+        if packed is not None and packed.size == x.shape:
+            return packed
+        if again:
+            self._packed = None  # the old copy goes before the new one is made
+            self._packed = packed = PackedConvolutions(x.shape)
+            return packed
+        return PackedConvolutions(x.shape, keep=False)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         # Hosts ask a module to be where it is already before every use; torch takes milliseconds to find that out.
@@ -255,7 +265,7 @@ class OnnxNetwork(nn.Module):
         before = self.addresses()
         made = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if before != self.addresses():
-            self._packed.clear()
+            self._packed = None
             if self.when_moved is not None:
                 self.when_moved()
         return made
@@ -266,7 +276,7 @@ class OnnxNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # What oneDNN packed cannot be copied, and graphs are of these weights.
-        return {**self.__dict__, "_packed": {}, "when_moved": None}
+        return {**self.__dict__, "_packed": None, "when_moved": None}
 
     def _fixed(self, name: str) -> Tensor:
         found = self._parameters.get(self._parameter_of.get(name, ""))

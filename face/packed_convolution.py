@@ -1,7 +1,8 @@
 """Convolutions on a CPU, with their weights in the order in which oneDNN computes.
 
-torch brings them into that order anew in every call; for ArcFace and one face that is a quarter of the time. The weights
-of the module stay as they are, so it may move to a device at any time; the packed ones are a second copy in memory.
+torch brings them into that order anew in every call; for ArcFace and one face that is a quarter of the time. The order
+belongs to a size: with weights packed for half the side a convolution can take ten times as long. The weights of the
+module stay as they are, so it may move to a device at any time; the packed ones are a second copy in memory.
 """
 
 from __future__ import annotations
@@ -25,13 +26,38 @@ def can_pack(x: Tensor) -> bool:
     )
 
 
-class PackedConvolution:
-    """One Conv node over two dimensions. Packs for the first size that it meets; other sizes are right, too.
+class PackedConvolutions:
+    """The Conv nodes over two dimensions of one network, packed for inputs of one size."""
 
-    relu: whether the ReLU that follows is done with it.
-    """
+    def __init__(self, size: torch.Size, keep: bool = True) -> None:
+        """size: of the network's input, [N, C, H, W]; keep: the packed weights, for the next call."""
+        self.size, self.keep = size, keep
+        self._made: dict[int, _PackedConvolution] = {}
 
-    def __init__(self, attributes: Attributes, x: Tensor, weight: Tensor, relu: bool = False) -> None:
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __call__(
+        self,
+        position: int,
+        attributes: Attributes,
+        relu: bool,
+        x: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """What the node at `position` of the graph computes; relu: with the ReLU that follows it."""
+        assert x is not None and weight is not None
+        made = self._made.get(position)
+        if made is None:
+            made = _PackedConvolution(attributes, x, weight, relu)
+            if self.keep:
+                self._made[position] = made
+        return made(x, bias)
+
+
+class _PackedConvolution:
+    def __init__(self, attributes: Attributes, x: Tensor, weight: Tensor, relu: bool) -> None:
         self.then = "relu" if relu else "none"
         x, self.padding = padded_for_conv(attributes, x, weight)
         self.strides = list(attributes.get("strides", [1, 1]))

@@ -1,25 +1,22 @@
 """Pictures as the networks take them: 8-bit RGB, grouped by size, and letterboxed exactly as the reference does.
 
-The reference packs truncate floats to bytes and shrink with cv2's INTER_LINEAR, which works with 11-bit weights in
-integers. `letterbox` computes those integers, so a score does not depend on who resized.
+The reference packs truncate floats to bytes and shrink with cv2, which `linear_resize` computes to the last bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .eight_bits import host_memory, truncate
 from .faces import FaceError
+from .linear_resize import resize_into
 
-WEIGHT_BITS = 11
-WEIGHT_ONE = 1 << WEIGHT_BITS
+MEAN, SCALE = 127.5, 128.0  # of the detector's input
 
 
 @dataclass(frozen=True)
@@ -136,56 +133,10 @@ def placement(size: tuple[int, int], canvas: tuple[int, int]) -> Placement:
     return Placement(height, width, height / size[0])
 
 
-@lru_cache(maxsize=64)
-def _taps(source: int, target: int, repeats: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per target pixel of one axis: its two source pixels [target] and their integer weights [target * repeats], as cv2
-    computes them.
-
-    Kept on the device, because sending them there makes the host wait.
-    """
-    step = 1.0 / (target / source)
-    at = ((np.arange(target, dtype=np.float64) + 0.5) * step - 0.5).astype(np.float32)
-    first = np.floor(at).astype(np.int64)
-    part = at - first.astype(np.float32)
-    outside = (first < 0) | (first >= source - 1)
-    first = first.clip(0, source - 1)
-    part[outside] = 0.0
-    second = np.minimum(first + 1, source - 1)
-    weights = [np.rint(w * np.float32(WEIGHT_ONE)).astype(np.int32) for w in (np.float32(1) - part, part)]
-    y0, y1, w0, w1 = (torch.from_numpy(v).to(device) for v in (first, second, *(w.repeat(repeats) for w in weights)))
-    return y0, y1, w0, w1
-
-
-def resize(pixels: Tensor, height: int, width: int) -> Tensor:
-    """[n, H, W, 3] uint8 to [n, height, width, 3] int32 in 0..255, as cv2.resize with INTER_LINEAR does."""
-    if (height, width) == tuple(pixels.shape[1:3]):
-        return pixels.to(torch.int32)
-    if (2 * height, 2 * width) == tuple(pixels.shape[1:3]):
-        # cv2 takes the plain average of four for exactly half the size.
-        wide = pixels.to(torch.int32)
-        rows = wide[:, 0::2] + wide[:, 1::2]
-        return (rows[:, :, 0::2] + rows[:, :, 1::2] + 2) >> 2
-    count, channels = pixels.shape[0], pixels.shape[3]
-    upper, lower, b0, b1 = _taps(pixels.shape[1], height, 1, pixels.device)
-    # Rows as one axis of width * channels, and in place: three channels alone are too short a run to be quick.
-    left, right, a0, a1 = _taps(pixels.shape[2], width, channels, pixels.device)
-
-    def blended(rows: Tensor, weights: Tensor) -> Tensor:
-        lines = pixels.index_select(1, rows)
-        near, far = (lines.index_select(2, x).view(count, height, -1).to(torch.int32) for x in (left, right))
-        # The shifts here, and the rounding after the sum, are cv2's.
-        line = near.mul_(a0).add_(far.mul_(a1)).bitwise_right_shift_(4)
-        return line.mul_(weights[:, None]).bitwise_right_shift_(16)
-
-    both = blended(upper, b0).add_(blended(lower, b1)).add_(2).bitwise_right_shift_(2)
-    return both.view(count, height, width, channels)
-
-
 def letterbox(pixels: Tensor, canvas: tuple[int, int]) -> tuple[Tensor, Placement]:
     """[n, H, W, 3] uint8 to the detector's input [n, 3, h, w] float32, (x - 127.5) / 128, padded with black."""
     place = placement((int(pixels.shape[1]), int(pixels.shape[2])), canvas)
-    small = resize(pixels, place.height, place.width)
-    made = torch.full((len(pixels), *canvas, 3), -127.5 / 128.0, device=pixels.device)
-    # Exact in any order: a whole number and a half, and a power of two.
-    torch.sub(small, 127.5, out=made[:, : place.height, : place.width]).div_(128.0)
+    made = torch.empty((len(pixels), *canvas, 3), device=pixels.device)
+    made[:, place.height :] = made[:, :, place.width :] = (0 - MEAN) / SCALE
+    resize_into(pixels, made[:, : place.height, : place.width], MEAN, SCALE)
     return made.permute(0, 3, 1, 2), place
