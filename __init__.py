@@ -47,8 +47,11 @@ def _join_server() -> None:
             server.add_on_prompt_handler(saved_layouts.migrate_queued)
             node_warnings.install(send_warning)
             panel.attach(server, __version__)
-    except Exception:
-        # The nodes work without these.
+    except Exception as error:
+        # The nodes work without these. A library that is not installed has been named with the nodes that miss it.
         import logging
 
-        logging.getLogger("hotpath").exception("Hotpath could not join ComfyUI's server")
+        from .host.errors import missing_library
+
+        if not missing_library(error):
+            logging.getLogger("hotpath").exception("Hotpath could not join ComfyUI's server")

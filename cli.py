@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .host.errors import first_line
+from .host.errors import first_line, install_requirements, missing_library
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -391,5 +391,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.verbose:
             raise
+        library = missing_library(error)
+        if library:
+            sys.stderr.write(f"hotpath: {library} is not installed: {install_requirements()}\n")
+            return 1
         sys.stderr.write(f"hotpath: {type(error).__name__}: {error}\n(run with --verbose for the traceback)\n")
         return 1

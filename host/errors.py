@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+NAMED_OTHERWISE = {"PIL": "pillow", "yaml": "pyyaml"}  # modules whose distribution has another name
+
 
 def first_line(error: BaseException, most: int = 200) -> str:
     """The first line of what `error` says, at most so many letters; the name of its kind when it says nothing."""
@@ -14,3 +21,18 @@ def kind_and_line(error: BaseException, most: int = 160) -> str:
     error = getattr(error, "inner_exception", None) or error
     kind, said = type(error).__name__, first_line(error, most)
     return kind if said == kind else f"{kind}: {said}"
+
+
+def missing_library(error: BaseException) -> str:
+    """The required library that is not installed, where that is what `error` says; else empty."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    module = error.name.partition(".")[0]
+    name = NAMED_OTHERWISE.get(module, module)
+    lines = REQUIREMENTS.read_text("utf-8").splitlines() if REQUIREMENTS.exists() else []
+    return name if any(re.split(r"[<>=!~;\[ #]", line)[0].lower() == name.lower() for line in lines) else ""
+
+
+def install_requirements() -> str:
+    """The command that installs what the pack cannot do without, for the Python that runs."""
+    return f'"{sys.executable}" -m pip install -r "{REQUIREMENTS}"'

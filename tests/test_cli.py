@@ -203,6 +203,20 @@ def test_doctor_fails_when_a_family_does(place, capsys, monkeypatch):
     assert "instantid: failed, RuntimeError: a bug" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "told"), [("cachetools.keys", True), ("ray", False)])
+def test_a_required_library_that_is_not_installed_is_named_with_the_command_that_installs_it(
+    place, capsys, monkeypatch, name, told
+):
+    def examine(host):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert run("doctor") == 1
+    said = capsys.readouterr().err
+    command = f'cachetools is not installed: "{sys.executable}" -m pip install -r "{ROOT / "requirements.txt"}"'
+    assert (command in said) == told and ("ModuleNotFoundError" in said) != told
+
+
 def test_a_library_that_is_missing_and_one_that_is_broken(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "library_that_raises.py").write_text("raise OSError('libcudart.so.12: cannot open')")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -72,6 +73,16 @@ class TestMeasures:
         c1, c2 = 0.01**2, 0.03**2
         expected = ((2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean()
         assert measure(a, b).ssim == pytest.approx(float(expected), abs=1e-6)
+
+    def test_without_scikit_image_the_number_is_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        wide = torch.rand(11, 40, 3, generator=torch.Generator().manual_seed(8))
+        pairs = [(noise(2), (noise(2) + 0.1 * noise(3)).clamp(0, 1)), (wide, 1 - wide), (wide, wide)]
+        with_it = [measure(a, b) for a, b in pairs]
+        monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+        for (a, b), expected in zip(pairs, with_it, strict=True):
+            found = measure(a, b)
+            assert found.ssim == pytest.approx(expected.ssim, abs=1e-7)
+            assert dataclasses.replace(found, ssim=0) == dataclasses.replace(expected, ssim=0)
 
     def test_psnr_and_differences_are_the_plain_sums(self) -> None:
         from skimage.metrics import peak_signal_noise_ratio

@@ -112,7 +112,10 @@ def add_family(copy: Path, name: str, source: str) -> None:
 def test_a_broken_family_leaves_the_others(tmp_path: Path):
     as_it_is, broken = copy_to(tmp_path / "a"), copy_to(tmp_path / "b")
     add_family(broken, "broken", "import a_library_that_is_not_installed\n")
-    (whole, _), (found, log) = load(tmp_path / "bytecode", as_it_is, broken)
+    bare = copy_to(tmp_path / "c")
+    for name in ("first", "second"):
+        add_family(bare, name, "raise ModuleNotFoundError('no yaml', name='yaml.loader')\n")
+    (whole, _), (found, log), (without, advice) = load(tmp_path / "bytecode", as_it_is, broken, bare)
     assert whole["failed"] == {}
     assert found["ids"] == whole["ids"]
     assert list(found["failed"]) == ["broken"]
@@ -120,3 +123,10 @@ def test_a_broken_family_leaves_the_others(tmp_path: Path):
     said = [line for line in log.splitlines() if line.startswith("Hotpath:")]
     assert len(said) == 1 and "broken" in said[0] and "ModuleNotFoundError" in said[0]
     assert "Traceback (most recent call last)" in log
+
+    # What is required and not installed is said once, with the command that installs it for this Python.
+    assert without["ids"] == whole["ids"] and set(without["failed"]) == {"first", "second"}
+    command = f'"{sys.executable}" -m pip install -r "{bare / "requirements.txt"}"'
+    assert without["failed"]["first"] == f"pyyaml is not installed: {command}"
+    said = [line for line in advice.splitlines() if line]
+    assert len(said) == 1 and "2 of" in said[0] and f"because pyyaml is not installed. Run {command} and" in said[0]
