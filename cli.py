@@ -276,7 +276,10 @@ def _add_compare(commands: Commands) -> None:
     compare.add_argument("--min-cosine", type=float, help="lowest face cosine that passes (default 0.98)")
     compare.add_argument("--max-lpips", type=float, help="highest LPIPS that passes (default: it is not judged)")
     compare.add_argument(
-        "--faces", default="auto", metavar="NAME", help="face models, off, or auto: antelopev2 if there"
+        "--faces",
+        default="auto",
+        metavar="NAME",
+        help="face models, off, or auto: antelopev2 or else the first there are; without any that work, none",
     )
     where = compare.add_mutually_exclusive_group()
     where.add_argument("--server", metavar="URL", help="render on the ComfyUI at URL, such as http://127.0.0.1:8188")

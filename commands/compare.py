@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import shutil
 import tempfile
@@ -14,16 +15,29 @@ from typing import Any
 from torch import Tensor
 
 from .. import __version__, comparison, face, host
-from ..comparison import ComparisonFolder, FolderError, Pair, Thresholds, compare_pair, pair_files, read_picture
+from ..comparison import (
+    ComparisonFolder,
+    FolderError,
+    Pair,
+    Thresholds,
+    compare_pair,
+    incomparable,
+    pair_files,
+    read_picture,
+)
 from ..headless.executor import NodeFailed
 from ..headless.graph import Graph, WorkflowError
 from ..headless.launcher import LaunchError
 from ..headless.outcome import OutputFile
 from ..headless.server_answers import ServerError
+from ..host import Host
+from ..host.errors import kind_and_line
 from .console import complain, note, say
 from .models_folder import headless_host
 from .render_grid import SEED, STRENGTH, WEIGHT, Grid, Point
 from .rendering import Place, rendering
+
+log = logging.getLogger("hotpath.compare")
 
 PASSED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 MARK = ".hotpath-comparison"  # in a folder that this command made and may empty again
@@ -34,6 +48,9 @@ MIN_COSINE = 0.98
 
 class Refused(ValueError):
     """What was asked for cannot be compared; the message says why."""
+
+
+REFUSALS = (Refused, FolderError, WorkflowError, FileNotFoundError, face.FaceError)
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
             place = _put_in_place(work, whole=unfinished is None)
         finally:
             shutil.rmtree(work, ignore_errors=True)
-    except (Refused, FolderError, WorkflowError, FileNotFoundError, face.FaceError) as error:
+    except REFUSALS as error:
         complain(str(error))
         return REFUSED
     say(comparison.describe(made))
@@ -90,7 +107,7 @@ def _fill(
             files, remark = pair_files(sides[0].folder, sides[1].folder)
             judges.notes.extend(filter(None, [remark]))
             for name, first, second in files:
-                writer.add(_judged(name, read_picture(first), read_picture(second), judges))
+                writer.add(_judged(name, first, second, judges))
         else:
             for pair in _rendered_pairs(sides, options, writer.folder, judges):
                 writer.add(pair)
@@ -103,6 +120,15 @@ def _fill(
         note("Stopped.", "yellow")
         judges.notes.append("Stopped before the end.")
         return INTERRUPTED
+    except Exception as error:
+        if not len(writer):
+            raise
+        refused = isinstance(error, REFUSALS)
+        said = str(error) if refused else kind_and_line(error)
+        complain(said)
+        log.info("the comparison ended early", exc_info=error)
+        judges.notes.append(f"Not all was compared: {said}")
+        return REFUSED if refused else FAILED
 
 
 def _sides(options: argparse.Namespace) -> tuple[Side, Side]:
@@ -149,23 +175,33 @@ def _judges(options: argparse.Namespace) -> Judges:
 
 
 def _face_finder(options: argparse.Namespace) -> tuple[Any, str]:
-    """The face models, or None and a sentence about why not."""
+    """The face models, or None and a sentence about why not. Only models that were named have to be there and whole."""
     if options.faces == "off":
         return None, "faces are not compared: --faces off."
     here = headless_host(options.models, device=options.device, show_progress=False)
     folders = here.model_folders("insightface")
+    if options.faces != "auto":
+        return _face_models(here, folders, options.faces), f"Faces: {options.faces}."
     names = face.model_names(folders)
-    wanted = (
-        options.faces if options.faces != "auto" else next(iter(sorted(names, key=lambda n: n != "antelopev2")), "")
-    )
-    if not wanted:
+    if not names:
         return None, "faces are not compared: there are no face models (`hotpath models download` brings antelopev2)."
+    wanted = "antelopev2" if "antelopev2" in names else names[0]
+    try:
+        return _face_models(here, folders, wanted), f"Faces: {wanted}."
+    except Exception as error:  # nobody asked for faces, so nothing about them may end the comparison
+        said = str(error) if isinstance(error, face.FaceError) else kind_and_line(error)
+        return None, f"faces are not compared: {said}"
+
+
+def _face_models(here: Host, folders: Sequence[Path], name: str) -> Any:
+    """Detector and recogniser, both loaded: what is wrong with them is said before anything is rendered."""
     before = host.use(here)
     try:
-        analyser = face.load_analyser(folders, wanted, device=here.device())
+        analyser = face.load_analyser(folders, name, device=here.device())
+        _ = analyser.recogniser
     finally:
         host.use(before)
-    return analyser, f"Faces: {wanted}."
+    return analyser
 
 
 def _prepared(output: Path, needed: Sequence[Path]) -> Path:
@@ -206,8 +242,20 @@ def _empty(folder: Path, but: Sequence[str] = ()) -> None:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _judged(name: str, a: Tensor, b: Tensor, judges: Judges, point: Point | None = None) -> Pair:
+def _judged(name: str, first: Path, second: Path, judges: Judges, point: Point | None = None) -> Pair:
+    """The pair in two files; one that cannot be read makes a pair that cannot be compared, and the next may go on."""
     at = point.values if point is not None else None
+    pictures: list[Tensor | None] = []
+    problems = []
+    for side, file in (("A", first), ("B", second)):
+        try:
+            pictures.append(read_picture(file))
+        except FolderError as error:
+            pictures.append(None)
+            problems.append(f"{side}: {error}")
+    a, b = pictures
+    if a is None or b is None:
+        return incomparable(name, a, b, " ".join(problems), at)
     return compare_pair(name, a, b, judges.thresholds, judges.faces, judges.perceptual, at)
 
 
@@ -217,6 +265,8 @@ def _rendered_pairs(
     grid = _grid(options)
     points = list(grid.points())
     graphs = [[grid.at(side.graph, point) for point in points] if side.graph is not None else [] for side in sides]
+    # What an earlier run lacks is said before hours of rendering.
+    before = [[_made_before(side.folder, p) for p in points] if side.folder is not None else [] for side in sides]
     total = sum(map(len, graphs))
     done = 0
     with tempfile.TemporaryDirectory(dir=output, prefix=".renders-") as work:
@@ -233,23 +283,34 @@ def _rendered_pairs(
         with rendering(place, first, lambda text: note(text, "dim")) as render:
             for number, point in enumerate(points):
                 both = []
-                for side, rendered in zip(sides, graphs, strict=True):
-                    if side.folder is not None:
-                        both.append(_made_before(side.folder, point))
-                        continue
-                    done += 1
-                    if not options.quiet:
-                        note(f"[{done}/{total}] {side.label}: {point.name}", "dim")
-                    both.append([file.path for file in _pictures(render(rendered[number]).files, side, options)])
+                try:
+                    for side, rendered, made in zip(sides, graphs, before, strict=True):
+                        if side.folder is not None:
+                            both.append(made[number])
+                            continue
+                        done += 1
+                        if not options.quiet:
+                            note(f"[{done}/{total}] {side.label}: {point.name}", "dim")
+                        both.append([file.path for file in _pictures(render(rendered[number]).files, side, options)])
+                    _check_counts(point, both[0], both[1])
+                except Refused as refused:
+                    # The setting itself may be wrong; later it is this point's own.
+                    if number == 0:
+                        raise
+                    yield incomparable(point.name, None, None, str(refused), point.values)
+                    continue
                 yield from _paired(point, both[0], both[1], judges)
 
 
-def _paired(point: Point, a: Sequence[Path], b: Sequence[Path], judges: Judges) -> Iterator[Pair]:
+def _check_counts(point: Point, a: Sequence[Path], b: Sequence[Path]) -> None:
     if len(a) != len(b):
         raise Refused(f"At {point.name}, A has {len(a)} pictures and B has {len(b)}: each needs a counterpart.")
+
+
+def _paired(point: Point, a: Sequence[Path], b: Sequence[Path], judges: Judges) -> Iterator[Pair]:
     for number, (first, second) in enumerate(zip(a, b, strict=True)):
         name = point.name if len(a) == 1 else f"{point.name}, picture {number + 1}"
-        yield _judged(name, read_picture(first), read_picture(second), judges, point)
+        yield _judged(name, first, second, judges, point)
 
 
 def _pictures(files: Sequence[OutputFile], side: Side, options: argparse.Namespace) -> list[OutputFile]:

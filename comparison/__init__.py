@@ -7,7 +7,7 @@ SSIM: Wang et al., "Image quality assessment: from error visibility to structura
 
 from .face_agreement import FaceAgreement, FaceFinder, compare_faces
 from .folders import FolderError, pair_files, pictures_in, read_picture
-from .pair import REFUSED, Comparison, Pair, Thresholds, compare_batches, compare_pair
+from .pair import REFUSED, Comparison, Pair, Thresholds, compare_batches, compare_pair, incomparable
 from .perceptual import Perceptual, load_perceptual
 from .pictures import difference_map, side_by_side
 from .report import ComparisonFolder, describe, file_name, values
@@ -28,6 +28,7 @@ __all__ = [
     "describe",
     "difference_map",
     "file_name",
+    "incomparable",
     "load_perceptual",
     "pair_files",
     "pictures_in",

@@ -123,12 +123,20 @@ def compare_pair(
         first, second = as_rgb(a, "A"), as_rgb(b, "B")
         measures = measure(first, second)
     except Incomparable as reason:
-        return Pair(name, drawable(a), drawable(b), problem=str(reason), at=place)
+        return incomparable(name, a, b, str(reason), place)
     # AlexNet leaves nothing of a tiny picture.
     distance = perceptual(first, second) if perceptual is not None and min(first.shape[:2]) >= SMALLEST else None
     agreement = compare_faces(faces, first, second) if faces is not None else None
     failures = _judge(measures, distance, agreement, thresholds)
     return Pair(name, first, second, measures, distance, agreement, failures, at=place)
+
+
+def incomparable(
+    name: str, a: Tensor | None, b: Tensor | None, problem: str, at: Mapping[str, float] | None = None
+) -> Pair:
+    """A pair [H, W, C] that could not be compared, and why; None for a picture that is not there, shown as black."""
+    shown = [drawable(torch.zeros(0)) if picture is None else drawable(picture) for picture in (a, b)]
+    return Pair(name, shown[0], shown[1], problem=problem, at=dict(at or {}))
 
 
 def _judge(

@@ -82,6 +82,10 @@ class ComparisonFolder:
         self._files: list[Files] = []
         self._overview: list[Tensor] = []
 
+    def __len__(self) -> int:
+        """How many pairs were added."""
+        return len(self._pairs)
+
     def add(self, pair: Pair) -> None:
         """Write the pictures of a pair."""
         self._files.append(_write_pair(pair, self.folder, f"{len(self._pairs) + 1:03d}_{file_name(pair.name)}"))

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hotpath import cli
+from hotpath import cli, demo
+from hotpath.commands import compare as commands
 from hotpath.commands.render_grid import Grid, Point, inputs_of
 from hotpath.headless import executor
 from hotpath.headless.graph import Graph, WorkflowError
@@ -238,6 +239,64 @@ def test_what_was_done_before_a_failure_is_kept(workflow: Path, out: Path, monke
     data = compare(workflow, "--seeds", "1,2,3", "--set-b", "1.strength=0.01", out=out, code=1)
     assert len(data["pairs"]) == 2 and "three is too many" in data["notes"][-1]
     assert (out / "index.html").is_file()
+
+
+def test_a_point_without_counterparts_is_told_and_the_rest_goes_on(
+    workflow: Path, out: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    draw = Pattern.draw
+
+    def twice_at_two(self: Any, seed: int, strength: float, **inputs: Any) -> Any:
+        (drawn,) = draw(self, seed=seed, strength=strength, **inputs)
+        return (drawn.repeat(2 if seed == 2 and strength else 1, 1, 1, 1),)
+
+    monkeypatch.setattr(Pattern, "draw", twice_at_two)
+    changed = ["--set-b", "1.strength=0.01"]
+    data = compare(workflow, "--seeds", "1,2,3", *changed, out=out, code=2)
+    assert [pair["state"] for pair in data["pairs"]] == ["passed", "not comparable", "passed"]
+    assert data["pairs"][1]["problem"] == "At seed 2, A has 1 pictures and B has 2: each needs a counterpart."
+    assert [pair["seed"] for pair in data["pairs"]] == [1, 2, 3]
+    assert compare(workflow, "--seeds", "2,3", *changed, out=out, code=2) == data, "refused at once, nothing to keep"
+    assert "A has 1 pictures and B has 2" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_read_is_told_and_the_rest_goes_on(
+    tmp_path: Path, out: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    for number in range(3):
+        for side in "ab":
+            picture(tmp_path / side / f"{number}.png", number)
+    broken = tmp_path / "b" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:300])
+    data = compare(tmp_path / "a", tmp_path / "b", out=out, code=2)
+    assert [pair["state"] for pair in data["pairs"]] == ["passed", "not comparable", "passed"]
+    assert data["pairs"][1]["problem"].startswith("B: 1.png cannot be read as a picture")
+    judge, judged = commands.compare_pair, []
+
+    def fails_at_the_second(*arguments: Any) -> Any:
+        judged.append(arguments)
+        if len(judged) == 2:
+            raise RuntimeError("out of memory\nand a page of it")
+        return judge(*arguments)
+
+    monkeypatch.setattr(commands, "compare_pair", fails_at_the_second)
+    data = compare(tmp_path / "a", tmp_path / "a", out=tmp_path / "again", code=1)
+    assert len(data["pairs"]) == 1 and data["notes"][-1] == "Not all was compared: RuntimeError: out of memory"
+
+
+def test_only_face_models_that_were_named_have_to_work(tmp_path: Path, out: Path, capsys: Any) -> None:
+    folder = tmp_path / "no models" / "insightface" / "models" / "antelopev2"
+    folder.mkdir(parents=True)
+    detector = Path(demo.__file__).parent / "models/insightface/models/antelopev2/scrfd_10g_bnkps.onnx"
+    (folder / detector.name).write_bytes(detector.read_bytes())
+    picture(tmp_path / "a" / "x.png")
+    sides = tmp_path / "a", tmp_path / "a"
+    data = compare(*sides, out=out, code=0)
+    assert any(n.startswith("faces are not compared: ") and "has no recogniser" in n for n in data["notes"])
+    compare(*sides, "--faces", "antelopev2", out=out, code=2)
+    assert "has no recogniser" in capsys.readouterr().err
+    compare(*sides, "--min-cosine", "0.5", out=out, code=2)
+    assert "--min-cosine was given, but faces are not compared: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stopped_by", [ValueError, KeyboardInterrupt])
