@@ -11,6 +11,7 @@ from .batches import (
     cut_faces,
     describe,
     draw_faces,
+    mark_pictures,
     mask_faces,
     match_faces,
     require_faces,
@@ -18,6 +19,7 @@ from .batches import (
 from .crops import CropPlaces, paste
 from .engine_diagnosis import diagnose
 from .faces import (
+    BEST_MATCH,
     CHOICES,
     LADDER,
     DetectionOptions,
@@ -35,6 +37,7 @@ from .onnxruntime_engine import PROVIDERS
 from .runner import PRECISIONS
 
 __all__ = [
+    "BEST_MATCH",
     "CHOICES",
     "ENGINES",
     "LADDER",
@@ -58,6 +61,7 @@ __all__ = [
     "draw_keypoints",
     "load_analyser",
     "mark_faces",
+    "mark_pictures",
     "mask_faces",
     "match_faces",
     "model_names",

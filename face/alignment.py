@@ -60,6 +60,7 @@ def warp(pixels: Tensor, rows: Tensor, inverse: Tensor, height: int, width: int,
     crop to picture. Outside of the picture is black, or its edge repeated. Four gathers, so no picture is copied once
     per face, and strip by strip: an address of eight bytes for each sample of a large crop would fill the memory.
     """
+    pixels = pixels.contiguous()  # once, and not for every strip
     lines = max(1, SAMPLES_AT_ONCE // max(1, len(inverse) * width))
     if lines >= height:
         return _strip(pixels, rows, inverse, range(height), width, repeat_edge)

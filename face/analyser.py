@@ -141,7 +141,7 @@ class PictureAnalyser:
                     canvas, own_scales = _canvas(part, [owners[j] for j in asked[i : i + step]], size)
                     canvases.append(canvas)
                     scales += own_scales
-                candidates = self.detector.find(canvases, options.threshold)
+                candidates = self.detector.find(canvases, options.lowest_score)
                 for i, scale, one in zip(asked, scales, candidates, strict=True):
                     if len(one.scores):
                         found[i] = _merged(one, scale, options.overlap, owners[i][0].size, max(size))

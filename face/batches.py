@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import host
 from .alignment import TEMPLATE
-from .areas import face_mask, fit_keypoints
+from .areas import face_mask, fit_keypoints, mark_faces
 from .crops import CropPlaces, crop_places, cut
 from .faces import FaceChoice, FaceError, Faces
 from .keypoints import draw_keypoints
@@ -23,7 +23,10 @@ def require_faces(faces: Sequence[Faces]) -> None:
     missing = [str(i) for i, found in enumerate(faces) if not len(found)]
     if missing:
         where = f"picture {', '.join(missing)} of {len(faces)}, counted from 0" if len(faces) > 1 else "the picture"
-        raise FaceError(f"No face was found in {where}: lower the threshold, use a clearer picture, or choose 'skip'.")
+        raise FaceError(
+            f"No face was found in {where}: lower the threshold, raise detector_size where faces are small in a large "
+            "picture, use a clearer picture, or choose 'skip'."
+        )
 
 
 def describe(faces: Sequence[Faces]) -> str:
@@ -57,15 +60,33 @@ def _target(faces: Sequence[Faces], height: int, width: int) -> tuple[int, int]:
 def draw_faces(faces: Sequence[Faces], height: int = 0, width: int = 0, fit: str = "contain") -> Tensor:
     """[B, height, width, 3] key-point drawings, black without a face; 0 takes the size of the first picture."""
     height, width = _target(faces, height, width)
-    return torch.stack(
-        [draw_keypoints(height, width, fit_keypoints(f, height, width, fit)) for f in host.each(faces, "key points")]
-    )
+    drawings = torch.empty(len(faces), height, width, 3)
+    for drawing, found in zip(drawings, host.each(faces, "key points"), strict=True):
+        drawing.copy_(draw_keypoints(height, width, fit_keypoints(found, height, width, fit)))
+    return drawings
 
 
 def mask_faces(faces: Sequence[Faces], height: int, width: int, shape: str, grow: float, feather: float) -> Tensor:
     """[B, height, width] masks, see `face_mask`; 0 takes the size of the first picture."""
     height, width = _target(faces, height, width)
-    return torch.stack([face_mask(f, height, width, shape, grow, feather) for f in host.each(faces, "masks")])
+    masks = torch.empty(len(faces), height, width)
+    for mask, found in zip(masks, host.each(faces, "masks"), strict=True):
+        mask.copy_(face_mask(found, height, width, shape, grow, feather))
+    return masks
+
+
+def mark_pictures(pictures: Tensor, faces: Sequence[Faces]) -> Tensor:
+    """[B, H, W, 3] float RGB: the pictures [B, H, W, C] with their faces drawn, see `mark_faces`.
+
+    Those without a face are as they were, and with none in all of them it may be `pictures` itself.
+    """
+    if not any(map(len, faces)) and pictures.dtype == torch.float32 and pictures.shape[-1] == 3:
+        return pictures
+    marked = torch.empty(*pictures.shape[:3], 3)
+    for out, picture, found in zip(marked, pictures, host.each(faces, "drawing"), strict=True):
+        # Grey is repeated, transparency left out.
+        out.copy_(mark_faces(picture, found) if len(found) else in_float(picture)[..., :3])
+    return marked
 
 
 def cut_faces(

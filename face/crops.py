@@ -1,6 +1,7 @@
 """Crops around faces, and crops put back: the second pass over a face, at the size a model likes.
 
-A crop is a rotation, one scale and a shift of its picture, so what was changed in it lands where it came from.
+A crop is a rotation, one scale and a shift of its picture, so what was changed in it lands where it came from. Pictures may
+be scaled as a whole after their faces were found, and again after the crops were cut: places are scaled with them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,35 @@ class CropPlaces:
     inverse: NDArray[np.float64]  # [F, 2, 3]
     rows: tuple[int, ...]
     side: int
-    pictures: int
+    sizes: tuple[tuple[int, int], ...]  # height, width of each picture in whose pixels `inverse` is
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the crops are of."""
+        return len(self.sizes)
+
+    def matrix(self, i: int, height: int, width: int) -> NDArray[np.float64]:
+        """[2, 3] from the pixels of crop `i` to those of its picture, which is now of this size.
+
+        Raises FaceError when that is no scaling of the picture whose faces were found.
+        """
+        tall, wide = self.sizes[self.rows[i]]
+        matrix = self.inverse[i].copy()
+        if (height, width) == (tall, wide):
+            return matrix
+        # Scaled sides are rounded to whole pixels, on the way down or on the way up.
+        if abs(height * wide - width * tall) > max(height, width, tall, wide):
+            raise FaceError(
+                f"The faces were found in a picture of {wide} x {tall}, and this one of {width} x {height} has another "
+                "shape: connect the same pictures, or the same scaled as a whole."
+            )
+        factor = np.array([width / wide, height / tall])
+        matrix *= factor[:, None]
+        matrix[:, 2] += (factor - 1) / 2  # pixel i covers [i, i + 1)
+        return matrix
 
 
 def crop_places(faces: Sequence[Faces], side: int, margin: float, upright: bool) -> CropPlaces:
@@ -58,23 +84,27 @@ def crop_places(faces: Sequence[Faces], side: int, margin: float, upright: bool)
                 target = (TEMPLATE / TEMPLATE_SIZE - 0.5) / room + 0.5
                 matrices.append(invert(similarity(keypoints[None], (target * side).astype(np.float32)))[0])
     inverse = np.array(matrices, np.float64).reshape(-1, 2, 3)
-    return CropPlaces(inverse, tuple(rows), side, len(faces))
+    return CropPlaces(inverse, tuple(rows), side, tuple(found.size for found in faces))
 
 
 def cut(pictures: Tensor, places: CropPlaces) -> Tensor:
     """[F, side, side, C] crops of `pictures` [B, H, W, C], averaged where a crop shrinks its face.
 
-    Outside of its picture a crop repeats the edge: black would bleed into the border when it is pasted back.
+    Outside of its picture a crop repeats the edge: black would bleed into the border when it is pasted back. Raises
+    FaceError for pictures of another number or shape.
     """
     _same_batch(pictures, places)
-    pictures = in_float(pictures)
-    crops = []
-    for inverse, row in host.each(list(zip(places.inverse, places.rows, strict=True)), "crops"):
-        fine = int(np.ceil(_step(inverse) - 1e-6))
-        crops.append(_averaged(pictures, row, inverse, places.side, places.side, fine, repeat_edge=True))
-    if not crops:
-        return pictures.new_zeros(0, places.side, places.side, pictures.shape[-1])
-    return torch.cat(crops)
+    height, width, channels = pictures.shape[1:]
+    side, last = places.side, -1
+    crops = torch.empty(len(places), side, side, channels, device=pictures.device)
+    for i, row in enumerate(host.each(places.rows, "crops")):
+        if row != last:
+            # By itself: what a VAE decoded lies channel by channel, and would be brought in order as a batch for every crop.
+            picture, last = in_float(pictures[row : row + 1]).contiguous(), row
+        matrix = places.matrix(i, height, width)
+        fine = int(np.ceil(_step(matrix) - 1e-6))
+        crops[i] = _averaged(picture, matrix, side, side, fine, repeat_edge=True)[0]
+    return crops
 
 
 def _step(matrix: NDArray[np.float64]) -> float:
@@ -83,16 +113,16 @@ def _step(matrix: NDArray[np.float64]) -> float:
 
 
 def _averaged(
-    pixels: Tensor, row: int, matrix: NDArray[np.float64], height: int, width: int, fine: int, repeat_edge: bool
+    pixels: Tensor, matrix: NDArray[np.float64], height: int, width: int, fine: int, repeat_edge: bool
 ) -> Tensor:
-    """[1, height, width, C] of `pixels[row]` through `matrix` [2, 3], each pixel the mean of fine x fine samples."""
+    """[1, height, width, C] of `pixels` [1, H, W, C] through `matrix` [2, 3], each pixel the mean of fine x fine samples."""
     fine = min(FINEST, max(1, fine))
     shift = (1 - fine) / (2 * fine)
     finer = matrix.copy()
     finer[:, 2] += matrix[:, :2] @ np.array([shift, shift])
     finer[:, :2] /= fine
     inverse = torch.from_numpy(finer[None].astype(np.float32)).to(pixels.device)
-    which = torch.tensor([row], device=pixels.device)
+    which = torch.zeros(1, dtype=torch.long, device=pixels.device)
     samples = warp(pixels, which, inverse, height * fine, width * fine, repeat_edge)
     return F.avg_pool2d(samples.permute(0, 3, 1, 2), fine).permute(0, 2, 3, 1)
 
@@ -110,15 +140,23 @@ def paste(
 ) -> tuple[Tensor, Tensor]:
     """The pictures [B, H, W, C] in float32 with the crops [F, S, S, C] put back, and where [B, H, W] in 0..1.
 
-    feather: width of the soft border, in parts of half the crop. mask: [F or 1, s, s], what of each crop counts; any
-    size. Crops may have another side than they were cut with, and are averaged where the picture is coarser. Raises
-    FaceError when their number differs or one is not square.
+    feather: width of the soft border, in parts of half the crop. mask: [F or 1, s, s] or [s, s], what of each crop
+    counts; any size. Crops may have another side than they were cut with, and are averaged where the picture is coarser;
+    the pictures may have been scaled. Raises FaceError when the number of crops or masks differs, a crop is not square,
+    or the pictures have another shape.
     """
     _same_batch(pictures, places)
     if crops.shape[0] != len(places):
         raise FaceError(
             f"{crops.shape[0]} crops cannot be pasted into {len(places)} places; paste what Face Crop gave."
         )
+    if mask is not None:
+        mask = mask[None] if mask.dim() == 2 else mask
+        if mask.dim() != 3 or mask.shape[0] not in (1, len(places)):
+            raise FaceError(
+                f"The masks are of the shape {list(mask.shape)} for {len(places)} crops: connect one mask per crop, or one "
+                "for all of them."
+            )
     # Of another dtype, `in_float` is a copy already.
     out = in_float(pictures) if pictures.dtype != torch.float32 else pictures.clone()
     touched = out.new_zeros(out.shape[:3])
@@ -130,9 +168,9 @@ def paste(
         side = crop.shape[0]
         weight = edge_weight(side, feather).to(out)
         if mask is not None:
-            own = mask[min(i, mask.shape[0] - 1)].to(out)
+            own = mask[i if mask.shape[0] > 1 else 0].to(out)
             weight = weight * F.interpolate(own[None, None], size=(side, side), mode="bilinear", antialias=True)[0, 0]
-        inverse = places.inverse[i].copy()
+        inverse = places.matrix(i, height, width)
         ratio = places.side / side
         inverse[:, 2] += inverse[:, :2] @ np.full(2, (ratio - 1) / 2)
         inverse[:, :2] *= ratio
@@ -145,8 +183,8 @@ def paste(
         forward[0, :, 2] += forward[0, :, :2] @ np.array([x0, y0])
         tall, wide, fine = y1 - y0, x1 - x0, int(_step(forward[0]))
         # The weight ends at the border and the colour does not: a hard border would be darkened by the black beyond.
-        back = _averaged(crop[None].contiguous(), 0, forward[0], tall, wide, fine, repeat_edge=True)[0]
-        alpha = _averaged(weight[None, ..., None].contiguous(), 0, forward[0], tall, wide, fine, repeat_edge=False)[0]
+        back = _averaged(crop[None].contiguous(), forward[0], tall, wide, fine, repeat_edge=True)[0]
+        alpha = _averaged(weight[None, ..., None].contiguous(), forward[0], tall, wide, fine, repeat_edge=False)[0]
         region = out[row, y0:y1, x0:x1, : back.shape[-1]]
         out[row, y0:y1, x0:x1, : back.shape[-1]] = torch.lerp(region, back, alpha)
         region = touched[row, y0:y1, x0:x1]

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+LOWEST_SCORE = 0.5  # that counts as a face, where nobody says otherwise
 LADDER = tuple(range(640, 191, -64))  # 640, 576, ... 192: the detector sizes the reference InstantID pack tries
 
 
@@ -78,7 +79,8 @@ class Faces:
         return torch.nn.functional.cosine_similarity(self.embeddings, wanted[None], dim=1)
 
 
-CHOICES = ("largest", "highest score", "left to right", "centre", "index", "best match")
+BEST_MATCH = "best match"
+CHOICES = ("largest", "highest score", "left to right", "centre", "index", BEST_MATCH)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,11 +118,11 @@ class FaceChoice:
     @classmethod
     def best_match(cls, identity: Tensor) -> FaceChoice:
         """The face whose embedding has the highest cosine to `identity` [D]."""
-        return cls("best match", 0, identity)
+        return cls(BEST_MATCH, 0, identity)
 
     @property
     def needs_embeddings(self) -> bool:
-        return self.kind == "best match"
+        return self.kind == BEST_MATCH
 
     def order(self, faces: Faces) -> list[int]:
         """All faces, the preferred one first."""
@@ -138,7 +140,7 @@ class FaceChoice:
             return sorted(
                 range(count), key=lambda i: (centres[i][0] - width / 2) ** 2 + (centres[i][1] - height / 2) ** 2
             )
-        if self.kind == "best match":
+        if self.kind == BEST_MATCH:
             if self.identity is None:
                 raise FaceError("The best match needs an identity to compare with; connect an embedding.")
             cosines = faces.similarity(self.identity).tolist()
@@ -158,7 +160,7 @@ def choose_face(kind: str, position: int = 0, identity: Tensor | None = None) ->
     """The choice called `kind` (one of CHOICES). Raises FaceError for another name or a missing identity."""
     if kind not in CHOICES:
         raise FaceError(f"{kind!r} is no way to choose a face; it is one of: {', '.join(CHOICES)}.")
-    if kind == "best match" and identity is None:
+    if kind == BEST_MATCH and identity is None:
         raise FaceError("The best match needs an identity to compare with; connect an embedding.")
     return FaceChoice(kind, position if kind in ("left to right", "index") else 0, identity)
 
@@ -167,9 +169,19 @@ def choose_face(kind: str, position: int = 0, identity: Tensor | None = None) ->
 class DetectionOptions:
     """How faces are looked for. The defaults are those of the reference InstantID pack."""
 
-    threshold: float = 0.5  # lowest score that counts as a face
+    threshold: float | None = None  # lowest score that counts as a face; None: the analyser's own, of ours 0.5
     overlap: float = 0.4  # boxes whose IoU is above this are one face
     sizes: tuple[int, ...] = LADDER  # sides tried in order, each only on the pictures still without a face
+
+    @classmethod
+    def from_side(cls, side: int, threshold: float | None = None) -> DetectionOptions:
+        """`side` is tried first, then the reference's: at a large one a face that fills its picture may be missed."""
+        return cls(threshold, sizes=tuple(dict.fromkeys((side, *LADDER))))
+
+    @property
+    def lowest_score(self) -> float:
+        """The threshold of our analysers."""
+        return LOWEST_SCORE if self.threshold is None else self.threshold
 
 
 def counted(count: int, noun: str) -> str:

@@ -25,7 +25,7 @@ def picture_keys(
 ) -> dict[int, str]:
     """MD5 of each picture's pixels and every setting, by the picture's position in the call."""
     choice = None if choose is None else (choose.kind, choose.position, choose.identity)
-    settings = content_key(fingerprint, choice, embed, options.threshold, options.overlap, options.sizes)
+    settings = content_key(fingerprint, choice, embed, options.lowest_score, options.overlap, options.sizes)
     entries = [(p, picture) for group in groups for p, picture in zip(group.positions, group.pixels.cpu(), strict=True)]
     pieces = [piece for _, picture in entries for piece in torch.tensor_split(picture, PIECES)]
     digests = iter(on_cores(content_key, pieces))

@@ -17,6 +17,7 @@ from ..face.crops import CropPlaces
 CATEGORY = "Hotpath/faces"
 FOLDER = "insightface"
 ALL = "all"
+DETECTOR_SIZES = ("640", "1024", "1280", "1920", "2560")
 HIDDEN = {"unique_id": "UNIQUE_ID"}
 
 FACES_INPUT = ("FACES", {"tooltip": "The faces of a batch, from Find Faces."})
@@ -155,7 +156,19 @@ class HotpathFaces:
                     {"default": "skip", "tooltip": "A picture without a face: stop, or keep an empty entry for it."},
                 ),
             },
-            "optional": {"identity": IDENTITY_INPUT},
+            "optional": {
+                "identity": IDENTITY_INPUT,
+                "detector_size": (
+                    list(DETECTOR_SIZES),
+                    {
+                        "default": DETECTOR_SIZES[0],
+                        "tooltip": (
+                            "Side to which each picture is shrunk to look for faces. Raise it for small faces in large "
+                            "pictures; time and memory grow with its square."
+                        ),
+                    },
+                ),
+            },
             "hidden": HIDDEN,
         }
 
@@ -169,20 +182,18 @@ class HotpathFaces:
         embeddings: bool,
         when_none: str,
         identity: list[Faces] | None = None,
+        detector_size: str = DETECTOR_SIZES[0],
         unique_id: str | None = None,
     ) -> tuple[list[Faces], Tensor, str, int]:
         analyser = face.adapt(faceanalysis)
-        choice = None if choose == ALL else face.choose_face(choose, index, _average(identity))
-        options = face.DetectionOptions(threshold=threshold)
+        choice = None if choose == ALL else _choice(choose, index, identity)
+        options = face.DetectionOptions.from_side(int(detector_size), threshold)
         found = analyser.analyse(image, choose=choice, embed=embeddings, options=options)
         if when_none == "error":
             face.require_faces(found)
         report = f"{analyser.report()}\n{face.describe(found)}"
         host.current().show_text(report, unique_id)
-        marked = torch.stack(
-            [face.mark_faces(p, f) for p, f in host.each(list(zip(image, found, strict=True)), "drawing")]
-        )
-        return found, marked, report, sum(map(len, found))
+        return found, face.mark_pictures(image, found), report, sum(map(len, found))
 
 
 class HotpathFacePick:
@@ -219,7 +230,7 @@ class HotpathFacePick:
     def pick(
         self, faces: list[Faces], choose: str, index: int, when_none: str, identity: list[Faces] | None = None
     ) -> tuple[list[Faces], int]:
-        choice = face.choose_face(choose, index, _average(identity))
+        choice = _choice(choose, index, identity)
         picked = [choice.apply(one) for one in faces]
         if when_none == "error":
             face.require_faces(picked)
@@ -306,7 +317,7 @@ class HotpathFacePaste:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "image": ("IMAGE", {"tooltip": "The pictures the crops were cut from."}),
+                "image": ("IMAGE", {"tooltip": "The pictures the crops were cut from, also scaled as a whole."}),
                 "crops": ("IMAGE", {"tooltip": "The crops, worked on; of any size."}),
                 "places": ("FACE_CROPS", {"tooltip": "From Crop Faces."}),
                 "feather": (
@@ -405,8 +416,10 @@ class HotpathFaceMask:
         return (face.mask_faces(faces, height, width, shape, grow, float(feather)),)
 
 
-def _average(identity: list[Faces] | None) -> Tensor | None:
-    return None if identity is None else face.average_identity(identity)
+def _choice(choose: str, index: int, identity: list[Faces] | None) -> face.FaceChoice:
+    # Only a match looks at the identity, so only there may it lack a face.
+    person = face.average_identity(identity) if identity is not None and choose == face.BEST_MATCH else None
+    return face.choose_face(choose, index, person)
 
 
 NODES: dict[str, type[Any]] = {

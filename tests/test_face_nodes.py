@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,29 @@ def test_a_batch_goes_through_all_nodes(loaded, three):
     assert text.startswith("Mean of the best cosines 0.500")
     with pytest.raises(FaceError, match="No face was found in picture 1 of 2"):
         nodes.HotpathFaces().find(loaded, batch, "all", 0, 0.5, False, "error")
+    assert torch.equal(marked[1], batch[1]), "a picture without a face is as it was"
+    blank = batch[1:]
+    found, marked, _, _ = nodes.HotpathFaces().find(loaded, blank, "largest", 0, 0.5, False, "skip", identity=found[1:])
+    assert marked.data_ptr() == blank.data_ptr(), "nothing to draw, no copy of the batch"
+    assert nodes.HotpathFacePick().pick(found, "largest", 0, "skip", identity=found)[1] == 0
+    with pytest.raises(FaceError, match="The identity has no embedded face"):
+        nodes.HotpathFacePick().pick(found, "best match", 0, "skip", identity=found)
+
+
+def test_small_faces_of_a_large_picture_need_a_larger_detector(loaded, three):
+    crowd = torch.full((1, 1280, 1280, 3), 0.4)
+    small = torch.nn.functional.interpolate(three.movedim(-1, 1), scale_factor=0.2, mode="area").movedim(1, -1)
+    crowd[:, 500:589, 700:828] = small
+    missed = nodes.HotpathFaces().find(loaded, crowd, "all", 0, 0.5, False, "skip")[0]
+    found, _, report, count = nodes.HotpathFaces().find(
+        loaded, crowd, "all", 0, 0.5, False, "skip", detector_size="1280"
+    )
+    assert len(missed[0]) < 3 and count == 3 and found[0].detector_size == 1280 and "at 1280" in report
+    centres = (found[0].boxes[:, :2] + found[0].boxes[:, 2:]) / 2
+    assert (centres > torch.tensor([700, 500])).all() and (centres < torch.tensor([828, 589])).all()
+    # One that fills its picture is found all the same, further down.
+    large = nodes.HotpathFaces().find(loaded, three, "all", 0, 0.5, False, "error", detector_size="1024")[0]
+    assert len(large[0]) == 3
 
 
 def test_the_same_drawn_person_is_picked_out_of_three(loaded, three):
@@ -197,6 +221,64 @@ def test_pasting_leaves_no_seam(upright, feather, box):
     assert (back - white).abs().max() < 1e-5 and where.max() > 0.99
 
 
+def scaled(picture, height, width):
+    return torch.nn.functional.interpolate(picture.movedim(-1, 1), size=(height, width), mode="area").movedim(1, -1)
+
+
+@pytest.mark.parametrize("align", [True, False])
+def test_places_follow_pictures_that_were_scaled(align):
+    """After their faces were found, and again after the crops were cut; sides are rounded to whole pixels."""
+    picture = torch.zeros(1, 150, 101, 3)
+    picture[:, 60:90, 40:70, 0] = 1
+    faces = one_face([40.0, 60.0, 70.0, 90.0], (150, 101))
+    crops, places = face.cut_faces(picture, faces, 64, 0.5, not align, "error")
+    for height, width in ((300, 202), (450, 303), (75, 50), (1000, 673)):
+        large = scaled(picture, height, width)
+        again, found_again = face.cut_faces(large, faces, 64, 0.5, not align, "error")
+        assert (again - crops).abs().mean() < 0.02
+        for where_from in (places, found_again):
+            green = torch.zeros_like(crops)
+            green[..., 1] = crops[..., 0]
+            pasted, where = paste(large, green, where_from, 0.2)
+            inside = large[..., 0] > 0.5
+            assert pasted[..., 1][inside].mean() > 0.8 and pasted[..., 1][~inside].mean() < 0.01
+            assert where[inside].min() > 0.9
+    for shape in ((150, 150), (300, 101), (150, 104)):
+        other = torch.zeros(1, *shape, 3)
+        words = rf"found in a picture of 101 x 150, and this one of {shape[1]} x {shape[0]} has another shape"
+        with pytest.raises(FaceError, match=words):
+            face.cut_faces(other, faces, 64, 0.5, not align, "error")
+        with pytest.raises(FaceError, match=words):
+            paste(other, crops, places, 0.2)
+
+
+def test_crops_copy_one_picture_at_a_time_of_a_batch_that_lies_channel_by_channel(monkeypatch):
+    """As a VAE leaves it: brought in order as a whole for every strip of every crop, time grows with the square."""
+    batch = torch.rand(6, 3, 40, 48, generator=torch.Generator().manual_seed(3)).movedim(1, -1)
+    faces = one_face([10.0, 12.0, 30.0, 32.0], (40, 48)) * 6
+    wanted, _ = face.cut_faces(batch.contiguous(), faces, 64, 0.3, False, "error")
+    seen = []
+    strip = alignment._strip
+    monkeypatch.setattr(alignment, "_strip", lambda pixels, *a: (seen.append(pixels), strip(pixels, *a))[1])
+    assert torch.equal(face.cut_faces(batch, faces, 64, 0.3, False, "error")[0], wanted)
+    assert len(seen) >= 6 and all(len(p) == 1 and p.is_contiguous() for p in seen)
+
+
+def test_masks_of_crops_are_one_or_as_many_as_the_crops():
+    pictures = torch.zeros(3, 64, 64, 3)
+    crops, places = face.cut_faces(pictures, one_face([10.0, 12.0, 40.0, 44.0], (64, 64)) * 3, 32, 0.3, True, "error")
+    half = torch.zeros(16, 16)
+    half[:, :8] = 1
+    one, alike = paste(pictures, crops + 1, places, 0.1, half[None]), paste(pictures, crops + 1, places, 0.1, half)
+    assert all(torch.equal(a, b) for a, b in zip(one, alike, strict=True)) and one[1].amax() > 0.9
+    for masks, words in (
+        (half.expand(2, 16, 16), r"shape \[2, 16, 16\] for 3 crops"),
+        (half[None, None], r"shape \[1, 1, 16, 16\]"),
+    ):
+        with pytest.raises(FaceError, match=words):
+            paste(pictures, crops, places, 0.1, masks)
+
+
 def test_a_crop_finer_than_its_picture_is_averaged_when_it_is_pasted():
     picture = torch.full((1, 256, 256, 3), 0.5)
     places = crop_places(one_face([96.0, 96.0, 160.0, 160.0]), 512, 0.0, upright=True)
@@ -276,6 +358,37 @@ def test_masks_have_the_shape_and_the_soft_edge_that_was_asked_for():
     soft = face.mask_faces([faces], 0, 0, "box", 0.0, 10.0)[0]
     assert 0.3 < soft[50, 105] < 0.7
     assert (face.mask_faces([faces], 0, 0, "box", 0.25, 0.0) >= box).all()
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, -90, 45])
+def test_an_oval_fills_the_box_of_a_face_whichever_way_it_lies(degrees):
+    """The box of a face that lies is wide, and its eyes are one above the other."""
+    upright = torch.tensor([[-20.0, -20.0], [20.0, -20.0], [0.0, 0.0], [-15.0, 25.0], [15.0, 25.0]])
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    points = upright @ torch.tensor([[cos, sin], [-sin, cos]], dtype=torch.float32) + torch.tensor([150.0, 120.0])
+    half = {0: (50, 70), 180: (50, 70), 45: (60, 60)}.get(degrees, (70, 50))
+    box = torch.tensor([[150.0 - half[0], 120.0 - half[1], 150.0 + half[0], 120.0 + half[1]]])
+    lying = Faces(box, points[None], torch.ones(1), None, (240, 300), 640)
+    oval = face.mask_faces([lying], 0, 0, "oval", 0.0, 0.0)[0] > 0.5
+    ys, xs = oval.nonzero().T
+    assert abs(int(xs.max() - xs.min()) + 1 - 2 * half[0]) <= 2 and abs(int(ys.max() - ys.min()) + 1 - 2 * half[1]) <= 2
+
+
+@pytest.mark.parametrize("shape", face.SHAPES)
+@pytest.mark.parametrize("feather", [0.0, 12.0, 300.0])
+def test_a_mask_is_computed_around_its_face_and_cut_nowhere(shape, feather, monkeypatch):
+    """The soft edge ends at nothing, also for a face that is turned or reaches over the border."""
+    points = torch.tensor([[[60.0, 70.0], [75.0, 85.0], [60.0, 88.0], [50.0, 85.0], [60.0, 100.0]]])
+    boxes = torch.tensor([[50.0, 60.0, 90.0, 100.0], [-20.0, 150.0, 30.0, 260.0], [900.0, 900.0, 950.0, 950.0]])
+    faces = Faces(boxes, points.repeat(3, 1, 1), torch.ones(3), None, (200, 180), 640)
+    found = face.mask_faces([faces], 0, 0, shape, 0.1, feather)[0]
+    wide = replace(faces, boxes=faces.boxes + 500, keypoints=faces.keypoints + 500, size=(1200, 1200))
+    assert torch.allclose(face.mask_faces([wide], 0, 0, shape, 0.1, feather)[0, 500:700, 500:680], found, atol=1e-3)
+    sizes = []
+    clamp = torch.Tensor.clamp
+    monkeypatch.setattr(torch.Tensor, "clamp", lambda x, *a, **k: (sizes.append(x.numel()), clamp(x, *a, **k))[1])
+    face.mask_faces([faces.select([0])], 0, 0, shape, 0.1, min(feather, 12.0))
+    assert max(sizes) < 100 * 100, "the region of the face, and not the picture"
 
 
 class Recorder:
