@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .faces import FaceError
-from .onnx_operators import OPERATORS, Attributes, UnsupportedOperator, scale_shift
+from .onnx_operators import OLDER_OPERATORS, OPERATORS, Attributes, UnsupportedOperator, scale_shift
 from .packed_convolution import PackedConvolutions, can_pack
 
+COMPUTES = ("Conv", "Add", "ScaleShift", "Gemm")  # into memory of its own, which is no view of something else
 READS_NUMBERS = ("Clip", "Expand", "Pad", "Resize", "Slice", "Upsample")
 
 
@@ -73,7 +74,8 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         import onnx
 
-        graph = read_model(path).graph
+        model = read_model(path)
+        graph = model.graph
         self.file = path
         self.when_moved: Callable[[], Any] | None = None  # called when the weights are elsewhere
         self._packed: PackedConvolutions | None = None
@@ -89,12 +91,13 @@ class OnnxNetwork(nn.Module):
             d.dim_value if d.dim_value > 0 else None for d in inputs[0].type.tensor_type.shape.dim
         ]
         self.output_names: list[str] = [value.name for value in graph.output]
-        nodes = self._read_nodes(graph)
+        opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+        nodes = self._read_nodes(graph, opset)
         nodes = self._fold_constants(nodes)
         nodes = self._fold_normalisation(nodes)
         self._schedule(nodes)
 
-    def _read_nodes(self, graph: Any) -> list[Node]:
+    def _read_nodes(self, graph: Any, opset: int) -> list[Node]:
         nodes = []
         for item in graph.node:
             attributes = {a.name: _attribute(a) for a in item.attribute}
@@ -102,6 +105,8 @@ class OnnxNetwork(nn.Module):
                 self._constants[item.output[0]] = _constant_value(attributes)
                 continue
             function = OPERATORS.get(item.op_type) if item.domain in ("", "ai.onnx") else None
+            until, older = OLDER_OPERATORS.get(item.op_type, (0, function))
+            function = older if opset < until else function
             if function is None:
                 name = f"{item.domain}.{item.op_type}" if item.domain else item.op_type
                 raise UnsupportedOperator(
@@ -196,15 +201,17 @@ class OnnxNetwork(nn.Module):
                 self._parameter_of[name] = own
                 del self._constants[name]
         last: dict[str, int] = {}
+        reads = Counter(name for node in nodes for name in node.inputs)
+        makers = {node.output: node for node in nodes}
         for position, node in enumerate(nodes):
             last.update(dict.fromkeys(node.inputs, position))
         for position, node in enumerate(nodes):
             node.finished = [i for i in set(node.inputs) if i and last[i] == position and i not in self.output_names]
-            if node.kind == "Relu" and node.inputs[0] in node.finished and _fresh(nodes[:position], node.inputs[0]):
+            # What another reader made of the value may be a view of it, such as Identity's or Reshape's.
+            maker = makers.get(node.inputs[0]) if node.kind == "Relu" and reads[node.inputs[0]] == 1 else None
+            if maker is not None and node.inputs[0] in node.finished and maker.kind in COMPUTES:
                 node.function = _relu_in_place
-                maker = next(before for before in nodes[:position] if before.output == node.inputs[0])
-                if maker.kind == "Conv" and sum(node.inputs[0] in other.inputs for other in nodes) == 1:
-                    maker.then_relu = node.done_before = True
+                maker.then_relu = node.done_before = maker.kind == "Conv"
         self.nodes = nodes
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -285,11 +292,6 @@ class OnnxNetwork(nn.Module):
 
 def _relu_in_place(attributes: Attributes, x: Tensor) -> Tensor:
     return F.relu(x, inplace=True)
-
-
-def _fresh(before: list[Node], name: str) -> bool:
-    """Whether `name` is memory of its own: the result of a node that computes, and not a view of something else."""
-    return any(node.output == name and node.kind in ("Conv", "Add", "ScaleShift", "Gemm") for node in before)
 
 
 def _constant_value(attributes: Attributes) -> Tensor:

@@ -6,7 +6,9 @@ operator specification defines it for opsets 9 to 21. Integer tensors are shapes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -182,26 +184,62 @@ def resize(
     sizes: Tensor | None = None,
 ) -> Tensor:
     mode = attributes.get("mode", b"nearest").decode()
+    where = attributes.get("coordinate_transformation_mode", b"half_pixel").decode()
     if sizes is not None and sizes.numel():
         target = [int(v) for v in sizes.tolist()[2:]]
+        factors = [t / n for t, n in zip(target, x.shape[2:], strict=True)]
     elif scales is not None and scales.numel():
-        target = [int(n * s) for n, s in zip(x.shape[2:], scales.tolist()[2:], strict=True)]
+        factors = [float(s) for s in scales.tolist()[2:]]
+        target = [int(n * s) for n, s in zip(x.shape[2:], factors, strict=True)]
     else:
         raise UnsupportedOperator("Resize without sizes or scales is not supported.")
     if mode == "nearest":
-        # Every coordinate mode of ONNX agrees with torch's when the factor is whole, which is all a pyramid needs.
+        # With a whole factor most ways to choose a pixel are torch's, which is all a pyramid needs.
         if any(t % n for t, n in zip(target, x.shape[2:], strict=True)):
             raise UnsupportedOperator(f"Resize by a factor that is not whole ({list(x.shape[2:])} to {target}).")
+        rounding = attributes.get("nearest_mode", b"round_prefer_floor").decode()
+        if not all(_repeats(n, t, where, rounding) for n, t in zip(x.shape[2:], target, strict=True)):
+            raise UnsupportedOperator(
+                f"Resize in mode nearest with {where} and {rounding} is not supported for {list(x.shape[2:])} to {target}."
+            )
         return F.interpolate(x, size=target, mode="nearest")
-    where = attributes.get("coordinate_transformation_mode", b"half_pixel").decode()
+    if any(abs(n * s - t) > 1e-3 for n, s, t in zip(x.shape[2:], factors, target, strict=True)):
+        raise UnsupportedOperator(f"Resize in mode {mode} of {list(x.shape[2:])} by {factors} gives no whole pixels.")
     if mode == "linear" and where in ("half_pixel", "pytorch_half_pixel", "align_corners"):
         return F.interpolate(x, size=target, mode="bilinear", align_corners=where == "align_corners")
     raise UnsupportedOperator(f"Resize in mode {mode} with {where} is not supported.")
 
 
+@lru_cache(maxsize=256)
+def _repeats(length: int, target: int, where: str, rounding: str) -> bool:
+    """Whether this way to choose the nearest of `length` pixels repeats each as often, as torch does."""
+    factor = target // length
+
+    def source(i: int) -> float:
+        if where == "asymmetric":
+            return i / factor
+        if where == "align_corners":
+            return i * (length - 1) / (target - 1) if target > 1 else 0.0
+        if where in ("half_pixel", "pytorch_half_pixel", "half_pixel_symmetric"):
+            return (i + 0.5) / factor - 0.5 if target > 1 or where != "pytorch_half_pixel" else 0.0
+        return math.nan
+
+    nearest = {
+        "floor": math.floor,
+        "ceil": math.ceil,
+        "round_prefer_floor": lambda at: math.ceil(at - 0.5),
+        "round_prefer_ceil": lambda at: math.floor(at + 0.5),
+    }.get(rounding)
+    if nearest is None or math.isnan(source(0)):
+        return False
+    return all(min(max(nearest(source(i)), 0), length - 1) == i // factor for i in range(target))
+
+
 def upsample(attributes: Attributes, x: Tensor, scales: Tensor | None = None) -> Tensor:
+    """What came before Resize: counted from the first pixel's corner."""
     factors = torch.tensor(attributes["scales"]) if scales is None else scales
-    return resize({"mode": attributes.get("mode", b"nearest")}, x, None, factors)
+    from_corner = {"coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"floor"}
+    return resize({"mode": attributes.get("mode", b"nearest"), **from_corner}, x, None, factors)
 
 
 def reshape(attributes: Attributes, x: Tensor, target: Tensor) -> Tensor:
@@ -253,6 +291,12 @@ def constant_of_shape(attributes: Attributes, size: Tensor) -> Tensor:
 
 def softmax(attributes: Attributes, x: Tensor) -> Tensor:
     return F.softmax(x, dim=attributes.get("axis", -1))
+
+
+def softmax_of_rest(attributes: Attributes, x: Tensor) -> Tensor:
+    """Before opset 13: over `axis` and all axes after it together."""
+    axis = attributes.get("axis", 1) % x.dim()
+    return F.softmax(x.flatten(axis), dim=-1).reshape(x.shape)
 
 
 def l2_normalize(attributes: Attributes, x: Tensor) -> Tensor:
@@ -311,3 +355,6 @@ OPERATORS: dict[str, Operator] = {
     "Unsqueeze": unsqueeze,
     "Upsample": upsample,
 }
+
+# Operators that meant something else before an opset.
+OLDER_OPERATORS: dict[str, tuple[int, Operator]] = {"Softmax": (13, softmax_of_rest)}

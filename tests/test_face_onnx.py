@@ -105,6 +105,55 @@ GRAPHS = {
 }  # fmt: skip
 
 
+OLDER_GRAPHS = {
+    "softmax": (11, [node("Softmax")], {}),
+    "softmax over one axis": (11, [node("Softmax", axis=-1)], {}),
+    "upsample": (9, [node("Upsample", "x s")], {"s": np.array([1, 1, 2, 3], np.float32)}),
+}
+
+
+@pytest.mark.parametrize("name", list(OLDER_GRAPHS))
+def test_operators_mean_what_they_did_in_the_opset_of_the_file(tmp_path, name):
+    opset, nodes, constants = OLDER_GRAPHS[name]
+    agree(write(tmp_path / "m.onnx", nodes, constants, opset=opset))
+
+
+COORDINATES = ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")
+ROUNDINGS = ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")
+
+
+def test_a_resize_is_onnxruntimes_or_refused_by_name(tmp_path):
+    """Which pixel is the nearest has more ways than torch knows."""
+    taken = []
+    for factor in (2, 3):
+        constants = {"r": floats(0), "s": np.array([1, 1, factor, factor], np.float32)}
+        for where in COORDINATES:
+            for rounding in ROUNDINGS:
+                settings = {"coordinate_transformation_mode": where, "nearest_mode": rounding}
+                path = write(tmp_path / "m.onnx", [node("Resize", "x r s", mode="nearest", **settings)], constants)
+                try:
+                    agree(path)
+                    taken.append((factor, where, rounding))
+                except UnsupportedOperator as error:
+                    assert where in str(error) and rounding in str(error)
+    assert {(2, "asymmetric", "floor"), (3, "asymmetric", "floor"), (3, "half_pixel", "round_prefer_floor")} <= set(
+        taken
+    )
+    assert (2, "asymmetric", "ceil") not in taken and (3, "align_corners", "round_prefer_floor") not in taken
+    linear = [node("Upsample", "x s", mode="linear")]
+    path = write(tmp_path / "m.onnx", linear, {"s": np.array([1, 1, 2, 2], np.float32)}, opset=9)
+    with pytest.raises(UnsupportedOperator, match="mode linear with asymmetric"):
+        agree(path)
+    settings = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+    path = write(
+        tmp_path / "m.onnx",
+        [node("Resize", "x r s", **settings)],
+        {"r": floats(0), "s": np.array([1, 1, 1.3, 1.3], np.float32)},
+    )
+    with pytest.raises(UnsupportedOperator, match="gives no whole pixels"):
+        agree(path)
+
+
 @pytest.mark.parametrize("name", list(GRAPHS))
 def test_operators_agree_with_onnxruntime(tmp_path, name):
     nodes, constants = GRAPHS[name]
@@ -160,6 +209,21 @@ def test_weights_shared_by_two_convolutions_are_folded_for_one_only(tmp_path):
 def test_relu_never_writes_into_a_value_that_is_read_again(tmp_path):
     nodes, constants = normed([node("Relu", "b", "r"), node("Add", "r b")])
     agree(write(tmp_path / "m.onnx", nodes, constants))
+
+
+@pytest.mark.parametrize("view", ["Identity", "Dropout", "Reshape", "Squeeze"])
+def test_relu_never_writes_into_what_a_view_still_shows(tmp_path, view):
+    constants = {"w": floats(4, 4, 1, 1), "s": ints(0, 0, 0, 0)}
+    nodes = [
+        node("Conv", "x w", "c"),
+        node(view, "c s" if view == "Reshape" else "c", "seen"),
+        node("Relu", "c", "r"),
+        node("Sub", "seen r"),
+    ]
+    path = write(tmp_path / "m.onnx", nodes, constants)
+    agree(path)
+    with torch.no_grad():
+        agree(path)
 
 
 def test_normalisation_first_and_alone(tmp_path):
