@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -164,8 +164,12 @@ def compare_batches(
     perceptual: Perceptual | None = None,
     labels: tuple[str, str] = ("A", "B"),
     notes: Sequence[str] = (),
+    each: Callable[[Pair], None] | None = None,
 ) -> Comparison:
-    """Compare two batches [N, H, W, C] picture by picture. Raises Incomparable when they are not equally many."""
+    """Compare two batches [N, H, W, C] picture by picture. Raises Incomparable when they are not equally many.
+
+    each: called with every pair as it is judged; the comparison then keeps them without their pictures.
+    """
     for name, batch in zip(labels, (a, b), strict=True):
         if batch.ndim != 4 or batch.shape[0] == 0:
             raise Incomparable(f"{name} is no batch of pictures: its shape is {tuple(batch.shape)}.")
@@ -174,8 +178,11 @@ def compare_batches(
             f"{labels[0]} has {a.shape[0]} pictures and {labels[1]} has {b.shape[0]}: they are compared one with one, so "
             "connect batches of the same length."
         )
-    pairs = [
-        compare_pair(f"picture {number}", first, second, thresholds, faces, perceptual)
-        for number, (first, second) in enumerate(host.each(list(zip(a, b, strict=True)), "comparing"))
-    ]
+    pairs = []
+    for number, (first, second) in enumerate(host.each(list(zip(a, b, strict=True)), "comparing")):
+        pair = compare_pair(f"picture {number}", first, second, thresholds, faces, perceptual)
+        if each is not None:
+            each(pair)
+            pair = pair.without_pictures()
+        pairs.append(pair)
     return Comparison(*labels, thresholds, pairs, tuple(notes))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..host.interruption import interruptibly
-from .faces import DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces, counted
+from .faces import LOWEST_SCORE, DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces, counted
 from .pictures import PictureGroup, group_pictures
 from .remembering import analyse_in_parts, picture_keys
+
+SETTINGS = ("det_thresh", "det_size", "input_size", "input_sizes")  # of the object or its detector, in any insightface
 
 
 class ForeignAnalyser:
@@ -22,7 +26,8 @@ class ForeignAnalyser:
 
     Only `get(bgr)` is needed. `prepare(ctx_id, det_thresh, det_size)` sets the size where it exists, because
     insightface 1.0 and later take no notice of `det_model.input_size`; that attribute is set as well, for older ones.
-    An object with neither decides on the size itself and is asked once.
+    An object with neither decides on the size itself and is asked once. Where nobody names a threshold its own counts,
+    and afterwards it has the settings it had before: it is other nodes' as well.
     """
 
     def __init__(self, analysis: Any, why: str = "", fingerprint: str = "") -> None:
@@ -48,6 +53,7 @@ class ForeignAnalyser:
     ) -> list[Faces]:
         """See `FaceAnalyser.analyse`. The object embeds every face whatever `embed` says; then that is left out."""
         embed = embed or (choose is not None and choose.needs_embeddings)
+        options = replace(options, threshold=self._own_threshold() if options.threshold is None else options.threshold)
 
         def compute(part: list[PictureGroup]) -> list[Faces]:
             found = []
@@ -59,7 +65,8 @@ class ForeignAnalyser:
 
         groups = group_pictures(images)
         keys = picture_keys(self._fingerprint, groups, choose, embed, options) if self._fingerprint else {}
-        result, remembered = analyse_in_parts(groups, keys, 1, compute)
+        with self._as_it_was():
+            result, remembered = analyse_in_parts(groups, keys, 1, compute)
         again = f", {remembered} remembered" if remembered else ""
         self._last = f"{counted(len(result), 'picture')}, {counted(sum(map(len, result)), 'face')}{again}"
         return result
@@ -70,9 +77,37 @@ class ForeignAnalyser:
             raise AttributeError(name)
         return getattr(self.analysis, name)
 
+    @property
+    def _parts(self) -> list[Any]:
+        """What can hold settings: the object and its detector."""
+        return [self.analysis, getattr(self.analysis, "det_model", None)]
+
+    def _own_threshold(self) -> float:
+        found = (getattr(part, "det_thresh", None) for part in reversed(self._parts))
+        return float(next((value for value in found if value is not None), LOWEST_SCORE))
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        kept = [
+            (part, name, value)
+            for part in self._parts
+            for name in SETTINGS
+            if (value := getattr(part, name, None)) is not None
+        ]
+        size, threshold = getattr(self.analysis, "det_size", None), self._own_threshold()
+        try:
+            yield
+        finally:
+            if size is not None and callable(getattr(self.analysis, "prepare", None)):
+                self.analysis.prepare(ctx_id=0, det_thresh=threshold, det_size=size)
+            for part, name, value in kept:
+                if getattr(part, name, None) is not value:
+                    with suppress(AttributeError):  # one that can only be read is what `prepare` made it
+                        setattr(part, name, value)
+
     def _look(self, bgr: NDArray[np.uint8], options: DetectionOptions, embed: bool) -> Faces:
         for size in options.sizes:
-            settable = self._set_size(size, options.threshold)
+            settable = self._set_size(size, options.lowest_score)
             # The search alone: one that is left must not set sizes in what the next run has set.
             if faces := interruptibly(partial(self.analysis.get, bgr)):
                 return self._convert(faces, bgr.shape[:2], size, embed)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .alignment import invert, similarity, template, warp
 from .analyser import PictureAnalyser
 from .faces import DetectionOptions, FaceError, Faces
+from .linear_resize import resize
 
 DEFAULT_SIZE = (640, 640)  # width, height
 
@@ -58,8 +59,9 @@ class DetectionModel:
     def prepare(self, ctx_id: int = 0, **settings: Any) -> None:
         if settings.get("input_size") is not None:
             self.input_size = tuple(int(v) for v in np.asarray(settings["input_size"]).reshape(-1, 2)[-1])  # type: ignore[assignment]
-        self.det_thresh = settings.get("det_thresh") or self.det_thresh
-        self.nms_thresh = settings.get("nms_thresh") or self.nms_thresh
+        for name in ("det_thresh", "nms_thresh"):
+            if settings.get(name) is not None:
+                setattr(self, name, settings[name])
 
     def detect(
         self, img: NDArray[np.uint8], input_size: Any = None, max_num: int = 0, metric: str = "default"
@@ -95,10 +97,16 @@ class RecognitionModel:
         return face["embedding"]
 
     def get_feat(self, imgs: Any) -> NDArray[np.float32]:
-        """[N, D] of aligned BGR crops of the recogniser's size."""
-        crops = np.stack([np.asarray(i) for i in (imgs if isinstance(imgs, list) else [imgs])])
-        rgb = torch.from_numpy(np.ascontiguousarray(crops[..., ::-1])).float()
-        return self._analyser.recogniser.embed(rgb.to(self._analyser.device)).cpu().numpy()
+        """[N, D] of aligned BGR crops [H, W, 3] uint8, resized to what the recogniser takes."""
+        size = self._analyser.recogniser.size
+        crops = [np.asarray(i) for i in (imgs if isinstance(imgs, list) else [imgs])]
+        rgb = [torch.from_numpy(np.ascontiguousarray(crop[None, ..., ::-1])) for crop in crops]
+        fitting = [
+            one if one.shape[1:3] == (size, size) else resize(one.round().clamp(0, 255).to(torch.uint8), size, size)
+            for one in rgb
+        ]
+        batch = torch.cat([one.float() for one in fitting])
+        return self._analyser.recogniser.embed(batch.to(self._analyser.device)).cpu().numpy()
 
     def compute_sim(self, feat1: Any, feat2: Any) -> float:
         a, b = np.ravel(feat1), np.ravel(feat2)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import face, host
-from ..comparison import Thresholds, compare_batches, describe, load_perceptual, side_by_side, values
+from ..comparison import Pair, Thresholds, compare_batches, describe, load_perceptual, side_by_side, values
 from .sockets import HIDDEN, number
 
 CATEGORY = "Hotpath/compare"
@@ -78,6 +78,20 @@ class HotpathCompare:
         notes = [why]
         if faceanalysis is None:
             notes.append("Faces are not compared: connect faceanalysis.")
+        pictures: torch.Tensor | None = None
+        done = 0
+
+        def draw(pair: Pair) -> None:
+            """Into one tensor, pair by pair: all of them at once beside it would be several times what came in."""
+            nonlocal pictures, done
+            if pair.problem:
+                raise ValueError(pair.problem)
+            drawn = side_by_side(pair)
+            if pictures is None:
+                pictures = drawn.new_empty(len(image_a), *drawn.shape)
+            pictures[done] = drawn
+            done += 1
+
         result = compare_batches(
             image_a,
             image_b,
@@ -85,15 +99,12 @@ class HotpathCompare:
             face.adapt(faceanalysis) if faceanalysis is not None else None,
             perceptual,
             notes=notes,
+            each=draw,
         )
-        problem = next((pair.problem for pair in result.pairs if pair.problem), "")
-        if problem:
-            raise ValueError(problem)
         report = describe(result)
         here.show_text(report, unique_id)
-        pictures = torch.stack([side_by_side(pair) for pair in result.pairs])
         listed = json.dumps([values(pair) for pair in result.pairs], allow_nan=False)
-        assert result.least_ssim is not None
+        assert result.least_ssim is not None and pictures is not None
         return pictures, report, listed, result.least_ssim, result.least_cosine or 0.0, result.passed
 
 

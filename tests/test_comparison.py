@@ -386,6 +386,29 @@ class TestNode:
         assert ssim == measure(noise(2), noise(3)).ssim and cosine == 0 and passed is False
         assert [p["ssim"] for p in json.loads(listed)] == [1.0, ssim]
         assert "Faces are not compared: connect faceanalysis." in report
+        for number in range(2):
+            pair = compare_pair(f"picture {number}", a[number], b[number], Thresholds())
+            assert torch.equal(pictures[number], side_by_side(pair))
+
+    def test_pairs_are_drawn_as_they_come_and_not_kept(self, headless_host: Any, monkeypatch: Any) -> None:
+        """Pictures of all pairs together would be several times what came in."""
+        import weakref
+
+        from hotpath.comparison import pair as pairs
+
+        judge, kept, most = pairs.compare_pair, [], 0
+
+        def judged(*arguments: Any) -> Any:
+            nonlocal most
+            most = max(most, sum(picture() is not None for picture in kept))
+            made = judge(*arguments)
+            kept.append(weakref.ref(made.a))
+            return made
+
+        monkeypatch.setattr(pairs, "compare_pair", judged)
+        batch = torch.stack([noise(number) for number in range(6)])
+        assert self.call(image_a=batch, image_b=batch * 0.99)[0].shape[0] == 6
+        assert len(kept) == 6 and most <= 1
 
     def test_faces_of_the_demo_models(self, headless_host: Any) -> None:
         """The tiny trained face models tell two drawn people apart, and know one that was made a little darker."""

@@ -348,6 +348,15 @@ def test_other_packs_can_use_it_as_insightface(analysers, reference, pictures):
     assert (
         np.dot(embedding, theirs[0].embedding) / np.linalg.norm(embedding) / np.linalg.norm(theirs[0].embedding) > 0.999
     )
+    # Crops of another size are brought to that of the recogniser, as it does.
+    large = cv2.resize(bgr[60:200, 180:320], (224, 224))
+    theirs_of_crops = reference.models["recognition"].get_feat([large, large[:112, :112]])
+    of_crops = ours.models["recognition"].get_feat([large, large[:112, :112]])
+    assert of_crops.shape == theirs_of_crops.shape
+    assert (torch.cosine_similarity(*map(torch.from_numpy, (of_crops, theirs_of_crops))) > 0.9999).all()
+    ours.det_model.prepare(0, det_thresh=0.0, nms_thresh=0.0)
+    assert (ours.det_thresh, ours.det_model.nms_thresh) == (0.0, 0.0)
+    ours.det_model.prepare(0, det_thresh=0.5, nms_thresh=0.4)
     ours.det_model.input_size = (320, 320)
     reference.prepare(0, det_size=(320, 320))
     with warnings.catch_warnings():

@@ -433,6 +433,37 @@ def test_foreign_objects_are_asked_down_the_ladder(settings, sizes):
     assert foreign.colour == [229, 127, 51], "BGR, truncated"
 
 
+@pytest.mark.parametrize("found", [True, False])
+def test_a_foreign_object_keeps_its_settings_and_its_threshold_counts(found):
+    """It is other nodes' as well."""
+    asked = []
+
+    class Analysis:
+        def __init__(self):
+            self.det_model = type("Detector", (), {})()
+            self.prepare(0, 0.3, (512, 512))
+
+        def prepare(self, ctx_id=0, det_thresh=0.5, det_size=None):
+            self.det_thresh = self.det_model.det_thresh = det_thresh
+            self.det_size = self.det_model.input_size = det_size
+
+        def get(self, picture):
+            asked.append((self.det_size[0], self.det_model.det_thresh))
+            if not found:
+                raise RuntimeError("no more")
+            return []
+
+    analysis = Analysis()
+    try:
+        face.adapt(analysis).analyse(PICTURE, options=face.DetectionOptions(sizes=(640, 320)))
+        face.adapt(analysis).analyse(PICTURE, options=face.DetectionOptions(0.7, sizes=(64,)))
+        assert asked == [(640, 0.3), (320, 0.3), (64, 0.7)]
+    except RuntimeError:
+        assert not found
+    detector = analysis.det_model
+    assert (analysis.det_thresh, analysis.det_size) == (detector.det_thresh, detector.input_size) == (0.3, (512, 512))
+
+
 def test_a_foreign_object_that_sets_its_own_size_is_asked_once():
     foreign = Recorder(0, prepare=False, det_model=False)
     assert len(face.adapt(foreign).analyse(PICTURE)[0]) == 0 and foreign.sizes == [640]

@@ -144,12 +144,9 @@ def test_a_resize_is_onnxruntimes_or_refused_by_name(tmp_path):
     path = write(tmp_path / "m.onnx", linear, {"s": np.array([1, 1, 2, 2], np.float32)}, opset=9)
     with pytest.raises(UnsupportedOperator, match="mode linear with asymmetric"):
         agree(path)
-    settings = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
-    path = write(
-        tmp_path / "m.onnx",
-        [node("Resize", "x r s", **settings)],
-        {"r": floats(0), "s": np.array([1, 1, 1.3, 1.3], np.float32)},
-    )
+    linear = [node("Resize", "x r s", mode="linear", coordinate_transformation_mode="half_pixel")]
+    constants = {"r": floats(0), "s": np.array([1, 1, 1.3, 1.3], np.float32)}
+    path = write(tmp_path / "m.onnx", linear, constants)
     with pytest.raises(UnsupportedOperator, match="gives no whole pixels"):
         agree(path)
 
