@@ -43,12 +43,12 @@ class PictureAnalyser:
         remember: bool = True,
     ) -> None:
         """`fingerprint` names files, engine and precision, for the cache; `why` collects what there is to say
-        about the engine; a recogniser that is loaded later may add to it."""
+        about the engine. A recogniser that is loaded later may add to `why`, and change the fingerprint."""
         self.folder = folder
         self.detector = detector
         self.why = why
         self.remember = remember
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._load_recogniser = load_recogniser
         self._recogniser: Recogniser | None = None
         self._last = "ready"
@@ -85,7 +85,7 @@ class PictureAnalyser:
         began = time.perf_counter()
         embed = embed or (choose is not None and choose.needs_embeddings)
         groups = group_pictures(images, self.device)
-        keys = picture_keys(self._fingerprint, groups, choose, embed, options) if self.remember else {}
+        keys = picture_keys(self.fingerprint, groups, choose, embed, options) if self.remember else {}
         result, remembered = analyse_in_parts(
             groups,
             keys,

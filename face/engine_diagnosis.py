@@ -1,12 +1,17 @@
-"""Why an engine or an onnxruntime provider is not used here, and the exact cure. Nothing is installed or started."""
+"""Why an engine or an onnxruntime provider is not used here, and the exact cure. Nothing is installed or started.
+
+A library is asked by importing it: one that is installed and does not load, as without its DLLs, is none.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import sys
 
 import torch
 
+from ..host.errors import kind_and_line
 from .onnxruntime_engine import PROVIDERS, Provider, long_name
 
 FLAVOURS = (
@@ -19,6 +24,7 @@ FLAVOURS = (
 )
 # The last onnxruntime-gpu for each CUDA that torch may bring; newer ones want the next.
 LAST_FOR_CUDA = {11: "onnxruntime-gpu<1.19", 12: "onnxruntime-gpu<1.27"}
+SYSTEMS = {"linux": "Linux", "win32": "Windows", "darwin": "macOS"}  # by sys.platform
 
 
 def installed_flavours() -> dict[str, str]:
@@ -40,27 +46,42 @@ def cuda_of_onnxruntime() -> int | None:
     return int(version.split(".")[0]) if version.split(".")[0].isdigit() else None
 
 
+def _import_fault(library: str) -> str | None:
+    """What importing `library`, which is installed, ends with; None when it loads."""
+    try:
+        importlib.import_module(library)
+    except Exception as error:  # whatever its native parts raise
+        return kind_and_line(error)
+    return None
+
+
+def _reinstall(package: str) -> str:
+    needs = ", and install the current Visual C++ Redistributable" if sys.platform == "win32" else ""
+    return f"pip install --force-reinstall {package}{needs}"
+
+
 def why_not(provider: Provider) -> str | None:
     """What keeps `provider` from being used, as a sentence with the cure; None when nothing is known to."""
+    if provider.systems and sys.platform not in provider.systems:
+        return f"{provider.name} exists on {' and '.join(SYSTEMS[s] for s in provider.systems)} only"
     flavours = installed_flavours()
     if importlib.util.find_spec("onnxruntime") is None:
         return f"onnxruntime is not installed: pip install {provider.package}"
-    if provider.name == "CPU":
-        return None
-    if len(flavours) > 1:
+    fault = _import_fault("onnxruntime")
+    if len(flavours) > 1 and (fault is not None or provider.name != "CPU"):
         listed = ", ".join(f"{name} {version}" for name, version in flavours.items())
         return (
             f"two onnxruntime packages overwrite each other in one folder ({listed}): "
             f"pip uninstall -y {' '.join(flavours)} && pip install {provider.package}"
         )
+    if fault is not None:
+        return f"its import fails ({fault}): {_reinstall(next(iter(flavours), provider.package))}"
+    if provider.name == "CPU":
+        return None
     import onnxruntime
 
-    if long_name(provider) not in onnxruntime.get_available_providers():
-        present = ", ".join(flavours) or "this build"
-        return (
-            f"{long_name(provider)} is not in {present} {onnxruntime.__version__}: "
-            f"pip uninstall -y {' '.join(flavours) or 'onnxruntime'} && pip install {provider.package}"
-        )
+    if (reason := _not_in_build(provider)) is not None:
+        return reason
     if provider.memory != "cuda":
         return None
     if not torch.cuda.is_available():
@@ -77,10 +98,27 @@ def why_not(provider: Provider) -> str | None:
     return None
 
 
+def _not_in_build(provider: Provider) -> str | None:
+    import onnxruntime
+
+    if long_name(provider) in onnxruntime.get_available_providers():
+        return None
+    flavours = installed_flavours()
+    present = ", ".join(flavours) or "this build"
+    return (
+        f"{long_name(provider)} is not in {present} {onnxruntime.__version__}: "
+        f"pip uninstall -y {' '.join(flavours) or 'onnxruntime'} && pip install {provider.package}"
+    )
+
+
 def why_no_insightface() -> str | None:
+    """What keeps insightface from being used, as a sentence with the cure; None when it can be imported."""
     if importlib.util.find_spec("insightface") is None:
         return "insightface is not installed: pip install insightface"
-    return why_not(PROVIDERS["CPU"])
+    if (reason := why_not(PROVIDERS["CPU"])) is not None:
+        return f"its onnxruntime cannot be used: {reason}"
+    fault = _import_fault("insightface.app")
+    return None if fault is None else f"its import fails ({fault}): {_reinstall('insightface')}"
 
 
 def diagnose() -> list[str]:
@@ -88,6 +126,10 @@ def diagnose() -> list[str]:
     lines = ["torch: ready"]
     for provider in PROVIDERS.values():
         reason = why_not(provider)
+        # A healthy installation has one of these builds; the others are no fault of it.
+        if reason is not None and why_not(PROVIDERS["CPU"]) is None and reason == _not_in_build(provider):
+            wants_gpu = provider.memory == "cuda" and not torch.cuda.is_available()
+            reason = "not for this machine: torch sees no GPU" if wants_gpu else f"not installed, optional; {reason}"
         verified = "ready" if provider.name == "CPU" else "installed; verified when a model is loaded"
         lines.append(f"onnxruntime {provider.name}: {verified if reason is None else reason}")
     lines.append(f"insightface: {why_no_insightface() or 'ready'}")

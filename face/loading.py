@@ -96,7 +96,7 @@ def load_analyser(
                 said = "" if engine == "onnxruntime" else "On the CPU it is preferred where it is installed."
                 if precision != "fp32":
                     said = f"{precision} is for the torch engine; onnxruntime computes in fp32."
-                return _load_onnxruntime(folder, chosen, device, remember, said)
+                return _load_onnxruntime(folder, chosen, device, manage, remember, said)
             except UnverifiedProvider as error:
                 reason = f"{error}; `hotpath doctor` says what is installed"
         if engine == "onnxruntime":
@@ -109,17 +109,28 @@ def load_analyser(
 
 
 def _load_onnxruntime(
-    folder: ModelFolder, provider: Provider, device: torch.device, remember: bool, why: str
+    folder: ModelFolder, provider: Provider, device: torch.device, manage: Manage, remember: bool, why: str
 ) -> CompatibleAnalyser:
     detector = Detector(OnnxRuntimeRunner(folder.detector, provider, device), folder.detector)
     recogniser = folder.recogniser
+    said = [why] if why else []
 
     def load_recogniser() -> Recogniser:
         assert recogniser is not None
-        return Recogniser(OnnxRuntimeRunner(recogniser, provider, device), recogniser)
+        try:
+            return Recogniser(OnnxRuntimeRunner(recogniser, provider, device), recogniser)
+        except UnverifiedProvider as error:
+            # It is loaded when a node first asks for an embedding, and torch can do that as well.
+            said.append(f"The recogniser runs on torch: onnxruntime {provider.name} was chosen, but {error}.")
+            log.warning("%s", said[-1])
+            analyser.fingerprint = fingerprint(folder, "onnxruntime", provider.name, "recogniser on torch")
+            place = detector.runner.device  # where the crops are
+            own = manage if place == device else _manage_for(place)
+            return Recogniser(_torch_runner(recogniser, place, own, "fp32", said), recogniser)
 
     key = fingerprint(folder, "onnxruntime", provider.name)
-    return CompatibleAnalyser(folder, detector, load_recogniser, key, [why] if why else [], remember)
+    analyser = CompatibleAnalyser(folder, detector, load_recogniser, key, said, remember)
+    return analyser
 
 
 def _load_insightface(folder: ModelFolder, provider: Provider, remember: bool) -> ForeignAnalyser:
@@ -152,29 +163,30 @@ def _load_torch(
     folder: ModelFolder, device: torch.device, manage: Manage, precision: str, remember: bool, why: str
 ) -> CompatibleAnalyser:
     said = [why] if why else []
-
-    def runner(file: Outline) -> TorchRunner:
-        read_ahead(file.path)
-        network = interruptibly(lambda: OnnxNetwork(file.path))
-        kept = precision
-        if precision != "fp32":
-            cosine = agreement(network, file, device, PRECISIONS[precision])
-            log.info("%s: cosine %.5f between fp32 and %s", file.path.name, cosine, precision)
-            if not cosine >= SAME_DIRECTION:
-                kept = "fp32"
-                said.append(f"{file.path.name} stays in fp32: in {precision} its outputs turn (cosine {cosine:.4f}).")
-        each = DETECTOR_BYTES_PER_PIXEL if file is folder.detector else RECOGNISER_BYTES_PER_PIXEL
-        return TorchRunner(network.to(PRECISIONS[kept]), manage(network), device, kept, each)
-
-    detector = Detector(runner(folder.detector), folder.detector)
+    detector = Detector(_torch_runner(folder.detector, device, manage, precision, said), folder.detector)
     recogniser = folder.recogniser
 
     def load_recogniser() -> Recogniser:
         assert recogniser is not None
-        return Recogniser(runner(recogniser), recogniser)
+        return Recogniser(_torch_runner(recogniser, device, manage, precision, said), recogniser)
 
     key = fingerprint(folder, "torch", str(device), precision)
     return CompatibleAnalyser(folder, detector, load_recogniser, key, said, remember)
+
+
+def _torch_runner(file: Outline, device: torch.device, manage: Manage, precision: str, said: list[str]) -> TorchRunner:
+    """The network of `file` in torch; where it does not stand `precision`, in fp32, and `said` gets a sentence."""
+    read_ahead(file.path)
+    network = interruptibly(lambda: OnnxNetwork(file.path))
+    kept = precision
+    if precision != "fp32":
+        cosine = agreement(network, file, device, PRECISIONS[precision])
+        log.info("%s: cosine %.5f between fp32 and %s", file.path.name, cosine, precision)
+        if not cosine >= SAME_DIRECTION:
+            kept = "fp32"
+            said.append(f"{file.path.name} stays in fp32: in {precision} its outputs turn (cosine {cosine:.4f}).")
+    each = RECOGNISER_BYTES_PER_PIXEL if file.kind == "recognition" else DETECTOR_BYTES_PER_PIXEL
+    return TorchRunner(network.to(PRECISIONS[kept]), manage(network), device, kept, each)
 
 
 def fingerprint(folder: ModelFolder, *settings: Any) -> str:

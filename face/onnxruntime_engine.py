@@ -18,10 +18,12 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from .. import host
 from ..host.interruption import interruptibly, read_ahead
 from .faces import FaceError
 from .onnx_graph import read_model
 from .onnx_outline import Outline
+from .runner import DETECTOR_BYTES_PER_PIXEL, RECOGNISER_BYTES_PER_PIXEL
 
 log = logging.getLogger("hotpath.face")
 
@@ -37,6 +39,7 @@ class Provider:
     package: str
     memory: str  # device type of torch tensors it can be bound to
     options: tuple[tuple[str, str], ...] = ()
+    systems: tuple[str, ...] = ()  # values of sys.platform for which there are builds; none named: all
 
     @property
     def long_name(self) -> str:
@@ -48,12 +51,14 @@ PROVIDERS = {
     for provider in (
         Provider("CPU", "onnxruntime", "cpu"),
         # HEURISTIC: the exhaustive search for an algorithm takes seconds for every new input size.
-        Provider("CUDA", "onnxruntime-gpu", "cuda", (("cudnn_conv_algo_search", "HEURISTIC"),)),
-        Provider("TensorRT", "onnxruntime-gpu", "cuda"),
-        Provider("MIGraphX", "onnxruntime-migraphx", "cuda"),
-        Provider("CoreML", "onnxruntime", "cpu"),
-        Provider("DirectML", "onnxruntime-directml", "cpu"),
-        Provider("OpenVINO", "onnxruntime-openvino", "cpu"),
+        Provider(
+            "CUDA", "onnxruntime-gpu", "cuda", (("cudnn_conv_algo_search", "HEURISTIC"),), systems=("linux", "win32")
+        ),
+        Provider("TensorRT", "onnxruntime-gpu", "cuda", systems=("linux", "win32")),
+        Provider("MIGraphX", "onnxruntime-migraphx", "cuda", systems=("linux",)),
+        Provider("CoreML", "onnxruntime", "cpu", systems=("darwin",)),
+        Provider("DirectML", "onnxruntime-directml", "cpu", systems=("win32",)),
+        Provider("OpenVINO", "onnxruntime-openvino", "cpu", systems=("linux", "win32")),
     )
 }
 # onnxruntime's own spellings where they are not the name with "ExecutionProvider".
@@ -156,6 +161,8 @@ class OnnxRuntimeRunner:
             if hasattr(onnxruntime, "preload_dlls"):
                 onnxruntime.preload_dlls()  # finds the CUDA libraries torch brought
             settings["device_id"] = str(self.device.index or 0)
+            # Its arena is outside of the host's memory, which would otherwise keep its own models there.
+            host.current().make_room(len(self._model) + self._activations(height, width), self.device)
         providers: list[Any] = [(long_name(self.provider), settings)]
         if self.provider.name != "CPU":
             providers.append("CPUExecutionProvider")
@@ -169,6 +176,11 @@ class OnnxRuntimeRunner:
             self._seen.clear()
         self._sessions[key] = session
         return session
+
+    def _activations(self, height: int, width: int) -> int:
+        """Bytes, of one picture."""
+        recognises = self.file.kind == "recognition"
+        return height * width * (RECOGNISER_BYTES_PER_PIXEL if recognises else DETECTOR_BYTES_PER_PIXEL)
 
     def _check(self, session: Any) -> None:
         first = session.get_inputs()[0]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hotpath import demo, face
+from hotpath import cache, demo, face
+from hotpath.comparison import read_picture
 from hotpath.face import FaceError
 from hotpath.face.model_folder import find_model_folder
 
 DEMO = Path(demo.__file__).parent / "models" / "insightface" / "models" / "antelopev2"
+ROOT = DEMO.parent.parent
 DETECTOR, RECOGNISER = DEMO / "scrfd_10g_bnkps.onnx", DEMO / "glintr100.onnx"
 CPU = torch.device("cpu")
 
@@ -144,7 +148,97 @@ def test_settings_that_do_not_exist_are_refused(settings, words):
 def test_every_engine_has_a_line_in_the_diagnosis():
     lines = face.diagnose()
     assert lines[0] == "torch: ready" and len(lines) == 2 + len(face.PROVIDERS)
-    assert all(line.endswith("ready") or "pip" in line or "GPU" in line or "verified" in line for line in lines)
+    words = ("pip", "GPU", "verified", "only")
+    assert all(line.endswith("ready") or any(word in line for word in words) for line in lines)
+
+
+def test_the_diagnosis_names_no_cure_for_what_this_system_cannot_have(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from hotpath.face import engine_diagnosis as diagnosis
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(diagnosis, "installed_flavours", lambda: {"onnxruntime": "1.32.0"})
+    said = {}
+    for system in ("linux", "darwin", "win32"):
+        monkeypatch.setattr("sys.platform", system)
+        said[system] = dict(line.removeprefix("onnxruntime ").split(": ", 1) for line in face.diagnose())
+    assert said["linux"]["CPU"] == "ready" and said["linux"]["CoreML"] == "CoreML exists on macOS only"
+    assert said["linux"]["CUDA"] == said["linux"]["MIGraphX"] == "not for this machine: torch sees no GPU"
+    assert said["linux"]["OpenVINO"].startswith("not installed, optional; ")
+    assert said["darwin"]["CUDA"] == "CUDA exists on Linux and Windows only" and "optional" in said["darwin"]["CoreML"]
+    assert said["win32"]["MIGraphX"] == "MIGraphX exists on Linux only" and "optional" in said["win32"]["DirectML"]
+
+
+@pytest.mark.parametrize("library", ["onnxruntime", "insightface"])
+def test_a_library_that_is_installed_and_does_not_import_leaves_torch_and_the_reason(monkeypatch, library):
+    pytest.importorskip("insightface")
+    real = importlib.import_module
+
+    def broken(name, *rest):
+        if name.split(".")[0] == library:
+            raise ImportError("DLL load failed while importing native part\nand where")
+        return real(name, *rest)
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    if library == "onnxruntime":  # also for who imports it by a statement
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    reason = (
+        "its import fails (ImportError: DLL load failed while importing native part): pip install --force-reinstall"
+    )
+    lines = face.diagnose()
+    assert any(line.startswith(f"{library}") and reason in line for line in lines) and lines[0] == "torch: ready"
+    engines = ("insightface", "onnxruntime", "auto") if library == "onnxruntime" else ("insightface",)
+    for engine in engines:
+        report = face.load_analyser([ROOT], engine=engine, device=CPU, remember=False).report()
+        assert "by torch" in report and reason in report
+
+
+def test_a_recogniser_that_its_provider_cannot_run_runs_on_torch(monkeypatch):
+    """It is loaded when a node first asks for an embedding; the node must not stop there."""
+    pytest.importorskip("onnxruntime")
+    from hotpath.face import loading
+    from hotpath.face.onnxruntime_engine import OnnxRuntimeRunner, UnverifiedProvider
+
+    class Refuses(OnnxRuntimeRunner):
+        def __init__(self, file, provider, device):
+            if file.kind == "recognition":
+                raise UnverifiedProvider("the provider runs only 98% of the convolutions")
+            super().__init__(file, provider, device)
+
+    cache.clear_all("faces")
+    monkeypatch.setattr(loading, "OnnxRuntimeRunner", Refuses)
+    picture = read_picture(Path(demo.__file__).parent / "inputs" / "faces_drawn_one.png")
+    analyser = face.load_analyser([ROOT], engine="onnxruntime", device=CPU)
+    before = analyser.fingerprint
+    found = analyser.analyse([picture])[0]
+    assert (analyser.detector.runner.engine, analyser.recogniser.runner.engine) == ("onnxruntime", "torch")
+    assert "The recogniser runs on torch: " in analyser.report() and "only 98%" in analyser.report()
+    assert analyser.fingerprint != before, "what onnxruntime remembers is not taken for it"
+    wanted = face.load_analyser([ROOT], engine="torch", device=CPU, remember=False).analyse([picture])[0]
+    assert torch.cosine_similarity(found.embeddings, wanted.embeddings).min() > 0.999
+
+
+def test_room_is_made_before_a_session_takes_memory_of_the_card(monkeypatch, headless_host):
+    pytest.importorskip("onnxruntime")
+    from hotpath.face.onnxruntime_engine import PROVIDERS, OnnxRuntimeRunner, UnverifiedProvider
+
+    steps = []
+
+    def session(*arguments, **settings):
+        steps.append("session")
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(headless_host, "make_room", lambda *asked: steps.append(asked), raising=False)
+    detector = find_model_folder([ROOT], "antelopev2").detector
+    with pytest.raises(UnverifiedProvider, match="enough"):
+        OnnxRuntimeRunner(detector, PROVIDERS["CUDA"], torch.device("cuda:1"))
+    (nbytes, device), last = steps
+    assert last == "session" and device == torch.device("cuda:1")
+    assert nbytes >= detector.path.stat().st_size + 640 * 640 * 100
 
 
 def test_two_onnxruntime_packages_and_a_cuda_mismatch_have_their_cures(monkeypatch):
