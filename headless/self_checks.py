@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from .. import face, identity
+from ..face.engine_diagnosis import why_not
 from ..face.model_folder import find_model_folder
 from ..face.onnx_graph import OnnxNetwork
 from ..host import Host
+from ..host.errors import kind_and_line
 from .colorization_check import check_colorization
 from .selftest import Absent, Check, Finding, relative_difference, timed
 from .vision_language_check import check_vision_language
@@ -49,40 +51,55 @@ def check_instantid(host: Host) -> Iterator[Finding]:
 
 
 def check_faces(host: Host) -> Iterator[Finding]:
-    """Detector and recogniser in torch against onnxruntime where it is installed, and batches against single runs."""
+    """Detector and recogniser in torch against onnxruntime where it is installed, and batches against single runs.
+
+    Each model folder for itself: one that cannot be used fails the check when the others have been looked at.
+    """
     folders = host.model_folders("insightface")
-    if not face.model_names(folders):
+    names = face.model_names(folders)
+    if not names:
         raise Absent(f"there is no face model in {folders[0] / 'models'}")
-    device = host.device()
-    for name in face.model_names(folders):
-        folder = find_model_folder(folders, name)
-        for file in filter(None, (folder.detector, folder.recogniser)):
-            height, width = (side or 320 for side in file.inputs[0][1][2:])
-            noise = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-            network = OnnxNetwork(file.path)
-            with torch.no_grad():
-                plain = [output.float() for output in network(noise)]
-                network.to(device)
-                on_device = noise.to(device)
-                outputs, seconds = timed(partial(network, on_device), device)
-            label = f"{name}/{file.path.name}"
-            difference = max(relative_difference(a, b) for a, b in zip(outputs, plain, strict=True))
-            what = "the same twice" if device.type == "cpu" else f"{device} against cpu"
-            yield Finding(f"{label}: {what}", difference, 1e-2, seconds=seconds)
-            yield from _against_onnxruntime(label, file.path, noise, plain)
-        analyser = face.load_analyser(folders, name=name, device=device, remember=False)
-        pictures = torch.rand(2, 320, 320, 3, generator=torch.Generator().manual_seed(1))
-        together = analyser.analyse(pictures, embed=False)
-        single = [analyser.analyse(picture[None], embed=False)[0] for picture in pictures]
-        counts = [abs(len(a) - len(b)) for a, b in zip(together, single, strict=True)]
-        yield Finding(f"{name}: faces in a batch against one by one", max(counts), 0, "difference in number")
+    unusable = []
+    for name in names:
+        try:
+            yield from _check_face_model(folders, name, host.device())
+        except Exception as error:
+            unusable.append(f"{name}: {error if isinstance(error, face.FaceError) else kind_and_line(error)}")
+    if unusable:
+        raise face.FaceError(" ".join(unusable))
+
+
+def _check_face_model(folders: Sequence[Path], name: str, device: torch.device) -> Iterator[Finding]:
+    folder = find_model_folder(folders, name)
+    for file in filter(None, (folder.detector, folder.recogniser)):
+        height, width = (side or 320 for side in file.inputs[0][1][2:])
+        noise = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        network = OnnxNetwork(file.path)
+        with torch.no_grad():
+            plain = [output.float() for output in network(noise)]
+            network.to(device)
+            on_device = noise.to(device)
+            outputs, seconds = timed(partial(network, on_device), device)
+        label = f"{name}/{file.path.name}"
+        difference = max(relative_difference(a, b) for a, b in zip(outputs, plain, strict=True))
+        what = "the same twice" if device.type == "cpu" else f"{device} against cpu"
+        yield Finding(f"{label}: {what}", difference, 1e-2, seconds=seconds)
+        yield from _against_onnxruntime(label, file.path, noise, plain)
+    detector = face.load_analyser(folders, name=name, device=device, remember=False).detector
+    height, width = detector.fixed_size or (320, 320)
+    # Numbers and not faces: noise has hardly any, and rows of the wrong picture would go unseen.
+    canvas = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1)).to(detector.runner.device)
+    together = detector.predict(canvas)
+    single = [torch.cat(parts) for parts in zip(*(detector.predict(one[None]) for one in canvas), strict=True)]
+    difference = max(relative_difference(a, b) for a, b in zip(together, single, strict=True))
+    yield Finding(f"{name}: two pictures at once ({detector.layout}) against one by one", difference, 1e-2)
 
 
 def _against_onnxruntime(label: str, path: Path, noise: torch.Tensor, ours: list[torch.Tensor]) -> Iterator[Finding]:
-    try:
-        import onnxruntime
-    except ImportError:
+    if why_not(face.PROVIDERS["CPU"]) is not None:
         return
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     theirs = session.run(None, {session.get_inputs()[0].name: noise.numpy()})
     difference = max(relative_difference(a, torch.from_numpy(b)) for a, b in zip(ours, theirs, strict=True))

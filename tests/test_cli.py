@@ -355,6 +355,26 @@ class FreshCache:
         return make()
 
 
+def test_a_batch_read_in_the_wrong_layout_fails_the_selftest_and_every_folder_is_looked_at(place, capsys, monkeypatch):
+    """Faces of interleaved rows would be other pictures'."""
+    from hotpath.face.detection import Detector
+
+    models = place / "models" / "insightface" / "models"
+    demo_models = ROOT / "demo" / "models" / "insightface" / "models" / "antelopev2"
+    for folder, name in (("a_recogniser", "glintr100.onnx"), ("detector", "scrfd_10g_bnkps.onnx")):
+        (models / folder).mkdir(parents=True)
+        (models / folder / name).write_bytes((demo_models / name).read_bytes())
+    right = Detector._probe
+    other = {"batch inside": "batch outside", "batch outside": "batch inside"}
+    monkeypatch.setattr(Detector, "_probe", lambda self: other[right(self)])
+    assert run("selftest", "faces", "--models", place / "models", "--device", "cpu", "--json") == 1
+    (result,) = json.loads(capsys.readouterr().out)
+    assert "a_recogniser holds no face detector" in result["failure"]
+    (wrong,) = [f for f in result["findings"] if not f["passed"]]
+    assert wrong["what"] == "detector: two pictures at once (batch outside) against one by one" and wrong["error"] > 0.1
+    assert len(result["findings"]) >= 2 and all(f["what"].startswith("detector") for f in result["findings"])
+
+
 def test_a_wrong_file_fails_the_selftest(place, capsys):
     import torch
 
