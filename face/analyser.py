@@ -22,7 +22,7 @@ from .graphs import MOST_BYTES
 from .model_folder import ModelFolder
 from .pictures import PictureGroup, group_pictures, letterbox
 from .recognition import Recogniser
-from .remembering import analyse_in_parts, picture_keys
+from .remembering import Memory, analyse_in_parts
 from .runner import DETECTOR_BYTES_PER_PIXEL, joined
 
 PICTURES_AT_ONCE = 32  # as bytes on the device
@@ -85,13 +85,13 @@ class PictureAnalyser:
         began = time.perf_counter()
         embed = embed or (choose is not None and choose.needs_embeddings)
         groups = group_pictures(images, self.device)
-        keys = picture_keys(self.fingerprint, groups, choose, embed, options) if self.remember else {}
+        memory = Memory(self.fingerprint, groups, choose, embed, options) if self.remember else None
         result, remembered = analyse_in_parts(
             groups,
-            keys,
+            memory,
             # Asking how much memory is free takes as long as a network.
             self._pictures_at_once(options) if sum(map(len, groups)) > PICTURES_AT_A_STEP else PICTURES_AT_A_STEP,
-            lambda part: self._analyse_part([group.to(self.device) for group in part], choose, embed, options),
+            lambda part: self._analyse_part([group.to(self.device) for group in part], choose, embed, options, memory),
         )
         self._note(result, remembered, options, time.perf_counter() - began)
         return result
@@ -110,9 +110,14 @@ class PictureAnalyser:
         return [(s, s) for s in options.sizes]
 
     def _analyse_part(
-        self, part: list[PictureGroup], choose: FaceChoice | None, embed: bool, options: DetectionOptions
+        self,
+        part: list[PictureGroup],
+        choose: FaceChoice | None,
+        embed: bool,
+        options: DetectionOptions,
+        memory: Memory | None,
     ) -> list[Faces]:
-        faces = self._detect(part, options)
+        faces = self._detect(part, options) if memory is None else self._detect_new(part, options, memory)
         late = choose is not None and choose.needs_embeddings
         if choose is not None and not late:
             faces = [choose.apply(one) for one in faces]
@@ -121,6 +126,18 @@ class PictureAnalyser:
         if choose is not None and late:
             faces = [choose.apply(one) for one in faces]
         return faces
+
+    def _detect_new(self, part: list[PictureGroup], options: DetectionOptions, memory: Memory) -> list[Faces]:
+        """`_detect` for those whose faces are not known from another choice, or from a call without embeddings."""
+        positions = [p for group in part for p in group.positions]
+        known = {p: found for p in positions if (found := memory.detection(p)) is not None}
+        rows = [(group, [row for row, p in enumerate(group.positions) if p not in known]) for group in part]
+        if new := [group.take(missing) for group, missing in rows if missing]:
+            for position, faces in zip(
+                (p for group in new for p in group.positions), self._detect(new, options), strict=True
+            ):
+                known[position] = memory.keep_detection(position, faces)
+        return [known[p] for p in positions]
 
     def _detect(self, part: list[PictureGroup], options: DetectionOptions) -> list[Faces]:
         sizes = self._sizes(options)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..host.interruption import interruptibly
 from .faces import LOWEST_SCORE, DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces, counted
 from .pictures import PictureGroup, group_pictures
-from .remembering import analyse_in_parts, picture_keys
+from .remembering import Memory, analyse_in_parts
 
 SETTINGS = ("det_thresh", "det_size", "input_size", "input_sizes")  # of the object or its detector, in any insightface
 
@@ -64,9 +64,9 @@ class ForeignAnalyser:
             return found
 
         groups = group_pictures(images)
-        keys = picture_keys(self._fingerprint, groups, choose, embed, options) if self._fingerprint else {}
+        memory = Memory(self._fingerprint, groups, choose, embed, options) if self._fingerprint else None
         with self._as_it_was():
-            result, remembered = analyse_in_parts(groups, keys, 1, compute)
+            result, remembered = analyse_in_parts(groups, memory, 1, compute)
         again = f", {remembered} remembered" if remembered else ""
         self._last = f"{counted(len(result), 'picture')}, {counted(sum(map(len, result)), 'face')}{again}"
         return result

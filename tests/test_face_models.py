@@ -220,6 +220,42 @@ def test_a_recogniser_that_its_provider_cannot_run_runs_on_torch(monkeypatch):
     assert torch.cosine_similarity(found.embeddings, wanted.embeddings).min() > 0.999
 
 
+@pytest.mark.parametrize("engine", ["torch", "insightface"])
+def test_what_was_found_serves_every_choice_and_who_needs_no_embeddings(monkeypatch, engine):
+    pytest.importorskip("insightface")
+    three = read_picture(Path(demo.__file__).parent / "inputs" / "faces_drawn_three.png")[None]
+    analyser = face.load_analyser([ROOT], engine=engine, device=CPU)
+    looks = []
+    target, name = (analyser.detector, "find") if engine == "torch" else (analyser.analysis, "get")
+    original = getattr(target, name)
+    monkeypatch.setattr(target, name, lambda *a: (looks.append(a), original(*a))[1])
+
+    def ask(**asked):
+        looks.clear()
+        (found,) = analyser.analyse(three, **asked)
+        return found, len(looks)
+
+    largest, first = face.FaceChoice.largest(), face.FaceChoice.left_to_right(0)
+    cache.clear_all("faces")
+    one, looked = ask(choose=largest)
+    assert looked and len(one) == 1 and one.embeddings is not None
+    if engine == "torch":  # the library embeds every face, and is asked for the whole each time
+        plain, looked = ask(choose=largest, embed=False)
+        assert not looked and torch.equal(plain.keypoints, one.keypoints) and plain.embeddings is None
+        assert len(ask(choose=first)[0].embeddings) == 1 and not ask(choose=first)[1]
+    everyone, _ = ask()
+    assert len(everyone) == 3
+    for choose in (largest, first, face.FaceChoice.best_match(everyone.embeddings[1]), face.FaceChoice.index(2)):
+        again, looked = ask(choose=choose)
+        assert not looked and torch.equal(again.boxes, choose.apply(everyone).boxes)
+        assert torch.allclose(again.embeddings, choose.apply(everyone).embeddings, atol=1e-4)
+    plain, looked = ask(embed=False)
+    assert not looked and torch.equal(plain.boxes, everyone.boxes) and plain.embeddings is None
+    assert "1 remembered" in analyser.report()
+    assert ask(options=face.DetectionOptions(0.3))[1], "another threshold may find more"
+    cache.clear_all("faces")
+
+
 def test_room_is_made_before_a_session_takes_memory_of_the_card(monkeypatch, headless_host):
     pytest.importorskip("onnxruntime")
     from hotpath.face.onnxruntime_engine import PROVIDERS, OnnxRuntimeRunner, UnverifiedProvider
