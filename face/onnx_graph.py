@@ -125,7 +125,7 @@ class OnnxNetwork(nn.Module):
         for node in nodes:
             if node.output not in self.output_names and all(i == "" or i in self._constants for i in node.inputs):
                 given = [self._constants[i] if i else None for i in node.inputs]
-                self._constants[node.output] = node.function(node.attributes, *given)
+                self._constants[node.output] = self._computed(node, given)
             else:
                 kept.append(node)
         return kept
@@ -235,10 +235,18 @@ class OnnxNetwork(nn.Module):
             elif packed is not None and node.done_before and given[0] is not None and given[0].dim() == 4:
                 values[node.output] = given[0]
             else:
-                values[node.output] = node.function(node.attributes, *given)
+                values[node.output] = self._computed(node, given)
             for name in node.finished:
                 values.pop(name, None)
         return tuple(values[name] if name in values else self._fixed(name) for name in self.output_names)
+
+    def _computed(self, node: Node, given: list[Tensor | None]) -> Tensor:
+        try:
+            return node.function(node.attributes, *given)
+        except UnsupportedOperator as error:
+            raise UnsupportedOperator(
+                f"{self.file.name}: {str(error).rstrip('.')}: choose the onnxruntime engine for this file."
+            ) from error
 
     def _packed_for(self, x: Tensor) -> PackedConvolutions | None:
         """Weights as oneDNN wants them for the size of `x`; kept from the second call of a size in a row on.

@@ -89,7 +89,11 @@ def scale_shift(attributes: Attributes, x: Tensor, scale: Tensor, shift: Tensor)
 
 
 def prelu(attributes: Attributes, x: Tensor, slope: Tensor) -> Tensor:
-    return F.prelu(x, slope.reshape(-1))
+    # As broadcasting lays it; torch takes one slope per channel, or one for all.
+    aligned = (1,) * (x.dim() - slope.dim()) + tuple(slope.shape)
+    if slope.numel() == 1 or (x.dim() > 1 and slope.numel() == x.shape[1] == aligned[1]):
+        return F.prelu(x, slope.reshape(-1))
+    return torch.where(x < 0, x * slope, x)
 
 
 def clip(attributes: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:

@@ -232,7 +232,7 @@ def test_places_follow_pictures_that_were_scaled(align):
     picture[:, 60:90, 40:70, 0] = 1
     faces = one_face([40.0, 60.0, 70.0, 90.0], (150, 101))
     crops, places = face.cut_faces(picture, faces, 64, 0.5, not align, "error")
-    for height, width in ((300, 202), (450, 303), (75, 50), (1000, 673)):
+    for height, width in ((300, 202), (449, 303), (75, 50)):
         large = scaled(picture, height, width)
         again, found_again = face.cut_faces(large, faces, 64, 0.5, not align, "error")
         assert (again - crops).abs().mean() < 0.02

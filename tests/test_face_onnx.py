@@ -50,6 +50,8 @@ GRAPHS = {
     "average pool counted": ([node("AveragePool", kernel_shape=[2, 2], pads=[1, 0, 0, 1], count_include_pad=1)], {}),
     "global average": ([node("GlobalAveragePool")], {}),
     "prelu": ([node("PRelu", "x s")], {"s": floats(4, 1, 1)}),
+    "prelu of one slope": ([node("PRelu", "x s")], {"s": floats(1)}),
+    "prelu along the rows": ([node("PRelu", "x s")], {"s": floats(1, 8)}),
     "leaky, clip, sigmoid": (
         [node("LeakyRelu", "x", "a", alpha=0.2), node("Clip", "a lo hi", "b"), node("Sigmoid", "b")],
         {"lo": np.float32(-0.1), "hi": np.float32(0.6)},
@@ -142,7 +144,9 @@ def test_a_resize_is_onnxruntimes_or_refused_by_name(tmp_path):
     assert (2, "asymmetric", "ceil") not in taken and (3, "align_corners", "round_prefer_floor") not in taken
     linear = [node("Upsample", "x s", mode="linear")]
     path = write(tmp_path / "m.onnx", linear, {"s": np.array([1, 1, 2, 2], np.float32)}, opset=9)
-    with pytest.raises(UnsupportedOperator, match="mode linear with asymmetric"):
+    with pytest.raises(
+        UnsupportedOperator, match=r"^m\.onnx: .*mode linear with asymmetric .*: choose the onnxruntime"
+    ):
         agree(path)
     linear = [node("Resize", "x r s", mode="linear", coordinate_transformation_mode="half_pixel")]
     constants = {"r": floats(0), "s": np.array([1, 1, 1.3, 1.3], np.float32)}
