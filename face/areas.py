@@ -19,8 +19,8 @@ POINT_COLOURS = ((255, 70, 70), (70, 255, 70), (70, 70, 255), (255, 255, 70), (2
 def face_mask(faces: Faces, height: int, width: int, shape: str, grow: float, feather: float) -> Tensor:
     """[height, width] in 0..1, 1 on every face; black without one.
 
-    shape: "oval" follows the tilt of the eyes, whatever it is; "box" is the detector's. grow: added on each side, in parts of the
-    box's extent. feather: width of the soft edge in pixels, outside of the shape.
+    shape: "oval" follows the eyes, also of a face that lies or stands on its head; "box" is the detector's. grow: added
+    on each side, in parts of the box's extent. feather: width of the soft edge in pixels, outside of the shape.
     """
     if shape not in SHAPES:
         raise FaceError(f"{shape!r} is no mask shape; it is one of: {', '.join(SHAPES)}.")
