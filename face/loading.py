@@ -87,7 +87,7 @@ def load_analyser(
     why = ""
     if engine == "insightface":
         if (reason := why_no_insightface()) is None:
-            return _load_insightface(folder, chosen, remember)
+            return _load_insightface(folder, chosen, device, remember)
         why = f"insightface was asked for, but {reason}."
     elif engine == "onnxruntime" or (engine == "auto" and device.type == "cpu" and precision == "fp32"):
         reason = why_not(chosen)
@@ -133,11 +133,16 @@ def _load_onnxruntime(
     return analyser
 
 
-def _load_insightface(folder: ModelFolder, provider: Provider, remember: bool) -> ForeignAnalyser:
+def _load_insightface(folder: ModelFolder, provider: Provider, device: torch.device, remember: bool) -> ForeignAnalyser:
     from insightface.app import FaceAnalysis
 
     names = [long_name(provider)] + (["CPUExecutionProvider"] if provider.name != "CPU" else [])
     modules = ["detection"] + (["recognition"] if folder.recogniser is not None else [])
+    if provider.memory == "cuda":
+        # As for our own sessions: it takes memory that the host does not know of.
+        files = [file for file in (folder.detector, folder.recogniser) if file is not None]
+        needed = sum(file.path.stat().st_size for file in files) + 640 * 640 * DETECTOR_BYTES_PER_PIXEL
+        host.current().make_room(needed, torch.device("cuda", device.index or 0))
     # By its path: a name would make the library look elsewhere, and download.
     analysis = interruptibly(lambda: FaceAnalysis(name=str(folder.path), allowed_modules=modules, providers=names))
     analysis.prepare(ctx_id=0, det_size=(640, 640))

@@ -162,7 +162,8 @@ class OnnxRuntimeRunner:
                 onnxruntime.preload_dlls()  # finds the CUDA libraries torch brought
             settings["device_id"] = str(self.device.index or 0)
             # Its arena is outside of the host's memory, which would otherwise keep its own models there.
-            host.current().make_room(len(self._model) + self._activations(height, width), self.device)
+            card = torch.device("cuda", self.device.index or 0)
+            host.current().make_room(len(self._model) + self._activations(height, width), card)
         providers: list[Any] = [(long_name(self.provider), settings)]
         if self.provider.name != "CPU":
             providers.append("CPUExecutionProvider")

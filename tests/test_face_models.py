@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -287,9 +288,14 @@ def test_room_is_made_before_a_session_takes_memory_of_the_card(monkeypatch, hea
     detector = find_model_folder([ROOT], "antelopev2").detector
     with pytest.raises(UnverifiedProvider, match="enough"):
         OnnxRuntimeRunner(detector, PROVIDERS["CUDA"], torch.device("cuda:1"))
-    (nbytes, device), last = steps
-    assert last == "session" and device == torch.device("cuda:1")
-    assert nbytes >= detector.path.stat().st_size + 640 * 640 * 100
+    monkeypatch.setattr("hotpath.face.loading.why_no_insightface", lambda: None)
+    monkeypatch.setitem(sys.modules, "insightface", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "insightface.app", SimpleNamespace(FaceAnalysis=session))
+    with pytest.raises(RuntimeError, match="enough"):
+        face.load_analyser([ROOT], engine="insightface", provider="CUDA", device=torch.device("cuda:1"))
+    for (nbytes, device), last in (steps[:2], steps[2:]):
+        assert last == "session" and device == torch.device("cuda:1")
+        assert nbytes >= detector.path.stat().st_size + 640 * 640 * 100
 
 
 def test_two_onnxruntime_packages_and_a_cuda_mismatch_have_their_cures(monkeypatch):
