@@ -19,10 +19,10 @@ from .identity_attention import PatchSettings, add_identity
 from .identity_conditioning import (
     ALL_NETS,
     ONLY_IDENTITY_NET,
-    TOKENS,
     Conditioning,
     IdentityNet,
     apply_identity_net,
+    free_name,
     mark_roles,
     mask_positive,
 )
@@ -202,7 +202,7 @@ def _with_identity_nets(
     lines: list[str],
 ) -> tuple[Conditioning, Conditioning]:
     several = len(people) > 1
-    for number, (person, identity, pose) in enumerate(zip(people, prepared, poses, strict=True)):
+    for person, identity, pose in zip(people, prepared, poses, strict=True):
         # One sequence: of a batch of them, ComfyUI would give each picture of the latent batch another photo's.
         # Copies: what other packs do to a CONDITIONING must not reach the cache.
         cond, uncond = (tokens.clone().float().flatten(0, 1)[None] for tokens in (identity.cond, identity.uncond))
@@ -214,7 +214,7 @@ def _with_identity_nets(
             (cond, uncond),
             settings.seen_by,
             person.region if several else None,
-            f"{TOKENS}_{number}",
+            free_name(positive, negative),
         )
         positive, negative = apply_identity_net(positive, negative, net)
         lines.append(f"IdentityNet {settings.cn_strength:g}: {pose.note}")

@@ -7,6 +7,7 @@ IdentityNet alone, as the original pipeline does; `ALL_NETS` is what the field's
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,12 @@ def apply_identity_net(
         results.append(entries)
     positive, negative = results
     return mark_roles(mask_positive(positive, mask) if mask is not None else positive, negative)
+
+
+def free_name(*conditionings: Conditioning) -> str:
+    """A name for face tokens that none of `conditionings` has: a node before this one may have put its person's there."""
+    taken = {name for entries in conditionings for _, options in entries for name in options.get("model_conds", {})}
+    return next(name for number in itertools.count() if (name := f"{TOKENS}_{number}") not in taken)
 
 
 def mark_roles(positive: Conditioning, negative: Conditioning) -> tuple[Conditioning, Conditioning]:

@@ -165,6 +165,16 @@ def test_two_people_cost_one_pass(bench: Bench) -> None:
     assert two_passes == 2 * one_pass
 
 
+def test_two_nodes_in_a_row_are_two_people(bench: Bench) -> None:
+    """Each IdentityNet gets its own person's tokens, whether one node put both there or each its own."""
+    model, positive, negative, _ = apply(bench, identity=identity(bench, 1))
+    before = {name for _, options in positive for name in options["model_conds"]}
+    chained = apply(bench, identity=identity(bench, 2), model=model, positive=positive, negative=negative)[:3]
+    together = several(bench, mask_1=None, mask_2=None, weight_1=0.7, weight_2=0.7)[:3]
+    assert torch.equal(sample(*chained), sample(*together))
+    assert {name for _, options in positive for name in options["model_conds"]} == before
+
+
 def test_people_stay_in_their_masks(bench: Bench) -> None:
     """A mask of zeros switches a person off, attention and IdentityNet alike."""
     nowhere = torch.zeros(1, 32, 32)
