@@ -18,7 +18,7 @@ from hotpath.patches.precision import (
 from hotpath.patches.precision.comparison import output_error
 from hotpath.patches.precision.dynamic_fp8 import fp8_scale
 from hotpath.patches.precision.schemes import excluded_by, patterns
-from tiny_native_models import Tiny, make_z_image
+from tiny_native_models import Z_IMAGE, Tiny, make_z_image
 from tiny_native_models import tiny as tiny_on
 
 pytestmark = pytest.mark.comfy
@@ -164,6 +164,19 @@ def test_weight_only_schemes_leave_activations_alone(scheme, error):
     assert (entry.before, entry.after) == (768 * 256 * 4, module.weight.nbytes + module.weight.params.scale.nbytes)
 
 
+@pytest.mark.parametrize("scheme", ["int8_weights", "fp8_weights"])
+def test_weight_only_schemes_hold_where_comfyui_reaches_past_the_layer(scheme):
+    """As it does in the feed-forward blocks of Wan, LTX and MiniMax."""
+    import comfy.ops
+
+    module = layer(quantize_model(tiny("z_image").model, scheme)[0], "layers.1.feed_forward.w2")
+    x = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(0))
+    x[:, 3] *= 30
+    with torch.inference_mode():
+        expected = torch.nn.functional.gelu(x, approximate="tanh") @ module.weight.dequantize().T
+        torch.testing.assert_close(comfy.ops.linear_input_act(module, x, "gelu_tanh"), expected)
+
+
 def test_rotation_spreads_outliers():
     """One channel of the activations far above the others: the scale of every row is its, and the others are lost."""
     case = tiny("z_image")
@@ -231,6 +244,24 @@ def test_compiled_rounding_can_be_fused_with_what_comes_before():
         ("blocks.3.self_attn.q", False),
         ("head.head", True),
         ("output_blocks.0.1.transformer_blocks.0.attn1.to_out.0", False),
+        ("distilled_guidance_layer.layers.0.in_layer", True),  # Chroma
+        ("distilled_guidance_layer.out_proj", True),
+        ("adaln_single.linear", True),  # LTX
+        ("audio_prompt_adaln_single.linear", True),
+        ("audio_patchify_proj", True),
+        ("caption_projection.linear_1", True),
+        ("transformer_blocks.0.ff.net.0.proj", False),
+        ("joint_transformer_blocks.0.modC.1", True),  # AuraFlow
+        ("joint_transformer_blocks.0.modX.1", True),
+        ("single_layers.0.modCX.1", True),
+        ("modF.1", True),
+        ("cond_seq_linear", True),
+        ("double_layers.0.attn.w1q", False),
+        ("blocks.0.mod_x", True),  # Mochi
+        ("blocks.0.attn.qkv_x", False),
+        ("img_emb.proj.1", True),  # Wan
+        ("blocks.0.cross_attn.k_img", False),
+        ("vision_in.proj.1", True),  # HunyuanVideo
     ],
 )
 def test_what_is_left_alone_by_default(name, left):
@@ -255,6 +286,66 @@ def test_layers_that_do_not_fit_are_left_with_the_reason():
     assert report.left["cap_embedder.1"] == "its sides are no multiples of 16"
     with pytest.raises(PrecisionUnavailable, match=r"excluded by \*"):
         set_precision(narrow, "fp8", "*")
+
+
+# --- models with 8 bits already -------------------------------------------------------------------------------------
+
+
+def fp8_file(layers: tuple[str, ...] = ()):
+    """A MODEL as ComfyUI loads a checkpoint: `layers` stored as quantised fp8, or without any all of it plain fp8."""
+    import json
+
+    import comfy.model_patcher
+    import comfy.supported_models
+    import comfy.utils
+
+    state = weights(make_z_image())
+    for name in layers:
+        weight = state[f"{name}.weight"]
+        scale = weight.abs().max() / 448
+        configuration = json.dumps({"format": "float8_e4m3fn"}).encode()
+        state |= {
+            f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn),
+            f"{name}.weight_scale": scale,
+            f"{name}.comfy_quant": torch.tensor(list(configuration), dtype=torch.uint8),
+        }
+    stored = torch.float32 if layers else torch.float8_e4m3fn
+    config = comfy.supported_models.ZImage({**Z_IMAGE, "dtype": stored})
+    config.quant_config = comfy.utils.detect_layer_quantization(state, "") if layers else None
+    config.set_inference_dtype(stored, torch.float32)
+    cpu = torch.device("cpu")
+    model = config.get_model(dict(state), "", cpu)
+    model.load_model_weights(dict(state), "")
+    return comfy.model_patcher.CoreModelPatcher(model.eval(), cpu, cpu)
+
+
+def test_layers_that_came_quantised_are_emulated_as_before():
+    """Where there are no fp8 products ComfyUI restores such weights, and a model made of this one does so too."""
+    model = fp8_file((LAYER,))
+    before = layer(model)
+    assert before._full_precision_mm
+    quantised, report = quantize_model(model, "int8_weights")
+    assert report.left[LAYER] == "it is quantised already"
+    make, arguments = quantised.cached_patcher_init
+    x = torch.randn(7, 256, generator=torch.Generator().manual_seed(0))
+    for made in (quantised, make(*arguments)):
+        torch.testing.assert_close(layer(made)(x), before(x))
+
+
+def test_a_file_in_fp8_does_not_grow():
+    model = fp8_file()
+    with pytest.raises(PrecisionUnavailable, match="its weights have 8 bits already"):
+        quantize_model(model, "fp8_weights")
+    faster, report = quantize_model(model, "int8")
+    assert report.whole < 1.05 * report.original
+    kept = "x_embedder"
+    assert kept in report.left and layer(faster, kept).weight.dtype == torch.float8_e4m3fn
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(faster, kept)(x), layer(model, kept)(x))
+    patched = [made.clone() for made in (faster, model)]
+    for made in patched:
+        made.add_patches(lora(), 0.8)
+    assert torch.equal(layer(patched[0], kept)(x), layer(patched[1], kept)(x))
 
 
 # --- memory and reports ---------------------------------------------------------------------------------------------
@@ -338,6 +429,16 @@ def test_a_lora_before_and_after(scheme):
     assert torch.equal(case.sample(), plain)
 
 
+def test_a_lora_in_a_model_on_another_device_is_there_once():
+    """ComfyUI's first device is not the only one that a model can be loaded on."""
+    model = make_z_image()
+    model.load_device = torch.device("cpu:0")
+    model.add_patches(lora(), 0.8)
+    patched = layer(model).weight.clone()
+    made = layer(quantize_model(model, "int8_weights")[0]).weight.dequantize()
+    assert relative(made, patched) < TOLERANCE["int8_weights"]
+
+
 def test_a_lora_in_a_model_that_is_loaded_in_part():
     case = tiny("z_image")
     patched = case.model.clone()
@@ -389,6 +490,12 @@ def test_what_a_gpu_cannot_do_is_refused(monkeypatch, scheme, capability, words)
     assert reason is None if words is None else words in reason
 
 
+def test_apple_gpus_have_no_8_bit_floats():
+    for scheme in ("fp8", "fp8_weights"):
+        assert unavailable(SCHEMES[scheme], torch.device("mps")).endswith("choose int8_weights")
+    assert unavailable(SCHEMES["int8_weights"], torch.device("mps")) is None
+
+
 def test_weights_of_another_pack_are_left():
     class Packed(torch.Tensor):
         """As GGUF packs keep their weights."""
@@ -412,6 +519,10 @@ def test_refusals_name_the_cure(monkeypatch):
     compiled.add_object_patch("diffusion_model.layers.0", torch.nn.Identity())
     with pytest.raises(PrecisionUnavailable, match="put Hotpath Precision before that node"):
         set_precision(compiled, "fp8")
+    bypassed = case.model.clone()
+    bypassed.set_injections("bypass_lora", [])
+    with pytest.raises(PrecisionUnavailable, match=r"\(bypass_lora\): put Hotpath Precision before that node"):
+        set_precision(bypassed, "fp8")
     import comfy.model_patcher
     import comfy.ops
 
@@ -442,6 +553,88 @@ def test_patches_of_other_nodes_travel_along():
     assert relative(case.sample(quantised), case.sample(upstream)) < TOLERANCE["int8"]
     quantised.model_options["transformer_options"]["a_flag"] = 4
     assert upstream.model_options["transformer_options"]["a_flag"] == 3
+
+
+def test_a_control_lora_borrows_weights_with_their_scale():
+    import comfy.controlnet
+    from hotpath.patches.identity_conditioning import face_token_link
+    from instantid_bench import sample, shallow_bench
+
+    bench = shallow_bench()
+    own = ("input_hint_block", "zero_convs", "middle_block_out")
+    state = {k: v for k, v in bench.control_net.control_model.state_dict().items() if k.startswith(own)}
+    hint = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+
+    def picture(model, within=lambda net: net):
+        net = within(comfy.controlnet.ControlLora(state).set_cond_hint(hint, 1.0, (0.0, 1.0)))
+        positive = [[c, {**o, "control": net, "control_apply_to_uncond": True}] for c, o in bench.positive]
+        return sample(model, positive, bench.negative, steps=1)
+
+    expected = picture(bench.model)
+    assert relative(sample(bench.model, bench.positive, bench.negative, steps=1), expected) > 0.1
+    quantised, _ = quantize_model(bench.model, "int8")
+    assert relative(picture(quantised), expected) < TOLERANCE["int8"]
+    assert relative(picture(quantised, lambda net: face_token_link(net, "none", None)), expected) < TOLERANCE["int8"]
+
+
+def test_quantised_models_can_be_merged():
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    model, other = tiny("z_image").model, make_z_image(seed=1)
+    expected = sum(m.model.diffusion_model.get_submodule(LAYER).weight for m in (model, other)) / 2
+    only = [pattern for pattern in weights(model) if pattern != f"{LAYER}.weight"]
+    first, second = (quantize_model(m, "int8", [p.removesuffix(".weight") for p in only])[0] for m in (model, other))
+    for pair in ((first, second), (model, second), (first, other)):
+        held = layer(ModelMergeSimple().merge(*pair, 0.5)[0]).weight
+        assert relative(held.dequantize() if hasattr(held, "_layout_cls") else held, expected) < TOLERANCE["int8"]
+
+
+def test_a_hook_lora_says_that_it_cannot():
+    import comfy.hooks
+    import comfy.sample
+
+    case = tiny("z_image")
+    quantised, _ = set_precision(case.model, "fp8")
+
+    def sampled(model, patches):
+        hook = comfy.hooks.WeightHook(strength_model=0.8, strength_clip=0.0)
+        hook.weights, hook.need_weight_init = patches, False
+        group = comfy.hooks.HookGroup()
+        group.add(hook)
+        prompt = [[c, {**o, "hooks": group}] for c, o in case.text("a lighthouse", 20)]
+        latent = torch.zeros(1, 16, 16, 16)
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(11))
+        return comfy.sample.sample(
+            model, noise, 1, 1.0, "euler", "simple", prompt, prompt, latent, disable_pbar=True, seed=11
+        )
+
+    held = layer(quantised).weight.dequantize()
+    with pytest.raises(PrecisionUnavailable, match="use Load LoRA instead, or exclude the layers"):
+        sampled(quantised, lora())
+    assert torch.equal(layer(quantised).weight.dequantize(), held)
+    unrounded = {key: patch for key, patch in lora().items() if key != KEY}
+    assert relative(sampled(quantised, unrounded), sampled(case.model, unrounded)) < TOLERANCE["fp8"]
+
+
+def test_weights_are_sent_to_the_device_as_they_are():
+    from hotpath.patches.precision.quantize import _in_float32
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sent = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if out.device != args[0].device:
+                sent.append(out.dtype)
+            return out
+
+    weight = torch.ones(3, dtype=torch.bfloat16)
+    with Watched():
+        assert _in_float32(weight, torch.device("meta")).dtype == torch.float32
+    assert sent == [torch.bfloat16]
+    weight = torch.ones(3)
+    assert _in_float32(weight, torch.device("cpu")).data_ptr() != weight.data_ptr()
 
 
 def test_another_copy_can_be_made_of_it():
@@ -476,7 +669,7 @@ def test_nothing_global_is_left(monkeypatch):
     def globals_():
         return (
             {name: dict(algorithm) for name, algorithm in comfy.quant_ops.QUANT_ALGOS.items()},
-            set(base.LAYOUTS) - {"HotpathDynamicFP8"},
+            set(base.LAYOUTS) - {"HotpathDynamicFP8", "HotpathWeightOnlyINT8"},
             comfy.ops.mixed_precision_ops,
             torch.backends.cudnn.allow_tf32,
             torch.backends.cuda.matmul.allow_tf32,

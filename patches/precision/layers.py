@@ -6,35 +6,87 @@ activations, and torch compiles both without a break in the graph.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .dynamic_fp8 import dynamic_fp8_layout
+from .schemes import PrecisionUnavailable
+from .weight_only_int8 import weight_only_int8_layout
+
+# What a quantised weight is called in a state dict beside `weight`, in one format or another.
+ENTRIES = ("comfy_quant", "weight_scale", "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook")
 
 
-def quantized_operations(compute_dtype: torch.dtype) -> Any:
-    """ComfyUI's operations class for a model whose layers may be quantised, activations in `compute_dtype`."""
+def emulated_formats(device: torch.device) -> set[str]:
+    """ComfyUI's names of the weight formats that `device` has no products for: it restores such weights first."""
+    from comfy import model_management as management
+
+    have = {
+        "nvfp4": management.supports_nvfp4_compute,
+        "mxfp8": management.supports_mxfp8_compute,
+        "float8_e4m3fn": management.supports_fp8_compute,
+        "float8_e5m2": management.supports_fp8_compute,
+    }
+    return {name for name, supported in have.items() if device.type == "cpu" or not supported(device)}
+
+
+def quantized_operations(compute_dtype: torch.dtype, device: torch.device, theirs: Collection[str] = ()) -> Any:
+    """ComfyUI's operations class for a model whose layers may be quantised, activations in `compute_dtype`.
+
+    theirs: names of layers that their checkpoint brought quantised. What `device` has no products for is emulated in them,
+    as ComfyUI does; the others were quantised here, where the device was asked before.
+    """
+    import comfy.float
     import comfy.ops
     from comfy.quant_ops import QuantizedTensor
 
-    layout = dynamic_fp8_layout()
-    base = comfy.ops.mixed_precision_ops({}, compute_dtype, full_precision_mm=False, disabled=set())
+    dynamic_fp8, weight_only_int8 = dynamic_fp8_layout(), weight_only_int8_layout()
+    emulated = emulated_formats(device)
+    base = comfy.ops.mixed_precision_ops({}, compute_dtype, full_precision_mm=False, disabled=emulated)
+
+    def entry(name: str) -> property:
+        """Part of the quantised weight under its name in a state dict: who merges models looks for it on the layer."""
+
+        def get(self: Any) -> Any:
+            if isinstance(self._parameters.get("weight"), QuantizedTensor):
+                entries = self.state_dict()
+                if name in entries:
+                    return entries[name]
+            raise AttributeError(name)
+
+        return property(get)
 
     class Operations(base):  # type: ignore[misc, valid-type]
         class Linear(base.Linear):  # type: ignore[name-defined]
-            def _load_from_state_dict(self, *args: Any) -> None:
-                super()._load_from_state_dict(*args)
+            came_quantized = False
+
+            def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+                given: Any = state.get(f"{prefix}weight")
+                plain = f"{prefix}comfy_quant" not in state
+                self.came_quantized = prefix.rstrip(".") in theirs
+                self._disabled_formats = emulated if self.came_quantized else set()
+                super()._load_from_state_dict(state, prefix, *args)
                 held: Any = self._parameters.get("weight")
-                if held is not None and getattr(self, "quant_format", None) == "float8_e4m3fn":
+                if held is None:
+                    return
+                if plain:
+                    if given.dtype.itemsize == 1:  # an fp8 file's weight that stays as it is
+                        self.weight = nn.Parameter(given.to(held.device), requires_grad=False)
+                    return
+                layout = {"float8_e4m3fn": dynamic_fp8}.get(self.quant_format)
+                if self.quant_format == "int8_tensorwise" and self._full_precision_mm_config:
+                    layout = weight_only_int8
+                if layout is not None:
                     self.layout_type = layout
                     weight = QuantizedTensor(held._qdata, layout, held._params)
                     self.weight = nn.Parameter(weight, requires_grad=False)
 
             def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
                 dynamic = (
-                    getattr(self, "layout_type", None) == layout
+                    getattr(self, "layout_type", None) == dynamic_fp8
                     and not self._full_precision_mm
                     and not getattr(self, "comfy_force_cast_weights", False)
                     and len(self.weight_function) == 0
@@ -53,4 +105,32 @@ def quantized_operations(compute_dtype: torch.dtype) -> Any:
                 out: Tensor = super()._forward(input, weight, bias)
                 return out
 
+            def set_weight(
+                self,
+                weight: Tensor,
+                inplace_update: bool = False,
+                seed: int | None = None,
+                return_weight: bool = False,
+                **kwargs: Any,
+            ) -> Tensor | None:
+                if getattr(self, "layout_type", None) is not None:
+                    if inplace_update:
+                        # Putting the old weight back would leave the new one's scale.
+                        raise PrecisionUnavailable(
+                            "Hook LoRAs cannot change 8 bit weights while sampling: use Load LoRA instead, or exclude the "
+                            "layers they change in Hotpath Precision."
+                        )
+                    made: Tensor | None = super().set_weight(weight, False, seed, return_weight, **kwargs)
+                    return made
+                rounded: Tensor = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed or 0)
+                if return_weight:
+                    return rounded
+                if inplace_update:
+                    self.weight.data.copy_(rounded)
+                else:
+                    self.weight = nn.Parameter(rounded, requires_grad=False)
+                return None
+
+    for name in ENTRIES:
+        setattr(Operations.Linear, name, entry(name))
     return Operations

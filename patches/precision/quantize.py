@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import uuid
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ... import host
 from ...host.interface import tracked
+from .control_lora import KEY, share_weights
 from .dynamic_fp8 import fp8_scale
 from .layers import quantized_operations
 from .schemes import MULTIPLE, SCHEMES, PrecisionUnavailable, Scheme, excluded_by, patterns, rotation, unavailable
@@ -27,6 +28,7 @@ from .schemes import MULTIPLE, SCHEMES, PrecisionUnavailable, Scheme, excluded_b
 log = logging.getLogger("hotpath.precision")
 
 PREFIX = "diffusion_model."
+QUANTIZED = "it is quantised already"
 # Bookkeeping of one loaded model that its copy must not share.
 RUNTIME = ("dynamic_vbars", "dynamic_pins", "dynamic_patchers")
 
@@ -97,16 +99,16 @@ def quantize_model(
 
     import comfy.model_management
 
-    # Restores what a loaded clone may have patched in place.
-    comfy.model_management.unload_model_and_clones(model)
+    _unload_clones(model)
     source = model.model
     state, layers, left, baked = _quantized_state(model, scheme, patterns(exclude))
     if not layers:
         why = "; ".join(sorted(set(left.values()))) or "it has no linear layers"
         raise PrecisionUnavailable(f"No layer of this model can be computed in {scheme.name}: {why}.")
     dtype = source.get_dtype_inference()
-    made = _with_diffusion_model(source, _built(source, state, dtype, model.offload_device), model.offload_device)
-    patched = _patcher_over(model, made, baked)
+    theirs = {name for name, reason in left.items() if reason == QUANTIZED}
+    network = _built(source, state, dtype, model.load_device, model.offload_device, theirs)
+    patched = _patcher_over(model, _with_diffusion_model(source, network, model.offload_device), baked)
     original = comfy.model_management.module_size(source)
     layers.sort(key=lambda layer: -layer.error)
     report = QuantizationReport(
@@ -117,8 +119,25 @@ def quantize_model(
     return patched, report
 
 
+def _unload_clones(model: Any) -> None:
+    """Restore what loaded clones of `model` may have patched in place, on whatever device they are."""
+    from comfy import model_management as management
+
+    ours = [
+        x for x in management.current_loaded_models if getattr(x.model, "clone_base_uuid", 0) == model.clone_base_uuid
+    ]
+    others = [x for x in management.current_loaded_models if x not in ours]
+    for device in {loaded.device for loaded in ours}:
+        management.free_memory(1e30, device, others)
+
+
 def _refuse_replaced_modules(model: Any) -> None:
-    """A module that another node put in place of one of the model's own holds the original weights."""
+    """A module that another node put in place of one of the model's own, or puts there at loading, holds the original."""
+    if model.injections:
+        raise PrecisionUnavailable(
+            f"A node before this one changes layers when the model is loaded ({', '.join(map(str, model.injections))}): put "
+            "Hotpath Precision before that node."
+        )
     for key, value in model.object_patches.items():
         holder = getattr(value, "__self__", value)
         if key.startswith(PREFIX.rstrip(".")) and isinstance(holder, nn.Module):
@@ -147,13 +166,13 @@ def _quantized_state(
     with tracked(host.current(), len(linear), "quantising") as progress:
         for name, module in linear.items():
             progress.update()
-            reason = _refusal(name, module, exclude)
+            reason = _refusal(name, module, scheme, exclude)
             if reason is not None:
                 leave(name, reason)
                 continue
             weight = module.weight.detach()
             key = f"{PREFIX}{name}.weight"
-            value = weight.to(device=model.load_device, dtype=torch.float32, copy=True)
+            value = _in_float32(weight, model.load_device)
             if key in model.patches:
                 value = _patched(model.patches[key], value, key)
                 if value.shape != weight.shape:
@@ -175,7 +194,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "comfy_cast_weights"))
 
 
-def _refusal(name: str, module: Any, exclude: tuple[str, ...]) -> str | None:
+def _refusal(name: str, module: Any, scheme: Scheme, exclude: tuple[str, ...]) -> str | None:
     pattern = excluded_by(name, exclude)
     if pattern is not None:
         return f"excluded by {pattern}"
@@ -183,12 +202,20 @@ def _refusal(name: str, module: Any, exclude: tuple[str, ...]) -> str | None:
     if weight is None or weight.ndim != 2:
         return "its weight is no matrix"
     if hasattr(weight, "_layout_cls"):
-        return "it is quantised already"
+        return QUANTIZED
     if type(weight.detach()) is not Tensor:
         return "its weight is in another pack's format"
+    if scheme.weight_only and weight.element_size() == 1:
+        return "its weights have 8 bits already"
     if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
         return f"its sides are no multiples of {MULTIPLE}"
     return None
+
+
+def _in_float32(weight: Tensor, device: torch.device) -> Tensor:
+    """A copy of `weight` on `device`. It goes there as it is: converted first, twice as much or more would be sent."""
+    moved = weight.to(device)
+    return moved.to(torch.float32, copy=moved is weight)
 
 
 def _patched(patches: Any, value: Tensor, key: str) -> Tensor:
@@ -219,15 +246,22 @@ def _quantized(value: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[dict[
     return entries, rounded.dequantize().float()
 
 
-def _built(source: Any, state: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The diffusion model of `source` (a BaseModel) anew, with `state` in it."""
+def _built(
+    source: Any,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    load_device: torch.device,
+    offload_device: torch.device,
+    theirs: Collection[str],
+) -> nn.Module:
+    """The diffusion model of `source` (a BaseModel) anew, with `state` in it. theirs: layers that came quantised."""
     configuration = object.__new__(
         type(source.model_config)
     )  # its __getattr__ answers everything, copy's questions too
     configuration.__dict__.update(source.model_config.__dict__)
-    configuration.custom_operations = quantized_operations(dtype)
+    configuration.custom_operations = quantized_operations(dtype, load_device, theirs)
     try:
-        network: nn.Module = configuration.get_model(dict(state), "", device=device).diffusion_model
+        network: nn.Module = configuration.get_model(dict(state), "", device=offload_device).diffusion_model
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # layers that its loader made otherwise
@@ -266,11 +300,14 @@ def _with_diffusion_model(source: Any, network: nn.Module, device: torch.device)
 
 def _patcher_over(model: Any, made: Any, baked: set[str]) -> Any:
     """A clone of `model` that patches `made` instead, without the patches that are in its weights already."""
+    from comfy.patcher_extension import WrappersMP
+
     patched = model.clone(model_override=(made, ({}, {}, {}, set())))
     patched.size = 0
     patched.parent = None
     patched.hook_backup = {}
     patched.patches = {key: value for key, value in patched.patches.items() if key not in baked}
+    patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, share_weights)
     # Not a clone of the original any more: other weights, another identity.
     patched.patches_uuid, patched.clone_base_uuid = uuid.uuid4(), uuid.uuid4()
     patched.cached_patcher_init = (_patcher_again, (made, patched.load_device, patched.offload_device))
@@ -284,7 +321,8 @@ def _patcher_again(
     import comfy.model_patcher
 
     state = dict(made.diffusion_model.state_dict())
-    network = _built(made, state, made.get_dtype_inference(), offload_device)
+    theirs = {name for name, layer in made.diffusion_model.named_modules() if getattr(layer, "came_quantized", False)}
+    network = _built(made, state, made.get_dtype_inference(), load_device, offload_device, theirs)
     patcher = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     return patcher(_with_diffusion_model(made, network, offload_device), load_device, offload_device)
 

@@ -66,12 +66,31 @@ DEFAULT_EXCLUDE = (
     "time_in",
     "vector_in",
     "guidance_in",
+    "time_r_in",
+    "byt5_in",
+    "vision_in",
+    "cond_in",
+    "latent_in",
+    "img_emb",
+    "*patchify_proj",
+    "*caption_projection",
+    "cond_seq_linear",
+    "init_x_linear",
     "time_projection",
+    "t_block",
+    "distilled_guidance_layer",
+    "*adaln_single",
     "*modulation*",
     "*_mod",
+    "*.mod_[xy]",
+    "*.mod[CX]",
+    "*.modCX",
+    "modF",
     "final_layer",
+    "final_linear",
     "norm_out",
     "proj_out",
+    "audio_proj_out",
     "head",
     "out",
 )
@@ -108,6 +127,8 @@ def unavailable(scheme: Scheme, device: torch.device) -> str | None:
         return f"it needs ComfyUI with quantised layers, and {error.name} is missing: update ComfyUI"
     if not hasattr(comfy.ops, "mixed_precision_ops") or scheme.format not in comfy.quant_ops.QUANT_ALGOS:
         return f"this ComfyUI knows no {scheme.format} layers: update ComfyUI to 0.33 or later"
+    if device.type == "mps" and scheme.format.startswith("float8"):
+        return f"torch has no 8 bit floats on {device.type}: choose int8_weights"
     if device.type == "cpu" or scheme.weight_only:
         return None
     if device.type != "cuda":
