@@ -120,30 +120,38 @@ PROFILES = {
 def apply_profile(model: Any, profile: SpeedProfile) -> tuple[Any, str]:
     """A clone of `model` with everything `profile` sets, and a report with a part for each.
 
-    Raises what the parts raise under `strict`; without it, a part that cannot be had is left out with the reason.
+    Raises what the parts raise under `strict`; without it, a part that cannot be had is left out with the reason. A warm-up,
+    which changes nothing, is never a reason to stop.
     """
     made, lines = model.clone(), [f"Speed profile: {profile.name}"]
-    if profile.precision.scheme != NONE:
-        made, text = _precision(made, profile.precision)
+    precision, attention, compiled, warmup = profile.precision, profile.attention, profile.compile, profile.warmup
+    if precision.scheme != NONE:
+        made, text = _or_left_out(
+            made, precision.strict, lambda model: set_precision(model, precision.scheme, precision.exclude)
+        )
         lines += _section("precision", text)
-    if profile.attention.backend != NONE:
-        made, text = set_attention(made, profile.attention.backend, profile.attention.strict)
+    if attention.backend != NONE:
+        made, text = set_attention(made, attention.backend, attention.strict)
         lines += _section("attention", text)
-    if profile.compile.mode != NONE:
-        made, text = compile_model(made, CompileSettings(**dataclasses.asdict(profile.compile)))
+    if compiled.mode != NONE:
+        settings = CompileSettings(**dataclasses.asdict(compiled))
+        made, text = _or_left_out(made, compiled.strict, lambda model: compile_model(model, settings))
         lines += _section("compile", text)
     lines += _limit_caches(profile.caches)
-    if profile.warmup.sizes:
-        _, text = warm_up(made, profile.warmup.sizes, profile.warmup.batch, cfg=profile.warmup.cfg)
+    if warmup.sizes:
+        made, text = _or_left_out(
+            made, False, lambda model: (model, warm_up(model, warmup.sizes, warmup.batch, cfg=warmup.cfg)[1])
+        )
         lines += _section("warm-up", text)
     return made, "\n".join(lines)
 
 
-def _precision(model: Any, wanted: Precision) -> tuple[Any, str]:
+def _or_left_out(model: Any, strict: bool, part: Callable[[Any], tuple[Any, str]]) -> tuple[Any, str]:
+    """What `part` makes of `model`, or `model` as it is and why: what cannot be had here says so by these two errors."""
     try:
-        return set_precision(model, wanted.scheme, wanted.exclude)
-    except PrecisionUnavailable as error:
-        if wanted.strict:
+        return part(model)
+    except (PrecisionUnavailable, ValueError) as error:
+        if strict:
             raise
         return model, f"left out: {error}"
 

@@ -225,6 +225,24 @@ def test_a_scheme_that_cannot_be_had_is_left_out_or_refused(monkeypatch: pytest.
 
 
 @pytest.mark.comfy
+def test_one_part_that_cannot_be_had_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = tiny("flux")
+    model = bench.model.clone()
+    monkeypatch.setattr(type(model), "is_dynamic", lambda self: True)  # from a loader that cannot load it without
+    monkeypatch.setattr("hotpath.patches.compilation.compiler_problem", lambda device: None)
+    config = model.model.model_config
+    widths = {key: value for key, value in config.unet_config.items() if key != "context_in_dim"}
+    monkeypatch.setattr(config, "unet_config", widths)  # as Qwen-Image and SD3, whose prompts' width has another name
+    section = {"attention": {"backend": "auto"}, "compile": {"mode": "default"}, "warmup": {"sizes": ["64x64"]}}
+    made, report = apply_profile(model, parse_section("mine", section))
+    assert override_of(made).policy.backend == "auto" and compiler_of(made) is None
+    assert "compile: left out: This MODEL is under DynamicVRAM" in report
+    assert "warm-up: left out: What prompts of Flux look like" in report
+    with pytest.raises(ValueError, match="DynamicVRAM"):
+        apply_profile(model, parse_section("mine", {"compile": {"mode": "default", "strict": True}}))
+
+
+@pytest.mark.comfy
 def test_warmup_keys_run_sizes_batches_and_cfg(monkeypatch: pytest.MonkeyPatch) -> None:
     import comfy.sample
 
