@@ -15,6 +15,7 @@ import torch
 
 from .. import host as hosts
 from ..host import Host
+from ..host.device_work import wait_for
 
 Result = TypeVar("Result")
 
@@ -94,21 +95,12 @@ def timed(work: Callable[[], Result], device: torch.device, repeats: int = 3) ->
     result = work()
     best = float("inf")
     for _ in range(repeats):
-        _synchronise(device)
+        wait_for(device)
         started = time.perf_counter()
         result = work()
-        _synchronise(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - started)
     return result, best
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-    elif device.type == "xpu":
-        torch.xpu.synchronize(device)
 
 
 def relative_difference(result: torch.Tensor, reference: torch.Tensor) -> float:

@@ -1,8 +1,10 @@
 """Where the time of a picture goes: text encoding, every sampler step, decoding, and the gaps between them.
 
 MODEL, CLIP and VAE are handed on as clones that note when their work begins and ends. On a GPU these are CUDA events, which
-cost some microseconds and wait for nothing; the only wait is when the report is made. Beside each step's time on the GPU
-stands the time Python needed to launch it: where the two are equal, the GPU waits for Python.
+cost some microseconds and wait for nothing; the only wait is when the report is made. Other devices are waited for at each
+moment. Beside each step's time on the GPU stands the time Python needed for it. Where the two are equal inside the model too,
+and the GPU had nothing left to do when the model was called, the GPU waits for Python; a sampler that reads a number from
+the GPU at every step takes as long as the GPU does, and is no sign of it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..host.device_work import wait_for
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of
 
@@ -41,18 +44,23 @@ VAE_METHODS = {
 
 @dataclass
 class Moment:
-    """A point in time: on the host, and in the GPU's queue."""
+    """A point in time: on the host, and in the GPU's queue. behind: the GPU had older work of this sampling to do."""
 
     host: float
     event: Any = None
+    device: str = "CPU"
+    behind: bool = False
 
     @classmethod
     def now(cls, device: torch.device | None) -> Moment:
-        if device is None or device.type != "cuda":
+        if device is None or device.type == "cpu":
             return cls(time.perf_counter())
+        if device.type != "cuda":
+            wait_for(device)
+            return cls(time.perf_counter(), device=device.type.upper())
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(device))
-        return cls(time.perf_counter(), event)
+        return cls(time.perf_counter(), event, "CUDA")
 
 
 @dataclass
@@ -70,7 +78,8 @@ class Span:
 class Row:
     """One line of the table. seconds: what it took; host_seconds: what Python needed for it, where a GPU ran beside.
 
-    start: seconds after the run began. model_seconds: of `seconds`, inside the model.
+    start: seconds after the run began. model_seconds: of `seconds`, inside the model. model_host_seconds: of `host_seconds`.
+    behind: in one of its calls the GPU still had older work to do.
     """
 
     stage: str
@@ -80,10 +89,14 @@ class Row:
     model_seconds: float
     calls: int
     graphs: int
+    model_host_seconds: float | None = None
+    behind: bool = False
 
     @property
     def waits_for_python(self) -> bool:
-        return self.host_seconds is not None and self.host_seconds > 0.95 * self.seconds
+        if self.host_seconds is None or not self.model_host_seconds or self.behind:
+            return False
+        return self.host_seconds > 0.95 * self.seconds and self.model_host_seconds > 0.95 * self.model_seconds
 
 
 @dataclass(frozen=True)
@@ -219,19 +232,22 @@ class _Steps:
         self.graphs = self._graphs()
         self.model: list[tuple[Moment, Moment]] = []
         self.started = False
+        self.ended: Moment | None = None  # the last call of the model
 
     def _graphs(self) -> int:
         return self.compiler.graphs if self.compiler is not None else 0
 
     def model_starts(self) -> Moment:
         moment = Moment.now(self.device)
+        moment.behind = self.ended is not None and self.ended.event is not None and not self.ended.event.query()
         if not self.started:
             self.started = True
             self._close(PREPARE, moment)
         return moment
 
     def model_ends(self, start: Moment) -> None:
-        self.model.append((start, Moment.now(self.device)))
+        self.ended = Moment.now(self.device)
+        self.model.append((start, self.ended))
 
     def step_done(self) -> None:
         self._close(STEP, Moment.now(self.device))
@@ -268,11 +284,13 @@ def resolve(spans: list[Span], notes: tuple[str, ...] = ()) -> Profile:
                 sum(_between(*part) for part in span.model),
                 max(1, len(span.model)),
                 span.graphs,
+                sum(end.host - start.host for start, end in span.model) if on_gpu else None,
+                any(start.behind for start, _ in span.model),
             )
         )
     moments = sum(2 + 2 * len(span.model) for span in spans)
     last = max(row.start + max(row.seconds, row.host_seconds or 0.0) for row in rows)
-    device = "CUDA" if events else "CPU"
+    device = "CUDA" if events else next((s.start.device for s in spans if s.start.device != "CPU"), "CPU")
     return Profile(tuple(rows), last, device, notes, moments * cost_of_a_moment(bool(events)))
 
 

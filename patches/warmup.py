@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import host
+from ..host.device_work import wait_for
 from ..host.interface import tracked
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of, uncompiled
@@ -158,6 +159,5 @@ def _made(compiler: RegionalCompiler | None) -> tuple[int, int]:
 
 def _now(model: Any) -> float:
     """Seconds, when the device has done what it was given. Warming up may wait for it."""
-    if model.load_device.type == "cuda":
-        torch.cuda.synchronize(model.load_device)
+    wait_for(model.load_device)
     return time.perf_counter()

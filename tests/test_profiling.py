@@ -20,6 +20,7 @@ from hotpath.patches.profiling import (
     Moment,
     ProfileSession,
     Span,
+    _Steps,
     cost_of_a_moment,
     profile,
     resolve,
@@ -216,6 +217,76 @@ def test_times_of_the_gpu_stand_beside_those_of_python(on_gpu: bool, monkeypatch
     assert picture.min() >= 0 and picture.max() <= 1
     red = torch.tensor([int(COMPILING[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     assert ((picture - red).abs().amax(-1) < 0.02).any()  # the step that compiled stands out
+
+
+@pytest.mark.parametrize(
+    ("python", "gpu", "reads", "waits"),
+    [
+        (0.05, 0.5, "at the end of a step", False),  # a sampler that asks whether the next sigma is 0
+        (0.05, 0.5, "in the model", False),  # a ControlNet that acts in a part of the schedule
+        (0.05, 0.5, "", False),
+        (0.05, 0.01, "at the end of a step", True),
+        (0.05, 0.01, "in the model", True),
+        (0.05, 0.01, "", True),
+    ],
+)
+def test_who_waits_for_whom(
+    python: float, gpu: float, reads: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of known times, in Python and on the GPU, and a Python that stops where it reads a number from the GPU."""
+    clock = {"python": 0.0, "gpu": 0.0}  # the second: when the queue is empty
+
+    class Event:
+        def __init__(self) -> None:
+            self.at = max(clock.values())
+
+        def query(self) -> bool:
+            return self.at <= clock["python"]
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1000 * (end.at - self.at)
+
+    def read() -> None:
+        clock["python"] = max(clock.values())
+
+    monkeypatch.setattr(Moment, "now", lambda device: Moment(clock["python"], Event()))
+    monkeypatch.setattr("hotpath.patches.profiling.cost_of_a_moment", lambda cuda: 0.0)
+    session = ProfileSession()
+    steps = _Steps(session, torch.device("cuda"), None)
+    for _ in range(6):
+        start = steps.model_starts()
+        if reads == "in the model":
+            read()
+        for _ in range(10):  # kernels
+            clock["python"] += python / 10
+            clock["gpu"] = max(clock.values()) + gpu / 10
+        steps.model_ends(start)
+        clock["python"] += 0.001  # the sampler
+        if reads == "at the end of a step":
+            read()
+        steps.step_done()
+    found = session.take()
+    assert [step.waits_for_python for step in found.steps] == [waits] * 6
+    assert ("CUDA graphs would help" in table(found)) is waits
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_devices_without_cuda_events_are_waited_for(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from hotpath.patches.warmup import _now
+
+    waited: list[str] = []
+    monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *_: waited.append(kind))
+    device = torch.device(kind)
+    session = ProfileSession()
+    with session.stage(DECODE, device):
+        assert waited == [kind]
+    assert waited == [kind] * 2 and session.take().device == kind.upper()
+    _now(SimpleNamespace(load_device=device))
+    assert waited == [kind] * 3
 
 
 def test_without_a_run_or_matplotlib_a_sentence_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,15 @@
+"""Waiting for a device, where a time is taken or a result is needed."""
+
+from __future__ import annotations
+
+import torch
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when `device` has done what it was given. What it was given on the CPU is done already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type == "xpu":
+        torch.xpu.synchronize(device)
