@@ -248,28 +248,34 @@ class AttentionDispatcher:
         mask: Tensor | None,
         scale: float | None,
     ) -> Tensor | None:
-        """A run of a plan, checked if it is the first. None when it failed, and the next plan will be another one."""
-        reason: str | None = None
+        """A run of a plan, checked until it is proved. None when it failed, and the next plan will be another one."""
         try:
             out = plan.backend.run(q, k, v, mask, scale)
             if plan.proved:
                 return out
-            if not plan.backend.exact:
-                reason = fault(out, q, k, v, mask, scale)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             if plan.backend.name in LAST:
                 raise
-            reason = _one_line(error)
-        with self._lock:
-            if reason is None:
-                key = (policy, call, exact)
-                if key in self._plans:
-                    self._plans[key] = replace(plan, proved=True)
-                return out
-            self._switch_off(plan.backend, call, reason)
+            self._switch_off(plan.backend, call, _one_line(error))
             return None
+        if not plan.backend.exact:
+            try:
+                reason = fault(out, q, k, v, mask, scale)
+            except torch.OutOfMemoryError:  # there was memory for the result, and that is what was asked for
+                log.info("attention: %s was not checked for %s: out of memory", plan.backend.name, call.describe())
+                return out
+            except Exception as error:
+                reason = _one_line(error)
+            if reason is not None:
+                self._switch_off(plan.backend, call, reason)
+                return None
+        with self._lock:
+            key = (policy, call, exact)
+            if key in self._plans:
+                self._plans[key] = replace(plan, proved=True)
+        return out
 
     def _switch_off(self, backend: Backend, call: AttentionCall, reason: str) -> None:
         with self._lock:

@@ -105,7 +105,8 @@ class ModelCall:
             return weights
 
         def gate() -> Tensor:
-            exact = torch.float32 if self.device.type == "mps" else torch.float64
+            # Metal knows no float64, Intel's cards compute none, and others need not.
+            exact = torch.float64 if self.device.type in ("cuda", "cpu") else torch.float32
             limits = torch.tensor([(s.sigma_start, s.sigma_end) for s in settings], dtype=exact)
             limits = limits.to(self.device, non_blocking=self._copies_at_once)
             sigma = timestep.flatten()[0].to(self.device, exact)

@@ -23,7 +23,7 @@ from hotpath.attention.dispatch import (
     attend,
 )
 from hotpath.attention.events import AttentionLog
-from hotpath.attention.reference import attention_reference, fault
+from hotpath.attention.reference import PRODUCTS, attention_reference, fault
 
 # --- the same numbers whatever computes them -----------------------------------------------------------------------
 
@@ -139,6 +139,31 @@ def test_what_differs_in_a_signature():
     assert kinds == [NO_MASK, BOOL_MASK, FLOAT_MASK]
     assert AttentionCall.of(q, k, v, masks()["float"].double()).mask == OTHER_FLOAT_MASK
     assert "4 over 2 heads" in AttentionCall.of(q, k, v, None).describe()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_check_of_many_tokens_takes_little_memory(masked):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    tokens = 1 << 16
+    q, k, v = qkv(1, 4, tokens, tokens, 8, torch.bfloat16, key_heads=2)
+    mask = torch.arange(tokens)[None, None, None] % 3 > 0 if masked else None
+    checked = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                storage = out.untyped_storage()
+                if all(storage.data_ptr() != x.untyped_storage().data_ptr() for x in (q, k, v, result)):
+                    checked.append(storage.nbytes())
+            return out
+
+    result = torch.zeros_like(q)
+    with Watched():
+        assert "cosine" in fault(result, q, k, v, mask, None)
+        assert fault(result.fill_(torch.nan), q, k, v, mask, None) == "its result has values that are not finite"
+    assert max(checked) <= 4 * PRODUCTS  # float32; whole, q k^T of one head would be 16 GiB
 
 
 def test_what_a_fault_is():

@@ -184,6 +184,24 @@ def test_a_lossy_kernel_is_checked_once_per_signature(sage, monkeypatch):
     assert [shape[2] for shape in checks] == [70, 71]
 
 
+def test_a_check_without_memory_does_not_cost_the_result(sage, monkeypatch, caplog):
+    answers = [torch.OutOfMemoryError("no room for the check"), torch.OutOfMemoryError("still none"), None]
+
+    def fault(*_):
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    monkeypatch.setattr(dispatch, "fault", fault)
+    dispatcher, log = sage(sage_modules.sage1()), AttentionLog()
+    q, k, v = qkv(dtype=torch.float16)
+    with caplog.at_level(logging.INFO):
+        for _ in range(4):  # checked as soon as there is memory, and then no more
+            out = dispatcher.attend(q, k, v, policy=AttentionPolicy("sage1", strict=True), record=log)
+            assert cosine(out, attention_reference(q, k, v)) > 0.999
+    assert not answers and [event.used for event in log.events()] == ["sage1"]
+    assert caplog.text.count("sage1 was not checked for 2 x 4 heads x 70 by 90") == 2
+
+
 def test_a_call_that_needs_full_precision_gets_it(sage):
     dispatcher, log = sage(sage_modules.sage1()), AttentionLog()
     q, k, v = qkv(dtype=torch.float16)

@@ -320,6 +320,29 @@ def test_tensors_of_a_call_go_to_the_device_that_asks() -> None:
     assert (here.device.type, there.device.type) == ("cpu", "meta")
 
 
+def test_only_cpus_and_cuda_are_asked_for_float64() -> None:
+    """Metal and Intel's cards have none; "meta" stands for them."""
+    from hotpath.patches.identity_attention import PatchSettings
+    from hotpath.patches.model_call import ModelCall
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: set[tuple[str, torch.dtype]] = set()
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                seen.add((out.device.type, out.dtype))
+            return out
+
+    settings = (PatchSettings(0.5, 14.6, 0.03),)
+    for device in ("meta", "cpu"):
+        call = ModelCall((0, 1), 8, 8, torch.tensor([3.0]), batch=2, device=torch.device(device))
+        with Watched():
+            call.weights_now(settings)
+    assert ("cpu", torch.float64) in seen and ("meta", torch.float64) not in seen
+
+
 @pytest.mark.parametrize("size", [(4, 4), (4, 11), (5, 512), (16, 16), (31, 9), (512, 4)])
 @pytest.mark.parametrize("scale", [2, 4, 8, 16])
 def test_a_mask_fits_every_block_of_small_and_long_latents(size: tuple[int, int], scale: int) -> None:
