@@ -565,28 +565,30 @@ def test_a_control_lora_borrows_weights_with_their_scale():
     state = {k: v for k, v in bench.control_net.control_model.state_dict().items() if k.startswith(own)}
     hint = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
-    def picture(model, within=lambda net: net):
-        net = within(comfy.controlnet.ControlLora(state).set_cond_hint(hint, 1.0, (0.0, 1.0)))
-        positive = [[c, {**o, "control": net, "control_apply_to_uncond": True}] for c, o in bench.positive]
+    def picture(model):
+        """With one in a link of ours, and one before it in the chain."""
+        first, second = (comfy.controlnet.ControlLora(state).set_cond_hint(hint, 0.5, (0.0, 1.0)) for _ in range(2))
+        chain = face_token_link(second, "none", None).set_previous_controlnet(first)
+        positive = [[c, {**o, "control": chain, "control_apply_to_uncond": True}] for c, o in bench.positive]
         return sample(model, positive, bench.negative, steps=1)
 
-    expected = picture(bench.model)
-    assert relative(sample(bench.model, bench.positive, bench.negative, steps=1), expected) > 0.1
-    quantised, _ = quantize_model(bench.model, "int8")
-    assert relative(picture(quantised), expected) < TOLERANCE["int8"]
-    assert relative(picture(quantised, lambda net: face_token_link(net, "none", None)), expected) < TOLERANCE["int8"]
+    # What Control-LoRAs borrow, less the first layers, which stay whole by default too.
+    quantised, report = quantize_model(bench.model, "int8", f"{','.join(DEFAULT_EXCLUDE)}, output_blocks")
+    assert len(report.layers) > 20
+    assert relative(picture(quantised), picture(bench.model)) < TOLERANCE["int8"]
 
 
 def test_quantised_models_can_be_merged():
     from comfy_extras.nodes_model_merging import ModelMergeSimple
 
-    model, other = tiny("z_image").model, make_z_image(seed=1)
-    expected = sum(m.model.diffusion_model.get_submodule(LAYER).weight for m in (model, other)) / 2
-    only = [pattern for pattern in weights(model) if pattern != f"{LAYER}.weight"]
-    first, second = (quantize_model(m, "int8", [p.removesuffix(".weight") for p in only])[0] for m in (model, other))
-    for pair in ((first, second), (model, second), (first, other)):
+    model, other = make_z_image(seed=1), tiny("z_image").model
+    rest = [key.removesuffix(".weight") for key in weights(model) if key != f"{LAYER}.weight"]
+    quantised, _ = quantize_model(model, "int8", rest)
+    whole = [m.model.diffusion_model.get_submodule(LAYER).weight for m in (model, other)]
+    for pair, share in (((quantised, other), 0.5), ((other, quantised), 0.5), ((quantised, quantised), 1.0)):
         held = layer(ModelMergeSimple().merge(*pair, 0.5)[0]).weight
-        assert relative(held.dequantize() if hasattr(held, "_layout_cls") else held, expected) < TOLERANCE["int8"]
+        held = held.dequantize() if hasattr(held, "_layout_cls") else held
+        assert relative(held, share * whole[0] + (1 - share) * whole[1]) < TOLERANCE["int8"]
 
 
 def test_a_hook_lora_says_that_it_cannot():
