@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import torch
 
+from .retry import WORKER
 from .worker import WorkerSettings, WorkflowWorker
 
+AGAIN = "run the same again, and what is finished is kept"
 STARTS = 3  # how often in a row the worker of a slot may die before it is ready
 
 
@@ -91,6 +93,7 @@ class InProcessPool:
         self._payload: Mapping[str, Any] | None = None
         self._threads: int | None = None
         self.worker: WorkflowWorker | None = None
+        self.broken = False  # this process can compute nothing more on its GPU, and is not one that can be replaced
 
     def start(self) -> None:
         self._threads = torch.get_num_threads()
@@ -105,7 +108,12 @@ class InProcessPool:
             assert self.worker is not None
             payload, self._payload = self._payload, None
             self.begins(payload["id"], payload["attempt"])
-            self._events.append(Finished(0, payload["id"], self.worker.run(payload)))
+            result = self.worker.run(payload)
+            if result.get("kind") == WORKER:
+                self.broken = True
+                self._events.append(Died(0, f"{result['error']}; {AGAIN}", payload["id"], final=True))
+            else:
+                self._events.append(Finished(0, payload["id"], result))
         events = list(self._events)
         self._events.clear()
         return events

@@ -21,6 +21,7 @@ from .policy import Policy
 from .pool import Advanced, Died, Event, Finished, Pool, Ready
 from .results import CannotKeep
 from .retry import DISK, ITEM, MEMORY, WORKER, RetryPlan
+from .second_opinions import SecondOpinions
 from .status import Observer, Status, Unobserved
 
 log = logging.getLogger("hotpath.distributed")
@@ -56,7 +57,7 @@ class _Task:
     job: Job
     attempt: int = 1
     twins: list[Job] = field(default_factory=list)  # items with the same content, under other names
-    avoid: set[int] = field(default_factory=set)  # slots without room on their disks
+    avoid: set[int] = field(default_factory=set)  # slots without room on their disks, or with something broken
 
 
 @dataclass(order=True)
@@ -94,6 +95,7 @@ class Scheduler:
         self._ready = [False] * pool.slots
         self._gone = [False] * pool.slots
         self._without_room: list[set[str]] = [set() for _ in range(pool.slots)]
+        self._opinions = SecondOpinions(pool.slots)
         self._pending: deque[_Task] = deque()
         self._later: list[_Waiting] = []
         self._known: dict[str, _Task] = {}
@@ -176,7 +178,7 @@ class Scheduler:
                 break
         self._pending.extendleft(reversed(waits))
         for slot, queue in enumerate(self._queues):
-            if queue and self._ready[slot] and self._running[slot] is None:
+            if queue and self._ready[slot] and self._running[slot] is None and not self._held(slot):
                 task = queue.popleft()
                 self._running[slot], self._begun[slot] = task, self.clock()
                 self.status.running[slot] = 0.0
@@ -187,9 +189,21 @@ class Scheduler:
         # When there is nobody else, a worker may have found room meanwhile.
         avoid = task.avoid if any(not gone and slot not in task.avoid for slot, gone in enumerate(self._gone)) else ()
         return [
-            None if self._gone[slot] or not ready or slot in avoid else len(queue) + (running is not None)
+            None
+            if self._gone[slot] or not ready or slot in avoid or self._held(slot)
+            else len(queue) + (running is not None)
             for slot, (ready, queue, running) in enumerate(zip(self._ready, self._queues, self._running, strict=True))
         ]
+
+    def _held(self, slot: int) -> bool:
+        """Whether a worker is given nothing, as another one has its last item; without another it would be for ever."""
+        return self._opinions.in_doubt(slot) and self._others(slot)
+
+    def _others(self, slot: int) -> bool:
+        """Whether there is a worker besides this one that is not in doubt itself."""
+        return any(
+            not gone and other != slot and not self._opinions.in_doubt(other) for other, gone in enumerate(self._gone)
+        )
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -237,7 +251,10 @@ class Scheduler:
                 return
             self.status.done += 1
             self._without_room[slot].clear()
+            to_blame = self._opinions.done(slot, task.job.id)
             self._finish(task, done=True)
+            if to_blame is not None:
+                self._replace(to_blame)
             return
         kind, error = str(result["kind"]), str(result["error"])
         # Asked before anything is removed, which would make room.
@@ -245,9 +262,17 @@ class Scheduler:
             # The item is not to blame, and the others would fare no better.
             raise DiskFull(error)
         self.store.discard(staging)
-        if kind == MEMORY:
+        if kind in (MEMORY, WORKER):
             self._ready[slot] = False
             self.pool.renew(slot)
+        if kind == WORKER:
+            task.avoid.add(slot)
+        if kind == ITEM and self._opinions.failed(slot, task.job.id, self._others(slot)):
+            log.warning("worker %d: %s: %s; another worker tries it", slot, task.job.item.label, error)
+            task.avoid.add(slot)
+            self._give_back(slot)
+            self._pending.appendleft(task)
+            return
         if kind == DISK:
             task.avoid.add(slot)
             self._without_room[slot].add(task.job.id)
@@ -272,6 +297,7 @@ class Scheduler:
 
     def _finish(self, task: _Task, done: bool) -> None:
         self.status.ended()
+        self._opinions.forget(task.job.id)
         del self._known[task.job.id]
         self._twins -= len(task.twins)
         for twin in task.twins:
@@ -284,15 +310,30 @@ class Scheduler:
         log.warning("worker %d: %s", slot, reason)
         self._ready[slot] = False
         self.status.has_workers(sum(self._ready))
-        # What it had not begun goes to whoever is free first.
-        self._pending.extendleft(reversed(self._queues[slot]))
-        self._queues[slot].clear()
+        self._give_back(slot)
         task = self._running[slot]
         if task is not None:
             self._free(slot)
             self.store.discard(self.store.staging(task.job, task.attempt))
+        self._gone[slot] |= final
+        if all(self._gone):
+            # What it ran is not on record as failed: nobody knows, and the next run goes on with it.
+            raise NoWorkers(f"There are no workers left. The last one: {reason}")
+        if task is not None:
             self._failed(task, WORKER, f"{reason} while it ran this")
-        if final:
-            self._gone[slot] = True
-            if all(self._gone):
-                raise NoWorkers(f"There are no workers left. The last one: {reason}")
+
+    def _give_back(self, slot: int) -> None:
+        """What a worker had not begun goes to whoever is free first."""
+        self._pending.extendleft(reversed(self._queues[slot]))
+        self._queues[slot].clear()
+
+    def _replace(self, slot: int) -> None:
+        """A worker failed what another one finished: another takes its place, and when that does the same, none."""
+        if self._gone[slot]:
+            return
+        if self._opinions.replaced_before(slot):
+            self._died(slot, "it failed items that other workers finish, as the one before it did", final=True)
+            return
+        log.warning("worker %d failed items that other workers finish: another takes its place", slot)
+        self._ready[slot] = False
+        self.pool.renew(slot)

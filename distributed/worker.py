@@ -19,7 +19,7 @@ from ..headless.graph import Graph, Node
 from ..headless.outcome import outcome_of
 from ..host.headless import HeadlessHost
 from .results import OUTPUT, TEMP, sync
-from .retry import CONNECTION, DISK, MEMORY, failure_kind
+from .retry import CONNECTION, DISK, ITEM, MEMORY, WORKER, failure_kind
 
 log = logging.getLogger("hotpath.distributed")
 
@@ -159,12 +159,16 @@ class WorkflowWorker:
                     sync(path)
         except Exception as error:
             kind = failure_kind(error)
+            if kind in (ITEM, MEMORY) and not answers(self.host.device()):
+                kind = WORKER
             if kind == MEMORY:
                 self.let_go()
             log.info("job %s failed (%s)", payload.get("id"), kind, exc_info=error)
             said = str(error) or type(error).__name__
             if kind == DISK:
                 said = f"The worker on {socket.gethostname()} has no room left on a disk: {said}"
+            if kind == WORKER:
+                said = f"The GPU of the worker on {socket.gethostname()} computes nothing more for it: {said}"
             return self._failed(kind, said, started)
         # What a node says whose answer goes on to another one, such as its report, is not what the workflow is for.
         asked = {link.node for node in graph.nodes.values() for _, link in node.links()}
@@ -186,3 +190,16 @@ class WorkflowWorker:
     @staticmethod
     def _failed(kind: str, error: str, started: float) -> dict[str, Any]:
         return {"status": "failed", "kind": kind, "error": error, "seconds": time.perf_counter() - started}
+
+
+def answers(device: torch.device) -> bool:
+    """Whether a device still computes for this process. After an illegal access or an assertion of a kernel a GPU gives the
+    same error for whatever it is asked next, until the process ends."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        log.debug("%s answers nothing more", device, exc_info=error)
+        return False
+    return True

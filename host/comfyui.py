@@ -26,6 +26,7 @@ WARNING_EVENT = "hotpath.warning"  # web/node_state.js listens to it
 PREVIEW_SIZE = 512  # longest side, in pixels, of the pictures a progress bar shows
 
 _loading = threading.RLock()  # ComfyUI's list of loaded models is made for one thread
+_in_use: list[Any] = []  # patchers of networks that are inside `resident`, once for each use
 
 
 class ComfyUIManaged:
@@ -58,9 +59,12 @@ class ComfyUIManaged:
                 management.load_models_gpu([self.patcher], memory_required=extra_bytes, force_full_load=True)
                 # ComfyUI's low-memory modes leave behind what is not one of its own layers, and count on those to cast.
                 self.module.to(self.device)
+                _in_use.append(self.patcher)
             try:
                 yield self.module
             finally:
+                with _loading:
+                    _in_use.remove(self.patcher)
                 if not keep:
                     self.release()
 
@@ -212,7 +216,10 @@ class ComfyUIHost:
     def make_room(self, nbytes: int, device: torch.device) -> None:
         import comfy.model_management as management
 
-        management.free_memory(nbytes, device)
+        with _loading:
+            # ComfyUI takes the smallest first, and would send away what is about to compute.
+            kept = [entry for entry in management.current_loaded_models if any(entry.model is p for p in _in_use)]
+            management.free_memory(nbytes, device, keep_loaded=kept)
 
     def manage(self, module: nn.Module) -> ComfyUIManaged:
         return ComfyUIManaged(module)

@@ -103,7 +103,8 @@ class Host(Protocol):
         """Bytes that can be allocated on `device` now."""
 
     def make_room(self, nbytes: int, device: torch.device) -> None:
-        """Evict what the host can evict until `nbytes` are free on `device`. Best effort."""
+        """Evict what the host can evict until `nbytes` are free on `device`, never what is inside `resident()`. Best
+        effort."""
 
     def manage(self, module: nn.Module) -> Managed:
         """Put a network of ours under the host's memory management. It starts on the offload device."""

@@ -183,6 +183,30 @@ def test_free_memory_is_a_number_of_bytes(either_host: Host) -> None:
     either_host.make_room(1, CPU)
 
 
+@pytest.mark.comfy
+def test_room_is_never_made_of_what_computes(comfy_host: Any, comfy_folders: Any) -> None:
+    import comfy.model_management as management
+
+    at_work, idle = comfy_host.manage(Network()), comfy_host.manage(Network())
+
+    def listed(managed: Any) -> bool:
+        return any(entry.model is managed.patcher for entry in management.current_loaded_models)
+
+    for managed in (at_work, idle):
+        # As beside a GPU, where weights that were sent away lie elsewhere.
+        managed.patcher.offload_device = torch.device("meta")
+    with idle.resident():
+        pass
+    with at_work.resident() as network:
+        with at_work.resident():
+            pass  # a use within a use ends, and the first one goes on
+        comfy_host.make_room(1 << 60, comfy_host.device())
+        assert (listed(at_work), listed(idle)) == (True, False)
+        assert network(torch.ones(1, 3)).isfinite().all()
+    comfy_host.make_room(1 << 60, comfy_host.device())
+    assert not listed(at_work)
+
+
 def test_progress_counts_and_closes(either_host: Host) -> None:
     with host.tracked(either_host, 3, "frames") as bar:
         for _ in range(3):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hotpath.distributed import items, results, scheduler, worker
 from hotpath.distributed.items import FolderItems, Item, JsonLinesItems, ListItems
 from hotpath.distributed.jobs import BadMap, Job
@@ -21,6 +22,7 @@ from hotpath.distributed.mapping import MapOutcome, run_map
 from hotpath.distributed.results import ResultStore
 from hotpath.distributed.scheduler import DiskFull
 from hotpath.distributed.status import Status
+from hotpath.headless.core_nodes import LoadImage
 from hotpath.host import Interrupted
 from map_workflows import COPY, listed, made, picture
 
@@ -315,6 +317,43 @@ def test_an_item_that_kills_the_run_is_given_up(pictures, request_for, monkeypat
     outcome = run_map(request_for(pictures, retries=1))
     assert outcome.status.failed == 1 and len(made(outcome.folder)) == 4
     assert outcome.failures == ["in/p2.png: the run died while it ran this (attempt 2 of 2)"]
+
+
+def test_a_gpu_that_computes_nothing_more_ends_the_run(pictures, request_for, monkeypatch):
+    """After an illegal access every item would fail at once. This process cannot be replaced, so the item counts as one
+    that killed it."""
+    broken: list[str] = []
+    load = LoadImage.load_image
+
+    def illegal(self, image):
+        if image == "in/p2.png":
+            broken.append(image)
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return load(self, image)
+
+    monkeypatch.setattr(LoadImage, "load_image", illegal)
+    monkeypatch.setattr(worker, "answers", lambda device: not broken)
+    monkeypatch.setattr(scheduler.RetryPlan, "wait", lambda self, attempt: 0.0)
+    for _ in range(2):
+        outcome = run_map(request_for(pictures, retries=1))
+        assert outcome.lost is not None and outcome.lost.endswith("run the same again, and what is finished is kept")
+        assert outcome.status.failed == 0 and not outcome.whole
+        broken.clear()
+    outcome = run_map(request_for(pictures, retries=1))
+    assert outcome.status.failed == 1 and sorted(made(outcome.folder)) == ["p0.png", "p1.png", "p3.png", "p4.png"]
+
+
+def test_a_device_that_gives_its_error_again_is_broken(monkeypatch):
+    def asked(device):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    card = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert worker.answers(card)
+    monkeypatch.setattr(torch.cuda, "synchronize", asked)
+    assert not worker.answers(card) and worker.answers(torch.device("cpu"))
 
 
 def test_what_is_stopped_is_not_to_blame(pictures, request_for, monkeypatch):

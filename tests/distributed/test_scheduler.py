@@ -14,6 +14,7 @@ from hotpath.distributed.policy import POLICIES, LeastBusy, Random, RoundRobin, 
 from hotpath.distributed.pool import Died, Finished, Ready
 from hotpath.distributed.retry import CONNECTION, DISK, ITEM, MEMORY, WORKER, RetryPlan, failure_kind
 from hotpath.distributed.scheduler import WITHOUT_ROOM, DiskFull, NoWorkers, Scheduler
+from hotpath.distributed.second_opinions import IN_A_ROW
 from hotpath.distributed.simulation import Cluster, CountingStore, SimulatedPool, simulate
 from hotpath.distributed.status import Status
 from hotpath.headless.executor import NodeFailed, RunResult
@@ -234,7 +235,9 @@ def test_a_job_that_kills_every_worker_is_given_up():
 
 
 class Roomless(Rig):
-    """A rig in which workers `full` have no room on their own disks, which they notice at once."""
+    """A rig in which workers `full` have no room on their own disks, which they notice at once; or fail at something else."""
+
+    kind, error = DISK, "no room left on a disk."
 
     def __init__(self, full: set[int], **options):
         super().__init__(**options)
@@ -244,7 +247,7 @@ class Roomless(Rig):
             events = []
             for event in wait(timeout):
                 if isinstance(event, Finished) and event.slot in full:
-                    result = {"status": "failed", "kind": DISK, "error": "no room left on a disk.", "seconds": 0.1}
+                    result = {"status": "failed", "kind": self.kind, "error": self.error, "seconds": 0.1}
                     event = Finished(event.slot, event.job_id, result)
                 events.append(event)
             return events
@@ -279,6 +282,62 @@ def test_without_room_for_the_results_the_run_ends():
     rig.store.full = lambda: True
     with pytest.raises(DiskFull, match="no room left on a disk"):
         rig.run(30)
+
+
+class Broken(Roomless):
+    """A rig in which some workers fail whatever they are given. renewed: what was replaced; helps: whether that mends it."""
+
+    kind, error = ITEM, "it cannot be."
+
+    def __init__(self, broken: set[int], helps=False, **options):
+        super().__init__(
+            broken, speeds=[50.0 if slot in broken else 1.0 for slot in range(options["workers"])], **options
+        )
+        self.renewed: list[int] = []
+        renew = self.pool.renew
+
+        def watched(slot):
+            self.renewed.append(slot)
+            if helps:
+                broken.discard(slot)
+            renew(slot)
+
+        self.pool.renew = watched
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("helps", [False, True])
+def test_a_worker_that_fails_what_others_finish_does_not_eat_the_list(policy, helps):
+    rig = Broken({0}, helps, workers=3, policy=policy, seconds=5.0)
+    status = rig.run(60)
+    assert status.done == 60 - (IN_A_ROW - 1) and status.failed == IN_A_ROW - 1
+    assert rig.renewed == [0] and rig.scheduler._gone == [not helps, False, False]
+    assert len(rig.given) == 60 + (1 if helps else 2)
+
+
+def test_a_list_of_bad_items_is_not_the_workers_fault():
+    bad = {str(i): [ITEM] * 9 for i in range(60) if i >= 6}
+    rig = Broken(set(), workers=2, answers=bad)
+    status = rig.run(60)
+    assert (status.done, status.failed) == (6, 54) and not rig.renewed and not any(rig.scheduler._gone)
+    assert len(rig.given) < 60 * 1.25  # few are tried twice to find that out
+    assert Broken(set(), workers=1, answers=bad).run(60).failed == 54
+
+
+def test_two_workers_in_doubt_do_not_wait_for_each_other():
+    status = Broken({0, 1}, workers=2).run(30)
+    assert status.failed == 30
+
+
+def test_a_worker_whose_device_is_broken_is_replaced_and_the_item_goes_elsewhere():
+    class Rigged(Broken):
+        kind, error = WORKER, "an illegal memory access was encountered"
+
+    rig = Rigged({0}, helps=True, workers=2)
+    status = rig.run(20)
+    assert status.done == 20 and status.retried == 1 and rig.renewed == [0]
+    slots = [slot for slot, job in rig.given if job == "0"]
+    assert slots == [0, 1]
 
 
 def test_without_workers_the_run_ends_and_says_why():
