@@ -77,6 +77,7 @@ def _feed_tensor(digest: Any, tensor: torch.Tensor) -> None:
     _frame(digest, b"t", flat.view(torch.uint8).numpy() if flat.numel() else b"")
 
 
+REMEMBERED = 1 << 16  # fingerprints at most; a list may name a million files
 _fingerprints: dict[tuple[str, int, int], str] = {}
 
 
@@ -88,8 +89,8 @@ def file_fingerprint(path: Path) -> str:
     """
     stat = path.stat()
     known = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    if known in _fingerprints:
-        return _fingerprints[known]
+    if (remembered := _fingerprints.get(known)) is not None:
+        return remembered
     digest = hashlib.md5(struct.pack("<Q", stat.st_size), usedforsecurity=False)
     slices, length = 16, 1 << 20
     with path.open("rb") as file:
@@ -100,5 +101,7 @@ def file_fingerprint(path: Path) -> str:
             for i in range(slices):
                 file.seek((stat.st_size - length) * i // (slices - 1))
                 digest.update(file.read(length))
-    _fingerprints[known] = digest.hexdigest()
-    return _fingerprints[known]
+    if len(_fingerprints) >= REMEMBERED:
+        _fingerprints.clear()
+    found = _fingerprints[known] = digest.hexdigest()
+    return found

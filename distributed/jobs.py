@@ -10,6 +10,7 @@ from typing import Any
 
 from ..cache import content_key, file_fingerprint
 from ..headless.catalog import HIDDEN, declared_inputs
+from ..headless.files import MARK, inside
 from ..headless.graph import Graph, Link, LooseList, WorkflowError
 from ..headless.validation import InvalidWorkflow, NeedsComfyUI, validate
 from ..host.saved_layouts import migrate_prompt
@@ -34,17 +35,19 @@ class BadMap(ValueError):
 class Job:
     """One run of the workflow. id: the same for the same workflow and item, in every process and on every machine.
 
-    prompt: API JSON. hidden: the result is a part of something larger, and is kept aside until that is whole.
+    prompt: API JSON. hidden: the result is a part of something larger, and is kept aside until that is whole. files: what
+    its values name in the input folder.
     """
 
     id: str
     item: Item
     prompt: dict[str, Any] = field(repr=False)
     hidden: bool = False
+    files: tuple[Path, ...] = ()
 
     def payload(self, staging: Path, attempt: int) -> dict[str, Any]:
         """What is sent to a worker: plain JSON, paths and no tensors."""
-        reads = str(self.item.file) if self.item.file is not None else None
+        reads = [str(path) for path in (self.item.file, *self.files) if path is not None]
         return {"id": self.id, "attempt": attempt, "prompt": self.prompt, "staging": str(staging), "reads": reads}
 
 
@@ -78,13 +81,12 @@ class MapPlan:
             raise BadMap(f"There are no seeds {seeds!r}; choose item or workflow.")
         present = migrate_prompt(graph.prompt())
         self.graph = Graph.parse(present)
-        self.catalog, self.target = catalog, target
+        self.catalog, self.target, self.input_folder = catalog, target, input_folder
         files = {
             f"{node.id}.{name}": file_fingerprint(path)
             for node in self.graph.nodes.values()
             for name, value in node.inputs.items()
             if (target is None or (node.id, name) != (target.node, target.input))
-            and isinstance(value, str)
             and (path := _named_file(input_folder, value)) is not None
         }
         prompt = {i: {k: v for k, v in node.items() if k != "_meta"} for i, node in self.graph.prompt().items()}
@@ -114,7 +116,11 @@ class MapPlan:
                 given = int(graph.nodes[node_id].inputs[name])
                 graph.nodes[node_id].inputs[name] = item_seed(given, node_id, item.content, least, most)
         values = {name: value for name, value in changed.items() if item.file is None or value != item.value}
-        return Job(content_key(self.key, item.content, values), item, graph.prompt(), hidden=bool(item.group))
+        # A list names its files, and what a name means changes with the file.
+        named = {n: path for n, value in values.items() if (path := _named_file(self.input_folder, value)) is not None}
+        contents = [{name: file_fingerprint(path) for name, path in named.items()}] if named else []
+        key = content_key(self.key, item.content, values, *contents)
+        return Job(key, item, graph.prompt(), hidden=bool(item.group), files=tuple(dict.fromkeys(named.values())))
 
     def _named(self, name: str) -> Target:
         if name not in self._targets:
@@ -192,15 +198,18 @@ def guess_target(graph: Graph, catalog: Mapping[str, type[Any]], kind: str) -> T
     raise BadMap(f"{many}: say which one with --input NODE.INPUT.")
 
 
-def _named_file(folder: Path, name: str) -> Path | None:
-    """The file in the input folder that a constant names, if it names one."""
-    if not name.strip() or "\n" in name or "\0" in name or len(name) > 1024:
+def _named_file(folder: Path, value: Any) -> Path | None:
+    """The file in the input folder that a value names, as `files.input_file` reads it, if it names one."""
+    if not isinstance(value, str) or "\n" in value or len(value) > 1024:
         return None
-    base = folder.resolve()
+    if (marked := MARK.match(value)) is not None:
+        if marked["folder"] != "input":
+            return None  # the other folders of a job are its own
+        value = marked["name"]
     try:
-        path = (base / name).resolve()
-        return path if path.is_relative_to(base) and path.is_file() else None
-    except OSError:
+        path = inside(folder, value)
+        return path if path.is_file() else None
+    except (OSError, ValueError):
         return None
 
 

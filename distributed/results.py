@@ -115,6 +115,11 @@ class ResultStore:
             (made / "text.txt").write_text("\n\n".join(shown) + "\n", encoding="utf-8")
             sync(made / "text.txt")
             names = ["text.txt"]
+        if not names:
+            raise CannotKeep(
+                f"The workflow gave neither a file nor a text for {job.item.label}: end it in a node that does, such as "
+                "SaveImage."
+            )
         tails = [Path(names[0]).suffix] if len(names) == 1 else [f"/{name}" for name in names]
         actual = self._make_way(label, tails)
         base = made.relative_to(self.folder).as_posix()

@@ -6,7 +6,7 @@ import gc
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,9 +141,9 @@ class WorkflowWorker:
         {"status": "failed", "kind": as in `retry`, "error": a sentence, "seconds"}.
         """
         started = time.perf_counter()
-        reads = payload.get("reads")
-        if reads is not None and not Path(reads).is_file():
-            where = f"The worker on {socket.gethostname()} does not see {reads}"
+        unseen = next((path for path in payload.get("reads", ()) if not Path(path).is_file()), None)
+        if unseen is not None:
+            where = f"The worker on {socket.gethostname()} does not see {unseen}"
             return self._failed(CONNECTION, f"{where}: it needs shared storage, at the same path.", started)
         staging = Path(payload["staging"])
         try:
@@ -153,6 +153,13 @@ class WorkflowWorker:
             self.executor.forget_output_nodes()
             graph = Graph.parse(payload["prompt"])
             result = self.executor.run(graph)
+            made = outcome_of(result, self.host)
+            # What a node says whose answer goes on to another one, such as its report, is not what the workflow is for.
+            asked = {link.node for node in graph.nodes.values() for _, link in node.links()}
+            ends = {i for i, run in result.runs.items() if i not in asked and self._is_output(run.node)}
+            texts = [[node.id in ends, text] for node, text in made.texts]
+            if not any(final for final, _ in texts):
+                keep_previews(staging / OUTPUT, [file.path for file in made.files if file.temporary])
             # Here and not in the run, which would wait for one disk after the other.
             for path in (staging / OUTPUT).rglob("*"):
                 if path.is_file():
@@ -170,10 +177,6 @@ class WorkflowWorker:
             if kind == WORKER:
                 said = f"The GPU of the worker on {socket.gethostname()} computes nothing more for it: {said}"
             return self._failed(kind, said, started)
-        # What a node says whose answer goes on to another one, such as its report, is not what the workflow is for.
-        asked = {link.node for node in graph.nodes.values() for _, link in node.links()}
-        ends = {i for i, run in result.runs.items() if i not in asked and self._is_output(run.node)}
-        texts = [[node.id in ends, text] for node, text in outcome_of(result, self.host).texts]
         return {"status": "done", "texts": texts, "seconds": time.perf_counter() - started}
 
     def let_go(self) -> None:
@@ -190,6 +193,15 @@ class WorkflowWorker:
     @staticmethod
     def _failed(kind: str, error: str, started: float) -> dict[str, Any]:
         return {"status": "failed", "kind": kind, "error": error, "seconds": time.perf_counter() - started}
+
+
+def keep_previews(folder: Path, previews: Sequence[Path]) -> None:
+    """Move previews to the results of a job that saved none; without them it would have run for nothing."""
+    if any(path.is_file() for path in folder.rglob("*")):
+        return
+    for path in previews:
+        if path.is_file():
+            path.replace(folder / path.name)
 
 
 def answers(device: torch.device) -> bool:

@@ -15,7 +15,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hotpath.cache import BoundedCache, all_caches, clear_all, content_key, file_fingerprint, limit_all, named_cache
+from hotpath.cache import (
+    BoundedCache,
+    all_caches,
+    clear_all,
+    content_key,
+    file_fingerprint,
+    keys,
+    limit_all,
+    named_cache,
+)
 from hotpath.cache import registry as registry_module
 from hotpath.cache.bounded import size_of
 
@@ -216,6 +225,15 @@ def test_every_edit_of_a_large_file_is_seen(tmp_path: Path) -> None:
         os.utime(path, ns=(10**18 + step, 10**18 + step))
         seen.add(file_fingerprint(path))
     assert len(seen) == 5
+
+
+def test_fingerprints_are_remembered_up_to_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "REMEMBERED", 4)
+    monkeypatch.setattr(keys, "_fingerprints", {})
+    for number in range(10):
+        (tmp_path / str(number)).write_bytes(b"x" * number)
+        file_fingerprint(tmp_path / str(number))
+        assert len(keys._fingerprints) <= 4
 
 
 def test_fingerprint_of_a_missing_file(tmp_path: Path) -> None:

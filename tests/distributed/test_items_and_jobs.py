@@ -196,11 +196,27 @@ def test_a_file_that_travels_along_is_part_of_the_id(plan, headless_host):
         "3": {"class_type": "LoadImage", "inputs": {"image": "reference.png"}},
         "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 0]}},
     }
-    reference = picture(headless_host.input_folder() / "reference.png", 1)
-    before = plan(graph).key
-    assert plan(graph).key == before
-    picture(reference, 2)
-    assert plan(graph).key != before
+    reference = picture(headless_host.input_folder() / "sub" / "reference.png", 1)
+    for seed, name in enumerate(("sub/reference.png", "sub\\reference.png", "sub/reference.png [input]"), 2):
+        graph["3"]["inputs"]["image"] = name
+        before = plan(graph).key
+        assert plan(graph).key == before
+        picture(reference, seed)
+        assert plan(graph).key != before, name
+
+
+@pytest.mark.parametrize("name", ["sub/a.png", "sub\\a.png", "sub/a.png [input]"])
+def test_a_file_that_a_list_names_is_part_of_the_id(plan, headless_host, name):
+    """Or a picture that was edited since would be said to be done."""
+    file = picture(headless_host.input_folder() / "sub" / "a.png", 1)
+    listed = [text_item(name), Item("a", "c", inputs={"1.image": name})]
+    before = [plan().job(item) for item in listed]
+    assert [plan().job(item).id for item in listed] == [job.id for job in before]
+    assert all(job.payload(file, 1)["reads"] == [str(file.resolve())] for job in before)
+    picture(file, 2)
+    after = [plan().job(item) for item in listed]
+    assert all(old.id != new.id for old, new in zip(before, after, strict=True))
+    assert plan().job(text_item("a prompt")).files == ()
 
 
 def test_seeds_follow_from_the_item_and_nothing_else(plan, catalog):

@@ -208,6 +208,20 @@ def test_text_becomes_a_file_beside_the_list(request_for, tmp_path):
     assert [line["texts"] for line in listed(outcome.folder)] == [["a cat"], ["zwei Hunde"], ["a cat"]]
 
 
+def test_what_is_only_shown_is_kept(pictures, request_for, monkeypatch):
+    """A workflow that ends in a preview computed everything and left nothing."""
+    shown = {"1": COPY["1"], "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}
+    outcome = run_map(request_for(pictures, graph=shown))
+    assert outcome.whole and sorted(made(outcome.folder)) == [f"p{i}.png" for i in range(5)]
+    both = {**COPY, "3": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}
+    assert len(made(run_map(request_for(pictures, "both", both)).folder)) == 5, "what is saved is all that is kept"
+    said = {**shown, "3": {"class_type": "PreviewAny", "inputs": {"source": "words"}}}
+    assert sorted(made(run_map(request_for(pictures, "said", said)).folder))[0] == "p0.txt"
+    monkeypatch.setattr(worker, "keep_previews", lambda *_: None)
+    outcome = run_map(request_for(pictures, "nothing", shown))
+    assert outcome.status.failed == 5 and "gave neither a file nor a text for p0: end it in a node" in outcome.report()
+
+
 def test_lines_of_a_list_fail_alone(request_for, tmp_path):
     (tmp_path / "l.jsonl").write_text('{"1.source": "one"}\nbroken\n{"7.source": "x"}\n{"PreviewAny.source": "two"}\n')
     outcome = run_map(request_for(JsonLinesItems(tmp_path / "l.jsonl"), graph=TEXT))
