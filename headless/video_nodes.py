@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import host
 from . import files
-from .video import SUFFIXES, VideoComponents, VideoFile, VideoFrames
+from .video import VideoComponents, VideoFile, VideoFrames
+from .video_encoding import SUFFIXES
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".ogv", ".ts")
 CODECS = ["auto", "h264", "av1"]

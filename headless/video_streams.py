@@ -1,0 +1,41 @@
+"""What the streams of a film say of themselves, and their frames."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("hotpath.headless")
+
+
+def video_stream(container: Any, path: Path) -> Any:
+    """Raises ValueError for a file without pictures."""
+    if not container.streams.video:
+        raise ValueError(f"{path.name} holds no video.")
+    return container.streams.video[0]
+
+
+def frame_rate(stream: Any) -> Fraction:
+    """Pictures per second."""
+    return Fraction(stream.average_rate or stream.guessed_rate or 1)
+
+
+def bit_depth(stream: Any) -> int:
+    components = stream.format.components if stream.format is not None else ()
+    return max((component.bits for component in components), default=8)
+
+
+def decoded(container: Any, *streams: Any) -> Iterator[Any]:
+    """The frames of some streams as they come. A damaged packet costs its frame and not the film."""
+    import av
+
+    for packet in container.demux(*streams):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError as error:
+            log.info("a damaged packet of stream %d is left out: %s", packet.stream.index, error)
+            continue
+        yield from frames
