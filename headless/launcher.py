@@ -196,6 +196,8 @@ def _has_accelerator(python: Path) -> bool:
 
 
 def _wait_until_ready(server: RunningServer, timeout: float) -> None:
+    # A proxy, which the environment may name for all of HTTP, does not know this machine's own ports.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
@@ -205,7 +207,7 @@ def _wait_until_ready(server: RunningServer, timeout: float) -> None:
             )
         with (
             contextlib.suppress(urllib.error.URLError, OSError),
-            urllib.request.urlopen(f"{server.url}/system_stats", timeout=5) as answer,
+            opener.open(f"{server.url}/system_stats", timeout=5) as answer,
         ):
             if answer.status == 200:
                 return

@@ -119,7 +119,7 @@ def _check_node(node: Node, graph: Graph, catalog: Mapping[str, type[Any]]) -> l
             continue
         try:
             node.inputs[name] = value = _convert(value, declaration)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # JSON has numbers without end: 1e999 is infinite
             wrong(name, f"{value!r} is not a {declaration.kind_name}.")
             continue
         if name not in checked_by_node and not checks_all and (message := _range_problem(value, declaration)):

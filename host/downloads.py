@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from .model_files import sha256_of
+from .model_files import sha256_of, structure_problem
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0
@@ -64,11 +64,13 @@ def fetch(
     sha256: str | None = None,
     progress: ProgressCallback | None = None,
     pause: float | None = None,
+    model: bool = False,
 ) -> Path:
     """Download `url` to `target`, going on where an earlier attempt stopped.
 
     size: exact bytes, sha256: hex digits, all or the first few; both are checked before the file gets its name.
-    progress: called with bytes so far and bytes in all. pause: seconds before the second attempt. Raises DownloadError.
+    progress: called with bytes so far and bytes in all. pause: seconds before the second attempt. model: without a checksum,
+    it must be built as a model file of its name is, or be no web page at least. Raises DownloadError.
     """
     _check_address(url)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +96,13 @@ def fetch(
         kept = f" {part.stat().st_size} bytes are kept in {part.name};" if part.is_file() else ""
         raise DownloadError(f"{url}: {reason}.{kept} run the same command again to go on.")
     check(part, url, size, sha256)
+    if model and sha256 is None and (problem := structure_problem(part, target.suffix)) is not None:
+        # A network that asks to sign in answers with its page, as if that were the file.
+        _discard(part)
+        raise DownloadError(
+            f"{url} gave something else than {target.name}: {problem} It was removed; if the network asks you to sign in, do "
+            "so and try again."
+        )
     part.replace(target)
     _tag_of(part).unlink(missing_ok=True)
     return target

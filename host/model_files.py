@@ -56,8 +56,8 @@ def verify(path: Path, size: int | None = None, sha256: str | None = None) -> Ve
     return Verdict("unverified", f"{found} bytes, readable; neither size nor checksum is published")
 
 
-def structure_problem(path: Path) -> str | None:
-    """Why the file cannot be whole; None when nothing speaks against it."""
+def structure_problem(path: Path, suffix: str | None = None) -> str | None:
+    """Why the file cannot be whole; None when nothing speaks against it. suffix: of the name it is to get, if another."""
     with path.open("rb") as file:
         start = file.read(16)
     if not start:
@@ -66,7 +66,7 @@ def structure_problem(path: Path) -> str | None:
         return "it is a web page that was saved under this name; download the file itself."
     if start.startswith(b"version https://"):
         return "it is a git-lfs pointer and not the file; fetch it with `git lfs pull`."
-    match path.suffix.lower():
+    match (path.suffix if suffix is None else suffix).lower():
         case ".safetensors" | ".sft":
             return _safetensors_problem(path)
         case ".pth" | ".pt" | ".bin" | ".ckpt":

@@ -104,7 +104,7 @@ def obtain(models: Sequence[KnownModel], host: Host, progress: ProgressCallback 
         case HubRepository(repo):
             return [fetch_repository(repo, target, progress=progress)]
         case WebFile(url, size, sha256):
-            return [fetch(url, target, size, sha256, progress)]
+            return [fetch(url, target, size, sha256, progress, model=True)]
 
 
 def _from_archive(
@@ -122,6 +122,7 @@ def _from_archive(
         archive.size,
         archive.sha256,
         progress,
+        model=True,
     )
     paths = unpack(packed, wanted)
     packed.unlink()

@@ -193,6 +193,7 @@ def test_nothing_to_show():
         ({"image": ["1", 0], "radius": -1}, "-1 is below the smallest value, 0"),
         ({"image": ["1", 0], "radius": 1, "gamma": float("nan")}, "below the smallest"),
         ({"image": ["1", 0], "radius": "many"}, "'many' is not a INT"),
+        ({"image": ["1", 0], "radius": 1e999}, "inf is not a INT"),
         ({"image": ["1", 1], "radius": 1}, "it takes IMAGE, and Load (#1) gives MASK"),
         ({"image": ["1", 5], "radius": 1}, "has 2 outputs, so there is no output 5"),
         ({"image": ["1", 0], "radius": [1, 2, 3]}, "a list must be a link"),

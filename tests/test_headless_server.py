@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -448,6 +450,27 @@ SLEEPS = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_proxy_for_all_of_http_is_not_asked_about_this_machine(monkeypatch):
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0.01)
+    web = HTTPServer(("127.0.0.1", 0), Ready)
+    threading.Thread(target=web.handle_request, daemon=True).start()
+    process = SimpleNamespace(poll=lambda: None, returncode=None)
+    launcher._wait_until_ready(
+        launcher.RunningServer(f"http://127.0.0.1:{web.server_port}", process, Path("none"), Path()), 1.0
+    )
+    web.server_close()
+
+
 def test_a_comfyui_that_hangs_is_stopped_with_all_it_started(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFYUI_PYTHON", sys.executable)
     comfyui = fake_comfyui(tmp_path / "c", SLEEPS)

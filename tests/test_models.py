@@ -20,8 +20,10 @@ import torch
 from hotpath import cli
 from hotpath.host import downloads, hub
 from hotpath.host.downloads import DownloadError, DownloadStopped, fetch, safe_target, unpack
+from hotpath.host.headless import HeadlessHost
 from hotpath.host.known_models import KNOWN_MODELS, HubFile, HubRepository, KnownModel, WebFile, ZipMember, select
 from hotpath.host.model_files import verify
+from hotpath.host.model_store import obtain
 from safetensors.torch import save_file
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -175,6 +177,27 @@ def test_the_first_digits_of_a_checksum_are_enough(server, tmp_path):
 def test_a_wrong_size_leaves_nothing(server, tmp_path):
     with pytest.raises(DownloadError, match="1048576 bytes instead of 5"):
         get(server, tmp_path, size=5)
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "problem"),
+    [
+        ("model.bin", b"<!DOCTYPE html><html>Sign in to the network</html>", "a web page"),
+        ("model.pth", b"nothing that torch writes", "does not begin like a torch checkpoint"),
+        ("model.safetensors", b"an error in plain words", "does not begin like a safetensors file"),
+    ],
+)
+def test_what_is_no_model_gets_no_models_name(server, tmp_path, name, answer, problem):
+    """Where neither size nor checksum is known, as of the colour models' weights."""
+    Handler.files[f"/{name}"] = answer
+    with pytest.raises(
+        DownloadError, match=f"something else than {name}: it .*{problem}.* removed; if the network asks"
+    ):
+        obtain(
+            [KnownModel("m", "one", "one", name, WebFile(f"{server}/{name}"), "MIT", "a file")],
+            HeadlessHost(models=tmp_path, device="cpu"),
+        )
     assert leftovers(tmp_path) == []
 
 
