@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import host
+from ..distributed.retry import MEMORY, failure_kind
 from ..headless.interrupts import stopped_by_ctrl_c
 from ..host import Interrupted, ModelNotFound
+from ..host.errors import first_line
 from ..text_to_image.adapters import UnusableAdapter
 from ..text_to_image.denoising import seeds
 from ..text_to_image.folders import UnusableCheckpoint
-from ..text_to_image.jobs import Item, forget_models, prepare
+from ..text_to_image.jobs import Item, Job, forget_models, prepare
+from ..text_to_image.loading import MODELS
 from .console import complain, note, say
 from .models_folder import headless_host
 
@@ -120,9 +126,19 @@ def _is_shared(error: Exception, items: list[Item]) -> bool:
     return len({replace(item, prompt="", seed=0, name="") for item in items}) == 1
 
 
+def _make_room() -> None:
+    """Begin anew with all of the device."""
+    for model in MODELS.loaded():
+        model.release()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _draw(items: list[Item], options: argparse.Namespace) -> int:
     skipped = failed = 0
     for number, item in enumerate(items, 1):
+        job: Job | None
         try:
             job = prepare(item, options.output_folder)
             if not options.overwrite and job.is_done():
@@ -136,6 +152,16 @@ def _draw(items: list[Item], options: argparse.Namespace) -> int:
                 raise
             complain(f"{number} of {len(items)}: {error}")
             failed += 1
+            continue
+        except (MemoryError, RuntimeError) as error:
+            if failure_kind(error) != MEMORY:
+                raise
+            complain(f"{number} of {len(items)}: {first_line(error, 300)}")
+            job = None
+        if job is None:
+            # Out of the handler first: the traceback holds what filled the device.
+            failed += 1
+            _make_room()
             continue
         say(str(job.file))
         if not options.quiet:

@@ -12,8 +12,9 @@ from ..cache import file_fingerprint
 from ..text_to_image import compilation, decoding, folders, precision, previews, prompts, stream_attention
 from ..text_to_image.adapters import Adapter
 from ..text_to_image.denoising import Guidance
-from ..text_to_image.generation import Pipeline, Request, generate
+from ..text_to_image.generation import Pipeline, generate
 from ..text_to_image.loading import DTYPES, MODELS, LoadOptions, ZImage
+from ..text_to_image.requests import Request
 
 CATEGORY = "Hotpath/text to image"
 PIPELINE = "HOTPATH_T2I"
@@ -190,7 +191,7 @@ class HotpathZImage:
             },
             "optional": {
                 "image": ("IMAGE", {"tooltip": "A picture to draw over: one, or one for each. It is cut to width x height."}),
-                "mask": ("MASK", {"tooltip": "Where the image is drawn over; elsewhere it stays."}),
+                "mask": ("MASK", {"tooltip": "Where the image is drawn over; elsewhere it stays, as the VAE gives it."}),
                 "strength": (
                     "FLOAT",
                     {"default": 0.6, "min": 0.01, "max": 1.0, "step": 0.01,
@@ -227,6 +228,11 @@ class HotpathZImage:
                     "FLOAT",
                     {"default": 0.75, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "How closely it is followed."},
                 ),
+                "keep_outside": (
+                    "BOOLEAN",
+                    {"default": False,
+                     "tooltip": "With a mask: put the image's own pixels back outside it, which the VAE changes a little."},
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }  # fmt: skip
@@ -252,6 +258,7 @@ class HotpathZImage:
         prompt_cache: str = "memory",
         control_image: torch.Tensor | None = None,
         control_strength: float = 0.75,
+        keep_outside: bool = False,
         unique_id: str | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], str]:
         request = Request(
@@ -271,6 +278,7 @@ class HotpathZImage:
             pictures_at_a_time=pictures_at_a_time,
             tiling=vae_tiling,
             prompt_cache=prompt_cache,
+            keep_outside=keep_outside,
         )
         drawn = generate(pipeline, request, preview_for(pipeline.model), unique_id)
         return drawn.pictures, {"samples": drawn.latents}, drawn.report

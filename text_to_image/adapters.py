@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,9 +263,11 @@ class Adapters:
             yield len(self._originals)
             return
         products = combined(active, transformer)  # a file that cannot be used changes nothing
-        self.restore(transformer)
         packed = {name for name in products if not is_dense(transformer.get_submodule(name))}
-        self._merge(transformer, {name: found for name, found in products.items() if name not in packed})
+        added = {name: found for name, found in products.items() if name not in packed}
+        # What both stacks change is made of the weight that waits here; a strength is turned up and down many times.
+        self.restore(transformer, besides=added)
+        self._merge(transformer, added)
         if not packed:
             self.applied = wanted
             yield len(products)
@@ -286,21 +288,23 @@ class Adapters:
         for name, found in host.each(list(products.items()), "LoRA"):
             weight = transformer.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            self._originals[name] = weight.detach().to("cpu", copy=True)
-            changed = weight.detach().float()
+            if name not in self._originals:
+                self._originals[name] = weight.detach().to("cpu", copy=True)
+            changed = self._originals[name].to(weight.device).float()
             for product in found:
                 changed = changed + product.delta(weight.device)
             weight.data.copy_(changed)
         self.applied = ()
 
-    def restore(self, transformer: nn.Module) -> None:
-        """Give every changed weight the bits it was loaded with."""
-        for name, original in self._originals.items():
+    def restore(self, transformer: nn.Module, besides: Container[str] = ()) -> None:
+        """Give every changed weight, but those of the layers `besides`, the bits it was loaded with."""
+        self.applied = (("unfinished", 0.0),)
+        for name in [name for name in self._originals if name not in besides]:
             weight = transformer.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            weight.data.copy_(original)
-        self._originals.clear()
-        self.applied = ()
+            weight.data.copy_(self._originals[name])
+            del self._originals[name]
+        self.applied = () if not self._originals else self.applied
 
 
 def combined(stack: Sequence[Adapter], transformer: nn.Module) -> dict[str, list[Product]]:

@@ -7,7 +7,6 @@ whichever worker draws it.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,16 +23,16 @@ from ..host.errors import kind_and_line
 from . import compilation, decoding, denoising
 from .adapters import Adapter
 from .compilation import CompilationPlan
-from .denoising import Guidance, Source
+from .denoising import Source
 from .loading import ZImage
 from .previews import Preview
-from .prompts import CACHES, MAX_TOKENS, Prompt, PromptCache, encode
+from .prompts import Prompt, PromptCache, encode
+from .requests import Request, check
 
 log = logging.getLogger("hotpath.text_to_image")
 
 # Activations of a forward pass, in values per token and width: the widest is the feed-forward's two inner products.
 LIVE_ACTIVATIONS = 16
-NO_GUIDANCE = Guidance()
 
 
 @dataclass(frozen=True)
@@ -48,41 +47,12 @@ class Pipeline:
         return replace(self, adapters=(*self.adapters, adapter))
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is drawn. width, height: pixels, multiples of `ZImage.step_of_size`. seed: of the first picture.
-
-    image: [B, H, W, 3] in 0..1 to draw over, with `strength` (over 0 to 1) of the schedule; mask: [B, H, W] or [H, W], 1
-    where it is drawn, stretched to the image when it has another size. control: [B, H, W, 3], edges, depth or a pose that a
-    checkpoint with a ControlNet draws after, with the weight `control_strength`. pictures_at_a_time: 1 makes a picture
-    independent of its company to the last bit; more is faster for small pictures. tiling, prompt_cache: one of
-    decoding.TILING, prompts.CACHES.
-    """
-
-    prompt: str
-    negative: str = ""
-    width: int = 1024
-    height: int = 1024
-    steps: int = 8
-    guidance: Guidance = NO_GUIDANCE
-    seed: int = 0
-    pictures: int = 1
-    image: Tensor | None = None
-    mask: Tensor | None = None
-    strength: float = 0.6
-    control: Tensor | None = None
-    control_strength: float = 0.75
-    max_tokens: int = MAX_TOKENS
-    pictures_at_a_time: int = 1
-    tiling: str = "auto"
-    prompt_cache: str = "memory"
-
-
 @dataclass
 class Drawn:
     """What came of a request. pictures: [B, H, W, 3] float32 RGB in 0..1; latents: [B, C, h, w], as a VAE reads them.
 
-    seconds: by stage. encoded: prompts the text encoder had to read; 0 when all came from the cache.
+    A picture that came out as NaN is black, and told in the report. seconds: by stage. encoded: prompts the text encoder had
+    to read; 0 when all came from the cache.
     """
 
     pictures: Tensor
@@ -93,68 +63,6 @@ class Drawn:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def check(request: Request, model: ZImage) -> None:
-    """Raises ValueError, in one sentence, for a request that cannot be drawn."""
-    if not request.prompt.strip():
-        raise ValueError("The prompt is empty: say what the picture should show.")
-    for name, text in (("prompt", request.prompt), ("negative prompt", request.negative)):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(
-                f"The {name} holds half a letter (a lone surrogate), which no tokenizer reads: type it again."
-            )
-    side = model.step_of_size
-    for name, size, longest in (
-        ("height", request.height, model.tallest),
-        ("width", request.width, model.widest),
-    ):
-        if size % side or size <= 0:
-            near = max(side, round(size / side) * side)
-            raise ValueError(f"The {name} {size} is no multiple of {side}, which this checkpoint needs: try {near}.")
-        if size > longest:
-            raise ValueError(f"The {name} {size} is over {longest}, the largest this checkpoint has positions for.")
-    if request.steps < 1 or request.pictures < 1 or request.pictures_at_a_time < 1:
-        raise ValueError("Steps, pictures and pictures at a time are 1 or more.")
-    if not 1 <= request.max_tokens <= model.longest_prompt:
-        raise ValueError(
-            f"A prompt has 1 to {model.longest_prompt} tokens here, and {request.max_tokens} were asked for."
-        )
-    for what, asked, known in (
-        ("tiling", request.tiling, decoding.TILING),
-        ("prompt cache", request.prompt_cache, CACHES),
-    ):
-        if asked not in known:
-            raise ValueError(f"{asked!r} is no {what}: choose one of {', '.join(known)}.")
-    if not 0.0 <= request.guidance.scale < math.inf:
-        raise ValueError(
-            f"Guidance {request.guidance.scale} is no number from 0 up: 0 is none, and more follows the prompt closer."
-        )
-    if not 0.0 < request.strength <= 1.0:
-        raise ValueError(f"A strength of {request.strength} draws nothing: choose over 0 to 1.")
-    if request.mask is not None and request.image is None:
-        raise ValueError("A mask needs an image that it lies on: connect one.")
-    _check_tensor("image", request.image, ("pictures", "height", "width", "RGB"), request.pictures)
-    _check_tensor("mask", request.mask, ("pictures", "height", "width"), request.pictures)
-    _check_tensor("control image", request.control, ("pictures", "height", "width", "RGB"), request.pictures)
-    if request.control is not None and not model.checkpoint.controlled:
-        raise ValueError(
-            f"{model.checkpoint.name} has no ControlNet to draw after a control image: choose a ZImageControlNetPipeline."
-        )
-
-
-def _check_tensor(name: str, given: Tensor | None, axes: tuple[str, ...], pictures: int) -> None:
-    """Raises ValueError for what has other axes, another number of pictures, no pixels, or NaN; alpha is no fault."""
-    if given is None:
-        return
-    found = list(given.shape)
-    shape = [1, *found] if name == "mask" and given.ndim == 2 else found
-    if len(shape) != len(axes) or ("RGB" in axes and shape[-1] < 3) or 0 in shape[1:]:
-        raise ValueError(f"The {name} is a tensor of {found} where [{', '.join(axes)}] is needed: connect another.")
-    if shape[0] not in (1, pictures):
-        raise ValueError(f"{shape[0]} {name}s for {pictures} pictures: connect one, or one for each.")
-    if not given.isfinite().all():
-        raise ValueError(f"The {name} holds values that are not finite (NaN): look at what made it.")
-
-
 class Run:
     """One request on its way: progress, times and notes."""
 
@@ -163,17 +71,44 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.ran: list[str] = []
+        self.doing = ""
         self.bar: Any = None
+        self._outside: tuple[Tensor, Tensor] | None = (
+            None  # the fitted image, and the mask on it, [1 or B, H, W, 3 and 1]
+        )
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, self.doing = time.perf_counter(), name
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def draw(self) -> Drawn:
+        try:
+            return self._draw()
+        except torch.OutOfMemoryError as error:
+            log.debug("out of memory", exc_info=error)
+        # Out of the handler first: the traceback holds what filled the device. Of the same kind, as hosts look at that.
+        raise torch.OutOfMemoryError(self._without_room())
+
+    def _without_room(self) -> str:
+        """What a device that is full calls for, in a sentence."""
+        request, model = self.request, self.model
+        cures = ["a smaller width and height"]
+        if request.pictures_at_a_time > 1:
+            cures.insert(0, "one picture at a time")
+        if request.tiling == "never":
+            cures.insert(0, "tiling auto")
+        if model.precision.method == "none" and model.device.type == "cuda":
+            cures.append("precision float8 or int8")
+        return (
+            f"{model.device} ran out of memory at {request.width} x {request.height} ({self.doing}): choose "
+            f"{', '.join(cures)}, or ComfyUI's own Z-Image nodes, which can leave weights in the machine's memory."
+        )
+
+    def _draw(self) -> Drawn:
         request, model = self.request, self.model
         with self.stage("prompts"):
             positive, negative, encoded = self._prompts()
@@ -194,14 +129,12 @@ class Run:
                     found.append(self._denoise(network, noise[part], source, control, part, states, against))
                 # Copied here, so that the time before is the time it took.
                 latents = torch.cat(found).cpu()
-            for seed, one in zip(private, latents, strict=True):
-                if not one.isfinite().all():
-                    raise ValueError(
-                        f"The picture of seed {seed.initial_seed()} came out as NaN: choose dtype float32, attention auto or "
-                        "a lower LoRA strength."
-                    )
+            whole = self._whole(private, latents)
+            latents = torch.where(whole.view(-1, 1, 1, 1), latents, 0.0)
             with self.stage("decode"):
-                pictures, how = decoding.decode(model, latents, request.tiling, lambda: self.bar.update(1))
+                made, how = decoding.decode(model, latents[whole], request.tiling, lambda: self.bar.update(1))
+                pictures = made.new_zeros(len(latents), *made.shape[1:])
+                pictures[whole] = self._pasted(made, whole)
         self.notes.append(f"decoded {how}")
         plain = decoding.unscaled(model, latents)
         with torch.inference_mode(False):
@@ -214,6 +147,31 @@ class Run:
             encoded,
             dict(self.seconds),
         )
+
+    def _whole(self, private: list[torch.Generator], latents: Tensor) -> Tensor:
+        """Which pictures are pictures, bool [B]. Raises ValueError when none is; of others, seeds and cure are told."""
+        whole = latents.isfinite().flatten(1).all(dim=1)
+        broken = [g.initial_seed() for g, good in zip(private, whole.tolist(), strict=True) if not good]
+        if broken:
+            which = (
+                f"picture of seed {broken[0]}"
+                if len(broken) == 1
+                else f"pictures of seeds {', '.join(map(str, broken))}"
+            )
+            cure = "choose dtype float32, attention auto or a lower LoRA strength."
+            if len(broken) == len(private):
+                raise ValueError(f"The {which} came out as NaN: {cure}")
+            note = f"The {which} came out as NaN and {'is' if len(broken) == 1 else 'are'} black here: {cure}"
+            log.warning("%s", note)
+            self.notes.append(note)
+        return whole
+
+    def _pasted(self, pictures: Tensor, which: Tensor) -> Tensor:
+        """The pictures [B, H, W, 3], with the image's own pixels outside the mask when that was asked for."""
+        if self._outside is None or not self.request.keep_outside:
+            return pictures
+        image, mask = (part.expand(len(which), -1, -1, -1)[which] for part in self._outside)
+        return torch.lerp(image.to(pictures), pictures, mask.to(pictures))
 
     @property
     def _tokens(self) -> int:
@@ -247,8 +205,10 @@ class Run:
             # It lies on the image, so what is cut off there is cut off here.
             mask = F.interpolate(mask[:, None].float(), size=request.image.shape[1:3], mode="bilinear")
             planes = decoding.fit_pictures(mask.movedim(1, -1), request.width, request.height)
+            self._outside = (fitted, planes.clamp(0, 1))
             drawn = (planes >= 0.5).float().movedim(-1, 1)
-            small = F.interpolate(drawn, size=latents.shape[-2:]).bool()
+            # All that the mask touches: what is thinner than a latent pixel would else be missed, or not, by where it lies.
+            small = F.max_pool2d(drawn, model.latent_scale).bool()
             if not small.flatten(1).any(dim=1).all():
                 self.notes.append("a mask is empty, so its image stays as it is: load one with alpha, or paint it")
             small = small.to(model.device)

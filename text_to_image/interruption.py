@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +37,10 @@ class Lead:
             self._ahead.popleft().synchronize()
 
 
-def recorded_event() -> torch.cuda.Event:
+def recorded_event(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event()
-    event.record()
+    # Of this device: the current one may be another, which has nothing to do and would never be waited for.
+    event.record(torch.cuda.current_stream(device))
     return event
 
 
@@ -52,8 +54,8 @@ class WatchedBlocks(nn.ModuleList):
             check()
             yield block
             # Here again when the block's work is queued.
-            if lead is None and next(block.parameters()).device.type == "cuda":
-                lead = Lead(recorded_event)
+            if lead is None and (device := next(block.parameters()).device).type == "cuda":
+                lead = Lead(partial(recorded_event, device))
             if lead is not None:
                 lead.step()
 

@@ -23,9 +23,10 @@ from ..host.whole_files import whole_file
 from .adapters import Adapter, UnusableAdapter, stack_identity
 from .denoising import Guidance
 from .folders import existing
-from .generation import Drawn, Pipeline, Request, check, generate
+from .generation import Drawn, Pipeline, generate
 from .loading import MODELS, LoadOptions, ZImage
 from .prompts import MAX_TOKENS
+from .requests import Request, check
 
 KEY = "hotpath"  # the PNG text that holds a picture's description
 STEM_LENGTH = 40

@@ -25,6 +25,7 @@ from ..host.errors import first_line
 from . import compilation, interruption, precision, stream_attention
 from .adapters import Adapters
 from .folders import COMPONENTS, Checkpoint, UnusableCheckpoint, find
+from .placement import current, memory_of
 
 log = logging.getLogger("hotpath.text_to_image")
 
@@ -97,7 +98,12 @@ class Component:
     def resident(self, extra_bytes: int = 0) -> Iterator[Any]:
         """The network on its device, in inference mode, with room for `extra_bytes` of activations."""
         self._make_room(extra_bytes)
-        with self._lock, self.managed.resident(extra_bytes) as holder, torch.inference_mode():
+        with (
+            self._lock,
+            self.managed.resident(extra_bytes) as holder,
+            current(self.managed.device),
+            torch.inference_mode(),
+        ):
             yield holder.network
 
     def _make_room(self, extra_bytes: int) -> None:
@@ -106,7 +112,14 @@ class Component:
         weights = list(managed.module.parameters())
         if managed.device.type == "cpu" or not weights:
             return
-        arriving = 0 if weights[0].device.type == managed.device.type else sum(w.nbytes for w in weights)
+        whole = sum(w.nbytes for w in weights)
+        arriving = 0 if weights[0].device.type == managed.device.type else whole
+        if arriving and (total := memory_of(managed.device)) is not None and whole + extra_bytes > total:
+            log.warning(
+                "The %s needs about %.1f GB with what it computes, and %s has %.1f GB in all: choose a smaller size, precision "
+                "float8 for the transformer, or ComfyUI's own Z-Image nodes, which can leave weights in the machine's memory.",
+                self.name, (whole + extra_bytes) / 1e9, managed.device, total / 1e9,
+            )  # fmt: skip
         if host.current().free_memory(managed.device) < arriving + extra_bytes:
             others = self._others()
             for other in others() if others is not None else ():

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from .. import host
+from ..host.errors import kind_and_line
+from .placement import current
 
 log = logging.getLogger("hotpath.text_to_image")
 
@@ -37,7 +39,8 @@ def plan(asked: str, device: torch.device, dtype: torch.dtype) -> PrecisionPlan:
         raise ValueError(f"{asked!r} is no precision: choose {', '.join(PRECISIONS)}.")
     if asked == "none":
         return PrecisionPlan("none", "")
-    if (reason := unavailable(asked, device, dtype)) is not None:
+    reason = unavailable(asked, device, dtype) or refusal(asked, device, dtype)
+    if reason is not None:
         return PrecisionPlan("none", f"precision: none instead of {asked}, because {reason}")
     return PrecisionPlan(asked, f"precision: {asked} weights and activations in the blocks; pictures differ slightly")
 
@@ -49,7 +52,8 @@ def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | 
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         needed = {"float8": (8, 9), "int8": (8, 0)}[method]
-        if capability < needed:
+        # AMD's numbers count another thing; `refusal` asks torchao.
+        if capability < needed and torch.version.hip is None:
             return f"it needs compute capability {needed[0]}.{needed[1]}, and this device has {capability[0]}.{capability[1]}"
         if method == "float8" and dtype != torch.bfloat16:
             return f"its products are made for bfloat16, and the dtype is {str(dtype).removeprefix('torch.')}"
@@ -62,10 +66,25 @@ def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | 
     return None
 
 
-def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:
-    """Pack the blocks' linear layers in place, one block at a time on `device`; returns how many layers."""
-    if plan.method == "none":
-        return 0
+def refusal(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why torchao will not pack a layer on `device`, found out with a small one; None when it does. Which GPUs of AMD have
+    its products, for example, it knows alone."""
+    layer = (
+        nn.Sequential(nn.Linear(2 * MULTIPLE, 2 * MULTIPLE, bias=False, dtype=dtype)).to(device).requires_grad_(False)
+    )
+    try:
+        with torch.inference_mode(False), torch.no_grad(), current(device):
+            _pack(layer, method)
+            layer(torch.zeros(2 * MULTIPLE, 2 * MULTIPLE, dtype=dtype, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # an assertion of its own, or of a kernel that is not there
+        return f"torchao refuses it on this device ({kind_and_line(error, 200)})"
+    return None
+
+
+def _pack(module: nn.Module, method: str) -> None:
+    """Pack the linear layers of `module` in place, where it lies."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -73,15 +92,23 @@ def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:
         quantize_,
     )
 
-    if plan.method == "float8":
+    if method == "float8":
         config: Any = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     else:
         config = Int8DynamicActivationInt8WeightConfig()
+    quantize_(module, config, filter_fn=is_packed)
+
+
+def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:
+    """Pack the blocks' linear layers in place, one block at a time on `device`; returns how many layers."""
+    if plan.method == "none":
+        return 0
     packed = 0
     for block in host.each([block for name in PACKED_LISTS for block in getattr(transformer, name)], plan.method):
         before = next(block.parameters()).device
         block.to(device)
-        quantize_(block, config, filter_fn=is_packed)
+        with current(device):
+            _pack(block, plan.method)
         block.to(before)
         packed += sum(is_packed(layer, key) for key, layer in block.named_modules())
     log.info("%d layers packed to %s", packed, plan.method)

@@ -132,7 +132,10 @@ def test_a_stack_is_added_and_taken_off_to_the_bit(load, draw, halves, tmp_path)
         assert torch.allclose(tensor, before[name] + delta, atol=1e-6), name
     assert not torch.equal(stacked.pictures, plain)
     # In any order: each pipeline draws its own, and the bare one has every bit back.
+    waiting = dict(model.adapters._originals)
     single = draw(one).pictures
+    # What both change is not fetched back and copied again.
+    assert all(model.adapters._originals[name] is waiting[name] for name in LAYERS)
     assert torch.equal(draw(both).pictures, stacked.pictures) and torch.equal(draw(one).pictures, single)
     assert torch.equal(draw(bare).pictures, plain)
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(network).items())

@@ -110,6 +110,24 @@ def test_float8_says_why_not(load, draw, monkeypatch):
     )
 
 
+def test_a_gpu_that_torchao_refuses_is_a_line_in_the_report(monkeypatch, load, draw):
+    """RDNA3 says compute capability 11.0, and torchao has float8 for MI300 and MI350 alone of AMD's."""
+    from hotpath.text_to_image import precision
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    assert precision.unavailable("float8", torch.device("cuda"), torch.bfloat16) is None  # MI300 says 9.4
+    assert precision.unavailable("int8", torch.device("cpu"), torch.float32) is None
+    assert precision.refusal("int8", torch.device("cpu"), torch.float32) is None
+
+    def refuse(module, method):
+        raise AssertionError("Float8 dynamic activation quantization is only supported on CUDA>=8.9 and MI300+")
+
+    monkeypatch.setattr(precision, "_pack", refuse)
+    said = draw(load(precision="int8")).report
+    assert "precision: none instead of int8, because torchao refuses it on this device (AssertionError: Float8" in said
+
+
 def test_a_torchao_of_another_torch_is_a_line_in_the_report(draw, load, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "torchao", None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hotpath import host
-from hotpath.text_to_image import decoding, denoising, previews
+from hotpath.text_to_image import decoding, denoising, generation, previews
 from hotpath.text_to_image.denoising import Guidance
 from hotpath.text_to_image.folders import UnusableCheckpoint
 from hotpath.text_to_image.generation import Pipeline, Request, generate
@@ -389,8 +390,50 @@ def test_a_picture_of_nan_is_no_picture(load, draw, monkeypatch):
         return original(*args, **kwargs) * (float("nan") if len(made) == 2 else 1.0)
 
     monkeypatch.setattr(denoising, "denoise", second_is_broken)
+    model = load()
+    found = draw(model, seed=7, pictures=3)
+    assert "The picture of seed 8 came out as NaN and is black here: choose dtype float32" in found.report
+    assert found.latents.isfinite().all() and not found.pictures[1].any()
+    monkeypatch.setattr(denoising, "denoise", original)
+    others = draw(model, seed=7, pictures=3).pictures
+    assert torch.equal(found.pictures[[0, 2]], others[[0, 2]]), "the others of the batch are drawn"
+    monkeypatch.setattr(denoising, "denoise", lambda *args, **kwargs: original(*args, **kwargs) * float("nan"))
     with pytest.raises(ValueError, match=r"The picture of seed 8 came out as NaN: choose dtype float32"):
-        draw(load(), seed=7, pictures=3)
+        draw(model, seed=8)
+
+
+def test_a_full_device_is_a_sentence(load, draw, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    monkeypatch.setattr(denoising, "denoise", full)
+    model = load()
+    said = rf"{model.device} ran out of memory at 64 x 48 \(denoise\): choose one picture at a time, a smaller"
+    with pytest.raises(torch.OutOfMemoryError, match=said):
+        draw(model, pictures_at_a_time=2)
+
+
+@pytest.mark.parametrize("row", [0, 1, 6])
+def test_a_mask_thinner_than_a_latent_pixel_is_drawn_in(load, draw, row):
+    model = load()
+    image, mask = torch.full((1, 48, 64, 3), 0.5), torch.zeros(48, 64)
+    mask[16 + row] = 1.0
+    run = generation.Run(Pipeline(model), Request("x", width=64, height=48, image=image, mask=mask), None)
+    where = run._source([denoising.generator(0)])[1]
+    assert where.shape[-2:] == (48 // model.latent_scale, 64 // model.latent_scale)
+    assert where.any(dim=-1).flatten().nonzero().flatten().tolist() == [(16 + row) // model.latent_scale]
+
+
+def test_outside_a_mask_the_image_can_be_kept(load, draw):
+    image, mask = torch.rand(1, 48, 64, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 48, 64)
+    mask[0, 10:30, 20:40] = mask[1, :, :8] = 1.0
+    model = load()
+    plain = draw(model, image=image, mask=mask, pictures=2).pictures
+    kept = draw(model, image=image, mask=mask, pictures=2, keep_outside=True).pictures
+    outside = (mask == 0)[..., None].expand_as(plain)
+    assert not torch.equal(plain[outside], image.expand_as(plain)[outside]), "what the VAE gives is another picture"
+    assert torch.equal(kept[outside], image.expand_as(plain)[outside])
+    assert torch.equal(kept[~outside], plain[~outside])
 
 
 def test_room_is_asked_for_what_is_drawn(load, draw, monkeypatch):
@@ -476,6 +519,24 @@ def test_the_program_stays_near_the_device():
     assert passed == [0, 1, 2, 3, 4]
 
 
+def test_a_second_gpu_is_the_current_one_while_it_computes(load, monkeypatch):
+    """Else kernels without a tensor's device, and the marks that are waited for, would be the first one's."""
+    from hotpath.text_to_image import interruption
+
+    marks, entered = [], []
+    event = SimpleNamespace(record=lambda stream: marks.append(stream))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    assert interruption.recorded_event(torch.device("cuda", 1)) is event and marks == ["stream of cuda:1"]
+    model = load()
+    monkeypatch.setattr(model.vae.managed, "device", torch.device("cuda", 1))
+    monkeypatch.setattr(model.vae.managed.module, "to", lambda device: None)
+    monkeypatch.setattr(host.current(), "free_memory", lambda device: 1 << 40)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    with model.vae.resident():
+        assert entered == [torch.device("cuda", 1)]
+
+
 class Device:
     """A host's handle of a network that is on a device with little room, or waits beside it."""
 
@@ -488,7 +549,8 @@ class Device:
 
 
 @pytest.mark.parametrize(("free", "sent_away"), [(1000, 0), (120, 0), (119, 1)])
-def test_a_network_without_room_sends_its_neighbours_away(headless_host, monkeypatch, free, sent_away):
+def test_a_network_without_room_sends_its_neighbours_away(headless_host, monkeypatch, caplog, free, sent_away):
+    from hotpath.text_to_image import loading
     from hotpath.text_to_image.loading import Component
 
     monkeypatch.setattr(headless_host, "free_memory", lambda device: free)
@@ -503,7 +565,10 @@ def test_a_network_without_room_sends_its_neighbours_away(headless_host, monkeyp
     owner = Owner()
     components = [Component(name, owner.load, owner.all) for name in ("a", "b", "never read")]
     components[0]._managed, components[1]._managed = Device(100), Device(50)
-    components[0]._make_room(20)
+    monkeypatch.setattr(loading, "memory_of", lambda device: 119)
+    with caplog.at_level("WARNING", logger="hotpath.text_to_image"):
+        components[0]._make_room(20)
+    assert "and cuda has 0.0 GB in all: choose a smaller size, precision float8" in caplog.text
     assert (components[0]._managed.released, components[1]._managed.released) == (0, sent_away)
     assert not components[2].loaded
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hotpath import cli
 from hotpath.commands import generate as command
-from hotpath.text_to_image import jobs
+from hotpath.text_to_image import generation, jobs
 from hotpath.text_to_image.jobs import Item, described, prepare, run_item, write_picture
 from PIL import Image
 
@@ -214,6 +214,21 @@ def test_a_first_prompt_that_cannot_be_drawn_stops_no_other(run, tmp_path):
         assert code == command.REFUSED and not files and said.count("hotpath: ") == 1
     (tmp_path / "all.jsonl").write_text('{"prompt": "a", "width": 50}\n{"prompt": "b", "width": 51}\n')
     assert run("--prompts", "all.jsonl")[0] == command.REFUSED
+
+
+def test_a_prompt_without_room_stops_no_other(run, monkeypatch):
+    drawn = generation.Run._draw
+
+    def full(self):
+        if self.request.prompt == "a":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return drawn(self)
+
+    monkeypatch.setattr(generation.Run, "_draw", full)
+    code, files, said = run("--prompt", "a", "--prompt", "b")
+    assert code == command.FAILED and len(files) == 1 and "1 drawn, 0 were there already, 1 failed" in said
+    assert "ran out of memory at 32 x 32" in said and "choose a smaller width and height" in said
+    assert run("--prompt", "a")[0] == command.REFUSED
 
 
 @pytest.mark.parametrize(
