@@ -14,6 +14,9 @@ PACK = Path(__file__).resolve().parent.parent
 # What ComfyUI's main.py cannot start without; enough to tell an environment made for it.
 NEEDED = ("torch", "aiohttp", "yaml", "safetensors", "sqlalchemy", "alembic", "comfyui_frontend_package")
 
+# Kinds of models that ComfyUI has renamed; the old names still hold in configurations, and the folders are still searched.
+RENAMED = {"unet": "diffusion_models", "clip": "text_encoders"}
+
 
 def is_comfyui(folder: Path) -> bool:
     return (folder / "main.py").is_file() and (folder / "comfy_api").is_dir()
@@ -70,23 +73,33 @@ def carries_pack(comfyui: Path) -> bool:
 
 
 def model_folders(comfyui: Path) -> tuple[Path, dict[str, list[Path]]]:
-    """The models folder of `comfyui`, and the further folders by kind that its extra_model_paths.yaml names."""
+    """The models folder of `comfyui`, and by kind the folders it searches in its order, where that is not the one of the
+    kind's name alone: those that its extra_model_paths.yaml names, and of a kind that was renamed the earlier one."""
     import yaml
 
     config = comfyui / "extra_model_paths.yaml"
-    kinds: dict[str, list[Path]] = {}
+    models = comfyui / "models"
+    kinds = {kind: [models / kind, models / before] for before, kind in RENAMED.items()}
     try:
         sections = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
     except (OSError, yaml.YAMLError) as error:
         log.warning("%s cannot be read, so the folders it names are not searched: %s", config, error)
         sections = None
-    for section in (sections or {}).values():
+    for section in sections.values() if isinstance(sections, dict) else ():
         if not isinstance(section, dict):
             continue
         base = Path(os.path.expandvars(str(section.get("base_path", "")))).expanduser()
-        for kind, folders in section.items():
-            if kind in ("base_path", "is_default", "custom_nodes") or not isinstance(folders, str):
+        for named, folders in section.items():
+            if named in ("base_path", "is_default", "custom_nodes") or not isinstance(folders, str):
                 continue
-            # Relative folders start at base_path, and that at the file.
-            kinds.setdefault(kind, []).extend(comfyui / base / line for line in folders.split("\n") if line)
-    return comfyui / "models", kinds
+            kind = RENAMED.get(named, named)
+            known = kinds.setdefault(kind, [models / kind])
+            for line in folders.split("\n"):
+                if not line:
+                    continue
+                # Relative folders start at base_path, and that at the file.
+                folder = comfyui / base / line
+                if folder in known:
+                    known.remove(folder)
+                known.insert(0 if section.get("is_default") else len(known), folder)
+    return models, kinds

@@ -72,7 +72,7 @@ class HeadlessHost:
 
     models: the folder that holds `instantid/`, `insightface/` and the others; default HOTPATH_MODELS, else a
     `models` folder in the platform's data folder. `extra_models` are searched after it, then `kind_folders`: folders
-    by kind, as a ComfyUI's extra_model_paths.yaml names them.
+    by kind, as a ComfyUI's extra_model_paths.yaml names them; a folder of `models` that is among them has its place there.
     """
 
     name = "headless"
@@ -106,7 +106,8 @@ class HeadlessHost:
         self.node_id: str | None = None
 
     def model_folders(self, kind: str) -> list[Path]:
-        return list(dict.fromkeys([*(root / kind for root in self._models), *self._kind_folders.get(kind, ())]))
+        further = self._kind_folders.get(kind, ())
+        return list(dict.fromkeys([*(root / kind for root in self._models if root / kind not in further), *further]))
 
     def all_model_folders(self) -> tuple[tuple[Path, ...], dict[str, list[Path]]]:
         return tuple(self._models), {kind: list(folders) for kind, folders in self._kind_folders.items()}

@@ -279,16 +279,24 @@ def test_models_of_a_comfyui(tmp_path, monkeypatch):
     (comfyui / "main.py").touch()
     (comfyui / "extra_model_paths.yaml").write_text(
         f"big:\n  base_path: {tmp_path}/big\n  is_default: true\n  insightface: face\n  LLM: |\n    a\n    b\n"
-        "other:\n  instantid: models/elsewhere\nempty:\n"
+        "other:\n  instantid: models/elsewhere\n  unet: old\n  clip: text\nempty:\n"
     )
     monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
     monkeypatch.delenv("HOTPATH_MODELS", raising=False)
     from hotpath.commands.models_folder import headless_host
 
     host = headless_host(device="cpu")
-    assert host.model_folders("insightface") == [comfyui / "models" / "insightface", tmp_path / "big" / "face"]
-    assert host.model_folders("LLM")[1:] == [tmp_path / "big" / "a", tmp_path / "big" / "b"]
-    assert host.model_folders("instantid")[1:] == [comfyui / "models" / "elsewhere"]
+    models, big = comfyui / "models", tmp_path / "big"
+    # In ComfyUI's order: what is default comes before the models folder, and the last of it first.
+    assert host.model_folders("insightface") == [big / "face", models / "insightface"]
+    assert host.model_folders("LLM") == [big / "b", big / "a", models / "LLM"]
+    assert host.model_folders("instantid") == [models / "instantid", models / "elsewhere"]
+    # Under the names that the kinds have now.
+    assert host.model_folders("diffusion_models") == [models / "diffusion_models", models / "unet", comfyui / "old"]
+    assert host.model_folders("text_encoders") == [models / "text_encoders", models / "clip", comfyui / "text"]
+    monkeypatch.setenv("HOTPATH_MODELS", str(tmp_path / "mine"))
+    first = headless_host(device="cpu").model_folders("insightface")
+    assert first == [tmp_path / "mine" / "insightface", big / "face", models / "insightface"]
     assert headless_host(tmp_path, device="cpu").model_folders("LLM") == [tmp_path / "LLM"]
 
 
