@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import host
-from ..distributed.retry import MEMORY, failure_kind
+from ..distributed.retry import MEMORY, WORKER, failure_kind
 from ..headless.interrupts import stopped_by_ctrl_c
 from ..host import Interrupted, ModelNotFound
 from ..host.errors import first_line
@@ -154,7 +154,14 @@ def _draw(items: list[Item], options: argparse.Namespace) -> int:
             failed += 1
             continue
         except (MemoryError, RuntimeError) as error:
-            if failure_kind(error) != MEMORY:
+            kind = failure_kind(error)
+            if kind == WORKER:
+                complain(
+                    f"{number} of {len(items)}: {first_line(error)}: the GPU computes nothing more for this process."
+                )
+                note("What is drawn is kept; the same command goes on from there.", "yellow")
+                return FAILED
+            if kind != MEMORY:
                 raise
             complain(f"{number} of {len(items)}: {first_line(error, 300)}")
             job = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import random
+import re
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,17 +24,24 @@ PASSING_ERRNOS = frozenset(
     if hasattr(errno, name)
 )  # fmt: skip
 FULL_ERRNOS = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name))
+# After these a process computes nothing more on that GPU; of others `worker.answers` finds it out.
+BROKEN = re.compile(
+    "(CUDA|HIP) error: .*(an illegal memory access|device-side assert|unspecified launch failure|misaligned address"
+    "|an illegal instruction|uncorrectable ECC error)"
+)
 MEMORY_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 
 
 def failure_kind(error: BaseException) -> str:
-    """memory, connection, disk for one without room, or item for what will not pass. Looks at causes too: a node's error
-    wraps the first one."""
+    """memory, connection, disk for one without room, worker for one whose GPU is broken for it, or item for what will not
+    pass. Looks at causes too: a node's error wraps the first one."""
     for cause in _chain(error):
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
             return MEMORY
         if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in MEMORY_SIGNS):
             return MEMORY
+        if isinstance(cause, RuntimeError) and BROKEN.match(str(cause)):
+            return WORKER
         if is_full(cause):
             return DISK
         if isinstance(cause, ConnectionError | TimeoutError):

@@ -72,7 +72,8 @@ class HeadlessHost:
 
     models: the folder that holds `instantid/`, `insightface/` and the others; default HOTPATH_MODELS, else a
     `models` folder in the platform's data folder. `extra_models` are searched after it, then `kind_folders`: folders
-    by kind, as a ComfyUI's extra_model_paths.yaml names them; a folder of `models` that is among them has its place there.
+    by kind, as a ComfyUI's extra_model_paths.yaml names them. A list of those that holds the folder of `models` too is searched
+    first, in its order.
     """
 
     name = "headless"
@@ -107,7 +108,8 @@ class HeadlessHost:
 
     def model_folders(self, kind: str) -> list[Path]:
         further = self._kind_folders.get(kind, ())
-        return list(dict.fromkeys([*(root / kind for root in self._models if root / kind not in further), *further]))
+        own = [root / kind for root in self._models]
+        return list(dict.fromkeys([*further, *own] if own[0] in further else [*own, *further]))
 
     def all_model_folders(self) -> tuple[tuple[Path, ...], dict[str, list[Path]]]:
         return tuple(self._models), {kind: list(folders) for kind, folders in self._kind_folders.items()}

@@ -296,7 +296,7 @@ def test_models_of_a_comfyui(tmp_path, monkeypatch):
     assert host.model_folders("text_encoders") == [models / "text_encoders", models / "clip", comfyui / "text"]
     monkeypatch.setenv("HOTPATH_MODELS", str(tmp_path / "mine"))
     first = headless_host(device="cpu").model_folders("insightface")
-    assert first == [tmp_path / "mine" / "insightface", big / "face", models / "insightface"]
+    assert first == [tmp_path / "mine" / "insightface", models / "insightface", big / "face"]
     assert headless_host(tmp_path, device="cpu").model_folders("LLM") == [tmp_path / "LLM"]
 
 

@@ -210,16 +210,18 @@ def test_text_becomes_a_file_beside_the_list(request_for, tmp_path):
 
 def test_what_is_only_shown_is_kept(pictures, request_for, monkeypatch):
     """A workflow that ends in a preview computed everything and left nothing."""
+    for name in ("p1.png", "p3.png", "p4.png"):
+        (pictures / name).unlink()
     shown = {"1": COPY["1"], "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}
     outcome = run_map(request_for(pictures, graph=shown))
-    assert outcome.whole and sorted(made(outcome.folder)) == [f"p{i}.png" for i in range(5)]
+    assert outcome.whole and list(made(outcome.folder)) == ["p0.png", "p2.png"]
     both = {**COPY, "3": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}
-    assert len(made(run_map(request_for(pictures, "both", both)).folder)) == 5, "what is saved is all that is kept"
+    assert len(made(run_map(request_for(pictures, "both", both)).folder)) == 2, "what is saved is all that is kept"
     said = {**shown, "3": {"class_type": "PreviewAny", "inputs": {"source": "words"}}}
     assert sorted(made(run_map(request_for(pictures, "said", said)).folder))[0] == "p0.txt"
     monkeypatch.setattr(worker, "keep_previews", lambda *_: None)
     outcome = run_map(request_for(pictures, "nothing", shown))
-    assert outcome.status.failed == 5 and "gave neither a file nor a text for p0: end it in a node" in outcome.report()
+    assert outcome.status.failed == 2 and "gave neither a file nor a text for p0: end it in a node" in outcome.report()
 
 
 def test_lines_of_a_list_fail_alone(request_for, tmp_path):

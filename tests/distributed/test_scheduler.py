@@ -373,6 +373,10 @@ def test_which_errors_can_pass():
 
     assert failure_kind(wrapped(torch.OutOfMemoryError("CUDA out of memory"))) == MEMORY
     assert failure_kind(wrapped(RuntimeError("DefaultCPUAllocator: not enough memory"))) == MEMORY
+    assert failure_kind(wrapped(RuntimeError("CUDA error: an illegal memory access was encountered"))) == WORKER
+    assert failure_kind(RuntimeError("HIP error: unspecified launch failure")) == WORKER
+    assert failure_kind(RuntimeError("CUDA error: out of memory")) == MEMORY
+    assert failure_kind(RuntimeError("CUDA error: no kernel image is available for execution")) == ITEM
     assert failure_kind(wrapped(ConnectionResetError())) == CONNECTION
     assert failure_kind(OSError(116, "Stale file handle")) == CONNECTION
     assert failure_kind(wrapped(ValueError("x.png is not a picture"))) == ITEM

@@ -222,13 +222,15 @@ def test_a_prompt_without_room_stops_no_other(run, monkeypatch):
     def full(self):
         if self.request.prompt == "a":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        if self.request.prompt == "c":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return drawn(self)
 
     monkeypatch.setattr(generation.Run, "_draw", full)
-    code, files, said = run("--prompt", "a", "--prompt", "b")
-    assert code == command.FAILED and len(files) == 1 and "1 drawn, 0 were there already, 1 failed" in said
+    code, files, said = run("--prompt", "a", "--prompt", "b", "--prompt", "c", "--prompt", "d")
+    assert code == command.FAILED and len(files) == 1 and "3 of 4: CUDA error: an illegal memory access" in said
+    assert "the same command goes on from there" in said and "[4/4]" not in said
     assert "ran out of memory at 32 x 32" in said and "choose a smaller width and height" in said
-    assert run("--prompt", "a")[0] == command.REFUSED
 
 
 @pytest.mark.parametrize(
