@@ -337,3 +337,8 @@ class Scheduler:
         log.warning("worker %d failed items that other workers finish: another takes its place", slot)
         self._ready[slot] = False
         self.pool.renew(slot)
+        # It has one when there was nobody without doubts to wait for.
+        if (task := self._running[slot]) is not None:
+            self._free(slot)
+            self.store.discard(self.store.staging(task.job, task.attempt))
+            self._failed(task, WORKER, "its worker was replaced")

@@ -290,9 +290,8 @@ class Broken(Roomless):
     kind, error = ITEM, "it cannot be."
 
     def __init__(self, broken: set[int], helps=False, **options):
-        super().__init__(
-            broken, speeds=[50.0 if slot in broken else 1.0 for slot in range(options["workers"])], **options
-        )
+        speeds = [50.0 if slot in broken else 1.0 for slot in range(options["workers"])]
+        super().__init__(broken, speeds=speeds, **options)
         self.renewed: list[int] = []
         renew = self.pool.renew
 
@@ -327,6 +326,21 @@ def test_a_list_of_bad_items_is_not_the_workers_fault():
 def test_two_workers_in_doubt_do_not_wait_for_each_other():
     status = Broken({0, 1}, workers=2).run(30)
     assert status.failed == 30
+
+
+def test_what_a_worker_runs_when_it_is_found_to_blame_is_not_lost():
+    """It has work when there was no worker without doubts to wait for."""
+    rig = Broken(set(), workers=2)
+    wait = rig.pool.wait
+
+    def watched(timeout):
+        if rig.scheduler._running[0] is not None and not rig.renewed:
+            rig.scheduler._replace(0)
+        return wait(timeout)
+
+    rig.pool.wait = watched
+    status = rig.run(8)
+    assert rig.renewed == [0] and (status.done, status.retried) == (8, 1)
 
 
 def test_a_worker_whose_device_is_broken_is_replaced_and_the_item_goes_elsewhere():
