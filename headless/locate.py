@@ -92,7 +92,7 @@ def model_folders(comfyui: Path) -> tuple[Path, dict[str, list[Path]]]:
         for named, folders in section.items():
             if named in ("base_path", "is_default", "custom_nodes") or not isinstance(folders, str):
                 continue
-            kind = RENAMED.get(named, named)
+            kind = RENAMED.get(str(named), str(named))
             known = kinds.setdefault(kind, [models / kind])
             for line in folders.split("\n"):
                 if not line:

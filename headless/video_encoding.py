@@ -152,6 +152,7 @@ def reencode_video(
         writer: FilmWriter | None = None
         upright = Upright(clock)
         first, last = 0, -1
+        was: tuple[int, int] | None = None
         old = {str(key): str(value) for key, value in container.metadata.items()}
         with written(target, old, metadata) as out:
             for frame in decoded(container, *([stream] if sound is None else [stream, track])):
@@ -165,25 +166,23 @@ def reencode_video(
                     continue
                 host.current().check_interrupt()
                 length, pts = frame.duration or step, frame.pts
-                whole = (frame.width, frame.height)
+                now = (frame.width, frame.height)
+                if now != (was := was or now):
+                    raise ValueError(
+                        f"{source.name} changes its size from {was[0]}x{was[1]} to {now[0]}x{now[1]}: scale it first."
+                    )
                 frame = upright(frame)
                 if writer is None:
-                    first, original = pts or 0, whole
-                    writer = FilmWriter(
-                        out, even(*upright.size, target), rate, clock, codec, crf, deep, sound
-                    )  # fmt: skip
+                    first = pts or 0
+                    size = even(*upright.size, target)
+                    writer = FilmWriter(out, size, rate, clock, codec, crf, deep, sound)
                     # Reordered pictures take their lengths from the order they are decoded in.
                     writer.pictures.codec_context.max_b_frames = 0
                     if sound is not None and heard_from is not None:
                         sound.begin(float(heard_from - first * clock))
-                if whole != original:
-                    raise ValueError(
-                        f"{source.name} changes its size from {original[0]}x{original[1]} to {whole[0]}x{whole[1]}: scale "
-                        "it first."
-                    )
                 frame = _recoloured(frame, stream, writer, transfer, begin=last < 0)
-                pts = last + step if pts is None or pts - first <= last else pts - first
-                last = max(pts, 0)
+                # Damaged sources give times that go back, or none.
+                last = (last + step if last >= 0 else 0) if pts is None or pts - first <= last else pts - first
                 writer.picture(frame, last, length)
             if writer is None:
                 raise ValueError(f"{source.name} holds no picture that can be decoded.")

@@ -10,6 +10,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import host
 from ..host.errors import first_line
 from .video_encoding import choose_codec, is_webm, reencode_video, written
 from .video_streams import video_stream
@@ -37,6 +38,7 @@ def copy_video(source: Path, target: Path, metadata: dict[str, Any] | None) -> N
                 if stream.codec_context is not None
             }
             for packet in _with_decoding_times(container.demux(), copies):
+                host.current().check_interrupt()
                 packet.stream = copies[packet.stream.index]
                 out.mux(packet)
 

@@ -52,7 +52,7 @@ class Sound:
 
     def add(self, frame: Any) -> None:
         """A decoded block; None after the last one."""
-        self._waiting.extend(self._resampler.resample(frame))
+        self._waiting.extend(block for block in self._resampler.resample(frame) if block is not None)
 
     def ready(self, end: Fraction, last: bool = False) -> Iterator[Any]:
         """Blocks that pictures up to `end` seconds cover. last: also the covered part of the one that goes on longer."""

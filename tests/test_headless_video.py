@@ -189,9 +189,21 @@ def test_a_film_that_announces_other_pictures_than_it_has(tmp_path, monkeypatch)
         assert torch.equal(read_video(path).images, whole)
 
 
-def test_what_cannot_be_finished_is_not_left_behind(tmp_path, here):
-    path = film(tmp_path / "a.mkv")
-    here.stop()
-    with pytest.raises(KeyboardInterrupt):
+def test_a_size_that_changes_is_named(tmp_path):
+    films = [film(tmp_path / f"{i}.ts", size=(WIDTH + 16 * i, HEIGHT)) for i in (0, 1)]
+    path = tmp_path / "a.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in films))
+    with pytest.raises(ValueError, match="changes its size from 48x32 to 64x32: scale it first"):
+        read_video(path)
+    with pytest.raises(ValueError, match=r"a\.ts changes its size from 48x32 to 64x32: scale it first"):
         VideoFile(path).save_to(tmp_path / "b.mp4", crf=20)
     assert not (tmp_path / "b.mp4").exists()
+
+
+def test_what_cannot_be_finished_is_not_left_behind(tmp_path, here):
+    path = film(tmp_path / "a.mkv")
+    for crf in (20.0, None):
+        here.stop()
+        with pytest.raises(KeyboardInterrupt):
+            VideoFile(path).save_to(tmp_path / "b.mp4", crf=crf)
+        assert not (tmp_path / "b.mp4").exists()
