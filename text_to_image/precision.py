@@ -22,6 +22,7 @@ log = logging.getLogger("hotpath.text_to_image")
 
 PRECISIONS = ("none", "float8", "int8")
 PACKED_LISTS = ("noise_refiner", "layers")
+TRIED = 256  # sides of the layer, and tokens, that a method is tried with; no kernel refuses these for their size
 MULTIPLE = 16  # the float8 and int8 products want both sides of a weight to be a multiple of it
 
 
@@ -69,13 +70,15 @@ def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | 
 def refusal(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why torchao will not pack a layer on `device`, found out with a small one; None when it does. Which GPUs of AMD have
     its products, for example, it knows alone."""
-    layer = (
-        nn.Sequential(nn.Linear(2 * MULTIPLE, 2 * MULTIPLE, bias=False, dtype=dtype)).to(device).requires_grad_(False)
-    )
+    # Without weights of its own, which would be drawn from everybody's generator.
+    layer = nn.Linear(TRIED, TRIED, bias=False, device="meta")
     try:
         with torch.inference_mode(False), torch.no_grad(), current(device):
-            _pack(layer, method)
-            layer(torch.zeros(2 * MULTIPLE, 2 * MULTIPLE, dtype=dtype, device=device))
+            ones = torch.ones(TRIED, TRIED, dtype=dtype, device=device)
+            layer.weight = nn.Parameter(ones, requires_grad=False)
+            tried = nn.Sequential(layer)
+            _pack(tried, method)
+            tried(ones)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an assertion of its own, or of a kernel that is not there

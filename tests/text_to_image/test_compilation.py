@@ -118,7 +118,9 @@ def test_a_gpu_that_torchao_refuses_is_a_line_in_the_report(monkeypatch, load, d
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     assert precision.unavailable("float8", torch.device("cuda"), torch.bfloat16) is None  # MI300 says 9.4
     assert precision.unavailable("int8", torch.device("cpu"), torch.float32) is None
+    state = torch.get_rng_state()
     assert precision.refusal("int8", torch.device("cpu"), torch.float32) is None
+    assert torch.equal(torch.get_rng_state(), state)
 
     def refuse(module, method):
         raise AssertionError("Float8 dynamic activation quantization is only supported on CUDA>=8.9 and MI300+")
