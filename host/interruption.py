@@ -25,12 +25,13 @@ WORTH_A_BAR = 256 << 20  # bytes that may take longer than a second to read
 WORTH_A_QUESTION = 1 << 16  # weights; layers with fewer are quick on anything
 
 
-def interruptibly(call: Callable[[], Result]) -> Result:
+def interruptibly(call: Callable[[], Result], meanwhile: Callable[[], None] | None = None) -> Result:
     """What `call` returns or raises. It runs in a thread of its own, with this thread's context variables.
 
     When the host is interrupted meanwhile, this raises at once. `call` is not stopped: what it gives is dropped. It
     must do no harm when it ends later: hold what it reads, and not ask the host, for that stop would be a later run's.
     torch's settings of a thread, such as grad mode, do not come along.
+    meanwhile: called in this thread every POLL seconds, to show how far `call` is.
     """
     check = current().check_interrupt
     check()
@@ -46,6 +47,8 @@ def interruptibly(call: Callable[[], Result]) -> Result:
     threading.Thread(target=work, name="hotpath-call", daemon=True).start()
     while not wait([future], timeout=POLL).done:
         check()
+        if meanwhile is not None:
+            meanwhile()
     return future.result()
 
 

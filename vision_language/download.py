@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from .. import host
 from ..host.errors import first_line
+from ..host.interruption import interruptibly
 from . import folders
 from .folders import ModelFolder, UnusableModel
 
@@ -15,6 +18,84 @@ log = logging.getLogger("hotpath.vision_language")
 
 # Code of a repository is never fetched, so it can never run.
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "merges.txt"]
+
+STEPS = 1000  # of the host's bar
+TEXT_EVERY = 1.0  # seconds between two looks at how much has come
+WEIGHTS = 1 << 24  # bytes; while less is known of, the small files are counted and the weights are still to come
+
+
+class TransferStopped(BaseException):
+    """Ends the hub's threads. No Exception, which their retries would take for a fault of the network."""
+
+
+class Transfer:
+    """A download as the hub's bars tell it, and the way to end it: from `stop` on, whatever moves a bar gets an exception.
+
+    The hub's threads must not ask the host themselves: one of them would take the stop, and the others would go on. Its
+    newer transport drops exceptions of a bar, so that one is ended by what the hub has for Ctrl-C.
+    """
+
+    def __init__(self) -> None:
+        self.done = self.total = 0.0
+        self.running = False
+        self._stopped = threading.Event()
+
+    def bars(self) -> type[Any]:
+        """The class that the hub is to make its bars of."""
+        from tqdm import tqdm
+
+        transfer = self
+
+        class Bar(tqdm):  # type: ignore[type-arg,unused-ignore]
+            def update(self, n: Any = 1) -> Any:
+                transfer.moved(self)
+                moved = super().update(n)
+                transfer.moved(self)
+                return moved
+
+            def refresh(self, *args: Any, **kwargs: Any) -> Any:
+                transfer.moved(self)  # the hub does this when it begins a file
+                return super().refresh(*args, **kwargs)
+
+        return Bar
+
+    def moved(self, bar: Any) -> None:
+        if self._stopped.is_set():
+            raise TransferStopped
+        if getattr(bar, "unit", "") == "B" and bar.n >= self.done:
+            self.done, self.total = float(bar.n), float(bar.total or 0)
+
+    def stop(self) -> None:
+        """End what still runs; nothing happens to a transfer that is over."""
+        self._stopped.set()
+        if not self.running:
+            return
+        try:
+            from huggingface_hub.utils._xet import abort_xet_session
+        except ImportError:  # a release without it: the file that is under way comes whole, unseen
+            return
+        abort_xet_session()
+
+
+class Shown:
+    """What has come of a transfer, on the host's bar and as text."""
+
+    def __init__(self, bar: host.Progress, label: str) -> None:
+        self._bar, self._label = bar, label
+        self._steps, self._told = 0, time.monotonic()
+
+    def update(self, transfer: Transfer) -> None:
+        done, total = transfer.done, transfer.total
+        if total < WEIGHTS:
+            return
+        # Files join the total while they begin, so it may grow: the bar waits then.
+        steps = min(STEPS, int(STEPS * done / total))
+        if steps > self._steps:
+            self._bar.update(steps - self._steps)
+            self._steps = steps
+        if time.monotonic() - self._told >= TEXT_EVERY:
+            self._told = time.monotonic()
+            host.current().show_text(f"{self._label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
 
 def locate(name: str, revision: str = "", must_see: bool = True) -> ModelFolder:
@@ -57,27 +138,38 @@ def target_folder(name: str, revision: str) -> Path:
 def fetch(repository: str, target: Path, revision: str = "") -> None:
     """Fetch `repository` into `target`; files that are there are kept, half files are continued.
 
-    Raises UnusableModel when the hub cannot be reached, does not have the repository, or asks for a licence.
+    A stop is heard at once: what still transfers ends at its next move. Raises UnusableModel when the hub cannot be
+    reached, does not have the repository, or asks for a licence.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-    from tqdm import tqdm
 
     here = host.current()
+    transfer = Transfer()
 
-    class StoppableBar(tqdm):  # type: ignore[type-arg,unused-ignore]
-        """The hub's own bars, asked for an interrupt whenever they move."""
-
-        def update(self, n: Any = 1) -> Any:
-            here.check_interrupt()
-            return super().update(n)
+    def get() -> None:
+        transfer.running = True
+        try:
+            snapshot_download(
+                repository,
+                revision=revision or None,
+                local_dir=target,
+                allow_patterns=WANTED,
+                tqdm_class=transfer.bars(),
+            )
+        finally:
+            transfer.running = False
 
     log.info("fetching %s into %s", repository, target)
     here.show_text(f"Fetching {repository} ...")
     try:
-        snapshot_download(
-            repository, revision=revision or None, local_dir=target, allow_patterns=WANTED, tqdm_class=StoppableBar
-        )
+        with host.tracked(here, STEPS, repository) as bar:
+            shown = Shown(bar, f"Fetching {repository}")
+            try:
+                interruptibly(get, lambda: shown.update(transfer))
+            finally:
+                transfer.stop()
+        here.check_interrupt()
     except GatedRepoError as error:
         raise UnusableModel(
             f"{repository} asks to accept its licence: accept it on its page and run `hf auth login`."

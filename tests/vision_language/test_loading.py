@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import json
 import re
 import shutil
@@ -148,6 +150,63 @@ def test_an_interrupt_stops_a_download(llm, headless_host, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     with pytest.raises(Interrupted):
         download.locate("Absent-VL")
+
+
+def test_a_stop_ends_every_thread_of_a_download_at_once(llm, headless_host, monkeypatch):
+    """Over plain HTTP each file has its thread; the newer transport drops exceptions of a bar and has its own way out."""
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    import huggingface_hub
+    from hotpath.host import Interrupted
+
+    moves, ended, aborted, left = [], [], threading.Event(), threading.Event()
+
+    def fetch(repository, tqdm_class, **settings):
+        bar = tqdm_class(total=1 << 30, unit="B", disable=False, file=io.StringIO())
+
+        def plain(_):
+            try:
+                while not left.wait(0.01):
+                    bar.update(1 << 20)
+                    moves.append(1)
+            except BaseException as error:
+                ended.append(type(error).__name__)
+                raise
+
+        def deaf():
+            while not aborted.wait(0.01):
+                with contextlib.suppress(BaseException):
+                    bar.update(1)
+
+        with ThreadPoolExecutor(4) as pool:
+            pool.submit(deaf)
+            list(pool.map(plain, range(3)))
+
+    shown = []
+    progress = headless_host.progress
+
+    def watched(total, label=""):
+        bar = progress(total, label)
+        update = bar.update
+        monkeypatch.setattr(bar, "update", lambda steps=1, preview=None: (shown.append(steps), update(steps)))
+        return bar
+
+    monkeypatch.setattr(headless_host, "progress", watched)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub.utils._xet, "abort_xet_session", aborted.set, raising=False)
+    threading.Timer(0.3, headless_host.stop).start()
+    try:
+        with pytest.raises(Interrupted):
+            download.locate("Absent-VL")
+        assert aborted.is_set() and moves and sum(shown) > 0
+        for thread in threading.enumerate():
+            if thread.name == "hotpath-call":
+                thread.join(5)
+        assert ended == ["TransferStopped"] * 3
+    finally:
+        left.set()
+        aborted.set()
 
 
 def test_damaged_folders(llm, tiny_folders, offline):
