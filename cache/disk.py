@@ -1,7 +1,8 @@
 """Tensors on disk by content key: safetensors files in a folder with a byte limit, the least recently used go first.
 
 The second tier of a cache that must outlive the process. Files appear whole or not at all, every read checks that the
-file holds exactly the entry that was asked for, and what fails the check is deleted and reported as a miss.
+file holds exactly the entry that was asked for, and what fails the check is deleted and reported as a miss. What the disk
+refuses, or memory does not hold, is a miss and no more: whoever asks can go on without.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from .bounded import CacheStatistics
 from .keys import content_key
 
 log = logging.getLogger("hotpath.cache")
@@ -44,11 +46,12 @@ class DiskCache:
     Safe to use from several threads and from several processes on one folder.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    def __init__(self, folder: Path, limit: int, name: str = "") -> None:
         self.folder = folder
         self.limit = limit
+        self.name = name or folder.name
         self._lock = threading.Lock()
-        self.hits = self.misses = self.dropped = 0
+        self.hits = self.misses = self.dropped = self.trimmed = 0
 
     def _path(self, key: str) -> Path:
         if not key or not all(c.isalnum() or c in "-_" for c in key):
@@ -64,13 +67,18 @@ class DiskCache:
             # Read once: safe_open opens the file by name a second time for its tensors, and a writer may have put another
             # entry in its place by then.
             data = path.read_bytes()
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            stored = dict(header.get("__metadata__") or {})
-            tensors = load(data)
         except FileNotFoundError:
             self.misses += 1
             return None
-        except Exception as error:  # safetensors raises its own type, the file system any OSError
+        except (OSError, MemoryError) as error:  # locked by another program, a share that is away: it may be whole
+            return self._missed(path, error)
+        try:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            stored = dict(header.get("__metadata__") or {})
+            tensors = load(data)
+        except MemoryError as error:
+            return self._missed(path, error)
+        except Exception as error:  # safetensors raises its own type
             self._refuse(path, f"{type(error).__name__}: {error}")
             return None
         if stored.get("format") != FORMAT or stored.get("key") != key:
@@ -90,9 +98,13 @@ class DiskCache:
         self.hits += 1
         return DiskEntry(tensors, json.loads(stored.get("facts", "{}")))
 
+    def _missed(self, path: Path, error: BaseException) -> None:
+        log.warning("cache: %s was not read, because of %s: %s", path.name, type(error).__name__, error)
+        self.misses += 1
+
     def _refuse(self, path: Path, why: str) -> None:
         log.warning("cache: %s is dropped, because %s", path.name, why)
-        path.unlink(missing_ok=True)
+        _remove(path)
         self.misses += 1
         self.dropped += 1
 
@@ -107,72 +119,104 @@ class DiskCache:
         from safetensors.torch import save
 
         path = self._path(key)
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        if sum(t.nbytes for t in whole.values()) > self.limit:
+        if sum(t.nbytes for t in tensors.values()) > self.limit:
             return False
-        stored = {
-            "format": FORMAT,
-            "key": key,
-            "description": description,
-            "checksum": content_key(whole),
-            "facts": json.dumps(dict(facts or {})),
-        }
-        payload = save(whole, metadata=stored)
-        temporary: str | None = None
+        temporary: Path | None = None
         try:
+            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            stored = {
+                "format": FORMAT,
+                "key": key,
+                "description": description,
+                "checksum": content_key(whole),
+                "facts": json.dumps(dict(facts or {})),
+            }
+            payload = save(whole, metadata=stored)
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=WRITING)
+            handle, begun = tempfile.mkstemp(dir=self.folder, prefix=WRITING)
+            temporary = Path(begun)
             with os.fdopen(handle, "wb") as file:
                 file.write(payload)
-            Path(temporary).replace(path)
-        except OSError as error:
-            log.warning("cache: %s was not written, because %s", path.name, error)
+            temporary.replace(path)
+        except (OSError, MemoryError) as error:
+            log.warning("cache: %s was not written, because of %s: %s", path.name, type(error).__name__, error)
             if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+                _remove(temporary)
             return False
         self.trim()
-        return path.exists()
+        return path.is_file()
 
     def entries(self) -> list[Path]:
         """The files, least recently used first."""
-        found: list[tuple[float, Path]] = []
-        for path in self.folder.glob(f"*{SUFFIX}"):
+        return [path for path, _ in self._files()]
+
+    def _files(self) -> list[tuple[Path, int]]:
+        """The files with their bytes, least recently used first."""
+        found: list[tuple[float, Path, int]] = []
+        for path in self._named(f"*{SUFFIX}"):
             try:
-                found.append((path.stat().st_mtime, path))
-            except FileNotFoundError:  # another process trimmed it
+                facts = path.stat()
+            except OSError:  # another process trimmed it
                 continue
-        return [path for _, path in sorted(found)]
+            found.append((facts.st_mtime, path, facts.st_size))
+        return [(path, size) for _, path, size in sorted(found)]
+
+    def _named(self, pattern: str) -> list[Path]:
+        try:
+            return list(self.folder.glob(pattern))
+        except OSError as error:  # a share that is away
+            log.debug("cache: %s was not looked into, because %s", self.folder, error)
+            return []
 
     def nbytes(self) -> int:
-        return sum(path.stat().st_size for path in self.entries() if path.exists())
+        return sum(size for _, size in self._files())
+
+    def __len__(self) -> int:
+        return len(self._files())
+
+    def statistics(self) -> CacheStatistics:
+        files = self._files()
+        return CacheStatistics(
+            self.name, len(files), sum(size for _, size in files), self.limit, self.hits, self.misses, self.trimmed
+        )
 
     def trim(self) -> int:
         """Delete the least recently used files until the folder is within its limit; returns how many went."""
         with self._lock:
             self._sweep()
-            files = self.entries()
-            sizes = {path: path.stat().st_size for path in files if path.exists()}
-            total, gone = sum(sizes.values()), 0
-            for path in files:
+            files = self._files()
+            total, gone = sum(size for _, size in files), 0
+            for path, size in files:
                 if total <= self.limit:
                     break
-                path.unlink(missing_ok=True)
-                total -= sizes.get(path, 0)
-                gone += 1
+                if _remove(path):
+                    total -= size
+                    gone += 1
+            self.trimmed += gone
             return gone
 
     def _sweep(self) -> None:
         """Remove what a process that was killed had begun to write."""
-        for path in self.folder.glob(f"{WRITING}*"):
+        for path in self._named(f"{WRITING}*"):
             try:
-                if time.time() - path.stat().st_mtime > ABANDONED:
-                    path.unlink()
-            except OSError as error:  # it was finished meanwhile, or belongs to somebody else
-                log.debug("cache: %s stays, because %s", path.name, error)
+                old = time.time() - path.stat().st_mtime > ABANDONED
+            except OSError:  # it was finished meanwhile
+                continue
+            if old:
+                _remove(path)
 
     def clear(self) -> int:
-        """Delete every entry; returns how many there were."""
-        files = self.entries()
-        for path in files:
-            path.unlink(missing_ok=True)
-        return len(files)
+        """Delete every entry; returns how many went."""
+        gone = sum(_remove(path) for path in self.entries())
+        self.hits = self.misses = self.dropped = self.trimmed = 0
+        return gone
+
+
+def _remove(path: Path) -> bool:
+    """Whether `path` is gone; one that is open elsewhere, or on a folder that may only be read, stays."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.debug("cache: %s stays, because %s", path.name, error)
+        return False
+    return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import host
-from ..cache import all_caches, clear_all, limit_all
+from ..cache import all_tiers, clear_all, limit_all
 from .sockets import HIDDEN
 
 ALL = "all"
@@ -59,10 +59,10 @@ class HotpathCache:
         return float("nan")  # statistics are never up to date
 
     def manage(self, clear: str, after: Any = None, limit_mib: int = 0, unique_id: str | None = None) -> tuple[str]:
-        gone = clear_all() if clear == ALL else 0
+        gone = clear_all(disk=True) if clear == ALL else 0
         if limit_mib:
             limit_all(limit_mib << 20)
-        lines = [str(cache.statistics()) for cache in all_caches()] or ["nothing is remembered yet"]
+        lines = [str(cache.statistics()) for cache in all_tiers()] or ["nothing is remembered yet"]
         if clear == ALL:
             lines.insert(0, f"{gone} entries cleared")
         report = "\n".join(lines)

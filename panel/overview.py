@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import host, nodes
-from ..cache import all_caches
+from ..cache import all_tiers
 from ..host.interface import Host
 from ..host.known_models import KNOWN_MODELS, HubRepository, KnownModel
 from ..host.model_files import verify
@@ -48,7 +48,7 @@ def versions(version: str, here: Host) -> dict[str, str]:
 def caches() -> list[dict[str, Any]]:
     """Each cache with bytes, limit, hits and misses since the start or the last clear."""
     found = []
-    for cache in all_caches():
+    for cache in all_tiers():
         seen = cache.statistics()
         found.append(
             {

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..cache import all_caches, clear_all
+from ..cache import all_tiers, clear_all
 from .downloads import DownloadDesk, Refused
 from .libraries import LibraryReport, attention_backends
 from .overview import caches, overview
@@ -76,9 +76,9 @@ class PanelRoutes:
     def clear(self, body: Body) -> dict[str, Any]:
         """Empty the cache called `name`, or all of them when it is null."""
         name = None if body.get("name") is None else text(body, "name")
-        if name is not None and name not in {cache.name for cache in all_caches()}:
+        if name is not None and name not in {cache.name for cache in all_tiers()}:
             raise Refused("There is no cache of that name.", 404)
-        return {"cleared": clear_all(name), "caches": caches()}
+        return {"cleared": clear_all(name, disk=True), "caches": caches()}
 
     def add_to(self, table: Any) -> None:
         """Add the routes to an aiohttp RouteTableDef."""

@@ -155,6 +155,7 @@ def headless_host(tmp_path: Path):
         device="cuda" if os.environ.get("HOTPATH_SIMULATED_CARD") else "cpu",
         show_progress=False,
     )
+    mine._cache = tmp_path / "cache"
     before = host.use(mine)
     yield mine
     host.use(before)

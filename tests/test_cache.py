@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,14 @@ import torch
 from hotpath.cache import (
     BoundedCache,
     all_caches,
+    all_tiers,
     clear_all,
     content_key,
+    disk_tier,
     file_fingerprint,
     keys,
     limit_all,
+    listed,
     named_cache,
 )
 from hotpath.cache import registry as registry_module
@@ -490,6 +494,9 @@ def test_two_threads_that_miss_the_same_key_get_one_value() -> None:
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """No caches of others, and none of ours left for them."""
     monkeypatch.setattr(registry_module, "_caches", {})
+    monkeypatch.setattr(registry_module, "_held", weakref.WeakSet())
+    monkeypatch.setattr(registry_module, "_tiers", {})
+    monkeypatch.setattr(registry_module, "_disks", {})
     monkeypatch.setattr(registry_module, "_limit", None)
 
 
@@ -524,3 +531,29 @@ def test_a_limit_for_all_holds_for_later_caches_too() -> None:
     assert named_cache("late", 100 * KIB).limit == 2 * KIB
     limit_all(None)
     assert named_cache("later", 100 * KIB).limit == 100 * KIB
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_cache_of_something_shorter_lived_is_listed_as_long_as_it_is_held() -> None:
+    held = listed(BoundedCache("of a model", 10 * KIB))
+    held.put("a", kib(1))
+    assert [cache.name for cache in all_caches()] == ["of a model"] and clear_all() == 1 and len(held) == 0
+    limit_all(100 * KIB)
+    assert held.limit == 10 * KIB, "it is on a device, where a limit for all must not take more"
+    limit_all(KIB)
+    assert held.limit == KIB == listed(BoundedCache("of another", 10 * KIB)).limit
+    del held
+    assert all_caches() == []
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_a_folder_is_known_before_it_is_used_and_cleared_only_when_asked(tmp_path: Path) -> None:
+    tier = disk_tier("on disk", lambda: tmp_path / "store", 100 * KIB)
+    assert all_tiers() == []
+    tier().put("k", {"a": kib(1)})
+    tier().get("k")
+    (shown,) = all_tiers()
+    seen = shown.statistics()
+    assert (seen.name, seen.entries, seen.limit, seen.hits) == ("on disk", 1, 100 * KIB, 1) and seen.nbytes >= KIB
+    assert all_caches() == [] and clear_all() == 0 and len(tier()) == 1, "giving memory back leaves the disk alone"
+    assert clear_all(disk=True) == 1 and all_tiers() == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,3 +139,44 @@ def test_writers_and_readers_at_once_see_whole_entries(cache: DiskCache) -> None
         thread.join()
     assert not wrong
     assert cache.clear() == 1 and cache.entries() == []
+
+
+def refuse(error: BaseException) -> Any:
+    def refusing(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return refusing
+
+
+LOCKED = PermissionError(13, "The process cannot access the file because it is being used by another process")
+
+
+@pytest.mark.parametrize("error", [LOCKED, OSError(5, "Input/output error"), MemoryError()])
+def test_what_cannot_be_read_just_now_is_a_miss_and_stays(
+    cache: DiskCache, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    cache.put("k", {"a": torch.ones(2)})
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", refuse(error))
+        assert cache.get("k") is None and cache.misses == 1
+    assert cache.get("k") is not None
+
+
+def test_a_file_that_cannot_be_deleted_stops_nobody(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put("l", {"a": torch.ones(50)})
+    cache.limit = cache.nbytes() + 3
+    (cache.folder / "k.safetensors").write_bytes(b"damaged")
+    os.utime(cache.folder / "k.safetensors", (1, 1))
+    (cache.folder / ".writing-left").write_bytes(b"half")
+    os.utime(cache.folder / ".writing-left", (1, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse(LOCKED))
+        assert cache.get("k") is None
+        assert cache.put("l", {"a": torch.ones(50)})
+        assert cache.clear() == 0
+        patched.setattr(Path, "replace", refuse(LOCKED))
+        assert not cache.put("m", {"a": torch.ones(2)})
+    cache.put("l", {"a": torch.ones(50)})
+    assert [path.name for path in cache.entries()] == ["l.safetensors"]
+    monkeypatch.setattr("safetensors.torch.save", refuse(MemoryError()))
+    assert not cache.put("n", {"a": torch.ones(2)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from foreign_faces import ForeignFaceAnalysis
 from hotpath.cache import named_cache
 from hotpath.cache import registry as registry_module
+from hotpath.cache.disk import DiskCache
 from hotpath.face import Faces, adapt
 from hotpath.host import ModelNotFound
 from hotpath.host.headless import HeadlessHost
@@ -42,6 +44,7 @@ def someone(name: str = "ann", pictures: int = 1, recogniser: str = "antelopev2"
 def folders(headless_host: HeadlessHost, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The identities folder of an empty host, and no caches but those a test makes."""
     monkeypatch.setattr(registry_module, "_caches", {})
+    monkeypatch.setattr(registry_module, "_held", weakref.WeakSet())
     monkeypatch.setattr(registry_module, "_limit", None)
     return tmp_path / "models" / "identities"
 
@@ -345,6 +348,18 @@ def test_clearing_says_how_much_went() -> None:
     (report,) = run("HotpathCache", clear="all")
     assert report.startswith("5 entries cleared\nfaces: 0 entries")
     assert (len(faces), len(people)) == (0, 0)
+
+
+def test_what_is_on_the_disk_is_listed_and_cleared(headless_host: HeadlessHost) -> None:
+    for folder in ("image_embeddings", "prompt_embeddings"):
+        DiskCache(headless_host.cache_folder() / folder, 1 << 20).put("k", {"a": torch.zeros(4)})
+    (report,) = run("HotpathCache", clear="nothing")
+    assert [line.partition(",")[0] for line in report.split("\n")] == [
+        "image embeddings on disk: 1 entries",
+        "prompt embeddings on disk: 1 entries",
+    ]
+    assert run("HotpathCache", clear="all")[0].split("\n") == ["2 entries cleared", "nothing is remembered yet"]
+    assert not list(headless_host.cache_folder().rglob("*.safetensors"))
 
 
 def test_a_limit_for_caches_of_now_and_later() -> None:

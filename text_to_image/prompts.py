@@ -10,15 +10,13 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import host
-from ..cache import content_key, named_cache
-from ..cache.disk import DiskCache
+from ..cache import content_key, disk_tier, named_cache
 from .folders import UnusableCheckpoint
 
 if TYPE_CHECKING:
@@ -31,6 +29,10 @@ MEMORY_LIMIT = 256 << 20
 DISK_LIMIT = 1 << 30
 MAX_TOKENS = 512  # the length Z-Image was trained with
 ENCODER_BYTES_PER_TOKEN = 1 << 20  # activations of the encoder, generously
+
+on_disk = disk_tier(
+    "prompt embeddings on disk", lambda: host.current().cache_folder() / "prompt_embeddings", DISK_LIMIT
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ class PromptCache:
             raise ValueError(f"{tiers!r} is no prompt cache: choose one of {', '.join(CACHES)}.")
         self.enabled = tiers != "off"
         self.memory = named_cache("prompt embeddings", MEMORY_LIMIT)
-        folder: Path = host.current().cache_folder() / "prompt_embeddings"
-        self.disk = DiskCache(folder, DISK_LIMIT) if tiers == "memory and disk" else None
+        self.disk = on_disk() if tiers == "memory and disk" else None
 
     def get(self, key: str, description: str) -> Prompt | None:
         if not self.enabled:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..cache import BoundedCache, content_key, named_cache
-from ..cache.disk import DiskCache
+from ..cache import BoundedCache, content_key, disk_tier, named_cache
 from ..host.cores import on_cores
 from . import patches
 from .budgets import Budget, fitted
@@ -34,6 +33,8 @@ DISK_LIMIT = 8 << 30
 DEVICE_LIMIT = 256 << 20  # bytes of the device, per model: what was seen last need not be sent again
 PIECES = 16  # of a picture's pixels
 CLIP_TOKENS = 16384  # all frames of a clip together
+
+on_disk = disk_tier("image embeddings on disk", lambda: host.current().cache_folder() / "image_embeddings", DISK_LIMIT)
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ class EmbeddingCache:
     def __init__(self, enabled: bool = True, disk: bool = False, memory_limit: int = MEMORY_LIMIT) -> None:
         self.enabled = enabled
         self.memory: BoundedCache[VisualFeatures] = named_cache("image embeddings", memory_limit)
-        folder = host.current().cache_folder() / "image_embeddings"
-        self.disk = DiskCache(folder, DISK_LIMIT) if disk and enabled else None
+        self.disk = on_disk() if disk and enabled else None
 
     def get(self, key: str, description: str) -> tuple[VisualFeatures | None, str]:
         """(features, tier) or (None, '')."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import BoundedCache
+from ..cache import BoundedCache, listed
 from .embeddings import DEVICE_LIMIT, VisualFeatures, VisualItem, to_device
 from .loaded_model import LoadedModel
 
@@ -36,7 +36,10 @@ def on_device(model: LoadedModel, items: Sequence[VisualItem]) -> list[VisualFea
     moved: dict[int, VisualFeatures] = {}
     there: BoundedCache[VisualFeatures] | None = None
     if model.device.type == "cuda":
-        there = model.device_state.setdefault("features", BoundedCache("image features on the device", DEVICE_LIMIT))
+        there = model.device_state.get("features")
+        if there is None:
+            there = listed(BoundedCache("image features on the device", DEVICE_LIMIT))
+            model.device_state["features"] = there
     for item in items:
         features = item.features
         if features is None:

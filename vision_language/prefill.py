@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cache import BoundedCache, content_key
+from ..cache import BoundedCache, content_key, listed
 from . import decoding
 from .embeddings import VisualItem
 from .encoder_outputs import given, grids
@@ -112,7 +112,10 @@ def rotary_positions(
 
 
 def prefix_cache(model: LoadedModel) -> BoundedCache[PrefixState]:
-    return model.device_state.setdefault("prefix", BoundedCache("image prefixes", PREFIX_LIMIT))
+    known: BoundedCache[PrefixState] | None = model.device_state.get("prefix")
+    if known is None:
+        known = model.device_state["prefix"] = listed(BoundedCache("image prefixes", PREFIX_LIMIT))
+    return known
 
 
 def prefix_key(model: LoadedModel, prompt: Prompt) -> str:

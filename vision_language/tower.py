@@ -68,10 +68,15 @@ def encode(
 
 
 def keep(seen: Sequence[VisualItem], cache: EmbeddingCache) -> None:
-    """Put what the tower made of `seen` into the cache. Waits for the device."""
+    """Put what the tower made of `seen` into the cache. Waits for the device. An answer does not fail for what is not kept."""
     for item in seen:
-        if item.features is not None:
+        if item.features is None:
+            continue
+        try:
             cache.put(item.key, item.description, item.features)
+        except (OSError, MemoryError, RuntimeError) as error:
+            log.warning("what the model saw is not kept, because of %s: %s", type(error).__name__, first_line(error))
+            return
 
 
 def features_of(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,14 +31,13 @@ def card(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 @pytest.fixture
-def load_llm(headless_host: Any, tmp_path: Path) -> Iterator[Any]:
+def load_llm(headless_host: Any) -> Iterator[Any]:
     """Writes a tiny model of a kind into a folder and loads it from there, in float32, with nothing remembered."""
     from hotpath.cache import clear_all
     from hotpath.demo.captioner_model import write_folder
     from hotpath.vision_language.loaded_model import LoadOptions
     from hotpath.vision_language.loading import MODELS
 
-    headless_host._cache = tmp_path / "cache"
     folder = headless_host.model_folders("LLM")[0]
     folder.mkdir(parents=True)
     clear_all()

@@ -52,9 +52,8 @@ def library(tiny_folder: Path) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def folder(headless_host: Any, tiny_folder: Path, tmp_path: Path) -> Iterator[Path]:
+def folder(headless_host: Any, tiny_folder: Path) -> Iterator[Path]:
     """models/diffusers of the test's host with the tiny checkpoint in it; nothing loaded or cached survives the test."""
-    headless_host._cache = tmp_path / "cache"
     found = headless_host.model_folders("diffusers")[0]
     found.mkdir(parents=True)
     (found / "tiny").symlink_to(tiny_folder, target_is_directory=True)

@@ -41,9 +41,8 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def llm(headless_host: Any, tiny_folders: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
+def llm(headless_host: Any, tiny_folders: dict[str, Path]) -> Iterator[Path]:
     """models/LLM of the test's host, with a link to every tiny model folder; no model or entry survives the test."""
-    headless_host._cache = tmp_path / "cache"
     folder = headless_host.model_folders("LLM")[0]
     folder.mkdir(parents=True)
     for kind, path in tiny_folders.items():

@@ -93,6 +93,19 @@ def test_a_damaged_file_is_dropped_and_made_again(load, ask, counter, headless_h
         assert "1 from the cache (disk)" in ask(load("qwen3_vl"), question, cache_on_disk=True).report
 
 
+def test_a_cache_that_refuses_costs_no_answer(load, ask, pictures, monkeypatch, caplog):
+    question = Question("Describe.", "", (pictures.a,))
+    model = load("qwen3_vl")
+    first = ask(model, question, cache_images=False).raw
+
+    def full(*_):
+        raise MemoryError("no room to keep it")
+
+    monkeypatch.setattr(EmbeddingCache, "put", full)
+    assert ask(model, question).raw == first
+    assert "is not kept, because of MemoryError: no room to keep it" in caplog.text
+
+
 def test_switched_off_is_bypassed(load, ask, counter, headless_host, pictures):
     question = Question("Describe.", "", (pictures.a,))
     model = load("qwen3_vl")
