@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 
 THINK_END = "</think>"
 FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box")
+BEGINS = re.compile(r"[\[{]")
+OBJECT = re.compile(r"\{\s*[\"'}]")  # where prose has a brace, no name follows
+LIST = re.compile(r"\[\s*[-\[{\"\d]")
+NESTED = re.compile(r"\[\s*\[\s*[-{\"\d]")
+# A string, which is left as it is, or a comma with nothing behind it.
+COMMA = re.compile(r'("(?:[^"\\]|\\.)*"?)|,(?=\s*[}\]])', re.DOTALL)
+BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box", "bboxes", "boxes")
 BOX_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 FARTHEST = 1e9  # a corner beyond it is a number that ran away
 RELATIVE = 1000  # Qwen3-VL counts both edges of any picture to 1000
@@ -45,8 +51,8 @@ def _refuse(constant: str) -> Any:
 
 
 def _decoder() -> json.JSONDecoder:
-    # Python would read NaN and Infinity, which no other reader of the answer takes.
-    return json.JSONDecoder(parse_constant=_refuse)
+    # Python would read NaN and Infinity, which no other reader of the answer takes. Models break lines inside strings.
+    return json.JSONDecoder(parse_constant=_refuse, strict=False)
 
 
 def _printable(value: Any) -> Any:
@@ -63,7 +69,8 @@ def _printable(value: Any) -> Any:
 def find_json(text: str) -> Any:
     """The first JSON value in `text`: fenced, bare, or inside prose; None when there is none.
 
-    A list that was cut off by the token limit is read up to its last whole entry.
+    A list that was cut off by the token limit is read up to its last whole entry, and commas too many are overlooked. An
+    object that cannot be read is None, and never a piece out of its middle.
     """
     try:
         return _printable(_find_json(text))
@@ -72,15 +79,25 @@ def find_json(text: str) -> Any:
 
 
 def _find_json(text: str) -> Any:
+    decoder = _decoder()
     for candidate in (*FENCE.findall(text), text):
-        start = next((i for i, c in enumerate(candidate) if c in "[{"), None)
-        while start is not None:
+        start = 0
+        while (begins := BEGINS.search(candidate, start)) is not None:
+            start = begins.start()
             try:
-                return _decoder().raw_decode(candidate[start:])[0]
+                return decoder.raw_decode(candidate, start)[0]
             except ValueError:
-                if candidate[start] == "[" and (found := whole_entries(candidate[start + 1 :])):
-                    return found
-            start = next((i for i in range(start + 1, len(candidate)) if candidate[i] in "[{"), None)
+                is_object, is_list = OBJECT.match(candidate, start), LIST.match(candidate, start)
+            if is_object or is_list:
+                mended = COMMA.sub(lambda found: found.group(1) or "", candidate[start:])
+                try:
+                    return decoder.raw_decode(mended)[0]
+                except ValueError:
+                    if is_list and (entries := whole_entries(mended[1:])):
+                        return entries
+            if is_object or NESTED.match(candidate, start):
+                break
+            start += 1
     return None
 
 
@@ -94,6 +111,8 @@ def whole_entries(text: str) -> list[Any]:
             value, end = decoder.raw_decode(rest)
         except ValueError:
             break
+        if end == len(rest) and isinstance(value, int | float):
+            break  # further digits may be missing
         entries.append(value)
         rest = rest[end:].lstrip()
         if not rest.startswith(","):
@@ -103,29 +122,41 @@ def whole_entries(text: str) -> list[Any]:
 
 
 def find_boxes(value: Any, height: int, width: int, seen: tuple[int, int] | None) -> list[Box]:
-    """Boxes in a parsed answer, in pixels of the picture of `height` x `width`.
+    """Boxes anywhere in a parsed answer, in pixels of the picture of `height` x `width`.
 
     seen: (height, width) as the model saw it, for models that answer in its pixels (Qwen2.5-VL); None for models that
     count both edges to 1000 (Qwen3-VL, Qwen2-VL).
     """
     down, across = (RELATIVE, RELATIVE) if seen is None else seen
-    entries = value if isinstance(value, list) else [value]
-    if len(entries) == 4 and all(isinstance(v, int | float) for v in entries):
-        entries = [{"bbox_2d": entries}]
     boxes: list[Box] = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            continue
-        corners = next((entry[key] for key in BOX_KEYS if key in entry), None)
-        if not isinstance(corners, list) or len(corners) != 4:
-            continue
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < FARTHEST for v in corners):
-            continue
+    try:
+        found = _labelled_corners(value)
+    except RecursionError:
+        return []
+    for corners, label in found:
         xs = sorted(min(max(v * width / across, 0.0), float(width)) for v in (corners[0], corners[2]))
         ys = sorted(min(max(v * height / down, 0.0), float(height)) for v in (corners[1], corners[3]))
-        label = str(entry.get("label") or entry.get("text") or entry.get("name") or "")
         boxes.append(Box(xs[0], ys[0], xs[1], ys[1], label))
     return boxes
+
+
+def _labelled_corners(value: Any, label: str = "", bare: bool = True) -> list[tuple[list[float], str]]:
+    """Corners with their labels, in the order they were written.
+
+    bare: four numbers are a box; inside an object only under a name for one, where they could be anything else.
+    """
+    if isinstance(value, dict):
+        own = str(value.get("label") or value.get("text") or value.get("name") or "")
+        key = next((key for key in BOX_KEYS if key in value), None)
+        if key is not None:
+            return _labelled_corners(value[key], own)
+        return [found for entry in value.values() for found in _labelled_corners(entry, bare=False)]
+    if not isinstance(value, list):
+        return []
+    if len(value) == 4 and all(isinstance(v, int | float) for v in value):
+        whole = not any(isinstance(v, bool) for v in value) and all(abs(v) < FARTHEST for v in value)
+        return [(value, label)] if bare and whole else []
+    return [found for entry in value for found in _labelled_corners(entry, label, bare)]
 
 
 def draw_boxes(pixels: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.uint8]:

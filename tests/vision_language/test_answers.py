@@ -42,6 +42,20 @@ def test_thoughts(text, opened, wanted):
         ("no json at all", None),
         ("", None),
         ("[", None),
+        (
+            '```json\n{"description": "A cat.\nIt sleeps.", "tags": ["cat", "sofa"]}\n```',
+            {"description": "A cat.\nIt sleeps.", "tags": ["cat", "sofa"]},
+        ),
+        ('{"label": "a,] cat", "bbox_2d": [10, 20, 30, 40,], }', {"label": "a,] cat", "bbox_2d": [10, 20, 30, 40]}),
+        ('[{"a": [1, 2],}, {"a": [3,', [{"a": [1, 2]}]),
+        # Never a piece of what was cut off.
+        ('{"caption": "a cat", "tags": ["a", "b"], "details": "it is', None),
+        ('Here: {"caption": "a "quoted" cat", "tags": ["a", "b"]}', None),
+        ("{'caption': 'a cat', 'tags': ['a', 1]}", None),
+        ('[{"bbox_2d": [1, 2, 3, 4', None),
+        ("[[1, 2, 3", None),
+        ("[1, 2, 3", [1, 2]),
+        ('```json\n{"a": ["x"\n```\nI mean\n```json\n{"a": ["y"]}\n```', {"a": ["y"]}),
     ],
 )
 def test_json(text, wanted):
@@ -69,10 +83,26 @@ def test_boxes_of_both_conventions():
         [{"bbox_2d": "no"}],
         [{"bbox_2d": [1, 2, None, 4]}],
         [[]],
+        {"colour": [255, 0, 0, 255]},
+        {"bbox_2d": [True, 2, 3, 4]},
     ],
 )
 def test_what_is_no_box_is_left_out(value):
     assert answers.find_boxes(value, 10, 10, None) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        ({"objects": [{"bbox_2d": [1, 2, 3, 4], "label": "x"}]}, [(1, "x")]),
+        ([[1, 2, 3, 4], [5, 6, 7, 8]], [(1, ""), (5, "")]),
+        ({"bbox_2d": [[1, 2, 3, 4], [5, 6, 7, 8]], "label": "x"}, [(1, "x"), (5, "x")]),
+        ({"boxes": [[1, 2, 3, 4]], "size": [5, 6, 7, 8]}, [(1, "")]),
+        ({"cats": [{"box": [1, 2, 3, 4]}], "dogs": {"one": {"bbox": [5, 6, 7, 8], "name": "y"}}}, [(1, ""), (5, "y")]),
+    ],
+)
+def test_boxes_are_found_wherever_they_stand(value, wanted):
+    assert [(box.left, box.label) for box in answers.find_boxes(value, 1000, 1000, None)] == wanted
 
 
 def test_boxes_are_ordered_and_kept_inside():
