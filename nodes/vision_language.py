@@ -264,7 +264,7 @@ class HotpathVLM:
         thoughts = reply.answers[0].thoughts
         return {
             "ui": {"text": texts},
-            "result": (texts[0], texts, thoughts, reply.json(), reply.images(), reply.report),
+            "result": (texts[0], texts, thoughts, reply.json(), reply.images(images or ()), reply.report),
         }
 
 

@@ -59,7 +59,8 @@ class AnswerOptions:
 class Answer:
     """One answer and how it came about: text without the thoughts before it, raw with them as they were written.
 
-    finished: the model ended it, not the limit. report is the same for all answers of a call.
+    finished: the model ended it, not the limit. report is the same for all answers of a batch, and so are notes: what was not
+    done as asked, and why.
     """
 
     text: str
@@ -70,6 +71,17 @@ class Answer:
     report: str = ""
     items: list[VisualItem] = field(default_factory=list)
     timing: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class BatchSize:
+    """The most questions at a time that the device had room for; None: as many as are asked.
+
+    Held by who asks one batch after the other, so that the next ones are not too large again.
+    """
+
+    most: int | None = None
 
 
 @dataclass
@@ -94,11 +106,13 @@ def answer(
     sampling: Sampling,
     options: AnswerOptions = AnswerOptions(),
     looked_up: Sequence[list[VisualItem]] | None = None,
+    fitting: BatchSize | None = None,
 ) -> list[Answer]:
     """Answers in the order of `questions`; with options.answers = n, n answers to the one question.
 
     looked_up: what `embeddings.look_up` gave for each question, when it was called ahead.
-    When the device runs out of memory the pictures are tried once more with half their budget, which the report tells.
+    When the device runs out of memory, fewer questions are asked at a time, as often as it takes, and `fitting` gets the
+    number; a single question is tried once more with half the budget of its pictures. The report tells.
     """
     if not questions:
         return []
@@ -110,19 +124,43 @@ def answer(
         if not question.prompt.strip() and not question.pictures and not question.clips:
             raise ValueError("There is nothing to answer: give a prompt, a picture, or both.")
     sampling = sampling.resolved(model.network.generation_config)
+    return _fitted(model, questions, sampling, options, looked_up, BatchSize() if fitting is None else fitting)
+
+
+def _fitted(
+    model: LoadedModel,
+    questions: Sequence[Question],
+    sampling: Sampling,
+    options: AnswerOptions,
+    looked_up: Sequence[list[VisualItem]] | None,
+    fitting: BatchSize,
+) -> list[Answer]:
     notes = list(model.notes)
-    try:
-        return _answer(model, questions, sampling, options, notes, looked_up)
-    except torch.OutOfMemoryError:
-        if not any(question.pictures or question.clips for question in questions):
-            raise
-    # Out of the handler first: the traceback holds the tensors that filled the device.
-    model.drop_device_state()
-    smaller = options.budget.halved(model.image_sizes)
-    host.current().make_room(model.cache_bytes(4096), model.device)
-    notes.append(f"the device ran out of memory; tried again with {smaller.most} visual tokens a picture")
-    log.warning("%s: %s", model.folder.name, notes[-1])
-    return _answer(model, questions, sampling, replace(options, budget=smaller), notes)
+    if fitting.most is not None:
+        notes.append(f"the device ran out of memory; asked {fitting.most} at a time")
+    if fitting.most is None or len(questions) <= fitting.most:
+        try:
+            return _answer(model, questions, sampling, options, notes, looked_up)
+        except torch.OutOfMemoryError:
+            if len(questions) == 1 and not (questions[0].pictures or questions[0].clips):
+                raise
+        # Out of the handler first: the traceback holds the tensors that filled the device.
+        model.drop_device_state()
+        host.current().make_room(model.cache_bytes(4096), model.device)
+        if len(questions) == 1:
+            smaller = options.budget.halved(model.image_sizes)
+            notes.append(f"the device ran out of memory; tried again with {smaller.most} visual tokens a picture")
+            log.warning("%s: %s", model.folder.name, notes[-1])
+            return _answer(model, questions, sampling, replace(options, budget=smaller), notes)
+        fitting.most = len(questions) // 2
+        log.warning("%s: the device ran out of memory; asked %d at a time", model.folder.name, fitting.most)
+    made: list[Answer] = []
+    while len(made) < len(questions):
+        # Anew for each part: an earlier one may have found that fewer fit.
+        part = slice(len(made), len(made) + min(fitting.most, len(questions)))
+        given = None if looked_up is None else looked_up[part]
+        made += _fitted(model, questions[part], sampling, options, given, fitting)
+    return made
 
 
 def _answer(
@@ -177,7 +215,17 @@ def _answer(
         prompt = prompts[row if options.answers == 1 else 0]
         thoughts, said = answers.split_thoughts(text, prompt.opens_thinking)
         made.append(
-            Answer(said, text.strip(), thoughts, len(tokens), len(tokens) < most, report, prompt.items, seconds)
+            Answer(
+                said,
+                text.strip(),
+                thoughts,
+                len(tokens),
+                len(tokens) < most,
+                report,
+                prompt.items,
+                seconds,
+                tuple(notes),
+            )
         )
     return made
 

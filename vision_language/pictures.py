@@ -47,11 +47,19 @@ class Clip:
 
 def to_bytes(images: torch.Tensor) -> NDArray[np.uint8]:
     """[B, H, W, C] float 0..1 (C of 1, 3 or 4) -> [B, H, W, 3] uint8, the bytes that LoadImage read."""
+    images = three_channels(images)
+    made = np.empty(images.shape, dtype=np.uint8)
+    for index, image in enumerate(images):  # a batch of a video as a whole would be there twice more, in float
+        whole = image.detach().float().nan_to_num(0.0).clamp_(0, 1).mul_(255).round_()
+        made[index] = whole.to(torch.uint8).cpu().numpy()
+    return made
+
+
+def three_channels(images: torch.Tensor) -> torch.Tensor:
+    """A view [B, H, W, 3] of an IMAGE of 1, 3 or 4 channels. Raises ValueError for another shape."""
     if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(f"An IMAGE has the shape [pictures, height, width, 3], this one is {list(images.shape)}.")
-    images = images[..., :3] if images.shape[-1] == 4 else images.expand(*images.shape[:3], 3)
-    whole = images.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round()
-    return whole.to(torch.uint8).cpu().contiguous().numpy()
+    return images[..., :3] if images.shape[-1] == 4 else images.expand(*images.shape[:3], 3)
 
 
 def from_images(images: torch.Tensor | None) -> list[Picture]:

@@ -236,9 +236,22 @@ def test_every_byte_survives_the_way_through_comfyui():
     image = (values.float() / 255).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     assert torch.equal(torch.from_numpy(to_bytes(image)[0, ..., 0]).flatten(), values)
     assert to_bytes(torch.full((1, 2, 2, 4), float("nan"))).max() == 0
+    assert to_bytes(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1, 1))[:, 0, 0].tolist() == [
+        [0] * 3,
+        [128] * 3,
+        [255] * 3,
+    ]
     assert len(from_images(torch.rand(3, 4, 5, 3))) == 3 and from_images(None) == []
     with pytest.raises(ValueError, match="IMAGE has the shape"):
         to_bytes(torch.rand(4, 5, 3))
+
+
+def test_a_batch_is_never_whole_in_float(monkeypatch):
+    import torch
+
+    real, sizes = torch.Tensor.nan_to_num, []
+    monkeypatch.setattr(torch.Tensor, "nan_to_num", lambda it, *rest: (sizes.append(it.numel()), real(it, *rest))[1])
+    assert len(from_images(torch.rand(6, 4, 5, 3))) == 6 and max(sizes) == 4 * 5 * 3
 
 
 def test_frames_keep_their_times():

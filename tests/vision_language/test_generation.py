@@ -366,3 +366,31 @@ def test_out_of_memory_tries_half_the_budget_once(load, ask, pictures, monkeypat
     monkeypatch.setattr(tower, "forward", lambda *a, **k: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError):
         ask(model, Question("Describe.", "", (pictures.b,)))
+
+
+def test_out_of_memory_asks_fewer_at_a_time_and_remembers(load, monkeypatch):
+    """Pictures keep their budget: what a batch needs most room for is the number of its questions."""
+    from hotpath.vision_language import answering
+
+    model = load("qwen3")
+    questions = [Question(f"Number {n}.") for n in range(5)]
+    options = AnswerOptions(2)
+    wanted = [part.raw for part in answer(model, questions, GREEDY, options)]
+    real, rows = answering._write, []
+
+    def tight(model, prompts, *rest):
+        rows.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, prompts, *rest)
+
+    monkeypatch.setattr(answering, "_write", tight)
+    fitting = answering.BatchSize()
+    for tried in ([5, 2, 2, 1], [2, 2, 1]):
+        rows.clear()
+        made = answer(model, questions, GREEDY, options, None, fitting)
+        assert rows == tried and [part.raw for part in made] == wanted and fitting.most == 2
+        assert "the device ran out of memory; asked 2 at a time" in made[-1].report
+    monkeypatch.setattr(answering, "_write", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):
+        answer(model, questions, GREEDY, options)

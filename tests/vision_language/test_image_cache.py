@@ -286,3 +286,17 @@ def test_unknown_options_are_not_silently_taken(load):
         MODELS.get("qwen3", LoadOptions(dtype="float7"), False)
     with pytest.raises(ValueError, match="no quantization"):
         MODELS.get("qwen3", LoadOptions(quantization="3bit"), False)
+
+
+def test_answers_hold_nothing_of_the_device(load, pictures, monkeypatch):
+    """Three hundred pictures, one answer each, were gigabytes of features that nobody reads."""
+    from hotpath.vision_language import asking
+
+    made = asking.ask(
+        load("qwen3_vl"),
+        asking.Request("x", pictures=(pictures.a, pictures.b), one_each=True),
+        GREEDY,
+        AnswerOptions(1, PRESETS["fast"], cache_images=False),
+    ).answers
+    assert [(item.features, item.patches, item.pixels) for part in made for item in part.items] == [(None,) * 3] * 2
+    assert all(part.items[0].grid[1] for part in made)

@@ -193,6 +193,36 @@ class TestOwnNodes:
         with pytest.raises(ValueError, match="do not go together"):
             self.ask(model, "x", images=pictures, one_answer_each=[True], answers=[2])
 
+    def test_a_picture_that_fails_costs_no_other_its_answer(self, model, monkeypatch):
+        from hotpath.vision_language import asking
+
+        real = asking.answer
+
+        def picky(model, questions, *rest):
+            if any(question.pictures[0].pixels.max() == 0 for question in questions):
+                raise RuntimeError("too dark")
+            return real(model, questions, *rest)
+
+        pictures = torch.rand(5, 40, 40, 3)
+        common = {"images": [pictures], "one_answer_each": [True], "batch_size": [2], "answer_format": ["boxes"]}
+        _, wanted, *_ = self.ask(model, "x", **common)
+        pictures[2] = 0
+        monkeypatch.setattr(asking, "answer", picky)
+        _, answers, _, _, shown, report = self.ask(model, "x", **common)
+        assert answers == [*wanted[:2], "", *wanted[3:]] and len(shown) == 5
+        assert "picture 3 was not answered: RuntimeError: too dark" in report
+        pictures[:] = 0
+        with pytest.raises(RuntimeError, match="too dark"):
+            self.ask(model, "x", **common)
+
+    def test_pictures_go_on_as_they_came(self, model):
+        images = [torch.rand(2, 40, 40, 4), torch.rand(1, 30, 30, 3)]
+        *_, shown, _ = self.ask(model, "x", images=images, max_new_tokens=[1])
+        assert [picture.data_ptr() for picture in shown] == [
+            images[0].data_ptr(), images[0][1].data_ptr(), images[1].data_ptr()
+        ]  # fmt: skip
+        assert torch.equal(shown[1], images[0][1:2, ..., :3]) and shown[1].shape == (1, 40, 40, 3)
+
     def test_several_answers_video_and_no_picture(self, model):
         _, answers, *_ = self.ask(model, "x", answers=[3], temperature=[1.0], seed=[2])
         assert len(set(answers)) == 3
