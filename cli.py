@@ -196,6 +196,12 @@ def _add_caption(commands: Commands) -> None:
     budgets = ("fast", "balanced", "high", "ultra", "native")
     caption.add_argument("--token-budget", choices=budgets, default="balanced", help="visual tokens a picture may cost")
     caption.add_argument("--max-new-tokens", type=int, default=256, help="the longest caption")
+    caption.add_argument(
+        "--thinking",
+        choices=("off", "on", "model"),
+        default="off",
+        help="whether a thinking model thinks before a caption",
+    )
     caption.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     caption.add_argument("--seed", type=int, default=0)
     caption.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")

@@ -50,7 +50,8 @@ from hotpath.demo.captioner_model import configuration, save_weights, write_proc
 from hotpath.host.headless import HeadlessHost
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS, Budget
-from hotpath.vision_language.captioning import CaptionJob, FolderCaptioner
+from hotpath.vision_language.caption_job import CaptionJob
+from hotpath.vision_language.captioning import FolderCaptioner
 from hotpath.vision_language.loaded_model import LoadedModel, LoadOptions
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import Picture

@@ -10,7 +10,8 @@ from ..host import Interrupted
 from ..vision_language import presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.budgets import preset
-from ..vision_language.captioning import CaptionJob, FolderCaptioner, pictures_in
+from ..vision_language.caption_job import CaptionJob, begin
+from ..vision_language.captioning import FolderCaptioner
 from ..vision_language.folders import UnusableModel
 from ..vision_language.loaded_model import LoadOptions
 from ..vision_language.loading import MODELS
@@ -19,6 +20,7 @@ from .console import complain, note, say
 from .models_folder import headless_host
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
+THINKING = {"off": False, "on": True, "model": None}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,8 +54,14 @@ def _caption(options: argparse.Namespace) -> int:
         options.after,
         options.captions_to,
         options.pattern,
+        THINKING[options.thinking],
     )
-    pictures_in(job.folder, job.recursive, job.pattern)  # a folder that is not there is told before a model is fetched
+    # Before a model is fetched: what is wrong with the job, and whether anything is left to do.
+    summary, waiting = begin(job)
+    if not waiting:
+        say(summary.report())
+        return FAILED if summary.failed else 0
+    job.check_target()
     answering = AnswerOptions(options.max_new_tokens, preset(options.token_budget), cache_images=False)
     sampling = Sampling(options.temperature > 0, options.temperature, seed=options.seed)
     load = LoadOptions(dtype=options.dtype, quantization=options.quantization)

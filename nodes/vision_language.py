@@ -12,7 +12,8 @@ from ..vision_language.answering import AnswerOptions
 from ..vision_language.asking import FORMATS as ANSWER_FORMATS
 from ..vision_language.asking import Request, ask
 from ..vision_language.budgets import PRESETS, preset
-from ..vision_language.captioning import FORMATS, CaptionJob, FolderCaptioner, place
+from ..vision_language.caption_job import FORMATS, CaptionJob, place
+from ..vision_language.captioning import FolderCaptioner
 from ..vision_language.generation import DECODE_PATHS
 from ..vision_language.loaded_model import LoadedModel, LoadOptions
 from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS
@@ -276,7 +277,11 @@ class HotpathCaptionFolder:
     RETURN_TYPES = ("STRING", "STRING", "STRING")
     RETURN_NAMES = ("captions", "files", "report")
     OUTPUT_IS_LIST = (True, True, False)
-    OUTPUT_TOOLTIPS = ("The captions written now.", "Their pictures.", "Counts, failures, and where the time went.")
+    OUTPUT_TOOLTIPS = (
+        "The captions of all pictures that have one, from now or before.",
+        "Their pictures.",
+        "Counts, failures, and where the time went.",
+    )
     FUNCTION = "caption"
     OUTPUT_NODE = True
 
@@ -320,6 +325,10 @@ class HotpathCaptionFolder:
                     {"default": "", "tooltip": "A folder for the captions; a name lies in the output folder. Empty: beside "
                      "the pictures."},
                 ),
+                "thinking": (
+                    list(THINKING),
+                    {"default": "off", "tooltip": "off keeps a thinking model from thinking; thoughts count as tokens, too."},
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }  # fmt: skip
@@ -350,6 +359,7 @@ class HotpathCaptionFolder:
         keep_model_loaded: bool = True,
         pattern: str = "",
         captions_to: str = "",
+        thinking: str = "off",
         unique_id: str | None = None,
     ) -> dict[str, Any]:
         here = host.current()
@@ -365,6 +375,7 @@ class HotpathCaptionFolder:
             after,
             place(here.output_folder(), captions_to) if captions_to.strip() else None,
             pattern,
+            THINKING[thinking],
         )
         options = AnswerOptions(
             max_new_tokens,
@@ -376,10 +387,11 @@ class HotpathCaptionFolder:
             node_id=unique_id,
         )
         summary = FolderCaptioner(model, job, Sampling(temperature > 0, temperature, seed=seed), options).run()
-        files = [str(path) for path in summary.captions]
+        captions = summary.all_captions()
         return {
             "ui": {"text": [summary.report()]},
-            "result": (list(summary.captions.values()), files, summary.report()),
+            # ComfyUI cannot run what is connected to an empty list.
+            "result": (list(captions.values()) or [""], list(map(str, captions)) or [""], summary.report()),
         }  # fmt: skip
 
 

@@ -6,13 +6,16 @@ import gc
 import json
 import shutil
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hotpath.demo import train_captioner
 from hotpath.vision_language.answering import AnswerOptions
 from hotpath.vision_language.budgets import PRESETS
-from hotpath.vision_language.captioning import CaptionJob, FolderCaptioner, compact, place
+from hotpath.vision_language.caption_job import CaptionJob, pictures_in, place
+from hotpath.vision_language.caption_list import append, compact, listed
+from hotpath.vision_language.captioning import FolderCaptioner
 from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import Clip, from_frames, from_images, read_clip, read_picture, to_bytes
@@ -322,14 +325,104 @@ def test_a_list_holds_each_picture_once(tmp_path):
         {"file": "c.png", "error": "twice"},
         {"file": "c.png", "error": "thrice"},
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"file": "d.pn')
+    # Of other tools, of a person, of a run that was cut off, and bytes that are no text: theirs stay as they are.
+    others = [
+        b'{"image": "a.png", "text": "by  hand"}', b'{"image":"b.png","text":"x"}', b'{"file": "a.png", "tags": ["t"]}',
+        b"# a note", b"", b"\xff\xfe", b'{"file": "d.pn',
+    ]  # fmt: skip
+    ours = [json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"\n".join([*others[:2], *ours, *others[2:]]))
     compact(path)
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert found == [lines[2], lines[3], lines[6]]
+    assert path.read_bytes().split(b"\n") == [*others[:2], ours[2], ours[3], ours[6], *others[2:], b""]
+    assert listed(tmp_path) == {"a.png": "mended", "b.png": "new"}
     before = path.stat().st_mtime_ns
     compact(path)
     compact(tmp_path / "none.jsonl")
     assert path.stat().st_mtime_ns == before
+
+
+def test_a_line_after_one_that_was_cut_off_is_a_line(tmp_path):
+    (tmp_path / "captions.jsonl").write_text('{"file": "a.png", "capt')
+    append(tmp_path, {"file": "b.png", "caption": "one\u2028line"})
+    append(tmp_path, {"file": "c.png", "caption": "x"})
+    assert listed(tmp_path) == {"b.png": "one\u2028line", "c.png": "x"}
+    assert (tmp_path / "captions.jsonl").read_bytes().count(b"\n") == 3
+
+
+def test_hidden_folders_are_left_out(tmp_path):
+    for name in ("a.png", ".ipynb_checkpoints/a-checkpoint.png", "set/.thumbs/b.png", "set/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.relative_to(tmp_path).as_posix() for path in pictures_in(tmp_path, True)] == ["a.png", "set/b.png"]
+
+
+def test_captions_that_were_cut_off_are_named(captioner, drawings, monkeypatch):
+    from hotpath.vision_language import captioning
+
+    real, batches = captioning.answer, []
+
+    def first_is_short(model, questions, sampling, options, *rest):
+        batches.append(len(questions))
+        most = 2 if len(batches) == 1 else options.max_new_tokens
+        made = real(model, questions, sampling, replace(options, max_new_tokens=most), *rest)
+        return [replace(part, notes=(f"a note of batch {len(batches)}",)) for part in made]
+
+    monkeypatch.setattr(captioning, "answer", first_is_short)
+    folder = next(iter(drawings)).parent
+    job = CaptionJob(folder, "Caption this picture.", output="both", batch_size=2)
+    summary = FolderCaptioner(captioner, job, GREEDY, OPTIONS).run()
+    assert summary.unfinished == [folder / "p0.png", folder / "p1.png"]
+    assert "2 cut off at max_new_tokens: p0.png, p1.png" in summary.report()
+    assert all(f"a note of batch {n}" in summary.report() for n in (1, 2, 3))
+    lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines if line.get("cut_off")] == ["p0.png", "p1.png"]
+    again = FolderCaptioner(captioner, job, GREEDY, OPTIONS).run()
+    assert again.all_captions() == summary.captions and list(again.all_captions()) == list(drawings)
+
+
+def test_a_thinking_model_is_kept_from_thinking_or_told_to_be_short(captioner, drawings, monkeypatch):
+    from hotpath.vision_language import captioning
+    from hotpath.vision_language.prompts import render
+
+    monkeypatch.setattr(captioner.processor, "chat_template", captioner.processor.chat_template + "{{ '<think>\n' }}")
+    real, asked = captioning.answer, []
+
+    def lost_in_thought(model, questions, *rest):
+        asked.append(render(model, questions[0]))
+        made = real(model, questions, *rest)
+        if asked[-1].endswith("<think>\n"):
+            made = [replace(part, text="", thoughts="Hm, so", tokens=1256, finished=False) for part in made]
+        return made
+
+    monkeypatch.setattr(captioning, "answer", lost_in_thought)
+    job = CaptionJob(next(iter(drawings)).parent, "Caption this picture.", pattern="p0*")
+    thinking = FolderCaptioner(captioner, replace(job, thinking=None), GREEDY, OPTIONS).run()
+    (why,) = thinking.failed.values()
+    assert why.startswith("its thoughts did not end within 1,256 tokens: raise max_new_tokens")
+    assert len(FolderCaptioner(captioner, job, GREEDY, OPTIONS).run().captions) == 1
+    assert asked[1].endswith("</think>\n\n")
+
+
+def test_one_caption_that_cannot_be_written_stops_no_other(captioner, drawings, tmp_path, monkeypatch):
+    folder = next(iter(drawings)).parent
+    (folder / "p1.txt").mkdir()
+    (folder / "p2.txt").write_text("by hand")
+    job = CaptionJob(folder, "Caption this picture.", batch_size=1)
+    summary = FolderCaptioner(captioner, job, GREEDY, OPTIONS).run()
+    assert [path.name for path in summary.captions] == ["p0.png", "p3.png", "p4.png"]
+    assert list(summary.failed) == [folder / "p1.png"] and "could not be written" in summary.report()
+    assert summary.all_captions()[folder / "p2.png"] == "by hand" and (folder / "p2.txt").read_text() == "by hand"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="No caption can be written into"):
+        FolderCaptioner(captioner, replace(job, target=tmp_path / "file"), GREEDY, OPTIONS).run()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    work = FolderCaptioner(captioner, replace(job, overwrite=True), GREEDY, OPTIONS)
+    monkeypatch.setattr(work, "_write", full)
+    with pytest.raises(OSError, match="No space left"):
+        work.run()
 
 
 def test_a_file_that_is_no_video(tmp_path):

@@ -273,7 +273,11 @@ class TestOwnNodes:
         captions, files, report = made["result"]
         assert captions == [(folder / "a.txt").read_text(encoding="utf-8")] and captions[0].startswith("x ")
         assert files == [str(folder / "a.png")] and "1 captioned" in report
-        assert "1 skipped" in node.caption(model, "set", "Describe.", max_new_tokens=6)["result"][2]
+        again = node.caption(model, "set", "Describe.", max_new_tokens=6)["result"]
+        assert again[:2] == (captions, files) and "1 skipped" in again[2], "what is connected goes on with all of them"
+        (folder / "a.png").unlink()
+        # ComfyUI cannot run a node on an empty list.
+        assert node.caption(model, "set", "Describe.")["result"][:2] == ([""], [""])
 
 
 SPEC = ["sys", "ask", "Qwen3-VL-4B-Instruct", "none", "auto", "high", True, False, False, True, 0.7, 0.9, 50, 0.0, 1.0, 512, 7,

@@ -42,8 +42,15 @@ def test_caption(tmp_path, capsys):
     assert main(command) == 0
     assert [(tmp_path / f"{i}.txt").read_text() for i in range(3)] == [f"toy, {d.caption}" for d in drawings]
     assert "3 captioned" in capsys.readouterr().out
-    assert main(command) == 0
+    # What is done, or can never be, is told without the model.
+    absent = [*command[:3], "no-such-model", *command[4:]]
+    assert main(absent) == 0
     assert "3 skipped" in capsys.readouterr().out
+    assert main([*absent, "--prompt", " ", "--overwrite"]) == 2
+    assert "prompt is empty" in capsys.readouterr().err
+    (tmp_path / "file").write_bytes(b"")
+    assert main([*absent, "--captions-to", str(tmp_path / "file")]) == 2
+    assert "No caption can be written into" in capsys.readouterr().err
     (tmp_path / "broken.png").write_bytes(b"x")
     assert main(command) == 1
     assert "broken.png" in capsys.readouterr().out
