@@ -11,7 +11,7 @@ from ..vision_language import folders, presets
 from ..vision_language.answering import AnswerOptions, answer
 from ..vision_language.budgets import PRESETS, PROCESSOR, Budget
 from ..vision_language.loaded_model import LoadOptions
-from ..vision_language.loading import MODELS
+from ..vision_language.loading import MODELS, state_of
 from ..vision_language.pictures import DEFAULT_FPS, from_frames, from_images
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
@@ -103,6 +103,10 @@ class _AILabNode:
     def VALIDATE_INPUTS(cls, model_name: str = "", device: str = "", preset_prompt: str = "") -> bool:
         # Names and devices of other machines are looked up at run time; a preset of an older list is its own text.
         return True
+
+    @classmethod
+    def IS_CHANGED(cls, model_name: str | None = None, **inputs: Any) -> str:
+        return state_of(model_name or "")
 
 
 def run(

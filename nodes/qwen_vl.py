@@ -17,7 +17,7 @@ from ..vision_language import folders
 from ..vision_language.answering import AnswerOptions, answer
 from ..vision_language.budgets import OLD_PRESETS, PRESETS
 from ..vision_language.loaded_model import LoadOptions
-from ..vision_language.loading import MODELS
+from ..vision_language.loading import MODELS, state_of
 from ..vision_language.pictures import Clip, from_images, read_clip
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
@@ -109,9 +109,24 @@ class _QwenNode:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, seed: int | None = -1, **inputs: Any) -> Any:
+    def IS_CHANGED(
+        cls, seed: int | None = -1, model: str | None = None, video_path: str | None = None, **inputs: Any
+    ) -> Any:
         # One that comes from another node is not known yet (None), and changes with that node.
-        return float("nan") if seed is not None and seed < 0 else seed
+        if seed is not None and seed < 0:
+            return float("nan")
+        # Other files under the same names are another question, too.
+        files = f"{state_of(model or '')} {file_state((video_path or '').strip())}".strip()
+        return f"{seed} {files}" if files else seed
+
+
+def file_state(path: str) -> str:
+    """Size and time of a file; "" where there is none."""
+    try:
+        facts = Path(path).stat() if path else None
+    except (OSError, ValueError):
+        facts = None
+    return "" if facts is None else f"{facts.st_size} {facts.st_mtime_ns}"
 
 
 def run(

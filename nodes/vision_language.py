@@ -16,7 +16,7 @@ from ..vision_language.caption_job import FORMATS, CaptionJob, place
 from ..vision_language.captioning import FolderCaptioner
 from ..vision_language.generation import DECODE_PATHS
 from ..vision_language.loaded_model import LoadedModel, LoadOptions
-from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS
+from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS, state_of
 from ..vision_language.pictures import from_frames, from_images
 from ..vision_language.quantization import QUANTIZATIONS
 from ..vision_language.sampling import Sampling
@@ -112,6 +112,10 @@ class HotpathVLMLoader:
     def VALIDATE_INPUTS(cls, model: str = "") -> bool:
         # A name from another machine is looked up, or fetched, when the node runs.
         return True
+
+    @classmethod
+    def IS_CHANGED(cls, model: str | None = None, revision: str | None = None, **inputs: Any) -> str:
+        return state_of(model or "", (revision or "").strip())
 
     def load(
         self,

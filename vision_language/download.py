@@ -104,8 +104,8 @@ def locate(name: str, revision: str = "", must_see: bool = True) -> ModelFolder:
     revision: branch, tag or commit for a fetch. A named revision has its own folder, so that a local folder of another
     revision never answers for it. Raises UnusableModel.
     """
-    local = folders.find(revision_folder(name, revision) if revision else name)
-    if local is not None and not folders.missing_weights(local.path):
+    local = local_folder(name, revision)
+    if local is not None and not folders.missing_files(local):
         return folders.check(local, must_see)
     repository = folders.repository(name)
     target = local.path if local is not None else target_folder(name, revision)
@@ -125,14 +125,21 @@ def locate(name: str, revision: str = "", must_see: bool = True) -> ModelFolder:
     return folders.check(ModelFolder(target, target.name, config), must_see)
 
 
+def local_folder(name: str, revision: str = "") -> ModelFolder | None:
+    """The folder for a widget value that is on the disk, whole or not. Raises UnusableModel for a name that is no name."""
+    return folders.find(revision_folder(name, revision) if revision else name)
+
+
 def revision_folder(name: str, revision: str) -> str:
     safe = "".join(c if c.isalnum() or c in "-._" else "-" for c in revision)
     return f"{name.strip().rstrip('/')}@{safe}"
 
 
 def target_folder(name: str, revision: str) -> Path:
+    """Where `name` is fetched to: `owner/name` keeps its owner, so that the next one of that name has its own place."""
     named = revision_folder(name, revision) if revision else name.strip()
-    return folders.roots()[0] / named.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    parts = named.replace("\\", "/").rstrip("/").split("/")
+    return folders.roots()[0].joinpath(*parts[-2:])
 
 
 def fetch(repository: str, target: Path, revision: str = "") -> None:

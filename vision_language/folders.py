@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import host
+from ..cache import content_key, file_fingerprint
 
 KINDS = ("LLM", "llm", "prompt_generator")
 # Packs keep their models one or two folders down: LLM/Qwen-VL/<name>, LLM/<owner>/<name>.
@@ -32,6 +33,10 @@ TEXT_MODELS = (
     "Qwen3-4B-Thinking-2507",
     "Qwen3-4B-Instruct-2507",
 )
+# What the library reads of a folder beside the weights.
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
+# Folders of other packs, which are no owners.
+CONTAINERS = ("qwen-vl",)
 # Names whose repository is not Qwen/<name>.
 REPOSITORIES = {
     "SkyCaptioner-V1": "Skywork/SkyCaptioner-V1",
@@ -47,7 +52,8 @@ class UnusableModel(ValueError):
 class ModelFolder:
     """A local model folder.
 
-    name: how a widget calls it, relative to the LLM path it was found under.
+    name: how a widget calls it, relative to the LLM path it was found under. owner: whose it is, by the folder it is in; "" when
+    that does not say.
     """
 
     path: Path
@@ -57,6 +63,10 @@ class ModelFolder:
     @property
     def model_type(self) -> str:
         return str(self.config.get("model_type", ""))
+
+    @property
+    def owner(self) -> str:
+        return owner_of(self.name)
 
     @property
     def sees(self) -> bool:
@@ -117,8 +127,29 @@ def find(name: str) -> ModelFolder | None:
             if (config := read_config(candidate)) is not None:
                 return ModelFolder(candidate, candidate.relative_to(root).as_posix(), config)
     # A download of `owner/name` by another pack is a folder `name`; a deep folder may be called by its last part.
+    owner = owner_of(wanted)
     found = [folder for folder in scan() if folder.path.name.lower() == parts[-1].lower()]
-    return found[0] if found else None
+    # Another owner's is another model, whatever it is called.
+    fitting = [folder for folder in found if not owner or folder.owner in ("", owner)]
+    return min(fitting, key=lambda folder: folder.owner != owner) if fitting else None
+
+
+def owner_of(name: str) -> str:
+    """Whose model `owner/name` or `folder/owner/name` is, in small letters; "" when it does not say."""
+    above = name.lower().split("/")[-2:-1]
+    return above[0] if above and above[0] not in CONTAINERS else ""
+
+
+def fingerprint(path: Path) -> tuple[list[str], str]:
+    """(fingerprints of the weights, one of everything that the library reads). Other weights under the same name, or another
+    template, are another model."""
+    weights = [file_fingerprint(file) for file in weight_files(path)]
+    settings = sorted({file for pattern in SETTINGS for file in path.glob(pattern)})
+    return weights, content_key(weights, [[file.name, file_fingerprint(file)] for file in settings])
+
+
+def weight_files(path: Path) -> list[Path]:
+    return sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
 
 
 def repository(name: str) -> str:
@@ -146,6 +177,19 @@ def missing_weights(path: Path) -> list[str]:
     return absent + [problem for file in present if (problem := truncated(file))]
 
 
+def missing_files(folder: ModelFolder) -> list[str]:
+    """`missing_weights`, and what the library needs beside them to show a picture to the model."""
+    missing = missing_weights(folder.path)
+    if folder.sees and not (folder.path / "preprocessor_config.json").is_file():
+        try:  # where newer releases of the library write it
+            joint = json.loads((folder.path / "processor_config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            joint = None
+        if not isinstance(joint, dict) or "image_processor" not in joint:
+            missing.append("preprocessor_config.json")
+    return missing
+
+
 def truncated(file: Path) -> str:
     """A phrase when a safetensors file is shorter than its header says (an interrupted download), else ''."""
     if file.suffix != ".safetensors":
@@ -164,7 +208,7 @@ def truncated(file: Path) -> str:
 
 def check(folder: ModelFolder, must_see: bool) -> ModelFolder:
     """`folder` itself when it can be loaded. Raises UnusableModel with the missing files, or for a text-only model."""
-    if missing := missing_weights(folder.path):
+    if missing := missing_files(folder):
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise UnusableModel(
             f"The model folder {folder.path} is not whole, missing: {shown}. Download these files into it, or delete "

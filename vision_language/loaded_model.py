@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .. import host
-from ..cache import content_key, file_fingerprint
+from ..cache import content_key
 from ..host import Managed
 from ..host.capturing import GraphMemory, trim
 from . import decoding
@@ -77,13 +77,20 @@ class LoadedModel:
     """
 
     def __init__(
-        self, folder: ModelFolder, options: LoadOptions, network: Any, notes: Sequence[str], quantization: str = "none"
+        self,
+        folder: ModelFolder,
+        options: LoadOptions,
+        network: Any,
+        notes: Sequence[str],
+        quantization: str,
+        weights: Sequence[str],
     ) -> None:
         from transformers import AutoProcessor, AutoTokenizer
 
         self.folder, self.options, self.network = folder, options, network
         self.notes_of_loading, self.notes_of_choices = tuple(notes), tuple[str, ...]()
         self.quantization = quantization
+        self.weights = list(weights)  # fingerprints of the files, as they were before they were read
         if folder.sees:
             self.processor: Any = AutoProcessor.from_pretrained(folder.path)
             self.tokenizer: Any = self.processor.tokenizer
@@ -182,9 +189,8 @@ class LoadedModel:
     @cached_property
     def identity(self) -> str:
         """MD5 of the weights as loaded: survives a renamed folder, differs for a fine-tune, a dtype, a quantisation."""
-        files = sorted([*self.folder.path.glob("*.safetensors"), *self.folder.path.glob("pytorch_model*.bin")])
         return content_key(
-            [file_fingerprint(file) for file in files],
+            self.weights,
             self.model_type,
             self.dtype,
             self.quantization,

@@ -21,7 +21,7 @@ from .. import host
 from ..cache import content_key
 from ..host.errors import first_line
 from ..host.unloading import before_unloading_all
-from . import decoding, download, offloading, projections
+from . import decoding, download, folders, offloading, projections
 from .folders import ModelFolder, UnusableModel
 from .interruption import interruptible_loading, is_stop
 from .loaded_model import LoadedModel, LoadOptions, compute_device, numbered
@@ -98,10 +98,10 @@ def choices(folder: ModelFolder, options: LoadOptions) -> Choices:
 
 
 @torch.inference_mode(False)
-def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
+def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -> LoadedModel:
     """Load `folder` anew, into ordinary tensors also where the host runs nodes in inference mode.
 
-    Raises UnusableModel for what the library refuses, with its reason.
+    weights: fingerprints of its weight files. Raises UnusableModel for what the library refuses, with its reason.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -148,7 +148,7 @@ def load_folder(folder: ModelFolder, options: LoadOptions) -> LoadedModel:
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
     streamed = stream_layers(network, device, options.stream_layers)
     quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
-    model = LoadedModel(folder, options, network, [streamed] if streamed else [], quantization)
+    model = LoadedModel(folder, options, network, [streamed] if streamed else [], quantization, weights)
     if folder.sees and not model.takes_encoder_outputs:
         log.debug("deeper levels come %s", "split by picture" if model.deepstack_in_parts else "joined")
     log.info("%s loaded in %.1f s (%s, %s)", folder.name, time.perf_counter() - start, dtype, attention)
@@ -178,6 +178,15 @@ def bitsandbytes_settings(method: str, dtype: torch.dtype) -> Any:
     if method.endswith("8-bit"):
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def state_of(name: str, revision: str = "") -> str:
+    """What changes when the files of the folder that a widget value means do; "" while there is none."""
+    try:
+        folder = download.local_folder(name, revision)
+        return "" if folder is None else folders.fingerprint(folder.path)[1]
+    except (UnusableModel, OSError):
+        return ""
 
 
 class Registry:
@@ -227,10 +236,15 @@ class Registry:
     def _find(self, folder: ModelFolder, options: LoadOptions) -> LoadedModel:
         before_unloading_all(self.let_go)
         chosen = choices(folder, options)
-        key = content_key(str(folder.path.resolve()), chosen.key)
+        # Before loading: files that are changed while they load are told from what they were at the next call.
+        weights, files = folders.fingerprint(folder.path)
+        place = content_key(str(folder.path.resolve()), chosen.key)
+        key = f"{place} {files}"
         model = self._models.get(key)
         if model is None:
-            model = load_folder(folder, options)
+            # What the folder held before is of use to nobody who asks from now on.
+            self._kept = {k: m for k, m in self._kept.items() if not k.startswith(f"{place} ")}
+            model = load_folder(folder, options, weights)
             self._models[key] = model
         # Of who asked last: what ran is the same for all, why it is not what was asked is not.
         model.notes_of_choices = chosen.notes

@@ -39,7 +39,14 @@ def test_every_llm_path_is_scanned(llm, headless_host, tiny_folders):
     assert "not-a-model" not in names
     assert folders.find("deep").path == llm / "Qwen-VL" / "deep"
     assert folders.find("Qwen-VL\\deep").path == llm / "Qwen-VL" / "deep"
-    assert folders.find("anybody/named").name == "owner/named"
+    assert (
+        folders.find("owner/named").name
+        == folders.find("named").name
+        == folders.find("Owner\\NAMED").name
+        == "owner/named"
+    )
+    assert folders.find("anybody/named") is None, "another owner's model is another model"
+    assert folders.find("anybody/deep").name == "Qwen-VL/deep", "whose it is, nobody knows"
     assert folders.find("small").path == base / "llm" / "small"
     assert folders.find("absent") is None
 
@@ -129,6 +136,15 @@ def test_an_unknown_model_offline_says_both(llm, offline):
     with pytest.raises(UnusableModel, match=r"Qwen/Absent-VL could not be fetched \(cannot reach the hub\)"):
         download.locate("Absent-VL")
     assert not (llm / "Absent-VL").exists()
+
+
+def test_a_model_of_another_owner_has_its_own_place(llm, tiny_folders, offline):
+    (llm / "alice").mkdir()
+    (llm / "alice" / "Tuned-VL").symlink_to(tiny_folders["qwen3_vl"], target_is_directory=True)
+    with pytest.raises(UnusableModel, match="bob/Tuned-VL could not be fetched"):
+        download.locate("bob/Tuned-VL")
+    assert offline[0][0] == "bob/Tuned-VL" and offline[0][1]["local_dir"] == llm / "bob" / "Tuned-VL"
+    assert download.locate("alice/Tuned-VL").path == download.locate("Tuned-VL").path == llm / "alice" / "Tuned-VL"
 
 
 def test_a_revision_has_a_folder_of_its_own(llm, offline):
@@ -225,6 +241,12 @@ def test_damaged_folders(llm, tiny_folders, offline):
     (llm / "wrong-type" / "config.json").write_text(json.dumps(config | {"model_type": "qwen99"}))
     with pytest.raises(UnusableModel, match="could not be loaded as qwen99"):
         MODELS.get("wrong-type", LoadOptions())
+    (llm / "wrong-type" / "preprocessor_config.json").unlink()
+    with pytest.raises(UnusableModel, match=r"missing: preprocessor_config\.json"):
+        download.locate("wrong-type")
+    assert offline[-1][1]["local_dir"] == llm / "wrong-type"
+    (llm / "wrong-type" / "processor_config.json").write_text('{"image_processor": {}}')
+    assert download.locate("wrong-type").model_type == "qwen99"
     (llm / "bad-config" / "config.json").write_text("{")
     with pytest.raises(UnusableModel, match="could not be fetched"):
         download.locate("bad-config")
@@ -264,6 +286,35 @@ def test_one_copy_for_all_who_ask(load):
     assert load("qwen3_vl") is model
     assert load("qwen3_vl", dtype="bfloat16") is not model
     assert load("qwen3_vl", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_other_files_under_the_same_name_are_another_model(llm, load, ask, pictures):
+    """Also on the disk: what the old weights saw must not be found by the new ones after a restart."""
+    from hotpath.nodes import NODE_CLASS_MAPPINGS
+
+    changed = NODE_CLASS_MAPPINGS["HotpathVLMLoader"].IS_CHANGED
+    folder = write_folder(llm / "mine", "qwen3_vl")
+    nodes = [
+        lambda: changed(model="mine", revision=""),
+        lambda: NODE_CLASS_MAPPINGS["QwenVL"].IS_CHANGED(seed=3, model="mine", text="x"),
+        lambda: NODE_CLASS_MAPPINGS["AILab_QwenVL"].IS_CHANGED(model_name="mine", seed=1),
+    ]
+    states = [node() for node in nodes]
+    model = load("mine")
+    ask(model, Question("x"), max_new_tokens=1)  # kept
+    write_folder(llm / "other", "qwen3_vl", seed=1)
+    (llm / "other" / "model.safetensors").replace(folder / "model.safetensors")
+    assert not any(node() == before for node, before in zip(nodes, states, strict=True))
+    again = load("mine")
+    assert again is not model and load("mine") is again
+    assert model.identity != again.identity, "as they were loaded, not as the files are now"
+    old = weakref.ref(model)
+    del model
+    gc.collect()
+    assert old() is None, "the registry keeps one copy"
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert load("mine") is not again
+    assert changed(model="absent") == "" == changed(model="../x")
 
 
 def test_a_model_is_freed_with_its_last_holder(load, ask):
