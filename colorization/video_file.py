@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from ..host.display_matrix import turned
 
 # ffmpeg's numbers for colour matrices, primaries and transfers; 2 is "not said"
 ITU709, UNSAID, ITU601, BT2020 = 1, 2, 5, 9
@@ -142,7 +143,7 @@ def read_facts(path: Path) -> VideoFacts:
             frames = round(container.duration / 1e6 * float(rate))
         said = int(frame.colorspace)
         matrix = said if said in MATRICES else (ITU709 if frame.height >= HD_ROWS else ITU601)
-        mirrored, turns = _turned(frame)
+        mirrored, turns = turned(frame)
         height, width, aspect = frame.height, frame.width, Fraction(stream.sample_aspect_ratio or 0)
         if turns % 2:
             height, width, aspect = width, height, 1 / aspect if aspect else aspect
@@ -172,21 +173,6 @@ def read_facts(path: Path) -> VideoFacts:
 
 def average_rate(stream: Any) -> Fraction:
     return Fraction(stream.average_rate or stream.guessed_rate or 25)
-
-
-def _turned(frame: Any) -> tuple[bool, int]:
-    """Whether left and right change places, and the quarter turns to the left after it, of the frame's display matrix."""
-    found = frame.side_data.get("DISPLAYMATRIX")
-    if found is None:
-        return False, 0
-    # A pixel at (x, y), y downwards, is shown at (a x + c y, b x + d y).
-    a, b, _, c, d = struct.unpack("=9i", bytes(found)[:36])[:5]
-    mirrored = a * d - b * c < 0
-    if mirrored:
-        a, b = -a, -b
-    if abs(a) + abs(d) >= abs(b) + abs(c):
-        return mirrored, 0 if a + d >= 0 else 2
-    return mirrored, 1 if c - b > 0 else 3
 
 
 def _first_field(frame: Any) -> str:

@@ -11,6 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .. import host
+from ..host.display_matrix import turned
+
+# Four times what any preset shows of a frame: below it pictures stay exact, and 64 frames are under 700 MB.
+LARGEST_FRAME = 4 * 1024 * 28 * 28
 DEFAULT_FPS = 24.0  # what the processors assume of frames that come without a rate
 
 
@@ -101,7 +106,10 @@ def read_picture(path: Path) -> Picture:
 
 
 def read_clip(path: Path, fps: float = 1.0, most: int = 64) -> Clip:
-    """Frames of a video file, about `fps` of each second and at most `most`, with the times they were shown at."""
+    """Frames of a video file as they are shown, about `fps` of each second and at most `most`, with their times since the first.
+
+    Frames of more than LARGEST_FRAME pixels are made smaller. Raises FileNotFoundError, or ValueError for what is no video.
+    """
     import av
 
     if not path.is_file():
@@ -115,28 +123,47 @@ def read_clip(path: Path, fps: float = 1.0, most: int = 64) -> Clip:
 def _read_clip(path: Path, fps: float, most: int) -> Clip:
     import av
 
-    frames: list[NDArray[np.uint8]] = []
+    check = host.current().check_interrupt
+    frames = np.empty(0, dtype=np.uint8)
     times: list[float] = []
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError(f"{path.name} has no video stream.")
         stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
         length = float(container.duration / av.time_base) if container.duration else 0.0
         # A long video is looked at less often, so that its end is seen as well.
         interval = max(1.0 / fps, length / most) if length else 1.0 / fps
-        due = 0.0
+        due, first, size = 0.0, None, (0, 0)
         for frame in container.decode(stream):
-            shown = float(frame.time) if frame.time is not None else len(times) * interval
-            if shown + 1e-6 < due or len(frames) >= most:
+            check()
+            if first is None:
+                first = frame.time or 0.0  # streams that were cut out of longer ones begin anywhere
+            shown = float(frame.time - first) if frame.time is not None else len(times) * interval
+            if shown + 1e-6 < due:
                 continue
-            frames.append(frame.to_ndarray(format="rgb24"))
+            if not times:
+                shrink = min(1.0, (LARGEST_FRAME / (frame.width * frame.height)) ** 0.5)
+                size = tuple(max(2, round(edge * shrink)) for edge in (frame.width, frame.height))
+            picture = _as_shown(frame, *size)
+            if not times:
+                # One piece from the start: a list and what it is stacked to would be there at once.
+                frames = np.empty((most, *picture.shape), dtype=np.uint8)
+            frames[len(times)] = picture
             times.append(shown)
             due = shown + interval
-            if len(frames) >= most:
+            if len(times) >= most:
                 break
-    if not frames:
+    if not times:
         raise ValueError(f"{path.name} has no frame that could be decoded.")
-    return Clip(np.stack(frames), 1.0 / interval, tuple(times))
+    return Clip(frames[: len(times)], 1.0 / interval, tuple(times))
+
+
+def _as_shown(frame: Any, width: int, height: int) -> NDArray[np.uint8]:
+    """RGB of a decoded frame at `width` x `height`, upright."""
+    picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+    mirrored, turns = turned(frame)
+    return np.rot90(picture[:, ::-1] if mirrored else picture, turns)
 
 
 def of_pil(images: Iterable[Any]) -> Sequence[Picture]:

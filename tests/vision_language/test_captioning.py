@@ -287,6 +287,49 @@ def test_video_files(tmp_path):
         read_clip(tmp_path / "absent.mp4")
 
 
+@pytest.fixture
+def film(tmp_path):
+    """20 frames that get brighter, the top half black, 10 a second, from second 5 on; to be shown a quarter turn to the left."""
+    import av
+
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w", options={"use_editlist": "0"}) as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for index in range(20):
+            pixels = np.full((32, 64, 3), 50 + index * 10, dtype=np.uint8)
+            pixels[:16] = 0
+            frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+            frame.pts = 50 + index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    place = data.find(b"tkhd") + 4 + 4 + 4 * 5 + 8 + 2 * 4
+    matrix = (0, -1 << 16, 0, 1 << 16, 0, 0, 0, 0, 1 << 30)
+    data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_film_of_a_phone_is_upright_and_begins_at_its_start(film, monkeypatch):
+    from hotpath.vision_language import pictures
+
+    clip = read_clip(film, 5.0)
+    assert clip.frames.shape == (10, 64, 32, 3)
+    assert clip.frames[:, :, :16].max() < 40 < clip.frames[:, :, 17:].min(), "what was above is at the left"
+    assert clip.seconds() == pytest.approx(np.arange(10) / 5, abs=0.01)
+    monkeypatch.setattr(pictures, "LARGEST_FRAME", 16 * 32)
+    assert read_clip(film, 5.0).frames.shape == (10, 32, 16, 3)
+
+
+def test_reading_a_film_can_be_stopped(film, headless_host):
+    from hotpath.host import Interrupted
+
+    headless_host.stop()
+    with pytest.raises(Interrupted):
+        read_clip(film)
+
+
 def test_a_long_clip_stays_within_its_budget(load, ask):
     from hotpath.vision_language.embeddings import clip_size
     from hotpath.vision_language.prompts import Question

@@ -122,6 +122,11 @@ def test_video_path(llm, headless_host, tmp_path):
     node = NODE_CLASS_MAPPINGS["QwenVL"]()
     (text,) = node.inference(**SCG, text="What?", video_path=str(path))
     assert text and "pictures: 1" in headless_host.texts[-1][1]
+    before = node.IS_CHANGED(seed=3, video_path=str(path))
+    assert node.IS_CHANGED(seed=3, video_path=f" {path}") == before != node.IS_CHANGED(seed=3, video_path="")
+    with path.open("ab") as file:
+        file.write(b"x")
+    assert node.IS_CHANGED(seed=3, video_path=str(path)) != before, "another film under the same name"
     with pytest.raises(FileNotFoundError, match="video_path"):
         node.inference(**SCG, text="What?", video_path=str(tmp_path / "absent.mp4"))
 
