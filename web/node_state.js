@@ -9,10 +9,11 @@ import { onLanguage, say } from "./words.js";
 const STORE = "Hotpath.NodeState";
 const LONGEST = 4000; // characters of a report that are kept
 const MOST = 40; // workflows that are kept
+const KEPT_EVERY = 3000; // milliseconds between two times that a growing text is kept; all that is kept is written anew
 const WARNING = "⚠"; // as a badge and before the sentence
 const FIELD = { letter: 6, line: 18, margins: 60, gap: 10, most: 9 }; // pixels of the text on a node, and lines
 
-let running = null; // { id, node, since }
+let running = null; // { id, node, since, kept }
 
 // The node that an execution id such as "5", or "12:5" inside a subgraph, speaks of.
 export function nodeOf(id) {
@@ -169,7 +170,7 @@ function onExecuting({ detail: id }) {
   node.hotpathState = { badge: "", text: "", warnings: [] };
   const field = fieldOf(node);
   if (field !== undefined) field.value = "";
-  running = { id, node, since: performance.now() };
+  running = { id, node, since: performance.now(), kept: -Infinity };
   redraw();
 }
 
@@ -190,6 +191,12 @@ function onText({ detail }) {
   if (!isOurs(node)) return;
   stateOf(node).text = detail.text ?? "";
   showText(id, node);
+  if (running?.node === node) {
+    // A text that grows comes ten times a second; the last one is kept when the node ends.
+    const now = performance.now();
+    if (now - running.kept < KEPT_EVERY) return;
+    running.kept = now;
+  }
   keep(id, node);
 }
 

@@ -190,6 +190,18 @@ def test_nodes_tell_what_became_of_them(front_end: FrontEnd) -> None:
     front_end.shot("node_state")
     preview = front_end.page.evaluate("async () => (await fetch('/history')).json()")
     assert any("4" in entry["outputs"] for entry in preview.values())
+    # A text that grows is shown at once and kept now and then, as all states are written when one is.
+    writes, kept = front_end.page.evaluate(
+        "async () => { const { api } = await import('/scripts/api.js'); const set = Storage.prototype.setItem; let writes = 0;"
+        " Storage.prototype.setItem = function (key, value) {"
+        "   writes += key === 'Hotpath.NodeState'; return set.call(this, key, value); };"
+        " const tell = (name, detail) => api.dispatchCustomEvent(name, detail);"
+        " tell('executing', '3');"
+        " for (let i = 1; i <= 50; i++) tell('progress_text', { nodeId: '3', text: `word ${i}` });"
+        " tell('executing', null); Storage.prototype.setItem = set;"
+        " return [writes, sessionStorage.getItem('Hotpath.NodeState')]; }"
+    )
+    assert writes <= 3 and "word 50" in kept and front_end.node("3")["text"] == "word 50"
 
 
 def test_a_run_that_fails_leaves_no_time(front_end: FrontEnd) -> None:
