@@ -71,13 +71,15 @@ class DiskCache:
             self.misses += 1
             return None
         except (OSError, MemoryError) as error:  # locked by another program, a share that is away: it may be whole
-            return self._missed(path, error)
+            self._missed(path, error)
+            return None
         try:
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             stored = dict(header.get("__metadata__") or {})
             tensors = load(data)
         except MemoryError as error:
-            return self._missed(path, error)
+            self._missed(path, error)
+            return None
         except Exception as error:  # safetensors raises its own type
             self._refuse(path, f"{type(error).__name__}: {error}")
             return None

@@ -250,6 +250,10 @@ class TestOwnNodes:
         _, _, _, found, shown, _ = self.ask(model, "Find cats.", images=[black], answer_format=["boxes"])
         assert json.loads(found) == [{"bbox_2d": [0, 0, 500, 500], "label": "cat"}]
         assert shown[0][0, 50, 20].sum() > 0 and shown[0][0, 70, 70].sum() == 0
+        several = [torch.zeros(2, 100, 100, 3), torch.ones(1, 50, 60, 3)]
+        *_, shown, _ = self.ask(model, "Find cats.", images=several, answer_format=["boxes"])
+        assert [picture.shape[1] for picture in shown] == [100, 100, 50], "none of the pictures is lost"
+        assert shown[0].sum() > 0 and shown[1].sum() == 0 and shown[2].min() == 1
         _, _, _, found, shown, _ = self.ask(model, "Find cats.", images=[black], answer_format=["json"])
         assert json.loads(found)[0]["label"] == "cat" and shown[0].sum() == 0
 
