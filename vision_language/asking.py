@@ -62,10 +62,11 @@ class Reply:
         found = self.values[0] if len(self.values) == 1 else self.values
         return json.dumps(found, ensure_ascii=False, indent=1)
 
-    def images(self, given: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+    def images(self, given: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor]:
         """A ComfyUI IMAGE, [1, H, W, 3] float 0..1, for each of `given`, the batches that were asked about: the picture as it
         came, or as it was drawn on. One black one when there are none."""
-        shown = [batch[index : index + 1] for batch in given for index in range(len(batch))]
+        batches = [batch for batch in given if batch is not None]
+        shown = [batch[index : index + 1] for batch in batches for index in range(len(batch))]
         for index, pixels in self.drawn.items():
             shown[index] = torch.from_numpy(pixels.copy()).float().div(255).unsqueeze(0)
         return [three_channels(picture) for picture in shown] or [torch.zeros(1, 64, 64, 3)]

@@ -144,12 +144,13 @@ def fingerprint(path: Path) -> tuple[list[str], str]:
     """(fingerprints of the weights, one of everything that the library reads). Other weights under the same name, or another
     template, are another model."""
     weights = [file_fingerprint(file) for file in weight_files(path)]
-    settings = sorted({file for pattern in SETTINGS for file in path.glob(pattern)})
+    settings = sorted({file for pattern in SETTINGS for file in path.glob(pattern) if file.is_file()})
     return weights, content_key(weights, [[file.name, file_fingerprint(file)] for file in settings])
 
 
 def weight_files(path: Path) -> list[Path]:
-    return sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+    found = (*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin"))
+    return sorted(file for file in found if file.is_file())
 
 
 def repository(name: str) -> str:

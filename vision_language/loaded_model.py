@@ -84,19 +84,13 @@ class LoadedModel:
         notes: Sequence[str],
         quantization: str,
         weights: Sequence[str],
+        readers: tuple[Any, Any],
     ) -> None:
-        from transformers import AutoProcessor, AutoTokenizer
-
         self.folder, self.options, self.network = folder, options, network
         self.notes_of_loading, self.notes_of_choices = tuple(notes), tuple[str, ...]()
         self.quantization = quantization
         self.weights = list(weights)  # fingerprints of the files, as they were before they were read
-        if folder.sees:
-            self.processor: Any = AutoProcessor.from_pretrained(folder.path)
-            self.tokenizer: Any = self.processor.tokenizer
-        else:
-            self.processor = None
-            self.tokenizer = AutoTokenizer.from_pretrained(folder.path)
+        self.processor, self.tokenizer = readers
         self.holder = NetworkHolder(network)
         self.managed: Managed = manage(self.holder, options.device)
         self.holder._owner = weakref.ref(self)

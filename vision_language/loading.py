@@ -119,6 +119,7 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     elif stored is not None and device.type == "cuda":
         settings["device_map"] = {"": device}
     start = time.perf_counter()
+    readers = read_words(folder)
     auto = AutoModelForImageTextToText if folder.sees else AutoModelForCausalLM
     try:
         with interruptible_loading():
@@ -148,11 +149,32 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
     streamed = stream_layers(network, device, options.stream_layers)
     quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
-    model = LoadedModel(folder, options, network, [streamed] if streamed else [], quantization, weights)
+    model = LoadedModel(folder, options, network, [streamed] if streamed else [], quantization, weights, readers)
     if folder.sees and not model.takes_encoder_outputs:
         log.debug("deeper levels come %s", "split by picture" if model.deepstack_in_parts else "joined")
     log.info("%s loaded in %.1f s (%s, %s)", folder.name, time.perf_counter() - start, dtype, attention)
     return model
+
+
+def read_words(folder: ModelFolder) -> tuple[Any, Any]:
+    """(processor, tokenizer) of `folder`; no processor for a text-only model. Asked before the weights, which are gigabytes.
+
+    Raises UnusableModel for what the library refuses, with its reason.
+    """
+    from transformers import AutoProcessor, AutoTokenizer
+
+    try:
+        if not folder.sees:
+            return None, AutoTokenizer.from_pretrained(folder.path)
+        processor = AutoProcessor.from_pretrained(folder.path)
+        return processor, processor.tokenizer
+    except Exception as error:  # the library raises anything from KeyError to ImportError
+        if is_stop(error):
+            raise
+        raise UnusableModel(
+            f"The processor or tokenizer in {folder.path} could not be read ({first_line(error, 300)}): fetch its .json files "
+            "again."
+        ) from error
 
 
 def stream_layers(network: Any, device: torch.device, asked: int) -> str:

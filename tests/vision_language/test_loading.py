@@ -8,7 +8,10 @@ import io
 import json
 import re
 import shutil
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -170,9 +173,6 @@ def test_an_interrupt_stops_a_download(llm, headless_host, monkeypatch):
 
 def test_a_stop_ends_every_thread_of_a_download_at_once(llm, headless_host, monkeypatch):
     """Over plain HTTP each file has its thread; the newer transport drops exceptions of a bar and has its own way out."""
-    import threading
-    from concurrent.futures import ThreadPoolExecutor
-
     import huggingface_hub
     from hotpath.host import Interrupted
 
@@ -180,10 +180,11 @@ def test_a_stop_ends_every_thread_of_a_download_at_once(llm, headless_host, monk
 
     def fetch(repository, tqdm_class, **settings):
         bar = tqdm_class(total=1 << 30, unit="B", disable=False, file=io.StringIO())
+        ends = time.monotonic() + 20  # a test that fails ends too
 
         def plain(_):
             try:
-                while not left.wait(0.01):
+                while not left.wait(0.01) and time.monotonic() < ends:
                     bar.update(1 << 20)
                     moves.append(1)
             except BaseException as error:
@@ -191,7 +192,7 @@ def test_a_stop_ends_every_thread_of_a_download_at_once(llm, headless_host, monk
                 raise
 
         def deaf():
-            while not aborted.wait(0.01):
+            while not aborted.wait(0.01) and time.monotonic() < ends:
                 with contextlib.suppress(BaseException):
                     bar.update(1)
 
@@ -241,6 +242,9 @@ def test_damaged_folders(llm, tiny_folders, offline):
     (llm / "wrong-type" / "config.json").write_text(json.dumps(config | {"model_type": "qwen99"}))
     with pytest.raises(UnusableModel, match="could not be loaded as qwen99"):
         MODELS.get("wrong-type", LoadOptions())
+    (llm / "wrong-type" / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UnusableModel, match=r"processor or tokenizer in .* could not be read"):
+        MODELS.get("wrong-type", LoadOptions())  # before the weights, which are no Qwen's
     (llm / "wrong-type" / "preprocessor_config.json").unlink()
     with pytest.raises(UnusableModel, match=r"missing: preprocessor_config\.json"):
         download.locate("wrong-type")
