@@ -23,6 +23,7 @@ log = logging.getLogger("hotpath.attention")
 
 QUERY_TILE = 16  # queries that one program of the kernel serves
 
+_failed: dict[torch.device, str] = {}  # where the kernel did not run, and why
 
 AUTOMATIC, SAMPLER = "automatic", "spatial_correlation_sampler"
 BACKENDS = (AUTOMATIC, "banded", SAMPLER)
@@ -40,6 +41,15 @@ def local_window_attention(
         # Training: the other two write in place, or have no backward pass.
         return local_window_reference(query, key, value, bias, window)
     implementation, _ = select_local_window(query.device, query.dtype, backend)
+    if implementation is local_window_triton:
+        try:
+            return local_window_triton(query, key, value, bias, window)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # no compiler, a driver too old, a card that Triton does not know
+            _failed[query.device] = f"the fused kernel failed on {query.device} ({_told(error)})"
+            log.warning("local attention runs banded: %s", _failed[query.device])
+        return local_window_banded(query, key, value, bias, window)
     return implementation(query, key, value, bias, window)
 
 
@@ -60,7 +70,7 @@ def select_local_window(
         asked = f"; not {SAMPLER}: {refusal}"
     if backend == "banded":
         return local_window_banded, "banded: asked for"
-    reason = triton_unavailable(device)
+    reason = _failed.get(device) or triton_unavailable(device)
     if reason is None:
         return local_window_triton, f"triton: fused kernel{asked}"
     return local_window_banded, f"banded: {reason}{asked}"
@@ -74,7 +84,14 @@ def triton_unavailable(device: torch.device) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "Triton is not installed"
+    except Exception as error:  # a build for another torch
+        return f"Triton cannot be imported ({_told(error)})"
     return None
+
+
+def _told(error: Exception) -> str:
+    """Compilers write pages; a report has room for a line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def local_window_reference(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int) -> Tensor:

@@ -67,6 +67,33 @@ def test_choice_names_its_reason() -> None:
     assert reason == "banded: the fused kernel needs CUDA, this is cpu"
 
 
+def test_a_kernel_that_cannot_be_built_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once per device, with its reason; memory that is short is for the caller, who halves the batch."""
+    inputs = window_inputs(SHAPES[0])
+    tries: list[Exception] = []
+
+    def raises(error: Exception) -> None:
+        def kernel(*_: object) -> Tensor:
+            tries.append(error)
+            raise error
+
+        monkeypatch.setattr(local_window, "local_window_triton", kernel)
+
+    monkeypatch.setattr(local_window, "_failed", {})
+    monkeypatch.setattr(local_window, "triton_unavailable", lambda device: None)
+    raises(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        local_window.local_window_attention(*inputs)
+    raises(RuntimeError("Failed to find C compiler.\nPlease specify via CC"))
+    for _ in range(2):
+        out = local_window.local_window_attention(*inputs)
+        torch.testing.assert_close(out, local_window.local_window_reference(*inputs), atol=2e-5, rtol=0)
+    assert len(tries) == 2
+    chosen, reason = local_window.select_local_window(torch.device("cpu"))
+    assert chosen is local_window.local_window_banded
+    assert reason == "banded: the fused kernel failed on cpu (RuntimeError: Failed to find C compiler.)"
+
+
 class Unfolded:
     """spatial-correlation-sampler's formula, without its kernel."""
 

@@ -55,7 +55,6 @@ class ColorMNetEngine:
         self.encode_keys, self.decode = functions.encode_keys, functions.decode
         self.short_term_attn = network.short_term_attn
         self.local_attention = local_attention
-        _, self._local_reason = select_local_window(network.compute_device, backend=local_attention)
         # One for frames that update the sensory memory, one for those that do not.
         device = network.compute_device
         memory = GraphMemory(device)
@@ -71,9 +70,11 @@ class ColorMNetEngine:
 
     def report(self) -> dict[str, str]:
         """Which implementation of each kernel runs here, and why."""
+        # Asked anew: a kernel that cannot be built shows when it first runs.
+        _, local_reason = select_local_window(self.functions.network.compute_device, backend=self.local_attention)
         return {
             "DINOv2 attention": f"{self.functions.attention.backend} was asked for; " + "; ".join(self._attended()),
-            "local attention": self._local_reason,
+            "local attention": local_reason,
             "torch.compile": f"key encoder {self.encode_keys.status}; decoder {self.decode.status}",
             "CUDA graph of the decoder": self.steps[True].status,
         }
