@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 import torch
 
 from .. import host
+from ..attention.capabilities import on_device
 from ..cache import content_key, file_fingerprint, named_cache
 from .checkpoint_file import SUFFIXES, WrongCheckpoint, key_names, load_network
 from .colormnet import checkpoint as colormnet_checkpoint
 from .colormnet.network import ColorMNet
 from .deep_exemplar import checkpoint as deep_exemplar_checkpoint
 from .deep_exemplar.networks import DeepExemplar
+from .exact_float32 import exact_float32
 from .winograd import prepare_convolutions
 
 log = logging.getLogger("hotpath.colorization")
@@ -64,8 +66,8 @@ class LoadedNetwork:
 
     @contextmanager
     def resident(self, extra_bytes: int = 0) -> Iterator[Any]:
-        """The network on its device, with inference mode on and float32 meaning float32: convolutions and products
-        use TF32 only where a caller of this process asked for half precision anyway.
+        """The network on its device, which is the current one inside, with inference mode on and float32 meaning float32:
+        neither convolutions nor products use TF32.
 
         Whether cuDNN is used, or tries out its algorithms, stays as it is set: ComfyUI switches it off on some AMD cards.
         """
@@ -73,9 +75,8 @@ class LoadedNetwork:
             if network.compute_device.type != "cuda":
                 yield network
                 return
-            kept = ("enabled", "benchmark", "benchmark_limit", "deterministic")
-            as_set = {name: getattr(torch.backends.cudnn, name) for name in kept}
-            with torch.backends.cudnn.flags(**as_set, allow_tf32=False):
+            # Streams, events and graphs are made on the current device, and the host's need not be it.
+            with on_device(network.compute_device), exact_float32():
                 yield network
 
 

@@ -18,6 +18,7 @@ class StageTimes:
 
     def __init__(self, device: torch.device) -> None:
         self._events = device.type == "cuda"
+        self._device = device
         self._seconds: dict[str, float] = {}
         self._pending: list[tuple[str, Any, Any]] = []
         self._lock = threading.Lock()
@@ -27,9 +28,9 @@ class StageTimes:
         if self._events:
             event: Any = torch.cuda.Event
             start, stop = event(enable_timing=True), event(enable_timing=True)
-            start.record()
+            start.record(torch.cuda.current_stream(self._device))
             yield
-            stop.record()
+            stop.record(torch.cuda.current_stream(self._device))
             self._pending.append((name, start, stop))
             if len(self._pending) > self.MOST_PENDING:
                 self._settle()

@@ -6,7 +6,7 @@ import errno
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import torch
 from film_files import write_film
 from hotpath import host
+from hotpath.attention import local_window
 from hotpath.colorization import clip_job, file_job, film, networks, video_file, video_parts
 from hotpath.colorization.checkpoint_file import WrongCheckpoint
 from hotpath.colorization.colour_space import luminance_of
@@ -138,6 +139,13 @@ def test_attention_is_chosen_and_what_ran_is_told() -> None:
     torch.testing.assert_close(sage.pictures, plain.pictures, atol=1e-4, rtol=0)
     banded = run(images, reference, colour_size=32, local_attention="banded")
     assert "local attention: banded: asked for" in banded.report and torch.equal(banded.pictures, plain.pictures)
+    with pytest.MonkeyPatch.context() as patched:
+        # As on a card: Triton is there, and its kernel cannot run.
+        patched.setattr(local_window, "_failed", {})
+        patched.setattr(local_window, "triton_unavailable", lambda device: None)
+        unbuilt = run(images, reference, colour_size=32)
+    assert "local attention: banded: the fused kernel failed on cpu" in unbuilt.report
+    assert torch.equal(unbuilt.pictures, banded.pictures)
     for wrong in ({"attention": "flash9"}, {"local_attention": "unfold"}):
         with pytest.raises(ValueError, match=r"There is no (local )?attention"):
             FilmOptions(**wrong)
@@ -240,26 +248,73 @@ def test_strange_pictures_go_through_and_wrong_ones_are_named() -> None:
         run(images[:0], reference)
 
 
-@pytest.mark.parametrize("as_set", [True, False])
-def test_cudnn_stays_as_it_is_set(as_set: bool) -> None:
-    class OnCard(torch.nn.Module):
-        compute_device = torch.device("cuda")
+class OnCard(torch.nn.Module):
+    """A network that says it is on a card, with nothing to compute."""
 
-        @contextmanager
-        def resident(self, extra_bytes: int) -> Iterator[OnCard]:
-            yield self
+    compute_device = torch.device("cuda")
 
-    cudnn = torch.backends.cudnn
+    @contextmanager
+    def resident(self, extra_bytes: int) -> Iterator[OnCard]:
+        yield self
+
+
+@pytest.fixture
+def on_card(monkeypatch: pytest.MonkeyPatch) -> networks.LoadedNetwork:
+    monkeypatch.setattr(networks, "on_device", lambda device: nullcontext())
     loaded = networks.LoadedNetwork(OnCard(), (), networks.Precision(torch.float32, "asked for"))
     loaded.managed = OnCard()
+    return loaded
+
+
+@pytest.mark.parametrize("as_set", [True, False])
+def test_cudnn_stays_as_it_is_set(as_set: bool, on_card: networks.LoadedNetwork) -> None:
+    cudnn = torch.backends.cudnn
 
     def now() -> tuple[bool, bool, bool]:
         return cudnn.enabled, cudnn.benchmark, cudnn.deterministic
 
     with cudnn.flags(enabled=as_set, benchmark=not as_set, deterministic=as_set, allow_tf32=True):
-        with loaded.resident():
+        with on_card.resident():
             assert now() == (as_set, not as_set, as_set) and not cudnn.allow_tf32
         assert now() == (as_set, not as_set, as_set) and cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("setting", ["as torch has it", "high", "medium", "convolutions", "products"])
+def test_float32_is_float32_whatever_another_pack_has_set(setting: str, on_card: networks.LoadedNetwork) -> None:
+    """By torch's older switches and by its newer ones, of which the older ones refuse to be read."""
+    places = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul]
+    if not hasattr(places[0], "fp32_precision"):
+        pytest.skip("torch has the older switches only")
+
+    def now() -> list[str]:
+        found = [place.fp32_precision for place in places]
+        for read in (lambda: torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision):
+            try:
+                found.append(str(read()))
+            except RuntimeError:
+                found.append("not to be read")
+        return found
+
+    untouched = now()
+    matmul = torch.get_float32_matmul_precision()
+    kept = [place.fp32_precision for place in places]
+    try:
+        if setting in ("high", "medium"):
+            torch.set_float32_matmul_precision(setting)
+        elif setting == "convolutions":
+            places[0].fp32_precision = "ieee"
+        elif setting == "products":
+            places[2].fp32_precision = "tf32"
+        before = now()
+        with pytest.raises(KeyError), on_card.resident():
+            assert [place.fp32_precision for place in places] == ["ieee"] * 3
+            raise KeyError
+        assert now() == before
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        for place, precision in zip(places, kept, strict=True):
+            place.fp32_precision = precision
+    assert now() == untouched
 
 
 @pytest.mark.parametrize("method", METHODS)

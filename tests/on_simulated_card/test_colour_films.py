@@ -11,7 +11,10 @@ import torch
 from hotpath import host
 from hotpath.attention.best_match import MeasuredMatch, best_match
 from hotpath.colorization import clip_job, film
+from hotpath.colorization.cuda_graph import GraphedStep
 from hotpath.colorization.film_options import FilmOptions, read_references
+from hotpath.colorization.stage_times import StageTimes
+from hotpath.host.capturing import GraphMemory
 from hotpath.host.headless import HeadlessHost
 from tiny_colorizers import save_models
 
@@ -60,3 +63,21 @@ def test_a_film(method: str, edge_filter: str, card: Any, models: Path, monkeypa
         queued = session.colour(prepared, prepared.segments[0])
         session.snapshot()
         assert queued.wait().pictures.shape == (3, HEIGHT, WIDTH, 3)
+
+
+def test_on_another_card_than_the_current_one(card: Any, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are recorded there, and jobs make their streams and events there."""
+    monkeypatch.setattr(card, "count", 2)
+    second = torch.device("cuda:1")
+    for memory in (None, GraphMemory(second)):
+        step = GraphedStep(lambda x: (x * 2,), second, memory=memory)
+        for number in (1.0, 2.0, 3.0):
+            assert torch.equal(step(torch.full((3,), number, device=second))[0].cpu(), torch.full((3,), 2 * number))
+        assert step.status == "captured, equal to the plain run"
+    host.use(HeadlessHost(models=models, device=second, show_progress=False))
+    with clip_job.load_method(FilmOptions(), precision="float32").resident() as network:
+        assert network.compute_device == second and torch.cuda.current_device() == 1
+        times = StageTimes(second)
+    with times.stage("there"):
+        torch.ones(3, device=second).mul(2)
+    assert set(times.seconds()) == {"there"} and torch.cuda.current_device() == 0
