@@ -78,17 +78,18 @@ def _feed_tensor(digest: Any, tensor: torch.Tensor) -> None:
 
 
 REMEMBERED = 1 << 16  # fingerprints at most; a list may name a million files
-_fingerprints: dict[tuple[str, int, int], str] = {}
+_fingerprints: dict[tuple[str, int, int, bool], str] = {}
 
 
-def file_fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path, dated: bool = True) -> str:
     """MD5 (hex) that changes when the file does: its size and up to 16 MiB of samples spread over it.
 
     Reading a 1.7 GB file whole takes seconds on a cold disk, so files over 16 MiB are sampled in 16 slices of 1 MiB
-    including both ends, and the modification time is part of the key. Remembered per (path, size, time).
+    including both ends, and the modification time is part of the key unless `dated` is off, for what has to be the same on
+    another machine. Remembered per (path, size, time).
     """
     stat = path.stat()
-    known = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    known = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, dated)
     if (remembered := _fingerprints.get(known)) is not None:
         return remembered
     digest = hashlib.md5(struct.pack("<Q", stat.st_size), usedforsecurity=False)
@@ -97,7 +98,8 @@ def file_fingerprint(path: Path) -> str:
         if stat.st_size <= slices * length:
             digest.update(file.read())
         else:
-            digest.update(struct.pack("<q", stat.st_mtime_ns))
+            if dated:
+                digest.update(struct.pack("<q", stat.st_mtime_ns))
             for i in range(slices):
                 file.seek((stat.st_size - length) * i // (slices - 1))
                 digest.update(file.read(length))

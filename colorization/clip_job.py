@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import host
-from .film import ColouredFrames, ColouringFrames, FilmSession, activations
+from .film import ColouredFrames, ColouringFrames, FilmSession
 from .film_options import FilmOptions, Reference
+from .film_room import activations
 from .film_state import FilmState
 from .networks import AUTOMATIC, COLORMNET_LICENCE, LoadedNetwork, load_colormnet, load_deep_exemplar
 from .pictures import as_frames, is_grey, network_size

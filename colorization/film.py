@@ -20,10 +20,11 @@ from .deep_exemplar.engine import DeepExemplarEngine, DeepExemplarFunctions
 from .deep_exemplar.session import DeepExemplarSession
 from .edge_filter import apply_filter
 from .film_options import FilmOptions, Reference
-from .film_state import FilmState, check_state
-from .frame_budget import colormnet_batch, deep_exemplar_batch
+from .film_references import FilmReferences
+from .film_room import activations, computed_size
+from .film_state import CHECKPOINT, FILES, PICTURES, FilmState, check_state
 from .networks import LoadedNetwork
-from .pictures import network_size, resized, to_channels_first
+from .pictures import resized, to_channels_first
 from .shots import Segment, ShotDetector
 from .smoothing import ChromaSmoother
 from .stage_times import StageTimes
@@ -32,6 +33,10 @@ from .transfers import Copies, Download, Upload, copies_for, download, upload
 # Deep Exemplar was trained at half the size of its result, with chroma this much too weak.
 HALF_SIZE_GAIN = 1.25
 FULL_SIZE_PIXELS = 1 << 23  # of frames converted together at full size
+OTHER_REFERENCES = (
+    "The references, or the frames they are, differ from those that the state was taken with: the film goes on with the ones "
+    "that are connected now, and with what it remembers of its own frames."
+)
 
 
 @dataclass(frozen=True)
@@ -96,16 +101,15 @@ class FilmSession:
         stills: bool = False,
     ) -> None:
         """stills: the frames have nothing to do with one another."""
-        if not references:
-            raise ValueError("Connect at least one reference picture: both methods take their colours from it.")
         self.network = network
         self.options = options
-        self.references = list(references)
         self.size = (height, width)
         self.device: torch.device = network.compute_device
         self.times = StageTimes(self.device)
         self.halved = options.method == "Deep Exemplar"
         self.small = computed_size(options, height, width)
+        self.references = FilmReferences(references, options, self.size, self.small)
+        self.checkpoint = loaded.identity, loaded.names
         self.batch, _ = activations(options, self.size, loaded.precision.dtype, self.device)
         self.copies = copies_for(self.device)
         self.detector = ShotDetector(options.shot_threshold) if options.shots != "off" else None
@@ -120,15 +124,15 @@ class FilmSession:
         # One per film: what was recorded for one shot serves the next.
         self._engine = self._new_engine(loaded)
         self._given: dict[int, Tensor] = {}
-        self._session = self._new_session()
         self._notes: list[str] = []
+        self._session = self._new_session()
 
     def start_at(self, frame: int, shot: int) -> None:
         """Colour one shot of a film and nothing else: its first frame is `frame`, and it is number `shot`, both from 0."""
         self.frame = self.shot_start = frame
         self.shot = shot
         self.detector = None
-        self._session = self._new_session()
+        self._renew_session()
 
     def colorize(self, frames: Tensor) -> ColouredFrames:
         """The next frames: [T, H, W, 3], float in 0..1 or uint8; the result has the same type.
@@ -170,12 +174,13 @@ class FilmSession:
                 )
             )
             small = resized(luminance, *self.small)
+        known = self._known(self.frame, self.frame + len(frames))
         chroma, confidence = self._through(small)
         with self.times.stage("colour space out"):
             dtype = torch.uint8 if frames.dtype == torch.uint8 else torch.float32
             pictures = Download(self.copies, (len(frames), *self.size, 3), dtype)
             self.at_full_size.map(
-                range(len(frames)), lambda part: self._finish(luminance, chroma, part, pictures, dtype)
+                range(len(frames)), lambda part: self._finish(luminance, chroma, known, part, pictures, dtype)
             )
             certain = download(self.copies, confidence)
         self.seen = segment.seen
@@ -186,16 +191,24 @@ class FilmSession:
         first, end = self.frame, self.frame + len(luminance)
         stops = {end}
         if self.halved:
-            stops |= {r.frame for r in self.references if r.frame is not None and first < r.frame < end}
+            stops |= {r.frame for r in self.references.all if r.frame is not None and first < r.frame < end}
         chroma: list[Tensor] = []
         confidence: list[Tensor] = []
         for stop in sorted(stops):
             part = luminance[self.frame - first : stop - first]
+            known = self._known(self.frame, stop)
             colours, certain = self._colour(part)
-            chroma.append(self.smoother(part, colours))
+            chroma.append(self.smoother(part, colours, known))
             confidence.append(certain)
             self.frame = stop
         return torch.cat(chroma), torch.cat(confidence)
+
+    def _known(self, first: int, end: int) -> dict[int, Reference]:
+        """The references that are one of these frames, by its place among them; Deep Exemplar only matches with them."""
+        if self.halved or self.stills:
+            return {}
+        chosen = self.references.of_shot(self.shot)
+        return {r.frame - first: r for r in chosen if r.frame is not None and first <= r.frame < end}
 
     def _colour(self, luminance: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self._session, ColorMNetSession) and self.stills:
@@ -204,19 +217,33 @@ class FilmSession:
         if isinstance(self._session, ColorMNetSession):
             coloured = self._session.colorize(luminance, self._given)
             return coloured.chroma, coloured.confidence[:, 0]
-        due = [r for r in self._chosen() if r.frame == self.frame and self.frame > self.shot_start]
+        chosen = self.references.of_shot(self.shot)
+        due = [r for r in chosen if r.frame == self.frame and self.frame > self.shot_start]
         if due:
-            self._session.change_reference(self._reference_for_matching(due[-1]))
+            self._session.change_reference(self.references.for_matching(due[-1]))
         result = self._session.colorize(luminance)
         return result.chroma * HALF_SIZE_GAIN, result.confidence[:, 0]
 
     def _finish(
-        self, luminance: Tensor, chroma: Tensor, part: Sequence[int], pictures: Download, dtype: torch.dtype
+        self,
+        luminance: Tensor,
+        chroma: Tensor,
+        known: Mapping[int, Reference],
+        part: Sequence[int],
+        pictures: Download,
+        dtype: torch.dtype,
     ) -> None:
-        """Put the colours of some frames on their luminance at full size, and that into `pictures`."""
+        """Put the colours of some frames on their luminance at full size, and that into `pictures`. What is known of them
+        at full size neither went through the networks' size nor needs a filter."""
         rows = slice(part[0], part[-1] + 1)
         enlarged = resized(chroma[rows], *self.size)
         filtered = apply_filter(self.options.edge_filter, luminance[rows], enlarged)
+        given = [index for index in part if index in known]
+        if given:
+            filtered = filtered.clone()
+            for index in given:
+                place = slice(index - part[0], index - part[0] + 1)
+                filtered[place] = self.references.chroma(known[index], self.copies)
         rgb = with_luminance(luminance[rows], filtered * self.options.strength).permute(0, 2, 3, 1)
         pictures.put(rows, (rgb * 255).round().to(dtype) if dtype == torch.uint8 else rgb)
 
@@ -227,39 +254,40 @@ class FilmSession:
         self.shot_start = self.frame
         self.cuts.append(self.frame)
         self.smoother.forget()
+        self._renew_session()
+
+    def _renew_session(self) -> None:
+        # First the old one: two of ColorMNet's memories need not have room together.
+        del self._session
         self._session = self._new_session()
 
-    def _chosen(self) -> list[Reference]:
-        """The references of the present shot."""
-        if self.options.shots == "reference per shot":
-            return [self.references[min(self.shot, len(self.references) - 1)]]
-        return self.references
-
     def _new_session(self) -> ColorMNetSession | DeepExemplarSession:
-        chosen = self._chosen()
+        chosen = self.references.of_shot(self.shot)
         if self.halved:
             before = [r for r in chosen if r.frame is not None and r.frame <= self.shot_start]
             examples = [r for r in chosen if r.frame is None]
             latest = sorted(before, key=lambda reference: reference.frame or 0)[-1:]
             first = (latest or examples[:1] or chosen[:1])[0]
             # A reference that is this very frame also stands in for the frame before it.
-            last = resized(first.lab[None], *self.small)[0] if first.frame == self.shot_start else None
+            last = self.references.small(first) if first.frame == self.shot_start else None
             return DeepExemplarSession(
-                self.network, *self.small, self._reference_for_matching(first),
-                self.options.propagate and not self.stills, None if self.stills else last,
-                self.batch, self.times, self._engine if isinstance(self._engine, DeepExemplarEngine) else None,
+                self.network, *self.small, self.references.for_matching(first),
+                self.options.propagate and not self.stills, None if self.stills else last, self.batch, self.times,
+                self._engine if isinstance(self._engine, DeepExemplarEngine) else None, self.references.encodings,
             )  # fmt: skip
         # References that are later frames are examples until then: they are known from the start.
-        examples = [r for r in chosen if self.stills or r.frame != self.shot_start]
-        labs = [resized(r.lab[None], *self.small)[0] for r in examples]
+        labs = [self.references.small(r) for r in chosen if self.stills or r.frame != self.shot_start]
         settings = ColorMNetSettings.for_mode(self.options.memory_mode)
         self._given = {
-            r.frame - self.shot_start: resized(r.lab[None], *self.small)[0, 1:].to(self.device)
+            r.frame - self.shot_start: self.references.small(r)[1:].to(self.device)
             for r in chosen
             if r.frame is not None and r.frame >= self.shot_start
         }
         engine = self._engine if isinstance(self._engine, ColorMNetEngine) else None
-        return ColorMNetSession(self.network, settings, *self.small, labs, self.batch, self.times, engine)
+        return ColorMNetSession(
+            self.network, settings, *self.small, labs, self.batch, self.times, engine, self.references.encodings,
+            first_given=0 in self._given and not self.stills,
+        )  # fmt: skip
 
     def _new_engine(self, loaded: LoadedNetwork) -> ColorMNetEngine | DeepExemplarEngine:
         options, network = self.options, self.network
@@ -271,16 +299,12 @@ class FilmSession:
         functions = loaded.kept(name, lambda: ColorMNetFunctions(network, options.compile, options.attention))
         return ColorMNetEngine(functions, options.local_attention)
 
-    def _reference_for_matching(self, reference: Reference) -> Tensor:
-        """Deep Exemplar matches references of any shape, so they keep theirs at a size like the frames'."""
-        height, width = reference.lab.shape[-2:]
-        return resized(reference.lab[None], *network_size(height, width, max(min(self.small), 32)))[0]
-
     def engines(self) -> dict[str, str]:
         return self._session.engines()
 
     def notes(self) -> list[str]:
-        return [*self._notes, *self._session.notes(), *self.at_full_size.notes]
+        unmatched = self.references.unmatched() if self.halved else []
+        return [*self._notes, *self._session.notes(), *self.at_full_size.notes, *unmatched]
 
     def remembered_bytes(self) -> int:
         """Bytes of what is remembered between frames."""
@@ -299,12 +323,19 @@ class FilmSession:
         return self.snapshot().state()
 
     def load(self, state: FilmState) -> None:
-        """Go on where `state` was taken. Raises ValueError when it belongs to another film or other options."""
-        check_state(state, self.description())
+        """Go on where `state` was taken. Raises ValueError when it belongs to another film, other options or another
+        checkpoint. References may be others, as many: what was remembered of those before gives way to them."""
+        here = self.description()
+        check_state(state, here)
         try:
             self.frame, self.shot, self.shot_start = (int(n) for n in state.tensors["film"])
-            self._session = self._new_session()
+            self._renew_session()
             self._session.load(state.part("session."))
+            if state.description.get(PICTURES, here[PICTURES]) != here[PICTURES]:
+                self._notes.append(OTHER_REFERENCES)
+                if isinstance(self._session, ColorMNetSession):
+                    at_start = [r for r in self.references.of_shot(self.shot) if r.frame == self.shot_start]
+                    self._session.renew_references([self.references.small(r) for r in at_start])
             self.smoother.load(state.part("smoother."), self.device)
         except (KeyError, RuntimeError) as error:
             raise ValueError(
@@ -312,39 +343,27 @@ class FilmSession:
                 "checkpoint it came from, or start the film anew."
             ) from error
         if isinstance(self._session, DeepExemplarSession):
-            passed = [r for r in self._chosen() if r.frame is not None and self.shot_start < r.frame < self.frame]
+            chosen = self.references.of_shot(self.shot)
+            passed = [r for r in chosen if r.frame is not None and self.shot_start < r.frame < self.frame]
             if passed:
                 latest = max(passed, key=lambda reference: reference.frame or 0)
-                self._session.change_reference(self._reference_for_matching(latest))
+                self._session.change_reference(self.references.for_matching(latest))
         seen = state.part("shots.").get("seen")
         if self.detector is not None and seen is not None:
             self.seen = seen
             self.detector.go_on(self.frame, self.shot_start, seen)
 
     def description(self) -> dict[str, Any]:
-        """What a state must agree with to be continued here."""
+        """What a state must agree with to be continued here, and which references it remembers."""
         options = asdict(self.options)
         kept = ("method", "colour_size", "memory_mode", "propagate")
-        remembered = {"references": len(self.references)} if options["method"] == "ColorMNet" else {}
+        remembered = {"references": len(self.references.all)} if options["method"] == "ColorMNet" else {}
         return {
             "height": self.size[0],
             "width": self.size[1],
             **{name: options[name] for name in kept},
             **remembered,
+            CHECKPOINT: self.checkpoint[0],
+            FILES: self.checkpoint[1],
+            PICTURES: self.references.keys,
         }
-
-
-def computed_size(options: FilmOptions, height: int, width: int) -> tuple[int, int]:
-    """Height and width of what the networks see of frames of height x width: of half `colour_size` for Deep Exemplar."""
-    small = network_size(height, width, options.colour_size)
-    return (max(1, small[0] // 2), max(1, small[1] // 2)) if options.method == "Deep Exemplar" else small
-
-
-def activations(
-    options: FilmOptions, size: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """Frames per batch and bytes of activations for a film whose frames are of `size`, (height, width)."""
-    small = computed_size(options, *size)
-    if options.method == "Deep Exemplar":
-        return deep_exemplar_batch(*small, device)
-    return colormnet_batch(*small, dtype, device, options.memory_mode)

@@ -14,6 +14,8 @@ from ..host.whole_files import whole_file
 from .checkpoint_file import WrongCheckpoint
 
 MARK = "hotpath_film_state"
+# Of a description: keys of the weights and of each reference, which say nothing to people, and the names of the files.
+CHECKPOINT, PICTURES, FILES = "checkpoint", "reference pictures", "checkpoint files"
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,18 @@ class FilmState:
 
 
 def check_state(state: FilmState, expected: Mapping[str, Any]) -> None:
-    """Raises ValueError naming everything in which the state differs from what it is to be continued with."""
+    """Raises ValueError naming everything in which the state differs from what it is to be continued with. Its references
+    may differ, and a state from before checkpoints were noted may be of any."""
+    there = state.description
     differing = [
-        f"{name} {state.description.get(name)!r} there, {value!r} here"
+        f"{name} {there.get(name)!r} there, {value!r} here"
         for name, value in expected.items()
-        if state.description.get(name) != value
+        if name not in (CHECKPOINT, PICTURES, FILES) and there.get(name) != value
     ]
+    if there.get(CHECKPOINT, expected.get(CHECKPOINT)) != expected.get(CHECKPOINT):
+        before, now = there.get(FILES), expected.get(FILES)
+        other = f"{before} there, {now} here" if before != now else f"other weights under the name {now}"
+        differing.append(f"checkpoint {other}")
     if differing:
         raise ValueError(f"This state cannot be continued here: {'; '.join(differing)}.")
 

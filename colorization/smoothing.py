@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor
@@ -18,14 +18,15 @@ class ChromaSmoother:
         self._luminance: Tensor | None = None
         self._chroma: Tensor | None = None
 
-    def __call__(self, luminance: Tensor, chroma: Tensor) -> Tensor:
-        """The next frames of one shot: luminance [T, 1, h, w] in 0..100 and chroma [T, 2, h, w]."""
+    def __call__(self, luminance: Tensor, chroma: Tensor, known: Container[int] = ()) -> Tensor:
+        """The next frames of one shot: luminance [T, 1, h, w] in 0..100 and chroma [T, 2, h, w]. known: which of them stay
+        as they are."""
         if self.amount == 0:
             return chroma
         frames: list[Tensor] = []
         for index in range(len(chroma)):
             now, colours = luminance[index : index + 1], chroma[index : index + 1]
-            if self._luminance is not None and self._chroma is not None:
+            if index not in known and self._luminance is not None and self._chroma is not None:
                 keep = self.amount * torch.exp(-(now - self._luminance).abs() / TOLERANCE)
                 colours = colours + keep * (self._chroma - colours)
             self._luminance, self._chroma = now, colours

@@ -16,8 +16,9 @@ import torch
 from film_files import write_film
 from hotpath import host
 from hotpath.attention import local_window
-from hotpath.colorization import clip_job, file_job, film, networks, video_file, video_parts
+from hotpath.colorization import clip_job, file_job, film, film_references, networks, video_file, video_parts
 from hotpath.colorization.checkpoint_file import WrongCheckpoint
+from hotpath.colorization.colormnet.network import ColorMNet
 from hotpath.colorization.colour_space import luminance_of
 from hotpath.colorization.film_options import METHODS, FilmOptions, Reference, read_references
 from hotpath.colorization.film_state import FilmState, load_state, save_state
@@ -186,12 +187,86 @@ def test_reference_that_is_a_frame_comes_back_as_it_is() -> None:
     done = run(images, torch.stack((images[2], frames(1, seed=9)[0])), where="2,-", colour_size=0)
     torch.testing.assert_close(done.pictures[2], images[2], atol=0.02, rtol=0)
     assert (done.pictures[4] - images[4]).abs().max() > 0.02
+    # Neither shrunk to the networks' size nor filtered nor smoothed; what follows is smoothed after it.
+    options: dict[str, Any] = {"colour_size": 16, "edge_filter": "guided", "temporal_smoothing": 0.9}
+    sharp = (images + 0.2 * torch.rand(6, 40, 54, 3, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    for where, known in (("2,-", 2), ("0", 0)):
+        done = run(
+            sharp, torch.stack((sharp[known], frames(1, seed=9)[0]))[: 1 + ("," in where)], where=where, **options
+        )
+        torch.testing.assert_close(done.pictures[known], sharp[known], atol=2e-3, rtol=0)
+    grey = run(sharp, sharp[:1], where="0", strength=0.0, **options).pictures[0]
+    assert (grey.amax(-1) - grey.amin(-1)).max() < 0.01
     # Deep Exemplar changes to the reference there.
     deep: dict[str, Any] = {"method": "Deep Exemplar", "colour_size": 64, "propagate": False}
     two = torch.stack((frames(1, seed=9)[0], images[2]))
     switched, first = run(images, two, where="-,3", **deep), run(images, two[:1], **deep)
     torch.testing.assert_close(switched.pictures[:3], first.pictures[:3], atol=0.2, rtol=0)
     assert (switched.pictures[3:] - first.pictures[3:]).abs().max() > 1e-3
+
+
+def test_references_are_remembered_for_the_whole_film_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference that is a shot's first frame is one, too; what the network made of one serves all shots."""
+    images, chosen = frames(6), FilmOptions(colour_size=32)
+    loaded = clip_job.load_method(chosen)
+    references = read_references([images[0], images[4], *frames(1, 64, 96, seed=9)], "0,4,-")
+    made = {"values": 0, "sizes": 0}
+    encode, resize = ColorMNet.encode_value, film_references.resized
+
+    def counting(name: str, function: Any) -> Any:
+        return lambda *args: (made.__setitem__(name, made[name] + 1), function(*args))[1]
+
+    monkeypatch.setattr(ColorMNet, "encode_value", counting("values", encode))
+    monkeypatch.setattr(film_references, "resized", counting("sizes", resize))
+    with loaded.resident() as network:
+        session = film.FilmSession(network, loaded, chosen, references, 40, 54)
+        whole = []
+        for first, stop in ((0, 2), (2, 4), (4, 6)):
+            if first:
+                session.begin_shot()
+            assert session._session.memory.permanent == 3 * session._session.memory.places
+            whole.append(session.colorize(images[first:stop]).pictures)
+        # A frame of each shot; the first shot does without the first reference, the second has all, the third no second.
+        assert made == {"values": 3 + 3, "sizes": 3 + 2}
+        last = film.FilmSession(network, loaded, chosen, references, 40, 54)
+        last.start_at(4, 2)
+        assert torch.equal(last.colorize(images[4:]).pictures, whole[2])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_goes_on_with_the_references_that_are_connected(method: str, model_files: Path) -> None:
+    images, first, other = frames(8), frames(1, seed=3), frames(1, seed=77)
+    options: dict[str, Any] = {"method": method, "colour_size": 32}
+    state = run(images[:4], first, where="0", **options).state
+    same, changed = (run(images[4:], picture, state, where="0", **options) for picture in (first, other))
+    assert "references, or the frames they are, differ" not in same.report
+    assert "references, or the frames they are, differ" in changed.report
+    assert (changed.pictures - same.pictures).abs().max() > 0.01
+    before = {k: v for k, v in state.description.items() if not k.startswith(("checkpoint", "reference pictures"))}
+    assert torch.equal(
+        run(images[4:], first, FilmState(state.tensors, before), where="0", **options).pictures, same.pictures
+    )
+    foreign = {**state.description, "checkpoint": "another"}
+    with pytest.raises(ValueError, match="checkpoint other weights under the name "):
+        run(images[4:], first, FilmState(state.tensors, foreign), where="0", **options)
+    with pytest.raises(ValueError, match=r"checkpoint yours.pth there, (mine|[abc])\."):
+        run(
+            images[4:],
+            first,
+            FilmState(state.tensors, {**foreign, "checkpoint files": "yours.pth"}),
+            where="0",
+            **options,
+        )
+
+
+def test_deep_exemplar_names_the_references_it_does_not_use() -> None:
+    images, three = frames(4), torch.cat((frames(1, seed=3), frames(1, seed=5), frames(1, seed=6)))
+    deep: dict[str, Any] = {"method": "Deep Exemplar", "colour_size": 64}
+    assert "references 2, 3 were not used" in run(images, three, **deep).report
+    assert "reference 1 was not used" in run(images, three[:2], where="-,0", **deep).report
+    for used in ({"where": "-,2"}, {"where": "0,2"}):
+        assert "not used" not in run(images, three[:2], **used, **deep).report
+    assert "not used" not in run(images, three[:2], colour_size=32).report
 
 
 def test_references_out_of_order_count_by_their_frames() -> None:

@@ -172,6 +172,18 @@ def test_several_references_stay_and_given_frames_come_back(tiny: ColorMNet) -> 
     )
 
 
+def test_a_first_frame_that_is_given_stays_beside_the_references(tiny: ColorMNet) -> None:
+    luminance, reference = clip(12)
+    settings, given = ColorMNetSettings(1, 4, 2, 4, 30, 10), {0: torch.full((2, 40, 60), 33.0)}
+    sessions = [ColorMNetSession(tiny, settings, 40, 60, [reference], first_given=True) for _ in range(2)]
+    for session, frames in zip(sessions, (1, 12), strict=True):
+        session.colorize(luminance[:frames], given)
+    (start, places), long = ((s := sessions[1].memory).boundary, s.places), s.long
+    assert long > 0
+    before, after = (session.memory.value[start : start + 2 * places] for session in sessions)
+    assert torch.equal(after, before) and not torch.equal(before[:places], before[places:])
+
+
 def test_2500_frames_in_constant_memory(tiny: ColorMNet, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long-term memory, its eviction and usage counts, in one buffer that never grows; over 1,990 frames the
     predecessor of the compatible nodes crashed."""

@@ -63,10 +63,7 @@ class FrameMemory:
     def add(self, key: Tensor, shrinkage: Tensor, selection: Tensor, value: Tensor) -> None:
         """Remember one frame. key, selection [C, h, w], shrinkage [1, h, w], value [2, V, h, w]."""
         rows = slice(self.boundary + self.work, self.boundary + self.work + self.places)
-        self.key[rows] = key.flatten(1).T
-        self.selection[rows] = selection.flatten(1).T
-        self.shrinkage[rows] = shrinkage.flatten()
-        self.value[rows] = value.flatten(2).permute(2, 0, 1).flatten(1)
+        self._write(rows, key, shrinkage, selection, value)
         self.used[rows] = 0
         self.lived[rows] = 1e-7
         self.work += self.places
@@ -75,6 +72,17 @@ class FrameMemory:
             if self.long >= room:
                 self._forget(room)
             self._compress()
+
+    def replace(self, index: int, key: Tensor, shrinkage: Tensor, selection: Tensor, value: Tensor) -> None:
+        """Put another frame where frame `index` of those that are kept for good is; the arguments are those of `add`."""
+        first = self.boundary + index * self.places
+        self._write(slice(first, first + self.places), key, shrinkage, selection, value)
+
+    def _write(self, rows: slice, key: Tensor, shrinkage: Tensor, selection: Tensor, value: Tensor) -> None:
+        self.key[rows] = key.flatten(1).T
+        self.selection[rows] = selection.flatten(1).T
+        self.shrinkage[rows] = shrinkage.flatten()
+        self.value[rows] = value.flatten(2).permute(2, 0, 1).flatten(1)
 
     def read(self, query: Tensor, selection: Tensor, similarities: int = SIMILARITIES) -> MemoryReading:
         """query, selection: [T, C, h, w]; similarities: how many of them at a time. The readout is [T * places, 2 * V],

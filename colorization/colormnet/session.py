@@ -17,6 +17,7 @@ from ... import host
 from ...attention.topk_memory import SIMILARITIES
 from ..batch_size import BatchSize
 from ..colour_space import CHROMA_SCALE, normalise_luminance
+from ..film_references import Encodings
 from ..stage_times import StageTimes
 from .decoder import DecoderContext
 from .engine import ColorMNetEngine, ColorMNetFunctions
@@ -35,12 +36,23 @@ class Coloured:
     confidence: Tensor
 
 
+@dataclass(frozen=True)
+class EncodedReference:
+    """A reference as it is remembered: its keys, [1, C, h, w] and shrinkage [1, 1, h, w], and value [2, V, h, w]."""
+
+    key: Tensor
+    shrinkage: Tensor
+    selection: Tensor
+    value: Tensor
+
+
 class ColorMNetSession:
     """One film, or one shot of it.
 
     height, width: of the frames and references this session will see.
     references: Lab pictures [3, H, W], examples of colours, kept in memory for good. Without any, frame 0 must be
-    given (see `colorize`). engine: how the network runs; its own when None.
+    given (see `colorize`). engine: how the network runs; its own when None. encodings: of references, shared by the
+    shots of a film. first_given: frame 0 will be given, and is a reference that stays for good, too.
     """
 
     def __init__(
@@ -53,6 +65,8 @@ class ColorMNetSession:
         batch: int = 8,
         times: StageTimes | None = None,
         engine: ColorMNetEngine | None = None,
+        encodings: Encodings | None = None,
+        first_given: bool = False,
     ) -> None:
         self.network = network
         self.engine = engine or ColorMNetEngine(ColorMNetFunctions(network))
@@ -70,7 +84,7 @@ class ColorMNetSession:
         self.memory = FrameMemory(
             settings,
             rows * columns,
-            len(references),
+            len(references) + first_given,
             widths.key,
             widths.values.value,
             network.dtype,
@@ -78,6 +92,7 @@ class ColorMNetSession:
         )
         self.sensory = SensoryMemory(widths.values.hidden, rows, columns, network.compute_device)
         self.position = network.position_embedding(rows * 16, columns * 16)
+        self._encodings = encodings or Encodings()
         self._references = [self._checked(reference) for reference in references]
 
     def colorize(self, luminance: Tensor, given: Mapping[int, Tensor] | None = None, last: bool = False) -> Coloured:
@@ -225,10 +240,30 @@ class ColorMNetSession:
                 self.sensory.hidden = self.network.reinforce(value, self.sensory.hidden)
 
     def _remember_reference(self, lab: Tensor) -> None:
-        picture = lab[None].to(self.network.compute_device)
-        luminance = F.pad(normalise_luminance(picture[:, :1]), self.padding)
-        chroma = F.pad(picture[:, 1:] / CHROMA_SCALE, self.padding)
-        self._remember(self.engine.encode_keys(luminance, self.position), luminance, chroma, deep=False)
+        encoded = self._encoded(lab)
+        self.memory.add(encoded.key[0], encoded.shrinkage[0], encoded.selection[0], encoded.value)
+        self.sensory.look_at(encoded.key, encoded.value)
+
+    def _encoded(self, lab: Tensor) -> EncodedReference:
+        def encode() -> EncodedReference:
+            with self.times.stage("reference"):
+                picture = lab[None].to(self.network.compute_device)
+                luminance = F.pad(normalise_luminance(picture[:, :1]), self.padding)
+                chroma = F.pad(picture[:, 1:] / CHROMA_SCALE, self.padding)
+                keys = self.engine.encode_keys(luminance, self.position)
+                value = self.network.encode_value(luminance, chroma, keys.f16)
+            return EncodedReference(keys.key, keys.shrinkage, keys.selection, value)
+
+        return self._encodings.once(lab, encode)
+
+    def renew_references(self, first: Sequence[Tensor] = ()) -> None:
+        """After `load`: remember this session's references where those of the loaded one are, and behind them `first`, the
+        Lab picture of a frame 0 that was given."""
+        if self.memory.work == 0:
+            return
+        for index, lab in enumerate([*self._references, *map(self._checked, first)]):
+            encoded = self._encoded(lab)
+            self.memory.replace(index, encoded.key[0], encoded.shrinkage[0], encoded.selection[0], encoded.value)
 
     def _checked(self, reference: Tensor) -> Tensor:
         if tuple(reference.shape) != (3, *self.size):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ... import host
 from ..batch_size import BatchSize
 from ..colour_space import LUMINANCE_CENTRE, lab_to_rgb
+from ..film_references import Encodings
 from ..stage_times import StageTimes
 from .engine import DeepExemplarEngine, DeepExemplarFunctions
 from .networks import DeepExemplar
@@ -51,7 +52,7 @@ class DeepExemplarSession:
 
     reference: Lab picture [3, h, w] of any size. propagate: feed each frame's colours to the next; without it every
     frame starts from nothing. last: Lab picture of the frame's size that stands before frame 0 (zeros when None).
-    engine: how the networks run; its own when None.
+    engine: how the networks run; its own when None. encodings: of references, shared by the shots of a film.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class DeepExemplarSession:
         batch: int = 8,
         times: StageTimes | None = None,
         engine: DeepExemplarEngine | None = None,
+        encodings: Encodings | None = None,
     ) -> None:
+        self._encodings = encodings or Encodings()
         self.networks = networks
         self.engine = engine or DeepExemplarEngine(DeepExemplarFunctions(networks))
         self.size = (height, width)
@@ -126,6 +129,9 @@ class DeepExemplarSession:
         return Matched(_enlarged(chroma), _enlarged(similarity), index.view(frames, -1))
 
     def _prepare(self, reference: Tensor) -> ReferenceColours:
+        return self._encodings.once(reference, lambda: self._encoded(reference))
+
+    def _encoded(self, reference: Tensor) -> ReferenceColours:
         picture = reference[None].to(self.networks.compute_device)
         picture = _padded(picture, _padding(*picture.shape[-2:]))
         with self.times.stage("reference"):
