@@ -4,28 +4,31 @@ shared workflows expect. Our own nodes' job is `film`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import host
+from .batch_size import BatchSize
+from .clip_job import portion_frames
 from .colormnet.engine import ColorMNetEngine, ColorMNetFunctions
 from .colormnet.session import ColorMNetSession
 from .colormnet.settings import ColorMNetSettings
-from .colour_space import rgb_to_lab, with_luminance
+from .colour_space import luminance_of, rgb_to_lab, with_luminance
 from .deep_exemplar.engine import DeepExemplarEngine, DeepExemplarFunctions
 from .deep_exemplar.framing import cover_and_crop
 from .deep_exemplar.session import DeepExemplarSession
+from .film import FULL_SIZE_PIXELS
 from .frame_budget import colormnet_batch, deep_exemplar_batch
 from .networks import COLORMNET_LICENCE, LoadedNetwork
 from .pictures import as_frames, is_grey, resized, to_channels_first
 from .report import JobReport
 from .stage_times import StageTimes
-from .transfers import Download, copies_for, download, upload
+from .transfers import Download, copies_for, upload
 
-PORTION = 16  # frames between two looks at the interrupt
+PORTION = 16  # frames between two looks at the interrupt, fewer where they are large
 # Deep Exemplar's programs enlarge half-size chroma with this factor.
 HALF_SIZE_GAIN = 1.25
 GREY_REFERENCE = "The reference has next to no colour, so the result has none either."
@@ -59,6 +62,7 @@ def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job
     report.fact("size", f"{job.width}x{job.height} in the network, {width}x{height} out")
     report.fact("precision", loaded.precision.reason)
     times = StageTimes(device)
+    at_full_size = _at_full_size((height, width), (job.height, job.width))
     batch, needed = colormnet_batch(job.height, job.width, loaded.precision.dtype, device, job.memory_mode)
     result = torch.empty(count, height, width, 3)
     with loaded.resident(needed) as network:
@@ -73,26 +77,36 @@ def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job
             network, settings, job.height, job.width, examples, batch, times, ColorMNetEngine(functions)
         )
 
-        def coloured(portion: slice, arrived: Tensor) -> Tensor:
+        def light(part: Tensor) -> tuple[Tensor, Tensor]:
+            """L at full size, where it is wanted, and at the network's."""
+            full = luminance_of(to_channels_first(part, device))
+            return full if job.original_luminance else full[:0], resized(full, job.height, job.width, antialias=False)
+
+        def coloured(portion: slice, arrived: Tensor, pictures: Download) -> None:
             with times.stage("colour space in"):
-                full = rgb_to_lab(to_channels_first(arrived, device))
-                lab = resized(full, job.height, job.width, antialias=False)
+                parts = at_full_size.map(range(len(arrived)), lambda part: light(arrived[_rows(part)]))
+                full, luminance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
             if job.stills:
-                chroma = session.colorize_stills(lab[:, :1]).chroma
+                chroma = session.colorize_stills(luminance).chroma
             else:
-                chroma = session.colorize(lab[:, :1], last=portion.stop == count).chroma
-            with times.stage("colour space out"):
+                chroma = session.colorize(luminance, last=portion.stop == count).chroma
+
+            def finish(part: Sequence[int]) -> None:
+                rows = _rows(part)
                 if job.original_luminance:
-                    rgb = with_luminance(full[:, :1], resized(chroma, height, width, antialias=False))
+                    rgb = with_luminance(full[rows], resized(chroma[rows], height, width, antialias=False))
                 else:
-                    rgb = resized(with_luminance(lab[:, :1], chroma), height, width, antialias=False)
-                return rgb.permute(0, 2, 3, 1)
+                    rgb = resized(with_luminance(luminance[rows], chroma[rows]), height, width, antialias=False)
+                pictures.put(rows, rgb.permute(0, 2, 3, 1))
+
+            with times.stage("colour space out"):
+                at_full_size.map(range(len(arrived)), finish)
 
         _through(frames, result, coloured, device, "ColorMNet")
         report.fact("memory", f"{session.memory.nbytes / 2**20:.1f} MiB of remembered frames at the fullest")
     report.frames = count
     report.note(COLORMNET_LICENCE)
-    return result, report.text(times, session.engines(), [*session.notes(), *job.notes])
+    return result, report.text(times, session.engines(), [*session.notes(), *at_full_size.notes, *job.notes])
 
 
 @dataclass(frozen=True)
@@ -122,11 +136,12 @@ def run_deep_exemplar(
     if len(reference) > 1:
         report.note("Deep Exemplar matches one reference at a time; the first of the batch is used.")
     times = StageTimes(device)
+    at_full_size = _at_full_size((frames.shape[1], frames.shape[2]), (job.height, job.width))
     batch, needed = deep_exemplar_batch(*small, device)
     count = len(frames)
     result = torch.empty(count, job.height, job.width, 3)
     with loaded.resident(needed) as networks:
-        example = _halved(_framed(reference[:1], device, job), small)[0]
+        example = _halved(rgb_to_lab(_framed(reference[:1], device, job)), small)[0]
         if is_grey(example):
             report.note(GREY_REFERENCE)
         functions = loaded.kept((id(networks), job.compile), lambda: DeepExemplarFunctions(networks, job.compile))
@@ -134,19 +149,38 @@ def run_deep_exemplar(
             networks, *small, example, job.propagate, batch=batch, times=times, engine=DeepExemplarEngine(functions)
         )
 
-        def coloured(portion: slice, arrived: Tensor) -> Tensor:
+        def coloured(portion: slice, arrived: Tensor, pictures: Download) -> None:
             with times.stage("colour space in"):
-                lab = _framed(arrived, device, job)
-            chroma = session.colorize(_halved(lab, small)[:, :1]).chroma
-            with times.stage("colour space out"):
+                parts = at_full_size.map(
+                    range(len(arrived)), lambda part: luminance_of(_framed(arrived[_rows(part)], device, job))
+                )
+                luminance = torch.cat(parts)
+            chroma = session.colorize(_halved(luminance, small)).chroma
+
+            def finish(part: Sequence[int]) -> None:
+                rows = _rows(part)
+                colours = chroma[rows]
                 if job.half:
-                    chroma = resized(chroma, job.height, job.width, antialias=False) * HALF_SIZE_GAIN
-                rgb = with_luminance(lab[:, :1], chroma)
-                return ((rgb * 255).floor() / 255).permute(0, 2, 3, 1)
+                    colours = resized(colours, job.height, job.width, antialias=False) * HALF_SIZE_GAIN
+                rgb = with_luminance(luminance[rows], colours)
+                pictures.put(rows, ((rgb * 255).floor() / 255).permute(0, 2, 3, 1))
+
+            with times.stage("colour space out"):
+                at_full_size.map(range(len(arrived)), finish)
 
         _through(frames, result, coloured, device, "Deep Exemplar")
     report.frames = count
-    return result, report.text(times, session.engines(), [*session.notes(), *job.notes])
+    return result, report.text(times, session.engines(), [*session.notes(), *at_full_size.notes, *job.notes])
+
+
+def _at_full_size(*sizes: tuple[int, int]) -> BatchSize:
+    """How many frames are converted together; sizes: of what comes in and goes out, (height, width)."""
+    pixels = max(height * width for height, width in sizes)
+    return BatchSize(max(1, FULL_SIZE_PIXELS // pixels), "full-size frames at a time")
+
+
+def _rows(part: Sequence[int]) -> slice:
+    return slice(part[0], part[-1] + 1)
 
 
 def _lab(images: Tensor, device: torch.device, height: int, width: int) -> Tensor:
@@ -154,10 +188,10 @@ def _lab(images: Tensor, device: torch.device, height: int, width: int) -> Tenso
 
 
 def _framed(images: Tensor, device: torch.device, job: DeepExemplarJob) -> Tensor:
-    """8-bit pictures covering the target, cropped, in Lab."""
+    """8-bit pictures covering the target, cropped: RGB in 0..1, channels first."""
     # Half a step of float32 below a whole number must not lose the whole step.
     eight_bits = (to_channels_first(images, device) * 255 + 1e-3).floor()
-    return rgb_to_lab(cover_and_crop(eight_bits, job.height, job.width) / 255)
+    return cover_and_crop(eight_bits, job.height, job.width) / 255
 
 
 def _halved(lab: Tensor, size: tuple[int, int]) -> Tensor:
@@ -168,18 +202,25 @@ def _halved(lab: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _through(
-    frames: Tensor, result: Tensor, coloured: Callable[[slice, Tensor], Tensor], device: torch.device, label: str
+    frames: Tensor,
+    result: Tensor,
+    coloured: Callable[[slice, Tensor, Download], None],
+    device: torch.device,
+    label: str,
 ) -> None:
     """`coloured` over the frames, portion by portion, into `result`. While one is computed, the last one is on its way
     back. Every step moves the progress bar, which also looks whether the user wants to stop."""
     copies = copies_for(device)
     waiting: tuple[slice, Download] | None = None
+    largest = max(frames, result, key=lambda pictures: pictures[0].numel())
+    size = min(PORTION, portion_frames(largest.shape[1], largest.shape[2], 4))
     with host.tracked(host.current(), len(frames), label) as bar:
-        for first in range(0, len(frames), PORTION):
-            portion = slice(first, min(first + PORTION, len(frames)))
+        for first in range(0, len(frames), size):
+            portion = slice(first, min(first + size, len(frames)))
             arriving = upload(copies, frames[portion])
             copies.computing_waits(arriving.tensor, arriving.mark)
-            leaving = download(copies, coloured(portion, arriving.tensor))
+            leaving = Download(copies, result[portion].shape, result.dtype)
+            coloured(portion, arriving.tensor, leaving)
             if waiting is not None:
                 result[waiting[0]] = waiting[1].wait()
             waiting = portion, leaving

@@ -16,7 +16,16 @@ import torch
 from film_files import write_film
 from hotpath import host
 from hotpath.attention import local_window
-from hotpath.colorization import clip_job, file_job, film, film_references, networks, video_file, video_parts
+from hotpath.colorization import (
+    clip_job,
+    compatible,
+    file_job,
+    film,
+    film_references,
+    networks,
+    video_file,
+    video_parts,
+)
 from hotpath.colorization.checkpoint_file import WrongCheckpoint
 from hotpath.colorization.colormnet.network import ColorMNet
 from hotpath.colorization.colour_space import luminance_of
@@ -602,6 +611,30 @@ def test_compatible_deep_exemplar_nodes() -> None:
     assert (full - out).abs().max() > 1e-3
     odd, report = DeepExColorImageNode().colorize_image(images, reference[:1], 71, 51)
     assert odd.shape == (3, 51, 71, 3) and "use_sage_attention" not in report
+
+
+def test_compatible_jobs_are_bounded_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large frames a few are on their way, and fewer are converted together; the pictures stay."""
+    images, reference = frames(7, 50, 70), frames(1, 30, 30, seed=3)
+    jobs = [compatible.ColorMNetJob(32, 48, original_luminance=own) for own in (True, False)]
+    loaded, matched = networks.load_colormnet(), networks.load_deep_exemplar("float32")
+    expected = [compatible.run_colormnet(loaded, images, reference, job)[0] for job in jobs]
+    together: dict[str, list[int]] = {"upload": [], "to_channels_first": [], "with_luminance": []}
+
+    def counted(name: str, place: int, function: Any) -> Any:
+        return lambda *args: (together[name].append(len(args[place])), function(*args))[1]
+
+    for name, place in (("upload", 1), ("to_channels_first", 0), ("with_luminance", 0)):
+        monkeypatch.setattr(compatible, name, counted(name, place, getattr(compatible, name)))
+    monkeypatch.setattr(compatible, "FULL_SIZE_PIXELS", 2 * 50 * 70)
+    monkeypatch.setattr(clip_job, "PORTION_BYTES", 6 * 50 * 70 * 12)
+    found = [compatible.run_colormnet(loaded, images, reference, job)[0] for job in jobs]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+    done, _ = compatible.run_deep_exemplar(matched, images, reference, compatible.DeepExemplarJob(32, 48))
+    assert done.shape == (7, 32, 48, 3) and done.std(0).max() > 0
+    assert together["upload"] == [5, 2] * 3
+    assert max(together["to_channels_first"]) == max(together["with_luminance"]) == 2
 
 
 def test_our_nodes(here: Any) -> None:

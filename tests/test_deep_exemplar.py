@@ -12,7 +12,7 @@ import pytest
 import torch
 from hotpath.colorization import colour_space
 from hotpath.colorization.checkpoint_file import WrongCheckpoint, load_network
-from hotpath.colorization.deep_exemplar import checkpoint
+from hotpath.colorization.deep_exemplar import checkpoint, framing
 from hotpath.colorization.deep_exemplar.framing import cover_and_crop
 from hotpath.colorization.deep_exemplar.networks import DeepExemplar
 from hotpath.colorization.deep_exemplar.session import DeepExemplarSession
@@ -86,8 +86,11 @@ def test_equals_the_original(networks: DeepExemplar, name: str) -> None:
 def test_cover_and_crop_equals_scikit_image() -> None:
     transform = pytest.importorskip("skimage.transform")
     random = np.random.default_rng(0)
-    for rows, columns, height, width in ((90, 160, 64, 64), (50, 40, 80, 96), (33, 77, 48, 32)):
+    sizes = ((90, 160, 64, 64), (50, 40, 80, 96), (33, 77, 48, 32), (200, 300, 40, 40))
+    for rows, columns, height, width, flat in (*((*size, False) for size in sizes), (*sizes[0], True)):
         picture = random.integers(0, 256, (rows, columns, 3), np.uint8)
+        if flat:
+            picture[:] = (255, 51, 102)
         wide = rows / columns > height / width
         size = [int(n * (width / columns if wide else height / rows) + 1e-9) for n in (rows, columns)]
         resized = transform.resize(picture, size, mode="reflect", preserve_range=True, clip=False, anti_aliasing=True)
@@ -97,6 +100,17 @@ def test_cover_and_crop_equals_scikit_image() -> None:
         different = out[0].permute(1, 2, 0).numpy() - expected.astype(np.float32)
         # Whole numbers may fall to either side when they are truncated.
         assert np.abs(different).max() <= 1 and (different != 0).mean() < 1e-3, (rows, columns)
+
+
+def test_framing_costs_what_its_taps_cost() -> None:
+    """Not a product with the whole axis for every pixel."""
+    for inputs, outputs in ((3840, 768), (2160, 432), (96, 192)):
+        parts = framing.products(inputs, outputs, 0, outputs, torch.device("cpu"))
+        assert sum(len(part.matrix) for part in parts) == outputs
+        reach = inputs / outputs
+        assert max(part.matrix.shape[1] for part in parts) <= reach * (framing.TOGETHER + 5) + 4
+        for part in parts:
+            torch.testing.assert_close(part.matrix.sum(1), torch.ones(len(part.matrix), dtype=torch.float64))
 
 
 def test_published_keys_load_strictly(networks: DeepExemplar) -> None:
