@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 SIMILARITIES = 1 << 25  # held at a time: 128 MiB of float32
 GROUP = 32
+WITHOUT_BAGS = ("mps",)  # until torch 2.10
 
 
 @dataclass
@@ -78,8 +79,26 @@ def read_top_k(
         weights = best.softmax(dim=1)
         nearest[rows] = best[:, 0]
         usage.scatter_add_(0, index.flatten(), weights.flatten())
-        readout[rows] = F.embedding_bag(index, values, mode="sum", per_sample_weights=weights.to(values.dtype))
+        readout[rows] = _weighted(values, index, weights.to(values.dtype), similarities)
     return MemoryReading(readout, usage, nearest)
+
+
+def _weighted(values: Tensor, index: Tensor, weights: Tensor, numbers: int) -> Tensor:
+    """Sums [Q, V] of the rows `index` [Q, K] of values [N, V], times weights [Q, K]."""
+    if values.device.type in WITHOUT_BAGS:
+        return weighted_by_gathering(values, index, weights, numbers)
+    return F.embedding_bag(index, values, mode="sum", per_sample_weights=weights)
+
+
+def weighted_by_gathering(values: Tensor, index: Tensor, weights: Tensor, numbers: int) -> Tensor:
+    """The same where torch has no embedding bags: at most `numbers` gathered numbers at a time, or one query's."""
+    queries = max(1, numbers // max(1, index.shape[1] * values.shape[1]))
+    return torch.cat(
+        [
+            torch.einsum("qk,qkv->qv", share, values[chosen])
+            for chosen, share in zip(index.split(queries), weights.split(queries), strict=True)
+        ]
+    )
 
 
 def highest(scores: Tensor, count: int, group: int = GROUP) -> tuple[Tensor, Tensor]:

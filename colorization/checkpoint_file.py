@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from itertools import pairwise
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..cache import file_fingerprint
 from ..host.interruption import read_ahead
 
 log = logging.getLogger("hotpath.colorization")
@@ -43,6 +45,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path.name} cannot be read as a checkpoint ({type(error).__name__}); it may be truncated or of another "
             f"kind. Download it again and compare its size ({path.stat().st_size} bytes here)."
         ) from error
+    return _tensors_of(state, path)
+
+
+def _tensors_of(state: Any, path: Path) -> dict[str, Tensor]:
     for name in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
@@ -54,21 +60,36 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def key_names(path: Path) -> set[str]:
-    """The names of the tensors in a file, without reading them where the format allows it; empty if unreadable."""
+def key_names(path: Path) -> frozenset[str]:
+    """The names of the tensors in a file, without reading them where the format allows it; empty if unreadable. Remembered
+    as long as the file stays as it is."""
+    try:
+        return _key_names(path, file_fingerprint(path))
+    except OSError as error:
+        log.debug("%s is passed over: %s", path, error)
+        return frozenset()
+
+
+@functools.lru_cache(maxsize=64)
+def _key_names(path: Path, fingerprint: str) -> frozenset[str]:
     try:
         if path.suffix in (".safetensors", ".sft"):
             from safetensors import safe_open
 
             with safe_open(path, framework="pt") as file:
-                return set(file.keys())
-        return set(read_tensors(path))
-    except (WrongCheckpoint, OSError, RuntimeError, ValueError) as error:
-        log.debug("%s is passed over: %s", path, error)
-        return set()
+                return frozenset(file.keys())
+        return frozenset(_tensors_of(_mapped(path), path))
     except Exception as error:  # safetensors has its own error type in every release
         log.debug("%s is passed over: %s", path, error)
-        return set()
+        return frozenset()
+
+
+def _mapped(path: Path) -> Any:
+    """What a torch file holds, with the tensors left on the disk; files from before 1.6 must be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_network(path: Path, expected: str, build: Callable[[dict[str, Tensor]], Network]) -> Network:

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FILTERS = ("none", "guided", "fast_global_smoother")
+TOGETHER = (
+    1 << 20
+)  # numbers of which a CPU makes sums together: their memory is used again, and caches hold a part of it
 
 
 def apply_filter(name: str, guide: Tensor, chroma: Tensor) -> Tensor:
@@ -51,10 +54,34 @@ def fast_global_smoother(
 def _solve_rows(ties: Tensor, values: Tensor) -> Tensor:
     """Solve (1 + sum of ties) u - ties * neighbours = values along the last dimension.
 
-    ties: [T, 1, H, W - 1] between neighbours; values: [T, C, H, W]. Cyclic reduction: every step doubles the distance
-    to the neighbours an equation still contains, so log2(W) steps over whole pictures replace 2 W steps over columns.
-    The system is diagonally dominant, which keeps this stable.
+    ties: [T, 1, H, W - 1] between neighbours; values: [T, C, H, W]. The system is diagonally dominant, which keeps both ways
+    stable: what a CPU does least work with, and what keeps a graphics card busy.
     """
+    return _column_by_column(ties, values) if values.device.type == "cpu" else _reduced(ties, values)
+
+
+def _column_by_column(ties: Tensor, values: Tensor) -> Tensor:
+    """Elimination (Thomas's algorithm): 2 W steps, each over one column of all rows, which lie next to one another."""
+    tie = ties.permute(3, 0, 1, 2).contiguous()  # [W - 1, T, 1, H]
+    result = values.permute(3, 0, 1, 2).contiguous()
+    diagonal = 1 + F.pad(ties, (1, 0)) + F.pad(ties, (0, 1))
+    diagonal = diagonal.permute(3, 0, 1, 2).contiguous()
+    share = torch.empty_like(tie)  # of the next column in this one, once those before are eliminated
+    inverse = diagonal[0].reciprocal()
+    result[0].mul_(inverse)
+    for index in range(1, len(result)):
+        left = tie[index - 1]
+        torch.mul(left, inverse, out=share[index - 1])
+        inverse = (diagonal[index] - left * share[index - 1]).reciprocal()
+        result[index].addcmul_(left.expand_as(result[index]), result[index - 1]).mul_(inverse)
+    for index in range(len(result) - 2, -1, -1):
+        result[index].addcmul_(share[index].expand_as(result[index]), result[index + 1])
+    return result.permute(1, 2, 3, 0)
+
+
+def _reduced(ties: Tensor, values: Tensor) -> Tensor:
+    """Cyclic reduction: every step doubles the distance to the neighbours an equation still contains, so log2(W) steps over
+    whole pictures replace 2 W steps over columns."""
     width = values.shape[-1]
     left = -F.pad(ties, (1, 0))  # coefficient of the neighbour before
     right = -F.pad(ties, (0, 1))
@@ -90,6 +117,34 @@ def guided_filter(guide: Tensor, chroma: Tensor, radius: int, epsilon: float) ->
 
 def _box(x: Tensor, radius: int) -> Tensor:
     """Mean over a window of 2 * radius + 1, cut off at the border."""
+    if x.device.type == "cpu":
+        return _doubled_means(_doubled_means(x, radius, -2), radius, -1)
     size = 2 * radius + 1
     x = F.avg_pool2d(x, (size, 1), 1, (radius, 0), count_include_pad=False)
     return F.avg_pool2d(x, (1, size), 1, (0, radius), count_include_pad=False)
+
+
+def _doubled_means(x: Tensor, radius: int, axis: int) -> Tensor:
+    """`_box` along one axis from sums over 1, 2, 4... pixels, each of two of the last ones: additions grow with the logarithm
+    of the radius only."""
+    length, size = x.shape[axis], 2 * radius + 1
+    place = torch.arange(length)
+    inside = (place + radius).clamp_max(length - 1) - (place - radius).clamp_min(0) + 1
+    means = torch.empty_like(x)
+    other = -3 - axis
+    lines = max(1, TOGETHER * x.shape[other] // x.numel())
+    for given, total in zip(x.split(lines, other), means.split(lines, other), strict=True):
+        sums = F.pad(given, (radius, radius) if axis == -1 else (0, 0, radius, radius))
+        total.zero_()
+        begin, width = 0, 1
+        while True:
+            if size & width:
+                total += sums.narrow(axis, begin, length)
+                begin += width
+            if 2 * width > size:
+                break
+            left = sums.shape[axis] - width
+            sums = sums.narrow(axis, 0, left) + sums.narrow(axis, width, left)
+            width *= 2
+        total /= inside if axis == -1 else inside[:, None]
+    return means

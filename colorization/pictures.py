@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+log = logging.getLogger("hotpath.colorization")
+
+_without_antialias: set[str] = set()  # types of devices
 
 GREY_CHROMA = 2.0  # mean |ab| of a reference under which it has no colours to give
 
@@ -39,10 +44,25 @@ def to_channels_first(frames: Tensor, device: torch.device) -> Tensor:
 
 
 def resized(pictures: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
-    """Bilinear, [T, C, H, W] to height x width; pictures of that size come back as they are."""
+    """Bilinear, [T, C, H, W] to height x width; pictures of that size come back as they are.
+
+    Where torch cannot antialias on a device (MPS in older releases), the CPU does it.
+    """
     if tuple(pictures.shape[-2:]) == (height, width):
         return pictures
-    return F.interpolate(pictures, (height, width), mode="bilinear", align_corners=False, antialias=antialias)
+    device = pictures.device
+    if antialias and device.type in _without_antialias:
+        pictures = pictures.cpu()
+    try:
+        return F.interpolate(pictures, (height, width), mode="bilinear", align_corners=False, antialias=antialias).to(
+            device
+        )
+    except NotImplementedError:
+        if not antialias or device.type in _without_antialias:
+            raise
+        _without_antialias.add(device.type)
+        log.info("antialiased resizing runs on the CPU: this torch has none for %s", device.type)
+    return resized(pictures, height, width)
 
 
 def network_size(height: int, width: int, short_side: int) -> tuple[int, int]:

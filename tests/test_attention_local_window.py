@@ -195,6 +195,12 @@ def test_tiled_memory_read_equals_definition(queries: int, keys: int, similariti
     torch.testing.assert_close(tiled.usage, expected.usage, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(tiled.nearest, expected.nearest, atol=1e-5, rtol=1e-5)
     assert abs(tiled.usage.sum().item() - queries) < 1e-3
+    with pytest.MonkeyPatch.context() as patched:
+        # As on MPS, which has no embedding bags in older releases of torch.
+        patched.setattr(topk_memory, "WITHOUT_BAGS", ("cpu",))
+        patched.setattr(topk_memory.F, "embedding_bag", None)
+        gathered = topk_memory.read_top_k(*inputs, 30, similarities)
+    torch.testing.assert_close(gathered.readout, expected.readout, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("columns", [1, 31, 640, 641, 5003])

@@ -460,6 +460,33 @@ def test_networks_are_loaded_once() -> None:
     assert "instead of float16" in networks.choose_precision("float16").reason
 
 
+def test_a_folder_is_looked_through_once(here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files under names of their own are told apart by what is in them; not at every run, and not by reading the weights."""
+    models = save_models(tmp_path)
+    torch.save(torch.load(models / "deep_exemplar" / "a.pth"), models / "colormnet" / "another.pth")
+    monkeypatch.setattr(here, "_models", [models])
+    opened: list[str] = []
+    load = torch.load
+
+    def counted(path: Path, **options: Any) -> Any:
+        opened.append(f"{path.name} {'mapped' if options.get('mmap') else 'read'}")
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", counted)
+    for _ in range(3):
+        assert networks._colormnet_path(networks.AUTOMATIC).name == "mine.safetensors"
+        found = networks.deep_exemplar_paths()
+    assert {kind: path.name for kind, path in found.items()} == {
+        "vgg": "a.pth",
+        "nonlocal_net": "b.pth",
+        "colornet": "c.pth",
+    }
+    assert opened == ["another.pth mapped", "a.pth mapped", "b.pth mapped", "c.pth mapped"]
+    (models / "deep_exemplar" / "c.pth").write_bytes(b"nonsense")
+    with pytest.raises(host.ModelNotFound, match="colornet_iter_76000"):
+        networks.deep_exemplar_paths()
+
+
 # Video files
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hotpath.colorization import colour_space, edge_filter
+from hotpath.colorization import colour_space, edge_filter, pictures
 from hotpath.colorization.chroma_transfer import transfer_chroma
+from torch.nn import functional as F
 
 DATA = Path(__file__).parent / "data" / "colorization"
 
@@ -55,6 +57,41 @@ def test_filters_keep_flat_chroma_and_stop_at_edges(name: str) -> None:
     assert (out - sides).abs()[..., 29:31].max() < 8, "colour crossed the edge"
     if name != "none":
         assert (out - sides).std() < 0.5 * (noisy - sides).std()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 2), (37, 53)])
+def test_what_a_cpu_does_equals_what_a_card_does(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    height, width = size
+    random = torch.Generator().manual_seed(4)
+    values = torch.randn(2, 3, height, width, generator=random) * 20
+    ties = 500 * torch.exp(-8 * torch.rand(2, 1, height, width - 1, generator=random))
+    exact = edge_filter._reduced(ties.double(), values.double()).float()
+    torch.testing.assert_close(edge_filter._solve_rows(ties, values), exact, atol=1e-3, rtol=0)
+    for radius, together in ((1, 1 << 20), (3, 1), (10, 200)):
+        monkeypatch.setattr(edge_filter, "TOGETHER", together)
+        side = 2 * radius + 1
+        expected = F.avg_pool2d(values, side, 1, radius, count_include_pad=False) if radius <= min(size) else None
+        found = edge_filter._box(values, radius)
+        if expected is not None:
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert found.isfinite().all() and found.abs().max() <= values.abs().max() + 1e-4
+
+
+def test_a_device_that_cannot_antialias_leaves_it_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = torch.rand(1, 2, 9, 12, generator=torch.Generator().manual_seed(5))
+    expected = pictures.resized(picture, 4, 5)
+    interpolate, tries = F.interpolate, []
+
+    def once(*args: Any, antialias: bool, **options: Any) -> Any:
+        tries.append(antialias)
+        if len(tries) == 1:
+            raise NotImplementedError("_upsample_bilinear2d_aa.out is not implemented for this device")
+        return interpolate(*args, antialias=antialias, **options)
+
+    monkeypatch.setattr(pictures, "_without_antialias", set())
+    monkeypatch.setattr(F, "interpolate", once)
+    assert torch.equal(pictures.resized(picture, 4, 5), expected) and tries == [True, True]
+    assert torch.equal(pictures.resized(picture, 4, 5), expected) and len(tries) == 3
 
 
 def test_unknown_filter_is_refused() -> None:

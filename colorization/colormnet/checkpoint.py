@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ SIGNATURE = (
 )
 
 
-def matches(keys: Mapping[str, object] | set[str]) -> bool:
+def matches(keys: Mapping[str, object] | Set[str]) -> bool:
     return all(key in keys for key in SIGNATURE)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ SIGNATURES = {
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def kind_of(keys: set[str]) -> str | None:
+def kind_of(keys: Set[str]) -> str | None:
     """Which of the three a set of key names is; None for something else."""
     return next((kind for kind, signature in SIGNATURES.items() if all(key in keys for key in signature)), None)
 
