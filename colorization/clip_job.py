@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import host
-from .film import ColouredFrames, ColouringFrames, FilmSession
+from .film import FULL_SIZE_PIXELS, ColouredFrames, ColouringFrames, FilmSession
 from .film_options import FilmOptions, Reference
-from .film_room import activations
+from .film_room import activations, computed_size, full_size_room, memory_room
 from .film_state import FilmState
 from .networks import AUTOMATIC, COLORMNET_LICENCE, LoadedNetwork, load_colormnet, load_deep_exemplar
 from .pictures import as_frames, is_grey, network_size
@@ -56,7 +56,7 @@ def colorize_clip(
     report = start_report(loaded, references, options, height, width)
     pictures = torch.empty(count, height, width, 3)
     confidence = torch.empty(count, height, width)
-    with loaded.resident(room_for(loaded, options, height, width)) as network:
+    with loaded.resident(room_for(loaded, options, height, width, len(references), count)) as network:
         film = FilmSession(network, loaded, options, references, height, width)
         if state is not None:
             film.load(state)
@@ -77,7 +77,7 @@ def colorize_stills(
     count, height, width = frames.shape[:3]
     report = start_report(loaded, references, options, height, width)
     pictures = torch.empty(count, height, width, 3)
-    with loaded.resident(room_for(loaded, options, height, width)) as network:
+    with loaded.resident(room_for(loaded, options, height, width, len(references), count)) as network:
         film = FilmSession(network, loaded, options, references, height, width, stills=True)
         for rows, done in _coloured(film, frames, options.method):
             pictures[rows] = done.pictures
@@ -85,9 +85,28 @@ def colorize_stills(
     return pictures, report.text(film.times, film.engines(), film.notes())
 
 
-def room_for(loaded: LoadedNetwork, options: FilmOptions, height: int, width: int) -> int:
-    """Bytes of activations to ask the host for."""
-    return activations(options, (height, width), loaded.precision.dtype, loaded.managed.device)[1]
+def room_for(
+    loaded: LoadedNetwork,
+    options: FilmOptions,
+    height: int,
+    width: int,
+    references: int = 1,
+    frames: int | None = None,
+    bytes_per_number: int = 4,
+) -> int:
+    """Bytes beside the weights to ask the host for: what is remembered, frames on the device, and the larger of what the
+    networks and the conversion at full size work in. frames: of the whole job; bytes_per_number: of what comes in."""
+    dtype = loaded.precision.dtype
+    _, needed = activations(options, (height, width), dtype, loaded.managed.device)
+    portion = portion_frames(height, width, bytes_per_number) + 1
+    portion = portion if frames is None else min(frames, portion)
+    together = max(1, FULL_SIZE_PIXELS // (height * width))
+    held, converting = full_size_room((height, width), portion, together, bytes_per_number)
+    remembered = 0
+    if options.method == "ColorMNet":
+        small = computed_size(options, height, width)
+        remembered = memory_room(options.memory_mode, small, loaded.widths, dtype, references)
+    return remembered + held + max(needed, converting)
 
 
 def start_report(

@@ -21,6 +21,7 @@ from .deep_exemplar.engine import DeepExemplarEngine, DeepExemplarFunctions
 from .deep_exemplar.framing import cover_and_crop
 from .deep_exemplar.session import DeepExemplarSession
 from .film import FULL_SIZE_PIXELS
+from .film_room import full_size_room, memory_room
 from .frame_budget import colormnet_batch, deep_exemplar_batch
 from .networks import COLORMNET_LICENCE, LoadedNetwork
 from .pictures import as_frames, is_grey, resized, to_channels_first
@@ -64,8 +65,12 @@ def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job
     times = StageTimes(device)
     at_full_size = _at_full_size((height, width), (job.height, job.width))
     batch, needed = colormnet_batch(job.height, job.width, loaded.precision.dtype, device, job.memory_mode)
+    remembered = memory_room(
+        job.memory_mode, (job.height, job.width), loaded.widths, loaded.precision.dtype, len(references)
+    )
+    held, converting = _full_size_room(count, at_full_size, (height, width), (job.height, job.width))
     result = torch.empty(count, height, width, 3)
-    with loaded.resident(needed) as network:
+    with loaded.resident(remembered + held + max(needed, converting)) as network:
         examples = [_lab(r[None], device, job.height, job.width)[0] for r in references]
         if all(is_grey(example) for example in examples):
             report.note(GREY_REFERENCE)
@@ -139,8 +144,9 @@ def run_deep_exemplar(
     at_full_size = _at_full_size((frames.shape[1], frames.shape[2]), (job.height, job.width))
     batch, needed = deep_exemplar_batch(*small, device)
     count = len(frames)
+    held, converting = _full_size_room(count, at_full_size, (frames.shape[1], frames.shape[2]), (job.height, job.width))
     result = torch.empty(count, job.height, job.width, 3)
-    with loaded.resident(needed) as networks:
+    with loaded.resident(held + max(needed, converting)) as networks:
         example = _halved(rgb_to_lab(_framed(reference[:1], device, job)), small)[0]
         if is_grey(example):
             report.note(GREY_REFERENCE)
@@ -175,8 +181,21 @@ def run_deep_exemplar(
 
 def _at_full_size(*sizes: tuple[int, int]) -> BatchSize:
     """How many frames are converted together; sizes: of what comes in and goes out, (height, width)."""
-    pixels = max(height * width for height, width in sizes)
-    return BatchSize(max(1, FULL_SIZE_PIXELS // pixels), "full-size frames at a time")
+    height, width = _larger(*sizes)
+    return BatchSize(max(1, FULL_SIZE_PIXELS // (height * width)), "full-size frames at a time")
+
+
+def _full_size_room(count: int, at_full_size: BatchSize, *sizes: tuple[int, int]) -> tuple[int, int]:
+    larger = _larger(*sizes)
+    return full_size_room(larger, min(count, _portion(*larger)), at_full_size.size, 4)
+
+
+def _larger(*sizes: tuple[int, int]) -> tuple[int, int]:
+    return max(sizes, key=lambda size: size[0] * size[1])
+
+
+def _portion(height: int, width: int) -> int:
+    return min(PORTION, portion_frames(height, width, 4))
 
 
 def _rows(part: Sequence[int]) -> slice:
@@ -212,8 +231,7 @@ def _through(
     back. Every step moves the progress bar, which also looks whether the user wants to stop."""
     copies = copies_for(device)
     waiting: tuple[slice, Download] | None = None
-    largest = max(frames, result, key=lambda pictures: pictures[0].numel())
-    size = min(PORTION, portion_frames(largest.shape[1], largest.shape[2], 4))
+    size = _portion(*_larger((frames.shape[1], frames.shape[2]), (result.shape[1], result.shape[2])))
     with host.tracked(host.current(), len(frames), label) as bar:
         for first in range(0, len(frames), size):
             portion = slice(first, min(first + size, len(frames)))

@@ -99,7 +99,8 @@ def colorize_file(
     before = manifest.frames
     if before:
         report.fact("continued", f"after {before} frames that were finished before")
-    with loaded.resident(room_for(loaded, job.options, facts.height, facts.width)) as network:
+    room = room_for(loaded, job.options, facts.height, facts.width, len(references), bytes_per_number=1)
+    with loaded.resident(room) as network:
         film = FilmSession(network, loaded, job.options, references, facts.height, facts.width)
         if manifest.parts:
             film.load(load_state(manifest.state_file(folder, len(manifest.parts))))

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from .colormnet.network import PATCH, ColorMNetWidths
+from .colormnet.settings import ColorMNetSettings
 from .film_options import FilmOptions
 from .frame_budget import colormnet_batch, deep_exemplar_batch
 from .pictures import network_size
+
+CONVERTED_BYTES = (
+    115  # per pixel, the peak of live tensors between chroma at network size and 8 bits, whatever the filter
+)
+STRIDE = 16  # of the features that ColorMNet remembers
 
 
 def computed_size(options: FilmOptions, height: int, width: int) -> tuple[int, int]:
@@ -23,3 +30,20 @@ def activations(
     if options.method == "Deep Exemplar":
         return deep_exemplar_batch(*small, device)
     return colormnet_batch(*small, dtype, device, options.memory_mode)
+
+
+def full_size_room(size: tuple[int, int], portion: int, together: int, bytes_per_number: int) -> tuple[int, int]:
+    """Bytes of full-size frames, (height, width), that are held while the networks run, and beside them while they are
+    converted. portion: frames on the device at a time, of which the next ones are on their way; together: of them converted.
+    """
+    pixels = size[0] * size[1]
+    frames = 2 * 3 * bytes_per_number * portion * pixels
+    luminance = 4 * portion * pixels
+    return frames + luminance, CONVERTED_BYTES * min(together, portion) * pixels
+
+
+def memory_room(mode: str, size: tuple[int, int], widths: ColorMNetWidths, dtype: torch.dtype, references: int) -> int:
+    """Bytes of ColorMNet's memory at its fullest, for frames that are of `size` in the network."""
+    places = -(-size[0] // PATCH) * -(-size[1] // PATCH) * (PATCH // STRIDE) ** 2
+    settings = ColorMNetSettings.for_mode(mode)
+    return settings.nbytes(places, widths.key, widths.values.value, dtype.itemsize, max(1, references))

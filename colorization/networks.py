@@ -50,6 +50,7 @@ class LoadedNetwork:
         self.managed: Any = host.current().manage(network)
         self.files = files
         self.precision = precision
+        self.widths: Any = getattr(network, "widths", None)  # ColorMNet's
         # Of the weights alone: a state may be continued where the same file has another date.
         self.identity = content_key(*(file_fingerprint(path, dated=False) for path in files))
         self.nbytes = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))

@@ -87,7 +87,8 @@ def colorize_shot(job: FileJob, references: Sequence[Reference], shot: Shot) -> 
     found = Irregularities()
     job.output.parent.mkdir(parents=True, exist_ok=True)
     unfinished = job.output.with_name(f".{job.output.name}.part")
-    with loaded.resident(room_for(loaded, job.options, facts.height, facts.width)) as network:
+    room = room_for(loaded, job.options, facts.height, facts.width, len(references), shot.stop - shot.first, 1)
+    with loaded.resident(room) as network:
         film = FilmSession(network, loaded, job.options, references, facts.height, facts.width)
         film.start_at(shot.first, shot.number)
         writer: PartWriter | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
@@ -402,19 +403,55 @@ def test_float32_is_float32_whatever_another_pack_has_set(setting: str, on_card:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_room_is_asked_for_what_the_networks_see(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not more: the host puts other models out for it."""
-    from hotpath.colorization import frame_budget
+def test_room_is_asked_for_what_the_job_holds(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory, frames at full size, and the larger of what the networks and the conversion work in. Not more: the host
+    puts other models out for it."""
+    from hotpath.colorization import film_room, frame_budget
 
     asked: list[int] = []
     kept = networks.LoadedNetwork.resident
     monkeypatch.setattr(networks.LoadedNetwork, "resident", lambda self, room=0: asked.append(room) or kept(self, room))
-    run(frames(1, 128, 256), frames(1), method=method, colour_size=64)
+    images, sessions = frames(1, 128, 256), []
+    begun = film.FilmSession.__init__
+    monkeypatch.setattr(
+        film.FilmSession, "__init__", lambda self, *a, **k: (sessions.append(self), begun(self, *a, **k))[1]
+    )
+    run(images, frames(2), method=method, colour_size=64)
+    pixels = 128 * 256
+    held = 2 * images.nbytes + 4 * pixels
     if method == "Deep Exemplar":
         _, needed = frame_budget.deep_exemplar_batch(32, 64, torch.device("cpu"))
     else:
         _, needed = frame_budget.colormnet_batch(64, 128, torch.float32, torch.device("cpu"))
-    assert asked == [needed]
+        held += sessions[0]._session.memory.nbytes
+    assert asked == [held + max(needed, film_room.CONVERTED_BYTES * pixels)]
+    job = compatible.ColorMNetJob(64, 128) if method == "ColorMNet" else compatible.DeepExemplarJob(64, 128)
+    loaded = clip_job.load_method(FilmOptions(method=method))
+    colour = compatible.run_colormnet if method == "ColorMNet" else compatible.run_deep_exemplar
+    colour(loaded, images, frames(2), job)
+    assert asked[1] == asked[0]
+
+
+def test_one_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old shot's goes before the new one's is made."""
+    from hotpath.colorization.colormnet.memory import FrameMemory
+
+    chosen = FilmOptions(colour_size=32)
+    loaded, left = clip_job.load_method(chosen), weakref.WeakSet[Any]()
+    begun = FrameMemory.__init__
+
+    def counted(self: Any, *sizes: Any) -> None:
+        assert not left
+        left.add(self)
+        begun(self, *sizes)
+
+    monkeypatch.setattr(FrameMemory, "__init__", counted)
+    with loaded.resident() as network:
+        session = film.FilmSession(network, loaded, chosen, read_references([*frames(1)]), 40, 54)
+        state = session.state()
+        session.begin_shot()
+        session.start_at(4, 2)
+        film.FilmSession.load(session, FilmState({**state.tensors}, session.description()))
 
 
 def test_8k_width_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
