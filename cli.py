@@ -113,8 +113,21 @@ def _add_colorize(commands: Commands) -> None:
     colorize.add_argument("--edge-filter", choices=("none", "guided", "fast-global-smoother"), default="guided")
     colorize.add_argument("--smoothing", type=float, default=0.0, help="0 to under 1: steadier colours")
     colorize.add_argument("--shots", choices=("off", "reset", "reference-per-shot"), default="off")
+    colorize.add_argument(
+        "--shot-threshold", type=float, default=27.0, help="change of brightness that counts as a cut (default 27)"
+    )
+    colorize.add_argument(
+        "--no-propagate",
+        dest="propagate",
+        action="store_false",
+        help="Deep Exemplar: frames do not see the colours of the one before",
+    )
     colorize.add_argument("--quality", type=int, default=16, help="x264's rate factor (default 16), lower is better")
     colorize.add_argument("--precision", choices=("automatic", "float32", "float16", "bfloat16"), default="automatic")
+    colorize.add_argument(
+        "--checkpoint", default="automatic", metavar="NAME", help="ColorMNet's file in the folder models/colormnet"
+    )
+    colorize.add_argument("--compile", action="store_true", help="torch.compile: slower to begin, then faster")
     colorize.add_argument(
         "--attention",
         default="auto",

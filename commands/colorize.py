@@ -37,6 +37,9 @@ def run(options: argparse.Namespace) -> int:
             edge_filter=options.edge_filter.replace("-", "_"),
             temporal_smoothing=options.smoothing,
             shots=options.shots.replace("-", " "),
+            shot_threshold=options.shot_threshold,
+            propagate=options.propagate,
+            compile=options.compile,
             attention=options.attention,
             local_attention=options.local_attention.replace("-", "_"),
         )
@@ -49,6 +52,7 @@ def run(options: argparse.Namespace) -> int:
                 options.reference_frames,
                 begun=begun,
                 quality=options.quality,
+                checkpoint=options.checkpoint,
                 precision=options.precision,
                 resume=not options.restart,
             )

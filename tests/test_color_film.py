@@ -787,6 +787,33 @@ def test_command_line_colours_a_film(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "o.mp4", "r.png"]
 
 
+def test_the_command_line_has_the_node_s_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hotpath import cli
+    from hotpath.nodes.colorize import HotpathColorizeFile
+
+    called: dict[str, Any] = {}
+
+    def colorize(video: Path, output: Path, references: Any, options: FilmOptions, *_: Any, **settings: Any) -> str:
+        called.update(vars(options), **settings)
+        return ""
+
+    monkeypatch.setattr(file_job, "colorize_file_by_path", colorize)
+    given = {"checkpoint": "mine.pth", "shot_threshold": 40.0, "propagate": False, "compile": True}
+    flags = ["--checkpoint", "mine.pth", "--shot-threshold", "40", "--no-propagate", "--compile"]
+    call = ["colorize", "film.mp4", "-r", "r.png", "-o", str(tmp_path / "o.mp4"), "--models", str(tmp_path), "-q"]
+    assert cli.main([*call, *flags]) == 0
+    assert {name: called[name] for name in given} == given
+    assert cli.main(call) == 0
+    node = HotpathColorizeFile.INPUT_TYPES()["optional"]
+    widgets = {**dict.fromkeys(given, ""), "compile": "use_torch_compile"}
+    assert {name: called[name] for name in given} == {
+        name: node[widget or name][1]["default"] for name, widget in widgets.items()
+    }
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_the_same_workflow_does_not_colour_its_film_again(here: Any, linked: bool) -> None:
     from hotpath.nodes.colorize import HotpathColorizeFile as Node

@@ -42,6 +42,80 @@ def test_a_script_parses(path):
     assert done.returncode == 0, done.stderr
 
 
+REPLACED = """
+globalThis.window = {};
+const { lostInputs, replace, REPLACEMENTS } = await import("./pack/web/replacements.js");
+const said = [];
+// As the front end has it: a subgraph's ends have slots that connect themselves, and are no nodes of it.
+const slot = (end) => ({ connect: (socket, node) => said.push(`${end} to ${node.type} ${socket.name}`) });
+function graphWith(old, links, ends = {}) {
+  const connect = (from, node, to) => said.push(`7.${from} to ${node.type} ${node.inputs[to].name}`);
+  const nodes = { 7: { id: 7, connect }, 8: { id: 8 } };
+  const graph = {
+    ...ends,
+    getNodeById: (id) => nodes[id], getLink: (id) => links[id],
+    add: (node) => (nodes[node.id] = node), remove: (node) => delete nodes[node.id],
+    beforeChange: () => said.push("begun"), afterChange: () => said.push("done"),
+  };
+  nodes[old.id] = Object.assign(old, { graph });
+  return nodes;
+}
+const oldNode = (widths) => ({
+  id: 5, type: "ColorMNetVideo", title: "Reel 3", pos: [0, 0], mode: 0,
+  widgets: [{ name: "target_width", value: 700 }, { name: "target_height", value: 395 }],
+  inputs: [{ name: "video_frames", link: 1 }, { name: "reference_image", link: 3 }, { name: "target_width", link: widths }],
+  outputs: [{ links: [2, 4] }, { links: [] }],
+});
+let fails = false;
+window.LiteGraph = { registered_node_types: { ColorMNetVideo: { title: "Old" } }, createNode: (type) => ({
+  id: 9, type, inputs: [{ name: "frames" }, { name: "reference" }], outputs: [{ name: "frames" }],
+  widgets: [{ name: "colour_size", value: 432, options: { max: 2160, step2: 16 } }],
+  findInputSlot(name) { return this.inputs.findIndex((one) => one.name === name); },
+  connect(from, target) {
+    if (!target || fails) throw "target node is null";
+    said.push(`${this.outputs[from].name} to ${target.id}`);
+  },
+}) };
+const links = {
+  1: { origin_id: -10, origin_slot: 0 }, 3: { origin_id: 7, origin_slot: 2 }, 6: { origin_id: 7, origin_slot: 3 },
+  2: { target_id: -20, target_slot: 1 }, 4: { target_id: 8, target_slot: 0 },
+};
+const ends = { inputNode: { id: -10, slots: [slot("first")] }, outputNode: { id: -20, slots: [null, slot("second")] } };
+const rule = REPLACEMENTS.ColorMNetVideo;
+let old = oldNode(null);
+let nodes = graphWith(old, links, ends);
+let fresh = replace(old, rule);
+said.push(Object.keys(nodes).join(), fresh.title, fresh.widgets[0].value);
+old = oldNode(6);
+graphWith(old, links, ends);
+fresh = replace(old, rule);
+said.push(lostInputs(old, rule).map((input) => input.name).join(), fresh.widgets[0].value);
+fails = true;
+old = oldNode(null);
+nodes = graphWith(old, links, ends);
+try { replace(old, rule); } catch { said.push(Object.keys(nodes).includes("5")); }
+console.log(JSON.stringify(said));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_an_older_node_is_replaced_inside_a_subgraph(tmp_path):
+    shutil.copytree(WEB, tmp_path / "pack" / "web", ignore=shutil.ignore_patterns("docs"))
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "app.js").write_text("export const app = { registerExtension() {} };")
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "run.js").write_text(REPLACED)
+    done = subprocess.run(["node", "run.js"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    links = [
+        "begun", "first to HotpathColorizeVideo frames", "7.2 to HotpathColorizeVideo reference",
+        "second to HotpathColorizeVideo frames", "frames to 8", "done",
+    ]  # fmt: skip
+    assert json.loads(done.stdout) == [
+        *links, "7,8,9", "Reel 3", 400, *links, "target_width", 432, *links[:4], "done", True,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("path", sorted(WEB.glob("**/*.json")), ids=lambda path: path.name)
 def test_a_table_is_json(path):
     assert isinstance(json.loads(path.read_text(encoding="utf-8")), dict)

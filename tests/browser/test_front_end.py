@@ -243,13 +243,25 @@ def test_an_older_node_is_replaced_from_its_menu(front_end: FrontEnd) -> None:
         " const [item] = one.getNodeMenuItems(node); item.callback(); return item.content; }"
     )
     assert words == "Replace with Colorize Video (Hotpath)"
-    prompt = front_end.prompt()
+    older, prompt = prompt, front_end.prompt()
     (new_id,) = [key for key, node in prompt.items() if node["class_type"] == "HotpathColorizeVideo"]
     inputs = prompt[new_id]["inputs"]
     assert inputs["frames"] == ["1", 0] and inputs["reference"] == ["2", 0]
     assert inputs["method"] == "Deep Exemplar" and inputs["propagate"] is False
     assert prompt["4"]["inputs"]["images"] == [new_id, 0] and prompt["5"]["inputs"]["source"] == [new_id, 3]
     assert "DeepExColorVideoNode" not in {node["class_type"] for node in prompt.values()}
+    # Alone in a subgraph, all its links lead to the ends of it.
+    front_end.page.evaluate("async (prompt) => { await app.loadApiJson(prompt, 'inside'); }", older)
+    front_end.page.evaluate(
+        "() => { const { subgraph } = app.rootGraph.convertToSubgraph(new Set([app.rootGraph.getNodeById(3)]));"
+        " const one = app.extensions.find((e) => e.name === 'Hotpath.Replacements');"
+        " one.getNodeMenuItems(subgraph.nodes[0])[0].callback(); }"
+    )
+    prompt = front_end.prompt()
+    (new_id,) = [key for key, node in prompt.items() if node["class_type"] == "HotpathColorizeVideo"]
+    inputs = prompt[new_id]["inputs"]
+    assert inputs["frames"] == ["1", 0] and inputs["reference"] == ["2", 0] and inputs["colour_size"] == 64
+    assert prompt["4"]["inputs"]["images"] == [new_id, 0] and prompt["5"]["inputs"]["source"] == [new_id, 3]
 
 
 @pytest.mark.long
