@@ -19,17 +19,16 @@ EXACT = "ieee"
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Inside, cuDNN and cuBLAS multiply float32 as such. What was set before is set again behind it, whatever happens."""
-    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    newer: list[tuple[Any, str]] = [
-        (place, place.fp32_precision)
-        for place in (getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), products)
-        if hasattr(place, "fp32_precision")
-    ]
-    older: list[tuple[Callable[[Any], Any], Any]] = []
-    for read, write, off in (
+    cudnn: Any = torch.backends.cudnn
+    products: Any = torch.backends.cuda.matmul
+    places: list[Any] = [getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None), products]
+    newer = [(place, place.fp32_precision) for place in places if hasattr(place, "fp32_precision")]
+    switches: tuple[tuple[Callable[[], Any], Callable[[Any], Any], Any], ...] = (
         (lambda: cudnn.allow_tf32, _allow_in_cudnn, False),
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
-    ):
+    )
+    older: list[tuple[Callable[[Any], Any], Any]] = []
+    for read, write, off in switches:
         with suppress(RuntimeError):
             older.append((write, read()))
             write(off)

@@ -62,7 +62,8 @@ class FilmReferences:
         """Lab [3, h, w] for Deep Exemplar, which matches references of any shape: they keep theirs, at a size like the
         frames'."""
         self._matched.add(self._number(reference))
-        size = network_size(*reference.lab.shape[-2:], max(min(self._small), 32))
+        height, width = reference.lab.shape[-2:]
+        size = network_size(height, width, max(min(self._small), 32))
         return self._once("matched", reference, lambda: resized(reference.lab[None], *size)[0])
 
     def chroma(self, reference: Reference, copies: Copies) -> Tensor:
