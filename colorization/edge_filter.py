@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FILTERS = ("none", "guided", "fast_global_smoother")
-TOGETHER = (
-    1 << 20
-)  # numbers of which a CPU makes sums together: their memory is used again, and caches hold a part of it
+# Numbers that a CPU makes sums of together: their memory is used again, and caches hold a part of it.
+TOGETHER = 1 << 20
 
 
 def apply_filter(name: str, guide: Tensor, chroma: Tensor) -> Tensor:

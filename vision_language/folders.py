@@ -129,8 +129,10 @@ def find(name: str) -> ModelFolder | None:
     # A download of `owner/name` by another pack is a folder `name`; a deep folder may be called by its last part.
     owner = owner_of(wanted)
     found = [folder for folder in scan() if folder.path.name.lower() == parts[-1].lower()]
-    # Another owner's is another model, whatever it is called.
-    fitting = [folder for folder in found if not owner or folder.owner in ("", owner)]
+    # Another owner's is another model, whatever it is called; but what the name alone means is that also with its owner, and
+    # people keep it in folders of their own.
+    usual = not owner or repository(parts[-1]).lower() == wanted.lower()
+    fitting = [folder for folder in found if usual or folder.owner in ("", owner)]
     return min(fitting, key=lambda folder: folder.owner != owner) if fitting else None
 
 

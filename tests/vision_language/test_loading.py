@@ -50,6 +50,7 @@ def test_every_llm_path_is_scanned(llm, headless_host, tiny_folders):
     )
     assert folders.find("anybody/named") is None, "another owner's model is another model"
     assert folders.find("anybody/deep").name == "Qwen-VL/deep", "whose it is, nobody knows"
+    assert folders.find("Qwen/named").name == "owner/named", "what the name alone means, in a folder of the user's own"
     assert folders.find("small").path == base / "llm" / "small"
     assert folders.find("absent") is None
 
