@@ -205,6 +205,7 @@ def test_weights_that_make_room_take_their_recordings_along() -> None:
     assert len(recorder) == 1
 
 
+@pytest.mark.long
 def test_autocast_is_recorded_apart() -> None:
     bench = tiny("flux")
     model, recorder = recorded(bench.model)

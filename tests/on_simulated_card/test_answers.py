@@ -33,7 +33,9 @@ def asked(model: Any, decode: str, sampling: Sampling, tokens: int = TOKENS) -> 
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(sample=False), Sampling(temperature=1.0, seed=3)], ids=["greedy", "sampled"]
+    "sampling",
+    [Sampling(sample=False), pytest.param(Sampling(temperature=1.0, seed=3), marks=pytest.mark.long)],
+    ids=["greedy", "sampled"],
 )
 def test_graphs_write_what_the_plain_path_writes(card: Any, model: Any, sampling: Sampling) -> None:
     expected = asked(model, "plain", sampling)

@@ -44,7 +44,7 @@ def recordings(model: Any) -> list[Any]:
 @pytest.mark.parametrize(
     "kind",
     [
-        "qwen3",
+        pytest.param("qwen3", marks=pytest.mark.long),
         pytest.param("qwen2_vl", marks=pytest.mark.long),
         pytest.param("qwen2_5_vl", marks=pytest.mark.long),
         "qwen3_vl",
