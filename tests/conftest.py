@@ -159,3 +159,23 @@ def headless_host(tmp_path: Path):
     before = host.use(mine)
     yield mine
     host.use(before)
+
+
+@pytest.fixture(scope="session")
+def colorizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder with small ColorMNet and Deep Exemplar weights, which no test changes."""
+    from tiny_colorizers import save_models
+
+    return save_models(tmp_path_factory.mktemp("colorizers"))
+
+
+@pytest.fixture
+def colour_host(colorizer_files: Path, headless_host, monkeypatch: pytest.MonkeyPatch):
+    """`headless_host` with `colorizer_files`, in one thread, as the networks are too small for two."""
+    import torch
+
+    monkeypatch.setattr(headless_host, "_models", [colorizer_files])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield headless_host
+    torch.set_num_threads(threads)

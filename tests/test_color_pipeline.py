@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from film_files import frames
 from hotpath.attention import local_window
 from hotpath.colorization import clip_job, compatible, file_job, film
 from hotpath.colorization.colormnet import engine
@@ -22,31 +23,14 @@ from hotpath.colorization.colormnet.settings import ColorMNetSettings
 from hotpath.colorization.cuda_graph import MOST_SHAPES, GraphedStep
 from hotpath.colorization.film_options import METHODS, FilmOptions, read_references
 from hotpath.colorization.transfers import DirectCopies, copies_for
-from tiny_colorizers import TINY, save_models
+from tiny_colorizers import TINY
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(scope="module")
-def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(autouse=True)
-def here(model_files: Path, headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(headless_host, "_models", [model_files])
-    return headless_host
-
-
-def frames(count: int, height: int = 40, width: int = 54, seed: int = 0) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    ends = torch.rand(2, 3, 4, 5, generator=random)
-    blend = torch.linspace(0, 1, count)[:, None, None, None]
-    coarse = ends[:1] * (1 - blend) + ends[1:] * blend
-    return F.interpolate(coarse, (height, width), mode="bilinear").permute(0, 2, 3, 1).clamp(0, 1)
+pytestmark = pytest.mark.usefixtures("colour_host")
 
 
 # Copies
@@ -405,7 +389,7 @@ def test_what_is_compiled_is_kept_with_the_network(method: str, monkeypatch: pyt
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("method", METHODS)
 def test_on_a_card_nothing_waits_and_the_colours_are_the_same(
-    method: str, model_files: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, colorizer_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hotpath import host
     from hotpath.attention.best_match import MeasuredMatch, best_match
@@ -417,7 +401,7 @@ def test_on_a_card_nothing_waits_and_the_colours_are_the_same(
     references = read_references([*frames(1, 112, 128, seed=3)])
     pictures = frames(42, 112, 128)
     expected = clip_job.colorize_clip(clip_job.load_method(options), pictures, references, options).pictures
-    before = host.use(HeadlessHost(models=model_files, device="cuda", show_progress=False))
+    before = host.use(HeadlessHost(models=colorizer_files, device="cuda", show_progress=False))
     try:
         loaded = clip_job.load_method(options, precision="float32")
         done = clip_job.colorize_clip(loaded, pictures, references, options)

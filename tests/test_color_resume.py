@@ -26,7 +26,6 @@ from hotpath.colorization.manifest import FinishedPart, Manifest, read_manifest
 from hotpath.colorization.playable_part import finished_so_far
 from hotpath.colorization.shots import ShotDetector
 from hotpath.colorization.video_parts import PartWriter
-from tiny_colorizers import save_models
 from torch import Tensor
 
 RATE = 12
@@ -54,18 +53,7 @@ file_job.colorize_file_by_path(
 """
 
 
-@pytest.fixture(scope="module")
-def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(autouse=True)
-def here(model_files: Path, headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(headless_host, "_models", [model_files])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield headless_host
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("colour_host")
 
 
 def counted(count: int, start: int = 0, light: float = 0.0) -> Tensor:
@@ -138,12 +126,12 @@ def save_reference(folder: Path) -> None:
 
 @pytest.mark.long
 def test_a_killed_process_costs_one_part_and_no_frame(
-    tmp_path: Path, model_files: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, colorizer_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_film(tmp_path / "in.mp4", counted(130), rate=RATE, crf=4)
     save_reference(tmp_path)
     folder, output = tmp_path / "out.mp4.parts", tmp_path / "out.mp4"
-    running = subprocess.Popen([sys.executable, "-c", KILLED, str(model_files), str(tmp_path)])
+    running = subprocess.Popen([sys.executable, "-c", KILLED, str(colorizer_files), str(tmp_path)])
     try:
         deadline = time.monotonic() + 60
         while running.poll() is None and time.monotonic() < deadline:
@@ -269,7 +257,7 @@ def test_detection_goes_on_where_it_stopped(place: int) -> None:
 
 
 def test_interrupt_keeps_what_is_done_and_comes_within_a_second(
-    tmp_path: Path, here: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, colour_host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While frames take 60 ms each: it is looked for between two frames, not between two portions."""
     from hotpath.colorization.colormnet import session
@@ -287,7 +275,7 @@ def test_interrupt_keeps_what_is_done_and_comes_within_a_second(
 
     def stop() -> None:
         asked[0] = time.monotonic()
-        here.stop()
+        colour_host.stop()
 
     # In the second portion: one is finished.
     colour, calls = film.FilmSession.colour, [0]
@@ -467,7 +455,7 @@ def test_a_broken_film_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: 
 
 
 def test_an_interrupt_while_a_part_is_closed_costs_nothing(
-    tmp_path: Path, here: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, colour_host: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_job, "PART_FRAMES", 20)
     write_film(tmp_path / "in.mp4", counted(60), rate=RATE, crf=4)
@@ -475,7 +463,7 @@ def test_an_interrupt_while_a_part_is_closed_costs_nothing(
     close = PartWriter.close
 
     def slowly(self: PartWriter) -> None:
-        here.stop()
+        colour_host.stop()
         time.sleep(0.3)
         close(self)
 

@@ -1,0 +1,252 @@
+"""The colour nodes and the command line on tiny networks, headless and inside ComfyUI."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from film_files import frames, read_video, write_film
+from hotpath import host
+from hotpath.colorization import clip_job, compatible, file_job, film, networks, video_file
+from hotpath.colorization.colour_space import luminance_of
+from hotpath.colorization.film_options import METHODS, FilmOptions
+
+pytestmark = pytest.mark.usefixtures("colour_host")
+
+
+def test_compatible_video_node(colour_host: Any) -> None:
+    from hotpath.nodes.colormnet import ColorMNetImage, ColorMNetVideo
+
+    images, reference = frames(7, 48, 64), frames(1, 30, 30, seed=3)
+    same, report = ColorMNetVideo().colorize_video(images, reference, 64, 48)
+    assert same.shape == images.shape and "feature_encoder does nothing" in report and "CC BY-NC-SA" in report
+    assert colour_host.texts[-1] == ("7", report) or colour_host.texts[-1][1] == report
+    smaller, _ = ColorMNetVideo().colorize_video(images, reference, 32, 24)
+    sharp, _ = ColorMNetVideo().colorize_video(images, reference, 32, 24, original_luminance=True)
+    assert smaller.shape == sharp.shape == images.shape
+    grey = luminance_of(images.permute(0, 3, 1, 2))
+    errors = [(luminance_of(p.permute(0, 3, 1, 2)) - grey).abs().mean() for p in (smaller, sharp)]
+    assert errors[1] < errors[0]
+    _, report = ColorMNetVideo().colorize_video(images, reference, 64, 48, text_guidance="warm")
+    assert "text_guidance does nothing" in report
+    stills, _ = ColorMNetImage().colorize_image(images, reference, 64, 48)
+    torch.testing.assert_close(stills[:1], same[:1], atol=1e-3, rtol=0)
+
+
+def test_compatible_deep_exemplar_nodes() -> None:
+    from hotpath.nodes.deep_exemplar import DeepExColorImageNode, DeepExColorVideoNode
+
+    images, reference = frames(3, 50, 70), frames(2, 30, 30, seed=3)
+    out, report = DeepExColorVideoNode().colorize_video(images, reference, True, True, 96, 72, use_sage_attention=True)
+    assert out.shape == (3, 72, 96, 3) and "use_sage_attention does nothing" in report
+    assert "first of the batch is used" in report
+    torch.testing.assert_close(out * 255, (out * 255).round(), atol=1e-3, rtol=0)
+    full, _ = DeepExColorVideoNode().colorize_video(images, reference[:1], True, False, 96, 72)
+    assert (full - out).abs().max() > 1e-3
+    odd, report = DeepExColorImageNode().colorize_image(images, reference[:1], 71, 51)
+    assert odd.shape == (3, 51, 71, 3) and "use_sage_attention" not in report
+
+
+def test_compatible_jobs_are_bounded_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large frames a few are on their way, and fewer are converted together; the pictures stay."""
+    images, reference = frames(7, 50, 70), frames(1, 30, 30, seed=3)
+    jobs = [compatible.ColorMNetJob(32, 48, original_luminance=own) for own in (True, False)]
+    loaded, matched = networks.load_colormnet(), networks.load_deep_exemplar("float32")
+    expected = [compatible.run_colormnet(loaded, images, reference, job)[0] for job in jobs]
+    together: dict[str, list[int]] = {"upload": [], "to_channels_first": [], "with_luminance": []}
+
+    def counted(name: str, place: int, function: Any) -> Any:
+        return lambda *args: (together[name].append(len(args[place])), function(*args))[1]
+
+    for name, place in (("upload", 1), ("to_channels_first", 0), ("with_luminance", 0)):
+        monkeypatch.setattr(compatible, name, counted(name, place, getattr(compatible, name)))
+    monkeypatch.setattr(compatible, "FULL_SIZE_PIXELS", 2 * 50 * 70)
+    monkeypatch.setattr(clip_job, "PORTION_BYTES", 6 * 50 * 70 * 12)
+    found = [compatible.run_colormnet(loaded, images, reference, job)[0] for job in jobs]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+    done, _ = compatible.run_deep_exemplar(matched, images, reference, compatible.DeepExemplarJob(32, 48))
+    assert done.shape == (7, 32, 48, 3) and done.std(0).max() > 0
+    assert together["upload"] == [5, 2] * 3
+    assert max(together["to_channels_first"]) == max(together["with_luminance"]) == 2
+
+
+def test_our_nodes(colour_host: Any) -> None:
+    from hotpath.nodes import colorize as nodes
+
+    colour_host.input_folder().mkdir()
+    write_film(colour_host.input_folder() / "film.mp4", frames(5), sound=False)
+    assert nodes.HotpathColorizeFile.INPUT_TYPES()["required"]["video"][0] == ["film.mp4"]
+    path, report = nodes.HotpathColorizeFile().colorize("film.mp4", frames(1), "ColorMNet", "o.mp4", colour_size=32)
+    assert Path(path).parent == colour_host.output_folder() and "frames: 5" in report
+    assert any("left" in text for _, text in colour_host.texts)
+    for name in ("../o.mp4", "/tmp/o.mp4", "", "o.exe"):
+        with pytest.raises(ValueError):
+            nodes.HotpathColorizeFile().colorize("film.mp4", frames(1), "ColorMNet", name)
+    with pytest.raises(ValueError, match="not a file name inside"):
+        nodes.HotpathColorizeFile().colorize("../film.mp4", frames(1), "ColorMNet", "o.mp4")
+    pictures, _ = nodes.HotpathColorizeImage().colorize(frames(3), frames(1), "Deep Exemplar", colour_size=32)
+    assert pictures.shape == (3, 40, 54, 3)
+    out, mask, state, _ = nodes.HotpathColorizeVideo().colorize(
+        frames(3), frames(1), "ColorMNet", more_references=frames(1, 20, 20), reference_frames="0,-", colour_size=32
+    )
+    assert out.shape == (3, 40, 54, 3) and mask.shape == (3, 40, 54)
+    nodes.HotpathSaveColorState().save(state, "reel")
+    again, following = nodes.HotpathLoadColorState().load("reel")
+    assert following == 3 and set(again.tensors) == set(state.tensors)
+    changed = nodes.HotpathLoadColorState.IS_CHANGED
+    assert changed("reel") == changed("reel") != changed("other") and math.isnan(changed(None))
+    with pytest.raises(FileNotFoundError, match="no color state"):
+        nodes.HotpathLoadColorState().load("other")
+    (moved,) = nodes.HotpathColorTransfer().transfer(frames(2), frames(1, 10, 10))
+    assert moved.shape == (2, 40, 54, 3)
+
+
+def test_command_line_colours_a_film(
+    tmp_path: Path, colorizer_files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hotpath import cli
+    from PIL import Image
+
+    write_film(tmp_path / "film.mp4", frames(4))
+    Image.fromarray((frames(1)[0] * 255).to(torch.uint8).numpy()).save(tmp_path / "r.png")
+    film_options = ["--models", str(colorizer_files), "--device", "cpu", "--colour-size", "32", "-q"]
+    call = ["colorize", str(tmp_path / "film.mp4"), "-r", str(tmp_path / "r.png"), "-o", str(tmp_path / "o.mp4")]
+    for method in ("colormnet", "deep-exemplar"):
+        assert cli.main([*call, *film_options, "--method", method]) == 0
+        assert capsys.readouterr().out.strip() == str(tmp_path / "o.mp4")
+        assert len(read_video(tmp_path / "o.mp4")[0]) == 4
+    assert cli.main(["colorize", "none.mp4", *call[2:], *film_options]) == 2
+    assert "There is no video" in capsys.readouterr().err
+
+    (tmp_path / "o.mp4").unlink()
+    monkeypatch.setattr(file_job, "PART_FRAMES", 1)
+    monkeypatch.setattr(clip_job, "PORTIONS", (1,))
+    colour, calls = film.FilmSession.colour, [0]
+
+    def stops_with(error: BaseException, at: int = 3) -> tuple[int, str]:
+        """The exit code and what is said, when the film stops at this portion from here on."""
+        calls[0] = 0
+
+        def stopped(self: Any, *parts: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == at:
+                raise error
+            return colour(self, *parts)
+
+        monkeypatch.setattr(film.FilmSession, "colour", stopped)
+        return cli.main([*call, *film_options]), capsys.readouterr().err
+
+    goes_on = f"{tmp_path / 'o.mp4'} holds what is finished; the same command goes on from there."
+    code, said = stops_with(host.Interrupted("stopped"))
+    assert code == 130 and f"Stopped. {goes_on}" in said
+    (tmp_path / "o.mp4").unlink()
+    shutil.rmtree(tmp_path / "o.mp4.parts")
+    code, said = stops_with(OSError(errno.ENOSPC, "No space left on device"))
+    assert code == 1 and "o.mp4 is written to is full" in said and "make room" in said and goes_on in said
+    shutil.rmtree(tmp_path / "o.mp4.parts")
+    code, said = stops_with(video_file.VideoError("film.mp4 is damaged"))
+    assert code == 1 and "film.mp4 is damaged" in said and str(tmp_path / "o.partial.mp4") in said
+    code, said = stops_with(RuntimeError("no such kernel"), at=1)
+    assert code == 1 and "RuntimeError: no such kernel" in said and "the same command goes on" in said
+    # Refused although parts are there: the same command would be refused again.
+    assert cli.main([*call[:3], str(tmp_path / "no.png"), *call[4:], *film_options]) == 2
+    assert "goes on" not in capsys.readouterr().err
+    monkeypatch.setattr(film.FilmSession, "colour", colour)
+    assert cli.main([*call, *film_options]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "o.mp4", "r.png"]
+
+
+def test_the_command_line_has_the_node_s_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hotpath import cli
+    from hotpath.nodes.colorize import HotpathColorizeFile
+
+    called: dict[str, Any] = {}
+
+    def colorize(video: Path, output: Path, references: Any, options: FilmOptions, *_: Any, **settings: Any) -> str:
+        called.update(vars(options), **settings)
+        return ""
+
+    monkeypatch.setattr(file_job, "colorize_file_by_path", colorize)
+    given = {"checkpoint": "mine.pth", "shot_threshold": 40.0, "propagate": False, "compile": True}
+    flags = ["--checkpoint", "mine.pth", "--shot-threshold", "40", "--no-propagate", "--compile"]
+    call = ["colorize", "film.mp4", "-r", "r.png", "-o", str(tmp_path / "o.mp4"), "--models", str(tmp_path), "-q"]
+    assert cli.main([*call, *flags]) == 0
+    assert {name: called[name] for name in given} == given
+    assert cli.main(call) == 0
+    node = HotpathColorizeFile.INPUT_TYPES()["optional"]
+    widgets = {**dict.fromkeys(given, ""), "compile": "use_torch_compile"}
+    assert {name: called[name] for name in given} == {
+        name: node[widget or name][1]["default"] for name, widget in widgets.items()
+    }
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_same_workflow_does_not_colour_its_film_again(colour_host: Any, linked: bool) -> None:
+    from hotpath.nodes.colorize import HotpathColorizeFile as Node
+
+    colour_host.input_folder().mkdir()
+    write_film(colour_host.input_folder() / "film.mp4", frames(3), sound=False)
+    # ComfyUI asks with None for what another node gives.
+    named = {"video": None, "output": None} if linked else {"video": "film.mp4", "output": "o.mp4"}
+
+    def key() -> str:
+        return Node.IS_CHANGED(**named, method="ColorMNet", reference=None)
+
+    def run() -> Path:
+        return Path(Node().colorize("film.mp4", frames(1), "ColorMNet", "o.mp4", colour_size=32)[0])
+
+    first = key()
+    made = run()
+    assert key() == first
+    made.unlink()
+    gone = key()
+    assert gone != first and key() == gone
+    run()
+    assert key() == gone
+    write_film(colour_host.input_folder() / "film.mp4", frames(4, seed=1), sound=False)
+    another = key()
+    assert another != gone
+    run()
+    assert key() == another
+
+
+@pytest.mark.comfy
+def test_nodes_inside_comfyui(colorizer_files: Path, tmp_path: Path) -> None:
+    """The networks live in ComfyUI's memory management: loaded for a job, evicted when it wants the room."""
+    import comfy.model_management as management
+    import folder_paths
+    from hotpath.host.comfyui import ComfyUIHost
+    from hotpath.nodes.colorize import HotpathColorizeVideo
+    from hotpath.nodes.deep_exemplar import DeepExColorVideoNode
+
+    for kind in ("colormnet", "deep_exemplar"):
+        folder_paths.add_model_folder_path(kind, str(colorizer_files / kind), is_default=True)
+    before = host.use(ComfyUIHost())
+    try:
+        for method in METHODS:
+            out, _, _, report = HotpathColorizeVideo().colorize(frames(3), frames(1), method, colour_size=32)
+            assert out.shape == (3, 40, 54, 3) and out.isfinite().all() and "frames: 3" in report
+        out, _ = DeepExColorVideoNode().colorize_video(frames(2), frames(1), True, True, 64, 64)
+        assert out.shape == (2, 64, 64, 3)
+        names = {type(model.model.model).__name__ for model in loaded_models()}
+        assert names & {"ColorMNet", "DeepExemplar"}, names
+        management.unload_all_models()
+        again, *_ = HotpathColorizeVideo().colorize(frames(3), frames(1), "ColorMNet", colour_size=32)
+        assert again.isfinite().all()
+    finally:
+        host.use(before)
+
+
+def loaded_models() -> list[Any]:
+    import comfy.model_management as management
+
+    return [model for model in management.current_loaded_models if model.model is not None]
