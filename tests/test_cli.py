@@ -53,7 +53,9 @@ def installed() -> bool:
     return True
 
 
-@pytest.mark.parametrize("command", [pytest.param(".", marks=pytest.mark.long), "hotpath", str(ROOT)])
+@pytest.mark.parametrize(
+    "command", [pytest.param(".", marks=pytest.mark.long), "hotpath", pytest.param(str(ROOT), marks=pytest.mark.long)]
+)
 def test_every_way_to_start(command):
     if command == "hotpath" and not installed():
         pytest.skip("the pack is not installed in this environment")

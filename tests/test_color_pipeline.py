@@ -132,6 +132,7 @@ def test_compatible_jobs_wait_too(late: list[LateCopies]) -> None:
         torch.testing.assert_close(one, other, atol=0.02, rtol=0)
 
 
+@pytest.mark.long
 def test_a_file_is_decoded_and_encoded_beside_the_computing(
     tmp_path: Path, late: list[LateCopies], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,7 +35,12 @@ def test_repeated_blocks_are_found_in_the_module_tree(name: str, regions: str, e
 
 
 @pytest.mark.parametrize(
-    ("name", "graphs"), [("z_image", 2), ("flux", 2), pytest.param("least_sdxl", 12, marks=pytest.mark.long)]
+    ("name", "graphs"),
+    [
+        ("z_image", 2),
+        pytest.param("flux", 2, marks=pytest.mark.long),
+        pytest.param("least_sdxl", 12, marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.usefixtures("own_graphs")
 def test_one_graph_per_kind_serves_prompts_and_sizes(name: str, graphs: int) -> None:
@@ -49,6 +54,7 @@ def test_one_graph_per_kind_serves_prompts_and_sizes(name: str, graphs: int) -> 
         assert compiler.graphs == graphs, changes
 
 
+@pytest.mark.long
 def test_another_model_of_the_architecture_uses_the_same_graphs() -> None:
     from tiny_native_models import make_z_image
 

@@ -100,6 +100,7 @@ def test_two_people_and_compiling_after_them() -> None:
     assert_same_picture(sample(*both(bases()[0])), expected)
 
 
+@pytest.mark.long
 def test_another_packs_callback_runs_as_it_is() -> None:
     base, compiler = bases()
 
@@ -134,7 +135,8 @@ class Replay:
         return self.output
 
 
-@pytest.mark.parametrize("compiled_first", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.long
+@pytest.mark.parametrize("compiled_first", [True, False])
 def test_a_recording_follows_every_change_of_an_identity(compiled_first: bool) -> None:
     settings = CompileSettings(mode="reduce-overhead", regions="transformer blocks")
 

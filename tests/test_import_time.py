@@ -84,7 +84,7 @@ def load(bytecode: Path, *folders: Path) -> list[tuple[dict, str]]:
 
 
 def test_import_is_quick_and_light(tmp_path: Path):
-    runs = [found for found, _ in load(tmp_path / "bytecode", ROOT, ROOT, ROOT)]
+    runs = [found for found, _ in load(tmp_path / "bytecode", ROOT, ROOT)]
     best = min(run["seconds"] for run in runs)
     assert runs[0]["ids"], "no nodes"
     assert runs[0]["failed"] == {}

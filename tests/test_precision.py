@@ -409,7 +409,7 @@ def lora(scale: float = 0.3) -> dict:
     }
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "int8", "int8_rotated", "fp8_weights"])
+@pytest.mark.parametrize("scheme", ["fp8", "int8", pytest.param("int8_rotated", marks=pytest.mark.long), "fp8_weights"])
 def test_a_lora_before_and_after(scheme):
     case = tiny("z_image")
     patched = case.model.clone()

@@ -61,6 +61,7 @@ def test_pictures_after_a_warm_up_compile_nothing() -> None:
     assert compiler.graphs == 2
 
 
+@pytest.mark.long
 @pytest.mark.comfy
 @pytest.mark.usefixtures("own_graphs")
 def test_attention_is_measured_before_graphs_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:

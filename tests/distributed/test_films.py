@@ -115,6 +115,7 @@ def test_shot_by_shot_is_the_film_in_one_go(film, request_for, headless_host):
     assert again.status.over == 0 and again.films[0].path == outcome.films[0].path
 
 
+@pytest.mark.long
 def test_a_film_goes_on_after_a_shot_that_failed(film, request_for, headless_host, monkeypatch):
     from hotpath.nodes import colorize
 

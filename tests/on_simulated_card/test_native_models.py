@@ -68,7 +68,7 @@ def test_identities_in_a_recorded_model(card: Any, mode: str) -> None:
     assert recorder.recorded == recorder.replayed == 1
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.long), True])
 def test_text_and_identity_take_one_launch(card: Any, masked: bool) -> None:
     from hotpath.patches.bound_attention import OVERRIDE, BoundAttention, TokenStep
 
@@ -117,6 +117,7 @@ def test_what_cannot_be_recorded_is_refused_where_that_is_asked_for(card: Any) -
             assert "was not recorded" in compiler_of(model).report()
 
 
+@pytest.mark.long
 def test_the_adapter_stays_where_there_is_room(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from hotpath.identity import prepared
     from instantid_bench import shallow_bench

@@ -89,7 +89,9 @@ def same(made: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((made - expected).abs().max() <= 1e-2 * expected.abs().max())
 
 
-@pytest.mark.parametrize(("dtype", "linear"), [(torch.float16, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize(
+    ("dtype", "linear"), [(torch.float16, True), pytest.param(torch.bfloat16, False, marks=pytest.mark.long)]
+)
 def test_the_picture_stays(card: Any, dtype: torch.dtype, linear: bool) -> None:
     tiny = bench(dtype, use_linear_in_transformer=linear)
     model = recorded(tiny.model)
@@ -107,7 +109,8 @@ def test_the_picture_stays(card: Any, dtype: torch.dtype, linear: bool) -> None:
         assert all(weight.is_contiguous() for weight in part.parameters(recurse=False))
 
 
-@pytest.mark.parametrize("last", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.long
+@pytest.mark.parametrize("last", [True, False])
 def test_a_block_by_the_kernels_themselves(card: Any, real_kernels: None, last: bool) -> None:
     from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
     from hotpath_demo import tiny_sdxl

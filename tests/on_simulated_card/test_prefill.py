@@ -63,7 +63,7 @@ def test_answers_are_the_plain_paths(card: Any, load_llm: Any, kind: str) -> Non
     assert all(made.graph is not None for made in recordings(model))
 
 
-@pytest.mark.parametrize("room", [20, 1500])
+@pytest.mark.parametrize("room", [20, pytest.param(1500, marks=pytest.mark.long)])
 def test_logits_are_the_librarys(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """Whatever room the cache has for the answer: attention does not read it."""
     from hotpath.vision_language.answering import on
@@ -185,7 +185,7 @@ class TritonError(Exception):
     """As Triton's: no RuntimeError."""
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, TritonError])
+@pytest.mark.parametrize("kind", [pytest.param(RuntimeError, marks=pytest.mark.long), TritonError])
 def test_what_is_too_long_or_cannot_be_recorded_is_the_librarys(
     card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
