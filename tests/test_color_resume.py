@@ -199,7 +199,8 @@ def test_parts_are_shots_and_long_shots_are_split(tmp_path: Path, monkeypatch: p
     assert split[1] == whole[1] and (split[0].float() - whole[0].float()).abs().mean() < 0.6
 
 
-@pytest.mark.parametrize("stop", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("stop", [2, 4])
 def test_resume_begins_with_the_shot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     pytest.importorskip("scenedetect")
     shots_film(tmp_path / "in.mp4")

@@ -259,6 +259,7 @@ def test_calls_beyond_torchs_limit_are_remembered_in_bounded_memory(monkeypatch:
 
 
 @pytest.mark.usefixtures("own_graphs")
+@pytest.mark.long
 def test_static_sizes_have_a_graph_each() -> None:
     bench = tiny("flux")
     model, compiler = compiled(bench.model, dynamic=False)

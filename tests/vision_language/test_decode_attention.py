@@ -48,6 +48,7 @@ print("equal")
 """
 
 
+@pytest.mark.long  # answers on the simulated card go through them, too
 def test_kernel_over_a_filled_cache_is_attention_in_the_interpreter():
     interpret(INTERPRETED, Path(__file__).parents[1], Path(__file__).parent)
 

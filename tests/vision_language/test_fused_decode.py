@@ -69,6 +69,7 @@ print("equal")
 """
 
 
+@pytest.mark.long  # answers on the simulated card go through them, too
 def test_kernels_are_torchs_numbers_in_the_interpreter():
     interpret(INTERPRETED, Path(__file__).parents[1], Path(__file__).parent)
 
