@@ -10,9 +10,8 @@ from .film_options import FilmOptions
 from .frame_budget import colormnet_batch, deep_exemplar_batch
 from .pictures import network_size
 
-CONVERTED_BYTES = (
-    115  # per pixel, the peak of live tensors between chroma at network size and 8 bits, whatever the filter
-)
+# Per pixel, the peak of live tensors between chroma at network size and 8 bits, whatever the filter.
+CONVERTED_BYTES = 115
 STRIDE = 16  # of the features that ColorMNet remembers
 
 

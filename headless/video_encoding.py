@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("hotpath.headless")
 
 ENCODERS = {"h264": "libx264", "av1": "libsvtav1"}
+MUXERS = {"mp4": "mp4", "mkv": "matroska", "webm": "webm"}  # by the name of a container
 SUFFIXES = {"auto": ".mp4", "mp4": ".mp4", "mkv": ".mkv", "webm": ".webm"}
 MAX_RATE_DENOMINATOR = 65535
 # Numbers of ITU-T H.273.
@@ -106,15 +107,18 @@ def write_video(
     crf: float | None = None,
     bit_depth: int = 8,
 ) -> None:
-    """Encode pictures and sound; an odd side gets one more row or column, because the codecs need even ones."""
-    codec, webm = choose_codec(path, codec), is_webm(path)
+    """Encode pictures and sound; an odd side gets one more row or column, because the codecs need even ones.
+
+    format: the container, one of SUFFIXES; auto is what the ending of `path` says.
+    """
+    codec, webm = choose_codec(path, codec, format), is_webm(path, format)
     images, audio = components.images, components.audio
     height, width = images.shape[1:3]
     size = even(width, height, path)
     rate = components.frame_rate.limit_denominator(MAX_RATE_DENOMINATOR)
     sound = None if audio is None else Sound(audio["waveform"].shape[1], int(audio["sample_rate"]), webm)
     heard = iter(()) if audio is None else video_sound.blocks(audio)
-    with written(path, components.metadata, metadata) as out:
+    with written(path, components.metadata, metadata, format) as out:
         writer = FilmWriter(out, size, rate, 1 / rate, codec, crf, bit_depth > 8, sound)
         _tell_colours(writer.pictures.codec_context)
         samples = 0
@@ -131,13 +135,18 @@ def write_video(
 
 
 def reencode_video(
-    source: Path, target: Path, codec: str = "auto", metadata: dict[str, Any] | None = None, crf: float | None = None
+    source: Path,
+    target: Path,
+    codec: str = "auto",
+    metadata: dict[str, Any] | None = None,
+    crf: float | None = None,
+    format: str = "auto",
 ) -> None:
     """Decode and encode picture by picture, upright, each at its time. Raises ValueError for a file without pictures and for
     one whose pictures change their size."""
     import av
 
-    codec, webm = choose_codec(target, codec), is_webm(target)
+    codec, webm = choose_codec(target, codec, format), is_webm(target, format)
     with av.open(str(source)) as container:
         stream, track = video_stream(container, source), video_sound.last_track(container)
         stream.thread_type = "AUTO"
@@ -154,7 +163,7 @@ def reencode_video(
         first, last = 0, -1
         was: tuple[int, int] | None = None
         old = {str(key): str(value) for key, value in container.metadata.items()}
-        with written(target, old, metadata) as out:
+        with written(target, old, metadata, format) as out:
             for frame in decoded(container, *([stream] if sound is None else [stream, track])):
                 if isinstance(frame, av.AudioFrame):
                     assert sound is not None
@@ -189,17 +198,17 @@ def reencode_video(
             writer.finish()
 
 
-def is_webm(path: Path) -> bool:
-    return path.suffix.lower() == ".webm"
+def is_webm(path: Path, format: str = "auto") -> bool:
+    return SUFFIXES[format] == ".webm" if format in MUXERS else path.suffix.lower() == ".webm"
 
 
-def choose_codec(path: Path, codec: str) -> str:
+def choose_codec(path: Path, codec: str, format: str = "auto") -> str:
     """The codec that pictures are encoded with. Raises ValueError for one that the container cannot hold."""
     if codec == "auto":
-        return "av1" if is_webm(path) else "h264"
+        return "av1" if is_webm(path, format) else "h264"
     if codec not in ENCODERS:
         raise ValueError(f"There is no video codec {codec!r} here; choose one of: auto, {', '.join(ENCODERS)}.")
-    if is_webm(path) and codec != "av1":
+    if is_webm(path, format) and codec != "av1":
         raise ValueError("A webm file holds AV1 video; choose the codec av1 or auto.")
     return codec
 
@@ -304,14 +313,15 @@ def _sound_facts(source: Path, track: Any) -> tuple[int, int] | None:
 
 
 @contextmanager
-def written(path: Path, old: dict[str, str] | None, new: dict[str, Any] | None) -> Iterator[Any]:
+def written(path: Path, old: dict[str, str] | None, new: dict[str, Any] | None, format: str = "auto") -> Iterator[Any]:
     """The file, open for writing, with what is said of it; gone again when that is not brought to an end."""
     import av
 
     # MP4 drops keys it does not know, such as "prompt", unless it is told to keep them.
-    options = {"movflags": "use_metadata_tags+faststart"} if path.suffix.lower() in (".mp4", ".mov") else {}
+    ending = SUFFIXES[format] if format in MUXERS else path.suffix.lower()
+    options = {"movflags": "use_metadata_tags+faststart"} if ending in (".mp4", ".mov") else {}
     try:
-        with av.open(str(path), "w", options=options) as out:
+        with av.open(str(path), "w", format=MUXERS.get(format), options=options) as out:
             for key, value in {**(old or {}), **(new or {})}.items():
                 out.metadata[key] = value if isinstance(value, str) else json.dumps(value)
             yield out

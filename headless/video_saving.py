@@ -12,16 +12,15 @@ from typing import Any
 
 from .. import host
 from ..host.errors import first_line
-from .video_encoding import choose_codec, is_webm, reencode_video, written
+from .video_encoding import MUXERS, choose_codec, is_webm, reencode_video, written
 from .video_streams import video_stream
 
 log = logging.getLogger("hotpath.headless")
 
-MUXERS = {"mp4": "mp4", "mkv": "matroska", "webm": "webm"}
 WEBM_CODECS = {"video": ("av1", "vp8", "vp9"), "audio": ("opus", "vorbis"), "subtitle": ("webvtt",)}
 
 
-def copy_video(source: Path, target: Path, metadata: dict[str, Any] | None) -> None:
+def copy_video(source: Path, target: Path, metadata: dict[str, Any] | None, format: str = "auto") -> None:
     """Copy video and sound packets unchanged into a new file, with `metadata` added; subtitles too where the containers are
     of one kind."""
     import av
@@ -31,7 +30,7 @@ def copy_video(source: Path, target: Path, metadata: dict[str, Any] | None) -> N
         if source.suffix.lower() == target.suffix.lower():
             streams += container.streams.subtitles
         old = {str(k): str(v) for k, v in container.metadata.items()}
-        with written(target, old, metadata) as out:
+        with written(target, old, metadata, format) as out:
             copies = {
                 stream.index: out.add_stream_from_template(stream, opaque=True)
                 for stream in streams
@@ -78,17 +77,17 @@ def save_video(
     """Copy a film's packets where that gives what is asked for, else encode it again."""
     import av
 
-    choose_codec(target, codec)
+    choose_codec(target, codec, format)
     reason = why_encoded(source, target, format, codec, crf)
     if reason is None:
         try:
-            copy_video(source, target, metadata)
+            copy_video(source, target, metadata, format)
             log.info("%s: its packets are copied to %s", source.name, target.name)
             return
         except (av.error.FFmpegError, ValueError) as error:
             reason = f"{target.suffix} cannot hold its streams ({first_line(error)})"
     log.info("%s is encoded again for %s: %s", source.name, target.name, reason)
-    reencode_video(source, target, codec, metadata, crf)
+    reencode_video(source, target, codec, metadata, crf, format)
 
 
 def why_encoded(source: Path, target: Path, format: str, codec: str, crf: float | None) -> str | None:
@@ -103,7 +102,7 @@ def why_encoded(source: Path, target: Path, format: str, codec: str, crf: float 
             return f"the codec {codec} is asked for, and it is {found}"
         if format in MUXERS and MUXERS[format] not in container.format.name.split(","):
             return f"the container {format} is asked for, and it is {container.format.name}"
-        if is_webm(target):
+        if is_webm(target, format):
             for stream in container.streams:
                 known = WEBM_CODECS.get(stream.type)
                 if known and stream.codec_context is not None and stream.codec.canonical_name not in known:

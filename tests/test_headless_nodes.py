@@ -185,6 +185,27 @@ def clip(frames: int = 6, height: int = 32, width: int = 48, sound: bool = False
     return VideoComponents(ramp, Fraction(12), audio)
 
 
+def test_the_container_that_is_named_is_written_whatever_the_ending(folders, tmp_path):
+    import av
+
+    def container(path: Path) -> str:
+        with av.open(str(path)) as opened:
+            return opened.format.name
+
+    made, again = tmp_path / "made.video", tmp_path / "again.video"
+    for format, muxer, codec in (("mkv", "matroska", "h264"), ("mp4", "mp4", "h264"), ("webm", "webm", "av1")):
+        VideoFrames(clip()).save_to(made, format=format, metadata={"prompt": {}})
+        assert muxer in container(made).split(",")
+        VideoFile(made).save_to(again, format=format)  # copied
+        assert muxer in container(again).split(",")
+        VideoFile(made).save_to(again, format=format, crf=30.0)  # encoded again
+        with av.open(str(again)) as opened:
+            assert muxer in opened.format.name.split(",")
+            assert opened.streams.video[0].codec.canonical_name == codec
+    with pytest.raises(ValueError, match="webm file holds AV1"):
+        VideoFrames(clip()).save_to(made, format="webm", codec="h264")
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_a_video_comes_back(folders, tmp_path, name):
     VideoFrames(clip(sound=True)).save_to(tmp_path / name, metadata={"prompt": {"1": {}}})
