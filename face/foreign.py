@@ -98,7 +98,8 @@ class ForeignAnalyser:
         try:
             yield
         finally:
-            if size is not None and callable(getattr(self.analysis, "prepare", None)):
+            moved = size is not None and tuple(size) != tuple(getattr(self.analysis, "det_size", None) or ())
+            if moved and callable(getattr(self.analysis, "prepare", None)):
                 self.analysis.prepare(ctx_id=0, det_thresh=threshold, det_size=size)
             for part, name, value in kept:
                 if getattr(part, name, None) is not value:

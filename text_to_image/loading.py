@@ -20,12 +20,13 @@ import torch
 from torch import nn
 
 from .. import host
+from ..attention.capabilities import on_device
 from ..cache import content_key
 from ..host.errors import first_line
 from . import compilation, interruption, precision, stream_attention
 from .adapters import Adapters
 from .folders import COMPONENTS, Checkpoint, UnusableCheckpoint, find
-from .placement import current, memory_of
+from .placement import memory_of
 
 log = logging.getLogger("hotpath.text_to_image")
 
@@ -101,7 +102,7 @@ class Component:
         with (
             self._lock,
             self.managed.resident(extra_bytes) as holder,
-            current(self.managed.device),
+            on_device(self.managed.device),
             torch.inference_mode(),
         ):
             yield holder.network

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from .. import host
+from ..attention.capabilities import on_device
 from ..host.errors import kind_and_line
-from .placement import current
 
 log = logging.getLogger("hotpath.text_to_image")
 
@@ -73,7 +73,7 @@ def refusal(method: str, device: torch.device, dtype: torch.dtype) -> str | None
     # Without weights of its own, which would be drawn from everybody's generator.
     layer = nn.Linear(TRIED, TRIED, bias=False, device="meta")
     try:
-        with torch.inference_mode(False), torch.no_grad(), current(device):
+        with torch.inference_mode(False), torch.no_grad(), on_device(device):
             ones = torch.ones(TRIED, TRIED, dtype=dtype, device=device)
             layer.weight = nn.Parameter(ones, requires_grad=False)
             tried = nn.Sequential(layer)
@@ -110,7 +110,7 @@ def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:
     for block in host.each([block for name in PACKED_LISTS for block in getattr(transformer, name)], plan.method):
         before = next(block.parameters()).device
         block.to(device)
-        with current(device):
+        with on_device(device):
             _pack(block, plan.method)
         block.to(before)
         packed += sum(is_packed(layer, key) for key, layer in block.named_modules())
