@@ -1,15 +1,20 @@
-"""3x3 convolutions, on a CPU with 2.25 times fewer multiplications: Winograd's F(2x2, 3x3) (Lavin and Gray, CVPR 2016,
-section 4.1).
+"""3x3 convolutions, in float32 on a CPU with 2.25 times fewer multiplications: Winograd's F(2x2, 3x3) (Lavin and Gray, CVPR
+2016, section 4.1).
 
 Four outputs in a square are made from sixteen products instead of thirty-six. The products are sixteen matrix products
-over channels, so this pays where layers are wide. Sums are shorter than those of the direct way, and less is rounded.
+over channels, so this pays where layers are wide. With AVX-512 oneDNN's direct convolution is faster than the sixteen
+products with what is added around them; its weights are kept in its own order there.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..products.convolution import PackedConvolution, available, can_pack
 
 # Input channels times output channels from which the products outweigh what is added around them.
 WIDE = 128 * 128
@@ -20,10 +25,11 @@ TILES_BYTES = 4 << 20
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of stride 1. padding: zeros around the picture, as many as `dilation` where it is not given.
 
-    Direct, until `prepare` was called.
+    As torch computes it, until `prepare` was called.
     """
 
     transformed: Tensor | None
+    packs = False  # for the size in use
 
     def __init__(
         self, inputs: int, outputs: int, dilation: int = 1, padding: int | None = None, bias: bool = True
@@ -31,11 +37,14 @@ class Conv3x3(nn.Conv2d):
         padding = dilation if padding is None else padding
         super().__init__(inputs, outputs, 3, padding=padding, dilation=dilation, bias=bias)
         self.register_buffer("transformed", None, persistent=False)
+        self._packed: dict[int, PackedConvolution] = {}  # by the first of its channels
+        self._sizes: dict[int, torch.Size] = {}  # of the call before
 
     def prepare(self) -> None:
-        """Keep the weights transformed too, 16/9 of their size, if this layer is wide."""
+        """Keep a second copy of the weights of a wide layer: transformed, 16/9 of their size, or as oneDNN orders them."""
         if self.in_channels * self.out_channels >= WIDE:
-            self.transformed = transform_weights(self.weight.detach())
+            self.packs = direct_is_faster()
+            self.transformed = None if self.packs else transform_weights(self.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         return self._convolve(x, slice(None), self.bias)
@@ -46,9 +55,38 @@ class Conv3x3(nn.Conv2d):
 
     def _convolve(self, x: Tensor, channels: slice, bias: Tensor | None) -> Tensor:
         padding, dilation = int(self.padding[0]), self.dilation[0]
+        if self.packs and can_pack(x):
+            return self._packed_for(x, channels)(x, bias)
         if self.transformed is None or x.dtype != torch.float32 or torch.compiler.is_compiling():
             return F.conv2d(x, self.weight[:, channels], bias, 1, padding, dilation)
         return winograd(x, self.transformed[:, channels], bias, padding, dilation)
+
+    def _packed_for(self, x: Tensor, channels: slice) -> PackedConvolution:
+        """Kept from the second call of a size in a row on. What is computed does not depend on the calls before."""
+        first = channels.start or 0
+        again, self._sizes[first] = self._sizes.get(first) == x.shape, x.shape
+        packed = self._packed.get(first)
+        if packed is None or packed.size != x.shape:
+            padding = [int(side) for side in self.padding]
+            packed = PackedConvolution(self.weight[:, channels], x.shape, padding, self.stride, self.dilation)
+            if again:
+                self._packed[first] = packed
+        return packed
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.weight.data_ptr()
+        made = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.weight.data_ptr() != before:
+            self._packed.clear()
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": {}}  # what oneDNN ordered cannot be copied
+
+
+def direct_is_faster() -> bool:
+    """Whether oneDNN's direct convolution beats Winograd's products on this CPU."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and available()
 
 
 def prepare_convolutions(network: nn.Module) -> None:

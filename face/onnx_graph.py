@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..products.convolution import can_pack
 from .faces import FaceError
 from .onnx_operators import OLDER_OPERATORS, OPERATORS, Attributes, UnsupportedOperator, scale_shift
-from .packed_convolution import PackedConvolutions, can_pack
+from .packed_convolution import PackedConvolutions
 
 COMPUTES = ("Conv", "Add", "ScaleShift", "Gemm")  # into memory of its own, which is no view of something else
 READS_NUMBERS = ("Clip", "Expand", "Pad", "Resize", "Slice", "Upsample")

@@ -13,13 +13,14 @@ from hotpath.nodes import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 
-BASE = {"attention", "cache", "host"}
+BASE = {"attention", "cache", "host", "products"}
 FEATURES = {"face", "identity", "colorization", "comparison", "vision_language", "text_to_image"}
 # What each part may import of the pack, beside itself. "" is the root's own modules.
 ALLOWED: dict[str, set[str]] = {
     "attention": set(),
     "cache": set(),
     "host": set(),
+    "products": set(),
     **{feature: BASE for feature in FEATURES},
     "patches": BASE | FEATURES,
     "nodes": BASE | FEATURES | {"patches"},

@@ -19,7 +19,7 @@ from hotpath.colorization.colormnet.key_encoder import convolve_enlarged
 from hotpath.colorization.colormnet.network import ColorMNet, ColorMNetWidths
 from hotpath.colorization.colormnet.session import ColorMNetSession
 from hotpath.colorization.colormnet.settings import MODES, ColorMNetSettings
-from hotpath.colorization.winograd import prepare_convolutions
+from hotpath.colorization.networks import laid_out
 from tiny_colorizers import TINY, colormnet_state
 from torch import Tensor
 
@@ -40,9 +40,9 @@ def tiny_state() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def network() -> ColorMNet:
-    """As on a CPU, where wide convolutions have their weights transformed."""
+    """As on a CPU, where weights of wide layers are kept in another order."""
     built = checkpoint.build(filled("colormnet", "a"))
-    prepare_convolutions(built)
+    laid_out(built)
     return built
 
 

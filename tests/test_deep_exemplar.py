@@ -17,7 +17,7 @@ from hotpath.colorization.deep_exemplar.framing import cover_and_crop
 from hotpath.colorization.deep_exemplar.networks import DeepExemplar
 from hotpath.colorization.deep_exemplar.session import DeepExemplarSession
 from hotpath.colorization.deep_exemplar.warp import legal_size
-from hotpath.colorization.winograd import prepare_convolutions
+from hotpath.colorization.networks import laid_out
 from tiny_colorizers import deep_exemplar_parts
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,13 +33,13 @@ def filled(net: str) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def networks() -> DeepExemplar:
-    """As on a CPU, where wide convolutions have their weights transformed."""
+    """As on a CPU, where weights of wide layers are kept in another order."""
     built = DeepExemplar(
         checkpoint.build_vgg(filled("vgg19_conv")),
         checkpoint.build_warp(filled("nonlocal_net")),
         checkpoint.build_color_net(filled("colornet")),
     )
-    prepare_convolutions(built)
+    laid_out(built)
     return built
 
 

@@ -67,7 +67,9 @@ def query_shape(network: Any, rows: int) -> tuple[int, int, int, int]:
 def weight_addresses(network: Any) -> tuple[int, ...]:
     """Where the decoder's weights are now. A CUDA graph reads these addresses, whoever lives there."""
     decoder = text_decoder(network)
-    return tuple(held.data_ptr() for held in (*decoder.parameters(), *decoder.buffers(), network.lm_head.weight))
+    held = (*decoder.parameters(), *decoder.buffers(), network.lm_head.weight)
+    # What oneDNN ordered tells no address, and moves nowhere.
+    return tuple(tensor.data_ptr() if tensor.layout == torch.strided else id(tensor) for tensor in held)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

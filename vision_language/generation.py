@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import host
 from ..host.compiling import inductor, until_nothing_compiles
 from ..host.errors import first_line
-from . import decode_attention, decoding, fused_decode, replayed_prefill
+from . import decode_attention, decoding, fused_decode, projections, replayed_prefill
 from .encoder_outputs import given
 from .interruption import is_stop
 from .loaded_model import LoadedModel, graph_memory
@@ -67,6 +67,11 @@ def choose_path(model: LoadedModel, asked: str, kept: bool = True, rows: int = 1
     """
     if asked not in DECODE_PATHS:
         raise ValueError(f"{asked!r} is no decode path: choose one of {', '.join(DECODE_PATHS)}.")
+    path = _path(model, asked, kept, rows)
+    return replace(path, note=f"{path.note}; products by oneDNN") if projections.has_packed(model.network) else path
+
+
+def _path(model: LoadedModel, asked: str, kept: bool, rows: int) -> DecodePath:
     if asked == "plain":
         return DecodePath("plain", "plain, as asked")
     if reason := decoding.unsupported(model.network):
@@ -74,6 +79,8 @@ def choose_path(model: LoadedModel, asked: str, kept: bool = True, rows: int = 1
     cuda = model.device.type == "cuda"
     if asked == "auto" and model.device.type == "cpu":
         return DecodePath("static", "static cache")
+    if asked == "compiled" and projections.has_packed(model.network):
+        return DecodePath("static", "static cache; not compiled, because oneDNN's products cannot be")
     if asked == "auto" and not cuda:
         return DecodePath("plain", f"plain, because there are no CUDA graphs on {model.device.type}")
     triton = importlib.util.find_spec("triton") is not None

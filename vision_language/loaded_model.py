@@ -22,6 +22,7 @@ from .. import host
 from ..cache import content_key
 from ..host import Managed
 from ..host.capturing import GraphMemory, trim
+from ..products.linear import PackedLinear
 from . import decoding
 from .budgets import TokenPixels
 from .folders import ModelFolder, UnusableModel
@@ -257,6 +258,9 @@ class LoadedModel:
         with self.lock:
             self.drop_device_state()
             if self.quantization in ("none", *PACKED):  # tensors of other libraries do not lend themselves to it
+                for part in self.network.modules():
+                    if isinstance(part, PackedLinear):
+                        part.forget()
                 for tensor in (*self.network.parameters(), *self.network.buffers()):
                     tensor.data = torch.empty(0, dtype=tensor.dtype)
             # For the host's books: what it sends away is next to nothing.

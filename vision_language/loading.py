@@ -147,6 +147,9 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     if packing.method in PACKED:
         count = quantize(decoding.text_decoder(network).layers, packing.method)
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
+    if device.type == "cpu" and stored is None:
+        count = projections.pack_products(network)
+        log.debug("%s: %d matrices ordered for oneDNN", folder.name, count)
     streamed = stream_layers(network, device, options.stream_layers)
     quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
     model = LoadedModel(folder, options, network, [streamed] if streamed else [], quantization, weights, readers)

@@ -3,7 +3,7 @@ one instead of a convolution: the tower's first layer.
 
 Reading one long matrix uses the memory bus better than reading three short ones, and a decode step is nothing but
 reading. The merged matrix is the only copy; the old names stay as views of its rows, so that the library's own forward
-pass, which prefills, still runs on the same weights.
+pass, which prefills, still runs on the same weights. On a CPU each matrix is kept as oneDNN orders it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .. import host
+from ..products.linear import PackedLinear, large_linears
 
 
 class Rows(nn.Module):
@@ -79,6 +82,29 @@ def merge_decoder(layers: nn.ModuleList) -> bool:
         if hasattr(layer, "self_attn") and hasattr(layer, "mlp")
     ]
     return len(done) == len(layers) and all(done)
+
+
+def pack_products(network: Any) -> int:
+    """Keep the large plain linear layers of a network on the CPU as oneDNN orders them, in place; returns how many.
+
+    A head that is also the embedding's matrix becomes a copy, where memory is plenty.
+    """
+    embedding = network.get_input_embeddings().weight
+    plenty = 4 * embedding.nbytes < host.current().free_memory(embedding.device)
+    found = [
+        (owner, name)
+        for owner, name in large_linears(network)
+        if plenty or getattr(owner, name).weight is not embedding
+    ]
+    for owner, name in host.each(found, "weights") if found else ():
+        layer = getattr(owner, name)
+        readers = [child for child in owner.children() if isinstance(child, Rows) and child.merged is layer]
+        replace(owner, name, PackedLinear(layer, [reader.stop - reader.start for reader in readers]))
+    return len(found)
+
+
+def has_packed(network: nn.Module) -> bool:
+    return any(isinstance(part, PackedLinear) for part in network.modules())
 
 
 class PatchProduct(nn.Module):

@@ -1,0 +1,82 @@
+"""Models on the CPU whose matrices are kept as oneDNN orders them: the library's text, one copy of the weights."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hotpath.products import linear as products
+from hotpath.products.linear import PackedLinear
+from hotpath.vision_language import decoding, offloading, projections
+from hotpath.vision_language.asking import Question
+from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.sampling import Sampling
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def every_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "why_not", lambda dtype: "")
+    monkeypatch.setattr(projections, "large_linears", lambda network: products.large_linears(network, 0))
+
+
+def plain_layers(network: nn.Module) -> list[nn.Linear]:
+    return [part for part in network.modules() if type(part) is nn.Linear]
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3"])
+def test_the_text_is_the_librarys(load: Any, ask: Any, reference: Any, pictures: Any, kind: str) -> None:
+    model = load(kind)
+    assert projections.has_packed(model.network) and not plain_layers(model.network)
+    asked = Question("Compare.", "", (pictures.a, pictures.b)) if kind != "qwen3" else Question("Hello")
+    wanted = reference(model, asked)
+    answers = [ask(model, asked, decode=decode) for decode in ("auto", "plain", "compiled", "auto")]
+    assert [made.raw for made in answers] == [wanted] * 4
+    assert "products by oneDNN" in answers[0].report and "not compiled, because oneDNN" in answers[2].report
+    assert ask(model, asked, Sampling(beams=2)).raw == reference(model, asked, num_beams=2)
+
+
+def test_weights_exist_once_and_go_at_once(load: Any, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = load("qwen3_vl")
+    held = offloading.whole_bytes(packed.network)
+    attention = decoding.text_decoder(packed.network).layers[0].self_attn
+    x = torch.randn(1, 3, attention.qkv_proj.in_features)
+    whole = attention.qkv_proj(x)
+    torch.testing.assert_close(torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1), whole)
+    assert isinstance(attention.qkv_proj, PackedLinear)
+    weight = weakref.ref(attention.qkv_proj.weight)
+    del attention
+    MODELS.clear()
+    packed.release()
+    gc.collect()
+    monkeypatch.setattr(products, "why_not", lambda dtype: "slower")
+    with MODELS.borrowed("qwen3_vl", LoadOptions()) as plain:
+        assert not projections.has_packed(plain.network)
+        tied = plain.network.lm_head.weight is plain.network.get_input_embeddings().weight
+        head = plain.network.lm_head.weight.nbytes if tied else 0
+        assert held == offloading.whole_bytes(plain.network) + head
+    packed.discard()
+    assert weight() is None and not any(t.nbytes for t in (*packed.network.parameters(), *packed.network.buffers()))
+
+
+def test_a_shared_head_is_copied_only_where_memory_is_plenty(
+    load: Any, headless_host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headless_host, "free_memory", lambda device: 1000)
+    model = load("qwen3_vl")
+    network = model.network
+    tied = network.lm_head.weight is network.get_input_embeddings().weight
+    assert len(plain_layers(network)) == int(tied)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_what_is_quantised_stays_so(load: Any, ask: Any, quantization: str) -> None:
+    model = load("qwen3_vl", quantization=quantization)
+    inside = decoding.text_decoder(model.network).layers[0].self_attn
+    assert not isinstance(inside.qkv_proj, PackedLinear) and not plain_layers(model.network.model.visual)
+    assert ask(model, Question("x")).tokens
