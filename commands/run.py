@@ -12,7 +12,7 @@ from ..headless.launcher import LaunchError, LaunchOptions, launched
 from ..headless.locate import find_comfyui
 from ..headless.outcome import outcome_of
 from ..headless.server import ServerStopped, run_on_server
-from ..headless.server_answers import ServerError
+from ..headless.server_answers import ServerError, ServerRefused
 from ..headless.server_files import PREVIEWS
 from ..headless.validation import NeedsComfyUI
 from .console import complain, note
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
             comfyui = find_comfyui(options.comfyui)
             assert comfyui is not None
         return _run_in_comfyui(comfyui, graph, options, observer)
-    except (WorkflowError, FileNotFoundError) as error:
+    except (WorkflowError, FileNotFoundError, ServerRefused) as error:
         complain(str(error))
         return REFUSED
     except (ServerError, LaunchError) as error:

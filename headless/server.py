@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from .graph import Graph, Node
 from .outcome import NodeTime, Outcome, OutputFile, is_file_record
-from .server_answers import ServerError, failure, refusal
+from .server_answers import ServerError, ServerRefused, failure, refusal
 from .server_files import ServerFiles
 
 CONNECT_SECONDS = 15.0
@@ -40,14 +40,14 @@ class ServerObserver(Protocol):
 
 
 def server_url(text: str) -> str:
-    """`text` as a base URL. Raises ServerError for anything but http and https."""
+    """`text` as a base URL. Raises ServerRefused for anything but http and https."""
     url = urlsplit(text if "://" in text else f"http://{text}")
     try:
         right = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
     except ValueError:  # a port that is no number
         right = False
     if not right:
-        raise ServerError(f"{text!r} is not the address of a server; give one such as http://127.0.0.1:8188.")
+        raise ServerRefused(f"{text!r} is not the address of a server; give one such as http://127.0.0.1:8188.")
     return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
 
 
@@ -172,12 +172,12 @@ class ServerRun:
             except json.JSONDecodeError:
                 raise ServerError(f"{self.url} answered {response.status}; is it a ComfyUI?") from None
             if response.status != 200 or answer.get("error"):
-                raise ServerError(refusal(answer, self.graph))
+                raise ServerRefused(refusal(answer, self.graph))
             self.prompt_id, self.heard = answer["prompt_id"], time.monotonic()
             if answer.get("node_errors"):
                 # ComfyUI runs the outputs that are right and drops the others; the person asked for all of them.
                 await self._interrupt()
-                raise ServerError(refusal(answer, self.graph))
+                raise ServerRefused(refusal(answer, self.graph))
 
     async def _listen(self, socket: Any) -> bool:
         """Hear how the run goes on; True when it is over, False when the connection was lost. Raises ServerError.

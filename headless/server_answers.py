@@ -14,6 +14,10 @@ class ServerError(RuntimeError):
     """The server could not be reached, refused the workflow, or failed in it; the message names node and input."""
 
 
+class ServerRefused(ServerError):
+    """Nothing was run: the address is none, or the server did not take the workflow."""
+
+
 def refusal(answer: Mapping[str, Any], graph: Graph) -> str:
     """Why the server did not take the prompt, one line per node and input."""
     error = answer.get("error") or {}

@@ -160,7 +160,7 @@ def test_a_server_that_does_not_answer(place, capsys):
 
 @pytest.mark.parametrize("url", ["ftp://x", "file:///etc/passwd", "http://"])
 def test_addresses_that_are_no_server(place, capsys, url):
-    assert run("run", "copy.json", "--server", url) == 1
+    assert run("run", "copy.json", "--server", url) == 2, "nothing was run"
     assert "not the address of a server" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ from hotpath.headless import launcher, server
 from hotpath.headless.graph import Graph
 from hotpath.headless.launcher import LaunchError, LaunchOptions, free_port, launched, link
 from hotpath.headless.server import ServerRun, ServerStopped, run_on_server, server_url
-from hotpath.headless.server_answers import ServerError, failure, refusal
+from hotpath.headless.server_answers import ServerError, ServerRefused, failure, refusal
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -349,13 +349,13 @@ NODE_ERRORS = {"1": {"class_type": "LoadImage", "errors": [REASON], "dependent_o
 
 def test_a_refusal_names_node_and_input(stand_in, tmp_path):
     stand_in.behaviour["refuse"] = {"error": {"message": "failed validation"}, "node_errors": NODE_ERRORS}
-    with pytest.raises(ServerError, match=r"LoadImage \(#1\), input 'image': Value not in list"):
+    with pytest.raises(ServerRefused, match=r"LoadImage \(#1\), input 'image': Value not in list"):
         run_on_server(stand_in.url, Graph.parse(COPY), tmp_path)
 
 
 def test_half_a_workflow_is_not_run(stand_in, tmp_path):
     stand_in.behaviour.update(node_errors=NODE_ERRORS, wait=True)
-    with pytest.raises(ServerError, match="input 'image'"):
+    with pytest.raises(ServerRefused, match="input 'image'"):
         run_on_server(stand_in.url, Graph.parse(COPY), tmp_path)
     assert ("queue", {"delete": ["p"]}) in stand_in.posted and ("interrupt", {"prompt_id": "p"}) in stand_in.posted
 
