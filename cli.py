@@ -99,9 +99,19 @@ def _add_colorize(commands: Commands) -> None:
         "was. ColorMNet's weights are for non-commercial use only.",
     )
     colorize.add_argument("video", type=Path, help="the film")
-    colorize.add_argument("-r", "--reference", type=Path, action="append", required=True, metavar="PICTURE")
+    colorize.add_argument(
+        "-r",
+        "--reference",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="PICTURE",
+        help="a picture in the colours you want (may be repeated)",
+    )
     colorize.add_argument("-o", "--output", type=Path, required=True, help="the coloured film, such as out.mp4")
-    colorize.add_argument("--method", choices=("colormnet", "deep-exemplar"), default="colormnet")
+    colorize.add_argument(
+        "--method", choices=("colormnet", "deep-exemplar"), default="colormnet", help="default: colormnet"
+    )
     colorize.add_argument(
         "--reference-frames", default="", metavar="N,...", help="the film's frame each reference is, - for an example"
     )
@@ -122,7 +132,9 @@ def _add_colorize(commands: Commands) -> None:
         action="store_false",
         help="Deep Exemplar: frames do not see the colours of the one before",
     )
-    colorize.add_argument("--quality", type=int, default=16, help="x264's rate factor (default 16), lower is better")
+    colorize.add_argument(
+        "--quality", type=int, default=16, help="x264's rate factor, 0 to 51 (default 16); lower is better"
+    )
     colorize.add_argument("--precision", choices=("automatic", "float32", "float16", "bfloat16"), default="automatic")
     colorize.add_argument(
         "--checkpoint", default="automatic", metavar="NAME", help="ColorMNet's file in the folder models/colormnet"
@@ -194,8 +206,9 @@ def _add_caption(commands: Commands) -> None:
     )
     caption.add_argument(
         "--prompt",
-        default="🖼️ Detailed Description",
-        help="what to ask, or the name of a preset (default: that for a detailed description)",
+        default="Detailed Description",
+        help="what to ask, or a preset: Tags, Simple Description, Detailed Description (the default), Ultra Detailed "
+        "Description, Cinematic Description or Detailed Analysis",
     )
     caption.add_argument("--system", default="", help="how the model should behave")
     caption.add_argument("--format", choices=("txt", "jsonl", "both"), default="txt", help="what is written")
@@ -203,8 +216,8 @@ def _add_caption(commands: Commands) -> None:
     caption.add_argument("--pattern", default="", help="only file names that fit, such as 'portrait_*'")
     caption.add_argument("--recursive", action="store_true", help="also the folders in the folder")
     caption.add_argument("--overwrite", action="store_true", help="also pictures that have a caption")
-    caption.add_argument("--before", default="", help="written before every caption, such as a trigger word")
-    caption.add_argument("--after", default="", help="written after every caption")
+    caption.add_argument("--before", default="", help="written before every caption as it stands, such as 'ohwx, '")
+    caption.add_argument("--after", default="", help="written after every caption as it stands")
     caption.add_argument("--batch-size", type=int, default=8, help="pictures at a time")
     budgets = ("fast", "balanced", "high", "ultra", "native")
     caption.add_argument("--token-budget", choices=budgets, default="balanced", help="visual tokens a picture may cost")

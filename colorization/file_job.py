@@ -59,6 +59,8 @@ class FileJob:
     resume: bool = True
 
     def __post_init__(self) -> None:
+        if self.codec == "libx264" and not 0 <= self.quality <= 51:
+            raise ValueError(f"quality is x264's rate factor, from 0 to 51, not {self.quality}.")
         if self.output.resolve() == self.source.resolve() or (self.output.exists() and _same_file(self)):
             raise ValueError(f"{self.output.name} is the film itself, which would be lost: choose another output name.")
 

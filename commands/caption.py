@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 def _caption(options: argparse.Namespace) -> int:
     job = CaptionJob(
         options.folder,
-        presets.DESCRIPTIONS.get(options.prompt, options.prompt),
+        presets.described(options.prompt),
         options.system,
         options.format,
         options.recursive,

@@ -71,6 +71,12 @@ def test_the_film_itself_is_never_written_over(tmp_path: Path) -> None:
             file_job.FileJob(tmp_path / "in.mp4", tmp_path / name, FilmOptions())
 
 
+@pytest.mark.parametrize("quality", [-1, 52])
+def test_a_quality_that_x264_does_not_know_is_refused(tmp_path: Path, quality: int) -> None:
+    with pytest.raises(ValueError, match=f"from 0 to 51, not {quality}"):
+        file_job.FileJob(tmp_path / "in.mp4", tmp_path / "out.mp4", FilmOptions(), quality=quality)
+
+
 @pytest.mark.parametrize("ending", [".webm", ".avi", ".mpg", ".gif", ".xyz", ""])
 def test_a_container_that_cannot_hold_the_film_is_refused_before_it_is_coloured(
     tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch

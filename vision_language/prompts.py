@@ -83,7 +83,9 @@ def render(model: LoadedModel, question: Question) -> str:
     else:
         messages.append({"role": "user", "content": text})
     writer = model.processor if seeing and getattr(model.processor, "chat_template", None) else model.tokenizer
-    extra = {} if question.thinking is None else {"enable_thinking": question.thinking}
+    # Of a switch that the template does not read, the library warns at every picture.
+    switched = question.thinking is not None and "enable_thinking" in str(getattr(writer, "chat_template", None))
+    extra = {"enable_thinking": question.thinking} if switched else {}
     written = str(writer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **extra))
     if question.thinking is False and written.rstrip().endswith("<think>"):
         # A model that always thinks: its thoughts are closed before they begin.

@@ -452,6 +452,19 @@ def test_a_thinking_model_is_kept_from_thinking_or_told_to_be_short(captioner, d
     assert asked[1].endswith("</think>\n\n")
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_only_a_template_that_reads_the_switch_is_told_whether_to_think(captioner, monkeypatch, reads):
+    from hotpath.vision_language.prompts import Question, render
+
+    processor, told = captioner.processor, []
+    if reads:
+        monkeypatch.setattr(processor, "chat_template", processor.chat_template + "{{ enable_thinking }}")
+    real = processor.apply_chat_template
+    monkeypatch.setattr(processor, "apply_chat_template", lambda *a, **k: told.append(k) or real(*a, **k))
+    written = render(captioner, Question("Say it.", thinking=False))
+    assert ("enable_thinking" in told[0]) == reads == written.endswith("False")
+
+
 def test_one_caption_that_cannot_be_written_stops_no_other(captioner, drawings, tmp_path, monkeypatch):
     folder = next(iter(drawings)).parent
     (folder / "p1.txt").mkdir()

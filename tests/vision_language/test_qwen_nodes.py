@@ -171,6 +171,15 @@ def test_every_preset_has_words_of_its_own():
         assert len(set(words.values())) == len(words) and all(len(text) > 20 for text in words.values())
 
 
+def test_presets_are_found_by_the_names_that_the_command_line_lists():
+    from hotpath.cli import parser
+
+    default = parser().parse_args(["caption", "."]).prompt
+    assert presets.described(default) == presets.DESCRIPTIONS[presets.DEFAULT_DESCRIPTION]
+    assert presets.described("tags") == presets.described("🖼️ Tags") == presets.DESCRIPTIONS["🖼️ Tags"]
+    assert presets.described("What is this?") == "What is this?"
+
+
 class TestOwnNodes:
     @pytest.fixture
     def model(self, llm):
