@@ -189,7 +189,8 @@ def _colormnet_path(name: str) -> Path:
         return here.model_path(checkpoint.FOLDER, files[0])
     raise host.ModelNotFound(
         f"No ColorMNet checkpoint was found. Download {checkpoint.FILE}.pth from {checkpoint.SOURCE} into "
-        f"{here.model_folders(checkpoint.FOLDER)[0]} and press R. {COLORMNET_LICENCE}"
+        f"{here.model_folders(checkpoint.FOLDER)[0]} and press R; the panel Hotpath in the sidebar, or `hotpath models "
+        f"download colormnet`, does it for you. {COLORMNET_LICENCE}"
     )
 
 
@@ -213,7 +214,8 @@ def deep_exemplar_paths() -> dict[str, Path]:
     if missing:
         raise host.ModelNotFound(
             f"Deep Exemplar needs {', '.join(missing)} in {here.model_folders(checkpoint.FOLDER)[0]}. They are in "
-            f"colorization_checkpoint.zip at {checkpoint.SOURCE}; unpack it, move the files there and press R."
+            f"colorization_checkpoint.zip at {checkpoint.SOURCE}; unpack it, move the files there and press R; the panel "
+            "Hotpath in the sidebar, or `hotpath models download deep-exemplar`, does it for you."
         )
     return found
 

@@ -193,10 +193,11 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
 
 
 def select(names: list[str]) -> list[KnownModel]:
-    """Models by name or family, each once. Raises KeyError with a sentence for a name nobody knows."""
+    """Models by name or family, in any case and with - or _, each once. Raises KeyError with a sentence for a name nobody
+    knows."""
     found: dict[str, KnownModel] = {}
     for name in names:
-        matching = [m for m in KNOWN_MODELS if name.lower() in (m.name.lower(), m.family.lower())]
+        matching = [m for m in KNOWN_MODELS if _plain(name) in (_plain(m.name), _plain(m.family))]
         if not matching:
             families = ", ".join(dict.fromkeys(m.family for m in KNOWN_MODELS))
             raise KeyError(
@@ -204,3 +205,7 @@ def select(names: list[str]) -> list[KnownModel]:
             )
         found.update({m.name: m for m in matching})
     return list(found.values())
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")

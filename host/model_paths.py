@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .interface import ModelNotFound
+from .known_models import KNOWN_MODELS
 
 
 def list_files(folders: Iterable[Path], suffixes: Sequence[str]) -> list[str]:
@@ -56,7 +57,8 @@ def find_file(kind: str, folders: Sequence[Path], name: str) -> Path:
         if candidate.is_file():
             return candidate
     looked = ", ".join(str(f) for f in folders)
+    known = kind in {model.kind for model in KNOWN_MODELS}
+    source = "; the panel Hotpath in the sidebar, or `hotpath models`, says where each file comes from" if known else ""
     raise ModelNotFound(
-        f"The {kind} model {name!r} was not found. Looked in: {looked}. Put the file there and press R to refresh; "
-        "the panel Hotpath in the sidebar, or `hotpath models`, says where each file comes from."
+        f"The {kind} model {name!r} was not found. Looked in: {looked}. Put the file there and press R to refresh{source}."
     )

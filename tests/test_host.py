@@ -128,6 +128,9 @@ def test_a_missing_file_names_the_folders_that_were_searched(name: str, either_h
         either_host.model_path(KIND, name)
     assert str(tmp_path / "models" / KIND) in str(caught.value)
     assert isinstance(caught.value, FileNotFoundError)
+    assert "hotpath models" not in str(caught.value), "which knows no file of this kind"
+    with pytest.raises(ModelNotFound, match="`hotpath models`, says where each file comes from"):
+        either_host.model_path("instantid", name)
 
 
 def test_files_are_listed_with_forward_slashes_sorted_and_by_suffix(either_host: Host, tmp_path: Path) -> None:

@@ -508,6 +508,7 @@ def test_the_table_is_sound(tmp_path):
 def test_selection_by_name_and_family():
     assert [m.name for m in select(["INSTANTID"])] == ["instantid-adapter", "instantid-controlnet"]
     assert [m.name for m in select(["colormnet", "colormnet"])] == ["colormnet"]
+    assert select(["deep-exemplar"]) == select(["deep_exemplar"]) and len(select(["deep-exemplar"])) == 3
     with pytest.raises(KeyError, match="no model called 'x'"):
         select(["x"])
 
