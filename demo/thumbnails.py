@@ -21,6 +21,7 @@ from .workflow_pictures import given, sampled
 
 FOLDER = Path(__file__).resolve().parent.parent / "example_workflows"
 SIDE, GAP = 400, 6
+METHOD = "Deep Exemplar"  # of the example workflows that colour films
 Cells = Sequence[Image.Image]
 
 
@@ -78,14 +79,14 @@ def crop() -> Image.Image:
     return shown(made.cut_face()[1], 400)
 
 
-def film_frames() -> tuple[Image.Image, Image.Image]:
-    grey, frames, *_ = made.coloured_film()
+def film_frames(method: str = METHOD) -> tuple[Image.Image, Image.Image]:
+    grey, frames, *_ = made.coloured_film(method)
     return shown(grey[8:9], 400), shown(frames[8:9], 400)
 
 
 def colorize_both() -> Image.Image:
-    grey, coloured = film_frames()
-    return tiles(grey, coloured, grey, coloured)
+    """A row for each method."""
+    return tiles(*film_frames(METHOD), *film_frames("ColorMNet"))
 
 
 def references() -> Image.Image:
@@ -94,7 +95,7 @@ def references() -> Image.Image:
 
 
 def strip_of_film() -> Image.Image:
-    grey, frames, *_ = made.coloured_film()
+    grey, frames, *_ = made.coloured_film(METHOD)
     return tiles(*(shown(f[i : i + 1], 300) for f, i in ((grey, 0), (grey, 15), (frames, 0), (frames, 15))))
 
 
