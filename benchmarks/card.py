@@ -190,7 +190,7 @@ def short(command: Sequence[str], work: Path) -> str:
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call; nothing runs longer")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of card.json, card.md, card.log")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of card.json, card.md, card.log")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages, in the plan's order")
     parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE")
     parser.add_argument(
@@ -210,7 +210,10 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
         help="small sizes on a card that tests/support simulates: no figure means anything",
     )
     parser.add_argument("--list", action="store_true", help="say which stages there are, and end")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.out is None and not options.list:
+        parser.error("--out DIR says where the results go")
+    return options
 
 
 def has_cuda() -> bool:

@@ -37,6 +37,16 @@ class Script(Stage):
         return [sys.executable, "-c", self.tiny[0], str(work / f"{self.name}.json")]
 
 
+def test_stages_are_listed_without_a_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["card.py", "--list"])
+    assert card.main([stage("good", WRITES)]) == 0 and "good" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["card.py"])
+    with pytest.raises(SystemExit):
+        card.main([stage("good", WRITES)])
+
+
 def stage(name: str, code: str, needs: tuple[str, ...] = ()) -> Stage:
     return Script(name, name.title(), (), (code,), 100, needs=needs)
 
