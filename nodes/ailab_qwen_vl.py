@@ -53,7 +53,10 @@ KEEP = (
 )
 COMPILE = (
     "BOOLEAN",
-    {"default": False, "tooltip": "Compile the decode step on any device. On NVIDIA devices that is done anyway."},
+    {
+        "default": False,
+        "tooltip": "Compile the decode step, also on a CPU. Off: what is fastest here; the report says which.",
+    },
 )
 BUDGET = (
     [AS_BEFORE, *PRESETS],

@@ -100,7 +100,7 @@ class HotpathWarmup:
     DISPLAY_NAME = "Warm Up"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Runs two steps of the model at each size before the first picture, so that compiling, recording and choosing "
+        "Runs a few steps of the model at each size before the first picture, so that compiling, recording and choosing "
         "kernels is over by then. Connect the conditioning of the pictures to warm up exactly what they will run."
     )
     SEARCH_ALIASES = ["torch.compile", "first picture slow", "precompile", "warmup"]

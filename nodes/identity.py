@@ -35,7 +35,7 @@ class HotpathIdentity:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "A person as an identity that travels without the photo: from pictures, from faces found before, and from other "
-        "identities of the same person, which are averaged."
+        "identities of the same person, all of which it keeps."
     )
     SEARCH_ALIASES = ["face embedding", "faceid", "embeds", "person"]
     RETURN_TYPES = (IDENTITY, "STRING")

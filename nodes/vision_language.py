@@ -310,8 +310,12 @@ class HotpathCaptionFolder:
                 "batch_size": ("INT", {"default": 8, "min": 1, "max": 256, "tooltip": "Pictures at a time."}),
                 "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Off: pictures with a caption are skipped."}),
                 "recursive": ("BOOLEAN", {"default": False, "tooltip": "Also the folders in the folder."}),
-                "before": ("STRING", {"default": "", "tooltip": "Written before every caption: a trigger word."}),
-                "after": ("STRING", {"default": "", "tooltip": "Written after every caption."}),
+                "before": (
+                    "STRING",
+                    {"default": "", "tooltip": "Written before every caption as it stands: a trigger word, a comma and a "
+                     "space."},
+                ),
+                "after": ("STRING", {"default": "", "tooltip": "Written after every caption as it stands."}),
                 "token_budget": BUDGET,
                 "max_new_tokens": ("INT", {"default": 256, "min": 1, "max": 32768, "tooltip": "The longest caption."}),
                 "temperature": (
