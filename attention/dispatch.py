@@ -379,7 +379,7 @@ def attend(
     All of one floating dtype and on one device; none is changed. mask: broadcasts to [B, H, N, M], True where a key
     takes part, or added to the logits. scale: D ** -0.5 by default. exact: no lossy backend for this call.
     Returns [B, H, N, D'] or [B, N, H, D'], in q's dtype.
-    Raises AttentionUnavailable under a strict policy.
+    Raises AttentionUnavailable under a strict policy, ValueError for another layout.
     """
     if layout not in (HND, NHD):
         raise ValueError(f"{layout!r} is no attention layout; there are {HND} and {NHD}.")

@@ -6,6 +6,7 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -113,6 +114,17 @@ def test_the_readme_names_every_node():
     assert not missing, f"README.md does not name {missing}"
     named = set(re.findall(r"`(Hotpath[A-Za-z]+)`", text))
     assert named <= NODE_CLASS_MAPPINGS.keys(), named - NODE_CLASS_MAPPINGS.keys()
+
+
+def test_the_guides_call_of_a_class_runs(headless_host):
+    (block,) = [
+        b
+        for b in re.findall(r"^```python\n(.*?)^```", (DOCS / "api.md").read_text("utf-8"), re.M | re.S)
+        if "FUNCTION" in b
+    ]
+    found: dict[str, Any] = {}
+    exec(block.replace("host.use(", "(lambda _: None)("), found)
+    assert found["outputs"][0].shape == (1, 96, 128, 3)
 
 
 FIGURE = re.compile(r"\b\d+(?:\.\d+)? ?(?:ms|fps|x faster|% (?:less|more|faster|slower))\b|\b\d+(?:\.\d+)?x\b")

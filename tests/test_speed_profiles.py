@@ -58,6 +58,14 @@ def test_the_example_shows_every_key_and_the_built_in_profiles() -> None:
 
     shown = yaml.safe_load(EXAMPLE.read_text())["everything explained"]
     assert {part: set(keys) for part, keys in shown.items()} == {part: set(keys) for part, (_, keys) in PARTS.items()}
+    from hotpath.colorization.networks import _CACHE_BYTES
+    from hotpath.face.remembering import RESULTS_LIMIT
+    from hotpath.identity.prepared import CACHE_BYTES
+    from hotpath.text_to_image.prompts import MEMORY_LIMIT
+    from hotpath.vision_language.embeddings import MEMORY_LIMIT as EMBEDDINGS
+
+    usual = (MEMORY_LIMIT, EMBEDDINGS, CACHE_BYTES, RESULTS_LIMIT, _CACHE_BYTES)
+    assert [shown["caches"][key] * MIB for key in CACHE_NAMES] == list(usual), "as if the part were not there"
 
 
 def test_every_key_belongs_to_a_field() -> None:
