@@ -45,10 +45,11 @@ def accepts(widget: Mapping[str, Any], value: Any) -> bool:
     return "options" not in widget or value in widget["options"]
 
 
-def named(layout: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> dict[str, Any] | None:
+def named(layout: Sequence[Mapping[str, Any]], values: Sequence[Any], forked: bool = False) -> dict[str, Any] | None:
     """The values by widget name when `layout` explains every one of them, else None.
 
-    A value after the seed may be the browser's own (fixed, randomize, ...). Widgets at the end may be missing.
+    A value after the seed may be the browser's own (fixed, randomize, ...). Widgets at the end may be missing. forked: the
+    last values need no explanation, where they stand in place of this pack's own inputs.
     """
     found: dict[str, Any] = {}
     rest = list(values)
@@ -56,18 +57,19 @@ def named(layout: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> dict[st
         if not rest:
             return found if all(w.get("optional") for w in layout[index:]) else None
         if not accepts(widget, rest[0]):
-            return None
+            return found if forked and widget.get("optional") else None
         found[widget["name"]] = rest.pop(0)
         if widget["name"] == "seed" and rest and rest[0] in CONTROLS:
             found[CONTROL] = rest.pop(0)
-    return None if rest else found
+    return None if rest and not forked else found
 
 
 def widget_values(node_id: str, values: Sequence[Any]) -> dict[str, Any] | None:
     """Inputs by their present names for the saved `widgets_values` of a node; None when no known layout fits."""
-    for layout in table()["layouts"].get(node_id, []):
-        if (found := named(layout, values)) is not None:
-            return present(node_id, found)
+    for forked in (False, True):
+        for layout in table()["layouts"].get(node_id, []):
+            if (found := named(layout, values, forked)) is not None:
+                return present(node_id, found)
     return None
 
 

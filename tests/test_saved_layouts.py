@@ -123,4 +123,4 @@ def test_the_browsers_half_agrees(tmp_path):
         browser = {w["name"]: v for w, v in zip(shown, change["values"], strict=True) if v != "as it was"}
         browser.pop(saved_layouts.CONTROL, None)
         assert browser == python
-        assert len(change["notes"]) == notes and all(note.startswith("The ") for note in change["notes"])
+        assert len(change["notes"]) == notes and all(note.startswith("Th") for note in change["notes"])

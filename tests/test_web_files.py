@@ -154,6 +154,7 @@ def said_by_the_front_end():
     found = {text for path in SCRIPTS for match in SAID.findall(path.read_text("utf-8")) for text in match if text}
     panel = (WEB / "hotpath_panel.js").read_text("utf-8")
     found.add(re.search(r'TOOLTIP = "(.+)"', panel).group(1))
+    found.add(re.search(r'FORKED =\s+"(.+)"', (WEB / "saved_layouts.js").read_text("utf-8")).group(1))
     families = re.search(r"FAMILIES = \{(.*?)\}", panel, re.DOTALL).group(1)
     found |= set(re.findall(r': "(.+?)"', families)) | set(downloads.UNFINISHED)
     found |= {text for model in KNOWN_MODELS for text in (model.about, model.licence)}

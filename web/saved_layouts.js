@@ -6,6 +6,8 @@ import { app } from "../../scripts/app.js";
 const TABLES = ["qwen_vl", "colorization"];
 const CONTROL = "control_after_generate";
 const CONTROLS = ["fixed", "increment", "decrement", "randomize"];
+const FORKED =
+  "This graph comes from a version of this node with more inputs than it has here; the values of those are left out.";
 
 function accepts(widget, value) {
   if (widget.type === "BOOLEAN") return typeof value === "boolean";
@@ -14,18 +16,19 @@ function accepts(widget, value) {
   return widget.options === undefined || widget.options.includes(value);
 }
 
-// The values by widget name when `layout` explains every one of them, else null.
-export function named(layout, values) {
+// The values by widget name when `layout` explains every one of them, else null. forked: or all but the last ones, which
+// stand where this pack's own inputs do.
+export function named(layout, values, forked = false) {
   const found = {};
   const rest = [...values];
   for (let index = 0; index < layout.length; index++) {
     const widget = layout[index];
     if (rest.length === 0) return layout.slice(index).every((w) => w.optional) ? found : null;
-    if (!accepts(widget, rest[0])) return null;
+    if (!accepts(widget, rest[0])) return forked && widget.optional ? found : null;
     found[widget.name] = rest.shift();
     if (widget.name === "seed" && CONTROLS.includes(rest[0])) found[CONTROL] = rest.shift();
   }
-  return rest.length === 0 ? found : null;
+  return rest.length === 0 || forked ? found : null;
 }
 
 // Values under their present names, with the words of older choices translated.
@@ -45,13 +48,16 @@ export function present(table, type, found) {
 export function migrated(table, type, values, widgets) {
   const layouts = table.layouts[type];
   if (layouts === undefined || !Array.isArray(values)) return null;
-  const index = layouts.findIndex((layout) => named(layout, values) !== null);
-  if (index <= 0) return null;
-  const found = named(layouts[index], values);
+  const fits = (forked) => layouts.map((layout) => named(layout, values, forked)).find((one) => one !== null);
+  if (named(layouts[0], values) !== null) return null;
+  const known = fits(false);
+  const found = known ?? fits(true);
+  if (found === undefined) return null;
   const inputs = present(table, type, found);
   const notes = Object.entries(table.notes[type] ?? {})
     .filter(([name, [harmless]]) => name in found && found[name] !== harmless)
     .map(([, [, note]]) => note);
+  if (known === undefined && values.slice(Object.keys(found).length).some(Boolean)) notes.push(FORKED);
   return { values: widgets.map((widget) => (widget.name in inputs ? inputs[widget.name] : widget.value)), notes };
 }
 

@@ -63,4 +63,34 @@ SAVED: list[tuple[str, list[Any], dict[str, Any], int]] = [
         {"preset_prompt": "Describe.", "temperature": 0.6, "frame_count": 16, "device": "auto", "seed": 1},
         0,
     ),
+    (
+        "Qwen2.5VL",  # December 2025, for twelve days
+        ["Be brief.", "What?", "Qwen3-VL-4B-Instruct", "none", "sdpa", True, False, True, 0.7, 0.9, 50, 0, 1, 640, 7, "fixed", ""],
+        {"attention_mode": "sdpa", "keep_model_loaded": True, "top_k": 50, "max_new_tokens": 640, "seed": 7},
+        0,
+    ),
+    (
+        "QwenVL",  # and for a day each
+        ["Be brief.", "What?", "Qwen3-VL-4B-Instruct", "8bit", True, False, 0.7, 640, 7, "fixed", "film.mp4"],
+        {"text": "What?", "keep_model_loaded": True, "max_new_tokens": 640, "seed": 7, "video_path": "film.mp4"},
+        0,
+    ),
+    (
+        "Qwen",
+        ["Be brief.", "What?", "Qwen3-4B-Instruct-2507", "none", False, True, 0.7, 640, 1.1, 7, "fixed"],
+        {"prompt": "What?", "bypass": True, "repetition_penalty": 1.1, "seed": 7},
+        0,
+    ),
+    (
+        "AILab_QwenVL_Advanced",  # QwenVL-Mod: without quantization, and one more at the end
+        ["mine", "auto", False, "cpu", "Describe.", "", 2048, 0.6, 0.9, 1, 1.2, 16, False, 9, "randomize", False],
+        {"attention_mode": "auto", "device": "cpu", "max_tokens": 2048, "keep_model_loaded": False, "seed": 9},
+        0,
+    ),
+    (
+        "AILab_QwenVL",  # one more at the end, where token_budget is here
+        ["mine", "None (FP16)", "sdpa", "Describe.", "", 512, True, 1, "fixed", True],
+        {"quantization": "None (FP16)", "attention_mode": "sdpa", "seed": 1},
+        1,
+    ),
 ]

@@ -372,8 +372,11 @@ class TestMigration:
             "1": {"class_type": "AILab_QwenVL_Advanced", "inputs": {"image": ["2", 0], "video_frame_size": "auto"}}
         }
         assert migration.migrate_prompt(other)["1"]["inputs"] == {
-            "image": ["2", 0], "attention_mode": "auto", "use_torch_compile": False
+            "image": ["2", 0], "quantization": "None (FP16)", "attention_mode": "auto", "use_torch_compile": False
         }  # fmt: skip
+        forked = {"1": {"class_type": "AILab_QwenVL", "inputs": {"quantization": "8-bit (Balanced)", "image2": ["2", 0]}}}
+        found = migration.migrate_prompt(forked)["1"]["inputs"]
+        assert found["video"] == ["2", 0] and found["quantization"] == "8-bit (Balanced)"
         both = {"1": {"class_type": "QwenVL", "inputs": {"image": ["2", 0], "image1": ["3", 0]}}}
         assert migration.migrate_prompt(both)["1"]["inputs"] == both["1"]["inputs"]
 
