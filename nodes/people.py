@@ -34,6 +34,9 @@ from .sockets import (
 CATEGORY = "Hotpath/InstantID"
 PEOPLE = 4
 
+# In the order of the outputs: a bypassed node passes the input in an output's own place, else the first one of its type, which
+# would be the prompt for the negative output, too.
+BYPASSED = {"model": MODEL, "positive": POSITIVE, "negative": NEGATIVE}
 SETTINGS: dict[str, Any] = {
     "cn_strength": number(0.8, 0.0, 10.0, "Strength of IdentityNet: pose and shape of the face. 0 leaves it out."),
     "start_at": START_AT,
@@ -107,11 +110,9 @@ class HotpathInstantID:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
+                **BYPASSED,
                 "instantid": INSTANTID,
                 "identity": PERSON,
-                "model": MODEL,
-                "positive": POSITIVE,
-                "negative": NEGATIVE,
                 "weight": number(0.8, -1.0, 5.0, "Strength in attention: likeness."),
                 **SETTINGS,
             },
@@ -197,11 +198,9 @@ class HotpathIdentities:
             people[f"weight_{n}"] = number(0.8, -1.0, 5.0, f"Strength of person {n} in attention.")
         return {
             "required": {
+                **BYPASSED,
                 "instantid": INSTANTID,
                 "identity_1": (IDENTITY, {"tooltip": "Person 1."}),
-                "model": MODEL,
-                "positive": POSITIVE,
-                "negative": NEGATIVE,
                 **{k: v for k, v in SETTINGS.items() if k != "face_tokens_for"},
             },
             "optional": {
