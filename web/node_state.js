@@ -218,9 +218,18 @@ function* everyNode(graph, path = "") {
   }
 }
 
+// The front end's listener knows only the nodes of the graph that is open: those of a subgraph get their texts when it is.
+function showAll() {
+  for (const [id, node] of everyNode(app.rootGraph ?? app.graph)) {
+    if (isOurs(node) && node.hotpathState) showText(id, node);
+  }
+}
+
 app.registerExtension({
   name: "Hotpath.NodeState",
   setup() {
+    // Later than the front end itself, which then asks which subgraph is open.
+    app.canvas?.canvas?.addEventListener("litegraph:set-graph", () => setTimeout(showAll));
     api.addEventListener("executing", onExecuting);
     api.addEventListener("execution_cached", onCached);
     api.addEventListener("progress_text", onText);
@@ -245,8 +254,8 @@ app.registerExtension({
         const { warnings } = stateOf(node);
         if (!warnings.includes(note)) warnings.push(note);
       }
-      if (node.hotpathState) showText(id, node);
     }
+    showAll();
     redraw();
   },
 });

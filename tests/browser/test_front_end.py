@@ -204,6 +204,22 @@ def test_nodes_tell_what_became_of_them(front_end: FrontEnd) -> None:
     assert writes <= 3 and "word 50" in kept and front_end.node("3")["text"] == "word 50"
 
 
+def test_a_node_in_a_subgraph_has_its_text_when_that_is_opened(front_end: FrontEnd) -> None:
+    load_faces(front_end, threshold=0.44)
+    front_end.page.evaluate(
+        "() => { const of = (id) => app.rootGraph.getNodeById(id);"
+        " app.rootGraph.convertToSubgraph(new Set([of(2), of(3)])); }"
+    )
+    assert front_end.run()["end"] == "execution_success"
+    front_end.page.evaluate(
+        "() => { const node = app.rootGraph.nodes.find((one) => one.subgraph); app.canvas.openSubgraph(node.subgraph, node); }"
+    )
+    front_end.page.wait_for_function(
+        "() => app.canvas.graph.getNodeById(3)?.widgets.some((w) => w.name.startsWith('$$') && w.value.includes('1 face'))"
+    )
+    front_end.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
+
+
 def test_a_run_that_fails_leaves_no_time(front_end: FrontEnd) -> None:
     load_faces(front_end, image="captioner_shapes_1.png")
     assert front_end.run()["end"] == "execution_error"
