@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -103,7 +105,9 @@ class _AILabNode:
     OUTPUT_TOOLTIPS = ("What the model answered.",)
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model_name: str = "", device: str = "", preset_prompt: str = "") -> bool:
+    def VALIDATE_INPUTS(
+        cls, model_name: str = "", device: str = "", preset_prompt: str = "", enhancement_style: str = ""
+    ) -> bool:
         # Names and devices of other machines are looked up at run time; a preset of an older list is its own text.
         return True
 
@@ -122,8 +126,19 @@ def run(
     return (made.raw,)
 
 
+def words(preset: str, known: Mapping[str, str], own: str) -> str:
+    """What a preset asks for; one of an older list is its own text. own: the input for somebody's own words."""
+    if (
+        preset not in known and unicodedata.category((preset or " ")[0]) == "So"
+    ):  # a name as this pack's forks give them
+        host.current().warn(
+            f"{preset} is a preset of another pack, whose words are not known here: write them into {own}."
+        )
+    return known.get(preset, preset)
+
+
 def ask(preset_prompt: str, custom_prompt: str, image: Any, video: Any, frame_count: int) -> Question:
-    prompt = custom_prompt.strip() or presets.DESCRIPTIONS.get(preset_prompt, preset_prompt)
+    prompt = custom_prompt.strip() or words(preset_prompt, presets.DESCRIPTIONS, "custom_prompt")
     pictures = from_images(None if image is None else image[:1])
     return Question(prompt, "", tuple(pictures), tuple(from_frames(video, DEFAULT_FPS, frame_count)))
 
@@ -322,7 +337,7 @@ class AILabPromptEnhancer(_AILabNode):
         seed: int,
         unique_id: str | None = None,
     ) -> tuple[str]:
-        instruction = custom_system_prompt.strip() or presets.STYLES.get(enhancement_style, enhancement_style)
+        instruction = custom_system_prompt.strip() or words(enhancement_style, presets.STYLES, "custom_system_prompt")
         prompt = f"{instruction}\n\n{prompt_text.strip() or presets.EMPTY_ENHANCEMENT}"
         return run(
             model_name,

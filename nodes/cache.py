@@ -26,7 +26,7 @@ class HotpathCache:
     DISPLAY_NAME = "Hotpath Cache"
     CATEGORY = "Hotpath"
     DESCRIPTION = "Shows what Hotpath remembers (faces, identities, image embeddings), and clears it when asked."
-    SEARCH_ALIASES = ["memory", "clear", "statistics"]
+    SEARCH_ALIASES = ["memory", "clear cache", "statistics"]
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)
     OUTPUT_TOOLTIPS = ("Entries, bytes, hits and misses of each cache.",)
@@ -76,7 +76,7 @@ class InstantIDCacheManager:
     DISPLAY_NAME = "InstantID Cache Manager"
     CATEGORY = "InstantID"
     DESCRIPTION = "Kept for older graphs; Hotpath Cache shows more."
-    SEARCH_ALIASES = ["cache", "memory", "clear"]
+    SEARCH_ALIASES = ["clear cache", "memory"]
     DEPRECATED = True
     RETURN_TYPES = ("STRING", ANY)
     RETURN_NAMES = ("cache_stats", "passthrough")

@@ -11,7 +11,7 @@ from ..attention.dispatch import POLICIES
 from ..attention.local_window import BACKENDS
 from ..colorization.networks import AUTOMATIC, colormnet_files
 
-ALIASES = ["colorize", "colourise", "black and white"]
+ALIASES = ["colorize", "colourise", "black and white", "b&w", "grayscale", "recolor"]
 HIDDEN = {"unique_id": "UNIQUE_ID"}
 FRAMES = ("IMAGE", {"tooltip": "The frames. Only their luminance is looked at."})
 

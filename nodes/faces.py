@@ -269,7 +269,7 @@ class HotpathFaceCrop:
     DISPLAY_NAME = "Crop Faces"
     CATEGORY = CATEGORY
     DESCRIPTION = "Cuts a square around each face, turned upright if wanted, ready to be worked on and pasted back."
-    SEARCH_ALIASES = ["face detailer", "align face", "face crop"]
+    SEARCH_ALIASES = ["face detailer", "align face", "face crop", "face swap"]
     RETURN_TYPES = ("IMAGE", "FACE_CROPS", "INT")
     RETURN_NAMES = ("crops", "places", "count")
     OUTPUT_TOOLTIPS = ("One crop per face.", "Where they come from, for Paste Faces.", "How many there are.")
@@ -308,7 +308,7 @@ class HotpathFacePaste:
     DISPLAY_NAME = "Paste Faces"
     CATEGORY = CATEGORY
     DESCRIPTION = "Puts crops back where Crop Faces took them, with a soft border."
-    SEARCH_ALIASES = ["face detailer", "uncrop", "composite"]
+    SEARCH_ALIASES = ["face detailer", "uncrop", "composite", "face swap"]
     RETURN_TYPES = ("IMAGE", "MASK")
     OUTPUT_TOOLTIPS = ("The pictures with their new faces.", "Where they changed.")
     FUNCTION = "paste"

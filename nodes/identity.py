@@ -119,7 +119,7 @@ class HotpathIdentitySave:
     DISPLAY_NAME = "Save Identity"
     CATEGORY = CATEGORY
     DESCRIPTION = "Writes an identity to models/identities as safetensors: embeddings and pose, no picture."
-    SEARCH_ALIASES = ["store face", "save embeds"]
+    SEARCH_ALIASES = ["save face", "store face", "save embeds"]
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("file",)
     OUTPUT_TOOLTIPS = ("The file that was written.",)

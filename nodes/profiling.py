@@ -93,7 +93,16 @@ class HotpathSpeedProfile:
         "Applies attention, compilation, precision and cache sizes together: maximum speed, balanced, memory-constrained, or "
         "a section of a hotpath.yaml. The report says what each of them did."
     )
-    SEARCH_ALIASES = ["preset", "fast", "low vram", "acceleration", "hotpath.yaml", "settings"]
+    SEARCH_ALIASES = [
+        "preset",
+        "speed up",
+        "faster",
+        "optimize",
+        "low vram",
+        "acceleration",
+        "hotpath.yaml",
+        "settings",
+    ]
     RETURN_TYPES = ("MODEL", "STRING")
     RETURN_NAMES = ("model", "report")
     OUTPUT_TOOLTIPS = ("The model, accelerated.", "What was applied and what was left out, with the reason.")

@@ -136,7 +136,17 @@ class HotpathVLM:
     DISPLAY_NAME = "Ask Vision-Language Model"
     CATEGORY = CATEGORY
     DESCRIPTION = "Ask about any number of pictures and a video: text, thoughts, JSON, boxes, several answers."
-    SEARCH_ALIASES = ["qwen vl", "caption", "describe image", "vlm", "vqa", "bounding boxes", "image to text"]
+    SEARCH_ALIASES = [
+        "qwen vl",
+        "caption",
+        "describe image",
+        "vlm",
+        "vqa",
+        "bounding boxes",
+        "image to text",
+        "video caption",
+        "ocr",
+    ]
     RETURN_TYPES = ("STRING", "STRING", "STRING", "STRING", "IMAGE", "STRING")
     RETURN_NAMES = ("answer", "answers", "thoughts", "json", "picture", "report")
     OUTPUT_IS_LIST = (False, True, False, False, True, False)

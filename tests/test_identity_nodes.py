@@ -421,7 +421,9 @@ def test_what_a_node_declares_is_what_it_takes_and_explains(node: str) -> None:
 def test_bypassed_it_passes_each_input_to_its_own_output(node_id):
     """The front end takes the input in the output's place when it has its type, else the first one of that type."""
     node = NODE_CLASS_MAPPINGS[node_id]
-    sockets = {name: spec[0] for section in ("required", "optional") for name, spec in node.INPUT_TYPES()[section].items()}
+    sockets = {
+        name: spec[0] for section in ("required", "optional") for name, spec in node.INPUT_TYPES()[section].items()
+    }
     for place, (kind, name) in enumerate(zip(node.RETURN_TYPES[:3], node.RETURN_NAMES, strict=False)):
         first = next(given for given in sockets if sockets[given] == kind)
         there = list(sockets)[place]

@@ -62,6 +62,10 @@ def to_bytes(images: torch.Tensor) -> NDArray[np.uint8]:
 
 def three_channels(images: torch.Tensor) -> torch.Tensor:
     """A view [B, H, W, 3] of an IMAGE of 1, 3 or 4 channels. Raises ValueError for another shape."""
+    if images.ndim == 4 and 0 in images.shape:
+        raise ValueError(
+            "There is no picture to look at: the batch is empty. Check what the node before it loads or keeps."
+        )
     if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
         raise ValueError(f"An IMAGE has the shape [pictures, height, width, 3], this one is {list(images.shape)}.")
     return images[..., :3] if images.shape[-1] == 4 else images.expand(*images.shape[:3], 3)

@@ -268,6 +268,14 @@ def test_frames_keep_their_times():
     assert clip.sampled(2).seconds() == pytest.approx((0.0, 299 / 30))
 
 
+def test_an_empty_batch_is_no_question_without_pictures():
+    import torch
+
+    for look in (from_images, lambda batch: from_frames(batch, 24.0, 16)):
+        with pytest.raises(ValueError, match="the batch is empty"):
+            look(torch.rand(0, 8, 8, 3))
+
+
 def test_video_files(tmp_path):
     import av
 

@@ -180,6 +180,18 @@ def test_presets_are_found_by_the_names_that_the_command_line_lists():
     assert presets.described("What is this?") == "What is this?"
 
 
+def test_a_preset_of_another_pack_is_told(headless_host):
+    from hotpath.nodes.ailab_qwen_vl import ask
+
+    assert (
+        ask("Describe this in detail.", "", None, None, 16).prompt == "Describe this in detail."
+        and not headless_host.texts
+    )
+    assert ask("🍿 Wan 2.2 I2V", "", None, None, 16).prompt == "🍿 Wan 2.2 I2V"
+    assert "write them into custom_prompt" in headless_host.texts[-1][1]
+    assert ask("🍿 Wan 2.2 I2V", "Describe.", None, None, 16).prompt == "Describe." and len(headless_host.texts) == 1
+
+
 class TestOwnNodes:
     @pytest.fixture
     def model(self, llm):
@@ -374,7 +386,9 @@ class TestMigration:
         assert migration.migrate_prompt(other)["1"]["inputs"] == {
             "image": ["2", 0], "quantization": "None (FP16)", "attention_mode": "auto", "use_torch_compile": False
         }  # fmt: skip
-        forked = {"1": {"class_type": "AILab_QwenVL", "inputs": {"quantization": "8-bit (Balanced)", "image2": ["2", 0]}}}
+        forked = {
+            "1": {"class_type": "AILab_QwenVL", "inputs": {"quantization": "8-bit (Balanced)", "image2": ["2", 0]}}
+        }
         found = migration.migrate_prompt(forked)["1"]["inputs"]
         assert found["video"] == ["2", 0] and found["quantization"] == "8-bit (Balanced)"
         both = {"1": {"class_type": "QwenVL", "inputs": {"image": ["2", 0], "image1": ["3", 0]}}}
