@@ -187,7 +187,8 @@ def text_of(node_id: str, node_class: Any) -> NodeText:
     for section in SECTIONS:
         for name, spec in declared.get(section, {}).items():
             kind, options = spec[0], dict(spec[1]) if len(spec) > 1 else {}
-            choices = tuple(map(str, kind)) if isinstance(kind, list | tuple) else ()
+            # "" stands where there is no file yet.
+            choices = tuple(str(one) for one in kind if one != "") if isinstance(kind, list | tuple) else ()
             named = "choice" if isinstance(kind, list | tuple) else str(kind)
             inputs.append(InputText(name, named, section == "optional", options, choices))
     names = getattr(node_class, "RETURN_NAMES", None) or node_class.RETURN_TYPES

@@ -93,7 +93,10 @@ def _missing(name: str, places: Sequence[Path]) -> FaceError:
     zipped = next((p for p in places if p.with_name(f"{name}.zip").is_file()), None)
     if zipped is not None:
         return FaceError(f"{name}.zip is there but not unpacked: unpack it so that {wanted} lie in {zipped}.")
-    return FaceError(f"The face model {name!r} was not found: put {wanted} into {places[0]} (looked in: {looked}).")
+    return FaceError(
+        f"The face model {name!r} was not found: put {wanted} into {places[0]} (looked in: {looked}). "
+        "The panel Hotpath in the sidebar, or `hotpath models`, says where each file comes from."
+    )
 
 
 def _read(name: str, place: Path) -> ModelFolder:

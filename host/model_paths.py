@@ -57,6 +57,10 @@ def find_file(kind: str, folders: Sequence[Path], name: str) -> Path:
         if candidate.is_file():
             return candidate
     looked = ", ".join(str(f) for f in folders)
+    last = "".join(parts[-1:]).lower()
+    elsewhere = [one for one in list_files(folders, ()) if PurePosixPath(one).name.lower() == last]
+    if elsewhere:  # not taken by itself: many models are called diffusion_pytorch_model.safetensors
+        raise ModelNotFound(f"The {kind} model {name!r} was not found, but {elsewhere[0]!r} is there: choose that one.")
     known = kind in {model.kind for model in KNOWN_MODELS}
     source = "; the panel Hotpath in the sidebar, or `hotpath models`, says where each file comes from" if known else ""
     raise ModelNotFound(

@@ -91,7 +91,7 @@ class HotpathFaceLoader:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model: Any) -> bool:
+    def VALIDATE_INPUTS(cls, model: Any = "") -> bool:
         # A model this machine lacks is reported when the node runs, with the folders and files.
         return True
 

@@ -158,8 +158,7 @@ class HotpathIdentityLoad(ReadsSavedFile):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        files = host.current().model_files(FOLDER, (".safetensors",))
-        return {"required": {"file": (files, {"tooltip": "A file in models/identities."})}}
+        return {"required": {"file": (cls.files(".safetensors"), {"tooltip": "A file in models/identities."})}}
 
     def load(self, file: str) -> tuple[Identity]:
         return (load_identity(host.current().model_path(FOLDER, file or "")),)

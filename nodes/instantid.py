@@ -43,6 +43,8 @@ from .sockets import (
 
 CATEGORY = "InstantID"
 FOLDER = "instantid"
+# As it is published: a list without a file would show nothing, and be refused without a word about what is missing.
+PUBLISHED = "ip-adapter.bin"
 ADAPTER_PARAMETERS = 423_000_000
 
 
@@ -72,11 +74,11 @@ class InstantIDModelLoader:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         here = host.current()
         here.announce_models(FOLDER)
-        files = here.model_files(FOLDER)
+        files = here.model_files(FOLDER) or [PUBLISHED]
         return {"required": {"instantid_file": (files, {"tooltip": "A file in models/instantid."})}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, instantid_file: Any) -> bool:
+    def VALIDATE_INPUTS(cls, instantid_file: Any = "") -> bool:
         # A name from somebody else's workflow is reported when the node runs, with the folders that were searched.
         return True
 

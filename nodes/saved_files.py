@@ -13,9 +13,14 @@ class ReadsSavedFile:
     SAVED_IN: str
 
     @classmethod
-    def VALIDATE_INPUTS(cls, file: Any) -> bool:
+    def VALIDATE_INPUTS(cls, file: Any = "") -> bool:
         # A file saved earlier in the same run is not in the list yet; a missing one is reported when the node runs.
         return True
+
+    @classmethod
+    def files(cls, suffix: str) -> list[str]:
+        """The choices; an empty name where there is none yet, which is reported when the node runs."""
+        return host.current().model_files(cls.SAVED_IN, (suffix,)) or [""]
 
     @classmethod
     def IS_CHANGED(cls, file: str | None) -> Any:

@@ -133,8 +133,7 @@ class HotpathLoadBlockProfile(ReadsSavedFile):
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        files = host.current().model_files(FOLDER, (".json",))
-        return {"required": {"file": (files, {"tooltip": "A file in models/block_profiles."})}}
+        return {"required": {"file": (cls.files(".json"), {"tooltip": "A file in models/block_profiles."})}}
 
     def load(self, file: str, unique_id: str | None = None) -> tuple[ContributionProfile, str]:
         profile = load_profile(host.current().model_path(FOLDER, file or ""))

@@ -19,6 +19,7 @@ from ..text_to_image.requests import Request
 CATEGORY = "Hotpath/text to image"
 PIPELINE = "HOTPATH_T2I"
 LORAS = "loras"
+PUBLISHED = "Z-Image-Turbo"  # shown where there is no checkpoint yet, so that the report says what belongs where
 FLUX_CHANNELS = 16
 
 
@@ -39,7 +40,7 @@ class HotpathZImageLoader:
         return {
             "required": {
                 "checkpoint": (
-                    folders.scan(),
+                    folders.scan() or [PUBLISHED],
                     {"tooltip": "A folder under models/diffusers (or diffusion_models) that has a model_index.json."},
                 ),
             },
@@ -70,7 +71,9 @@ class HotpathZImageLoader:
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, checkpoint: str = "") -> bool | str:
+    def VALIDATE_INPUTS(cls, checkpoint: str | None = "") -> bool | str:
+        if checkpoint is None:
+            return True  # it comes from another node
         try:
             folders.find(checkpoint)
         except (folders.UnusableCheckpoint, host.ModelNotFound) as error:
@@ -91,7 +94,7 @@ class HotpathZImageLoader:
         compile: str = "none",
         precision: str = "none",
     ) -> tuple[Pipeline, str]:
-        model = MODELS.get(checkpoint, LoadOptions(dtype, attention, compile, precision))
+        model = MODELS.get(checkpoint or "", LoadOptions(dtype, attention, compile, precision))
         return Pipeline(model), model.describe()
 
 
@@ -113,7 +116,7 @@ class HotpathZImageLora:
             "required": {
                 "pipeline": (PIPELINE, {"tooltip": "From Load Z-Image Checkpoint, or another Z-Image LoRA."}),
                 "lora": (
-                    host.current().model_files(LORAS, (".safetensors",)),
+                    host.current().model_files(LORAS, (".safetensors",)) or [""],
                     {"tooltip": "A safetensors file in models/loras, trained for Z-Image."},
                 ),
                 "strength": (
@@ -136,7 +139,7 @@ class HotpathZImageLora:
         return file_fingerprint(host.current().model_path(LORAS, lora))
 
     def add(self, pipeline: Pipeline, lora: str, strength: float) -> tuple[Pipeline]:
-        return (pipeline.with_adapter(Adapter(host.current().model_path(LORAS, lora), strength)),)
+        return (pipeline.with_adapter(Adapter(host.current().model_path(LORAS, lora or ""), strength)),)
 
 
 class HotpathZImage:

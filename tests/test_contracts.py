@@ -99,6 +99,23 @@ def test_every_node_is_described(node_classes: dict[str, type[Any]], headless_ho
                 assert rest and rest[0].get("tooltip"), f"{node_id}.{name} has no tooltip"
 
 
+def test_without_any_model_every_list_has_something_to_show(
+    node_classes: dict[str, type[Any]], headless_host: Any
+) -> None:
+    """The front end shows and sends nothing for an empty list, and ComfyUI then refuses the node without naming a cure."""
+    upload = {("HotpathColorizeFile", "video")}  # it has a button
+    for node_id, node in node_classes.items():
+        for section in ("required", "optional"):
+            for name, spec in node.INPUT_TYPES().get(section, {}).items():
+                assert spec[0] or not isinstance(spec[0], list) or (node_id, name) in upload, f"{node_id}.{name}"
+        # An input that is not there is told by ComfyUI, unless the check of the node fails first.
+        check = getattr(node, "VALIDATE_INPUTS", None)
+        missing = (
+            [] if check is None else [p for p in inspect.signature(check).parameters.values() if p.default is p.empty]
+        )
+        assert not missing, node_id
+
+
 def test_inputs_that_other_nodes_give_stop_no_node_from_being_remembered(
     node_classes: dict[str, type[Any]], headless_host: Any
 ) -> None:

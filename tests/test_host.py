@@ -355,6 +355,15 @@ def test_a_folder_outside_that_is_linked_in_is_found(tmp_path: Path, linked: Pat
     assert find_file("kind", [linked], "disk/big.bin").read_bytes() == b"x"
 
 
+@pytest.mark.parametrize("name", ["SDXL\\a.bin", "SDXL/A.bin"])
+def test_a_file_in_another_folder_is_named(tmp_path: Path, name: str) -> None:
+    touch(tmp_path / "mine" / "a.bin")
+    with pytest.raises(ModelNotFound, match=r"'mine/a\.bin' is there: choose that one"):
+        find_file("kind", [tmp_path], name)
+    with pytest.raises(ModelNotFound, match="Looked in"):
+        find_file("kind", [tmp_path], ".")
+
+
 def test_names_that_differ_in_case_only_have_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b.bin", "a.bin", "C.bin"):
         touch(tmp_path / name)

@@ -135,7 +135,7 @@ def find(name: str, anywhere: bool = False) -> Checkpoint:
     looked = ", ".join(str(root) for root in roots())
     raise host.ModelNotFound(
         f"The checkpoint folder {name!r} was not found. Looked in: {looked}. Put the whole Hugging Face folder "
-        "(with model_index.json) there and press R."
+        "(with model_index.json, such as Tongyi-MAI/Z-Image-Turbo) there and press R."
     )
 
 
