@@ -18,6 +18,17 @@ const COLOURS = [
 
 const WIDE = 320; // width of a node with a text of several lines, which is narrow to read otherwise
 
+// The front end makes a node without widgets too narrow for a long title, which it then cuts.
+function titleWidth(node) {
+  const pen = app.canvas?.ctx;
+  if (!pen) return 0;
+  pen.save();
+  pen.font = node.titleFontStyle;
+  const { width } = pen.measureText(node.title);
+  pen.restore();
+  return Math.ceil(width) + 2 * window.LiteGraph.NODE_TITLE_HEIGHT + 1;
+}
+
 export function isOurs(node) {
   return node?.constructor?.nodeData?.python_module === `custom_nodes.${FOLDER}`;
 }
@@ -47,6 +58,7 @@ app.registerExtension({
     if (!isOurs(node)) return;
     node.color ??= node.constructor.hotpathColour;
     const long = node.widgets?.some((widget) => widget.type === "customtext" || widget.options?.multiline);
-    if (long && node.size[0] < WIDE) node.setSize([WIDE, node.size[1]]);
+    const width = Math.max(titleWidth(node), long ? WIDE : 0);
+    if (node.size[0] < width) node.setSize([width, node.size[1]]);
   },
 });

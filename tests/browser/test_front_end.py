@@ -237,6 +237,13 @@ def test_colours_and_titles(front_end: FrontEnd) -> None:
         " return found; }"
     )
     assert found == [["#31455a", None], ["#223", "#223"], ["#31455a", None]]
+    # Room for the whole title, also where no widget makes room.
+    cut = front_end.page.evaluate(
+        "() => { const pen = app.canvas.ctx; return ['FaceKeypointsPreprocessor', 'HotpathAttentionReport'].filter((type) => {"
+        " const node = LiteGraph.createNode(type); pen.font = node.titleFontStyle;"
+        " return pen.measureText(node.title).width > node.size[0] - 2 * LiteGraph.NODE_TITLE_HEIGHT; }); }"
+    )
+    assert cut == []
 
 
 def test_an_older_node_is_replaced_from_its_menu(front_end: FrontEnd) -> None:
