@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..colorization.shot_job import Shot, colorize_shot
 from .colour_sockets import ALIASES as COLOUR_ALIASES
 from .colour_sockets import FRAMES, HIDDEN, AnyCheckpoint, attention_inputs, checkpoint_input
 
+PLAYED = (".mp4", ".m4v", ".mov", ".webm")
 CATEGORY = "Hotpath/colorization"
 STATE = "HOTPATH_COLOR_STATE"
 STATES_FOLDER = "color_states"
@@ -279,7 +281,7 @@ class HotpathColorizeFile:
         shot_frames: str = "",
         unique_id: str | None = None,
         **settings: Any,
-    ) -> tuple[str, str]:
+    ) -> dict[str, Any]:
         here = host.current()
         job = FileJob(
             inside(here.input_folder(), video),
@@ -297,7 +299,16 @@ class HotpathColorizeFile:
             report = colorize_file(job, references, lambda line: here.show_text(line, unique_id))
         note_made(job.output, job.source)
         here.show_text(report, unique_id)
-        return str(job.output), report
+        return {"ui": _shown(job.output, here.output_folder()), "result": (str(job.output), report)}
+
+
+def _shown(film: Path, folder: Path) -> dict[str, Any]:
+    """What shows the film on the node and among the results; nothing for what no browser plays."""
+    if film.suffix.lower() not in PLAYED:
+        return {}
+    place = film.parent.relative_to(folder).as_posix()
+    shown = {"filename": film.name, "subfolder": "" if place == "." else place, "type": "output"}
+    return {"images": [shown], "animated": [True]}  # ComfyUI shows a video under "images", with a mark that it moves
 
 
 class HotpathColorizeImage(AnyCheckpoint):

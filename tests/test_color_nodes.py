@@ -82,8 +82,10 @@ def test_our_nodes(colour_host: Any) -> None:
     colour_host.input_folder().mkdir()
     write_film(colour_host.input_folder() / "film.mp4", frames(5), sound=False)
     assert nodes.HotpathColorizeFile.INPUT_TYPES()["required"]["video"][0] == ["film.mp4"]
-    path, report = nodes.HotpathColorizeFile().colorize("film.mp4", frames(1), "ColorMNet", "o.mp4", colour_size=32)
-    assert Path(path).parent == colour_host.output_folder() and "frames: 5" in report
+    made = nodes.HotpathColorizeFile().colorize("film.mp4", frames(1), "ColorMNet", "mine/o.mp4", colour_size=32)
+    assert made["ui"] == {"images": [{"filename": "o.mp4", "subfolder": "mine", "type": "output"}], "animated": [True]}
+    path, report = made["result"]
+    assert Path(path).parent == colour_host.output_folder() / "mine" and "frames: 5" in report
     assert any("left" in text for _, text in colour_host.texts)
     for name in ("../o.mp4", "/tmp/o.mp4", "", "o.exe"):
         with pytest.raises(ValueError):
@@ -202,7 +204,7 @@ def test_the_same_workflow_does_not_colour_its_film_again(colour_host: Any, link
         return Node.IS_CHANGED(**named, method="ColorMNet", reference=None)
 
     def run() -> Path:
-        return Path(Node().colorize("film.mp4", frames(1), "ColorMNet", "o.mp4", colour_size=32)[0])
+        return Path(Node().colorize("film.mp4", frames(1), "ColorMNet", "o.mp4", colour_size=32)["result"][0])
 
     first = key()
     made = run()
