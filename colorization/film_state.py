@@ -67,7 +67,8 @@ def load_state(path: Path) -> FilmState:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: as long as a tensor lies in the file, Windows lets nobody replace or delete it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return FilmState(tensors, json.loads(metadata[MARK]))
     except FileNotFoundError:
         raise

@@ -85,7 +85,8 @@ def load_identity(path: Path) -> Identity:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            # Copies: as long as a tensor lies in the file, Windows lets nobody replace it.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path.name} is not a whole safetensors file ({error}); save the identity again.") from error
     if metadata.get("format") != FORMAT or "embeddings" not in tensors:
