@@ -7,23 +7,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import torch
-
 from .. import host
+from ..host.device_work import give_back_cached
+from ..host.errors import is_out_of_memory
 
 log = logging.getLogger("hotpath.colorization")
 
 Result = TypeVar("Result")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device, the CPU included, has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
-    )
 
 
 class BatchSize:
@@ -69,5 +59,4 @@ class BatchSize:
         log.warning("%s", note)
         self.notes.append(note)
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_cached(host.current().device())

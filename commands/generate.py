@@ -9,12 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import host
 from ..distributed.retry import MEMORY, WORKER, failure_kind
 from ..headless.interrupts import stopped_by_ctrl_c
 from ..host import Interrupted, ModelNotFound
+from ..host.device_work import give_back_cached
 from ..host.errors import first_line
 from ..text_to_image.adapters import UnusableAdapter
 from ..text_to_image.denoising import seeds
@@ -131,8 +130,7 @@ def _make_room() -> None:
     for model in MODELS.loaded():
         model.release()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back_cached(host.current().device())
 
 
 def _draw(items: list[Item], options: argparse.Namespace) -> int:

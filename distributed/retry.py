@@ -13,6 +13,8 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from ..host.errors import is_out_of_memory
+
 MEMORY, CONNECTION, WORKER, ITEM, DISK = "memory", "connection", "worker", "item", "disk"
 PASSING = frozenset({MEMORY, CONNECTION, WORKER, DISK})  # a disk of the worker, as others have their own
 PASSING_ERRNOS = frozenset(
@@ -29,16 +31,13 @@ BROKEN = re.compile(
     "(CUDA|HIP) error: .*(an illegal memory access|device-side assert|unspecified launch failure|misaligned address"
     "|an illegal instruction|uncorrectable ECC error)"
 )
-MEMORY_SIGNS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 
 
 def failure_kind(error: BaseException) -> str:
     """memory, connection, disk for one without room, worker for one whose GPU is broken for it, or item for what will not
     pass. Looks at causes too: a node's error wraps the first one."""
     for cause in _chain(error):
-        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
-            return MEMORY
-        if isinstance(cause, RuntimeError) and any(sign in str(cause) for sign in MEMORY_SIGNS):
+        if is_out_of_memory(cause):
             return MEMORY
         if isinstance(cause, RuntimeError) and BROKEN.match(str(cause)):
             return WORKER

@@ -17,6 +17,7 @@ from ..cache import clear_all
 from ..headless.executor import Executor, NodeRun
 from ..headless.graph import Graph, Node
 from ..headless.outcome import outcome_of
+from ..host.device_work import give_back_cached
 from ..host.headless import HeadlessHost
 from .results import OUTPUT, TEMP, sync
 from .retry import CONNECTION, DISK, ITEM, MEMORY, WORKER, failure_kind
@@ -184,8 +185,7 @@ class WorkflowWorker:
         self.executor = Executor(self.host, self.executor.catalog, self.host)
         clear_all()
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_cached(self.host.device())
 
     def _is_output(self, node: Node) -> bool:
         return bool(getattr(self.executor.catalog[node.class_type], "OUTPUT_NODE", False))

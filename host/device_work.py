@@ -1,4 +1,4 @@
-"""Waiting for a device, where a time is taken or a result is needed."""
+"""Waiting for a device, where a time is taken or a result is needed, and what torch keeps of its memory."""
 
 from __future__ import annotations
 
@@ -13,3 +13,13 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
     elif device.type == "xpu":
         torch.xpu.synchronize(device)
+
+
+def give_back_cached(device: torch.device) -> None:
+    """Give back the memory of `device` that torch keeps for tensors to come."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    elif device.type == "xpu":
+        torch.xpu.empty_cache()

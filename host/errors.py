@@ -7,6 +7,15 @@ import sys
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+# Metal, DirectML and the CPU say it in a plain RuntimeError.
+MEMORY_SIGNS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "not enough GPU video memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 NAMED_OTHERWISE = {"PIL": "pillow", "yaml": "pyyaml"}  # modules whose distribution has another name
 
 
@@ -21,6 +30,13 @@ def kind_and_line(error: BaseException, most: int = 160) -> str:
     error = getattr(error, "inner_exception", None) or error
     kind, said = type(error).__name__, first_line(error, most)
     return kind if said == kind else f"{kind}: {said}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, the CPU included, has no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in MEMORY_SIGNS)
 
 
 def missing_library(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hotpath.colorization import colour_space
-from hotpath.colorization.batch_size import BatchSize, is_out_of_memory
+from hotpath.colorization.batch_size import BatchSize
 from hotpath.colorization.checkpoint_file import WrongCheckpoint, load_network
 from hotpath.colorization.colormnet import checkpoint
 from hotpath.colorization.colormnet.key_encoder import convolve_enlarged
@@ -20,6 +20,7 @@ from hotpath.colorization.colormnet.network import ColorMNet, ColorMNetWidths
 from hotpath.colorization.colormnet.session import ColorMNetSession
 from hotpath.colorization.colormnet.settings import MODES, ColorMNetSettings
 from hotpath.colorization.networks import laid_out
+from hotpath.host.errors import is_out_of_memory
 from tiny_colorizers import TINY, colormnet_state
 from torch import Tensor
 
@@ -317,7 +318,13 @@ def test_other_errors_are_not_taken_for_memory() -> None:
     with pytest.raises(RuntimeError, match="shape mismatch"):
         BatchSize(8, "frames").run(broken)
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    for said in (
+        "DefaultCPUAllocator: can't allocate memory: you tried",
+        "DefaultCPUAllocator: not enough memory: you tried",
+        "MPS backend out of memory (MPS allocated: 5.60 GB)",
+        "There is not enough GPU video memory available!",
+    ):
+        assert is_out_of_memory(RuntimeError(said))
 
 
 def test_graphed_step_is_plain_without_cuda(tiny: ColorMNet) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
+from ..host.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from .loading import ZImage
@@ -99,8 +100,8 @@ def _in_room(run: Callable[[bool], Made], chosen: DecodePlan, tiling: str) -> tu
     """`run` (told whether in tiles) under the plan; in tiles when the whole runs out of memory and that is not forbidden."""
     try:
         return run(chosen.tiled), chosen
-    except torch.OutOfMemoryError:
-        if chosen.tiled or tiling == "never":
+    except RuntimeError as error:
+        if chosen.tiled or tiling == "never" or not is_out_of_memory(error):
             raise
     # Out here, because an error that is being handled keeps alive what was computed until it came.
     chosen = DecodePlan(True, "in tiles: whole it ran out of memory")

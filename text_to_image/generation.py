@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import host
 from ..host.compiling import until_nothing_compiles
-from ..host.errors import kind_and_line
+from ..host.errors import is_out_of_memory, kind_and_line
 from . import compilation, decoding, denoising
 from .adapters import Adapter
 from .compilation import CompilationPlan
@@ -88,7 +88,9 @@ class Run:
     def draw(self) -> Drawn:
         try:
             return self._draw()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             log.debug("out of memory", exc_info=error)
         # Out of the handler first: the traceback holds what filled the device. Of the same kind, as hosts look at that.
         raise torch.OutOfMemoryError(self._without_room())

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .. import host
+from ..host.errors import is_out_of_memory
 from . import answers
 from .budgets import PRESETS, Budget
 from .embeddings import EmbeddingCache, VisualItem, look_up, to_device
@@ -141,8 +142,9 @@ def _fitted(
     if fitting.most is None or len(questions) <= fitting.most:
         try:
             return _answer(model, questions, sampling, options, notes, looked_up)
-        except torch.OutOfMemoryError:
-            if len(questions) == 1 and not (questions[0].pictures or questions[0].clips):
+        except RuntimeError as error:
+            seeing = bool(questions[0].pictures or questions[0].clips)
+            if not is_out_of_memory(error) or (len(questions) == 1 and not seeing):
                 raise
         # Out of the handler first: the traceback holds the tensors that filled the device.
         model.drop_device_state()

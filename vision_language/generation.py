@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import host
 from ..host.compiling import inductor, until_nothing_compiles
-from ..host.errors import first_line
+from ..host.errors import first_line, is_out_of_memory
 from . import decode_attention, decoding, fused_decode, projections, replayed_prefill
 from .encoder_outputs import given
 from .interruption import is_stop
@@ -237,10 +237,8 @@ def prepared(
                 begin(buffers)
                 notes = [path.note, *([buffers.note] if buffers.note else []), *why]
                 return buffers, replace(path, note="; ".join(notes))
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # of compilers and drivers, in all its forms; Triton's are no RuntimeError
-                if is_stop(error):
+                if is_stop(error) or is_out_of_memory(error):
                     raise
                 failed[path.name] = first_line(error)
                 log.warning("%s: the %s decode path failed", model.folder.name, path.name, exc_info=True)
