@@ -56,6 +56,8 @@ def plan(asked: str, device: torch.device) -> QuantizationPlan:
                 f"{asked} needs the bitsandbytes package and an NVIDIA device: choose int4 or int8, which need neither."
             )
         return QuantizationPlan(word, f"{asked}: saves memory; decode cannot use CUDA graphs")
+    if word == "float8" and device.type == "mps":
+        return QuantizationPlan("int8", f"{asked}: int8 weights instead, because Metal has no 8 bit floats")
     notes = {
         "int8": "int8 weights, one scale a row",
         "int4": f"int4 weights in groups of {INT4_GROUP}",

@@ -141,7 +141,8 @@ class FrameMemory:
         """Drop the least used long-term elements until `room` are left; ties at the limit all go."""
         rows = slice(self.boundary - self.long, self.boundary)
         usage = self.used[rows] / self.lived[rows]
-        limit = usage.kthvalue(self.long - room).values if self.long > room else None
+        # Sorted: `kthvalue` came to Macs late.
+        limit = usage.sort().values[self.long - room - 1] if self.long > room else None
         if limit is None:
             return
         survivors = (usage > limit).nonzero()[:, 0]

@@ -361,6 +361,8 @@ def test_quantization_words():
         plan("bitsandbytes 4-bit", cpu)
     with pytest.raises(ValueError, match="no quantization"):
         plan("3bit", cpu)
+    on_a_mac = plan("float8", torch.device("mps"))
+    assert on_a_mac.method == "int8" and "Metal has no 8 bit floats" in on_a_mac.note
 
 
 def test_a_report_says_how_packed_weights_are_multiplied_on_a_cpu(monkeypatch):
