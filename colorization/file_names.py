@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from ..host.windows_names import refuse_on_windows
+
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mxf", ".nut")
 
 
@@ -14,6 +16,7 @@ def inside(folder: Path, name: str, suffixes: Sequence[str] = ()) -> Path:
     outside = PureWindowsPath(name).drive or name.startswith(("/", "\\")) or ".." in parts
     if not name.strip() or not parts or outside:
         raise ValueError(f"{name!r} is not a file name inside {folder}.")
+    refuse_on_windows(parts)
     if suffixes and Path(parts[-1]).suffix.lower() not in suffixes:
         raise ValueError(f"{name!r} must end in one of {', '.join(suffixes)}.")
     return folder.joinpath(*parts)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from ..host.whole_files import put_in_place
 
 FILE = "manifest.json"
 
@@ -57,9 +60,10 @@ class Manifest:
         unfinished = folder / f"{FILE}.part"
         unfinished.write_text(json.dumps(asdict(longer), indent=1), encoding="utf-8")
         _settle_on_disk(unfinished)
-        unfinished.replace(folder / FILE)
+        put_in_place(unfinished, folder / FILE)
         self.parts, self.next_time = longer.parts, next_time
-        self.state_file(folder, number - 1).unlink(missing_ok=True)
+        with suppress(OSError):  # a program that holds it does not stop the film: it goes with the folder
+            self.state_file(folder, number - 1).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path, key: str) -> Manifest | None:

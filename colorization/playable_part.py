@@ -7,6 +7,7 @@ replaced by a part: then it is `<name>.partial.<ending>` beside it, which goes w
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from .manifest import FILE as MANIFEST
@@ -49,7 +50,8 @@ def drop_left(output: Path) -> None:
     """`output` is whole: what a stop left beside it goes."""
     before = left_before(output)
     if before is not None and before != output:
-        before.unlink(missing_ok=True)
+        with suppress(OSError):  # on Windows somebody who looks at it keeps it
+            before.unlink(missing_ok=True)
 
 
 def finished_so_far(output: Path) -> Path | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import host
+from ..host.whole_files import put_in_place
 from .clip_job import finish_report, load_method, portion_frames, preview_of, room_for, start_report
 from .file_job import FileJob
 from .film import FilmSession
@@ -114,7 +115,7 @@ def colorize_shot(job: FileJob, references: Sequence[Reference], shot: Shot) -> 
                     writer.close()
             unfinished.unlink(missing_ok=True)
             raise
-    unfinished.replace(job.output)
+    put_in_place(unfinished, job.output)
     for note in found.notes(job.source.name):
         report.note(note)
     finish_report(report, film, shot.stop - shot.first)

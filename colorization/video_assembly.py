@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from ..host.whole_files import put_in_place
 from .video_clock import beside
 from .video_file import (
     Irregularities,
@@ -74,7 +75,7 @@ def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool =
             lost = _written(parts, source, unfinished, output.suffix, complete, with_subtitles=True)
         except _NoHeader:
             lost = _written(parts, source, unfinished, output.suffix, complete, with_subtitles=False)
-        unfinished.replace(output)
+        put_in_place(unfinished, output)
         return lost
     finally:
         unfinished.unlink(missing_ok=True)

@@ -26,12 +26,19 @@ def complain(text: str) -> None:
 
 
 def _write(stream: TextIO, text: str, style: str | None) -> None:
-    if style is not None and stream.isatty() and "NO_COLOR" not in os.environ:
+    if style is not None and shows_styles(stream):
         text = f"\033[{STYLES[style]}m{text}\033[0m"
     encoding = stream.encoding or "utf-8"
     # A console that cannot show a letter must not end the program.
     stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
     stream.flush()
+
+
+def shows_styles(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that takes escape sequences; the old console of Windows prints them."""
+    if not stream.isatty() or "NO_COLOR" in os.environ:
+        return False
+    return os.name != "nt" or any(name in os.environ for name in ("WT_SESSION", "TERM", "ANSICON"))
 
 
 def table(rows: Iterable[Sequence[object]], headings: Sequence[str]) -> str:

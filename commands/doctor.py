@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from .. import __version__, cache, face, nodes
 from ..headless.locate import PACK, carries_pack, find_comfyui, python_for
+from ..host.cards import why_no_gpu
 from ..host.headless import HeadlessHost, best_device
 from ..host.known_models import KNOWN_MODELS
 from ..host.model_store import describe
@@ -47,6 +49,7 @@ def examine(host: HeadlessHost) -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip},
         "devices": devices(),
+        "unused_gpu": unused_gpu(),
         "comfyui": _comfyui(comfyui),
         **libraries(),
         "families": {family: sorted(_nodes_of(family)) for family in nodes.FAMILIES if _nodes_of(family)},
@@ -85,12 +88,23 @@ def devices() -> list[dict[str, Any]]:
                     "total_gb": round(total / 1e9, 1),
                 }
             )
+    elif best_device().type == "xpu":
+        for i in range(torch.xpu.device_count()):
+            card = torch.xpu.get_device_properties(i)
+            found.append({"device": f"xpu:{i}", "name": card.name, "total_gb": round(card.total_memory / 1e9, 1)})
     elif (other := best_device()).type != "cpu":
         found.append({"device": str(other), "name": platform.processor() or platform.machine()})
     return [
         *found,
         {"device": "cpu", "name": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
     ]
+
+
+def unused_gpu() -> str | None:
+    """Why torch does not use the NVIDIA GPU whose driver is here, with the cure; None where it does, or there is none."""
+    # Beside the driver on every system; pip gives Windows a torch for the CPU.
+    driver = shutil.which("nvidia-smi") is not None
+    return why_no_gpu() if driver and best_device().type == "cpu" else None
 
 
 def _nodes_of(family: str) -> list[str]:
@@ -129,9 +143,12 @@ def _show(facts: dict[str, Any]) -> None:
     )
     say(f"torch {torch_facts['version']} ({build})")
     for device in facts["devices"]:
-        memory = f", {device['free_gb']} of {device['total_gb']} GB free" if "free_gb" in device else ""
+        memory = f", {device['total_gb']} GB" if "total_gb" in device else ""
+        memory = f", {device['free_gb']} of {device['total_gb']} GB free" if "free_gb" in device else memory
         capability = f", capability {device['capability']}" if "capability" in device else ""
         say(f"  {device['device']}: {device['name']}{capability}{memory}")
+    if facts["unused_gpu"]:
+        say(f"  the NVIDIA GPU is not used: {facts['unused_gpu']}", "red")
     comfyui = facts["comfyui"]
     if comfyui is None:
         say("ComfyUI: none found (COMFYUI_PATH, the folders above, ~/ComfyUI); workflows run without it")

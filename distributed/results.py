@@ -12,11 +12,11 @@ import logging
 import os
 import secrets
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..host.whole_files import put_in_place
 from .jobs import Job
 from .manifest import COMMITTING, DONE, FAILED, RUNNING, ItemRecord, JobRecord, Manifest, sync_folder
 from .retry import is_full
@@ -33,7 +33,7 @@ BAD_NAME = frozenset(
     getattr(errno, name)
     for name in ("EACCES", "EEXIST", "EINVAL", "EISDIR", "ENAMETOOLONG", "ENOTDIR", "ENOTEMPTY", "EPERM")
 )
-HELD = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds to wait for a file that another program holds
+TOO_LONG = (3, 206)  # what Windows says of a path of 260 letters and more: not found, or a name that is too long
 
 
 class CannotKeep(RuntimeError):
@@ -82,7 +82,7 @@ class ResultStore:
             for tail in record.tails:
                 self._copy(self.folder / (source + tail), self.folder / (actual + tail))
         except OSError as error:
-            if error.errno not in BAD_NAME:
+            if not _is_of_the_name(error):
                 raise
             return False  # `keep` says what is wrong with the name
         return True
@@ -97,11 +97,10 @@ class ResultStore:
         try:
             return self._keep(job, staging, texts, seconds, attempts)
         except OSError as error:
-            if error.errno not in BAD_NAME:
+            if not _is_of_the_name(error):
                 raise
-            raise CannotKeep(
-                f"The result {job.item.label} cannot be put into {self.folder}: {error.strerror or error}."
-            ) from error
+            why = "its path is too long" if getattr(error, "winerror", None) in TOO_LONG else error.strerror or error
+            raise CannotKeep(f"The result {job.item.label} cannot be put into {self.folder}: {why}.") from error
 
     def _keep(
         self, job: Job, staging: Path, texts: Sequence[tuple[bool, str]], seconds: float, attempts: int
@@ -151,7 +150,7 @@ class ResultStore:
                 file.write(json.dumps(_line(item), ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        _replace(unfinished, target)
+        put_in_place(unfinished, target)
         return target
 
     def full(self) -> bool:
@@ -209,7 +208,7 @@ class ResultStore:
                     self.manifest.end_commit(job_id)
                     continue
             except OSError as error:
-                if error.errno not in BAD_NAME:
+                if not _is_of_the_name(error):
                     raise
             self.manifest.forget(job_id)
         # What is left there belongs to attempts that a killed run left half made.
@@ -228,7 +227,7 @@ class ResultStore:
             if (self.folder / source).exists():
                 path = self.folder / target
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _replace(self.folder / source, path)
+                put_in_place(self.folder / source, path)
                 folders.add(path.parent)
         for folder in folders:
             sync_folder(folder)
@@ -240,7 +239,7 @@ class ResultStore:
         shutil.copyfile(source, unfinished)
         # What is recorded next must not name a file that a power cut leaves empty.
         sync(unfinished)
-        _replace(unfinished, target)
+        put_in_place(unfinished, target)
         sync_folder(target.parent)
 
 
@@ -266,15 +265,9 @@ def _numbered(label: str) -> Iterator[str]:
         number += 1
 
 
-def _replace(source: Path, target: Path) -> None:
-    """As Path.replace; on Windows a viewer or a virus scanner may hold a file for a moment."""
-    for wait in HELD if os.name == "nt" else ():
-        try:
-            source.replace(target)
-            return
-        except PermissionError:
-            time.sleep(wait)
-    source.replace(target)
+def _is_of_the_name(error: OSError) -> bool:
+    """Whether it is the name that a file cannot have, and not the disk that takes none."""
+    return error.errno in BAD_NAME or getattr(error, "winerror", None) in TOO_LONG
 
 
 def _inside(folder: Path, label: str) -> None:

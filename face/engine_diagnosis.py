@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from ..host.cards import why_no_gpu
 from ..host.errors import kind_and_line
 from .onnxruntime_engine import PROVIDERS, Provider, long_name
 
@@ -85,9 +86,7 @@ def why_not(provider: Provider) -> str | None:
     if provider.memory != "cuda":
         return None
     if not torch.cuda.is_available():
-        return (
-            "torch sees no GPU, so the driver is missing or hidden: install the driver, or unset CUDA_VISIBLE_DEVICES"
-        )
+        return why_no_gpu()
     ours, theirs = torch.version.cuda, cuda_of_onnxruntime()
     if ours is not None and theirs is not None and int(ours.split(".")[0]) != theirs:
         package = LAST_FOR_CUDA.get(int(ours.split(".")[0]), "onnxruntime-gpu")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import host
+from ..host.windows_names import refuse_on_windows
 
 FRESH = 2.0  # seconds
 _listed: dict[tuple[str, ...], tuple[Path, int, list[str]]] = {}  # by endings, of which there are two kinds
@@ -40,6 +41,7 @@ def inside(folder: Path, name: str) -> Path:
     path = (base / name.replace("\\", "/")).resolve()
     if not path.is_relative_to(base) or path == base:
         raise ValueError(f"{name!r} lies outside the folder {folder}, so it is not touched.")
+    refuse_on_windows(path.relative_to(base).parts)
     return path
 
 

@@ -61,11 +61,13 @@ class Graph:
     def load(cls, path: Path) -> Graph:
         """Read a workflow file. Raises WorkflowError with the file's name in it."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(path.read_text(encoding="utf-8-sig"))  # as PowerShell and older Notepads write it
         except FileNotFoundError:
             raise WorkflowError(f"There is no file {path}.") from None
-        except IsADirectoryError:
-            raise WorkflowError(f"{path} is a folder; name a workflow file in it.") from None
+        except OSError as error:
+            if path.is_dir():  # which Windows says in other words
+                raise WorkflowError(f"{path} is a folder; name a workflow file in it.") from None
+            raise WorkflowError(f"{path} cannot be read: {error.strerror or error}.") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise WorkflowError(f"{path.name} is not JSON: {error}.") from None
         try:

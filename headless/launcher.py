@@ -91,7 +91,9 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
             command = [str(python), str(comfyui / "main.py"), *_arguments(comfyui, options, work, port, output, python)]
             log = work / "comfyui.log"
             started_by = {STARTED_BY: str(os.getpid())}
-            environment = {**os.environ, "PYTHONUNBUFFERED": "1", **started_by, **options.environment}
+            # Into a file Windows writes a letter that its code page lacks as an error in whichever node printed it.
+            printed = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+            environment = {**os.environ, **printed, **started_by, **options.environment}
             with log.open("wb") as sink:
                 process = subprocess.Popen(
                     command,

@@ -82,7 +82,7 @@ def model_folders(comfyui: Path) -> tuple[Path, dict[str, list[Path]]]:
     kinds = {kind: [models / kind, models / before] for before, kind in RENAMED.items()}
     try:
         sections = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         log.warning("%s cannot be read, so the folders it names are not searched: %s", config, error)
         sections = None
     for section in sections.values() if isinstance(sections, dict) else ():

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..host.whole_files import put_in_place
 from .files import inside
 from .graph import Graph
 from .server_answers import ServerError
@@ -95,7 +96,7 @@ class ServerFiles:
                 with part.open("wb") as file:
                     async for chunk in response.content.iter_chunked(BLOCK):
                         file.write(chunk)
-                part.replace(target)
+                put_in_place(part, target)
             finally:
                 part.unlink(missing_ok=True)
         return target

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .model_files import sha256_of, structure_problem
+from .whole_files import put_in_place
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0
@@ -103,7 +104,7 @@ def fetch(
             f"{url} gave something else than {target.name}: {problem} It was removed; if the network asks you to sign in, do "
             "so and try again."
         )
-    part.replace(target)
+    put_in_place(part, target)
     _tag_of(part).unlink(missing_ok=True)
     return target
 
@@ -243,7 +244,7 @@ def unpack(archive: Path, wanted: Mapping[str, Path]) -> list[Path]:
                     if error.errno in (errno.ENOSPC, errno.EDQUOT):
                         raise DownloadError(_disk_full(part, target)) from None
                     raise
-                part.replace(target)
+                put_in_place(part, target)
     except zipfile.BadZipFile as error:
         raise DownloadError(f"{archive.name} is damaged ({error}); delete it and download it again.") from None
     return list(wanted.values())

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from . import model_paths
+from .cards import computes_in
+from .device_work import give_back_cached
 from .interface import Interrupted
 from .interruption import let_layers_ask
 
@@ -148,7 +150,7 @@ class HeadlessHost:
     ) -> torch.dtype:
         if self._device.type in ("cuda", "xpu", "mps"):
             for dtype in (torch.float16, torch.bfloat16):
-                if dtype in supported:
+                if dtype in supported and computes_in(self._device, dtype):
                     return dtype
         return torch.float32
 
@@ -156,6 +158,8 @@ class HeadlessHost:
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if device.type == "xpu":  # many of its drivers do not say what other programs hold
+            return torch.xpu.get_device_properties(device).total_memory - torch.xpu.memory_allocated(device)
         try:
             import psutil  # type: ignore[import-untyped,unused-ignore]
 
@@ -168,8 +172,7 @@ class HeadlessHost:
     def make_room(self, nbytes: int, device: torch.device) -> None:
         if self.free_memory(device) < nbytes:
             gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            give_back_cached(device)
 
     def manage(self, module: nn.Module) -> HeadlessManaged:
         return HeadlessManaged(module, self._device, self.offload_device())

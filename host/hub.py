@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .downloads import STAGING, TIMEOUT, DownloadError, ProgressCallback, check_space, fetch, safe_target
 from .errors import first_line
+from .whole_files import put_in_place
 
 REVISION = ".hotpath-revision"  # which one a half folder is of
 # What a model folder needs; not the same weights again in another format, and no code.
@@ -71,7 +72,7 @@ def fetch_repository(
             url = hf_hub_url(repo, name, revision=stated.sha)
             fetch(url, path, file.size, file.lfs.sha256 if file.lfs is not None else None, report)
         before += file.size or 0
-    staging.replace(target)
+    put_in_place(staging, target)
     (target / REVISION).unlink(missing_ok=True)
     if not any(staging.parent.iterdir()):
         staging.parent.rmdir()

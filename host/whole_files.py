@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+HELD = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds to wait for a file that another program holds
 
 
 @contextmanager
@@ -19,6 +23,17 @@ def whole_file(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".writing-{uuid4().hex}")
     try:
         yield unfinished
-        unfinished.replace(path)
+        put_in_place(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def put_in_place(source: Path, target: Path) -> None:
+    """As Path.replace; on Windows a viewer or a virus scanner may hold a file for a moment."""
+    for wait in HELD if os.name == "nt" else ():
+        try:
+            source.replace(target)
+            return
+        except PermissionError:
+            time.sleep(wait)
+    source.replace(target)

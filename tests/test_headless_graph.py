@@ -117,6 +117,8 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(WorkflowError, match=r"broken\.json is not JSON"):
         Graph.load(tmp_path / "broken.json")
+    (tmp_path / "marked.json").write_bytes(b'\xef\xbb\xbf{"1": {"class_type": "A"}}')
+    assert list(Graph.load(tmp_path / "marked.json").nodes) == ["1"], "as PowerShell writes UTF-8"
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(WorkflowError, match="not JSON"):
         Graph.load(tmp_path / "binary.json")

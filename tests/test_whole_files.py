@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from hotpath.host import whole_files
 from hotpath.host.whole_files import whole_file
 
 
@@ -45,3 +47,25 @@ def test_who_may_read_it_is_the_umasks_affair(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
+def test_windows_is_waited_for_when_another_program_holds_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    move = Path.replace
+
+    def held(self: Path, target: Path) -> Path:
+        if len(waits) < 2:
+            raise PermissionError(13, "it is used by another process")
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", held)
+    monkeypatch.setattr(whole_files.time, "sleep", waits.append)
+    with pytest.raises(PermissionError), whole_file(tmp_path / "a"):
+        pass
+    assert not waits, "only Windows lets go by itself"
+    monkeypatch.setattr(whole_files, "os", SimpleNamespace(name="nt"))
+    with whole_file(tmp_path / "a") as unfinished:
+        unfinished.write_text("whole")
+    assert (tmp_path / "a").read_text() == "whole" and waits == list(whole_files.HELD[:2])

@@ -52,9 +52,11 @@ def test_a_copy_is_on_disk_before_it_has_its_name(pictures, request_for, monkeyp
     """Or a power cut would leave an empty file that counts as done."""
     (pictures / "twin.png").write_bytes((pictures / "p0.png").read_bytes())
     steps: list[str] = []
-    sync, move = results.sync, results._replace
+    sync, move = results.sync, results.put_in_place
     monkeypatch.setattr(results, "sync", lambda path: (steps.append(path.name), sync(path)))
-    monkeypatch.setattr(results, "_replace", lambda old, new: (steps.append(f"{old.name} {new.name}"), move(old, new)))
+    monkeypatch.setattr(
+        results, "put_in_place", lambda old, new: (steps.append(f"{old.name} {new.name}"), move(old, new))
+    )
     assert run_map(request_for(pictures)).status.skipped == 1
     at = steps.index("copy.part twin.png")
     assert steps[at - 1] == "copy.part"

@@ -1,0 +1,155 @@
+"""What Windows, macOS, Intel's cards and older ones of NVIDIA do otherwise, told to the pack where none of them is."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hotpath.colorization import file_names, manifest, playable_part
+from hotpath.commands import console, doctor
+from hotpath.distributed import results
+from hotpath.distributed.items import Item
+from hotpath.distributed.jobs import Job
+from hotpath.distributed.manifest import Manifest
+from hotpath.distributed.results import ResultStore
+from hotpath.headless import files, locate
+from hotpath.host import cards, device_work, windows_names
+from hotpath.host.headless import HeadlessHost
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (windows_names, console):
+        monkeypatch.setattr(module, "os", SimpleNamespace(name="nt", environ=os.environ))
+
+
+@pytest.mark.parametrize("name", ["at 12:30", "a/what?", "NUL.png", "com1", "aux /x.png"])
+def test_windows_has_no_files_of_some_names(name: str, tmp_path: Path, windows: None) -> None:
+    for inside in (files.inside, file_names.inside):
+        with pytest.raises(ValueError, match="cannot be a file's name on Windows"):
+            inside(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["console.png", "a/b.c.png", "communion 1"])
+def test_windows_has_files_of_others(name: str, tmp_path: Path, windows: None) -> None:
+    assert files.inside(tmp_path, name) == file_names.inside(tmp_path, name) == tmp_path / name
+
+
+def test_other_systems_have_files_of_all_names(tmp_path: Path) -> None:
+    assert files.inside(tmp_path, "at 12:30").name == file_names.inside(tmp_path, "at 12:30").name == "at 12:30"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_styles_are_for_terminals_that_know_them(windows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "WT_SESSION", "TERM", "ANSICON"):
+        monkeypatch.delenv(name, raising=False)
+    old, new = Terminal(), Terminal()
+    console._write(old, "made", "green")
+    monkeypatch.setenv("WT_SESSION", "1")
+    console._write(new, "made", "green")
+    assert old.getvalue() == "made\n" and new.getvalue() == "\033[32mmade\033[0m\n"
+
+
+def test_a_file_that_another_program_holds_does_not_end_a_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    film = manifest.Manifest("key", [manifest.FinishedPart(0, 1, 0, False)])
+    for number in (1, 2):
+        film.part_file(tmp_path, number).touch()
+        film.state_file(tmp_path, number).touch()
+    output = tmp_path / "film.mp4"
+    beside, folder = tmp_path / "film.partial.mp4", tmp_path / "film.mp4.parts"
+    beside.touch()
+    folder.mkdir()
+    playable_part.note_left(output, beside, 1)
+
+    def held(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "it is used by another process")
+
+    monkeypatch.setattr(Path, "unlink", held)
+    film.add(tmp_path, manifest.FinishedPart(1, 2, 0, True), 2)
+    playable_part.drop_left(output)
+    assert len(film.parts) == 2
+
+
+def test_a_path_that_is_too_long_for_windows_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        error = OSError(2, "The system cannot find the path specified")
+        error.winerror = 3  # type: ignore[misc,attr-defined,unused-ignore]
+        raise error
+
+    monkeypatch.setattr(results, "put_in_place", refuse)
+    job = Job("j1", Item("a", "c"), {})
+    with Manifest.open(ResultStore.manifest_path(tmp_path), "w") as record:
+        store = ResultStore(tmp_path, record)
+        made = store.staging(job, 1) / "output"
+        made.mkdir(parents=True)
+        (made / "1.png").touch()
+        with pytest.raises(results.CannotKeep, match=r"The result a cannot be put into .*: its path is too long"):
+            store.keep(job, store.staging(job, 1), [], 1.0, 1)
+
+
+def test_model_paths_of_another_encoding_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "extra_model_paths.yaml").write_bytes("a:\n  loras: D:/模型\n".encode("gb18030"))
+    _, kinds = locate.model_folders(tmp_path)
+    assert "loras" not in kinds and "extra_model_paths.yaml cannot be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "card", "macos", "supported", "found"),
+    [
+        ("mps", "", 14, (torch.bfloat16, torch.float32), torch.bfloat16),
+        ("mps", "", 13, (torch.bfloat16, torch.float32), torch.float32),
+        ("mps", "", 13, (torch.float16, torch.float32), torch.float16),
+        ("cuda", "NVIDIA GeForce GTX 1650", 0, (torch.float16, torch.float32), torch.float32),
+        ("cuda", "NVIDIA GeForce RTX 2060", 0, (torch.float16, torch.float32), torch.float16),
+    ],
+)
+def test_networks_are_computed_in_what_the_device_can(
+    device: str, card: str, macos: int, supported: tuple[torch.dtype, ...], found: torch.dtype, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: macos >= major)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card)
+    assert HeadlessHost(device=device).compute_dtype(supported=supported) == found
+
+
+def test_memory_of_intels_cards_is_not_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.xpu, "get_device_properties", lambda device=None: SimpleNamespace(name="Arc", total_memory=16 << 30)
+    )
+    monkeypatch.setattr(torch.xpu, "memory_allocated", lambda device=None: 6 << 30)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    card = torch.device("xpu", 0)
+    assert HeadlessHost(device="xpu").free_memory(card) == 10 << 30
+    monkeypatch.setattr(doctor, "best_device", lambda: card)
+    assert doctor.devices()[0] == {"device": "xpu:0", "name": "Arc", "total_gb": 17.2}
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_what_torch_keeps_is_given_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    for each in ("cuda", "mps", "xpu"):
+        monkeypatch.setattr(getattr(torch, each), "empty_cache", lambda each=each: given.append(each))
+    device_work.give_back_cached(torch.device(kind))
+    device_work.give_back_cached(torch.device("cpu"))
+    assert given == [kind]
+
+
+def test_a_torch_for_the_cpu_beside_a_card_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert doctor.unused_gpu() is None
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/{name}")
+    monkeypatch.setattr(cards.torch.version, "cuda", None)
+    monkeypatch.setattr(cards.torch.version, "hip", None)
+    assert "is built without CUDA and ROCm: install the build for your GPU" in (doctor.unused_gpu() or "")
+    monkeypatch.setattr(cards.torch.version, "cuda", "12.8")
+    assert "install the driver" in (doctor.unused_gpu() or "")
+    monkeypatch.setattr(doctor, "best_device", lambda: torch.device("cuda"))
+    assert doctor.unused_gpu() is None
