@@ -90,7 +90,7 @@ def attend_text_and_tokens(
         return None
     from .token_attention_kernel import attend_tokens_fused, why_not_text
 
-    if why_not_text(q.dtype, head_dim, k.shape[1]):
+    if why_not_text(q.device, q.dtype, head_dim, k.shape[1]):
         return None
     try:
         return attend_tokens_fused(q, None, keys, values, rows, weights, heads, mask, stats, (k, v))

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .capabilities import float32_products
+from .capabilities import device_facts, float32_products
 
 log = logging.getLogger("hotpath.attention")
 
@@ -171,8 +171,12 @@ def why_not(dtype: torch.dtype, tokens: int, head_dim: int) -> str:
     return ""
 
 
-def why_not_text(dtype: torch.dtype, head_dim: int, text_tokens: int) -> str:
+def why_not_text(device: torch.device, dtype: torch.dtype, head_dim: int, text_tokens: int) -> str:
     """Why the kernel does not compute the text's attention too; "" when it does."""
+    card = device_facts(device)
+    if card.capability is not None and card.capability < (8, 0):
+        # Without them the text does not fit the registers, by kilobytes for each thread.
+        return f"{card.name}: Triton uses tensor cores from compute capability 8.0 on, torch's own attention before"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"{dtype}: the kernel attends to the text in half precision"
     if head_dim > MAX_TEXT_HEAD_DIM:

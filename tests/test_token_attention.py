@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hotpath.attention import token_attention
+from hotpath.attention.capabilities import DeviceFacts
 from hotpath.attention.token_attention import attend_text_and_tokens, attend_tokens, attend_tokens_reference
 from torch import Tensor
 from triton_interpreter import interpret, run_apart
@@ -251,6 +252,15 @@ def test_operators_pass_torchs_own_checks() -> None:
         torch.library.opcheck(torch.ops.hotpath.attend_tokens.default, (*arguments, inputs["heads"]))
     measured = torch.ops.hotpath.attend_tokens_measured.default
     torch.library.opcheck(measured, (*arguments, torch.zeros(2), inputs["heads"]))
+
+
+def test_the_text_keeps_its_kernel_where_triton_has_no_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = pytest.importorskip("hotpath.attention.token_attention_kernel", exc_type=ImportError)
+    for capability, fused in (((7, 5), False), ((8, 0), True), (None, True)):  # None: AMD's
+        facts = DeviceFacts("cuda", "the card", capability)
+        monkeypatch.setattr(kernel, "device_facts", lambda device, facts=facts: facts)
+        reason = kernel.why_not_text(torch.device("cuda", 0), torch.float16, 64, 77)
+        assert (not reason) is fused and ("the card" in reason) is not fused
 
 
 def test_a_failing_kernel_is_left_alone_and_says_so(
