@@ -16,7 +16,7 @@ def cases() -> list[Any]:
     return [
         pytest.param(node_id, node, id=f"{path.stem}-{node_id}")
         for path in CONTRACTS
-        for node_id, node in json.loads(path.read_text())["nodes"].items()
+        for node_id, node in json.loads(path.read_text("utf-8"))["nodes"].items()
     ]
 
 
