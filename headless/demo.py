@@ -94,7 +94,10 @@ def run_demo(
             where = f"ComfyUI in {comfyui}"
             announce(f"Starting {where} ...")
             # A copy, because a server writes there; a workflow in a workflow names files that nobody uploads.
-            inputs = Path(stack.enter_context(tempfile.TemporaryDirectory()), "input")
+            copies = Path(tempfile.mkdtemp(prefix="hotpath-demo-"))
+            # What Windows does not let go at once is no reason to fail at the end.
+            stack.callback(shutil.rmtree, copies, ignore_errors=True)
+            inputs = copies / "input"
             shutil.copytree(files.inputs, inputs)
             options = LaunchOptions(
                 input_folder=inputs, models=files.models, custom_nodes=files.extra_nodes(), isolated=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -153,3 +154,18 @@ def test_a_torch_for_the_cpu_beside_a_card_is_told(monkeypatch: pytest.MonkeyPat
     assert "install the driver" in (doctor.unused_gpu() or "")
     monkeypatch.setattr(doctor, "best_device", lambda: torch.device("cuda"))
     assert doctor.unused_gpu() is None
+
+
+def test_a_demo_does_not_fail_over_copies_that_windows_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hotpath.headless import demo
+
+    def held(*_: object, **__: object) -> None:
+        raise PermissionError(13, "it is used by another process")
+
+    monkeypatch.setattr(demo.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(demo, "launched", lambda *_: nullcontext())
+    monkeypatch.setattr(demo, "_run_one", lambda name, *_: demo.DemoResult(name, "done", demo.Outcome("ComfyUI")))
+    monkeypatch.setattr(demo.shutil, "copytree", lambda source, target: target.mkdir())
+    monkeypatch.setattr(os, "rmdir", held)
+    made = demo.run_demo(tmp_path / "out", demo.DemoFiles(), tmp_path, lambda line: None, ["faces"])
+    assert made and (tmp_path / "out" / "index.html").is_file()

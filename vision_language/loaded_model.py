@@ -297,6 +297,7 @@ def compute_device(asked: str) -> torch.device:
     absent = {
         "cuda": not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count(),
         "mps": not torch.backends.mps.is_available(),
+        "xpu": not torch.xpu.is_available(),
     }
     if absent.get(wanted.type, False):
         raise UnusableModel(f"The device {asked} is not there: choose auto.")

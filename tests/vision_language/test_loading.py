@@ -454,8 +454,9 @@ def test_the_size_of_a_model_has_its_streamed_layers_in_it(load):
 def test_float32_on_the_cpu(load):
     assert load("qwen3_vl").dtype == torch.float32
     assert load("qwen3_vl", device="cpu").device.type == "cpu"
-    with pytest.raises(UnusableModel, match="is not there"):
-        MODELS.get("qwen3_vl", LoadOptions(device="cuda:99"))
+    for absent in ("cuda:99", "xpu"):
+        with pytest.raises(UnusableModel, match="is not there"):
+            MODELS.get("qwen3_vl", LoadOptions(device=absent))
 
 
 def test_attention_that_cannot_run_says_so(load, ask):
