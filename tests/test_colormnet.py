@@ -201,6 +201,7 @@ def test_2500_frames_in_constant_memory(tiny: ColorMNet, monkeypatch: pytest.Mon
         return encoded[known]
 
     monkeypatch.setattr(session.engine, "encode_keys", encode_once)
+    monkeypatch.setattr(Tensor, "kthvalue", None)  # as on Macs with older releases of torch
     allocated, addresses = session.memory.nbytes, session.memory.value.data_ptr()
     for _ in range(50):
         out = session.colorize(luminance)

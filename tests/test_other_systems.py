@@ -17,7 +17,7 @@ from hotpath.distributed.items import Item
 from hotpath.distributed.jobs import Job
 from hotpath.distributed.manifest import Manifest
 from hotpath.distributed.results import ResultStore
-from hotpath.headless import files, locate
+from hotpath.headless import files, launcher, locate
 from hotpath.host import cards, device_work, windows_names
 from hotpath.host.headless import HeadlessHost
 
@@ -94,6 +94,21 @@ def test_a_path_that_is_too_long_for_windows_fails_alone(tmp_path: Path, monkeyp
         (made / "1.png").touch()
         with pytest.raises(results.CannotKeep, match=r"The result a cannot be put into .*: its path is too long"):
             store.keep(job, store.staging(job, 1), [], 1.0, 1)
+
+
+def test_a_comfyui_prints_letters_that_the_code_page_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, str] = {}
+
+    def start(command: list[str], env: dict[str, str], **_: object) -> None:
+        given.update(env)
+        raise OSError("not in this test")
+
+    monkeypatch.setattr(launcher, "python_for", lambda comfyui: (Path("python"), None))
+    monkeypatch.setattr(launcher, "_has_accelerator", lambda python: False)
+    monkeypatch.setattr(launcher.subprocess, "Popen", start)
+    with pytest.raises(OSError, match="not in this test"), launcher.launched(tmp_path):
+        pass
+    assert given["PYTHONIOENCODING"] == "utf-8", "its log is read as UTF-8"
 
 
 def test_model_paths_of_another_encoding_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
