@@ -28,6 +28,7 @@ SUFFIX = ".safetensors"
 FORMAT = "1"
 WRITING = ".writing-"  # begins the name of what is not whole yet
 ABANDONED = 3600.0  # seconds after which nobody writes to it any more
+AHEAD = 3600.0  # seconds that the clock of a file server may be ahead of ours
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,15 @@ class DiskCache:
     def _files(self) -> list[tuple[Path, int]]:
         """The files with their bytes, least recently used first."""
         found: list[tuple[float, Path, int]] = []
+        latest = time.time() + AHEAD
         for path in self._named(f"*{SUFFIX}"):
             try:
                 facts = path.stat()
             except OSError:  # another process trimmed it
                 continue
-            found.append((facts.st_mtime, path, facts.st_size))
+            # By a time from before the clock was set back, a file would outlive all that is written from now on.
+            used = facts.st_mtime if facts.st_mtime <= latest else 0.0
+            found.append((used, path, facts.st_size))
         return [(path, size) for _, path, size in sorted(found)]
 
     def _named(self, pattern: str) -> list[Path]:
@@ -201,7 +205,7 @@ class DiskCache:
         """Remove what a process that was killed had begun to write."""
         for path in self._named(f"{WRITING}*"):
             try:
-                old = time.time() - path.stat().st_mtime > ABANDONED
+                old = abs(time.time() - path.stat().st_mtime) > ABANDONED
             except OSError:  # it was finished meanwhile
                 continue
             if old:

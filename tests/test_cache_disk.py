@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ def test_round_trip_of_every_dtype(cache: DiskCache) -> None:
 
 def test_what_a_killed_process_left_is_removed(cache: DiskCache) -> None:
     cache.put("k", {"a": torch.ones(2)})
-    left, begun = (cache.folder / f".writing-{name}" for name in ("left", "begun"))
-    for path in (left, begun):
+    left, ahead, begun = (cache.folder / f".writing-{name}" for name in ("left", "ahead", "begun"))
+    for path in (left, ahead, begun):
         path.write_bytes(b"half of it")
     os.utime(left, (1, 1))
+    os.utime(ahead, (time.time() + 86400,) * 2)  # by a clock that was set back since
     cache.put("other", {"a": torch.ones(2)})
-    assert not left.exists() and begun.exists() and len(cache.entries()) == 2
+    assert not left.exists() and not ahead.exists() and begun.exists() and len(cache.entries()) == 2
 
 
 def test_a_missing_key_is_a_miss(cache: DiskCache) -> None:
@@ -89,6 +91,17 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     cache.put("four", entry)
     assert [key for key in ("one", "two", "three", "four") if cache.get(key) is not None] == ["one", "three", "four"]
     assert cache.nbytes() <= cache.limit
+
+
+def test_a_clock_that_was_set_back_does_not_keep_what_was_there_for_ever(tmp_path: Path) -> None:
+    entry = {"a": torch.zeros(1000)}
+    cache = DiskCache(tmp_path, limit=3 * 4700)
+    for key in ("one", "two", "three"):
+        cache.put(key, entry)
+        os.utime(tmp_path / f"{key}.safetensors", (time.time() + 86400,) * 2)
+    assert cache.get("one") is not None  # and it is used now
+    assert cache.put("four", entry) and cache.put("five", entry)
+    assert sorted(path.stem for path in cache.entries()) == ["five", "four", "one"]
 
 
 def test_an_entry_over_the_limit_is_not_written(tmp_path: Path) -> None:
