@@ -102,6 +102,14 @@ def _pack(module: nn.Module, method: str) -> None:
     quantize_(module, config, filter_fn=is_packed)
 
 
+class PackedLinear(nn.Linear):
+    """With a weight of torchao's, which torch cannot move in inference mode; there ComfyUI runs its nodes, and moves models."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
 def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:
     """Pack the blocks' linear layers in place, one block at a time on `device`; returns how many layers."""
     if plan.method == "none":
@@ -112,8 +120,11 @@ def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:
         block.to(device)
         with on_device(device):
             _pack(block, plan.method)
+        layers = [layer for key, layer in block.named_modules() if is_packed(layer, key)]
+        for layer in layers:
+            layer.__class__ = PackedLinear
         block.to(before)
-        packed += sum(is_packed(layer, key) for key, layer in block.named_modules())
+        packed += len(layers)
     log.info("%d layers packed to %s", packed, plan.method)
     return packed
 
