@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,8 +56,7 @@ class PanelRoutes:
         self.version = version
         self.desk = desk or DownloadDesk()
         self.report = report or LibraryReport()
-        # Of our own: the server sends its files with the event loop's threads, and looking at libraries takes minutes.
-        self.threads = ThreadPoolExecutor(THREADS, "hotpath-panel")
+        self._free = asyncio.Semaphore(THREADS)
         self.reads: dict[str, Action] = {
             "overview": lambda _: {**overview(self.version), "downloads": self.desk.states()},
             "caches": lambda _: {"caches": caches()},
@@ -95,7 +95,8 @@ class PanelRoutes:
                 if not same_origin(request.headers):
                     raise Refused("Only ComfyUI's own pages may ask this.", 403)
                 body = await read_body(request) if changes else {}
-                answer = await asyncio.get_running_loop().run_in_executor(self.threads, action, body)
+                async with self._free:
+                    answer = await in_thread(action, body)
             except Refused as refused:
                 return web.json_response({"error": str(refused)}, status=refused.status)
             except Exception as error:
@@ -105,6 +106,25 @@ class PanelRoutes:
             return web.json_response(answer, headers={"Cache-Control": "no-store"})
 
         return handle
+
+
+async def in_thread(action: Action, body: Body) -> Any:
+    """What `action` returns or raises.
+
+    In a thread of its own: the server sends its files with the event loop's, looking at libraries takes minutes, and a pool's
+    threads would hold up the end of the process as long.
+    """
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(action(body))
+        except BaseException as error:  # whatever it is, the handler answers for it
+            future.set_exception(error)
+
+    future.set_running_or_notify_cancel()  # a client that leaves does not stop it
+    threading.Thread(target=work, name="hotpath-panel", daemon=True).start()
+    return await asyncio.wrap_future(future)
 
 
 async def read_body(request: Any) -> Body:

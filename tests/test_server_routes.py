@@ -22,7 +22,7 @@ from hotpath.host.downloads import DownloadError
 from hotpath.host.known_models import HubRepository, KnownModel, WebFile, ZipMember
 from hotpath.panel.downloads import DownloadDesk, Refused
 from hotpath.panel.libraries import LibraryReport
-from hotpath.panel.routes import MAX_BODY, PanelRoutes, same_origin
+from hotpath.panel.routes import MAX_BODY, THREADS, PanelRoutes, same_origin
 
 ARCHIVE = WebFile("https://example.com/pack.zip")
 TABLE = (
@@ -296,6 +296,9 @@ def test_the_server_answers_while_a_disk_is_slow(routes):
             more = [asyncio.ensure_future(client.get("/hotpath/slow")) for _ in range(40)]
             await asyncio.sleep(0.1)
             await asyncio.wait_for(asyncio.to_thread(int), 60)
+            # Nor do they hold up the end of the process.
+            waiting = [thread for thread in threading.enumerate() if thread.name == "hotpath-panel"]
+            assert len(waiting) == THREADS and all(thread.daemon for thread in waiting)
             release.set()
             for one in more:
                 (await one).release()
