@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +12,30 @@ from pathlib import Path
 from uuid import uuid4
 
 HELD = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds to wait for a file that another program holds
+FULL = (errno.ENOSPC, errno.EDQUOT)
+RUST = re.compile(r"\(os error (\d+)\)")  # ends what safetensors says, in an exception of its own
+WINDOWS_FULL = (39, 112)  # its numbers, which are others than C's
+
+
+@contextmanager
+def told_when_full(path: Path) -> Iterator[None]:
+    """An error inside that says the disk is full is raised as the OSError that it is, with the place and the cure."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        sentence = (
+            f"The disk with {path.parent} is full, so {path.name} was not written: free some space and run it again."
+        )
+        raise OSError(errno.ENOSPC, sentence) from error
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    told = RUST.search(str(error))
+    return told is not None and int(told[1]) in (*FULL, *WINDOWS_FULL)
 
 
 @contextmanager
@@ -22,8 +48,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     # Not mkstemp, whose files are readable by their maker alone: who may read what is written is for the umask to say.
     unfinished = path.with_name(f".writing-{uuid4().hex}")
     try:
-        yield unfinished
-        put_in_place(unfinished, path)
+        with told_when_full(path):
+            yield unfinished
+            put_in_place(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
 

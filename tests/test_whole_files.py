@@ -30,6 +30,17 @@ def test_what_was_there_stays_when_it_does_not(tmp_path: Path, stop: BaseExcepti
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_is_told_with_its_cure_whoever_found_it(tmp_path: Path) -> None:
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"  # as safetensors does
+    for found in (OSError(28, "No space left on device"), RuntimeError(said)):
+        sentence = r"is full, so a\.txt was not written: free some space"
+        with pytest.raises(OSError, match=sentence) as told, whole_file(tmp_path / "a.txt"):
+            raise found
+        assert told.value.errno == 28
+    with pytest.raises(RuntimeError, match="os error 2"), whole_file(tmp_path / "a.txt"):
+        raise RuntimeError("No such file or directory (os error 2)")
+
+
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     with whole_file(path) as first, whole_file(path) as second:

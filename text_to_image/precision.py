@@ -103,11 +103,15 @@ def _pack(module: nn.Module, method: str) -> None:
 
 
 class PackedLinear(nn.Linear):
-    """With a weight of torchao's, which torch cannot move in inference mode; there ComfyUI runs its nodes, and moves models."""
+    """With a weight of torchao's, which can neither be moved nor be listed in inference mode; ComfyUI does both there."""
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with torch.inference_mode(False):
+            super()._save_to_state_dict(*args, **kwargs)
 
 
 def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:

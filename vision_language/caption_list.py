@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..host.whole_files import whole_file
+from ..host.whole_files import told_when_full, whole_file
 
 LIST_NAME = "captions.jsonl"
 
@@ -41,7 +41,8 @@ def listed(folder: Path) -> dict[str, str]:
 def append(folder: Path, entry: dict[str, Any]) -> None:
     """Add a line to the list in `folder`; one that was cut off before it stays a line of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LIST_NAME).open("a+b") as file:
+    path = folder / LIST_NAME
+    with told_when_full(path), path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
