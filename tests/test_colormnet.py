@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import runpy
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hotpath.colorization import colour_space
 from hotpath.colorization.batch_size import BatchSize
 from hotpath.colorization.checkpoint_file import WrongCheckpoint, load_network
 from hotpath.colorization.colormnet import checkpoint
+from hotpath.colorization.colormnet.engine import ColorMNetEngine, ColorMNetFunctions
 from hotpath.colorization.colormnet.key_encoder import convolve_enlarged
 from hotpath.colorization.colormnet.network import ColorMNet, ColorMNetWidths
 from hotpath.colorization.colormnet.session import ColorMNetSession
@@ -348,3 +351,15 @@ def test_graph_equals_plain_run_on_the_gpu(tiny: ColorMNet) -> None:
         out = session.colorize(luminance.cuda()).chroma.cpu()
     torch.testing.assert_close(out, plain, atol=0.05, rtol=0)
     assert session.engines()["CUDA graph of the decoder"].startswith("captured")
+
+
+def test_a_network_that_nobody_holds_is_gone_at_once() -> None:
+    """Without waiting for Python to look for what holds itself: it may be on a card whose memory is wanted."""
+    network = ColorMNet(TINY)
+    engine, gone = ColorMNetEngine(ColorMNetFunctions(network)), weakref.ref(network)
+    gc.disable()
+    try:
+        del network, engine
+        assert gone() is None
+    finally:
+        gc.enable()

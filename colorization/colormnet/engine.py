@@ -29,11 +29,12 @@ class ColorMNetFunctions:
 
     def __init__(self, network: ColorMNet, compile: bool = False, attention: str = "auto") -> None:
         self.network = network
-        self.attention = AttentionPolicy(attention)
-        self.calls = AttentionLog(attention)
+        policy = self.attention = AttentionPolicy(attention)
+        calls = self.calls = AttentionLog(attention)
 
+        # Without `self`, whose network would else stay on the device until Python looks for what holds itself.
         def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, policy=self.attention, record=self.calls)
+            return attend(q, k, v, policy=policy, record=calls)
 
         def encode(luminance: Tensor, position: Tensor) -> FrameKeys:
             return network.encode_keys(luminance, position, attended)
