@@ -261,6 +261,7 @@ def test_headless_device_is_what_was_asked_for() -> None:
 
 
 def test_headless_halves_on_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
     here = HeadlessHost(device=torch.device("cuda", 0))
     assert here.compute_dtype() == torch.float16
     assert here.compute_dtype(supported=(torch.bfloat16, torch.float32)) == torch.bfloat16
