@@ -140,7 +140,7 @@ def merge_films(
             if item.job is None or item.job.state != DONE:
                 missing += 1
             else:
-                parts += [store.folder / path for path in item.files()]
+                parts += [store.place(path) for path in item.files()]
         path = store.folder / f"{film.label}{suffix}"
         if broken or not shots:
             continue  # why is among the failures
@@ -171,7 +171,7 @@ def merge_films(
 def whole_film(film: Item, store: ResultStore) -> Path | None:
     """The coloured film, when an earlier run finished it and it is unchanged."""
     known = store.manifest.meta(f"film {film.label}")
-    if known is None or not (path := store.folder / known).is_file():
+    if known is None or not (path := store.place(known)).is_file():
         return None
     return path if store.manifest.meta(_whole_mark(film)) == file_fingerprint(path) else None
 

@@ -108,6 +108,9 @@ class Manifest:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.execute("PRAGMA synchronous=FULL")
                 db.execute("BEGIN EXCLUSIVE")
+                # A file from elsewhere may bring statements of its own, which would run with ours.
+                if db.execute("SELECT 1 FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone() is not None:
+                    raise sqlite3.DatabaseError("it holds more than tables")
                 for statement in filter(str.strip, SCHEMA.split(";")):
                     db.execute(statement)
                 manifest = cls(path, db)

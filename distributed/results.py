@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..host.whole_files import put_in_place
-from .jobs import Job
+from .jobs import BadMap, Job
 from .manifest import COMMITTING, DONE, FAILED, RUNNING, ItemRecord, JobRecord, Manifest, sync_folder
 from .retry import is_full
 
@@ -59,6 +59,17 @@ class ResultStore:
         a machine that was cut off learns only after a minute that its run is over."""
         return self.work / "staging" / f"{job.id}-{self._run}-{attempt}"
 
+    def place(self, name: str) -> Path:
+        """The file `name` of the folder. Raises BadMap for one that lies elsewhere: whoever can put files into the folder can
+        put a record there, too, and nothing outside is read, moved or deleted for that."""
+        path = self.folder / name
+        if not leads_inside(self.folder, name):
+            raise BadMap(
+                f"The record of the work, {self.manifest.path}, names {name!r}, which lies outside {self.folder}; delete that "
+                "record to start anew."
+            )
+        return path
+
     def discard(self, staging: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -80,7 +91,7 @@ class ResultStore:
             # Named first: after a crash the copies that were made are known for what they are.
             self.manifest.set_name(label, job.id, actual)
             for tail in record.tails:
-                self._copy(self.folder / (source + tail), self.folder / (actual + tail))
+                self._copy(self.place(source + tail), self.place(actual + tail))
         except OSError as error:
             if not _is_of_the_name(error):
                 raise
@@ -175,12 +186,13 @@ class ResultStore:
         return f"{WORK}/parts/{job.item.label}" if job.hidden else job.item.label
 
     def _whole(self, actual: str, record: JobRecord) -> bool:
-        return all((self.folder / (actual + tail)).is_file() for tail in record.tails)
+        return all(self.place(actual + tail).is_file() for tail in record.tails)
 
     def _make_way(self, label: str, tails: Sequence[str]) -> str:
         """The actual label for files with these tails. Files of an older result of this item are gone when it returns: one
         that is found there after a crash is new."""
-        _inside(self.folder, label)
+        if not leads_inside(self.folder, label):
+            raise ValueError(f"{label!r} leads out of {self.folder}, so nothing is written there.")
         mine: set[str] = set()
         name = self.manifest.name(label)
         if name is not None:
@@ -189,9 +201,9 @@ class ResultStore:
         for actual in _numbered(label if name is None else name[1]):
             others = self.manifest.taken(actual) and (name is None or name[1] != actual)
             wanted = {actual + tail for tail in tails}
-            if not others and not any((self.folder / path).exists() for path in wanted - mine):
+            if not others and not any(self.place(path).exists() for path in wanted - mine):
                 break
-        stale = [path for path in (self.folder / path for path in mine) if path.is_file()]
+        stale = [path for path in map(self.place, mine) if path.is_file()]
         for path in stale:
             path.unlink()
         for folder in {path.parent for path in stale}:
@@ -201,7 +213,7 @@ class ResultStore:
     def _recover(self) -> None:
         """Complete the moves that the last run wrote down and could not confirm."""
         for job_id, moves in self.manifest.committing():
-            whole = all((self.folder / s).exists() or (self.folder / t).exists() for s, t in moves)
+            whole = all(self.place(s).exists() or self.place(t).exists() for s, t in moves)
             try:
                 if whole:
                     self._move(moves)
@@ -224,10 +236,10 @@ class ResultStore:
     def _move(self, moves: Sequence[tuple[str, str]]) -> None:
         folders = set()
         for source, target in moves:
-            if (self.folder / source).exists():
-                path = self.folder / target
+            if (begun := self.place(source)).exists():
+                path = self.place(target)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                put_in_place(self.folder / source, path)
+                put_in_place(begun, path)
                 folders.add(path.parent)
         for folder in folders:
             sync_folder(folder)
@@ -270,10 +282,12 @@ def _is_of_the_name(error: OSError) -> bool:
     return error.errno in BAD_NAME or getattr(error, "winerror", None) in TOO_LONG
 
 
-def _inside(folder: Path, label: str) -> None:
-    path = (folder / label).resolve()
-    if "\0" in label or path == folder or not path.is_relative_to(folder):
-        raise ValueError(f"{label!r} leads out of {folder}, so nothing is written there.")
+def leads_inside(folder: Path, name: str) -> bool:
+    """Whether `name` is that of a file below `folder`, which is resolved."""
+    if "\0" in name:
+        return False
+    path = (folder / name).resolve()
+    return path != folder and path.is_relative_to(folder)
 
 
 def sync(path: Path) -> None:

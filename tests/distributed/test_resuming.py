@@ -562,6 +562,29 @@ def test_a_list_cannot_lead_out_of_the_output_folder(tmp_path):
             store.keep(job, store.staging(job, 1), [], 1.0, 1)
 
 
+@pytest.mark.parametrize("kept", ["moves", "name", "another's name", "statement"])
+def test_a_record_from_elsewhere_reaches_nothing_outside(tmp_path, kept):
+    """Whoever can put files into the output folder, as a browser can, can put a record there."""
+    folder, secret = tmp_path / "out", tmp_path / "secret.png"
+    secret.write_text("mine")
+    path = ResultStore.manifest_path(folder)
+    with Manifest.open(path, "w") as manifest:
+        record = results.JobRecord("j1", "committing", 1, 1.0, None, [], [".png"])
+        moves = [("../secret.png", "../stolen.png")] if kept == "moves" else []
+        manifest.begin_commit(record, "a", "../secret", moves)
+        if kept != "moves":
+            manifest.end_commit("j1")
+    if kept == "statement":
+        with sqlite3.connect(path) as db:
+            db.execute("CREATE TRIGGER t AFTER INSERT ON items BEGIN DELETE FROM jobs; END")
+        db.close()
+    said = "more than tables" if kept == "statement" else "names '../secret.png', which lies outside"
+    with pytest.raises(BadMap, match=said), Manifest.open(path, "w") as manifest:
+        ResultStore(folder, manifest).done(Job("j1", Item("b" if kept == "another's name" else "a", "c"), {}))
+    assert [file.name for file in tmp_path.glob("*.png")] == ["secret.png"] and secret.read_text() == "mine"
+    assert [file.name for file in folder.iterdir()] == [results.WORK]
+
+
 def test_the_record_is_a_plain_database(pictures, request_for):
     outcome = run_map(request_for(pictures))
     with sqlite3.connect(ResultStore.manifest_path(outcome.folder)) as db:
