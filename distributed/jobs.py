@@ -10,7 +10,7 @@ from typing import Any
 
 from ..cache import content_key, file_fingerprint
 from ..headless.catalog import HIDDEN, declared_inputs
-from ..headless.files import MARK, inside
+from ..headless.files import INPUT, inside, unmarked
 from ..headless.graph import Graph, Link, LooseList, WorkflowError
 from ..headless.validation import InvalidWorkflow, NeedsComfyUI, validate
 from ..host.saved_layouts import migrate_prompt
@@ -202,12 +202,11 @@ def _named_file(folder: Path, value: Any) -> Path | None:
     """The file in the input folder that a value names, as `files.input_file` reads it, if it names one."""
     if not isinstance(value, str) or "\n" in value or len(value) > 1024:
         return None
-    if (marked := MARK.match(value)) is not None:
-        if marked["folder"] != "input":
-            return None  # the other folders of a job are its own
-        value = marked["name"]
+    name, kind = unmarked(value)
+    if kind != INPUT:
+        return None  # the other folders of a job are its own
     try:
-        path = inside(folder, value)
+        path = inside(folder, name)
         return path if path.is_file() else None
     except (OSError, ValueError):
         return None

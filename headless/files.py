@@ -13,7 +13,7 @@ from ..host.windows_names import refuse_on_windows
 
 FRESH = 2.0  # seconds
 _listed: dict[tuple[str, ...], tuple[Path, int, list[str]]] = {}  # by endings, of which there are two kinds
-MARK = re.compile(r"^(?P<name>.*?)\s*\[(?P<folder>input|output|temp)\]$")
+INPUT, OUTPUT, TEMP = FOLDERS = ("input", "output", "temp")
 
 
 def input_file(name: str) -> Path:
@@ -22,15 +22,20 @@ def input_file(name: str) -> Path:
     Raises ValueError for a name outside the folder and FileNotFoundError for a file that is not there.
     """
     here = host.current()
-    folder, marked = here.input_folder(), MARK.match(name)
-    if marked is not None:
-        name = marked["name"]
-        folders = {"input": here.input_folder, "output": here.output_folder, "temp": here.temp_folder}
-        folder = folders[marked["folder"]]()
+    name, kind = unmarked(name)
+    folder = {INPUT: here.input_folder, OUTPUT: here.output_folder, TEMP: here.temp_folder}[kind]()
     path = inside(folder, name)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {name!r} in {folder}; choose the folder with --input-folder.")
     return path
+
+
+def unmarked(name: str) -> tuple[str, str]:
+    """The name without its mark, and the kind of folder that the mark names, else input."""
+    for kind in FOLDERS:
+        if name.endswith(mark := f"[{kind}]"):
+            return name.removesuffix(mark).rstrip(), kind
+    return name, INPUT
 
 
 def inside(folder: Path, name: str) -> Path:

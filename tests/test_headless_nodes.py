@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,10 @@ def test_marked_names(folders):
     image, _ = core_nodes.LoadImage().load_image("a_00001_.png [output]")
     assert image.min() == 1
     assert "no file" in core_nodes.LoadImage.VALIDATE_INPUTS("a_00001_.png")
+    # Not searched anew from each of its spaces: this took minutes, in which nothing else of the process ran.
+    started = time.perf_counter()
+    assert core_nodes.LoadImage.VALIDATE_INPUTS("a" + " " * 200_000 + "x") is not True
+    assert time.perf_counter() - started < 5
 
 
 def test_is_changed_follows_the_content(folders):
