@@ -87,7 +87,7 @@ def _graph(form: MapForm) -> Graph:
         raise WorkflowError("There is no workflow: choose a file, or put one in API format into workflow_text.")
     try:
         return Graph.parse(json.loads(form.workflow_text))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WorkflowError(f"workflow_text: {error}") from None
 
 

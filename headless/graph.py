@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+DEEPEST = 64
+
 
 class WorkflowError(ValueError):
     """The file is not a workflow that can be run; the message is a sentence for the person who gave it."""
@@ -68,7 +70,7 @@ class Graph:
             if path.is_dir():  # which Windows says in other words
                 raise WorkflowError(f"{path} is a folder; name a workflow file in it.") from None
             raise WorkflowError(f"{path} cannot be read: {error.strerror or error}.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise WorkflowError(f"{path.name} is not JSON: {error}.") from None
         try:
             return cls.parse(data)
@@ -87,6 +89,8 @@ class Graph:
             data = data["prompt"]
         if not isinstance(data, Mapping) or not data:
             raise WorkflowError('a workflow in API format is an object {"<id>": {"class_type": ..., "inputs": ...}}.')
+        if _deeper_than(DEEPEST, data):
+            raise WorkflowError(f"its values are nested deeper than {DEEPEST} levels, which no node's are.")
         nodes: dict[str, Node] = {}
         for node_id, entry in data.items():
             if not isinstance(entry, Mapping) or not isinstance(entry.get("class_type"), str):
@@ -180,6 +184,20 @@ class Graph:
                 elif source not in done:
                     path[source] = iter(waits(self.nodes[source]))
         return list(done)
+
+
+def _deeper_than(most: int, data: Any) -> bool:
+    """Whether objects and lists lie in each other more than `most` times. What copies or compares values calls itself."""
+    level = [data]
+    for _ in range(most):
+        level = [inner for outer in level if isinstance(outer, Mapping | list) for inner in _inside(outer)]
+        if not level:
+            return False
+    return True
+
+
+def _inside(outer: Mapping[str, Any] | list[Any]) -> Iterable[Any]:
+    return outer.values() if isinstance(outer, Mapping) else outer
 
 
 def _value(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,10 @@ def test_a_node_that_needs_itself():
         ({"1": {"class_type": "A", "inputs": []}}, "not an object"),
         ({"1": node("Blur", image=["7", 0])}, "node '7', which is missing"),
         ({"nodes": [], "links": [], "version": 0.4}, r"Export \(API\)"),
+        (
+            {"1": node("Blur", image=functools.reduce(lambda inner, _: {"a": inner}, range(300), 1))},
+            "nested deeper than",
+        ),
     ],
 )
 def test_what_is_no_workflow_is_refused(data: Any, words: str):
@@ -119,6 +124,9 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         Graph.load(tmp_path / "broken.json")
     (tmp_path / "marked.json").write_bytes(b'\xef\xbb\xbf{"1": {"class_type": "A"}}')
     assert list(Graph.load(tmp_path / "marked.json").nodes) == ["1"], "as PowerShell writes UTF-8"
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(WorkflowError, match=r"deep\.json is not JSON"):
+        Graph.load(tmp_path / "deep.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(WorkflowError, match="not JSON"):
         Graph.load(tmp_path / "binary.json")
