@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,13 @@ from ..cache import file_fingerprint, named_cache
 from .attention_override import POLICIES, set_attention
 from .compilation import MODES, REGIONS, CompileSettings, compile_model
 from .precision import SCHEMES, PrecisionUnavailable, set_precision
-from .warmup import parse_sizes, warm_up
+from .warmup import EXAMPLE, parse_sizes, warm_up
 
 FILE_NAME = "hotpath.yaml"
+SUFFIXES = (".yaml", ".yml")
 NONE = "none"
 MIB = 1 << 20
+MAX_BYTES = 1 << 18  # of a profile file
 PACK = Path(__file__).resolve().parent.parent
 
 
@@ -186,6 +189,8 @@ def folders() -> list[Path]:
 
 def find_file(name: str) -> Path:
     """The file `name` in one of `folders`. Raises ProfileError, also for names that point outside of them."""
+    if not name.lower().endswith(SUFFIXES):
+        raise ProfileError(f"{name!r} is no profile file: its name must end in {' or '.join(SUFFIXES)}.")
     for folder in folders():
         with contextlib.suppress(OSError, ValueError):  # no name that a file can have
             path = (folder / name).resolve()
@@ -218,14 +223,18 @@ def parse_file(path: Path) -> dict[str, SpeedProfile]:
     """Every section of the file at `path`, checked."""
     import yaml
 
+    if path.stat().st_size > MAX_BYTES:
+        raise ProfileError(f"{path.name} is no profile file: it is larger than {MAX_BYTES >> 10} KiB.")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _loader())  # a SafeLoader
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ProfileError(f"{path.name} is not in UTF-8: save it in that encoding.") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ProfileError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise ProfileError(f"{path.name} cannot be read: {error.strerror or error}.") from error
+    try:
+        content = yaml.load(text, _loader())  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date or a number that there is not
+        raise ProfileError(f"{path.name} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content:
         raise ProfileError(f"{path.name} has no sections; hotpath.example.yaml shows how it is written.")
     return {str(title): parse_section(str(title), body, path.name) for title, body in content.items()}
@@ -251,6 +260,13 @@ def _loader() -> Any:
                     seen.add(key.value)
             return node
 
+        def flatten_mapping(self, node: Any) -> None:
+            # What is merged may itself be merged of others, tenfold each time: of a key only the value that counts is kept.
+            super().flatten_mapping(node)
+            last = {(key.tag, key.value): (key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+            others = [(key, value) for key, value in node.value if not isinstance(key, yaml.ScalarNode)]
+            node.value = [*others, *last.values()]
+
     return OnceEach
 
 
@@ -271,13 +287,15 @@ def _part(name: str, values: dict[str, Any], where: str) -> Any:
         try:
             checked[key] = checks[key](value)
         except ValueError as error:
-            raise ProfileError(f"{where}.{key} is {value!r}; {error}") from error
+            raise ProfileError(f"{where}.{key} is {_shown(value)}; {error}") from error
     return kind(**checked)
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ProfileError(f"{where} is {value!r}, and must be keys with values, such as in hotpath.example.yaml.")
+        raise ProfileError(
+            f"{where} is {_shown(value)}, and must be keys with values, such as in hotpath.example.yaml."
+        )
     return value
 
 
@@ -285,6 +303,16 @@ def _known(values: dict[str, Any], known: Iterable[str], where: str) -> None:
     for key in values:
         if key not in known:
             raise ProfileError(f"{where} has no key {key!r}; the keys are {_listed(known)}.")
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value: with its aliases, one of a hundred letters may be gigabytes when written out."""
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    try:
+        return short.repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number without end"
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -334,6 +362,8 @@ def _patterns(value: Any) -> tuple[str, ...]:
 
 def _sizes(value: Any) -> tuple[tuple[int, int], ...]:
     pieces = value if isinstance(value, list) else [value]
+    if not all(isinstance(piece, str | int) for piece in pieces):
+        raise ValueError(f"allowed are sizes such as {EXAMPLE}.")
     return tuple(parse_sizes(", ".join(map(str, pieces))))
 
 

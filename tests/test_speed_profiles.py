@@ -147,6 +147,40 @@ def test_a_file_is_read_whole_or_refused(tmp_path: Path, content: str | bytes, s
         parse_file(path)
 
 
+def test_a_file_of_another_kind_is_not_read(headless_host: Any) -> None:
+    """A film of gigabytes, or the settings of somebody else, which a message would quote."""
+    folder = headless_host.input_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text('{"key": "secret"}')
+    with pytest.raises(ProfileError, match=r"must end in \.yaml or \.yml"):
+        load_profile("key", "settings.json")
+    (folder / "film.yaml").write_bytes(bytes(speed_profiles.MAX_BYTES + 1))
+    with pytest.raises(ProfileError, match="larger than 256 KiB"):
+        load_profile("key", "film.yaml")
+
+
+ALIASES = ", ".join(["&a0 [x, x]", *(f"&a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))])
+MERGES = "".join(f"k{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (f"mine: [{ALIASES}]\n", "must be keys with values"),
+        (f"mine: {{warmup: {{sizes: [{ALIASES}]}}}}\n", "allowed are sizes"),
+        (f"k0: &a0 {{x: 1}}\n{MERGES}", "k0 has no key 'x'"),
+        ("mine: 2000-99-99\n", "month must be in"),
+        (f"mine: 0x{'f' * 5000}\n", "a number without end, and must be keys"),
+    ],
+)
+def test_a_short_file_that_would_fill_the_memory(tmp_path: Path, content: str, said: str) -> None:
+    """Aliases of aliases, which double forty times."""
+    (tmp_path / "hotpath.yaml").write_text(content)
+    with pytest.raises(ProfileError, match=said) as refused:
+        parse_file(tmp_path / "hotpath.yaml")
+    assert len(str(refused.value)) < 2000
+
+
 def test_what_a_merge_brings_along_is_no_key_written_twice(tmp_path: Path) -> None:
     """Also where the merged mapping merges itself and lies deeper than the one that asks for it first."""
     import yaml
@@ -162,7 +196,7 @@ def test_what_a_merge_brings_along_is_no_key_written_twice(tmp_path: Path) -> No
     assert (near.compile.mode, near.warmup.batch, near.attention.backend) == ("none", 2, "auto")
 
 
-@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "../../etc/passwd"])
+@pytest.mark.parametrize("name", ["a\0b.yaml", "x" * 5000 + ".yaml", "../../etc/passwd.yaml"])
 def test_a_name_that_no_file_has_is_not_found(headless_host: Any, name: str) -> None:
     with pytest.raises(ProfileError, match="There is no"):
         load_profile("fast", name)
