@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .commands.console import complain
 from .host.errors import first_line, install_requirements, missing_library
 
 if TYPE_CHECKING:
@@ -428,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         library = missing_library(error)
         if library:
-            sys.stderr.write(f"hotpath: {library} is not installed: {install_requirements()}\n")
+            complain(f"{library} is not installed: {install_requirements()}")
             return 1
-        sys.stderr.write(f"hotpath: {type(error).__name__}: {error}\n(run with --verbose for the traceback)\n")
+        complain(f"{type(error).__name__}: {error}\n(run with --verbose for the traceback)")
         return 1

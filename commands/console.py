@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
+# A title in somebody's workflow, a file name or an answer must not write to the terminal's title, clipboard or screen.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 
 
@@ -26,6 +29,8 @@ def complain(text: str) -> None:
 
 
 def _write(stream: TextIO, text: str, style: str | None) -> None:
+    if stream.isatty():
+        text = CONTROLS.sub("\ufffd", text)
     if style is not None and shows_styles(stream):
         text = f"\033[{STYLES[style]}m{text}\033[0m"
     encoding = stream.encoding or "utf-8"

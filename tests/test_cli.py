@@ -177,6 +177,27 @@ def test_an_unexpected_error_is_one_line(place, capsys, monkeypatch):
         run("-v", "run", "copy.json")
 
 
+def test_a_terminal_gets_no_orders_from_a_file(monkeypatch):
+    """A title in a workflow could set the clipboard, or write over what was said before; a pipe gets every byte."""
+    import io
+
+    from hotpath.commands.console import note
+
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self):
+            return self is terminal
+
+    terminal, pipe = Terminal(), Terminal()
+    monkeypatch.setenv("NO_COLOR", "1")
+    title = "a\x1b]52;c;eA==\x07\rb"
+    for stream, titled in ((terminal, "a\ufffd]52;c;eA==\ufffd\ufffdb"), (pipe, title)):
+        monkeypatch.setattr("sys.stderr", stream)
+        note(title)
+        assert stream.getvalue() == f"{titled}\n"
+
+
 def test_doctor_shows_everything(place, capsys, monkeypatch):
     monkeypatch.setenv("HOTPATH_MODELS", str(place / "models"))
     code = run("doctor", "--json")
