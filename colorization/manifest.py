@@ -71,7 +71,7 @@ def read_manifest(folder: Path, key: str) -> Manifest | None:
     try:
         found = json.loads((folder / FILE).read_text(encoding="utf-8"))
         manifest = Manifest(found["key"], [FinishedPart(**part) for part in found["parts"]], found["next_time"])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     needed = [*manifest.part_files(folder), manifest.state_file(folder, len(manifest.parts))]
     if manifest.key != key or not all(file.is_file() for file in needed):

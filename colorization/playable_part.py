@@ -33,7 +33,7 @@ def left_before(output: Path) -> Path | None:
         noted = json.loads((parts_folder(output) / FILE).read_text(encoding="utf-8"))
         path = output.with_name(noted["file"])
         return path if _stamp(path) == noted["stamp"] else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -60,11 +60,11 @@ def finished_so_far(output: Path) -> Path | None:
     folder = parts_folder(output)
     try:
         finished = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["parts"][-1]["stop"]
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
     try:
         in_video = json.loads((folder / FILE).read_text(encoding="utf-8"))["frames"]
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return folder
     left = left_before(output)
     return left if left is not None and in_video == finished else folder

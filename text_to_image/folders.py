@@ -85,7 +85,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UnusableCheckpoint(f"{file} is missing: fetch the checkpoint folder again.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnusableCheckpoint(f"{file} cannot be read as JSON ({error}): fetch it again.") from error
     if not isinstance(value, dict):
         raise UnusableCheckpoint(f"{file} holds no JSON object: fetch it again.")

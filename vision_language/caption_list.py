@@ -16,7 +16,7 @@ def entry_of(line: str) -> dict[str, Any] | None:
     """What a line says of a picture, when it is one of ours: a file with its caption, or with the error there was."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
         return None

@@ -11,11 +11,12 @@ import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from .. import host
 from ..cache import content_key, file_fingerprint
+from ..host.model_files import MAX_HEADER, MISSHAPEN
 
 KINDS = ("LLM", "llm", "prompt_generator")
 # Packs keep their models one or two folders down: LLM/Qwen-VL/<name>, LLM/<owner>/<name>.
@@ -69,6 +70,12 @@ class ModelFolder:
         return owner_of(self.name)
 
     @property
+    def stored_quantization(self) -> dict[str, Any] | None:
+        """How the folder's weights are quantised; None where they are not."""
+        stored = self.config.get("quantization_config")
+        return stored if isinstance(stored, dict) else None
+
+    @property
     def sees(self) -> bool:
         """Whether the model has a vision tower."""
         return "vision_config" in self.config or "thinker_config" in self.config
@@ -83,7 +90,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The folder's config.json when it is a model's, else None."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return config if isinstance(config, dict) and "model_type" in config else None
 
@@ -170,8 +177,11 @@ def missing_weights(path: Path) -> list[str]:
     if indexes:
         try:
             shards = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            elsewhere = [shard for shard in shards if PurePath(shard).name != shard or "\\" in shard or ":" in shard]
+        except MISSHAPEN:
             return [f"{indexes[0].name} (unreadable)"]
+        if elsewhere:
+            return [f"{indexes[0].name} (it names {elsewhere[0]!r}, which is no file beside it)"]
         absent = [shard for shard in shards if not (path / shard).is_file()]
         present = [path / shard for shard in shards if (path / shard).is_file()]
     else:
@@ -186,7 +196,7 @@ def missing_files(folder: ModelFolder) -> list[str]:
     if folder.sees and not (folder.path / "preprocessor_config.json").is_file():
         try:  # where newer releases of the library write it
             joint = json.loads((folder.path / "processor_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             joint = None
         if not isinstance(joint, dict) or "image_processor" not in joint:
             missing.append("preprocessor_config.json")
@@ -201,9 +211,9 @@ def truncated(file: Path) -> str:
     try:
         with file.open("rb") as opened:
             (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length)) if length < size else {}
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, struct.error, KeyError, TypeError):
+            header = json.loads(opened.read(length)) if length < min(size, MAX_HEADER) else {}
+        end = max(int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")
+    except (struct.error, *MISSHAPEN):
         return f"{file.name} (damaged)"
     expected = 8 + length + end
     return "" if size >= expected else f"{file.name} ({size:,} of {expected:,} bytes)"

@@ -293,12 +293,16 @@ def compute_device(asked: str) -> torch.device:
     """The device `asked` means; auto is the host's. Raises UnusableModel for one that is not there."""
     if asked in ("auto", ""):
         return host.current().device()
-    wanted = torch.device(asked)
-    absent = {
-        "cuda": not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count(),
-        "mps": not torch.backends.mps.is_available(),
-        "xpu": not torch.xpu.is_available(),
-    }
-    if absent.get(wanted.type, False):
-        raise UnusableModel(f"The device {asked} is not there: choose auto.")
+    try:
+        wanted = torch.device(asked)
+        absent = {
+            "cuda": not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count(),
+            "mps": not torch.backends.mps.is_available(),
+            "xpu": not torch.xpu.is_available(),
+            "cpu": False,
+        }.get(wanted.type, True)
+    except (RuntimeError, TypeError):  # no name of a device
+        absent = True
+    if absent:
+        raise UnusableModel(f"The device {asked!r} is not there: choose auto.")
     return wanted

@@ -30,6 +30,8 @@ from .quantization import PACKED, QuantizationPlan, plan, quantize
 log = logging.getLogger("hotpath.vision_language")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# A folder runs no code of its own, which the library would ask for at a terminal, and names no other one to be fetched.
+AS_IT_LIES = {"trust_remote_code": False, "local_files_only": True}
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
 
 
@@ -88,7 +90,7 @@ def choices(folder: ModelFolder, options: LoadOptions) -> Choices:
     dtype = choose_dtype(options.dtype, device)
     attention, note = choose_attention(options.attention)
     packing = plan(options.quantization, device)
-    stored = folder.config.get("quantization_config")
+    stored = folder.stored_quantization
     if stored is not None and packing.method != "none":
         packing = QuantizationPlan("none", f"the folder is already quantised ({stored.get('quant_method')})")
     notes = [note] if note else []
@@ -112,8 +114,8 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
         ) from error
     chosen = choices(folder, options)
     device, dtype, attention, packing = chosen.device, chosen.dtype, chosen.attention, chosen.packing
-    stored = folder.config.get("quantization_config")
-    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    stored = folder.stored_quantization
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **AS_IT_LIES}
     if packing.method.startswith("bitsandbytes"):
         settings |= {"quantization_config": bitsandbytes_settings(packing.method, dtype), "device_map": {"": device}}
     elif stored is not None and device.type == "cuda":
@@ -168,8 +170,8 @@ def read_words(folder: ModelFolder) -> tuple[Any, Any]:
 
     try:
         if not folder.sees:
-            return None, AutoTokenizer.from_pretrained(folder.path)
-        processor = AutoProcessor.from_pretrained(folder.path)
+            return None, AutoTokenizer.from_pretrained(folder.path, **AS_IT_LIES)
+        processor = AutoProcessor.from_pretrained(folder.path, **AS_IT_LIES)
         return processor, processor.tokenizer
     except Exception as error:  # the library raises anything from KeyError to ImportError
         if is_stop(error):

@@ -19,7 +19,7 @@ from hotpath import host
 from hotpath.demo.captioner_model import write_folder
 from hotpath.vision_language import decoding, download, folders
 from hotpath.vision_language.folders import UnusableModel
-from hotpath.vision_language.loaded_model import PREFILL_BYTES_PER_TOKEN, LoadOptions
+from hotpath.vision_language.loaded_model import PREFILL_BYTES_PER_TOKEN, LoadOptions, compute_device
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.offloading import whole_bytes
 from hotpath.vision_language.prompts import Question
@@ -252,9 +252,46 @@ def test_damaged_folders(llm, tiny_folders, offline):
     assert offline[-1][1]["local_dir"] == llm / "wrong-type"
     (llm / "wrong-type" / "processor_config.json").write_text('{"image_processor": {}}')
     assert download.locate("wrong-type").model_type == "qwen99"
-    (llm / "bad-config" / "config.json").write_text("{")
+    for words in ("{", "[" * 100_000):
+        (llm / "bad-config" / "config.json").write_text(words)
+        assert "bad-config" not in folders.choices((), None)
     with pytest.raises(UnusableModel, match="could not be fetched"):
         download.locate("bad-config")
+
+
+def test_folders_that_lie_about_their_files(llm, tiny_folders, offline):
+    folder = shutil.copytree(tiny_folders["qwen3_vl"], llm / "liar")
+    for named, said in (({"a": 5, "b": "x"}, "unreadable"), ({"a": "../../x.safetensors"}, "no file beside it")):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+        assert said in folders.missing_weights(folder)[0]
+    (folder / "model.safetensors.index.json").unlink()
+    for start in ((2).to_bytes(8, "little") + b"[]", (1 << 40).to_bytes(8, "little")):
+        (folder / "model.safetensors").write_bytes(start)
+        assert folders.missing_weights(folder) == ["model.safetensors (damaged)"]
+
+
+@pytest.mark.parametrize("name", ["zzz", "cpu:x", "meta", "\0", "\ud800", "vulkan"])
+def test_a_device_that_there_is_not(name):
+    with pytest.raises(UnusableModel, match="is not there: choose auto"):
+        compute_device(name)
+
+
+def test_the_code_of_a_folder_is_not_even_asked_about(llm, tiny_folders, monkeypatch):
+    """The library would ask at the terminal whether to run it, and take a yes."""
+    folder = shutil.copytree(tiny_folders["qwen3_vl"], llm / "with-code")
+    ran = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil:\n    pass\n")
+    for name in ("tokenizer_config.json", "preprocessor_config.json"):
+        known = json.loads((folder / name).read_text())
+        for key in [key for key in known if key.endswith(("_class", "_type"))]:
+            del known[key]
+        mapped = {f"Auto{kind}": "evil.Evil" for kind in ("Processor", "ImageProcessor")}
+        (folder / name).write_text(json.dumps(known | {"processor_class": "Evil", "auto_map": mapped}))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    with contextlib.suppress(UnusableModel):
+        MODELS.get("with-code", LoadOptions())
+    assert not asked and not ran.exists()
 
 
 def test_weights_that_do_not_fit_are_not_made_up(llm, tiny_folders):
