@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..cache import file_fingerprint
+from ..host.letters import readable
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".ogv", ".ts")
@@ -255,9 +256,9 @@ class OneFile:
 def file_item(path: Path, input_folder: Path, label: str, known: KnownDigests | None = None) -> Item:
     """The file at `path` as an item; one that cannot be read gets a problem."""
     name = path.relative_to(input_folder).as_posix()
-    if (shown := _readable(name)) != name:
+    if (shown := readable(name)) != name:
         why = f"{shown} has a name that is not Unicode: rename it."
-        return Item(_readable(label), digest(os.fsencode(name)), shown, problem=why)
+        return Item(readable(label), digest(os.fsencode(name)), shown, problem=why)
     try:
         # A film is long to read whole, and is asked for more than once.
         film = path.suffix.lower() in VIDEOS
@@ -285,14 +286,9 @@ def _digest_of(path: Path, name: str, known: KnownDigests | None) -> str:
 
 def text_item(value: str | int | float) -> Item:
     content = digest(json.dumps(value).encode())
-    if isinstance(value, str) and (shown := _readable(value)) != value:
+    if isinstance(value, str) and (shown := readable(value)) != value:
         return Item(_label(shown, content), content, shown, problem=f"{shown} {BROKEN_TEXT}.")
     return Item(_label(str(value), content), content, value)
-
-
-def _readable(text: str) -> str:
-    """The text, with marks in place of what is no letter: bytes of a file name, halves of letters in JSON."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _label(shown: str, content: str) -> str:

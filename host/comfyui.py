@@ -19,6 +19,7 @@ from torch import nn
 
 from . import model_paths, node_warnings
 from .interruption import let_layers_ask
+from .letters import readable
 
 log = logging.getLogger("hotpath.nodes")
 
@@ -236,7 +237,7 @@ class ComfyUIHost:
         server, node_id = prompt_server(), node_id or running_node()
         # As in `send_warning`: without a client it would go to everybody.
         if server is not None and server.client_id is not None and node_id is not None:
-            server.send_progress_text(text, node_id, server.client_id)
+            server.send_progress_text(readable(text), node_id, server.client_id)
 
     def warn(self, text: str, node_id: str | None = None) -> None:
         log.warning("%s", text, extra={node_warnings.SHOWN: True})

@@ -13,6 +13,7 @@ import traceback
 from typing import Any
 
 from ..host.errors import install_requirements, missing_library
+from .door import guard
 
 log = logging.getLogger("hotpath")
 
@@ -65,6 +66,7 @@ def register(family: str) -> None:
         )
         return
     for node_id, node_class in found.items():
+        guard(node_class)
         NODE_CLASS_MAPPINGS[node_id] = node_class
         NODE_DISPLAY_NAME_MAPPINGS[node_id] = getattr(node_class, "DISPLAY_NAME", node_id)
 

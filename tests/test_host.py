@@ -669,14 +669,14 @@ def test_a_text_goes_under_its_node(comfy_host: Any, monkeypatch: pytest.MonkeyP
     server = RecordingServer()
     module = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
     monkeypatch.setitem(sys.modules, "server", module)
-    comfy_host.show_text("found", "12")
+    comfy_host.show_text("found \ud83d", "12")  # half of a letter, which the server cannot send
     with CurrentNodeContext("prompt", "34"):
         comfy_host.show_text("running")
         comfy_host.show_text("for another", "56")
     comfy_host.show_text("nobody runs")
     server.client_id = None  # a program queued the prompt: other people's graphs have another node under that id
     comfy_host.show_text("for nobody", "12")
-    assert server.sent == [("found", "12", "me"), ("running", "34", "me"), ("for another", "56", "me")]
+    assert server.sent == [("found \ufffd", "12", "me"), ("running", "34", "me"), ("for another", "56", "me")]
 
 
 @pytest.mark.comfy

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host.letters import readable
 from .embeddings import VisualItem
 from .loaded_model import LoadedModel
 from .pictures import Clip, Picture
@@ -64,8 +65,9 @@ class Prompt:
 
 
 def harmless(text: str) -> str:
-    """User text with the template's control words broken, so that they are read as the letters they are."""
-    return CONTROL.sub(lambda found: f"<| {found.group(1)} |>", text)
+    """User text with the template's control words broken, so that they are read as the letters they are, and without half
+    letters, which no tokenizer takes."""
+    return CONTROL.sub(lambda found: f"<| {found.group(1)} |>", readable(text))
 
 
 def render(model: LoadedModel, question: Question) -> str:
