@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -11,15 +12,20 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpe
 
 
 def inside(folder: Path, name: str, suffixes: Sequence[str] = ()) -> Path:
-    """`folder / name`; raises ValueError for names that are empty, absolute, lead outside, or end in another suffix."""
+    """`folder / name`; raises ValueError for names that are empty, absolute, lead outside, also through a link, as ComfyUI's
+    own nodes refuse it, or end in another suffix."""
     parts = PureWindowsPath(name).parts if "\\" in name else PurePosixPath(name).parts
     outside = PureWindowsPath(name).drive or name.startswith(("/", "\\")) or ".." in parts
-    if not name.strip() or not parts or outside:
+    if not name.strip() or not parts or outside or "\0" in name or not _below(folder, folder.joinpath(*parts)):
         raise ValueError(f"{name!r} is not a file name inside {folder}.")
     refuse_on_windows(parts)
     if suffixes and Path(parts[-1]).suffix.lower() not in suffixes:
         raise ValueError(f"{name!r} must end in one of {', '.join(suffixes)}.")
     return folder.joinpath(*parts)
+
+
+def _below(folder: Path, path: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def videos_in(folder: Path) -> list[str]:

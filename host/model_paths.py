@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -54,8 +55,9 @@ def find_file(kind: str, folders: Sequence[Path], name: str) -> Path:
         raise ModelNotFound(f"{name!r} is not a file name inside the {kind} folders, so it is not opened.")
     for folder in folders:
         candidate = folder.joinpath(*parts)
-        if candidate.is_file():
-            return candidate
+        with contextlib.suppress(OSError):  # longer than a name can be
+            if candidate.is_file():
+                return candidate
     looked = ", ".join(str(f) for f in folders)
     last = "".join(parts[-1:]).lower()
     elsewhere = [one for one in list_files(folders, ()) if PurePosixPath(one).name.lower() == last]
