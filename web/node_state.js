@@ -11,6 +11,7 @@ const LONGEST = 4000; // characters of a report that are kept
 const MOST = 40; // workflows that are kept
 const KEPT_EVERY = 3000; // milliseconds between two times that a growing text is kept; all that is kept is written anew
 const WARNING = "⚠"; // as a badge and before the sentence
+const MARKUP = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
 const FIELD = { letter: 6, line: 18, margins: 60, gap: 10, most: 9 }; // pixels of the text on a node, and lines
 
 let running = null; // { id, node, since, kept }
@@ -134,10 +135,15 @@ function makeRoom(node, field, text) {
   node.expandToFitContent?.();
 }
 
+// The front end's field shows HTML, and a report has names, prompts and answers in it: whatever they hold is text.
+function asWritten(text) {
+  return text.replace(/[&<>]/g, (letter) => MARKUP[letter]);
+}
+
 // Warnings and report in the front end's own text field of the node: its listener has put the bare report there.
 function showText(id, node) {
   const { text, warnings } = stateOf(node);
-  const whole = [...warnings.map((warning) => `${WARNING} ${say(warning)}`), text].filter(Boolean).join("\n\n");
+  const whole = asWritten([...warnings.map((warning) => `${WARNING} ${say(warning)}`), text].filter(Boolean).join("\n\n"));
   if (whole === "") return;
   if (fieldOf(node) === undefined) {
     showing = true;
@@ -184,12 +190,23 @@ function onCached({ detail }) {
   redraw();
 }
 
-function onText({ detail }) {
-  if (showing) return;
-  const id = detail?.nodeId;
-  const node = id === undefined ? null : nodeOf(id);
-  if (!isOurs(node)) return;
+// Before the front end's own listener, which would show the text as it came.
+function onTextFirst({ detail }) {
+  const node = ourNodeOf(detail);
+  if (showing || node === null) return;
   stateOf(node).text = detail.text ?? "";
+  detail.text = asWritten(stateOf(node).text);
+}
+
+function ourNodeOf(detail) {
+  const node = detail?.nodeId === undefined ? null : nodeOf(detail.nodeId);
+  return isOurs(node) ? node : null;
+}
+
+function onText({ detail }) {
+  const node = ourNodeOf(detail);
+  if (showing || node === null) return;
+  const id = detail.nodeId;
   showText(id, node);
   if (running?.node === node) {
     // A text that grows comes ten times a second; the last one is kept when the node ends.
@@ -232,6 +249,7 @@ app.registerExtension({
     app.canvas?.canvas?.addEventListener("litegraph:set-graph", () => setTimeout(showAll));
     api.addEventListener("executing", onExecuting);
     api.addEventListener("execution_cached", onCached);
+    api.addEventListener("progress_text", onTextFirst, { capture: true });
     api.addEventListener("progress_text", onText);
     api.addEventListener("hotpath.warning", onWarning);
     api.addEventListener("execution_success", () => finish(true));

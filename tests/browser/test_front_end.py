@@ -220,6 +220,17 @@ def test_a_node_in_a_subgraph_has_its_text_when_that_is_opened(front_end: FrontE
     front_end.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
 
 
+def test_what_a_report_holds_is_text(front_end: FrontEnd) -> None:
+    """A model's answer, or a name in somebody's workflow, on a front end that shows a node's text as HTML."""
+    load_faces(front_end)
+    front_end.page.evaluate(
+        "() => app.api.dispatchCustomEvent('progress_text',"
+        " { nodeId: '3', text: 'so 1 < 2 & <b>3</b> <img src=x onerror=\"window.hotpathRan = 1\">' })"
+    )
+    front_end.page.get_by_text("so 1 < 2 & <b>3</b> <img").wait_for()
+    assert not front_end.page.evaluate("() => window.hotpathRan")
+
+
 def test_a_run_that_fails_leaves_no_time(front_end: FrontEnd) -> None:
     load_faces(front_end, image="captioner_shapes_1.png")
     assert front_end.run()["end"] == "execution_error"
