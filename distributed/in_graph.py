@@ -55,7 +55,7 @@ def map_in_graph(form: MapForm, node_id: str | None) -> tuple[list[str], str, st
     cluster = ClusterOptions(os.environ.get(ADDRESS) or None)
     # A job in this process would make its own host current for everybody: ComfyUI's server goes on answering meanwhile.
     options = replace(form.options, in_process=here.name == "headless", cluster=cluster)
-    models, kinds = here.all_model_folders()
+    (models, kinds), further = here.all_model_folders(), here.open_folders()
     request = MapRequest(
         _graph(form),
         _source(form),
@@ -67,6 +67,7 @@ def map_in_graph(form: MapForm, node_id: str | None) -> tuple[list[str], str, st
         models,
         kinds,
         options,
+        None if further is None else (here.output_folder(), here.temp_folder(), *further),
     )
     device = here.device()
     if form.free_memory and device.type != "cpu" and options.gpus != "none" and cluster.address is None:
@@ -92,16 +93,14 @@ def _graph(form: MapForm) -> Graph:
 
 
 def _source(form: MapForm) -> ItemSource:
-    """The items. Names are resolved first, so that no symbolic link leads out of the input folder either."""
+    """The items, whose names lie in the input folder."""
     if form.over not in OVER:
         raise BadItems(f"There is no {form.over!r} to map over; choose one of {', '.join(OVER)}.")
     folder = host.current().input_folder().resolve()
     if form.over == "lines":
         return ListItems(form.items)
     name = form.items.strip()
-    place = folder if name in ("", ".") else inside(folder, name).resolve()
-    if not place.is_relative_to(folder):
-        raise BadItems(f"{name!r} lies outside the input folder.")
+    place = folder if name in ("", ".") else inside(folder, name)
     match form.over:
         case "JSON lines":
             return JsonLinesItems(place)

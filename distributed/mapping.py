@@ -78,7 +78,8 @@ class MapOptions:
 class MapRequest:
     """graph: the workflow. source: the items, whose files lie in input_folder. target: NODE.INPUT that an item goes into;
     None finds the only input that fits. shots: the items are films, done shot by shot. models, kind_folders: as
-    `HeadlessHost` takes them. cache_folder: where the token of a Ray cluster that is started here is kept."""
+    `HeadlessHost` takes them. cache_folder: where the token of a Ray cluster that is started here is kept. open_folders: where
+    whole paths in the workflow may lead, None for anywhere."""
 
     graph: Graph
     source: ItemSource
@@ -90,6 +91,7 @@ class MapRequest:
     models: tuple[Path, ...] = ()
     kind_folders: Mapping[str, list[Path]] = field(default_factory=dict)
     options: MapOptions = field(default_factory=MapOptions)
+    open_folders: tuple[Path, ...] | None = None
 
 
 @dataclass
@@ -274,6 +276,7 @@ def _pool(request: MapRequest, devices: Devices, beacon: Path, interrupted: Call
         choose_threads(options.threads),
         # A list of prompts needs no input folder.
         [str(beacon), *([str(inputs)] if inputs.is_dir() else [])],
+        None if request.open_folders is None else [str(folder.resolve()) for folder in request.open_folders],
     )
     if options.executor == "local":
         if options.in_process and devices.workers == 1 and not options.minutes:

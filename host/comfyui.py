@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import model_paths, node_warnings
+from . import model_paths, node_warnings, whole_paths
+from .downloads import is_loopback
 from .interruption import let_layers_ask
 from .letters import readable
 
@@ -184,6 +185,14 @@ class ComfyUIHost:
 
         # A "__" user folder is ComfyUI's place for what belongs to the system and not to one user.
         return Path(folder_paths.get_user_directory()) / "__hotpath"
+
+    def open_folders(self) -> list[Path] | None:
+        from comfy.cli_args import args
+
+        named = whole_paths.named_folders()
+        if named is None and not all(is_loopback(address.strip()) for address in args.listen.split(",")):
+            return []
+        return named
 
     def device(self) -> torch.device:
         import comfy.model_management as management

@@ -200,12 +200,13 @@ def _disk_full(part: Path, target: Path) -> str:
 
 def _check_address(url: str) -> None:
     address = urlsplit(url)
-    if address.scheme == "https" or (address.scheme == "http" and _is_loopback(address.hostname or "")):
+    if address.scheme == "https" or (address.scheme == "http" and is_loopback(address.hostname or "")):
         return
     raise DownloadError(f"{url} is not an https address, so it is not downloaded.")
 
 
-def _is_loopback(name: str) -> bool:
+def is_loopback(name: str) -> bool:
+    """Whether a host's name or address is that of this machine alone."""
     try:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
@@ -217,7 +218,7 @@ class _SecureRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         _check_address(newurl)
-        if urlsplit(newurl).scheme != "https" and not _is_loopback(urlsplit(req.full_url).hostname or ""):
+        if urlsplit(newurl).scheme != "https" and not is_loopback(urlsplit(req.full_url).hostname or ""):
             # Else a server could have this machine's own services asked, ComfyUI among them.
             raise DownloadError(
                 f"{req.full_url} leads to {newurl}, which is not an https address, so it is not followed."

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import model_paths
+from . import model_paths, whole_paths
 from .cards import computes_in
 from .device_work import give_back_cached
 from .interface import Interrupted
@@ -136,6 +136,9 @@ class HeadlessHost:
 
     def cache_folder(self) -> Path:
         return self._cache
+
+    def open_folders(self) -> list[Path] | None:
+        return whole_paths.named_folders()
 
     def device(self) -> torch.device:
         return self._device

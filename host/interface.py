@@ -85,6 +85,9 @@ class Host(Protocol):
     def cache_folder(self) -> Path:
         """A folder that outlives the process, for caches and measurements."""
 
+    def open_folders(self) -> list[Path] | None:
+        """Where whole paths in a prompt may lead, beside the three folders above; None: anywhere. See `whole_paths`."""
+
     # devices and memory
     def device(self) -> torch.device:
         """Where networks compute."""

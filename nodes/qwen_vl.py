@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .. import host
+from ..host.whole_paths import allowed
 from ..vision_language import folders
 from ..vision_language.answering import AnswerOptions, answer
 from ..vision_language.budgets import OLD_PRESETS, PRESETS
@@ -220,7 +221,7 @@ class QwenVLNode(_QwenNode):
             return (text,)
         shown = [image if image1 is None else image1, image2, image3, image4]
         pictures = [picture for batch in shown for picture in from_images(first_picture(batch))]
-        clips: list[Clip] = [read_clip(Path(video_path.strip()))] if video_path.strip() else []
+        clips: list[Clip] = [read_clip(allowed(Path(video_path.strip())))] if video_path.strip() else []
         return run(
             model,
             Question(text, system, tuple(pictures), tuple(clips)),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import host
+from ..host.whole_paths import allowed
 from ..vision_language import folders, presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.asking import FORMATS as ANSWER_FORMATS
@@ -382,7 +383,7 @@ class HotpathCaptionFolder:
     ) -> dict[str, Any]:
         here = host.current()
         job = CaptionJob(
-            place(here.input_folder(), folder),
+            allowed(place(here.input_folder(), folder)),
             prompt,
             system,
             output,
@@ -391,7 +392,7 @@ class HotpathCaptionFolder:
             batch_size,
             before,
             after,
-            place(here.output_folder(), captions_to) if captions_to.strip() else None,
+            allowed(place(here.output_folder(), captions_to)) if captions_to.strip() else None,
             pattern,
             THINKING[thinking],
         )

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 from hotpath import cli
-from hotpath.distributed import in_graph
+from hotpath import host as hosts
+from hotpath.distributed import in_graph, mapping
+from hotpath.distributed.devices import choose_devices
 from hotpath.distributed.mapping import EXECUTORS
 from hotpath.distributed.policy import POLICIES
+from hotpath.distributed.worker import WorkerHost
 from hotpath.headless.executor import Executor, RunStopped
 from hotpath.headless.graph import Graph
+from hotpath.host.whole_paths import allowed
 from hotpath.nodes import NODE_CLASS_MAPPINGS
 from map_workflows import COPY, made, picture
 
@@ -71,7 +75,7 @@ def test_a_folder_and_a_workflow_file(map_node, pictures, headless_host):
         ({"workflow": "/etc/passwd"}, "is not a file name inside"),
         ({"items": "../.."}, "is not a file name inside"),
         ({"items": "/etc"}, "is not a file name inside"),
-        ({"items": "leads_out"}, "lies outside the input folder"),
+        ({"items": "leads_out"}, "is not a file name inside"),
         ({"folder": "../elsewhere"}, "is not a file name inside"),
         ({"folder": ""}, "is not a file name inside"),
         ({"items": "nothing"}, "There is no folder"),
@@ -96,6 +100,32 @@ def test_a_graph_reaches_nothing_outside(map_node, pictures, headless_host, tmp_
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         map_node.map(**given)
     assert not (tmp_path / "elsewhere" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("named", [None, "", "there"])
+def test_whole_paths_in_a_workflow_go_where_the_servers_may(map_node, headless_host, tmp_path, monkeypatch, named):
+    """A map is no way around the limit of a server that others reach."""
+    if named is not None:
+        monkeypatch.setenv("HOTPATH_FOLDERS", named and str(tmp_path / named))
+    asked = []
+    monkeypatch.setattr(in_graph, "run_map", lambda request, *_: asked.append(request) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        map_node.map(in_graph.INLINE, "lines", "a", json.dumps(TEXT), "1.source", "words", **HERE)
+    with mapping._pool(asked[0], choose_devices("none"), tmp_path / "beacon", lambda: None) as pool:
+        host = WorkerHost(pool.settings, lambda _: None, lambda: None)
+    monkeypatch.delenv("HOTPATH_FOLDERS", raising=False)
+    hosts.use(host)
+    if named is None:
+        assert allowed(tmp_path) == tmp_path
+        return
+    for inside in (
+        headless_host.input_folder() / "a",
+        headless_host.output_folder(),
+        *([tmp_path / named] * bool(named)),
+    ):
+        assert allowed(inside) == inside
+    with pytest.raises(ValueError, match="let whoever runs the server name it in HOTPATH_FOLDERS"):
+        allowed(tmp_path / "elsewhere")
 
 
 def test_the_address_of_a_cluster_comes_from_the_server_alone(map_node):

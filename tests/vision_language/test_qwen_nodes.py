@@ -107,7 +107,16 @@ def test_bypass_passes_the_text_on(llm):
     assert NODE_CLASS_MAPPINGS["Qwen"]().inference(prompt="as it is", bypass=True) == ("as it is",)
 
 
-def test_video_path(llm, headless_host, tmp_path):
+@pytest.mark.parametrize("where", ["folder", "captions_to"])
+def test_captions_stay_where_others_may_write(headless_host, tmp_path, monkeypatch, where):
+    monkeypatch.setenv("HOTPATH_FOLDERS", str(tmp_path / "theirs"))
+    with pytest.raises(ValueError, match="others can reach this server: choose a folder in"):
+        NODE_CLASS_MAPPINGS["HotpathCaptionFolder"]().caption(
+            None, **{"folder": "", "prompt": "?", where: str(tmp_path)}
+        )
+
+
+def test_video_path(llm, headless_host, tmp_path, monkeypatch):
     import av
     import numpy as np
 
@@ -129,6 +138,9 @@ def test_video_path(llm, headless_host, tmp_path):
     assert node.IS_CHANGED(seed=3, video_path=str(path)) != before, "another film under the same name"
     with pytest.raises(FileNotFoundError, match="video_path"):
         node.inference(**SCG, text="What?", video_path=str(tmp_path / "absent.mp4"))
+    monkeypatch.setenv("HOTPATH_FOLDERS", str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match="others can reach this server"):
+        node.inference(**SCG, text="What?", video_path=str(path))
 
 
 @pytest.mark.parametrize("node_id", ["Qwen", "Qwen2.5"])
