@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from ..host.letters import can_be_a_name
 from ..host.windows_names import refuse_on_windows
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mxf", ".nut")
@@ -16,7 +17,8 @@ def inside(folder: Path, name: str, suffixes: Sequence[str] = ()) -> Path:
     own nodes refuse it, or end in another suffix."""
     parts = PureWindowsPath(name).parts if "\\" in name else PurePosixPath(name).parts
     outside = PureWindowsPath(name).drive or name.startswith(("/", "\\")) or ".." in parts
-    if not name.strip() or not parts or outside or "\0" in name or not _below(folder, folder.joinpath(*parts)):
+    named = bool(name.strip() and parts) and all(map(can_be_a_name, parts))
+    if not named or outside or not _below(folder, folder.joinpath(*parts)):
         raise ValueError(f"{name!r} is not a file name inside {folder}.")
     refuse_on_windows(parts)
     if suffixes and Path(parts[-1]).suffix.lower() not in suffixes:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..host.letters import can_be_a_name
 from .faces import FaceError
 from .onnx_outline import Outline, outline
 
@@ -60,7 +61,8 @@ def find_model_folder(folders: Sequence[Path], name: str) -> ModelFolder:
 
     Raises FaceError, one sentence with the cure, when there is none that can detect.
     """
-    if not name or name in (".", "..") or any(c in name for c in '/\\:"') or name != name.strip():
+    odd = any(c in name for c in '/\\:"') or name != name.strip() or not can_be_a_name(name)
+    if not name or name in (".", "..") or odd:
         raise FaceError(f"{name!r} is not the name of a face model; use a folder name such as antelopev2.")
     if not folders:
         raise FaceError("No insightface folder is known; add one to the model paths.")

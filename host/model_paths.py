@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .interface import ModelNotFound
 from .known_models import KNOWN_MODELS
+from .letters import can_be_a_name
 
 
 def list_files(folders: Iterable[Path], suffixes: Sequence[str]) -> list[str]:
@@ -53,11 +53,10 @@ def find_file(kind: str, folders: Sequence[Path], name: str) -> Path:
     parts = PureWindowsPath(name).parts if "\\" in name else PurePosixPath(name).parts
     if PureWindowsPath(name).drive or name.startswith(("/", "\\")) or ".." in parts:
         raise ModelNotFound(f"{name!r} is not a file name inside the {kind} folders, so it is not opened.")
-    for folder in folders:
+    for folder in folders if all(map(can_be_a_name, parts)) else ():
         candidate = folder.joinpath(*parts)
-        with contextlib.suppress(OSError):  # longer than a name can be
-            if candidate.is_file():
-                return candidate
+        if candidate.is_file():
+            return candidate
     looked = ", ".join(str(f) for f in folders)
     last = "".join(parts[-1:]).lower()
     elsewhere = [one for one in list_files(folders, ()) if PurePosixPath(one).name.lower() == last]

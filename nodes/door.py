@@ -57,7 +57,7 @@ def wrong_input(node_class: type[Any], inputs: Mapping[str, Any]) -> str | None:
         for name, (kind, *_) in declared.get(part, {}).items():
             given = inputs.get(name)
             value = given[0] if listed and isinstance(given, list) and given else given
-            if name not in inputs or (value is None and part == "optional"):
+            if name not in inputs or (value is None and part == "optional" and not isinstance(kind, list)):
                 continue
             if wanted := _wanted_instead(kind, value):
                 return f"{name} is {readable(repr(value))[:SHOWN]}, and {wanted}."

@@ -88,7 +88,7 @@ def test_our_nodes(colour_host: Any) -> None:
     assert Path(path).parent == colour_host.output_folder() / "mine" and "frames: 5" in report
     assert any("left" in text for _, text in colour_host.texts)
     (colour_host.output_folder() / "away").symlink_to(colour_host.output_folder().parent)
-    for name in ("../o.mp4", "/tmp/o.mp4", "", "o.exe", "away/o.mp4", "a\0.mp4"):
+    for name in ("../o.mp4", "/tmp/o.mp4", "", "o.exe", "away/o.mp4", "a\0.mp4", "\ud800.mp4", "x" * 252 + ".mp4"):
         with pytest.raises(ValueError):
             nodes.HotpathColorizeFile().colorize("film.mp4", frames(1), "ColorMNet", name)
     with pytest.raises(ValueError, match="not a file name inside"):

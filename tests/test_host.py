@@ -354,6 +354,9 @@ def test_a_folder_outside_that_is_linked_in_is_found(tmp_path: Path, linked: Pat
     (linked / "disk").symlink_to(tmp_path / "disk", target_is_directory=True)
     assert "disk/big.bin" in list_files([linked], ())
     assert find_file("kind", [linked], "disk/big.bin").read_bytes() == b"x"
+    for name in ("x" * 300, "\ud800", "a\0b"):  # no name that a file can have
+        with pytest.raises(ModelNotFound, match="was not found"):
+            find_file("kind", [linked], name)
 
 
 @pytest.mark.parametrize("name", ["SDXL\\a.bin", "SDXL/A.bin"])
@@ -660,6 +663,29 @@ class RecordingServer:
 
     def send_progress_text(self, text: str, node_id: str, sid: str | None = None) -> None:
         self.sent.append((text, node_id, sid))
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize(
+    ("listen", "named", "open_folders"),
+    [
+        ("127.0.0.1", None, None),
+        ("localhost,::1", None, None),
+        ("0.0.0.0,::", None, []),
+        ("127.0.0.1, 192.168.0.5", None, []),
+        ("0.0.0.0", f"/data{os.pathsep} ", [Path("/data")]),
+        ("127.0.0.1", "", []),
+    ],
+)
+def test_whole_paths_lead_less_far_where_others_reach_the_server(
+    comfy_host: Any, monkeypatch: pytest.MonkeyPatch, listen: str, named: str | None, open_folders: Any
+) -> None:
+    from comfy.cli_args import args
+
+    monkeypatch.setattr(args, "listen", listen)
+    if named is not None:
+        monkeypatch.setenv("HOTPATH_FOLDERS", named)
+    assert comfy_host.open_folders() == open_folders
 
 
 @pytest.mark.comfy

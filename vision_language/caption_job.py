@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..host.errors import first_line
+from ..host.letters import can_be_a_name
 from . import caption_list
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -113,6 +114,8 @@ def _names(pictures: Sequence[Path]) -> str:
 def place(base: Path, name: str) -> Path:
     """The folder `name` means: absolute as it is, else inside `base`. Raises ValueError for one that leaves `base`."""
     folder = Path(name.strip())
+    if not all(map(can_be_a_name, folder.parts)):
+        raise ValueError(f"{name[:80]!r} is no name that a folder can have: give another one.")
     if not folder.is_absolute() and ".." in folder.parts:
         raise ValueError(f"{name!r} leads out of {base}: give a folder inside it, or the whole path.")
     return base / folder

@@ -181,6 +181,9 @@ def test_where_folders_lie(tmp_path):
     assert place(tmp_path, "") == tmp_path
     with pytest.raises(ValueError, match="leads out of"):
         place(tmp_path, "a/../../b")
+    for name in ("a\0b", "\ud800", "x" * 256):
+        with pytest.raises(ValueError, match="is no name that a folder can have"):
+            place(tmp_path, name)
 
 
 def test_only_names_that_fit(captioner, drawings):
