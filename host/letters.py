@@ -1,4 +1,7 @@
-"""Text that can be written, and names that files can have. JSON and file names may hold half a letter: a surrogate without the other half."""
+"""Text that can be written, and names that files can have.
+
+JSON and file names may hold half a letter: a surrogate without the other half.
+"""
 
 from __future__ import annotations
 

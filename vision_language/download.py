@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ log = logging.getLogger("hotpath.vision_language")
 
 # Code of a repository is never fetched, so it can never run.
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "merges.txt"]
+
+REVISION = re.compile(r"[A-Za-z0-9]([\w-]|\.(?!\.)|/(?=[A-Za-z0-9]))*", re.ASCII)
 
 STEPS = 1000  # of the host's bar
 TEXT_EVERY = 1.0  # seconds between two looks at how much has come
@@ -104,6 +107,9 @@ def locate(name: str, revision: str = "", must_see: bool = True) -> ModelFolder:
     revision: branch, tag or commit for a fetch. A named revision has its own folder, so that a local folder of another
     revision never answers for it. Raises UnusableModel.
     """
+    if revision and not REVISION.fullmatch(revision):
+        # Without a network, the library takes a revision for the name of a file of its own, and reads all of that.
+        raise UnusableModel(f"{revision[:80]!r} is no revision: give a branch, a tag or a commit, such as main.")
     local = local_folder(name, revision)
     if local is not None and not folders.missing_files(local):
         return folders.check(local, must_see)

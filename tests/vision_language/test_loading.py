@@ -158,6 +158,13 @@ def test_a_revision_has_a_folder_of_its_own(llm, offline):
     assert offline[0][1]["local_dir"] == llm / "qwen3_vl@v1-x"
 
 
+@pytest.mark.parametrize("revision", ["/dev/zero", "../../secret", "a/../b", "a//b", "a b", "\ud800", "x\n"])
+def test_a_revision_is_no_path(llm, offline, revision):
+    with pytest.raises(UnusableModel, match="is no revision"):
+        download.locate("Qwen3-VL-4B-Instruct", revision)
+    assert not offline, "nothing was asked of the library"
+
+
 def test_an_interrupt_stops_a_download(llm, headless_host, monkeypatch):
     import huggingface_hub
     from hotpath.host import Interrupted
