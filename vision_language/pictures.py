@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .. import host
 from ..host.display_matrix import turned
+from ..host.letters import can_be_a_name
 
 # Four times what any preset shows of a frame: below it pictures stay exact, and 64 frames are under 700 MB.
 LARGEST_FRAME = 4 * 1024 * 28 * 28
@@ -116,7 +117,7 @@ def read_clip(path: Path, fps: float = 1.0, most: int = 64) -> Clip:
     """
     import av
 
-    if not path.is_file():
+    if not (all(map(can_be_a_name, path.parts)) and path.is_file()):
         raise FileNotFoundError(f"The video {path} is not there: check video_path.")
     try:
         return _read_clip(path, fps, most)

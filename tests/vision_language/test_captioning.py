@@ -296,6 +296,8 @@ def test_video_files(tmp_path):
     assert len(read_clip(path, 10.0, most=5).frames) == 5
     with pytest.raises(FileNotFoundError, match="video_path"):
         read_clip(tmp_path / "absent.mp4")
+    with pytest.raises(FileNotFoundError, match="video_path"):
+        read_clip(tmp_path / ("x" * 300))
 
 
 def write_film(path):
