@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..host.errors import first_line
 from ..products.convolution import can_pack
 from .faces import FaceError
 from .onnx_operators import OLDER_OPERATORS, OPERATORS, Attributes, UnsupportedOperator, scale_shift
@@ -73,6 +74,16 @@ class OnnxNetwork(nn.Module):
     def __init__(self, path: Path) -> None:
         """Raises FaceError for a broken file and UnsupportedOperator for a graph this module cannot run."""
         super().__init__()
+        try:
+            self._read(path)
+        except (FaceError, UnsupportedOperator):
+            raise
+        except Exception as error:  # of shapes that do not fit each other, torch raises whatever its operator raises
+            raise FaceError(
+                f"{path} describes a network that cannot be computed ({first_line(error)}): copy or download it again."
+            ) from error
+
+    def _read(self, path: Path) -> None:
         import onnx
 
         model = read_model(path)
@@ -204,8 +215,14 @@ class OnnxNetwork(nn.Module):
         last: dict[str, int] = {}
         reads = Counter(name for node in nodes for name in node.inputs)
         makers = {node.output: node for node in nodes}
+        there = {self.input_name, *self._parameter_of, *self._constants, ""}
         for position, node in enumerate(nodes):
             last.update(dict.fromkeys(node.inputs, position))
+            if unmade := [name for name in node.inputs if name not in there]:
+                raise ValueError(f"{node.kind} reads {unmade[0]!r}, which no step before it makes")
+            there.add(node.output)
+        if unmade := [name for name in self.output_names if name not in there]:
+            raise ValueError(f"no step makes its output {unmade[0]!r}")
         for position, node in enumerate(nodes):
             node.finished = [i for i in set(node.inputs) if i and last[i] == position and i not in self.output_names]
             # What another reader made of the value may be a view of it, such as Identity's or Reshape's.

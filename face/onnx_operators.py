@@ -18,6 +18,7 @@ from torch.nn import functional as F
 Attributes = dict[str, Any]
 Operator = Callable[..., Tensor]
 
+LARGEST = 1 << 28  # numbers of a value that is made of its size alone
 # The element types of ONNX (TensorProto.DataType) that a shape or an activation can have.
 ELEMENT_TYPES = {
     1: torch.float32,
@@ -289,8 +290,16 @@ def pad(attributes: Attributes, x: Tensor, pads: Tensor | None = None, value: Te
 def constant_of_shape(attributes: Attributes, size: Tensor) -> Tensor:
     value = attributes.get("value")
     if value is None:
-        return torch.zeros(size.tolist())
-    return torch.full(size.tolist(), value.item(), dtype=value.dtype)
+        return torch.zeros(_bounded(size))
+    return torch.full(_bounded(size), value.item(), dtype=value.dtype)
+
+
+def _bounded(size: Tensor) -> list[int]:
+    """The sizes in a tensor that a file asks for. Raises ValueError for one that would fill the memory."""
+    sizes: list[int] = size.tolist()
+    if math.prod(sizes) > LARGEST:
+        raise ValueError(f"a value of {' x '.join(map(str, sizes))} numbers is larger than any face network's")
+    return sizes
 
 
 def softmax(attributes: Attributes, x: Tensor) -> Tensor:
@@ -321,7 +330,7 @@ OPERATORS: dict[str, Operator] = {
     "Dropout": lambda a, x, *ignored: x,
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
     "Exp": lambda a, x: x.exp(),
-    "Expand": lambda a, x, size: x * torch.ones(size.tolist(), dtype=x.dtype, device=x.device),
+    "Expand": lambda a, x, size: x * torch.ones(_bounded(size), dtype=x.dtype, device=x.device),
     "Flatten": flatten,
     "Floor": lambda a, x: x.floor(),
     "Gather": gather,

@@ -238,6 +238,30 @@ def test_an_unknown_operator_is_refused_by_name(tmp_path):
         OnnxNetwork(path)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "constants", "said"),
+    [
+        ([node("Add", "x nowhere")], {}, "Add reads 'nowhere', which no step before it makes"),
+        ([node("Add", "x b", "a"), node("Relu", "a", "b"), node("Relu", "b")], {}, "Add reads 'b', which no step"),
+        ([node("Relu", "x", "z")], {}, "no step makes its output 'y'"),
+        ([node("Add", "v w", "c"), node("Add", "x c")], {"v": floats(3), "w": floats(4)}, r"computed \(The size"),
+        (
+            [node("ConstantOfShape", "s", "c"), node("Add", "x c")],
+            {"s": ints(1 << 20, 1 << 20)},
+            "larger than any face",
+        ),
+        (
+            [node("Expand", "v s", "c"), node("Add", "x c")],
+            {"v": floats(1), "s": ints(1 << 40)},
+            "larger than any face",
+        ),
+    ],
+)
+def test_a_graph_that_leads_nowhere_is_refused_with_its_file(tmp_path, nodes, constants, said):
+    with pytest.raises(FaceError, match=rf"m\.onnx describes a network .*{said}"):
+        OnnxNetwork(write(tmp_path / "m.onnx", nodes, constants))
+
+
 def test_weights_are_a_modules_own_and_half_precision_is_a_cast(tmp_path):
     nodes, constants = normed([node("Relu", "b")])
     network = OnnxNetwork(write(tmp_path / "m.onnx", nodes, constants))
