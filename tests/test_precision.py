@@ -270,6 +270,9 @@ def test_what_is_left_alone_by_default(name, left):
 
 def test_patterns():
     assert patterns(None) == DEFAULT_EXCLUDE and patterns("a, b*\n c ,") == ("a", "b*", "c") and patterns("") == ()
+    for many in ("a," * 257, "a" * 1001):
+        with pytest.raises(ValueError, match="256 patterns of 1000 letters are the most"):
+            patterns(many)
     case = tiny("z_image")
     _, report = quantize_model(case.model, "fp8", ["layers.1", "*feed_forward*"])
     names = {entry.name for entry in report.layers}

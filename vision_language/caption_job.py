@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+from .. import host
 from ..host.errors import first_line
 from ..host.letters import can_be_a_name
 from . import caption_list
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 FORMATS = ("txt", "jsonl", "both")
+LONGEST_PATTERN = 1000
 NAMED = 20  # pictures of one kind that a report names
 
 
@@ -57,6 +60,8 @@ class CaptionJob:
             raise ValueError(f"{self.output!r} is no output: choose {', '.join(FORMATS)}.")
         if self.batch_size < 1:
             raise ValueError("The batch size must be at least 1.")
+        if len(self.pattern) > LONGEST_PATTERN:
+            raise ValueError(f"The pattern is longer than {LONGEST_PATTERN} letters: give one such as portrait_*.")
         if not self.prompt.strip():
             raise ValueError("The prompt is empty: say what the captions should tell.")
 
@@ -125,7 +130,7 @@ def pictures_in(folder: Path, recursive: bool, pattern: str = "") -> list[Path]:
     """Picture files whose name fits `pattern`, sorted by path; hidden files and folders are left out."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}: give the folder of the pictures.")
-    found = folder.rglob("*") if recursive else folder.iterdir()
+    found = _below(folder) if recursive else folder.iterdir()
     return sorted(
         path
         for path in found
@@ -134,6 +139,14 @@ def pictures_in(folder: Path, recursive: bool, pattern: str = "") -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files below `folder`; links to other folders and what cannot be read are left out. It may be a whole disk."""
+    for where, folders, names in os.walk(folder):
+        host.current().check_interrupt()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(where, name) for name in names)
 
 
 def begin(job: CaptionJob) -> tuple[CaptionSummary, list[Path]]:

@@ -94,16 +94,25 @@ DEFAULT_EXCLUDE = (
     "head",
     "out",
 )
+MOST_PATTERNS, LONGEST_PATTERN = 256, 1000
 MULTIPLE = 16  # fp8 and int8 products want both sides of a weight in multiples of it
 ROTATIONS = (256, 64, 16)
 
 
 def patterns(exclude: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Names with * and ?, from a sequence or from text with commas or lines between them; None: DEFAULT_EXCLUDE."""
+    """Names with * and ?, from a sequence or from text with commas or lines between them; None: DEFAULT_EXCLUDE.
+
+    Raises ValueError for more than any model has use for: each is compared with every layer.
+    """
     if exclude is None:
         return DEFAULT_EXCLUDE
     parts = re.split(r"[,\n]", exclude) if isinstance(exclude, str) else list(exclude)
-    return tuple(part.strip() for part in parts if part.strip())
+    found = tuple(part.strip() for part in parts if part.strip())
+    if len(found) > MOST_PATTERNS or any(len(pattern) > LONGEST_PATTERN for pattern in found):
+        raise ValueError(
+            f"Too much is excluded: {MOST_PATTERNS} patterns of {LONGEST_PATTERN} letters are the most; use * in them."
+        )
+    return found
 
 
 def excluded_by(name: str, exclude: Iterable[str]) -> str | None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hotpath.demo import train_captioner
+from hotpath.host import Interrupted
 from hotpath.vision_language.answering import AnswerOptions
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.caption_job import CaptionJob, pictures_in, place
@@ -409,6 +410,19 @@ def test_a_line_after_one_that_was_cut_off_is_a_line(tmp_path):
     append(tmp_path, {"file": "c.png", "caption": "x"})
     assert listed(tmp_path) == {"b.png": "one\u2028line", "c.png": "x"}
     assert (tmp_path / "captions.jsonl").read_bytes().count(b"\n") == 3
+
+
+def test_a_pattern_that_no_name_is_as_long_as(tmp_path):
+    """One of a million letters kept the whole process busy for twenty seconds."""
+    with pytest.raises(ValueError, match="The pattern is longer than 1000 letters"):
+        CaptionJob(tmp_path, "?", pattern="A" * 1001).check()
+
+
+def test_a_search_through_a_whole_disk_stops(tmp_path, headless_host):
+    (tmp_path / "set").mkdir()
+    headless_host.stop()
+    with pytest.raises(Interrupted):
+        pictures_in(tmp_path, True)
 
 
 def test_hidden_folders_are_left_out(tmp_path):
