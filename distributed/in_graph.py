@@ -18,6 +18,7 @@ from .. import host
 from ..colorization.file_names import inside
 from ..headless.graph import Graph, WorkflowError
 from .items import PICTURES, VIDEOS, BadItems, FolderItems, ItemSource, JsonLinesItems, ListItems, OneFile
+from .jobs import BadMap
 from .mapping import MapOptions, MapOutcome, MapRequest, run_map
 from .ray_cluster import ClusterOptions
 from .status import Status
@@ -28,6 +29,7 @@ OVER = ("lines", "JSON lines", "pictures of a folder", "videos of a folder", "sh
 ADDRESS = "HOTPATH_RAY_ADDRESS"  # of a cluster, set by who runs the server
 TICKS = 1000  # of the progress bar
 SHOWN_EVERY = 0.5  # seconds
+MOST_WORKERS = 16  # that a graph may start on this machine, where it has fewer cores
 EVERYTHING = 1 << 50  # bytes to ask for, so that all models leave a device
 
 
@@ -53,6 +55,9 @@ def map_in_graph(form: MapForm, node_id: str | None) -> tuple[list[str], str, st
     files by lines; nothing for one that failed."""
     here = host.current()
     cluster = ClusterOptions(os.environ.get(ADDRESS) or None)
+    most = max(MOST_WORKERS, os.cpu_count() or 1)
+    if cluster.address is None and form.options.workers > most:
+        raise BadMap(f"{form.options.workers} workers are more than this machine has room for: choose {most} at most.")
     # A job in this process would make its own host current for everybody: ComfyUI's server goes on answering meanwhile.
     options = replace(form.options, in_process=here.name == "headless", cluster=cluster)
     (models, kinds), further = here.all_model_folders(), here.open_folders()

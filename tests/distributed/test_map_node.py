@@ -83,6 +83,7 @@ def test_a_folder_and_a_workflow_file(map_node, pictures, headless_host):
         ({"workflow_text": "{"}, "workflow_text: "),
         ({"workflow_text": json.dumps({"1": {"class_type": "HotpathMap", "inputs": {}}})}, "maps a workflow itself"),
         ({"executor": "cloud"}, "There is no executor"),
+        ({"workers": 1024}, "1024 workers are more than this machine has room for: choose"),
     ],
 )
 def test_a_graph_reaches_nothing_outside(map_node, pictures, headless_host, tmp_path, change, sentence):
