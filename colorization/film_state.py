@@ -69,7 +69,15 @@ def load_state(path: Path) -> FilmState:
             metadata = file.metadata() or {}
             # Copies: as long as a tensor lies in the file, Windows lets nobody replace or delete it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        return FilmState(tensors, json.loads(metadata[MARK]))
+        state = FilmState(tensors, json.loads(metadata[MARK]))
+        place = tensors["film"].tolist()  # frame, shot, and where that began
+        if (
+            not isinstance(state.description, dict)
+            or len(place) != 3
+            or not all(type(n) is int and n >= 0 for n in place)
+        ):
+            raise ValueError("it says nothing of a film")
+        return state
     except FileNotFoundError:
         raise
     except Exception as error:

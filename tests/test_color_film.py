@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,8 @@ from hotpath.colorization.checkpoint_file import WrongCheckpoint
 from hotpath.colorization.colormnet.network import ColorMNet
 from hotpath.colorization.colour_space import luminance_of
 from hotpath.colorization.film_options import METHODS, FilmOptions, read_references
-from hotpath.colorization.film_state import FilmState, load_state, save_state
+from hotpath.colorization.film_state import MARK, FilmState, load_state, save_state
+from safetensors.torch import save_file
 from tiny_colorizers import TINY, save_models
 from torch import Tensor
 from torch.nn import functional as F
@@ -70,6 +72,21 @@ def test_state_of_another_film_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
     with pytest.raises(WrongCheckpoint, match="not a colour state"):
         load_state(tmp_path / "broken.safetensors")
+    for place in (torch.tensor([math.nan] * 3), torch.tensor([-1, 0, 0]), torch.zeros(0, dtype=torch.int64), None):
+        others = {name: tensor for name, tensor in state.tensors.items() if name != "film"}
+        save_state(
+            FilmState({**others, "film": place} if place is not None else others, state.description),
+            tmp_path / "odd.st",
+        )
+        with pytest.raises(WrongCheckpoint, match="not a colour state"):
+            load_state(tmp_path / "odd.st")
+    save_file({"film": state.tensors["film"]}, tmp_path / "odd.st", metadata={MARK: "[]"})
+    with pytest.raises(WrongCheckpoint, match="not a colour state"):
+        load_state(tmp_path / "odd.st")
+    exemplar = run(frames(2), frames(1, seed=3), method="Deep Exemplar", colour_size=32).state
+    other = FilmState({**exemplar.tensors, "session.last": torch.zeros(3)}, exemplar.description)
+    with pytest.raises(ValueError, match=r"or damaged \(its last frame is \[3\] and should be"):
+        run(frames(2), frames(1, seed=3), other, method="Deep Exemplar", colour_size=32)
 
 
 def test_state_of_another_network_or_other_references_is_refused(tmp_path: Path) -> None:

@@ -157,6 +157,9 @@ class DeepExemplarSession:
         """Go on where `state` was taken, by a session of the same networks, size and reference."""
         self.time = int(state["time"][0])
         self.last = state["last"].to(self.networks.compute_device) if "last" in state else None
+        wanted = (1, 3, *legal_size(*self.size))
+        if self.last is not None and self.last.shape != wanted:
+            raise RuntimeError(f"its last frame is {list(self.last.shape)} and should be {list(wanted)}")
 
 
 def _padding(height: int, width: int) -> tuple[int, int, int, int]:
