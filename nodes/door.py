@@ -17,10 +17,12 @@ from typing import Any
 from ..host.letters import readable
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")  # ComfyUI converts these
+# What an operation raises; a sentence of the pack's own about the value is of another kind, and better.
+RAW = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 SHOWN = 60  # letters of a wrong value
 
 
-class WrongInput(TypeError):
+class WrongInput(ValueError):
     """An input of a prompt is of a kind that no node gives there; the message names it."""
 
 
@@ -38,7 +40,7 @@ def guard(node_class: type[Any]) -> None:
             return function(self, *args, **inputs)
         except Exception as error:
             make_readable(error)
-            if (wrong := wrong_input(type(self), inputs)) is not None:
+            if type(error) in RAW and (wrong := wrong_input(type(self), inputs)) is not None:
                 raise WrongInput(wrong) from error
             raise
 

@@ -39,7 +39,7 @@ from hotpath.nodes import NODE_CLASS_MAPPINGS
 )
 def test_what_no_node_gives_is_named(headless_host: Any, node: str, inputs: dict[str, Any], said: str) -> None:
     made = NODE_CLASS_MAPPINGS[node]()
-    with pytest.raises(TypeError, match=said) as refused:
+    with pytest.raises(ValueError, match=said) as refused:
         getattr(made, made.FUNCTION)(**inputs)
     assert refused.value.__cause__ is not None, "the log still tells where it broke"
 
@@ -50,7 +50,7 @@ def test_what_is_no_number_is_refused_before_anything_runs(headless_host: Any, v
     node = "HotpathVLM" if isinstance(value, list) else "HotpathColorTransfer"
     made = NODE_CLASS_MAPPINGS[node]()
     name = "temperature" if isinstance(value, list) else "strength"
-    with pytest.raises(TypeError, match=f"^{name} is .*, and must be a number"):
+    with pytest.raises(ValueError, match=f"^{name} is .*, and must be a number"):
         getattr(made, made.FUNCTION)(**{name: value})
 
 
