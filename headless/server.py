@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from .graph import Graph, Node
 from .outcome import NodeTime, Outcome, OutputFile, is_file_record
-from .server_answers import ServerError, ServerRefused, failure, refusal
+from .server_answers import ServerError, ServerRefused, failure, plain_names, refusal
 from .server_files import ServerFiles
 
 CONNECT_SECONDS = 15.0
@@ -165,19 +165,29 @@ class ServerRun:
             wait = min(2 * wait, LATEST)
 
     async def _queue(self, client: str) -> None:
+        answer = await self._post(client)
+        if answer.get("node_errors") and plain_names(answer, self.prompt):
+            if answer.get("prompt_id"):
+                await self._interrupt()
+            answer = await self._post(client)
+        if answer.get("node_errors") or answer.get("error"):
+            # ComfyUI runs the outputs that are right and drops the others; the person asked for all of them.
+            if answer.get("prompt_id"):
+                await self._interrupt()
+            raise ServerRefused(refusal(answer, self.graph))
+
+    async def _post(self, client: str) -> dict[str, Any]:
+        """What the server answers to the prompt; `prompt_id` is that of the queued one."""
         body = {"prompt": self.prompt, "client_id": client}
         async with self.queueing, self.session.post(f"{self.url}/prompt", json=body) as response:
             try:
                 answer = await response.json(content_type=None)
             except json.JSONDecodeError:
                 raise ServerError(f"{self.url} answered {response.status}; is it a ComfyUI?") from None
-            if response.status != 200 or answer.get("error"):
-                raise ServerRefused(refusal(answer, self.graph))
+            if response.status != 200:
+                return {"error": "It gave no reason.", **answer}
             self.prompt_id, self.heard = answer["prompt_id"], time.monotonic()
-            if answer.get("node_errors"):
-                # ComfyUI runs the outputs that are right and drops the others; the person asked for all of them.
-                await self._interrupt()
-                raise ServerRefused(refusal(answer, self.graph))
+            return dict(answer)
 
     async def _listen(self, socket: Any) -> bool:
         """Hear how the run goes on; True when it is over, False when the connection was lost. Raises ServerError.

@@ -37,6 +37,22 @@ def refusal(answer: Mapping[str, Any], graph: Graph) -> str:
     return "The server refused the workflow:\n" + "\n".join(lines)
 
 
+def plain_names(answer: Mapping[str, Any], prompt: Mapping[str, Any]) -> bool:
+    """Rename in `prompt` what the server misses by a plain name: `format.codec`, which depends on the choice of a format,
+    was `codec` beside the format in an older ComfyUI. Whether there was any.
+    """
+    found = False
+    for node_id, entry in (answer.get("node_errors") or {}).items():
+        inputs = prompt.get(node_id, {}).get("inputs", {})
+        for reason in entry.get("errors", []):
+            name = (reason.get("extra_info") or {}).get("input_name")
+            held = [key for key in inputs if key.endswith(f".{name}")]
+            if reason.get("type") == "required_input_missing" and len(held) == 1:
+                inputs[name] = inputs.pop(held[0])
+                found = True
+    return found
+
+
 def failure(data: Mapping[str, Any], graph: Graph) -> str:
     """What went wrong in which node, and the values that it was given."""
     node = _named(graph, str(data.get("node_id")), str(data.get("node_type")))

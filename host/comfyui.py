@@ -74,7 +74,8 @@ class ComfyUIManaged:
         import comfy.model_management as management
 
         with _loading:
-            management.unload_model_and_clones(self.patcher, unload_additional_models=False)
+            others = [entry for entry in management.current_loaded_models if entry.model is not self.patcher]
+            management.free_memory(1e30, self.device, keep_loaded=others)
             # What `resident` brought along is in nobody's books.
             self.module.to(self.patcher.offload_device)
 

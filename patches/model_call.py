@@ -190,7 +190,7 @@ def _note_call(
         *_window(options),
         batch=x.shape[0],
         device=x.device,
-        dtype=getattr(executor.class_obj, "get_dtype_inference", lambda: x.dtype)(),
+        dtype=dtype_inside(executor.class_obj, x.dtype),
         counts=recorder.begin_call(t, x.device) if recorder is not None else None,
     )
     before = getattr(_thread, "call", None)
@@ -209,6 +209,17 @@ def _note_call(
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     finally:
         _thread.call = before
+
+
+def dtype_inside(model: Any, otherwise: torch.dtype) -> torch.dtype:
+    """What the diffusion model in `model` (a BaseModel) computes in; `otherwise` where it does not say."""
+    if hasattr(model, "get_dtype_inference"):
+        dtype: torch.dtype = model.get_dtype_inference()
+    elif hasattr(model, "get_dtype"):  # an older ComfyUI
+        dtype = getattr(model, "manual_cast_dtype", None) or model.get_dtype()
+    else:
+        dtype = otherwise
+    return dtype
 
 
 def _forward_of(model: Any) -> Any:

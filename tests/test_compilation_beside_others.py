@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,8 @@ def test_dynamic_vram_and_compilation_exclude_each_other() -> None:
     asked = []
 
     class Dynamic(type(bench.model)):
+        cached_patcher_init = None
+
         def is_dynamic(self) -> bool:
             return True
 
@@ -187,6 +190,12 @@ def test_dynamic_vram_and_compilation_exclude_each_other() -> None:
     # A LoRA before it changed: nothing is read from disk again.
     compile_model(dynamic, backend="eager")
     assert asked == [(True, None), (True, made.model)]
+
+
+def test_a_comfyui_from_before_dynamic_vram_compiles_too() -> None:
+    from hotpath.patches.compilation import _static_clone
+
+    assert _static_clone(SimpleNamespace(clone=lambda: "a clone")) == ("a clone", [])
 
 
 def test_compiling_twice_and_after_comfyui_compiles_once() -> None:

@@ -106,7 +106,7 @@ class StandIn:
 
         body = await request.json()
         self.posted.append(("prompt", body))
-        if refused := self.behaviour.get("refuse"):
+        if refused := self.behaviour.pop("refuse once", None) or self.behaviour.get("refuse"):
             return web.json_response(refused, status=400)
         self.task = asyncio.ensure_future(self.run())
         return web.json_response({"prompt_id": "p", "number": 0, "node_errors": self.behaviour.get("node_errors", {})})
@@ -358,6 +358,17 @@ def test_half_a_workflow_is_not_run(stand_in, tmp_path):
     with pytest.raises(ServerRefused, match="input 'image'"):
         run_on_server(stand_in.url, Graph.parse(COPY), tmp_path)
     assert ("queue", {"delete": ["p"]}) in stand_in.posted and ("interrupt", {"prompt_id": "p"}) in stand_in.posted
+
+
+def test_an_older_comfyui_gets_its_names_of_inputs(stand_in, tmp_path):
+    """Inputs that depend on a choice were plain ones: Save Video's `format.codec` was `codec`."""
+    missing = {"type": "required_input_missing", "extra_info": {"input_name": "codec"}}
+    stand_in.behaviour["refuse once"] = {"error": {}, "node_errors": {"2": {"errors": [missing]}}}
+    newer = json.loads(json.dumps(COPY))
+    newer["2"]["inputs"] |= {"format": "mp4", "format.codec": "h264"}
+    run_on_server(stand_in.url, Graph.parse(newer), tmp_path)
+    inputs = [body["prompt"]["2"]["inputs"] for name, body in stand_in.posted if name == "prompt"][-1]
+    assert inputs == {**COPY["2"]["inputs"], "format": "mp4", "codec": "h264"}
 
 
 def test_refusals_in_other_shapes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -355,3 +356,12 @@ def test_a_mask_fits_every_block_of_small_and_long_latents(size: tuple[int, int]
     length = math.ceil(size[0] / scale) * math.ceil(size[1] / scale)
     made = AttentionMask(torch.full((1, 64, 64), 0.5)).at(ModelCall((0, 1), *size, None, batch=2), length)
     assert made.shape == (2, length) and made.max() == 0.5
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+def test_an_older_comfyui_says_what_it_computes_in(cast: torch.dtype | None) -> None:
+    from hotpath.patches.model_call import dtype_inside
+
+    older = SimpleNamespace(manual_cast_dtype=cast, get_dtype=lambda: torch.float16)
+    assert dtype_inside(older, torch.float32) == (cast or torch.float16)
+    assert dtype_inside(object(), torch.float32) == torch.float32

@@ -270,7 +270,9 @@ def test_a_scheme_that_cannot_be_had_is_left_out_or_refused(monkeypatch: pytest.
 def test_one_part_that_cannot_be_had_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = tiny("flux")
     model = bench.model.clone()
-    monkeypatch.setattr(type(model), "is_dynamic", lambda self: True)  # from a loader that cannot load it without
+    # From a loader that cannot load it without.
+    monkeypatch.setattr(type(model), "is_dynamic", lambda self: True, raising=False)
+    monkeypatch.setattr(model, "cached_patcher_init", None, raising=False)
     monkeypatch.setattr("hotpath.patches.compilation.compiler_problem", lambda device: None)
     config = model.model.model_config
     widths = {key: value for key, value in config.unet_config.items() if key != "context_in_dim"}

@@ -99,7 +99,7 @@ def compile_model(
 
 def _static_clone(model: Any) -> tuple[Any, list[str]]:
     """A clone whose weights stay where they are while the model runs."""
-    if not model.is_dynamic():
+    if not hasattr(model, "is_dynamic") or not model.is_dynamic():  # an older ComfyUI has no DynamicVRAM
         return model.clone(), []
     if model.cached_patcher_init is None:
         raise ValueError(

@@ -267,10 +267,12 @@ class CallRecorder:
             log.warning("Model calls are not recorded any more: %s", calls.given_up)
 
     def _failed(self, calls: _Calls, key: Hashable, error: Exception) -> str:
-        from comfy.model_management import is_oom
+        from comfy import model_management as management
 
         reason = f"while recording, {kind_and_line(error)}"
-        if is_oom(error):
+        # An older ComfyUI knows torch's own error only.
+        known = getattr(management, "is_oom", lambda error: isinstance(error, management.OOM_EXCEPTION))
+        if known(error):
             calls.short = self.compiler.loads  # in another run there may be more
         elif isinstance(error, RuntimeError) and "captur" in str(error):
             calls.given_up = reason  # what its code does, it does at every size

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ...host.errors import kind_and_line
+from ..model_call import dtype_inside
 from .blocks import ORDINARY, LiveParts, constants_of, foreign_class, parts_of
 from .graphs import Backend, CompiledKind, compile_errors
 from .options import NotTraceable, block_options, options_read_by, share_attention_log
@@ -178,7 +179,7 @@ class _Plan:
             from comfy.model_management import get_free_memory
 
             hooked = bool(getattr(getattr(model, "current_patcher", None), "hook_patches", None))
-            self.pictures.examine(device, model.get_dtype_inference(), get_free_memory(device), hooked)
+            self.pictures.examine(device, dtype_inside(model, torch.float32), get_free_memory(device), hooked)
         if self.pictures.lost:
             recorder.let_go(self)
             self.pictures.lost = False

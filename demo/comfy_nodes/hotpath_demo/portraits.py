@@ -269,8 +269,6 @@ def _part(name: str) -> dict[str, Tensor]:
 
 def load_sdxl() -> Any:
     """A ModelPatcher over the trained UNet."""
-    import comfy.model_management
-    import comfy.model_patcher
     import comfy.supported_models
 
     config = comfy.supported_models.SDXL({**UNET_CONFIG, "dtype": torch.float32})
@@ -281,11 +279,7 @@ def load_sdxl() -> Any:
     model = config.get_model({"v_pred": torch.tensor([])}, "", torch.device("cpu"))
     network = model.diffusion_model
     network.load_state_dict(deepened(_part("unet."), depths_of(network)))
-    return comfy.model_patcher.CoreModelPatcher(
-        model.eval(),
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    return tiny_sdxl.patcher_over(model)
 
 
 def load_identity_net(trained: bool = True) -> Any:

@@ -50,21 +50,29 @@ def fill(module: torch.nn.Module, seed: int) -> None:
         parameter.data = value.to(parameter)
 
 
-def make_sdxl(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """A ModelPatcher over a tiny SDXL. `changes` go into the UNet's configuration (for layouts that are not SDXL's)."""
+def patcher_over(model: Any) -> Any:
+    """A ModelPatcher over one of ComfyUI's models, of the kind that its own loaders make."""
     import comfy.model_management
     import comfy.model_patcher
+
+    # Before DynamicVRAM there was one kind.
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return kind(
+        model.eval(),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def make_sdxl(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A ModelPatcher over a tiny SDXL. `changes` go into the UNet's configuration (for layouts that are not SDXL's)."""
     import comfy.supported_models
 
     config = comfy.supported_models.SDXL({**UNET_CONFIG, **changes, "dtype": dtype})
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "", torch.device("cpu"))
     fill(model.diffusion_model, seed)
-    return comfy.model_patcher.CoreModelPatcher(
-        model.eval(),
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
-    )
+    return patcher_over(model)
 
 
 def make_identity_net(seed: int = 1, dtype: torch.dtype = torch.float32) -> Any:
