@@ -168,6 +168,16 @@ function finish(well) {
   redraw();
 }
 
+// The run has ended. Newer front ends take the texts off its nodes then, in a listener of their own: reports stay.
+function end(well) {
+  finish(well);
+  setTimeout(() => {
+    for (const [id, node] of everyNode(app.rootGraph ?? app.graph)) {
+      if (isOurs(node) && node.hotpathState && fieldOf(node) === undefined) showText(id, node);
+    }
+  });
+}
+
 function onExecuting({ detail: id }) {
   finish(true);
   if (id === null || id === undefined) return;
@@ -252,9 +262,9 @@ app.registerExtension({
     api.addEventListener("progress_text", onTextFirst, { capture: true });
     api.addEventListener("progress_text", onText);
     api.addEventListener("hotpath.warning", onWarning);
-    api.addEventListener("execution_success", () => finish(true));
-    api.addEventListener("execution_error", () => finish(false));
-    api.addEventListener("execution_interrupted", () => finish(false));
+    api.addEventListener("execution_success", () => end(true));
+    api.addEventListener("execution_error", () => end(false));
+    api.addEventListener("execution_interrupted", () => end(false));
     onLanguage(redraw);
   },
   nodeCreated(node) {

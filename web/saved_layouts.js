@@ -79,8 +79,24 @@ async function readTables() {
 
 let reading;
 
+// An older graph calls an input by another name; the link stays with its socket.
+function renameInputs(names, inputs) {
+  const saved = (inputs ?? []).map((input) => input.name);
+  for (const input of inputs ?? []) {
+    const name = names?.[input.name];
+    if (name !== undefined && !saved.includes(name)) input.name = name;
+  }
+}
+
 app.registerExtension({
   name: "Hotpath.SavedLayouts",
+  // Newer front ends note the names before nodes are configured, and put links to where those are.
+  async beforeConfigureGraph(graph) {
+    const { rename } = await (reading ??= readTables());
+    for (const { nodes } of [graph, ...(graph?.definitions?.subgraphs ?? [])]) {
+      for (const node of nodes ?? []) renameInputs(rename[node.type], node.inputs);
+    }
+  },
   async beforeRegisterNodeDef(nodeType, nodeData) {
     const table = await (reading ??= readTables());
     if (table.layouts[nodeData.name] === undefined) return;
@@ -88,12 +104,7 @@ app.registerExtension({
     nodeType.prototype.configure = function (info) {
       const change = migrated(table, nodeData.name, info.widgets_values, this.widgets ?? []);
       if (change !== null) info.widgets_values = change.values;
-      // An older graph calls an input by another name; the link stays with its socket.
-      const names = (info.inputs ?? []).map((input) => input.name);
-      for (const input of info.inputs ?? []) {
-        const name = table.rename[nodeData.name]?.[input.name];
-        if (name !== undefined && !names.includes(name)) input.name = name;
-      }
+      renameInputs(table.rename[nodeData.name], info.inputs);
       const result = configure.call(this, info);
       // node_state.js shows them on the node.
       if (change !== null && change.notes.length > 0) this.hotpathNotes = change.notes;

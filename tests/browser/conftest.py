@@ -17,6 +17,7 @@ from front_end import FrontEnd
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FRONT_END = os.environ.get("HOTPATH_FRONT_END")  # a folder with another front end, its `static`
 FLAGS = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync")
 
 
@@ -72,7 +73,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, hub: str) -> Iterator[Any]:
         models=work / "models",
         custom_nodes=[ROOT / "demo" / "comfy_nodes" / "hotpath_demo"],
         isolated=True,
-        arguments=["--cpu"],
+        arguments=["--cpu", *(("--front-end-root", FRONT_END) if FRONT_END else ())],
         # No download of a test may reach the real hub.
         environment={"OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub, "no_proxy": "127.0.0.1"},
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-READY = "() => window.app?.rootGraph && window.app.extensionManager && document.querySelector('.side-bar-button')"
+READY = """() => (window.app?.rootGraph ?? window.app?.graph)
+  && window.app.extensionManager && document.querySelector(".side-bar-button")"""
 DESCRIBE = """() => {
   const graph = app.rootGraph;
   const describe = (node) => ({
@@ -57,6 +58,7 @@ class FrontEnd:
         self.page.wait_for_function(READY)
         self.page.wait_for_function("() => app.extensions.some((one) => one.name === 'Hotpath.Panel')")
         self.page.wait_for_function("() => window.LiteGraph?.registered_node_types?.HotpathCache !== undefined")
+        self.page.evaluate("() => { app.rootGraph ??= app.graph; }")  # as it is called in older front ends
         self.page.keyboard.press("Escape")  # the templates that a first visit shows
 
     def load(self, workflow: dict[str, Any]) -> dict[str, Any]:
