@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -132,9 +133,13 @@ def unavailable(scheme: Scheme, device: torch.device) -> str | None:
     try:
         import comfy.ops
         import comfy.quant_ops
+        import comfy_kitchen.tensor.base
     except ImportError as error:
-        return f"it needs ComfyUI with quantised layers, and {error.name} is missing: update ComfyUI"
-    if not hasattr(comfy.ops, "mixed_precision_ops") or scheme.format not in comfy.quant_ops.QUANT_ALGOS:
+        return f"it needs ComfyUI with quantised layers, and {error.name} is missing: update ComfyUI to 0.33 or later"
+    # An earlier form of them takes neither emulated formats nor layouts of ours.
+    present = hasattr(comfy.quant_ops, "register_layout_op") and hasattr(comfy_kitchen.tensor.base, "dequantize_args")
+    made = inspect.signature(getattr(comfy.ops, "mixed_precision_ops", object)).parameters
+    if not present or "disabled" not in made or scheme.format not in comfy.quant_ops.QUANT_ALGOS:
         return f"this ComfyUI knows no {scheme.format} layers: update ComfyUI to 0.33 or later"
     if device.type == "mps" and scheme.format.startswith("float8"):
         return f"torch has no 8 bit floats on {device.type}: choose int8_weights"
