@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .capabilities import float32_products, on_device
+from .capabilities import FUSES, float32_products, on_device
 
 log = logging.getLogger("hotpath.attention")
 
@@ -91,7 +91,7 @@ def _match_rows(theta: Tensor, phi: Tensor, half_theta: Tensor, half_phi: Tensor
     # Enough programs for every multiprocessor, and each with as long a run of keys as that leaves.
     form["STEPS"] = triton.cdiv(steps, max(1, min(steps, PROGRAMS // blocks)))
     group_maxima[(blocks, triton.cdiv(steps, form["STEPS"]))](
-        half_theta, half_phi, maxima, queries, keys, groups, channels, **form
+        half_theta, half_phi, maxima, queries, keys, groups, channels, **form, **FUSES
     )
     tiles = triton.cdiv(queries, SETTLED)
     doubtful = F.pad(maxima >= maxima.amax(0) - DOUBT, (0, tiles * SETTLED - queries))
@@ -99,7 +99,7 @@ def _match_rows(theta: Tensor, phi: Tensor, half_theta: Tensor, half_phi: Tensor
     order = doubtful.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices.to(torch.int32)
     settle[(tiles,)](
         theta, phi, order, doubtful.sum(1, dtype=torch.int32), score, index, queries, keys, groups, channels,
-        **settle_form(channels, float32_products(theta.device)),
+        **settle_form(channels, float32_products(theta.device)), **FUSES,
     )  # fmt: skip
 
 

@@ -19,6 +19,9 @@ from torch import Tensor
 FLOAT16, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
 HALVES = frozenset({FLOAT16, BFLOAT16})
 FLOATS = frozenset({FLOAT16, BFLOAT16, FLOAT32})
+# For every launch of a Triton kernel: a product and the sum it goes into are rounded once. Triton 3.9 warns where that is
+# left to it, and the next release leaves it out.
+FUSES = {"enable_fp_fusion": True}
 NO_MASK, BOOL_MASK, FLOAT_MASK, OTHER_FLOAT_MASK = "no mask", "bool mask", "float mask", "float mask of another dtype"
 
 Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "float | None"], Tensor]

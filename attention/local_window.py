@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .capabilities import float32_products, on_device
+from .capabilities import FUSES, float32_products, on_device
 
 log = logging.getLogger("hotpath.attention")
 
@@ -164,7 +164,7 @@ def local_window_triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
     form = kernel_form(v.element_size(), float32_products(value.device), channels, v.shape[-1], window)
     grid = (triton.cdiv(width, QUERY_TILE), frames * height, triton.cdiv(v.shape[-1], form["SLICE"]))
     with on_device(value.device):
-        _kernel()[grid](q, k, v, b, out, height, width, channels, v.shape[-1], **form)
+        _kernel()[grid](q, k, v, b, out, height, width, channels, v.shape[-1], **form, **FUSES)
     return out.permute(0, 3, 1, 2)
 
 

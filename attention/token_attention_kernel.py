@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .capabilities import device_facts, float32_products
+from .capabilities import FUSES, device_facts, float32_products
 
 log = logging.getLogger("hotpath.attention")
 
@@ -297,7 +297,7 @@ def _candidates(
         grid = (triton.cdiv(queries, block), heads, batch)
         options = {"BLOCK": block, "num_warps": warps, "num_stages": 1}
         try:
-            compiled = _attend_tokens[grid](*tensors, *constants, **options)
+            compiled = _attend_tokens[grid](*tensors, *constants, **options, **FUSES)
         except triton.runtime.errors.OutOfResources as error:
             log.debug("token attention: %d queries per program do not fit (%s)", block, error)
             continue
@@ -317,7 +317,7 @@ def _direct(launch: Callable[..., None], constants: tuple[Any, ...]) -> Callable
 def _interpret(
     grid: tuple[int, int, int], constants: tuple[Any, ...], options: dict[str, int], *arguments: Any
 ) -> None:
-    _attend_tokens[grid](*arguments, *constants, **options)
+    _attend_tokens[grid](*arguments, *constants, **options, **FUSES)
 
 
 def _milliseconds(plan: Callable[..., None], tensors: tuple[Any, ...]) -> float:

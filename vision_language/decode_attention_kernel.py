@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty, float32
 
+from ..attention.capabilities import FUSES
+
 MAX_HEAD_DIM = 256
 MAX_GROUPS = 64
 MAX_PARTS = 64
@@ -104,6 +106,7 @@ def attend_filled(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot: T
         q, keys, values, bias, slot, sums, maxima, shares, dim**-0.5, heads, length, parts,
         GROUPS=groups, PADDED_GROUPS=max(16, triton.next_power_of_2(groups)), DIM=dim, PADDED_DIM=padded_dim,
         BLOCK=BLOCK, STEPS=triton.cdiv(triton.cdiv(length, parts), BLOCK), WIDEN=INTERPRETED, num_warps=4, num_stages=2,
+        **FUSES,
     )  # fmt: skip
     _join_parts[(rows * heads, groups)](
         sums,
@@ -116,5 +119,6 @@ def attend_filled(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot: T
         PADDED_DIM=padded_dim,
         PADDED_PARTS=parts,
         num_warps=4,
+        **FUSES,
     )
     return result

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..attention.capabilities import FUSES
+
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
 
 
@@ -84,5 +86,5 @@ def product(
         x, weight, nothing if bias is None else bias, nothing if norm is None else norm,
         nothing if added is None else added, result, outputs, inputs, eps,
         NORMED=norm is not None, GATED=gated, ADDS=added is not None, BIASED=bias is not None,
-        BLOCK_N=block_n, BLOCK_K=block_k, STEPS=triton.cdiv(inputs, block_k), num_warps=warps,
+        BLOCK_N=block_n, BLOCK_K=block_k, STEPS=triton.cdiv(inputs, block_k), num_warps=warps, **FUSES,
     )  # fmt: skip

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty, empty_like
 
+from ..attention.capabilities import FUSES
+
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
 GATE_BLOCK = 1024
 
@@ -89,7 +91,7 @@ def norm_rows(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tu
     total = x if delta is None else empty_like(x)
     _norm_rows[(rows,)](
         x, x if delta is None else delta, weight, total, result, width, eps,
-        ADDS=delta is not None, PADDED=triton.next_power_of_2(width), num_warps=8,
+        ADDS=delta is not None, PADDED=triton.next_power_of_2(width), num_warps=8, **FUSES,
     )  # fmt: skip
     return total, result
 
@@ -108,7 +110,7 @@ def place_rows(
     _place_rows[(rows, heads * (groups + 2))](
         qkv, cos, sin, qkv if q_norm is None else q_norm, qkv if k_norm is None else k_norm, queries, keys, values,
         places, eps, length, rows, heads * groups, heads,
-        DIM=dim, PADDED_DIM=triton.next_power_of_2(dim), NORMED=q_norm is not None, num_warps=1,
+        DIM=dim, PADDED_DIM=triton.next_power_of_2(dim), NORMED=q_norm is not None, num_warps=1, **FUSES,
     )  # fmt: skip
     return queries
 
@@ -117,5 +119,5 @@ def gate_rows(gate_up: Tensor) -> Tensor:
     """SiLU(gate) * up of [n, 2 * width], contiguous."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     result = empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
-    _gate_rows[(rows, triton.cdiv(width, GATE_BLOCK))](gate_up, result, width, BLOCK=GATE_BLOCK, num_warps=4)
+    _gate_rows[(rows, triton.cdiv(width, GATE_BLOCK))](gate_up, result, width, BLOCK=GATE_BLOCK, num_warps=4, **FUSES)
     return result

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...attention.capabilities import FUSES
+
 STRETCHES = 64  # of places, at most: what one program of the second kernel reads
 FACTOR_WARPS = 8  # with fewer, the 80 channels of SDXL's widest groups spill
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False
@@ -170,18 +172,29 @@ def group_norm(
     blocks = triton.cdiv(channels, tile[1])
     _moments[(stretches, blocks, samples)](
         x, sums[0], sums[1], places, channels, *strides,
-        STEPS=steps, PLACES=tile[0], CHANNELS=tile[1], num_warps=4,
+        STEPS=steps, PLACES=tile[0], CHANNELS=tile[1], num_warps=4, **FUSES,
     )  # fmt: skip
     width = channels // groups
     _factors[(groups, samples)](
         sums[0], sums[1], weight, bias, weight if added is None else added, weight if offset is None else offset,
         made[0], made[1], eps, places, channels, width, stretches, steps * tile[0],
         0 if added is None or len(added) == 1 else channels, ADDS=added is not None, OFFSET=offset is not None,
-        STRETCHES=STRETCHES, WIDTH=triton.next_power_of_2(width), num_warps=FACTOR_WARPS,
+        STRETCHES=STRETCHES, WIDTH=triton.next_power_of_2(width), num_warps=FACTOR_WARPS, **FUSES,
     )  # fmt: skip
     out = torch.empty_like(x)
     _apply[(triton.cdiv(places, tile[0]), blocks, samples)](
-        x, made[0], made[1], out, places, channels, *strides, SILU=silu, PLACES=tile[0], CHANNELS=tile[1], num_warps=4
+        x,
+        made[0],
+        made[1],
+        out,
+        places,
+        channels,
+        *strides,
+        SILU=silu,
+        PLACES=tile[0],
+        CHANNELS=tile[1],
+        num_warps=4,
+        **FUSES,
     )
     return out
 
@@ -195,6 +208,6 @@ def add(x: Tensor, y: Tensor, offset: Tensor | None = None, more: Tensor | None 
     out = torch.empty_like(x)
     _add[(triton.cdiv(places, tile[0]), triton.cdiv(channels, tile[1]), samples)](
         x, y, x if offset is None else offset, x if more is None else more, out, places, channels, *strides,
-        OFFSET=offset is not None, MORE_OFFSET=more is not None, PLACES=tile[0], CHANNELS=tile[1], num_warps=4,
+        OFFSET=offset is not None, MORE_OFFSET=more is not None, PLACES=tile[0], CHANNELS=tile[1], num_warps=4, **FUSES,
     )  # fmt: skip
     return out
