@@ -236,8 +236,11 @@ def open_video(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"There is no video {path}.")
     try:
-        # Names in old files are in any encoding.
-        return av.open(str(path), metadata_errors="replace")
+        try:
+            # Names in old files are in any encoding.
+            return av.open(str(path), metadata_errors="replace")
+        except TypeError:  # PyAV 19 reads them all, and has no word for it
+            return av.open(str(path))
     except (OSError, ValueError) as error:
         raise VideoError(f"{path.name} cannot be opened as a video ({error}).") from error
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hotpath.colorization import video_assembly, video_frames, video_parts
-from hotpath.colorization.video_file import Irregularities, VideoError, VideoFacts, read_facts
+from hotpath.colorization.video_file import Irregularities, VideoError, VideoFacts, open_video, read_facts
 from PIL import Image
 from torch import Tensor
 
@@ -308,6 +308,23 @@ def rich(path: Path) -> Path:
                     packet.stream = pairs["again", 1]
                     target.mux(packet)
     return path
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_titles_in_any_encoding_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newer: bool) -> None:
+    plain = av.open
+    with plain(str(tmp_path / "in.mkv"), "w") as target:
+        stream: Any = target.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        target.metadata["title"] = "A film" if newer else "A f__m"
+        target.mux(stream.encode(av.VideoFrame(WIDTH, HEIGHT, "yuv420p")))
+        target.mux(stream.encode())
+    content = (tmp_path / "in.mkv").read_bytes().replace(b"A f__m", b"A f\xefm ")
+    (tmp_path / "in.mkv").write_bytes(content)
+    if newer:  # PyAV 19 has no argument for it
+        monkeypatch.setattr(av, "open", lambda path, mode="r": plain(path, mode))
+    with open_video(tmp_path / "in.mkv") as container:
+        assert container.metadata["title"].startswith("A f")
 
 
 def test_subtitles_chapters_languages_and_titles_stay(tmp_path: Path) -> None:
