@@ -266,7 +266,7 @@ def test_two_wheels_in_one_folder_are_told(tmp_path, monkeypatch):
 
 
 def test_requirements_that_are_not_met():
-    unmet = backends.unmet_requirements(["# a comment", "pip>=1", "torch>=99", "no-such-thing-here>=1"])
+    unmet = backends.unmet_requirements(["# a comment", "numpy>=1", "torch>=99", "no-such-thing-here>=1"])
     assert [line.partition(" ")[0] for line in unmet] == ["torch>=99", "no-such-thing-here>=1"]
 
 

@@ -114,9 +114,9 @@ def test_importing_the_nodes_starts_nothing():
     """ComfyUI imports every pack at its start: no process, no network, no heavy library."""
     code = (
         "import sys, socket, subprocess\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest, torch\n"  # torch may start ldconfig
         "def refuse(*a, **k): raise AssertionError('not at import')\n"
         "subprocess.Popen.__init__ = refuse; socket.socket.connect = refuse\n"
-        f"sys.path.insert(0, {str(ROOT / 'tests')!r}); import conftest\n"
         "import hotpath; hotpath.NODE_CLASS_MAPPINGS\n"
         "heavy = {'transformers', 'diffusers', 'onnxruntime', 'insightface', 'cv2', 'ray'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"

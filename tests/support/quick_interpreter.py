@@ -1,5 +1,5 @@
 """Triton's interpreter looks through its whole language at every launch, and makes a table at every look at a dtype: once is
-enough.
+enough. And what it makes of one comparison for a whole block are integers, which Triton 3.9 takes for no mask.
 """
 
 from __future__ import annotations
@@ -37,3 +37,12 @@ def hurry() -> None:
         return dtypes[name]
 
     interpreter._get_np_dtype = get_np_dtype
+
+    splat = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self: Any, ret_ty: Any, arg: Any) -> Any:
+        made = splat(self, ret_ty, arg)
+        made.data = made.data.astype(arg.data.dtype, copy=False)
+        return made
+
+    interpreter.InterpreterBuilder.create_splat = create_splat

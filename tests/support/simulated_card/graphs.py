@@ -101,7 +101,7 @@ class CUDAGraph:
         self._made: Capture | None = None
         self._pool: Any = None
 
-    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global", **_: Any) -> None:
         here = card()
         stream = here.stream
         if stream is here.default(stream.device):
