@@ -25,7 +25,7 @@ from . import decoding, download, folders, offloading, projections
 from .folders import ModelFolder, UnusableModel
 from .interruption import interruptible_loading, is_stop
 from .loaded_model import LoadedModel, LoadOptions, compute_device, numbered
-from .quantization import PACKED, QuantizationPlan, plan, quantize
+from .quantization import PACKED, QuantizationPlan, pack_head, plan, quantize
 
 log = logging.getLogger("hotpath.vision_language")
 
@@ -149,6 +149,8 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     if packing.method in PACKED:
         count = quantize(decoding.text_decoder(network).layers, packing.method)
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
+        if pack_head(network, packing.method, device):
+            log.info("%s: the output head packed to int8", folder.name)
     if device.type == "cpu" and stored is None:
         count = projections.pack_products(network)
         log.debug("%s: %d matrices ordered for oneDNN", folder.name, count)

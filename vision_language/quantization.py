@@ -1,8 +1,8 @@
 """Weight-only quantisation of the decoder's linear layers: int8 per row, int4 in groups, float8 per row.
 
 Written in plain torch, so that a quantised model moves between devices, compiles, and needs no extra package; torchao's
-tensors cannot be cut into the rows of a merged matrix, nor moved by the host. The vision tower, the embeddings and the
-output head stay in full precision. bitsandbytes is offered beside it.
+tensors cannot be cut into the rows of a merged matrix, nor moved by the host. The vision tower, the embeddings and, but on
+a CPU, the output head stay in full precision. bitsandbytes is offered beside it.
 """
 
 from __future__ import annotations
@@ -97,6 +97,18 @@ class ScaledLinear(nn.Module):
         return y if self.bias is None else y + self.bias[start:stop]
 
 
+class Int8Head(ScaledLinear):
+    """An output head on a CPU: in full precision it is half of what a small model in int4 reads for a token."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear, torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A few rows at a time: unpacked it would take gigabytes.
+        rows = x.reshape(-1, x.shape[-1]).split(cpu_kernels.FEW_ROWS)
+        return torch.cat([self.rows(some, 0, self.out_features) for some in rows]).view(*x.shape[:-1], -1)
+
+
 class Int4Linear(nn.Module):
     """4-bit weights, two to a byte, with a scale and a smallest value for each group of inputs of each output."""
 
@@ -155,6 +167,16 @@ def pack(linear: nn.Linear, method: str) -> ScaledLinear | Int4Linear:
     if method == "int4":
         return Int4Linear(linear)
     return ScaledLinear(linear, torch.int8 if method == "int8" else torch.float8_e4m3fn)
+
+
+def pack_head(network: Any, method: str, device: torch.device) -> bool:
+    """Pack the output head, too, where a kernel reads it as it is; False, and nothing changed, elsewhere."""
+    head = getattr(network, "lm_head", None)
+    read = device.type == "cpu" and method in ("int8", "int4") and not cpu_kernels.why_not("int8")
+    if not read or type(head) is not nn.Linear or head.in_features % cpu_kernels.STEP:
+        return False
+    network.lm_head = Int8Head(head)
+    return True
 
 
 def quantize(decoder: nn.Module, method: str) -> int:

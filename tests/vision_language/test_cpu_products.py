@@ -10,9 +10,10 @@ import pytest
 import torch
 from hotpath.products import linear as products
 from hotpath.products.linear import PackedLinear
-from hotpath.vision_language import decoding, offloading, projections
+from hotpath.vision_language import cpu_kernels, decoding, offloading, projections
 from hotpath.vision_language.asking import Question
 from hotpath.vision_language.loading import MODELS, LoadOptions
+from hotpath.vision_language.quantization import pack_head
 from hotpath.vision_language.sampling import Sampling
 from torch import nn
 
@@ -72,6 +73,33 @@ def test_a_shared_head_is_copied_only_where_memory_is_plenty(
     network = model.network
     tied = network.lm_head.weight is network.get_input_embeddings().weight
     assert len(plain_layers(network)) == int(tied)
+
+
+@pytest.mark.skipif(bool(cpu_kernels.why_not("int8")), reason="torch has no int8 kernel for this CPU")
+@torch.inference_mode()
+def test_a_head_is_packed_where_its_kernel_is() -> None:
+    def owner(inputs: int = 128, tied: bool = False) -> nn.Module:
+        network = nn.Module()
+        network.embed = nn.Embedding(96, inputs)
+        network.lm_head = nn.Linear(inputs, 96, bias=False)
+        if tied:
+            network.lm_head.weight = network.embed.weight
+        return network
+
+    network, cpu = owner(tied=True), torch.device("cpu")
+    dense, embedding = network.lm_head, network.embed.weight
+    assert pack_head(network, "int4", cpu) and network.embed.weight is embedding
+    x = torch.randn(2, 20, 128)
+    many = network.lm_head(x)
+    assert (many - dense(x)).abs().max() < 0.02 * many.abs().max()
+    assert torch.equal(network.lm_head(x[1, 7]), many[1, 7])
+    for other, method, device in (
+        (owner(96), "int4", cpu),
+        (owner(), "float8", cpu),
+        (owner(), "int8", torch.device("cuda")),
+    ):
+        before = other.lm_head
+        assert not pack_head(other, method, device) and other.lm_head is before
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
