@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..host.display_matrix import turned
+from ..host.video_opening import opened
 
 # ffmpeg's numbers for colour matrices, primaries and transfers; 2 is "not said"
 ITU709, UNSAID, ITU601, BT2020 = 1, 2, 5, 9
@@ -231,16 +232,10 @@ def demuxed(container: Any, streams: list[Any], found: Irregularities) -> Genera
 
 
 def open_video(path: Path) -> Any:
-    import av
-
     if not path.is_file():
         raise FileNotFoundError(f"There is no video {path}.")
     try:
-        try:
-            # Names in old files are in any encoding.
-            return av.open(str(path), metadata_errors="replace")
-        except TypeError:  # PyAV 19 reads them all, and has no word for it
-            return av.open(str(path))
+        return opened(path)
     except (OSError, ValueError) as error:
         raise VideoError(f"{path.name} cannot be opened as a video ({error}).") from error
 

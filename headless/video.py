@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..host.video_opening import opened
 from .video_encoding import write_video
 from .video_saving import save_video
 from .video_sound import last_track, waveform
@@ -93,25 +94,22 @@ class VideoFile:
 
     def get_dimensions(self) -> tuple[int, int]:
         """Width and height in pixels as shown, with the rotation that phones store applied."""
-        import av
 
-        with av.open(str(self.path)) as container:
+        with opened(self.path) as container:
             stream = video_stream(container, self.path)
             turned = next((frame.rotation // 90 % 2 for frame in container.decode(stream)), 0)
             size = (stream.width, stream.height)
         return (size[1], size[0]) if turned else size
 
     def get_frame_count(self) -> int:
-        import av
 
-        with av.open(str(self.path)) as container:
+        with opened(self.path) as container:
             stream = video_stream(container, self.path)
             return stream.frames or sum(1 for _ in container.decode(stream))
 
     def get_frame_rate(self) -> Fraction:
-        import av
 
-        with av.open(str(self.path)) as container:
+        with opened(self.path) as container:
             return frame_rate(video_stream(container, self.path))
 
     def get_duration(self) -> float:
@@ -119,16 +117,14 @@ class VideoFile:
         return float(self.get_frame_count() / self.get_frame_rate())
 
     def get_bit_depth(self) -> int:
-        import av
 
-        with av.open(str(self.path)) as container:
+        with opened(self.path) as container:
             return bit_depth(video_stream(container, self.path))
 
     def get_color_space(self) -> str:
         """sRGB, HDR (HLG), HDR PQ, or auto when the file does not say."""
-        import av
 
-        with av.open(str(self.path)) as container:
+        with opened(self.path) as container:
             transfer = int(video_stream(container, self.path).codec_context.color_trc or 0)
         # ITU-T H.273 transfer characteristics: 1 BT.709, 13 sRGB, 16 PQ, 18 HLG.
         return {1: "sRGB", 13: "sRGB", 16: "HDR PQ", 18: "HDR"}.get(transfer, "auto")
@@ -147,9 +143,8 @@ class VideoFile:
 
 def read_video(path: Path) -> VideoComponents:
     """Decode all frames, turned upright, and the last sound track. Raises ValueError for a file without pictures."""
-    import av
 
-    with av.open(str(path)) as container:
+    with opened(path) as container:
         stream = video_stream(container, path)
         stream.thread_type = "AUTO"
         rate = frame_rate(stream)
@@ -190,8 +185,7 @@ def _announced(stream: Any, rate: Fraction) -> int:
 
 
 def _read_audio(path: Path) -> dict[str, Any] | None:
-    import av
 
-    with av.open(str(path)) as container:
+    with opened(path) as container:
         track = last_track(container)
         return waveform(decoded(container, track), track.rate) if track is not None else None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..host.video_opening import opened
 from . import video_sound
 from .video_sound import Sound
 from .video_streams import bit_depth, decoded, frame_rate, video_stream
@@ -147,7 +148,7 @@ def reencode_video(
     import av
 
     codec, webm = choose_codec(target, codec, format), is_webm(target, format)
-    with av.open(str(source)) as container:
+    with opened(source) as container:
         stream, track = video_stream(container, source), video_sound.last_track(container)
         stream.thread_type = "AUTO"
         rate = frame_rate(stream).limit_denominator(MAX_RATE_DENOMINATOR)
@@ -303,11 +304,10 @@ def _frame(image: Tensor, size: tuple[int, int], bit_depth: int) -> Any:
 
 def _sound_facts(source: Path, track: Any) -> tuple[int, int] | None:
     """Channels and rate of a sound track; None for one that gives no sound. Some containers tell only with the first frame."""
-    import av
 
     if track.codec_context.sample_rate:
         return track.codec_context.channels, track.codec_context.sample_rate
-    with av.open(str(source)) as container:
+    with opened(source) as container:
         frame = next(decoded(container, container.streams[track.index]), None)
     return None if frame is None else (frame.layout.nb_channels, frame.sample_rate)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import host
 from ..host.errors import first_line
+from ..host.video_opening import opened
 from .video_encoding import MUXERS, choose_codec, is_webm, reencode_video, written
 from .video_streams import video_stream
 
@@ -23,9 +24,8 @@ WEBM_CODECS = {"video": ("av1", "vp8", "vp9"), "audio": ("opus", "vorbis"), "sub
 def copy_video(source: Path, target: Path, metadata: dict[str, Any] | None, format: str = "auto") -> None:
     """Copy video and sound packets unchanged into a new file, with `metadata` added; subtitles too where the containers are
     of one kind."""
-    import av
 
-    with av.open(str(source)) as container:
+    with opened(source) as container:
         streams = [*container.streams.video, *container.streams.audio]
         if source.suffix.lower() == target.suffix.lower():
             streams += container.streams.subtitles
@@ -92,11 +92,10 @@ def save_video(
 
 def why_encoded(source: Path, target: Path, format: str, codec: str, crf: float | None) -> str | None:
     """Why a film cannot be copied into `target`; None when it can. format, codec: as Save Video has them."""
-    import av
 
     if crf is not None:
         return f"a crf of {crf:g} is asked for"
-    with av.open(str(source)) as container:
+    with opened(source) as container:
         found = video_stream(container, source).codec.canonical_name
         if codec not in ("auto", found):
             return f"the codec {codec} is asked for, and it is {found}"

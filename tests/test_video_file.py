@@ -13,6 +13,8 @@ import pytest
 import torch
 from hotpath.colorization import video_assembly, video_frames, video_parts
 from hotpath.colorization.video_file import Irregularities, VideoError, VideoFacts, open_video, read_facts
+from hotpath.headless.video import read_video
+from hotpath.vision_language.pictures import read_clip
 from PIL import Image
 from torch import Tensor
 
@@ -325,6 +327,8 @@ def test_titles_in_any_encoding_are_read(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(av, "open", lambda path, mode="r": plain(path, mode))
     with open_video(tmp_path / "in.mkv") as container:
         assert container.metadata["title"].startswith("A f")
+    assert read_clip(tmp_path / "in.mkv").frames.shape == (1, HEIGHT, WIDTH, 3)
+    assert read_video(tmp_path / "in.mkv").images.shape == (1, HEIGHT, WIDTH, 3)
 
 
 def test_subtitles_chapters_languages_and_titles_stay(tmp_path: Path) -> None:

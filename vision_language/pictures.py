@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .. import host
 from ..host.display_matrix import turned
 from ..host.letters import can_be_a_name
+from ..host.video_opening import opened
 
 # Four times what any preset shows of a frame: below it pictures stay exact, and 64 frames are under 700 MB.
 LARGEST_FRAME = 4 * 1024 * 28 * 28
@@ -131,7 +132,7 @@ def _read_clip(path: Path, fps: float, most: int) -> Clip:
     check = host.current().check_interrupt
     frames = np.empty(0, dtype=np.uint8)
     times: list[float] = []
-    with av.open(str(path)) as container:
+    with opened(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path.name} has no video stream.")
         stream = container.streams.video[0]

@@ -1,0 +1,16 @@
+"""Opening a video file for reading, whoever wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def opened(path: Path) -> Any:
+    """The file as a container of PyAV. Names in old files are in any encoding; what cannot be read of them is replaced."""
+    import av
+
+    try:
+        return av.open(str(path), metadata_errors="replace")
+    except TypeError:  # PyAV 19 reads them all, and has no word for it
+        return av.open(str(path))
