@@ -102,7 +102,7 @@ def _pack(module: nn.Module, method: str) -> None:
     quantize_(module, config, filter_fn=is_packed)
 
 
-class PackedLinear(nn.Linear):
+class TorchaoLinear(nn.Linear):
     """With a weight of torchao's, which can neither be moved nor be listed in inference mode; ComfyUI does both there."""
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +126,7 @@ def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:
             _pack(block, plan.method)
         layers = [layer for key, layer in block.named_modules() if is_packed(layer, key)]
         for layer in layers:
-            layer.__class__ = PackedLinear
+            layer.__class__ = TorchaoLinear
         block.to(before)
         packed += len(layers)
     log.info("%d layers packed to %s", packed, plan.method)
