@@ -29,7 +29,7 @@ def as_frames(images: Tensor, name: str) -> Tensor:
             f"{name} must be pictures of shape [frames, height, width, 1, 3 or 4], not {tuple(images.shape)}."
         )
     if 0 in images.shape:
-        raise ValueError(f"{name} is empty: {tuple(images.shape)}. Connect at least one picture.")
+        raise ValueError(f"There is nothing in {name}: {tuple(images.shape)}. Connect at least one picture.")
     if images.shape[-1] == 1:
         images = images.expand(*images.shape[:-1], 3)
     return images[..., :3]
