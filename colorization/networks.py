@@ -14,7 +14,7 @@ import torch
 from .. import host
 from ..attention.capabilities import on_device
 from ..cache import content_key, file_fingerprint, named_cache
-from ..products.linear import PackedLinear, large_linears
+from ..products.linear import OrderedLinear, large_linears
 from .checkpoint_file import SUFFIXES, WrongCheckpoint, key_names, load_network
 from .colormnet import checkpoint as colormnet_checkpoint
 from .colormnet.network import ColorMNet
@@ -171,7 +171,7 @@ def laid_out(network: Any) -> Any:
     if device == "cpu":
         prepare_convolutions(network)
         for owner, name in large_linears(network):
-            setattr(owner, name, PackedLinear(getattr(owner, name)))
+            setattr(owner, name, OrderedLinear(getattr(owner, name)))
     return network
 
 

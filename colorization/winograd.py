@@ -96,6 +96,18 @@ def prepare_convolutions(network: nn.Module) -> None:
             module.prepare()
 
 
+def convolutions_status(network: nn.Module) -> str:
+    """Which way the wide convolutions of `network` go, for a report."""
+    wide = [
+        module for module in network.modules() if isinstance(module, Conv3x3) and module.weight.dtype == torch.float32
+    ]
+    if any(module.packs for module in wide):
+        return "oneDNN's direct ones, faster than Winograd's with AVX-512"
+    if any(module.transformed is not None for module in wide):
+        return "Winograd's products"
+    return "torch's own"
+
+
 def transform_weights(weight: Tensor) -> Tensor:
     """[O, C, 3, 3] to [16, C, O]."""
     rows = _transformed(weight.unbind(2))

@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,3 +123,29 @@ class PackedLinear(nn.Module):
         """Free the weights. Nothing can be multiplied any more."""
         for name in self._names:
             self.register_buffer(name, torch.empty(0, dtype=self.weight.dtype))
+
+
+class OrderedLinear(nn.Linear):
+    """A linear layer with a second copy of its weights in oneDNN's order: compiled, trained and elsewhere it is the layer."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self._order: Tensor | None = reordered(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Compilers know nothing of the other order, nor have gradients a way through it.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self._order is None:
+            return super().forward(x)
+        return product(x, self._order, self.bias)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.weight.data_ptr()
+        made = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.weight.data_ptr() != before:
+            self._order = None
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_order": None}  # what oneDNN ordered cannot be copied

@@ -50,6 +50,8 @@ def test_wide_layers_are_prepared(monkeypatch: pytest.MonkeyPatch, direct: bool)
     before = set(network.state_dict())
     plain = copy.deepcopy(wide)
     prepare_convolutions(network)
+    assert winograd.convolutions_status(network).startswith("oneDNN" if direct else "Winograd")
+    assert winograd.convolutions_status(narrow) == winograd.convolutions_status(plain) == "torch's own"
     assert not narrow.packs and narrow.transformed is None and set(network.state_dict()) == before
     if direct:
         assert wide.packs and wide.transformed is None

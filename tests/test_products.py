@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hotpath.products import linear as products
@@ -52,3 +54,27 @@ def test_the_fastest_of_some_rounds_counts() -> None:
     calls: list[int] = []
     assert products.fastest(lambda: calls.append(1)) >= 0
     assert len(calls) == products.ROUNDS
+
+
+@needs_onednn
+def test_an_ordered_layer_is_the_layer_compiled_trained_copied_and_changed() -> None:
+    layer = nn.Linear(48, 60)
+    ordered = products.OrderedLinear(layer)
+    assert set(ordered.state_dict()) == {"weight", "bias"} and ordered.weight is layer.weight
+    x = torch.randn(2, 3, 48)
+    seen: list[torch.Tensor] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.extend(inputs)
+        return graph
+
+    with torch.inference_mode():
+        torch.testing.assert_close(ordered(x), layer(x))
+        torch.testing.assert_close(torch.compile(ordered, backend=backend, fullgraph=True)(x), layer(x))
+        assert seen and all(one.layout == torch.strided for one in seen), "no compiler takes the other order"
+        copied = copy.deepcopy(ordered)
+        torch.testing.assert_close(copied(x), layer(x))
+        torch.testing.assert_close(ordered.double()(x.double()), layer(x.double()))
+    trained = products.OrderedLinear(nn.Linear(48, 60))
+    trained(x).sum().backward()
+    assert trained.weight.grad is not None

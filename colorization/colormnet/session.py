@@ -19,6 +19,7 @@ from ..batch_size import BatchSize
 from ..colour_space import CHROMA_SCALE, normalise_luminance
 from ..film_references import Encodings
 from ..stage_times import StageTimes
+from ..winograd import convolutions_status
 from .decoder import DecoderContext
 from .engine import ColorMNetEngine, ColorMNetFunctions
 from .feature_fusion import PLANES
@@ -274,6 +275,7 @@ class ColorMNetSession:
         """Which implementation of each kernel runs here, and why."""
         return {
             **self.engine.report(),
+            "wide convolutions": convolutions_status(self.network),
             "memory read": f"tiled top-{self.settings.top_k}, {self.similarities_together.size} similarities at a time",
         }
 

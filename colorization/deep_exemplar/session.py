@@ -14,6 +14,7 @@ from ..batch_size import BatchSize
 from ..colour_space import LUMINANCE_CENTRE, lab_to_rgb
 from ..film_references import Encodings
 from ..stage_times import StageTimes
+from ..winograd import convolutions_status
 from .engine import DeepExemplarEngine, DeepExemplarFunctions
 from .networks import DeepExemplar
 from .warp import legal_size
@@ -141,7 +142,7 @@ class DeepExemplarSession:
 
     def engines(self) -> dict[str, str]:
         """Which implementation of each kernel runs here, and why."""
-        return self.engine.report()
+        return {**self.engine.report(), "wide convolutions": convolutions_status(self.networks)}
 
     def notes(self) -> list[str]:
         return list(self.frames_together.notes)
