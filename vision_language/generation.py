@@ -68,7 +68,9 @@ def choose_path(model: LoadedModel, asked: str, kept: bool = True, rows: int = 1
     if asked not in DECODE_PATHS:
         raise ValueError(f"{asked!r} is no decode path: choose one of {', '.join(DECODE_PATHS)}.")
     path = _path(model, asked, kept, rows)
-    return replace(path, note=f"{path.note}; products by oneDNN") if projections.has_packed(model.network) else path
+    if model.device.type != "cpu":  # where the weights may be waiting all the same
+        return path
+    return replace(path, note=path.note + projections.products_note(model.network))
 
 
 def _path(model: LoadedModel, asked: str, kept: bool, rows: int) -> DecodePath:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import host
-from ..products.linear import PackedLinear, large_linears
+from ..products.linear import LARGE, PackedLinear, large_linears, why_not
 
 
 class Rows(nn.Module):
@@ -105,6 +105,16 @@ def pack_products(network: Any) -> int:
 
 def has_packed(network: nn.Module) -> bool:
     return any(isinstance(part, PackedLinear) for part in network.modules())
+
+
+def products_note(network: nn.Module) -> str:
+    """For a report: whose products those of the large layers on a CPU are, and why; '' where there are none."""
+    if has_packed(network):
+        return "; products by oneDNN"
+    plain = (part.weight for part in network.modules() if type(part) is nn.Linear)
+    large = next((weight for weight in plain if weight.device.type == "cpu" and weight.numel() >= LARGE), None)
+    reason = "" if large is None else why_not(large.dtype)
+    return f"; products by torch itself, because {reason}" if reason else ""
 
 
 class PatchProduct(nn.Module):

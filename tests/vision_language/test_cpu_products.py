@@ -57,7 +57,10 @@ def test_weights_exist_once_and_go_at_once(load: Any, ask: Any, monkeypatch: pyt
     gc.collect()
     monkeypatch.setattr(products, "why_not", lambda dtype: "slower")
     with MODELS.borrowed("qwen3_vl", LoadOptions()) as plain:
-        assert not projections.has_packed(plain.network)
+        assert not projections.has_packed(plain.network) and not projections.products_note(plain.network)
+        monkeypatch.setattr(projections, "LARGE", 0)
+        monkeypatch.setattr(projections, "why_not", products.why_not)
+        assert projections.products_note(plain.network) == "; products by torch itself, because slower"
         tied = plain.network.lm_head.weight is plain.network.get_input_embeddings().weight
         head = plain.network.lm_head.weight.nbytes if tied else 0
         assert held == offloading.whole_bytes(plain.network) + head
