@@ -171,11 +171,7 @@ function finish(well) {
 // The run has ended. Newer front ends take the texts off its nodes then, in a listener of their own: reports stay.
 function end(well) {
   finish(well);
-  setTimeout(() => {
-    for (const [id, node] of everyNode(app.rootGraph ?? app.graph)) {
-      if (isOurs(node) && node.hotpathState && fieldOf(node) === undefined) showText(id, node);
-    }
-  });
+  setTimeout(() => showAll((node) => fieldOf(node) === undefined));
 }
 
 function onExecuting({ detail: id }) {
@@ -246,9 +242,9 @@ function* everyNode(graph, path = "") {
 }
 
 // The front end's listener knows only the nodes of the graph that is open: those of a subgraph get their texts when it is.
-function showAll() {
+function showAll(wanted = () => true) {
   for (const [id, node] of everyNode(app.rootGraph ?? app.graph)) {
-    if (isOurs(node) && node.hotpathState) showText(id, node);
+    if (isOurs(node) && node.hotpathState && wanted(node)) showText(id, node);
   }
 }
 
@@ -256,7 +252,7 @@ app.registerExtension({
   name: "Hotpath.NodeState",
   setup() {
     // Later than the front end itself, which then asks which subgraph is open.
-    app.canvas?.canvas?.addEventListener("litegraph:set-graph", () => setTimeout(showAll));
+    app.canvas?.canvas?.addEventListener("litegraph:set-graph", () => setTimeout(() => showAll()));
     api.addEventListener("executing", onExecuting);
     api.addEventListener("execution_cached", onCached);
     api.addEventListener("progress_text", onTextFirst, { capture: true });
