@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
     work = Path(tempfile.mkdtemp(prefix="hotpath-comfyui-"))
     process: subprocess.Popen[bytes] | None = None
     try:
-        with _ended_by_signal():
+        with _ended_by_signal() as waiting:
             port = free_port()
             output = options.output_folder or work / "output"
             command = [str(python), str(comfyui / "main.py"), *_arguments(comfyui, options, work, port, output, python)]
@@ -94,7 +94,8 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
             # Into a file Windows writes a letter that its code page lacks as an error in whichever node printed it.
             printed = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
             environment = {**os.environ, **printed, **started_by, **options.environment}
-            with log.open("wb") as sink:
+            # Else a process that has begun would be nobody's.
+            with log.open("wb") as sink, waiting():
                 process = subprocess.Popen(
                     command,
                     cwd=comfyui,
@@ -245,19 +246,34 @@ def _kill(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into SystemExit while inside, so that `finally` runs and nothing is left behind."""
+def _ended_by_signal() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Turn SIGTERM and SIGHUP into SystemExit while inside, so that `finally` runs and nothing is left behind. What it gives
+    is for what must not be broken off: the signal waits for its end."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield contextlib.nullcontext
         return
+    waits, came = False, list[int]()
 
     def on_signal(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
+        if not waits:
+            raise SystemExit(128 + number)
+        came.append(number)
+
+    @contextlib.contextmanager
+    def waiting() -> Iterator[None]:
+        nonlocal waits
+        waits = True
+        try:
+            yield
+        finally:
+            waits = False
+        if came:
+            raise SystemExit(128 + came[0])
 
     numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
-        yield
+        yield waiting
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

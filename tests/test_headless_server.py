@@ -512,6 +512,15 @@ def test_a_run_that_is_ended_takes_its_comfyui_with_it(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+def test_a_signal_waits_until_a_process_that_begins_is_known():
+    done = []
+    with pytest.raises(SystemExit) as ended, launcher._ended_by_signal() as waiting, waiting():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("begun")
+    assert ended.value.code == 128 + signal.SIGTERM and done == ["begun"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
 def test_a_second_ctrl_c_leaves_no_comfyui_behind(monkeypatch):
     """One that takes its time to end is killed then."""
     code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('x', flush=True); time.sleep(300)"
