@@ -2,15 +2,16 @@
 
     python benchmarks/acceleration.py                 # a GPU, ten minutes; writes acceleration.json and acceleration.md
     python benchmarks/acceleration.py --only sdxl --minutes 5 --write      # appends the table to RESULTS.md
+    python benchmarks/acceleration.py --only sd15_cpu     # what there is to win without a card; z_image_cpu as well
     python benchmarks/acceleration.py --tiny          # a test of itself on the CPU, with graphs that are not compiled
 
 Z-Image's transformer (6.15 billion weights, bf16, 9 steps, cfg 1; diffusers' own class on the same tensors) and SDXL's
-UNet (fp16, 8 steps, CFG, with and without InstantID), random weights. Every contestant first gives its latents, which are
-compared with ComfyUI's as PSNR over their range, for three cases: a prompt, a second prompt of another length, a second
-size; graphs that the second and third needed are counted. Then all run in turn, round after round; figures are medians.
-Hotpath's contestants after the first of a model use its graphs, so their warm-up holds only what they add. Contestants
-for which no time is left are named as left out, and Ctrl-C ends the run with what is known by then. Random weights show
-speed and equality, never quality.
+UNet (fp16, 8 steps, CFG, with and without InstantID), on a CPU SD 1.5's UNet and a part of Z-Image; random weights. Every
+contestant first gives its latents, which are compared with ComfyUI's as PSNR over their range, for three cases: a prompt, a
+second prompt of another length, a second size; graphs that the second and third needed are counted. Then all run in turn,
+round after round; figures are medians. Hotpath's contestants after the first of a model use its graphs, so their warm-up
+holds only what they add. Contestants for which no time is left are named as left out, and Ctrl-C ends the run with what is
+known by then. Random weights show speed and equality, never quality.
 """
 
 from __future__ import annotations
@@ -18,21 +19,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import itertools
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from acceleration_families import CPU_FAMILIES, FAMILIES, Contestant, Family
 from quiet import alone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,27 +59,6 @@ def prepare_imports(tiny: bool) -> None:
         spec.loader.exec_module(sys.modules["hotpath"])
 
 
-@dataclass
-class Contestant:
-    """prepare: makes what samples a Case to a latent. est: seconds it is likely to need before it is warm."""
-
-    name: str
-    prepare: Callable[[], Callable[[Any], torch.Tensor]]
-    est: float = 10.0
-    run: Callable[[Any], torch.Tensor] | None = None
-    warm_up: float = 0.0
-    first: dict[str, float] = field(default_factory=dict)
-    new_graphs: dict[str, int] = field(default_factory=dict)
-    psnr: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    extra_gib: float = 0.0
-    left_out: str = ""
-    notes: str = ""
-
-    def median(self, case: str) -> float | None:
-        return statistics.median(self.seconds[case]) if self.seconds.get(case) else None
-
-
 def wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -104,191 +82,6 @@ def psnr(made: torch.Tensor, expected: torch.Tensor) -> float:
     error = (made - expected).square().mean()
     span = expected.max() - expected.min()
     return float(10 * torch.log10(span.square() / error)) if error > 0 else float("inf")
-
-
-@contextlib.contextmanager
-def fast_settings() -> Iterator[None]:
-    """What ComfyUI's --fast sets for the process: fp16 accumulation and autotuned convolutions. Undone afterwards."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (getattr(matmul, "allow_fp16_accumulation", None), cudnn.benchmark)
-    try:
-        cudnn.benchmark = True
-        if before[0] is not None:
-            matmul.allow_fp16_accumulation = True
-        yield
-    finally:
-        cudnn.benchmark = before[1]
-        if before[0] is not None:
-            matmul.allow_fp16_accumulation = before[0]
-
-
-class Family:
-    """One model and everything that runs it."""
-
-    def __init__(self, title: str, steps: int, cfg: float, shrink: int, channels: int, tiny: bool) -> None:
-        from acceleration_models import cases
-
-        self.title, self.steps, self.cfg, self.shrink, self.channels, self.tiny = (
-            title, steps, cfg, shrink, channels, tiny,
-        )  # fmt: skip
-        self.cases = cases(tiny)
-        self.backend = "eager" if tiny else "inductor"
-
-    def text(self, case: Any) -> Any:
-        raise AssertionError("set by the family")
-
-    def latent(self, case: Any) -> torch.Tensor:
-        return torch.zeros(1, self.channels, case.height // self.shrink, case.width // self.shrink)
-
-    def noise(self, case: Any) -> torch.Tensor:
-        return torch.randn(self.latent(case).shape, generator=torch.Generator().manual_seed(11))
-
-    def sampler(self, model: Any, steps: int | None = None) -> Callable[[Any], torch.Tensor]:
-        """Samples `model`, a ModelPatcher, as KSampler does."""
-        import comfy.sample
-
-        def run(case: Any) -> torch.Tensor:
-            positive, negative = self.text(case)
-            return comfy.sample.sample(
-                model, self.noise(case), steps or self.steps, self.cfg, "euler", "simple", positive, negative,
-                self.latent(case), disable_pbar=True, seed=11,
-            )  # fmt: skip
-
-        return run
-
-    def compiled(self, model: Any, **settings: Any) -> Callable[[], Callable[[Any], torch.Tensor]]:
-        from hotpath.patches.compilation import CompileSettings, compile_model
-
-        return lambda: self.sampler(compile_model(model, CompileSettings(**settings), self.backend)[0])
-
-    def compiled_with_attention(self, model: Any, **settings: Any) -> Callable[[], Callable[[Any], torch.Tensor]]:
-        """The same with attention by the fastest exact kernel, which is measured before anything is compiled."""
-        from hotpath.patches.attention_override import set_attention
-
-        def prepare() -> Callable[[Any], torch.Tensor]:
-            chosen = set_attention(model, "auto")[0]
-            with alone():  # kernels are measured
-                self.sampler(chosen, steps=1)(self.cases[0])
-            return self.compiled(chosen, **settings)()
-
-        return prepare
-
-    def core_compiled(self, model: Any) -> Callable[[], Callable[[Any], torch.Tensor]]:
-        from comfy_api.torch_helpers import set_torch_compile_wrapper
-        from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-
-        def prepare() -> Callable[[Any], torch.Tensor]:
-            made = model.clone()
-            set_torch_compile_wrapper(made, self.backend, options={"guard_filter_fn": skip_torch_compile_dict})
-            return self.sampler(made)
-
-        return prepare
-
-    def fast(self, model: Any) -> Callable[[], Callable[[Any], torch.Tensor]]:
-        def prepare() -> Callable[[Any], torch.Tensor]:
-            run = self.sampler(model)
-
-            def fast_run(case: Any) -> torch.Tensor:
-                with fast_settings():
-                    return run(case)
-
-            return fast_run
-
-        return prepare
-
-
-def z_image(tiny: bool) -> tuple[Family, list[Contestant]]:
-    import comfy.model_management
-    import comfy.samplers
-    from acceleration_models import TINY_Z_IMAGE, Z_IMAGE, diffusers_twin, native, prompt
-
-    config = TINY_Z_IMAGE if tiny else Z_IMAGE
-    steps = 4 if tiny else 9  # the third is recorded where steps are
-    family = Family(f"Z-Image, {'tiny, fp32' if tiny else 'bf16'}, {steps} steps, cfg 1", steps, 1.0, 8, 16, tiny)
-    model = native("ZImage", config, torch.float32 if tiny else torch.bfloat16, seed=1)
-    device = model.load_device
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", family.steps).to(
-        device
-    )
-
-    def text(case: Any) -> Any:
-        made = prompt(case.seed, case.tokens, config["cap_feat_dim"])
-        return made, made
-
-    family.text = text  # type: ignore[method-assign]
-
-    def with_diffusers(compile_blocks: bool) -> Callable[[Any], torch.Tensor]:
-        comfy.model_management.load_models_gpu([model])  # quantising another copy has put it away
-        twin = diffusers_twin(model, config)
-        dtype = next(twin.parameters()).dtype
-        if compile_blocks:
-            twin.compile_repeated_blocks(fullgraph=True, backend=family.backend)
-
-        def run(case: Any) -> torch.Tensor:
-            x = family.noise(case).to(device) * sigmas[0]
-            caption = text(case)[0][0][0][0].to(device, dtype)
-            for sigma, following in itertools.pairwise(sigmas):
-                out = twin([x[0, :, None].to(dtype)], 1 - sigma[None], [caption], return_dict=False)[0][0]
-                x = x - out[:, 0].float()[None] * (following - sigma)
-            return model.model.process_latent_out(x)
-
-        return run
-
-    def maximum_speed() -> Callable[[Any], torch.Tensor]:
-        from hotpath.patches.speed_profiles import PROFILES, apply_profile
-
-        made, quantised.notes = apply_profile(model, PROFILES["maximum speed"])
-        return family.sampler(made)
-
-    quantised = Contestant("Hotpath maximum speed (fp8)", maximum_speed, 45)
-    return family, [
-        Contestant("ComfyUI", lambda: family.sampler(model)),
-        Contestant("Hotpath compile, default", family.compiled(model), 40),
-        Contestant(
-            "Hotpath attention auto, reduce-overhead", family.compiled_with_attention(model, mode="reduce-overhead"), 35
-        ),
-        *(() if tiny else (quantised,)),  # its compiled profile needs a compiler
-        Contestant("Hotpath compile, reduce-overhead", family.compiled(model, mode="reduce-overhead"), 10),
-        Contestant("diffusers, eager", lambda: with_diffusers(False)),
-        Contestant("diffusers, compile_repeated_blocks", lambda: with_diffusers(True), 40),
-        Contestant("ComfyUI, --fast settings", family.fast(model)),
-        Contestant("ComfyUI TorchCompileModel", family.core_compiled(model), 150),
-    ]
-
-
-def sdxl(tiny: bool) -> tuple[Family, list[Contestant]]:
-    from acceleration_models import POOLED, SDXL, TINY_SDXL, native, prompt, with_identity
-
-    config = TINY_SDXL if tiny else SDXL
-    steps = 4 if tiny else 8
-    family = Family(f"SDXL, {'tiny, fp32' if tiny else 'fp16'}, {steps} steps, CFG", steps, 7.0, 8, 4, tiny)
-    model = native("SDXL", config, torch.float32 if tiny else torch.float16, seed=2)
-
-    def text(case: Any) -> Any:
-        tokens = 77 * -(-case.tokens // 77)  # CLIP's
-        made = (prompt(seed, tokens, config["context_dim"], POOLED) for seed in (case.seed, 99))
-        return tuple(made)
-
-    family.text = text  # type: ignore[method-assign]
-    person = with_identity(model)
-    return family, [
-        Contestant("ComfyUI", lambda: family.sampler(model)),
-        Contestant("Hotpath cudagraphs", family.compiled(model, mode="cudagraphs"), 4),
-        Contestant("Hotpath compile, default", family.compiled(model), 60),
-        Contestant("Hotpath compile, reduce-overhead", family.compiled(model, mode="reduce-overhead"), 10),
-        Contestant("InstantID", lambda: family.sampler(person)),
-        Contestant("InstantID, Hotpath cudagraphs", family.compiled(person, mode="cudagraphs"), 4),
-        Contestant("InstantID, Hotpath compile, reduce-overhead", family.compiled(person, mode="reduce-overhead"), 30),
-        Contestant(
-            "Hotpath attention auto, reduce-overhead", family.compiled_with_attention(model, mode="reduce-overhead"), 40
-        ),
-        Contestant("Hotpath compile, transformer blocks", family.compiled(model, regions="transformer blocks"), 10),
-        Contestant("ComfyUI, --fast settings", family.fast(model)),
-        Contestant("ComfyUI TorchCompileModel", family.core_compiled(model), 150),
-    ]
-
-
-FAMILIES = {"z_image": z_image, "sdxl": sdxl}
 
 
 def measure(
@@ -402,7 +195,7 @@ def as_dict(family: Family, contestants: list[Contestant]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=FAMILIES, help="one of the two models")
+    parser.add_argument("--only", choices=[*FAMILIES, *CPU_FAMILIES], help="one model; the last two are for a CPU")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="these alone, and ComfyUI")
     parser.add_argument("--minutes", type=float, default=9.3, help="no contestant begins after its share of these")
     parser.add_argument("--rounds", type=int, default=9)
@@ -413,7 +206,8 @@ def main() -> None:
     options = parser.parse_args()
     start = time.monotonic()
     prepare_imports(options.tiny)
-    chosen = [options.only] if options.only else list(FAMILIES)
+    on_a_card = options.tiny or torch.cuda.is_available()
+    chosen = [options.only] if options.only else list(FAMILIES if on_a_card else CPU_FAMILIES)
     file = options.json or options.out / "acceleration.json"
     options.out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
@@ -424,7 +218,7 @@ def main() -> None:
         until = time.monotonic() + left / (len(chosen) - number)
         print(f"{name}: {until - time.monotonic():.0f} s", flush=True)
         with torch.inference_mode():
-            family, contestants = FAMILIES[name](options.tiny)
+            family, contestants = {**FAMILIES, **CPU_FAMILIES}[name](options.tiny)
             if options.contestants:
                 contestants = [c for c in contestants if c.name in ("ComfyUI", *options.contestants)]
 

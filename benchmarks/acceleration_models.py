@@ -54,6 +54,27 @@ TINY_SDXL = {**SDXL, "model_channels": 32, "context_dim": 64, "transformer_depth
              "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2], "transformer_depth_middle": 2}  # fmt: skip
 POOLED = 1280
 
+SD15: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "num_heads": 8,
+    "num_head_channels": -1,
+    "context_dim": 768,
+    "adm_in_channels": None,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "use_temporal_attention": False,
+    "legacy": False,
+}
+CPU_Z_IMAGE = {**Z_IMAGE, "n_layers": 3}  # of the same width, so that a step takes seconds and not minutes
+
 
 def fill(module: torch.nn.Module, seed: int) -> None:
     """Random weights that keep activations near 1. Normal, not zero: a GPU runs faster on zeros than on anything else."""
@@ -157,4 +178,12 @@ def cases(tiny: bool) -> tuple[Case, Case, Case]:
         Case("first", 1, 60, 1024, 1024),
         Case("second prompt", 2, 150, 1024, 1024),
         Case("second size", 1, 60, 832, 1216),
+    )
+
+
+def cpu_cases() -> tuple[Case, Case, Case]:
+    return (
+        Case("first", 1, 77, 512, 512),
+        Case("second prompt", 2, 154, 512, 512),
+        Case("second size", 1, 77, 448, 576),
     )

@@ -126,6 +126,39 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
         settings.compiler_problem.cache_clear()
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("compiler", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_on_a_cpu_products_are_onednns_while_a_model_is_sampled(
+    monkeypatch: pytest.MonkeyPatch, compiler: bool
+) -> None:
+    from hotpath.patches import compilation
+    from hotpath.products import rerouting
+
+    bench = tiny("z_image")
+    expected, seen = sample(bench), []
+    real = rerouting.product
+    monkeypatch.setattr(rerouting, "LARGE", 1024)
+    monkeypatch.setattr(rerouting, "product", lambda *given: (seen.append(given[0].shape), real(*given))[1])
+    monkeypatch.setattr(rerouting, "why_not", lambda *_, **__: "")
+    if not compiler:
+        monkeypatch.setattr(compilation, "compiler_problem", lambda _: "there is none.")
+    backend = "aot_eager" if compiler else "inductor"
+    model, report = compile_model(compile_model(bench.model, backend=backend)[0], backend=backend)
+    assert report.splitlines()[-1] == "linear layers in float32 are multiplied by oneDNN, which is faster on this CPU"
+    assert_same_picture(sample(bench, model.clone()), expected)
+    count = len(seen)
+    assert count > 10
+    assert torch.equal(sample(bench), expected)
+    assert torch.equal(sample(bench, compilation.uncompiled(model)), expected)
+    assert len(seen) == count, "neither the model before it nor what is compared with it"
+
+    monkeypatch.setattr(rerouting, "why_not", lambda *_, **__: "oneDNN is no faster on this CPU")
+    model, report = compile_model(bench.model, backend=backend)
+    assert report.splitlines()[-1].endswith("by torch itself, because oneDNN is no faster on this CPU")
+    if not compiler:
+        assert torch.equal(sample(bench, model), expected) and len(seen) == count
+
+
 def test_a_cards_compilers_start_with_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     from hotpath.patches import compilation
     from hotpath.patches.compilation import graphs

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import threading
+from typing import Any
 
 import pytest
 import torch
 from hotpath.products import linear as products
+from hotpath.products import rerouting
 from torch import nn
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -48,6 +51,11 @@ def test_it_is_used_only_where_it_is_right_and_faster(monkeypatch: pytest.Monkey
     expected = {"wrong": "wrong here", "slower": "no faster", "missing": "needs the cpu support", "faster": ""}[how]
     assert expected in reason and bool(reason) == bool(expected) and "more" not in reason
     assert "not asked" in products.why_not.__wrapped__(torch.float16)
+    for own, theirs, reason in ((1.0, 1.1, "no faster"), (1.1, 1.0, "no faster"), (2.2, 1.0, "")):
+        times = iter((own, theirs))
+        assert (expected if how in ("wrong", "missing") else reason) in products.why_not.__wrapped__(
+            torch.float32, False
+        )
 
 
 def test_the_fastest_of_some_rounds_counts() -> None:
@@ -78,3 +86,86 @@ def test_an_ordered_layer_is_the_layer_compiled_trained_copied_and_changed() -> 
     trained = products.OrderedLinear(nn.Linear(48, 60))
     trained(x).sum().backward()
     assert trained.weight.grad is not None
+
+
+@pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what was given to oneDNN, which counts as the faster one here; matrices of 64 numbers are large."""
+    seen: list[tuple[int, ...]] = []
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return products.product(x, weight, bias)
+
+    monkeypatch.setattr(rerouting, "product", product)
+    monkeypatch.setattr(rerouting, "why_not", lambda *_, **__: "")
+    monkeypatch.setattr(rerouting, "LARGE", 64)
+    return seen
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_rerouted_layers_are_the_layers_and_only_large_products_of_many_rows_go_elsewhere(by_onednn: list[Any]) -> None:
+    layer, small = nn.Linear(48, 60), nn.Linear(4, 4)
+    given = torch.randn(2, 64, 96)
+    for x in (given[..., :48], given[..., ::2], given[:, ::2, :48], given[0, :, :48], given[:, :, None, :48]):
+        for bias in (layer.bias, None):
+            with rerouting.Rerouting():
+                made = nn.functional.linear(x, layer.weight, bias)
+            torch.testing.assert_close(made, nn.functional.linear(x, layer.weight, bias))
+            assert made.is_contiguous()
+    assert len(by_onednn) == 10
+    with rerouting.Rerouting():
+        for x, one in (
+            (given[0, :63, :48], layer),
+            (given[0, 0, :48], layer),
+            (given[:0, :, :48], layer),
+            (given[..., :4], small),
+        ):
+            torch.testing.assert_close(one(x), x @ one.weight.T + one.bias)
+        torch.testing.assert_close(
+            layer.double()(given[..., :48].double()), given[..., :48].double() @ layer.weight.T + layer.bias
+        )
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            nn.Linear(48, 60)(given)
+        elsewhere = threading.Thread(target=torch.inference_mode()(lambda: small(given[..., :4])))
+        elsewhere.start()
+        elsewhere.join()
+    assert len(by_onednn) == 10
+    layer.float()(given[..., :48])
+    assert len(by_onednn) == 10, "it is over"
+
+
+@needs_onednn
+def test_layers_that_are_trained_are_left_to_torch(by_onednn: list[Any]) -> None:
+    layer = nn.Linear(48, 60)
+    with rerouting.Rerouting():
+        layer(torch.randn(64, 48)).sum().backward()
+    assert layer.weight.grad is not None and not by_onednn
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_compiled_layers_are_rerouted_inside_their_graph(by_onednn: list[Any]) -> None:
+    network = nn.Sequential(nn.Linear(48, 60), nn.GELU(), nn.Linear(60, 48, bias=False), nn.Linear(48, 1))
+    counts: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        counts.append(rerouting.reroute(graph))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(network, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (80, 96, 70):
+        x = torch.randn(2, rows, 48)
+        with rerouting.Rerouting():
+            torch.testing.assert_close(compiled(x), network(x))
+    assert counts == [2] and by_onednn.count((2, 70, 48)) == 2, "once compiled, once as it is"
+
+
+def test_a_graph_stays_where_torch_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rerouting, "why_not", lambda *_, **__: "oneDNN is no faster on this CPU")
+    monkeypatch.setattr(rerouting, "LARGE", 64)
+    graph = torch.fx.symbolic_trace(nn.Linear(48, 60))
+    for node in graph.graph.nodes:
+        node.meta["example_value"] = torch.zeros(60, 48)
+    assert rerouting.reroute(graph) == 0

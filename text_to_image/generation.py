@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import host
 from ..host.compiling import until_nothing_compiles
 from ..host.errors import is_out_of_memory, kind_and_line
+from ..products.rerouting import rerouted
 from . import compilation, decoding, denoising
 from .adapters import Adapter
 from .compilation import CompilationPlan
@@ -71,6 +72,10 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.ran: list[str] = []
+        self._products: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if self.model.compilation.mode == "none" and self.model.dtype == torch.float32:
+            self._products, line = rerouted(self.model.device)
+            self.notes += [line] if line else []
         self.doing = ""
         self.bar: Any = None
         self._outside: tuple[Tensor, Tensor] | None = (
@@ -87,7 +92,8 @@ class Run:
 
     def draw(self) -> Drawn:
         try:
-            return self._draw()
+            with self._products():
+                return self._draw()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

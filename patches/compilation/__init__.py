@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from ..cpu_products import multiply_as_before, multiply_by_onednn
 from .graphs import Backend, named_backend, start_workers
 from .options import attention_that_traces
 from .pictures import describe_parts
@@ -45,7 +46,8 @@ def compile_model(
     Nothing is compiled yet: that happens in the first call of the model with each kind of block, or in a warm-up.
     backend: a Dynamo backend by name or as a function; everything but "inductor" is for tests and comparisons.
     Raises ValueError for a model without repeated blocks, and CompilationRefused in strict mode when this machine
-    has no compiler (no CUDA for "cudagraphs"); otherwise the clone then runs as it was, and the report says so.
+    has no compiler (no CUDA for "cudagraphs"); otherwise the clone's blocks then run as they were, and the report says so.
+    On a CPU its linear layers are multiplied by oneDNN where that is faster, compiled or not.
     """
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
@@ -60,7 +62,8 @@ def compile_model(
     if problem:
         if chosen.strict:
             raise CompilationRefused(f"{refused}: {problem}")
-        return model.clone(), f"{refused}: {problem}"
+        made = model.clone()
+        return made, "\n".join(filter(None, (f"{refused}: {problem}", multiply_by_onednn(made))))
     if chosen.compiles and backend == "inductor" and model.load_device.type == "cuda":
         start_workers()
     made, lines = _static_clone(model)
@@ -90,6 +93,8 @@ def compile_model(
     lines += record_calls(made, compiler)
     if compiler.recorder is not None and (parts := describe_parts(made.get_model_object("diffusion_model"))):
         lines.append(parts)
+    if products := multiply_by_onednn(made):
+        lines.append(products)
     made.set_attachments(KEY, compiler)
     sizes = "one graph for all sizes" if chosen.dynamic else "one graph per size"
     what = f"{sizes}: {describe_regions(found)}; compiled at first use" if chosen.compiles else "nothing is compiled"
@@ -115,10 +120,11 @@ def _static_clone(model: Any) -> tuple[Any, list[str]]:
 
 
 def uncompiled(model: Any) -> Any:
-    """A clone of a MODEL that `compile_model` returned whose blocks run as they are."""
+    """A clone of a MODEL that `compile_model` returned that runs as it was."""
     from comfy.patcher_extension import WrappersMP
 
     made = model.clone()
     made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, RECORDING_KEY)
+    multiply_as_before(made)
     return made

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from ...host.compiling import ask_at_each_operation, inductor, stop_asking, until_nothing_compiles
+from ...products.rerouting import reroute
 from .blocks import tensors_in
 from .options import NotTraceable
 from .settings import CompileSettings
@@ -138,6 +139,7 @@ class CompiledKind:
         stop_asking(graph)
         start = time.perf_counter()
         operators = write_out(graph)
+        reroute(graph)
         made = self._backend(graph, inputs)
         with self._lock:
             self.operators |= operators

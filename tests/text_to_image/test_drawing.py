@@ -604,3 +604,20 @@ def test_a_text_encoder_saved_with_its_head(tiny_folder, folder, draw, load):
     told = json.loads(index.read_text()) | {"text_encoder": ["transformers", "Qwen3ForCausalLM"]}
     index.write_text(json.dumps(told))
     assert (draw(load("head")).pictures - draw(load()).pictures).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_products_on_a_cpu_are_onednns_where_they_are_faster(load, draw, monkeypatch):
+    from hotpath.products import rerouting
+
+    seen: list[torch.Size] = []
+    real = rerouting.product
+    monkeypatch.setattr(rerouting, "LARGE", 256)
+    monkeypatch.setattr(rerouting, "product", lambda *given: (seen.append(given[0].shape), real(*given))[1])
+    monkeypatch.setattr(rerouting, "why_not", lambda *_, **__: "oneDNN is no faster on this CPU")
+    plain = draw(load())
+    assert "by torch itself, because oneDNN is no faster" in plain.report and not seen
+    monkeypatch.setattr(rerouting, "why_not", lambda *_, **__: "")
+    found = draw(load())
+    assert "multiplied by oneDNN" in found.report and seen
+    assert (found.pictures - plain.pictures).abs().max() < 1e-4
