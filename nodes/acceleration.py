@@ -117,8 +117,9 @@ class HotpathPrecision:
                     list(SCHEMES),
                     {
                         "default": "fp8",
-                        "tooltip": "fp8 (RTX 40, H100 and later), int8 (RTX 20 and later): weights and activations, faster. "
-                        "int8_rotated: better quality, a little slower. *_weights: less memory, full precision products.",
+                        "tooltip": "fp8 (RTX 40, H100 and later), int8 (RTX 20 and later, CPUs with VNNI): weights and "
+                        "activations, faster. int8_rotated: better quality, a little slower. *_weights: less memory, full "
+                        "precision products.",
                     },
                 ),
                 "exclude": (

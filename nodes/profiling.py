@@ -117,8 +117,8 @@ class HotpathSpeedProfile:
                     [*PROFILES, FROM_FILE],
                     {
                         "default": "balanced",
-                        "tooltip": "balanced gives the same pictures, faster. maximum speed also computes in fp8 where the GPU "
-                        "can and records steps. memory-constrained takes less memory. hotpath.yaml: the section below.",
+                        "tooltip": "balanced gives the same pictures, faster. maximum speed also computes in 8 bits where that "
+                        "is faster, and records steps. memory-constrained takes less memory. hotpath.yaml: the section below.",
                     },
                 ),
             },

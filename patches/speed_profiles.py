@@ -19,7 +19,7 @@ from .. import host
 from ..cache import file_fingerprint, named_cache
 from .attention_override import POLICIES, set_attention
 from .compilation import MODES, REGIONS, CompileSettings, compile_model
-from .precision import SCHEMES, PrecisionUnavailable, set_precision
+from .precision import SCHEMES, PrecisionUnavailable, set_precision, slow_on_a_cpu
 from .warmup import EXAMPLE, parse_sizes, warm_up
 
 FILE_NAME = "hotpath.yaml"
@@ -129,9 +129,7 @@ def apply_profile(model: Any, profile: SpeedProfile) -> tuple[Any, str]:
     made, lines = model.clone(), [f"Speed profile: {profile.name}"]
     precision, attention, compiled, warmup = profile.precision, profile.attention, profile.compile, profile.warmup
     if precision.scheme != NONE:
-        made, text = _or_left_out(
-            made, precision.strict, lambda model: set_precision(model, precision.scheme, precision.exclude)
-        )
+        made, text = _or_left_out(made, precision.strict, lambda model: _set_precision(model, precision))
         lines += _section("precision", text)
     if attention.backend != NONE:
         made, text = set_attention(made, attention.backend, attention.strict)
@@ -147,6 +145,18 @@ def apply_profile(model: Any, profile: SpeedProfile) -> tuple[Any, str]:
         )
         lines += _section("warm-up", text)
     return made, "\n".join(lines)
+
+
+def _set_precision(model: Any, precision: Precision) -> tuple[Any, str]:
+    """On a CPU, unless asked for strictly, only what is no slower than the model as it is: int8 for fp8, where it has that."""
+    scheme, note = SCHEMES[precision.scheme], ""
+    if model.load_device.type == "cpu" and not precision.strict and (reason := slow_on_a_cpu(scheme)):
+        instead = SCHEMES["int8"] if scheme.name == "fp8" else scheme
+        if slow := slow_on_a_cpu(instead):
+            raise PrecisionUnavailable(f"{instead.name} would be slower than the model as it is, because {slow}.")
+        scheme, note = instead, f"\nint8 and not fp8, because {reason}"
+    made, text = set_precision(model, scheme.name, precision.exclude)
+    return made, text + note
 
 
 def _or_left_out(model: Any, strict: bool, part: Callable[[Any], tuple[Any, str]]) -> tuple[Any, str]:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 from .linear import LARGE, MANY_ROWS, product, why_not
+from .operators import operator
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -87,25 +88,12 @@ def reroute(graph: GraphModule) -> int:
     ]
     if not found or why_not(torch.float32, ordered=False):
         return 0
-    _register()
+    as_operator = operator("linear", "Tensor x, Tensor weight, Tensor? bias=None", linear, _result)
     for node in found:
-        node.target = torch.ops.hotpath.linear.default
+        node.target = as_operator
     graph.recompile()
     return len(found)
 
 
-def _register() -> None:
-    if hasattr(torch.ops.hotpath, "linear"):  # another copy of the pack may have been loaded before
-        return
-
-    def result_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-    library = torch.library.Library("hotpath", "FRAGMENT")
-    library.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
-    library.impl("linear", linear, "CompositeExplicitAutograd")
-    torch.library.register_fake("hotpath::linear", result_of, lib=library)
-    _libraries.append(library)
-
-
-_libraries: list[Any] = []  # an operator lives as long as the library that defined it
+def _result(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -12,6 +12,7 @@ from hotpath.patches.precision import (
     PrecisionUnavailable,
     compare,
     quantize_model,
+    schemes,
     set_precision,
     unavailable,
 )
@@ -70,6 +71,26 @@ def test_the_picture_is_close_and_the_original_untouched(name, dtype, scheme):
     assert torch.equal(case.sample(quantised), out), "evicted and reloaded"
     assert torch.equal(case.sample(), picture)
     assert not quantised.is_clone(case.model)
+
+
+@pytest.mark.parametrize("why", ["", "its products of 8 bits overflow"])
+def test_int8_on_a_cpu_is_tried_before_it_is_trusted(monkeypatch, why):
+    from hotpath.products import int8
+
+    if not why and int8.why_not():
+        pytest.skip(f"this CPU is not asked: {int8.why_not()}")
+    for module in (int8, schemes):
+        monkeypatch.setattr(module, "why_not", lambda: why)
+    seen = []
+    real = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda *given: (seen.append(given[0].shape), real(*given))[1])
+    case = tiny("z_image")
+    for scheme in ("int8", "int8_rotated"):
+        quantised, report = set_precision(case.model, scheme)
+        assert 0 < relative(case.sample(quantised), case.sample()) < TOLERANCE[scheme]
+        assert bool(seen) == (not why)
+        assert ("slower than the original, because this CPU is not asked for int8: its products" in report) == bool(why)
+        del seen[:]
 
 
 def test_with_instantid_controlnet_and_attention():

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hotpath.products import int8, rerouting
 from hotpath.products import linear as products
-from hotpath.products import rerouting
 from torch import nn
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -169,3 +169,55 @@ def test_a_graph_stays_where_torch_is_faster(monkeypatch: pytest.MonkeyPatch) ->
     for node in graph.graph.nodes:
         node.meta["example_value"] = torch.zeros(60, 48)
     assert rerouting.reroute(graph) == 0
+
+
+def exact_int8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The formula with sums in float64: x rounded row by row to 127 steps, whole products, scales, bias."""
+    step = (x.float().abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+    made = (x.float() / step).round().double() @ weight.double().T * step.double() * scale.double().flatten()
+    return made if bias is None else made + bias.double()
+
+
+@pytest.mark.parametrize("why", ["", "its products of 8 bits overflow"])
+@torch.inference_mode()
+def test_8_bit_products_are_the_formula(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    if not why and int8.why_not():
+        pytest.skip(f"this CPU is not asked: {int8.why_not()}")
+    monkeypatch.setattr(int8, "why_not", lambda: why)
+    monkeypatch.setattr(int8, "LEAST_ROWS", 3)
+    monkeypatch.setattr(int8, "NEAR_BYTES", 1)
+    whole = torch.randn(40, 48)
+    weight, scale = int8.rounded(whole)
+    assert weight.dtype == torch.int8 and weight.abs().amax() == 127
+    assert (weight * scale - whole).abs().max() <= scale.max() / 1.99
+    given = torch.randn(2, 7, 96) * torch.logspace(-3, 3, 7)[:, None]
+    given[0, 0] = 0
+    for x in (given[..., :48], given[..., ::2], given[0, 0, :48], given[:0, :, :48]):
+        for bias, its in ((torch.randn(40), scale), (None, torch.tensor(0.02))):
+            made = int8.int8_linear(x, weight, its, bias)
+            torch.testing.assert_close(made.double(), exact_int8(x, weight, its, bias), rtol=1e-4, atol=1e-5)
+    half = int8.int8_linear(given[..., :48].bfloat16(), weight, scale)
+    assert half.dtype == torch.bfloat16
+    expected = exact_int8(given[..., :48].bfloat16(), weight, scale, None)
+    torch.testing.assert_close(half.double(), expected, rtol=1e-2, atol=1e-3)
+    broken = given[..., :48].clone()
+    broken[1, 2, 3] = torch.nan
+    made = int8.int8_linear(broken, weight, scale)
+    assert made[1, 2].isnan().all() and made.isfinite().all(-1).sum() == 13, "a row that is broken shows, and no other"
+
+
+@pytest.mark.parametrize("how", ["overflows", "slower", "missing", "faster"])
+def test_8_bits_are_used_only_where_they_are_right_and_faster(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if how == "missing":
+            raise RuntimeError("not implemented\nfor this")
+        pairs = (rows.float()[:, None, :] * weight.T.float()[None]).unflatten(-1, (-1, 2)).sum(-1)
+        return (pairs.clamp(-20000, 20000) if how == "overflows" else pairs).sum(-1).int()
+
+    monkeypatch.setattr(int8, "TRIED_SIDE", 64)
+    monkeypatch.setattr(torch, "_int_mm", multiply)
+    times = iter((1.0, 0.9) if how == "slower" else (1.0, 0.3))
+    monkeypatch.setattr(int8, "fastest", lambda work: next(times))
+    reason = int8.why_not.__wrapped__()
+    expected = {"overflows": "overflow", "slower": "no faster", "missing": "(not implemented)", "faster": ""}[how]
+    assert expected in reason and bool(reason) == bool(expected)

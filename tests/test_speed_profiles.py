@@ -267,6 +267,28 @@ def test_a_scheme_that_cannot_be_had_is_left_out_or_refused(monkeypatch: pytest.
 
 
 @pytest.mark.comfy
+def test_on_a_cpu_nothing_is_taken_that_is_slower_than_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    model = tiny("flux").model
+    if model.load_device.type != "cpu":
+        pytest.skip("asks what a CPU does")
+    monkeypatch.setattr(speed_profiles, "set_precision", lambda m, scheme, _: (asked.append(scheme), (m, "taken"))[1])
+
+    def report(**section: Any) -> str:
+        return apply_profile(model, parse_section("mine", {"precision": section}))[1]
+
+    monkeypatch.setattr("hotpath.patches.precision.schemes.why_not", lambda: "")
+    assert "int8 and not fp8, because a CPU has no products" in report(scheme="fp8")
+    assert "not" not in report(scheme="int8") + report(scheme="fp8_weights") + report(scheme="fp8", strict=True)
+    assert asked == ["int8", "int8", "fp8_weights", "fp8"]
+    monkeypatch.setattr("hotpath.patches.precision.schemes.why_not", lambda: "its products overflow")
+    for scheme in ("fp8", "int8"):
+        assert "left out: int8 would be slower than the model as it is, because" in report(scheme=scheme)
+    assert "left out: int8_rotated would be slower" in report(scheme="int8_rotated")
+    assert "not" not in report(scheme="int8_weights") and asked[4:] == ["int8_weights"]
+
+
+@pytest.mark.comfy
 def test_one_part_that_cannot_be_had_does_not_cost_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = tiny("flux")
     model = bench.model.clone()

@@ -8,7 +8,7 @@ from typing import Any
 from .comparison import OutputError, compare
 from .comparison import describe as describe_errors
 from .quantize import LayerError, QuantizationReport, quantize_model
-from .schemes import DEFAULT_EXCLUDE, SCHEMES, PrecisionUnavailable, unavailable
+from .schemes import DEFAULT_EXCLUDE, SCHEMES, PrecisionUnavailable, slow_on_a_cpu, unavailable
 
 
 def set_precision(
@@ -43,5 +43,6 @@ __all__ = [
     "compare",
     "quantize_model",
     "set_precision",
+    "slow_on_a_cpu",
     "unavailable",
 ]

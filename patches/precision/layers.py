@@ -1,7 +1,7 @@
 """Linear layers with 8 bit weights, on ComfyUI's own, which know how to move, offload and take LoRAs.
 
 What differs from ComfyUI's: fp8 activations are scaled by their own largest value, weight-only schemes never round
-activations, and torch compiles both without a break in the graph.
+activations, torch compiles both without a break in the graph, and int8 products on a CPU are tried before they are trusted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cpu_int8 import cpu_int8_layout
 from .dynamic_fp8 import dynamic_fp8_layout
 from .schemes import PrecisionUnavailable
 from .weight_only_int8 import weight_only_int8_layout
@@ -43,7 +44,7 @@ def quantized_operations(compute_dtype: torch.dtype, device: torch.device, their
     import comfy.ops
     from comfy.quant_ops import QuantizedTensor
 
-    dynamic_fp8, weight_only_int8 = dynamic_fp8_layout(), weight_only_int8_layout()
+    dynamic_fp8, weight_only_int8, cpu_int8 = dynamic_fp8_layout(), weight_only_int8_layout(), cpu_int8_layout()
     emulated = emulated_formats(device)
     base = comfy.ops.mixed_precision_ops({}, compute_dtype, full_precision_mm=False, disabled=emulated)
 
@@ -79,6 +80,8 @@ def quantized_operations(compute_dtype: torch.dtype, device: torch.device, their
                 layout = {"float8_e4m3fn": dynamic_fp8}.get(self.quant_format)
                 if self.quant_format == "int8_tensorwise" and self._full_precision_mm_config:
                     layout = weight_only_int8
+                elif self.quant_format == "int8_tensorwise" and device.type == "cpu":
+                    layout = cpu_int8
                 if layout is not None:
                     self.layout_type = layout
                     weight = QuantizedTensor(held._qdata, layout, held._params)

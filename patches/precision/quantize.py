@@ -23,7 +23,17 @@ from ...host.interface import tracked
 from .control_lora import KEY, share_weights
 from .dynamic_fp8 import fp8_scale
 from .layers import quantized_operations
-from .schemes import MULTIPLE, SCHEMES, PrecisionUnavailable, Scheme, excluded_by, patterns, rotation, unavailable
+from .schemes import (
+    MULTIPLE,
+    SCHEMES,
+    PrecisionUnavailable,
+    Scheme,
+    excluded_by,
+    patterns,
+    rotation,
+    slow_on_a_cpu,
+    unavailable,
+)
 
 log = logging.getLogger("hotpath.precision")
 
@@ -63,8 +73,10 @@ class QuantizationReport:
             f"Memory: this model {_megabytes(self.whole)}, the original {_megabytes(self.original)}; "
             "the original keeps its own weights as long as something uses it",
         ]
-        if self.device.type == "cpu" and not self.scheme.weight_only:
-            lines.append("On the CPU this is a reference: the same rounding as on a GPU, and slower than the original.")
+        if self.device.type == "cpu" and (reason := slow_on_a_cpu(self.scheme)):
+            lines.append(
+                f"Here this is a reference, rounding as on a GPU and slower than the original, because {reason}."
+            )
         if self.baked:
             lines.append(f"LoRA patches of {self.baked} layers are in the quantised weights.")
         if worst:

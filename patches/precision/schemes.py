@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ...products.int8 import why_not
+
 
 class PrecisionUnavailable(RuntimeError):
     """This device, this ComfyUI or this model cannot take the scheme; the message says why and what can be done."""
@@ -128,8 +130,18 @@ def rotation(scheme: Scheme, inputs: int) -> int:
     return next((size for size in ROTATIONS if scheme.rotated and inputs % size == 0), 0)
 
 
+def slow_on_a_cpu(scheme: Scheme) -> str:
+    """Why `scheme` computes slower than the model itself on this CPU; '' when it does not, or is there to save memory."""
+    if scheme.weight_only:
+        return ""
+    if scheme.format.startswith("float8"):
+        return "a CPU has no products of 8 bit floats"
+    reason = why_not()
+    return f"this CPU is not asked for int8: {reason}" if reason else ""
+
+
 def unavailable(scheme: Scheme, device: torch.device) -> str | None:
-    """Why `scheme` cannot run on `device`, with what can; None when it can. The CPU computes a slow reference."""
+    """Why `scheme` cannot run on `device`, with what can; None when it can. A CPU may compute a slow reference."""
     try:
         import comfy.ops
         import comfy.quant_ops

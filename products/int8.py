@@ -1,0 +1,68 @@
+"""Linear layers of 8 bit integers on a CPU: weights by row, activations by row as they come, products in whole numbers.
+
+With VNNI (Intel from 2019 on, in laptops from 2021 on; AMD from Zen 4 on) a processor multiplies four such numbers where it
+multiplies one of float32. Without it oneDNN's sums of two products overflow and nobody is told, so they are tried first.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .linear import CLEARLY, MANY_ROWS, TRIED_SIDE, fastest
+
+LARGEST = 127.0
+NEAR_BYTES = 4 << 20
+LEAST_ROWS = 512
+
+
+@functools.cache
+def why_not() -> str:
+    """Why products of 8 bits are made in float32; '' where this CPU's are right and clearly faster. Tried once, in some 50 ms."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(rows: int) -> Tensor:
+        return torch.randint(-127, 128, (rows, TRIED_SIDE), generator=generator, dtype=torch.int8)
+
+    rows, weight = numbers(MANY_ROWS), numbers(TRIED_SIDE)
+    try:
+        made = torch._int_mm(rows, weight.t())
+        if not torch.equal(made.double(), rows.double() @ weight.t().double()):
+            return "its products of 8 bits overflow (it has no VNNI)"
+        x, whole = rows.float(), weight.float()
+        own = fastest(functools.partial(F.linear, x, whole))
+        theirs = fastest(functools.partial(torch._int_mm, rows, weight.t()))
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        return f"torch cannot multiply 8 bits on it ({str(error).strip().splitlines()[0][:100]})"
+    return "" if theirs < CLEARLY * own else "its products of 8 bits are no faster"
+
+
+def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [M, K] as whole numbers from -127 to 127, int8, and the float32 scale of each row, [M, 1]."""
+    rows = rows.float()
+    scale = (rows.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp_min(1e-30)
+    return (rows / scale).round_().to(torch.int8), scale
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times weight [N, K], int8 with its scale, float32 of one number or one a row; bias [N]. In x's dtype.
+
+    x is rounded to 8 bits row by row. Where `why_not` has a reason the rounded numbers are multiplied in float32, which is
+    slow and gives the same to float32's precision.
+    """
+    rows, row_scale = rounded(x.reshape(-1, x.shape[-1]))
+    out = torch.empty(len(rows), len(weight))
+    scale = scale.float().reshape(1, -1)
+    fast = x.shape[-1] > 0 and not why_not()
+    # What is written once and read four times stays near; each part orders the weights anew, so not too few rows.
+    step = max(LEAST_ROWS, NEAR_BYTES // (4 * max(1, len(weight))))
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        some = torch._int_mm(rows[part], weight.t()) if fast else rows[part].float() @ weight.t().float()
+        made = out[part].copy_(some).mul_(row_scale[part]).mul_(scale)
+        if bias is not None:
+            made.add_(bias)
+    return out.to(x.dtype).reshape(*x.shape[:-1], len(weight))
