@@ -7,12 +7,15 @@ multiplies one of float32. Without it oneDNN's sums of two products overflow and
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .linear import CLEARLY, MANY_ROWS, TRIED_SIDE, fastest
+from .operators import operator
 
 LARGEST = 127.0
 NEAR_BYTES = 4 << 20
@@ -21,7 +24,7 @@ LEAST_ROWS = 512
 
 @functools.cache
 def why_not() -> str:
-    """Why products of 8 bits are made in float32; '' where this CPU's are right and clearly faster. Tried once, in some 50 ms."""
+    """Why products of 8 bits are made in float32; '' where they are right here and clearly faster. Tried once, in some 50 ms."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(rows: int) -> Tensor:
@@ -31,13 +34,13 @@ def why_not() -> str:
     try:
         made = torch._int_mm(rows, weight.t())
         if not torch.equal(made.double(), rows.double() @ weight.t().double()):
-            return "its products of 8 bits overflow (it has no VNNI)"
+            return "products of 8 bits overflow on this CPU, which has no VNNI"
         x, whole = rows.float(), weight.float()
         own = fastest(functools.partial(F.linear, x, whole))
         theirs = fastest(functools.partial(torch._int_mm, rows, weight.t()))
     except (AttributeError, RuntimeError, NotImplementedError) as error:
-        return f"torch cannot multiply 8 bits on it ({str(error).strip().splitlines()[0][:100]})"
-    return "" if theirs < CLEARLY * own else "its products of 8 bits are no faster"
+        return f"torch cannot multiply 8 bits on this CPU ({str(error).strip().splitlines()[0][:100]})"
+    return "" if theirs < CLEARLY * own else "products of 8 bits are no faster on this CPU"
 
 
 def rounded(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,3 +69,43 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         if bias is not None:
             made.add_(bias)
     return out.to(x.dtype).reshape(*x.shape[:-1], len(weight))
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer whose weights are int8, a quarter of float32's: for inference on a CPU."""
+
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        weight, scale = rounded(linear.weight.detach())
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.computes_in = linear.weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = _operator()(x, self.weight, self.scale, self.bias)
+        return made
+
+
+def replace_linears(network: nn.Module, chosen: Callable[[nn.Module, str], bool]) -> int:
+    """Put an `Int8Linear` in the place of each linear layer below `network` that is `chosen`, by it and its name; how many."""
+    found = [
+        (owner, last, layer)
+        for path, owner in network.named_modules()
+        for last, layer in owner.named_children()
+        if type(layer) is nn.Linear and chosen(layer, f"{path}.{last}".lstrip("."))
+    ]
+    for owner, last, layer in found:
+        setattr(owner, last, Int8Linear(layer))
+    return len(found)
+
+
+def _operator() -> Any:
+    """`int8_linear` for graphs."""
+    return operator("int8_linear", "Tensor x, Tensor weight, Tensor scale, Tensor? bias", int8_linear, _result)
+
+
+def _result(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])

@@ -178,7 +178,7 @@ def exact_int8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias:
     return made if bias is None else made + bias.double()
 
 
-@pytest.mark.parametrize("why", ["", "its products of 8 bits overflow"])
+@pytest.mark.parametrize("why", ["", "products of 8 bits overflow"])
 @torch.inference_mode()
 def test_8_bit_products_are_the_formula(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     if not why and int8.why_not():

@@ -329,7 +329,8 @@ def _stand_beside(transformer: nn.Module, products: dict[str, list[Product]]) ->
         layer = transformer.get_submodule(name)
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        _replace(transformer, name, AdaptedLinear(layer, found, weight.device, weight.dtype))
+        dtype = getattr(layer, "computes_in", weight.dtype)
+        _replace(transformer, name, AdaptedLinear(layer, found, weight.device, dtype))
 
 
 def _replace(transformer: nn.Module, name: str, layer: nn.Module) -> None:

@@ -1,4 +1,5 @@
-"""float8 and int8 arithmetic for the transformer's large products, by torchao; the reason where it cannot run.
+"""float8 and int8 arithmetic for the transformer's large products, by torchao, on a CPU by our own layers; the reason where
+it cannot run.
 
 Weights are packed once with a scale per row; activations are scaled per token while it runs. Embedders, modulation and the
 final layer stay as they are: they are small, and they set the scale of everything behind them.
@@ -17,6 +18,7 @@ from torch import nn
 from .. import host
 from ..attention.capabilities import on_device
 from ..host.errors import kind_and_line
+from ..products import int8
 
 log = logging.getLogger("hotpath.text_to_image")
 
@@ -46,8 +48,15 @@ def plan(asked: str, device: torch.device, dtype: torch.dtype) -> PrecisionPlan:
     return PrecisionPlan(asked, f"precision: {asked} weights and activations in the blocks; pictures differ slightly")
 
 
+def by_torchao(device: torch.device) -> bool:
+    """Whether packed layers are torchao's; on a CPU ours are faster, and right where its own overflow."""
+    return device.type != "cpu"
+
+
 def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `method` cannot run on `device` for a network of `dtype`; None when it can."""
+    if method == "int8" and not by_torchao(device):
+        return int8.why_not() or None
     if importlib.util.find_spec("torchao") is None:
         return "the torchao package is not installed (pip install torchao)"
     if device.type == "cuda":
@@ -70,6 +79,8 @@ def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | 
 def refusal(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why torchao will not pack a layer on `device`, found out with a small one; None when it does. Which GPUs of AMD have
     its products, for example, it knows alone."""
+    if not by_torchao(device):
+        return None
     # Without weights of its own, which would be drawn from everybody's generator.
     layer = nn.Linear(TRIED, TRIED, bias=False, device="meta")
     try:
@@ -122,15 +133,22 @@ def apply(transformer: Any, plan: PrecisionPlan, device: torch.device) -> int:
     for block in host.each([block for name in PACKED_LISTS for block in getattr(transformer, name)], plan.method):
         before = next(block.parameters()).device
         block.to(device)
-        with on_device(device):
-            _pack(block, plan.method)
-        layers = [layer for key, layer in block.named_modules() if is_packed(layer, key)]
-        for layer in layers:
-            layer.__class__ = TorchaoLinear
+        if by_torchao(device):
+            packed += _packed_by_torchao(block, plan.method, device)
+        else:
+            packed += int8.replace_linears(block, is_packed)
         block.to(before)
-        packed += len(layers)
     log.info("%d layers packed to %s", packed, plan.method)
     return packed
+
+
+def _packed_by_torchao(block: nn.Module, method: str, device: torch.device) -> int:
+    with on_device(device):
+        _pack(block, method)
+    layers = [layer for key, layer in block.named_modules() if is_packed(layer, key)]
+    for layer in layers:
+        layer.__class__ = TorchaoLinear
+    return len(layers)
 
 
 def is_packed(layer: nn.Module, name: str) -> bool:

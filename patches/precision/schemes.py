@@ -136,8 +136,7 @@ def slow_on_a_cpu(scheme: Scheme) -> str:
         return ""
     if scheme.format.startswith("float8"):
         return "a CPU has no products of 8 bit floats"
-    reason = why_not()
-    return f"this CPU is not asked for int8: {reason}" if reason else ""
+    return why_not()
 
 
 def unavailable(scheme: Scheme, device: torch.device) -> str | None:

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from hotpath import host
-from hotpath.text_to_image import compilation
+from hotpath.products import int8
+from hotpath.text_to_image import compilation, precision
 from hotpath.text_to_image.denoising import Guidance
 
 SIZES = ((64, 48), (48, 64), (128, 64), (80, 48), (32, 160), (64, 48))
@@ -73,15 +74,25 @@ def test_without_triton_on_cuda(monkeypatch):
     assert plan.mode == "none" and "triton package is not installed" in plan.note
 
 
-def test_int8_products(load, draw):
-    """torchao's int8 runs on the CPU as well; its pictures differ slightly, and the report says so."""
-    pytest.importorskip("torchao")
-    exact, model = draw(load()), load(precision="int8")
+@pytest.mark.parametrize(("compile", "torchao"), [("none", False), ("regional", False), ("none", True)])
+def test_int8_products(load, draw, monkeypatch, graphs, compile, torchao):
+    """Pictures differ slightly, and the report says so."""
+    if torchao or host.current().device().type != "cpu":
+        pytest.importorskip("torchao")
+    if host.current().device().type == "cpu":
+        monkeypatch.setattr(precision, "by_torchao", lambda device: torchao)
+    monkeypatch.setattr(precision, "unavailable", lambda *_: None)  # in float32 where this CPU has no other way
+    exact, model = draw(load()), load(precision="int8", compile=compile)
     found = draw(model)
     difference = (found.pictures - exact.pictures).abs().mean()
     assert 0 < difference < 0.03 and "precision: int8" in found.report
+    assert len(graphs) == (compile == "regional")
     network = model.transformer.managed.module.network
-    packed = [name for name, layer in network.named_modules() if "Int8" in str(type(getattr(layer, "weight", None)))]
+    packed = [
+        name
+        for name, layer in network.named_modules()
+        if "Int8" in f"{type(getattr(layer, 'weight', None))}{type(layer)}"
+    ]
     assert any("layers.0.feed_forward.w1" in name for name in packed)
     assert not [name for name in packed if "adaLN" in name or "embedder" in name or "final" in name]
     with torch.inference_mode():  # as ComfyUI measures and moves it, layer by layer or whole
@@ -92,14 +103,20 @@ def test_int8_products(load, draw):
     assert torch.equal(draw(model).pictures, found.pictures)
 
 
+def test_a_cpu_that_cannot_multiply_8_bits_is_a_line_in_the_report(load, draw, monkeypatch):
+    if host.current().device().type != "cpu":
+        pytest.skip("asks what a CPU does")
+    monkeypatch.setattr(int8, "why_not", lambda: "products of 8 bits overflow on this CPU")
+    said = draw(load(precision="int8")).report
+    assert "precision: none instead of int8, because products of 8 bits overflow on this CPU" in said
+
+
 def test_float8_says_why_not(load, draw, monkeypatch):
     if host.current().device().type == "cpu":
         assert (
             "precision: none instead of float8, because there are no float8 products on cpu"
             in draw(load(precision="float8")).report
         )
-    from hotpath.text_to_image import precision
-
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert "compute capability 8.9, and this device has 8.6" in str(
         precision.unavailable("float8", torch.device("cuda"), torch.bfloat16)
@@ -116,11 +133,10 @@ def test_float8_says_why_not(load, draw, monkeypatch):
 
 def test_a_gpu_that_torchao_refuses_is_a_line_in_the_report(monkeypatch, load, draw):
     """RDNA3 says compute capability 11.0, and torchao has float8 for MI300 and MI350 alone of AMD's."""
-    from hotpath.text_to_image import precision
-
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
     assert precision.unavailable("float8", torch.device("cuda"), torch.bfloat16) is None  # MI300 says 9.4
+    monkeypatch.setattr(precision, "by_torchao", lambda device: True)
     assert precision.unavailable("int8", torch.device("cpu"), torch.float32) is None
     state = torch.get_rng_state()
     assert precision.refusal("int8", torch.device("cpu"), torch.float32) is None
@@ -137,5 +153,6 @@ def test_a_gpu_that_torchao_refuses_is_a_line_in_the_report(monkeypatch, load, d
 def test_a_torchao_of_another_torch_is_a_line_in_the_report(draw, load, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setattr("hotpath.text_to_image.precision.by_torchao", lambda device: True)
     model = load(precision="int8")
     assert "precision: none instead of int8, because the torchao package cannot be loaded" in draw(model).report
