@@ -44,7 +44,8 @@ class Prefilled:
         """The same question `rows` times, for several answers to it."""
         if rows == 1:
             return self
-        self.cache.batch_repeat_interleave(rows)
+        # Its method for repeating knows no layers of linear attention.
+        self.cache.reorder_cache(torch.arange(len(self.mask), device=self.mask.device).repeat_interleave(rows))
         return Prefilled(
             self.logits.repeat_interleave(rows, 0),
             self.cache,
@@ -107,8 +108,8 @@ def rotary_positions(
     known = inspect.signature(method).parameters
     axes, _ = method(**{name: value for name, value in offered.items() if name in known and value is not None})
     axes = axes.long()
-    following = axes.amax(dim=(0, 2)) + 1
-    return torch.cat((plain.unsqueeze(0), axes)), following
+    # Not after the largest: the frames of a slow clip have later positions than the words behind it.
+    return torch.cat((plain.unsqueeze(0), axes)), axes[0, :, -1] + 1
 
 
 def prefix_cache(model: LoadedModel) -> BoundedCache[PrefixState]:

@@ -84,7 +84,7 @@ def noise_picture(seed: int, width: int, height: int) -> Picture:
 
 
 A, B, C = noise_picture(1, 200, 150), noise_picture(2, 120, 240), noise_picture(3, 300, 100)
-CLIP = Clip(np.random.default_rng(4).integers(0, 256, (5, 112, 84, 3), dtype=np.uint8), 2.0)
+CLIP = Clip(np.random.default_rng(4).integers(0, 256, (5, 112, 84, 3), dtype=np.uint8), 0.2)
 QUESTIONS = {
     "one picture": Question("Describe.", "Be brief.", (A,)),
     "three pictures": Question("Compare.", "", (A, B, C)),

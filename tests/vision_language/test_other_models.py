@@ -7,9 +7,12 @@ import json
 import pytest
 import torch
 from hotpath.demo.captioner_model import configuration, new_model, save_weights, write_processors, write_tokenizer
+from hotpath.vision_language.answering import AnswerOptions, answer
+from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
+from hotpath.vision_language.sampling import Sampling
 
 MOE = {
     "num_experts": 4,
@@ -71,7 +74,6 @@ def test_they_answer_on_the_plain_path_from_the_cache(llm, ask, counter, picture
     again = ask(model, question)
     assert calls.take() == (0, 0, 0) and again.raw == first.raw
     # Against the library on its own.
-    from hotpath.vision_language.budgets import PRESETS
     from hotpath.vision_language.prompts import render
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -90,3 +92,6 @@ def test_they_answer_on_the_plain_path_from_the_cache(llm, ask, counter, picture
         first.raw
         == processor.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     )
+    several = answer(model, [question], Sampling(seed=7), AnswerOptions(4, PRESETS["fast"], answers=2))
+    singles = [ask(model, question, Sampling(seed=seed), max_new_tokens=4) for seed in (7, 8)]
+    assert [part.raw for part in several] == [part.raw for part in singles]
