@@ -15,8 +15,8 @@ THINK_END = "</think>"
 FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 BEGINS = re.compile(r"[\[{]")
 OBJECT = re.compile(r"\{\s*[\"'}]")  # where prose has a brace, no name follows
-LIST = re.compile(r"\[\s*[-\[{\"\d]")
-NESTED = re.compile(r"\[\s*\[\s*[-{\"\d]")
+LIST = re.compile(r"\[\s*(?:[-\[{\"\d]|(?:true|false|null)\s*[,\]])")
+NESTED = re.compile(r"\[\s*" + LIST.pattern)
 # A string, which is left as it is, or a comma with nothing behind it.
 COMMA = re.compile(r'("(?:[^"\\]|\\.)*"?)|,(?=\s*[}\]])', re.DOTALL)
 BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box", "bboxes", "boxes")
@@ -111,10 +111,10 @@ def whole_entries(text: str) -> list[Any]:
             value, end = decoder.raw_decode(rest)
         except ValueError:
             break
-        if end == len(rest) and isinstance(value, int | float):
+        rest = rest[end:].lstrip()
+        if isinstance(value, int | float) and not rest.startswith(","):
             break  # further digits may be missing
         entries.append(value)
-        rest = rest[end:].lstrip()
         if not rest.startswith(","):
             break
         rest = rest[1:].lstrip()
