@@ -38,6 +38,11 @@ def text_decoder(network: Any) -> Any:
     return getattr(model, "language_model", model)
 
 
+def has_windows(network: Any) -> bool:
+    """Whether some layers of a dense decoder look through a window, so that their cache drops what has left it."""
+    return set(getattr(text_decoder(network).config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
+
+
 def unsupported(network: Any) -> str:
     """Why `network` cannot take the static decode step; '' when it can."""
     decoder = text_decoder(network)
@@ -46,7 +51,7 @@ def unsupported(network: Any) -> str:
         return f"{network.config.model_type} is not one of the dense Qwen decoders"
     if getattr(config, "hidden_act", "silu") != "silu":
         return f"its activation is {config.hidden_act}"
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+    if has_windows(network):
         return "some of its layers use a sliding window"
     if any(isinstance(layer, StreamedLayer) for layer in decoder.layers):
         return "some of its layers are streamed from CPU memory"

@@ -121,7 +121,8 @@ def prefix_cache(model: LoadedModel) -> BoundedCache[PrefixState]:
 
 def prefix_key(model: LoadedModel, prompt: Prompt) -> str:
     """Everything the keys and values of the prefix depend on; '' when there is none that could be kept."""
-    if model.model_type not in decoding.DENSE_MODELS or not prompt.prefix or not all(item.key for item in prompt.items):
+    whole = model.model_type in decoding.DENSE_MODELS and not decoding.has_windows(model.network)
+    if not whole or not prompt.prefix or not all(item.key for item in prompt.items):
         return ""
     seen = [[item.key, list(item.grid), item.step] for item in prompt.items]
     return content_key(prompt.ids[:, : prompt.prefix], seen)

@@ -6,7 +6,14 @@ import json
 
 import pytest
 import torch
-from hotpath.demo.captioner_model import configuration, new_model, save_weights, write_processors, write_tokenizer
+from hotpath.demo.captioner_model import (
+    configuration,
+    new_model,
+    save_weights,
+    write_folder,
+    write_processors,
+    write_tokenizer,
+)
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.loaded_model import LoadOptions
@@ -95,3 +102,13 @@ def test_they_answer_on_the_plain_path_from_the_cache(llm, ask, counter, picture
     several = answer(model, [question], Sampling(seed=7), AnswerOptions(4, PRESETS["fast"], answers=2))
     singles = [ask(model, question, Sampling(seed=seed), max_new_tokens=4) for seed in (7, 8)]
     assert [part.raw for part in several] == [part.raw for part in singles]
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["all layers", "some layers"])
+def test_layers_that_look_through_a_window_keep_no_prefix(llm, ask, pictures, first):
+    window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": first, "num_hidden_layers": 2}
+    write_folder(llm / "windows", "qwen2_vl", **window)
+    model = MODELS.get("windows", LoadOptions())
+    question = Question("x", "", (pictures.a,))
+    found = [ask(model, question, max_new_tokens=4, reuse_prefix=reuse).raw for reuse in (False, True, True)]
+    assert found[0] == found[1] == found[2]
