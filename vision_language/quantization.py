@@ -20,6 +20,7 @@ from . import cpu_kernels
 from .projections import replace
 
 INT4_GROUP = 64  # inputs that share one scale and one zero point
+SMALLEST_SCALE = 1e-7  # less would be 0 in float16, and weights over it no number
 
 PACKED = ("int8", "int4", "float8")  # by this module, decoder only
 QUANTIZATIONS = ("none", *PACKED, "bitsandbytes 8-bit", "bitsandbytes 4-bit")
@@ -78,7 +79,7 @@ class ScaledLinear(nn.Module):
         dense = linear.weight.detach().float()
         top = 127.0 if dtype == torch.int8 else float(torch.finfo(dtype).max)
         # As it is kept: rounded after the codes were made, it would shift a whole row.
-        scale = (dense.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / top).to(linear.weight.dtype).float()
+        scale = (dense.abs().amax(dim=1, keepdim=True) / top).clamp_min(SMALLEST_SCALE).to(linear.weight.dtype).float()
         packed = dense / scale
         packed = packed.round().clamp(-127, 127) if dtype == torch.int8 else packed
         self.register_buffer("weight", packed.to(dtype))
@@ -92,8 +93,12 @@ class ScaledLinear(nn.Module):
         if self.weight.dtype == torch.int8 and cpu_kernels.serves(x, "int8"):
             y = (cpu_kernels.int8_product(x, self.weight[start:stop]) * self.scale[start:stop]).to(x.dtype)
             return y if self.bias is None else y + self.bias[start:stop]
+        weight, scale = self.weight[start:stop].to(x.dtype), self.scale[start:stop].to(x.dtype)
+        if x.dtype == torch.float16:
+            # Weights are a thousandth of their codes, whose products run over its range.
+            return F.linear(x, weight * scale.unsqueeze(1), None if self.bias is None else self.bias[start:stop])
         # Scaling the outputs instead of the weights keeps the weights' traffic at one byte each once this is compiled.
-        y = F.linear(x, self.weight[start:stop].to(x.dtype)) * self.scale[start:stop].to(x.dtype)
+        y = F.linear(x, weight) * scale
         return y if self.bias is None else y + self.bias[start:stop]
 
 
@@ -124,7 +129,7 @@ class Int4Linear(nn.Module):
         dense = dense.view(self.out_features, -1, group)
         low, high = dense.amin(dim=2, keepdim=True), dense.amax(dim=2, keepdim=True)
         low = low.to(linear.weight.dtype).float()
-        scale = ((high - low) / 15).clamp_min(1e-7).to(linear.weight.dtype).float()
+        scale = ((high - low) / 15).clamp_min(SMALLEST_SCALE).to(linear.weight.dtype).float()
         codes = ((dense - low) / scale).round().clamp(0, 15).to(torch.uint8).view(self.out_features, -1)
         self.register_buffer("weight", codes[:, 0::2] | (codes[:, 1::2] << 4))
         self.register_buffer("scale", scale.squeeze(2).to(linear.weight.dtype))

@@ -320,15 +320,18 @@ def test_packing_holds_no_layer_twice(monkeypatch):
     assert alive == [6, 5, 4, 3, 2, 1] and all(type(layer) is ScaledLinear for layers in decoder for layer in layers)
 
 
-def test_int8_and_int4_of_degenerate_rows():
-    for method in ("int8", "int4"):
-        linear = nn.Linear(64, 2, bias=False)
-        with torch.no_grad():
-            linear.weight[0] = 0
-            linear.weight[1] = 3.0
-        torch.testing.assert_close(
-            pack(linear, method)(torch.ones(1, 64)), torch.tensor([[0.0, 192.0]]), rtol=1e-3, atol=1e-4
-        )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("method", ["int8", "int4", "float8"])
+def test_degenerate_rows_and_large_inputs(method, dtype):
+    """Also where a sum of codes, which the scale comes after, is more than a number of 16 bits can be."""
+    linear = nn.Linear(64, 2, bias=False)
+    with torch.no_grad():
+        linear.weight[0] = 0
+        linear.weight[1] = 3.0
+    rows = cpu_kernels.FEW_ROWS + 1
+    found = pack(linear.to(dtype), method)(torch.full((rows, 64), 10.0, dtype=dtype))
+    wanted = torch.tensor([[0.0, 1920.0]], dtype=dtype).expand(rows, 2)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["int8", "int4", "float8"])
