@@ -12,6 +12,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,8 @@ DIFFERENT = {
     "bytes of a digit": (b"1",),
     "path": (Path("1"),),
     "none": (None,),
+    "none first": (None, "a"),
+    "none last": ("a", None),
     "nothing": (),
     "empty string": ("",),
     "empty bytes": (b"",),
@@ -65,7 +68,11 @@ DIFFERENT = {
     "mapping": ({"a": 1, "b": 2},),
     "mapping as pairs": ([("a", 1), ("b", 2)],),
     "mapping, values swapped": ({"a": 2, "b": 1},),
+    "mapping, other keys": ({"a": 1, "c": 2},),
+    "mapping first": ({"a": 1}, {}),
+    "mapping last": ({}, {"a": 1}),
     "dtype": (torch.float32,),
+    "another dtype": (torch.float16,),
     "dtype's name": ("torch.float32",),
     "2x3": (torch.arange(6.0).reshape(2, 3),),
     "3x2": (torch.arange(6.0).reshape(3, 2),),
@@ -231,13 +238,32 @@ def test_every_edit_of_a_large_file_is_seen(tmp_path: Path) -> None:
     assert len(seen) == 5
 
 
+def test_a_large_file_without_its_date_is_known_by_samples_from_end_to_end(tmp_path: Path) -> None:
+    seen = set()
+    for offset in (None, 0, 21 << 19, (20 << 20) - 1):  # the third lies in a sample, too
+        path = tmp_path / f"{offset}.bin"
+        with path.open("wb") as file:
+            file.truncate(20 << 20)
+            if offset is not None:
+                file.seek(offset)
+                file.write(b"x")
+        seen.add(file_fingerprint(path, dated=False))
+    assert len(seen) == 4
+    os.utime(path, ns=(10**18, 10**18))
+    assert file_fingerprint(path, dated=False) in seen and file_fingerprint(path) not in seen
+
+
 def test_fingerprints_are_remembered_up_to_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "REMEMBERED", 4)
     monkeypatch.setattr(keys, "_fingerprints", {})
     for number in range(10):
         (tmp_path / str(number)).write_bytes(b"x" * number)
+        known = len(keys._fingerprints)
         file_fingerprint(tmp_path / str(number))
-        assert len(keys._fingerprints) <= 4
+        assert len(keys._fingerprints) == (1 if known == 4 else known + 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", None)  # it is not read again
+        assert file_fingerprint(tmp_path / "9") in keys._fingerprints.values()
 
 
 def test_fingerprint_of_a_missing_file(tmp_path: Path) -> None:
@@ -469,6 +495,24 @@ def test_many_threads_stay_within_the_limit_and_agree() -> None:
     assert statistics.hits + statistics.misses == 8 * 400
 
 
+def test_the_store_is_touched_under_the_lock_alone() -> None:
+    cache: BoundedCache[torch.Tensor] = BoundedCache("test", 4 * KIB)
+
+    class Watched(type(cache._store)):  # type: ignore[misc]
+        def watched(self, name: str, *args: Any) -> Any:
+            assert cache._lock._is_owned(), name  # type: ignore[attr-defined]
+            return getattr(super(), name)(*args)
+
+    for name in ("__getitem__", "__setitem__", "__delitem__", "__contains__", "__len__", "get", "pop", "popitem", "clear"):
+        setattr(Watched, name, lambda self, *args, name=name: self.watched(name, *args))
+    cache._store = Watched(4 * KIB, getsizeof=lambda entry: entry[1])
+    cache.put("a", kib(1))
+    assert cache.get("a") is not None and "a" in cache and len(cache) == 1 and cache.statistics().entries == 1
+    cache.drop("a")
+    cache.clear()
+    cache.resize(KIB)
+
+
 def test_two_threads_that_miss_the_same_key_get_one_value() -> None:
     cache: BoundedCache[torch.Tensor] = BoundedCache("test", KIB)
     both = threading.Barrier(2, timeout=30)
@@ -529,6 +573,8 @@ def test_a_limit_for_all_holds_for_later_caches_too() -> None:
     assert early.limit == 2 * KIB
     assert early.statistics().nbytes == 2 * KIB
     assert named_cache("late", 100 * KIB).limit == 2 * KIB
+    limit_all(5 * KIB)
+    assert early.limit == 5 * KIB, "a limit may be raised again"
     limit_all(None)
     assert named_cache("later", 100 * KIB).limit == 100 * KIB
 
@@ -542,13 +588,15 @@ def test_a_cache_of_something_shorter_lived_is_listed_as_long_as_it_is_held() ->
     assert held.limit == 10 * KIB, "it is on a device, where a limit for all must not take more"
     limit_all(KIB)
     assert held.limit == KIB == listed(BoundedCache("of another", 10 * KIB)).limit
+    assert listed(BoundedCache("a small one", 100)).limit == 100
     del held
     assert all_caches() == []
 
 
 @pytest.mark.usefixtures("own_registry")
 def test_a_folder_is_known_before_it_is_used_and_cleared_only_when_asked(tmp_path: Path) -> None:
-    tier = disk_tier("on disk", lambda: tmp_path / "store", 100 * KIB)
+    store = tmp_path / "store"
+    tier = disk_tier("on disk", lambda: store, 100 * KIB)
     assert all_tiers() == []
     tier().put("k", {"a": kib(1)})
     tier().get("k")
@@ -557,3 +605,6 @@ def test_a_folder_is_known_before_it_is_used_and_cleared_only_when_asked(tmp_pat
     assert (seen.name, seen.entries, seen.limit, seen.hits) == ("on disk", 1, 100 * KIB, 1) and seen.nbytes >= KIB
     assert all_caches() == [] and clear_all() == 0 and len(tier()) == 1, "giving memory back leaves the disk alone"
     assert clear_all(disk=True) == 1 and all_tiers() == []
+    tier().put("k", {"a": kib(1)})
+    store = tmp_path / "elsewhere"
+    assert tier().get("k") is None, "the host's folder is another one now"

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from hotpath.cache import disk
 from hotpath.cache.disk import DiskCache
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> DiskCache:
-    return DiskCache(tmp_path / "store", limit=1 << 20)
+    return DiskCache(tmp_path / "cache" / "store", limit=1 << 20)
 
 
 def test_round_trip_of_every_dtype(cache: DiskCache) -> None:
@@ -53,6 +54,7 @@ def test_another_content_under_the_same_key_is_a_miss_and_stays(cache: DiskCache
     cache.put("k", {"a": torch.ones(2)}, description="one")
     assert cache.get("k", "two") is None
     assert cache.get("k", "one") is not None
+    assert (cache.hits, cache.misses, cache.dropped) == (1, 1, 0)
 
 
 def test_a_file_that_was_renamed_to_another_key_is_refused(cache: DiskCache) -> None:
@@ -60,6 +62,23 @@ def test_a_file_that_was_renamed_to_another_key_is_refused(cache: DiskCache) -> 
     (cache.folder / "k.safetensors").rename(cache.folder / "other.safetensors")
     assert cache.get("other") is None
     assert not (cache.folder / "other.safetensors").exists()
+
+
+def test_a_file_of_another_version_of_the_format_is_refused(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put("k", {"a": torch.ones(2)})
+    monkeypatch.setattr(disk, "FORMAT", "2")
+    assert cache.get("k") is None and (cache.misses, cache.dropped, len(cache)) == (1, 1, 0)
+
+
+def test_what_is_not_whole_yet_lies_in_the_folder_under_a_name_that_is_swept(
+    cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (written.append(self), replace(self, target))[1])
+    assert cache.put("a-key_1", {"a": torch.ones(2)}) and cache.get("a-key_1") is not None
+    (only,) = written
+    assert only.parent == cache.folder and only.name.startswith(disk.WRITING)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "foreign"])
@@ -76,7 +95,7 @@ def test_damage_is_found_and_dropped(cache: DiskCache, damage: str, caplog: pyte
             {"cut": whole[:-4], "flip": whole[:-1] + bytes([whole[-1] ^ 4]), "empty": b"", "text": b"hello" * 9}[damage]
         )
     assert cache.get("k") is None
-    assert not path.exists() and cache.dropped == 1
+    assert not path.exists() and (cache.hits, cache.misses, cache.dropped) == (0, 1, 1)
     assert "is dropped, because" in caplog.text
     assert cache.put("k", {"a": torch.randn(100)}) and cache.get("k") is not None
 
@@ -91,6 +110,14 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     cache.put("four", entry)
     assert [key for key in ("one", "two", "three", "four") if cache.get(key) is not None] == ["one", "three", "four"]
     assert cache.nbytes() <= cache.limit
+    assert cache.statistics().evictions == 1
+    cache.limit = cache.nbytes() - 1
+    assert (cache.trim(), cache.trim(), len(cache)) == (1, 0, 2)
+    cache.limit = cache.nbytes()
+    assert cache.trim() == 0, "all of the limit may be used"
+    assert cache.clear() == 2
+    seen = cache.statistics()
+    assert (seen.name, seen.entries, seen.hits, seen.misses, seen.evictions) == (tmp_path.name, 0, 0, 0, 0)
 
 
 def test_a_clock_that_was_set_back_does_not_keep_what_was_there_for_ever(tmp_path: Path) -> None:
@@ -105,9 +132,10 @@ def test_a_clock_that_was_set_back_does_not_keep_what_was_there_for_ever(tmp_pat
 
 
 def test_an_entry_over_the_limit_is_not_written(tmp_path: Path) -> None:
-    cache = DiskCache(tmp_path / "small", limit=100)
-    assert not cache.put("k", {"a": torch.zeros(1000)})
-    assert cache.get("k") is None
+    cache = DiskCache(tmp_path / "small", limit=1000)
+    assert cache.put("small", {"a": torch.zeros(1)})
+    assert cache.put("k", {"a": torch.zeros(1000)}) is False
+    assert cache.get("k") is None and cache.get("small") is not None, "what does not fit must not push out what does"
 
 
 def test_nothing_half_written_is_left_when_the_disk_refuses(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,10 +197,29 @@ def test_what_cannot_be_read_just_now_is_a_miss_and_stays(
     cache: DiskCache, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     cache.put("k", {"a": torch.ones(2)})
+    read = Path.read_bytes
     with monkeypatch.context() as patched:
         patched.setattr(Path, "read_bytes", refuse(error))
         assert cache.get("k") is None and cache.misses == 1
-    assert cache.get("k") is not None
+        patched.setattr(os, "utime", refuse(LOCKED))  # of a folder that may only be read
+        patched.setattr(Path, "read_bytes", read)
+        assert cache.get("k") is not None
+
+
+def test_what_another_process_has_deleted_meanwhile_stops_nobody(
+    cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = {"*.safetensors": cache.folder / "k.safetensors", ".writing-*": cache.folder / ".writing-k"}
+    assert cache.put("l", {"a": torch.ones(2)})
+    monkeypatch.setattr(cache, "_named", lambda pattern: [gone[pattern], *cache.folder.glob(pattern)])
+    assert cache.put("m", {"a": torch.ones(2)}) and len(cache) == 2
+    monkeypatch.setattr(cache, "entries", lambda: [gone["*.safetensors"]])
+    cache.clear()
+
+
+def test_a_folder_that_is_away_holds_nothing(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", refuse(OSError(5, "Input/output error")))
+    assert (cache.entries(), cache.trim(), len(cache)) == ([], 0, 0)
 
 
 def test_a_file_that_cannot_be_deleted_stops_nobody(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
