@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import struct
 import threading
 import urllib.request
@@ -47,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if behaviour.get("errors", 0) > 0:
             behaviour["errors"] -= 1
-            self.send_error(503)
+            self.send_error(behaviour.get("code", 503))
             return
         content = Handler.files.get(self.path)
         if content is None:
@@ -63,12 +64,15 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
+            start = behaviour.get("starts_at", start)
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.send_header("ETag", etag)
+        if "length" not in behaviour or behaviour["length"] is not None:
+            self.send_header("Content-Length", behaviour.get("length", str(len(content) - start)))
+        if etag:
+            self.send_header("ETag", etag)
         self.end_headers()
         cuts = behaviour.get("cut_after", [])
         stop = cuts.pop(0) if cuts else len(content)
@@ -96,6 +100,10 @@ def get(server: str, folder: Path, **options: Any) -> Path:
     return fetch(f"{server}/model.bin", folder / "m" / "model.bin", pause=0, **options)
 
 
+def stop(done: int, total: int | None) -> None:
+    raise DownloadStopped("stopped")
+
+
 def leftovers(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.rglob("*") if p.is_file())
 
@@ -114,6 +122,31 @@ def test_a_broken_transfer_is_continued_where_it_stopped(server, tmp_path):
     assert [r.get("Range") for r in Handler.requests] == [None, "bytes=300000-", "bytes=500000-"]
     assert Handler.requests[1]["If-Range"] == '"v1"'
     assert leftovers(tmp_path) == ["model.bin"]
+
+
+@pytest.mark.parametrize("etag", ["", 'W/"v1"'])
+def test_a_tag_that_does_not_tell_bytes_apart_is_not_sent_back(server, tmp_path, etag):
+    Handler.behaviour.update(cut_after=[300_000], etag='"v1"')
+    with pytest.raises(DownloadStopped):
+        get(server, tmp_path, progress=stop)
+    Handler.behaviour.update(cut_after=[300_000], etag=etag, no_ranges=True)
+    assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
+    assert "If-Range" not in Handler.requests[-1] and Handler.requests[-1]["Range"].startswith("bytes=3")
+
+
+@pytest.mark.parametrize("length", [None, "unknown"])
+def test_a_server_that_does_not_say_how_much_comes(server, tmp_path, length):
+    Handler.behaviour["length"] = length
+    steps: list[tuple[int, int | None]] = []
+    assert get(server, tmp_path, progress=lambda *s: steps.append(s)).read_bytes() == CONTENT
+    assert steps[-1] == (len(CONTENT), None)
+    Handler.behaviour["cut_after"] = [300_000]
+    assert get(server, tmp_path, size=len(CONTENT)).read_bytes() == CONTENT
+
+
+def test_a_part_that_begins_elsewhere_is_not_appended(server, tmp_path):
+    Handler.behaviour.update(cut_after=[300_000], starts_at=0)
+    assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
 
 
 def test_a_later_command_goes_on(server, tmp_path):
@@ -138,7 +171,9 @@ def test_a_file_that_changed_meanwhile_starts_anew(server, tmp_path):
 
 def test_a_server_without_ranges(server, tmp_path):
     Handler.behaviour.update(no_ranges=True, cut_after=[300_000])
-    assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
+    steps: list[tuple[int, int | None]] = []
+    path = get(server, tmp_path, size=len(CONTENT), sha256=SHA, progress=lambda *s: steps.append(s))
+    assert path.read_bytes() == CONTENT and steps[-1] == (len(CONTENT), len(CONTENT))
 
 
 def test_everything_was_there_but_the_name(server, tmp_path):
@@ -153,15 +188,26 @@ def test_a_part_longer_than_the_file_is_dropped(server, tmp_path):
     assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
 
 
-def test_a_server_that_is_busy_is_asked_again(server, tmp_path):
-    Handler.behaviour["errors"] = 2
+@pytest.mark.parametrize("code", [429, 500, 503])
+def test_a_server_that_is_busy_is_asked_again(server, tmp_path, code):
+    Handler.behaviour.update(errors=2, code=code)
     assert get(server, tmp_path).read_bytes() == CONTENT
 
 
-def test_a_server_that_stays_busy(server, tmp_path):
+def test_a_server_that_stays_busy(server, tmp_path, monkeypatch):
     Handler.behaviour["errors"] = 99
+    waits: list[float] = []
+    monkeypatch.setattr(downloads.time, "sleep", waits.append)
     with pytest.raises(DownloadError, match="503"):
-        get(server, tmp_path)
+        fetch(f"{server}/model.bin", tmp_path / "model.bin")
+    assert waits == [1, 2, 4, 8]
+
+
+def test_a_server_that_is_silent_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.05)
+    monkeypatch.setattr(downloads, "ATTEMPTS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(DownloadError, match="timed out"):
+        fetch(f"http://127.0.0.1:{silent.getsockname()[1]}/a", tmp_path / "a")
 
 
 def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
@@ -265,6 +311,16 @@ def test_a_redirect_to_plain_http_is_refused(server, tmp_path):
         get(server, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [("https://example.com/a", "https://cdn.example.com/b"), ("http://127.0.0.1:80/a", "http://localhost/b")],
+)
+def test_a_redirect_to_where_one_may_go_is_followed(asked, named):
+    request = urllib.request.Request(asked)
+    followed = downloads._SecureRedirects().redirect_request(request, None, 302, "", {}, named)
+    assert followed.full_url == named
+
+
 def test_a_server_cannot_have_this_machine_asked():
     request = urllib.request.Request("https://example.com/a")
     with pytest.raises(DownloadError, match="not followed"):
@@ -301,9 +357,10 @@ def archive(path: Path, **members: bytes) -> Path:
 
 
 def test_members_are_found_in_whatever_folder(tmp_path):
-    packed = archive(tmp_path / "a.zip", **{"antelopev2/antelopev2/x.onnx": b"x", "../../y.onnx": b"y", "z": b"z"})
-    unpack(packed, {"x.onnx": tmp_path / "m" / "x.onnx", "y.onnx": tmp_path / "m" / "y.onnx"})
-    assert (tmp_path / "m" / "x.onnx").read_bytes() == b"x"
+    members = {"antelopev2/antelopev2/x.onnx": b"x", "../../y.onnx": b"y", "z": b"z", "x.onnx/": b""}
+    packed, folder = archive(tmp_path / "a.zip", **members), tmp_path / "models" / "m"
+    unpack(packed, {"x.onnx": folder / "x.onnx", "y.onnx": folder / "y.onnx"})
+    assert (folder / "x.onnx").read_bytes() == b"x"
     assert leftovers(tmp_path) == ["a.zip", "x.onnx", "y.onnx"]
 
 
@@ -343,7 +400,12 @@ def a_hub(server, monkeypatch):
         return type("Info", (), {"sha": "abc", "siblings": [sibling(name) for name in files]})
 
     Handler.files = {f"/a/Tiny/{name}": content for name, content in files.items()}
-    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda repo, name, revision="": f"{server}/{repo}/{name}")
+
+    def url(repo: str, name: str, revision: str | None = None) -> str:
+        Handler.behaviour.setdefault("revisions", []).append(revision)
+        return f"{server}/{repo}/{name}"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_url", url)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
     monkeypatch.setattr(downloads, "PAUSE", 0)
     return files
@@ -362,6 +424,12 @@ def test_a_hub_file_is_compared_with_the_hubs_own_checksum(a_hub, tmp_path, monk
     with pytest.raises(DownloadError, match="checksum"):
         hub.fetch_from_hub("a/Tiny", "model.safetensors", target)
     assert not target.exists()
+    for nothing in (None, "0" * 40):  # what a small file has says nothing of its bytes
+        stated.etag = nothing
+        assert hub.fetch_from_hub("a/Tiny", "model.safetensors", target).is_file()
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: 1 / 0)
+    with pytest.raises(DownloadError, match=r"a/Tiny/model\.safetensors could not be downloaded: division"):
+        hub.fetch_from_hub("a/Tiny", "model.safetensors", target)
 
 
 def test_a_repository_gets_its_name_when_all_of_it_is_there(a_hub, tmp_path):
@@ -372,14 +440,17 @@ def test_a_repository_gets_its_name_when_all_of_it_is_there(a_hub, tmp_path):
     assert not target.exists()
     Handler.requests.clear()
     steps: list[tuple[int, int | None]] = []
-    hub.fetch_repository("a/Tiny", target, progress=lambda *step: steps.append(step))
+    assert hub.fetch_repository("a/Tiny", target, progress=lambda *step: steps.append(step)) == target
+    assert not (target.parent / downloads.STAGING).exists() and set(Handler.behaviour["revisions"]) == {"abc"}
     assert leftovers(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]  # and no code
     assert (target / "model.safetensors").read_bytes() == CONTENT and (target / "sub" / "tokenizer.json").is_file()
     assert [r.get("Range") for r in Handler.requests] == ["bytes=500000-", None]  # config.json was there
     whole = len(CONTENT) + 4
-    assert steps[-1] == (whole, whole) and [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert steps[-1][0] == whole and {total for _, total in steps} == {whole} and [done for done, _ in steps] == sorted(done for done, _ in steps)
     with pytest.raises(DownloadError, match="there already"):
         hub.fetch_repository("a/Tiny", target)
+    with pytest.raises(DownloadError, match=r"a/Tiny holds none of the files .*\(\*\.gguf\)"):
+        hub.fetch_repository("a/Tiny", tmp_path / "LLM" / "Other", ["*.gguf"])
 
 
 def test_a_repository_is_of_one_revision(a_hub, tmp_path, monkeypatch):
@@ -398,8 +469,10 @@ def test_a_repository_is_of_one_revision(a_hub, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", later)
     Handler.files["/a/Tiny/config.json"] = b"[]"
+    (target.parent / downloads.STAGING / "Another").mkdir()
     hub.fetch_repository("a/Tiny", target)
     assert (target / "config.json").read_bytes() == b"[]"
+    assert [half.name for half in (target.parent / downloads.STAGING).iterdir()] == ["Another"]
     assert leftovers(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
@@ -423,15 +496,19 @@ def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
     def gone(self: Any, *_: Any, **__: Any) -> Any:
         raise RuntimeError("Name or service not known")
 
+    def gated(self: Any, *_: Any, **__: Any) -> Any:
+        error = huggingface_hub.errors.GatedRepoError
+        raise error.__new__(error)
+
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", gone)
     with pytest.raises(DownloadError, match=r"a/Tiny could not be downloaded: Name .* Connect and try again"):
+        hub.fetch_repository("a/Tiny", tmp_path / "Tiny")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", gated)
+    with pytest.raises(DownloadError, match="a/Tiny is behind a licence"):
         hub.fetch_repository("a/Tiny", tmp_path / "Tiny")
 
 
 def test_a_download_can_be_stopped_and_goes_on(server, tmp_path):
-    def stop(done: int, total: int | None) -> None:
-        raise DownloadStopped("stopped")
-
     with pytest.raises(DownloadStopped):
         get(server, tmp_path, progress=stop)
     assert leftovers(tmp_path) == ["model.bin.part", "model.bin.part.etag"]
