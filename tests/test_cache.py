@@ -503,7 +503,17 @@ def test_the_store_is_touched_under_the_lock_alone() -> None:
             assert cache._lock._is_owned(), name  # type: ignore[attr-defined]
             return getattr(super(), name)(*args)
 
-    for name in ("__getitem__", "__setitem__", "__delitem__", "__contains__", "__len__", "get", "pop", "popitem", "clear"):
+    for name in (
+        "__getitem__",
+        "__setitem__",
+        "__delitem__",
+        "__contains__",
+        "__len__",
+        "get",
+        "pop",
+        "popitem",
+        "clear",
+    ):
         setattr(Watched, name, lambda self, *args, name=name: self.watched(name, *args))
     cache._store = Watched(4 * KIB, getsizeof=lambda entry: entry[1])
     cache.put("a", kib(1))

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 from hotpath import host
-from hotpath.host import Host, Interrupted, ModelNotFound
+from hotpath.host import Host, Interrupted, ModelNotFound, errors
 from hotpath.host.headless import HeadlessHost, best_device
+from hotpath.host.letters import can_be_a_name
 from hotpath.host.model_paths import find_file, list_files
 from torch import nn
 
@@ -258,6 +259,85 @@ def test_headless_device_is_what_was_asked_for() -> None:
     assert HeadlessHost(device=torch.device("meta")).device().type == "meta"
     assert HeadlessHost().device() == best_device()
     assert HeadlessHost(device="cpu").offload_device() == CPU
+
+
+def test_headless_progress_is_a_bar_where_there_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tqdm
+
+    told: list[Any] = []
+
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            told.append(options)
+
+        def update(self, steps: int) -> None:
+            told.append(steps)
+
+        def close(self) -> None:
+            told.append("closed")
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    here = HeadlessHost(device="cpu")
+    bar = here.progress(3, "frames")
+    bar.update(preview="of nobody")
+    here.on_preview = told.append
+    bar.update(2, preview="a picture")
+    bar.close()
+    shown = {"total": 3, "desc": "frames", "leave": False, "disable": None}  # None: tqdm looks whether it is a terminal
+    assert told == [shown, 1, 2, "a picture", "closed"]
+    here.show_progress = False
+    here.progress(3)
+    assert told[-1] == {**shown, "desc": None, "disable": True}
+    here.stop()
+    with pytest.raises(Interrupted):
+        bar.update()
+
+
+def test_headless_folders_are_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = HeadlessHost(device="cpu")
+    assert (here.input_folder(), here.output_folder()) == (tmp_path, tmp_path / "output")
+
+
+@pytest.mark.parametrize(("name", "can"), [("a" * 255, True), ("a" * 256, False), ("a\0b", False), ("a\ud800", False)])
+def test_names_that_a_file_can_have(name: str, can: bool) -> None:
+    assert can_be_a_name(name) is can
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("one\ntwo"), "ValueError: one"),
+        (ValueError(" \n"), "ValueError"),
+        (ValueError("x" * 200), "ValueError: " + "x" * 160),
+    ],
+)
+def test_what_is_told_of_an_error(error: Exception, told: str) -> None:
+    assert errors.kind_and_line(error) == told
+    outer = RuntimeError("backend raised")
+    outer.inner_exception = error  # type: ignore[attr-defined]
+    assert errors.kind_and_line(outer) == told
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize(
+    ("half", "bfloat", "supported", "found"),
+    [
+        (True, True, (torch.float16, torch.bfloat16), torch.float16),
+        (True, True, (torch.bfloat16,), torch.bfloat16),
+        (False, True, (torch.float16, torch.bfloat16), torch.bfloat16),
+        (False, True, (torch.float16,), torch.float32),
+        (True, False, (torch.bfloat16,), torch.float32),
+    ],
+)
+def test_comfyui_is_asked_for_the_dtype_with_the_size_of_the_network(
+    half: bool, bfloat: bool, supported: Any, found: torch.dtype, comfy_host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as management
+
+    monkeypatch.setattr(management, "should_use_fp16", lambda device, model_params: half and model_params == 7)
+    monkeypatch.setattr(management, "should_use_bf16", lambda device, model_params: bfloat and model_params == 7)
+    assert comfy_host.compute_dtype(7, supported) == found
 
 
 def test_headless_halves_on_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:

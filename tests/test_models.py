@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from hotpath import cli
-from hotpath.host import downloads, hub
+from hotpath.host import downloads, hub, model_store
 from hotpath.host.downloads import DownloadError, DownloadStopped, fetch, safe_target, unpack
 from hotpath.host.headless import HeadlessHost
 from hotpath.host.known_models import KNOWN_MODELS, HubFile, HubRepository, KnownModel, WebFile, ZipMember, select
@@ -247,6 +247,33 @@ def test_what_is_no_model_gets_no_models_name(server, tmp_path, name, answer, pr
     assert leftovers(tmp_path) == []
 
 
+def test_what_comes_in_one_archive_is_fetched_once(server, tmp_path, monkeypatch):
+    packed, other = WebFile(f"{server}/pack.zip"), WebFile(f"{server}/other.zip")
+    Handler.files["/pack.zip"] = archive(tmp_path / "a.zip", **{"x.onnx": b"x", "y.onnx": b"y"}).read_bytes()
+    (tmp_path / "a.zip").unlink()
+    x, y, z = (
+        KnownModel(name, "one", "one", f"{name}.onnx", ZipMember(source, f"{name}.onnx"), "MIT", "a file")
+        for name, source in (("x", packed), ("y", packed), ("z", other))
+    )
+    alone = KnownModel("alone", "one", "one", "alone.pth", WebFile(f"{server}/alone.pth"), "MIT", "a file")
+    monkeypatch.setattr(model_store.known_models, "KNOWN_MODELS", (x, alone, y, z))
+    assert model_store.jobs([x, alone, y, z]) == [[alone], [x, y], [z]]
+    here = HeadlessHost(models=tmp_path, device="cpu")
+    assert model_store.archive_mates(alone, here) == [alone] and model_store.archive_mates(z, here) == [z]
+    assert model_store.archive_mates(y, here) == [x, y]
+    half = tmp_path / "one" / downloads.STAGING / "other.zip.part"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    assert obtain([x], here) == [tmp_path / "one" / "x.onnx"] and half.exists()
+    assert model_store.archive_mates(y, here) == [y] and model_store.archive_mates(x, here) == [x, y]
+    half.unlink()
+    obtain([y], here)
+    assert leftovers(tmp_path) == ["x.onnx", "y.onnx"] and not half.parent.exists()
+    for stranger in (z, alone):
+        with pytest.raises(DownloadError, match=f"{stranger.name} is not in the archive"):
+            obtain([x, stranger], here)
+
+
 def test_what_is_not_there(server, tmp_path):
     with pytest.raises(DownloadError, match="404"):
         fetch(f"{server}/other.bin", tmp_path / "other.bin", pause=0)
@@ -446,7 +473,8 @@ def test_a_repository_gets_its_name_when_all_of_it_is_there(a_hub, tmp_path):
     assert (target / "model.safetensors").read_bytes() == CONTENT and (target / "sub" / "tokenizer.json").is_file()
     assert [r.get("Range") for r in Handler.requests] == ["bytes=500000-", None]  # config.json was there
     whole = len(CONTENT) + 4
-    assert steps[-1][0] == whole and {total for _, total in steps} == {whole} and [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert steps[-1][0] == whole and {total for _, total in steps} == {whole}
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     with pytest.raises(DownloadError, match="there already"):
         hub.fetch_repository("a/Tiny", target)
     with pytest.raises(DownloadError, match=r"a/Tiny holds none of the files .*\(\*\.gguf\)"):
@@ -526,6 +554,8 @@ def test_structures(tmp_path):
         assert verify(tmp_path / name, sha256=hashlib.sha256(data).hexdigest()[:8]).status == "verified"
         assert verify(tmp_path / name, sha256="00000000").status == "damaged"
         assert verify(tmp_path / name, size=len(data) + 1).status == "damaged"
+    save_file({}, tmp_path / "empty.safetensors", metadata={"format": "pt"})
+    assert verify(tmp_path / "empty.safetensors").status == "unverified"
 
 
 @pytest.mark.parametrize(
@@ -565,6 +595,11 @@ def test_model_folders(tmp_path):
     assert "1 of 2 weight files are missing: two.safetensors" in verify(tmp_path).detail
     save_file({"b": torch.zeros(4)}, tmp_path / "two.safetensors")
     assert verify(tmp_path).status == "unverified"
+    (tmp_path / "two.safetensors").write_bytes((tmp_path / "two.safetensors").read_bytes()[:-4])
+    cut = verify(tmp_path)
+    assert cut.status == "damaged" and cut.detail.startswith("two.safetensors: it has")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert "model.safetensors.index.json cannot be read" in verify(tmp_path).detail
 
 
 def test_the_table_is_sound(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +20,8 @@ from hotpath.distributed.jobs import Job
 from hotpath.distributed.manifest import Manifest
 from hotpath.distributed.results import ResultStore
 from hotpath.headless import files, launcher, locate
-from hotpath.host import cards, device_work, windows_names
-from hotpath.host.headless import HeadlessHost
+from hotpath.host import cards, cores, device_work, windows_names
+from hotpath.host.headless import HeadlessHost, best_device
 
 
 @pytest.fixture
@@ -125,12 +127,14 @@ def test_model_paths_of_another_encoding_are_passed_over(tmp_path: Path, caplog:
         ("mps", "", 13, (torch.float16, torch.float32), torch.float16),
         ("cuda", "NVIDIA GeForce GTX 1650", 0, (torch.float16, torch.float32), torch.float32),
         ("cuda", "NVIDIA GeForce RTX 2060", 0, (torch.float16, torch.float32), torch.float16),
+        ("cuda", "NVIDIA GeForce GTX 1650", 0, (torch.bfloat16, torch.float32), torch.bfloat16),
+        ("mps", "NVIDIA GeForce GTX 1650", 14, (torch.float16, torch.float32), torch.float16),
     ],
 )
 def test_networks_are_computed_in_what_the_device_can(
     device: str, card: str, macos: int, supported: tuple[torch.dtype, ...], found: torch.dtype, monkeypatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: macos >= major)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: (macos, 0) >= (major, minor))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: card)
     assert HeadlessHost(device=device).compute_dtype(supported=supported) == found
 
@@ -143,8 +147,65 @@ def test_memory_of_intels_cards_is_not_that_of_the_machine(monkeypatch: pytest.M
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
     card = torch.device("xpu", 0)
     assert HeadlessHost(device="xpu").free_memory(card) == 10 << 30
+    freed: list[torch.device] = []
+    monkeypatch.setattr("hotpath.host.headless.give_back_cached", freed.append)
+    HeadlessHost(device="xpu").make_room(10 << 30, card)
+    assert freed == []
+    HeadlessHost(device="xpu").make_room((10 << 30) + 1, card)
+    assert freed == [card]
     monkeypatch.setattr(doctor, "best_device", lambda: card)
     assert doctor.devices()[0] == {"device": "xpu:0", "name": "Arc", "total_gb": 17.2}
+
+
+def test_memory_that_torch_keeps_of_a_card_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
+    assert HeadlessHost(device="cuda").free_memory(torch.device("cuda", 0)) == 120
+
+
+def test_memory_of_the_machine_is_told_without_psutil_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    here = HeadlessHost(device="cpu")
+    assert here.free_memory(torch.device("cpu")) > 1 << 20
+    monkeypatch.setattr(os, "sysconf_names", {})
+    assert here.free_memory(torch.device("cpu")) == 4 << 30
+
+
+def test_the_best_device_is_the_first_that_torch_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"cuda", "xpu", "mps"}
+    for each in (torch.cuda, torch.xpu, torch.backends.mps):
+        name = each.__name__.rpartition(".")[2]
+        monkeypatch.setattr(each, "is_available", lambda name=name: name in there)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert best_device() == torch.device("cuda", 1)
+    for gone, found in (("cuda", "xpu"), ("xpu", "mps"), ("mps", "cpu")):
+        there.remove(gone)
+        assert best_device() == torch.device(found)
+    there.add("xpu")
+    monkeypatch.delattr(torch, "xpu")
+    assert best_device() == torch.device("cpu")
+
+
+def test_work_goes_to_the_cores_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_threads", None)
+    for usable, found in ((1, 1), (3, 3), (64, cores.MOST_THREADS)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, usable=usable: set(range(usable)), raising=False)
+        assert cores.cores() == found
+    ran = cores.on_cores(lambda piece: (piece, threading.current_thread()), range(50))
+    assert [piece for piece, _ in ran] == list(range(50)) and all(
+        thread.name.startswith("hotpath-cores") for _, thread in ran
+    )
+    assert threading.main_thread() not in {thread for _, thread in ran}
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    assert cores.cores() == 5
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores.cores() == 1
+    assert {thread for _, thread in cores.on_cores(lambda piece: (piece, threading.current_thread()), range(2))} == {
+        threading.current_thread()
+    }
+    cores._threads.shutdown()
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])

@@ -61,6 +61,53 @@ def test_saved_values_find_their_names(node_id, values, expected, notes):
     assert set(found) <= set(widgets(node_id))
 
 
+SEED, TEXT = {"name": "seed", "type": "INT"}, {"name": "text", "type": "STRING"}
+MODE = {"name": "mode", "type": "COMBO", "options": ["fast", "slow"]}
+ADDED = {"name": "added", "type": "BOOLEAN", "optional": True}
+
+
+@pytest.mark.parametrize(
+    ("layout", "values", "found", "forked"),
+    [
+        ([SEED, TEXT], [1, "x"], {"seed": 1, "text": "x"}, ...),
+        ([SEED, TEXT], [1, "fixed", "x"], {"seed": 1, saved_layouts.CONTROL: "fixed", "text": "x"}, ...),
+        ([SEED], [1], {"seed": 1}, ...),
+        ([TEXT, MODE], ["fixed", "fast"], {"text": "fixed", "mode": "fast"}, ...),
+        ([TEXT, TEXT | {"name": "more"}], ["a", "fixed"], {"text": "a", "more": "fixed"}, ...),
+        ([SEED, TEXT], [1], None, ...),
+        ([SEED, ADDED], [1], {"seed": 1}, ...),
+        ([SEED, ADDED, TEXT], [1], None, ...),
+        ([SEED], [True], None, ...),
+        ([ADDED], [1], None, {}),
+        ([TEXT], [1], None, ...),
+        ([MODE], ["other"], None, ...),
+        ([SEED, ADDED], [1, "odd"], None, {"seed": 1}),
+        ([SEED, TEXT], [1, 5], None, ...),
+        ([SEED, ADDED], [1, True, "more"], None, {"seed": 1, "added": True}),
+    ],
+)
+def test_values_are_named_where_all_of_them_are_explained(layout, values, found, forked):
+    assert saved_layouts.named(layout, values) == found
+    assert saved_layouts.named(layout, values, True) == (found if forked is ... else forked)
+
+
+def test_older_names_and_words_become_the_present_ones(monkeypatch):
+    rules = {
+        "layouts": {"N": []},
+        "rename": {"N": {"old": "new"}},
+        "values": {"N": {"mode": {"quick": "fast"}}},
+        "dropped": {"N": ["gone"]},
+        "defaults": {},
+    }
+    monkeypatch.setattr(saved_layouts, "table", lambda: rules)
+    older = {"old": "quick", "mode": "quick", "gone": 1, saved_layouts.CONTROL: "fixed"}
+    assert saved_layouts.present("N", older) == {"new": "quick", "mode": "fast"}
+    assert saved_layouts.present("N", {"mode": ["3", 0], "old": 1, "new": 2}) == {"mode": ["3", 0], "old": 1, "new": 2}
+    assert saved_layouts.present("N", {"mode": "slow"}) == {"mode": "slow"}
+    other = {"1": {"class_type": "LoadImage", "inputs": {saved_layouts.CONTROL: "fixed"}}}
+    assert saved_layouts.migrate_prompt(other) == other
+
+
 def test_an_older_prompt_has_all_it_needs():
     prompt = {
         "1": {
