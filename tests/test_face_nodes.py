@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hotpath import demo, face
-from hotpath.face import FaceChoice, FaceError, Faces, alignment
+from hotpath.face import FaceChoice, FaceError, Faces, alignment, areas
 from hotpath.face.crops import crop_places, cut, edge_weight, paste
 from hotpath.face.foreign import ForeignAnalyser
 from hotpath.host import Interrupted
@@ -195,6 +195,32 @@ def test_a_picture_without_a_face_keeps_the_batch_aligned(loaded, three):
         nodes.HotpathFaceCrop().crop(batch, found, 64, 0.5, True, "error")
 
 
+def test_a_picture_that_passes_through_is_averaged():
+    stripes = torch.zeros(1, 64, 64, 3)
+    stripes[:, :, ::4] = 1.0
+    crops, _ = face.cut_faces(stripes, [Faces.none((64, 64), 640)], 16, 0.3, True, "pass through")
+    assert torch.allclose(crops[0, :, 2:-2], torch.tensor(0.25), atol=0.05)
+
+
+def test_an_upright_crop_has_the_pixels_of_its_box():
+    picture = torch.rand(1, 256, 256, 3, generator=torch.Generator().manual_seed(5))
+    faces = one_face([32.0, 48.0, 96.0, 112.0])
+    own = picture[0, 48:112, 32:96]
+    assert torch.allclose(cut(picture, crop_places(faces, 64, 0.0, True))[0], own, atol=1e-5)
+    halved = own.reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert torch.allclose(cut(picture, crop_places(faces, 32, 0.0, True))[0], halved, atol=1e-5)
+
+
+def test_crops_of_another_number_are_refused_and_those_beside_the_picture_change_nothing():
+    picture = torch.rand(1, 256, 256, 3, generator=torch.Generator().manual_seed(6))
+    for box in ([300.0, 100.0, 340.0, 140.0], [100.0, -90.0, 140.0, -50.0]):
+        places = crop_places(one_face(box), 32, 0.0, upright=True)
+        back, where = paste(picture, torch.ones(1, 32, 32, 3), places, 0.1)
+        assert torch.equal(back, picture) and where.max() == 0
+        with pytest.raises(FaceError, match="2 crops cannot be pasted into 1 places"):
+            paste(picture, torch.ones(2, 32, 32, 3), places, 0.1)
+
+
 def test_a_crop_that_shrinks_its_face_is_averaged(three):
     stripes = torch.zeros(1, 256, 256, 3)
     stripes[:, :, ::2] = 1.0
@@ -270,7 +296,10 @@ def test_masks_of_crops_are_one_or_as_many_as_the_crops():
     half = torch.zeros(16, 16)
     half[:, :8] = 1
     one, alike = paste(pictures, crops + 1, places, 0.1, half[None]), paste(pictures, crops + 1, places, 0.1, half)
-    assert all(torch.equal(a, b) for a, b in zip(one, alike, strict=True)) and one[1].amax() > 0.9
+    assert all(torch.equal(a, b) for a, b in zip(one, alike, strict=True)) and 0.9 < one[1].amax() <= 1
+    assert one[0][:, 28, 15].min() > 0.9 and one[0][:, 28, 35].max() == 0 == one[1][:, 28, 35].max()
+    each = torch.stack([half, 1 - half, half * 0])
+    assert (paste(pictures, crops + 1, places, 0.1, each)[1][:, 28, 15] > 0.9).tolist() == [True, False, False]
     for masks in (half.expand(2, 16, 16), half[None, None]):
         with pytest.raises(FaceError, match=rf"the shape \[{', '.join(map(str, masks.shape))}\] for 3 crops"):
             paste(pictures, crops, places, 0.1, masks)
@@ -297,8 +326,12 @@ def test_crops_with_other_channels_than_the_picture():
     assert torch.equal(back[..., 3], coloured[..., 3]), "transparency stays"
     grey, _ = paste(coloured[..., :1], red, places, 0.1)
     assert abs(float(grey[0, 128, 128, 0]) - 1 / 3) < 1e-5
-    back, _ = paste(coloured[..., :3], torch.full((1, 64, 64, 1), 0.25), places, 0.1)
-    assert torch.allclose(back[0, 128, 128], torch.full((3,), 0.25), atol=1e-5)
+    for given in (1, 4):
+        for channels in (1, 3):
+            back, _ = paste(coloured[..., :channels], torch.full((1, 64, 64, given), 0.25), places, 0.1)
+            assert torch.allclose(back[0, 128, 128], torch.full((channels,), 0.25), atol=1e-5)
+    back, _ = paste(coloured, torch.full((1, 64, 64, 4), 0.25), places, 0.1)
+    assert torch.allclose(back[0, 128, 128], torch.full((4,), 0.25), atol=1e-5)
     with pytest.raises(FaceError, match="came back as 80 x 64; crops are square"):
         paste(coloured, torch.zeros(1, 64, 80, 3), places, 0.1)
 
@@ -337,7 +370,65 @@ def test_boxes_the_wrong_way_round_and_far_outside_are_marked_all_the_same():
     boxes = torch.tensor([[50.0, 60.0, 20.0, 10.0], [-900.0, -900.0, -800.0, 5000.0], [10.0, 10.0, 10.0, 10.0]])
     odd = Faces(boxes, torch.zeros(3, 5, 2), torch.full((3,), 0.1), None, (80, 80), 640)
     assert face.mark_faces(torch.zeros(80, 80, 3), odd).max() > 0
+    ordered = replace(odd, boxes=torch.cat([torch.tensor([[20.0, 10.0, 50.0, 60.0]]), boxes[1:]]))
+    assert torch.equal(face.mark_faces(torch.zeros(80, 80, 3), odd), face.mark_faces(torch.zeros(80, 80, 3), ordered))
     assert face.mask_faces([odd], 0, 0, "oval", 0.1, 3.0).isfinite().all()
+
+
+def test_marks_are_where_the_faces_are():
+    boxes = torch.tensor([[100.0, 200.0, 180.0, 300.0], [250.0, 0.0, 390.0, 200.0]])
+    points = torch.stack([torch.stack([box[:2] + 30 + 8 * i for i in range(5)]) for box in boxes])
+    faces = Faces(boxes, points, torch.tensor([0.9, 0.8]), None, (400, 400), 640)
+    (marked,) = face.mark_pictures(torch.zeros(1, 400, 400, 1), [faces])
+    for box, own, colour in zip(boxes.long().tolist(), points.long().tolist(), areas.MARKS, strict=False):
+        left, top, right, bottom = box
+        middle = (left + right) // 2, (top + bottom) // 2
+        here = (marked * 255).round().eq(torch.tensor(colour)).all(-1)
+        assert all(here[y, x] for x, y in ((middle[0], bottom), (left, middle[1]), (right, middle[1])))
+        assert here[top, right - 2] and not here[middle[1], middle[0]]
+        for (x, y), point_colour in zip(own, areas.POINT_COLOURS, strict=True):
+            assert (marked[y, x] * 255).round().tolist() == list(point_colour)
+        inside, above = here[top + 3 : top + 12, left + 3 : right - 3], here[max(0, top - 12) : top, left:right]
+        assert (inside.any(), above.any()) == ((True, False) if top == 0 else (False, True)), "its number and score"
+    untouched = torch.rand(1, 8, 8, 3)
+    assert face.mark_pictures(untouched, [Faces.none((8, 8), 640)]) is untouched
+    (mixed, alone) = face.mark_pictures(torch.full((2, 400, 400, 1), 0.5), [faces, Faces.none((400, 400), 640)])
+    assert (
+        mixed[350, 20].tolist() == pytest.approx([0.5] * 3, abs=0.01) and alone.eq(0.5).all() and alone.shape[-1] == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("fit", "scale", "shift"),
+    [("stretch", (1.5, 2), (0, 0)), ("contain", (1.5, 1.5), (0, 25)), ("cover", (2, 2), (-30, 0))],
+)
+def test_key_points_are_fitted_into_a_picture_of_another_shape(fit, scale, shift):
+    faces = some_faces()  # of 120 x 100
+    wanted = faces.keypoints * torch.tensor(scale) + torch.tensor(shift)
+    assert torch.allclose(areas.fit_keypoints(faces, 200, 180, fit), wanted)
+    with pytest.raises(FaceError, match="'fill' is no way to fit a drawing"):
+        areas.fit_keypoints(faces, 200, 180, "fill")
+
+
+def test_faces_match_from_the_threshold_on():
+    faces, nobody = some_faces(), Faces.none((100, 120), 640)
+    person = [faces.select([0])]
+    found = face.match_faces([faces, nobody, faces.select([1])], person, 0.5)
+    assert [len(best) for best in found.best] == [1, 0, 0] and torch.equal(found.best[0].boxes, faces.boxes[:1])
+    assert found.similarity == pytest.approx(1 / 3) and not found.all_match
+    assert found.report.splitlines()[0] == "Mean of the best cosines 0.333; 1 of 3 reach 0.50."
+    assert found.report.splitlines()[1:] == [
+        "picture 0: 0: 1.000, 1: 0.000, 2: 0.000, 3: 0.707",
+        "picture 1: no face",
+        "picture 2: 0: 0.000",
+    ]
+    half = [faces.select([3])]
+    cosine = face.match_faces(half, person, 0.9).similarity
+    assert (
+        face.match_faces(half, person, cosine).all_match and not face.match_faces(half, person, cosine + 1e-6).all_match
+    )
+    none = face.match_faces([], person, 0.5)
+    assert (none.similarity, none.all_match) == (0, False)
 
 
 def test_the_soft_border_is_smooth_and_whole_inside():
@@ -369,6 +460,15 @@ def test_an_oval_fills_the_box_of_a_face_whichever_way_it_lies(degrees):
     oval = face.mask_faces([lying], 0, 0, "oval", 0.0, 0.0)[0] > 0.5
     ys, xs = oval.nonzero().T
     assert abs(int(xs.max() - xs.min()) + 1 - 2 * half[0]) <= 2 and abs(int(ys.max() - ys.min()) + 1 - 2 * half[1]) <= 2
+
+
+@pytest.mark.parametrize("side", [1, -1])
+def test_an_oval_leans_the_way_the_face_does(side):
+    eyes = torch.tensor([[-17.0, -10.0 * side], [17.0, 10.0 * side]])
+    points = torch.cat([eyes, torch.zeros(3, 2)]) + torch.tensor([100.0, 100.0])
+    leaning = Faces(torch.tensor([[60.0, 40.0, 140.0, 160.0]]), points[None], torch.ones(1), None, (200, 200), 640)
+    oval = face.mask_faces([leaning], 0, 0, "oval", 0.0, 0.0)[0]
+    assert oval[143, 100 - 25 * side] == 1 and oval[143, 100 + 25 * side] == 0
 
 
 @pytest.mark.parametrize("shape", face.SHAPES)
