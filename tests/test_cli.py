@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 from hotpath import cli
-from hotpath.commands import backends, doctor
+from hotpath.commands import backends, doctor, progress
+from hotpath.commands import map as map_command
 from hotpath.headless import locate
+from hotpath.headless.executor import NodeRun
+from hotpath.headless.graph import Node
 from hotpath.headless.selftest import Absent, Finding, run_checks
 from PIL import Image
 
@@ -138,6 +141,68 @@ def test_the_folder_of_captions_is_looked_at_before_a_model_is_fetched(place, ca
     monkeypatch.setattr(caption.MODELS, "get", lambda *_: pytest.fail("a model was asked for"))
     assert run("caption", "nowhere") == 2
     assert "There is no folder nowhere" in capsys.readouterr().err
+
+
+def test_a_run_is_told_node_by_node(monkeypatch, capsys):
+    node = Node("3", "SaveImage", {}, "")
+    for quiet, said in ((False, f"[1/2] {node}\n[1/2] {node}: unchanged\n"), (True, "")):
+        shown = progress.TerminalObserver(quiet)
+        shown.started(node, 1, 2)
+        shown.progress(node, 1, 2)  # not where nobody looks
+        shown.finished(NodeRun(node, 1.0, cached=False), 1, 2)
+        shown.finished(NodeRun(node, 1.0, cached=True), 1, 2)
+        assert capsys.readouterr().err == said
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    shown = progress.TerminalObserver()
+    for done in (1, 4, 9):
+        shown.progress(node, done, 4)
+    shown.progress(node, 1, 0)
+    bars = capsys.readouterr().err.split("\r")[1:]
+    assert [(bar.count("#"), bar.count("."), bar.split()[-1]) for bar in bars] == [
+        (8, 22, "1/4"),
+        (30, 0, "4/4"),
+        (30, 0, "9/4"),
+    ]
+    shown.started(node, 2, 2)
+    shown.started(node, 2, 2)
+    err = capsys.readouterr().err
+    assert err.startswith("\n") and err.count("\n") == 3
+
+
+def test_a_map_is_told_now_and_then(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(map_command.time, "monotonic", lambda: clock[0])
+    status = SimpleNamespace(line=lambda: "3 of 9", total=9, position=3)
+    line, quiet = map_command._Line(False), map_command._Line(True)
+    for later in (0, 29, 1.5, 29, 1.5):
+        clock[0] += later
+        line.changed(status)
+        quiet.changed(status)
+    assert capsys.readouterr().err == "3 of 9\n" * 2
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    clock[0] += 0.1
+    line.changed(status)
+    assert capsys.readouterr().err == ""
+    clock[0] += 0.15
+    with line:
+        line.changed(status)
+        assert line._bar.n == 3 and "3 of 9" in capsys.readouterr().err
+
+
+def test_the_folder_that_is_mapped_over_is_the_input_folder_where_it_lies_elsewhere(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    monkeypatch.chdir(here)
+    for over, named, found in (
+        (here / "in", None, here),
+        ("in", None, here),
+        (there, None, there),
+        (there / "film.MP4", None, there),
+        (there / "list.txt", None, here),
+        ("-", None, here),
+        (there, here / "own", here / "own"),
+    ):
+        assert map_command._input_folder(SimpleNamespace(over=str(over), input_folder=named)) == found
 
 
 def test_a_graph_that_needs_comfyui_says_how_to_get_one(place, capsys):

@@ -36,6 +36,9 @@ def test_compatible_video_node(colour_host: Any) -> None:
     assert "text_guidance does nothing" in report
     stills, _ = ColorMNetImage().colorize_image(images, reference, 64, 48)
     torch.testing.assert_close(stills[:1], same[:1], atol=1e-3, rtol=0)
+    alone, _ = ColorMNetImage().colorize_image(images[3:4], reference, 64, 48, use_fp16=False)
+    torch.testing.assert_close(stills[3:4], alone, atol=1e-3, rtol=0)
+    assert (same[3:4] - alone).abs().max() > 1e-3, "a frame of a film has seen those before it"
 
 
 def test_compatible_deep_exemplar_nodes() -> None:
@@ -174,15 +177,38 @@ def test_the_command_line_has_the_node_s_options(
     called: dict[str, Any] = {}
 
     def colorize(video: Path, output: Path, references: Any, options: FilmOptions, *_: Any, **settings: Any) -> str:
-        called.update(vars(options), **settings)
+        called.update(vars(options), video=video, output=output, references=references, **settings)
         return ""
 
     monkeypatch.setattr(file_job, "colorize_file_by_path", colorize)
     given = {"checkpoint": "mine.pth", "shot_threshold": 40.0, "propagate": False, "compile": True}
     flags = ["--checkpoint", "mine.pth", "--shot-threshold", "40", "--no-propagate", "--compile"]
+    others = {
+        "method": "Deep Exemplar",
+        "colour_size": 96,
+        "memory_mode": "low_memory",
+        "strength": 0.5,
+        "edge_filter": "fast_global_smoother",
+        "temporal_smoothing": 0.25,
+        "shots": "reference per shot",
+        "attention": "sdpa",
+        "local_attention": "spatial_correlation_sampler",
+        "quality": 20,
+        "precision": "float32",
+        "resume": False,
+        "video": Path("film.mp4"),
+        "output": tmp_path / "o.mp4",
+        "references": [Path("r.png")],
+    }
+    flags += ["--method", "deep-exemplar", "--colour-size", "96", "--memory", "low-memory", "--strength", "0.5"]
+    flags += ["--edge-filter", "fast-global-smoother", "--smoothing", "0.25", "--shots", "reference-per-shot"]
+    flags += ["--attention", "sdpa", "--local-attention", "spatial-correlation-sampler", "--quality", "20"]
+    flags += ["--precision", "float32", "--restart"]
+    before = host.current()
     call = ["colorize", "film.mp4", "-r", "r.png", "-o", str(tmp_path / "o.mp4"), "--models", str(tmp_path), "-q"]
     assert cli.main([*call, *flags]) == 0
-    assert {name: called[name] for name in given} == given
+    called.pop("begun")
+    assert called == given | others and host.current() is before
     assert cli.main(call) == 0
     node = HotpathColorizeFile.INPUT_TYPES()["optional"]
     widgets = {**dict.fromkeys(given, ""), "compile": "use_torch_compile"}
@@ -190,6 +216,20 @@ def test_the_command_line_has_the_node_s_options(
         name: node[widget or name][1]["default"] for name, widget in widgets.items()
     }
     capsys.readouterr()
+
+
+def test_what_is_set_at_the_node_reaches_the_film(colour_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hotpath.nodes import colorize as nodes
+
+    jobs: list[file_job.FileJob] = []
+    monkeypatch.setattr(nodes, "colorize_file", lambda job, *_: (jobs.append(job), "made")[1])
+    monkeypatch.setattr(nodes, "_shown", lambda *_: {})
+    colour_host.input_folder().mkdir()
+    (colour_host.input_folder() / "f.mp4").write_bytes(b"a film")
+    set_there = {"precision": "float32", "checkpoint": "mine.pth", "quality": 20, "resume": False}
+    nodes.HotpathColorizeFile().colorize("f.mp4", frames(1), "ColorMNet", "o.mkv", unique_id="4", **set_there)
+    assert {name: getattr(jobs[0], name) for name in set_there} == set_there
+    assert (jobs[0].source.name, jobs[0].output.name) == ("f.mp4", "o.mkv") and colour_host.texts[-1] == ("4", "made")
 
 
 @pytest.mark.parametrize("linked", [False, True])

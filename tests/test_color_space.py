@@ -109,5 +109,11 @@ def test_transfer_keeps_luminance_and_takes_chroma() -> None:
     inside = ((out > 0.001) & (out < 0.999)).all(-1)
     torch.testing.assert_close(lab[:, 0][inside], grey[:, 0][inside], atol=0.02, rtol=0)
     torch.testing.assert_close(lab[:, 1][inside], wanted[:, 1, :1, :1].expand(2, 30, 40)[inside], atol=0.02, rtol=0)
+    both = torch.cat([colours, torch.tensor([0.4, 0.4, 0.7]).expand(1, 15, 20, 3)])
+    each = transfer_chroma(light, both, 1.0, "none", torch.device("cpu"))
+    for i in range(2):
+        torch.testing.assert_close(
+            each[i], transfer_chroma(light[i : i + 1], both[i : i + 1], 1.0, "none", torch.device("cpu"))[0]
+        )
     with pytest.raises(ValueError, match="3 colour pictures for 2"):
         transfer_chroma(light, colours.expand(3, -1, -1, -1), 1.0, "none", torch.device("cpu"))

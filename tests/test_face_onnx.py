@@ -56,6 +56,9 @@ GRAPHS = {
         [node("LeakyRelu", "x", "a", alpha=0.2), node("Clip", "a lo hi", "b"), node("Sigmoid", "b")],
         {"lo": np.float32(-0.1), "hi": np.float32(0.6)},
     ),
+    "clip from below": ([node("Clip", "x lo")], {"lo": np.float32(-0.1)}),
+    "clip from above": ([node("Clip", "x  hi")], {"hi": np.float32(0.6)}),
+    "clip of nothing": ([node("Clip")], {}),
     "hard swish by parts": ([node("HardSigmoid", "x", "a", alpha=1 / 6, beta=0.5), node("Mul", "a x")], {}),
     "elu, tanh, exp, abs": (
         [node("Elu", "x", "a"), node("Tanh", "a", "b"), node("Exp", "b", "c"), node("Abs", "c")],

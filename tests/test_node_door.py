@@ -50,8 +50,9 @@ def test_what_is_no_number_is_refused_before_anything_runs(headless_host: Any, v
     node = "HotpathVLM" if isinstance(value, list) else "HotpathColorTransfer"
     made = NODE_CLASS_MAPPINGS[node]()
     name = "temperature" if isinstance(value, list) else "strength"
-    with pytest.raises(ValueError, match=f"^{name} is .*, and must be a number"):
+    with pytest.raises(ValueError, match=f"^{name} is .*, and must be a number") as refused:
         getattr(made, made.FUNCTION)(**{name: value})
+    assert refused.value.__cause__ is None, "nothing had begun that could break"
 
 
 def test_an_error_can_be_written(headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hotpath import cli
 from hotpath.host import saved_layouts as migration
 from hotpath.nodes import FAILED_FAMILIES, NODE_CLASS_MAPPINGS
 from hotpath.vision_language import presets
+from hotpath.vision_language.answering import AnswerOptions
+from hotpath.vision_language.budgets import PRESETS
+from hotpath.vision_language.caption_job import CaptionJob
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.sampling import Sampling
 
 ROOT = Path(__file__).parents[2]
 CONTRACT = json.loads((ROOT / "tests" / "data" / "contracts" / "qwen_vl.json").read_text(encoding="utf-8"))
@@ -176,6 +182,101 @@ def test_the_ailab_nodes_answer(llm, headless_host):
     for model in ("qwen3", "qwen3_vl"):
         order = [model, "None (FP16)", "auto", False, "auto", "a cat", "📝 Enhance", "", 8, 0.7, 0.9, 1.1, True, 1]
         assert isinstance(enhancer.process(*order)[0], str)
+
+
+SET_AT_AILAB = ["m", "8-bit (Balanced)", "sage", True, "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("node_id", "order", "chosen", "asked"),
+    [
+        (
+            "AILab_QwenVL_Advanced",
+            [*SET_AT_AILAB, "🖼️ Tags", "Say it.", 9, 0.7, 0.8, 1, 1.3, 4, False, 5],
+            (True, 0.7, 0.8, None, None, 1.3, 1, 5),
+            "Say it.",
+        ),
+        (
+            "AILab_QwenVL_PromptEnhancer",
+            [*SET_AT_AILAB, " a cat ", "📝 Enhance", "", 9, 0.7, 0.8, 1.3, False, 5],
+            (True, 0.7, 0.8, None, None, 1.3, 1, 5),
+            f"{presets.STYLES['📝 Enhance']}\n\na cat",
+        ),
+        (
+            "AILab_QwenVL_PromptEnhancer",
+            [*SET_AT_AILAB, "", "📝 Enhance", " Shout. ", 9, 0.7, 0.8, 1.3, False, 5],
+            (True, 0.7, 0.8, None, None, 1.3, 1, 5),
+            f"Shout.\n\n{presets.EMPTY_ENHANCEMENT}",
+        ),
+    ],
+)
+def test_what_is_set_at_the_ailab_nodes_reaches_the_model(monkeypatch, node_id, order, chosen, asked):
+    from hotpath.nodes import ailab_qwen_vl
+
+    monkeypatch.setattr(ailab_qwen_vl, "run", lambda *given: given)
+    name, question, load, sampling, answer = NODE_CLASS_MAPPINGS[node_id]().process(*order, unique_id="7")
+    assert (name, question.prompt) == ("m", asked)
+    assert load == LoadOptions(quantization="8-bit (Balanced)", attention="sage", device="cpu")
+    assert sampling == Sampling(*chosen)
+    assert (answer.max_new_tokens, answer.decode, answer.keep_loaded, answer.node_id) == (9, "compiled", False, "7")
+    eager = [*order[:3], False, *order[4:]]
+    assert NODE_CLASS_MAPPINGS[node_id]().process(*eager)[-1].decode == "auto"
+
+
+def test_what_is_set_at_the_folder_node_or_the_command_reaches_the_captions(headless_host, tmp_path, monkeypatch):
+    from hotpath.commands import caption
+    from hotpath.nodes import vision_language as nodes
+    from hotpath.vision_language.caption_job import CaptionSummary
+
+    given = []
+
+    class Captioner:
+        def __init__(self, *asked):
+            given.append(asked)
+
+        def run(self):
+            return CaptionSummary(captions={tmp_path / "a.png": "a cat"}, notes="noted")
+
+    monkeypatch.setattr(nodes, "FolderCaptioner", Captioner)
+    monkeypatch.setattr(caption, "FolderCaptioner", Captioner)
+    folder, target = headless_host.input_folder() / "in", headless_host.output_folder() / "out"
+    folder.mkdir(parents=True)
+    (folder / "a.png").touch()
+    made = NODE_CLASS_MAPPINGS["HotpathCaptionFolder"]().caption(
+        "model", "in", "Say it.", "Be brief.", "both", 3, True, True, "a, ", ", b", "high", 9, 0.5, 7,
+        "memory and disk", "graph", False, "a*", "out", "on", "4",
+    )  # fmt: skip
+    job = CaptionJob(folder, "Say it.", "Be brief.", "both", True, True, 3, "a, ", ", b", target, "a*", True)
+    kept = AnswerOptions(9, PRESETS["high"], cache_on_disk=True, decode="graph", keep_loaded=False, node_id="4")
+    assert given.pop() == ("model", job, Sampling(True, 0.5, seed=7), kept)
+    assert made["result"][:2] == (["a cat"], [str(tmp_path / "a.png")]) and "noted" in made["ui"]["text"][0]
+    for cache, memory, disk in (("off", False, False), ("memory", True, False)):
+        NODE_CLASS_MAPPINGS["HotpathCaptionFolder"]().caption("model", "in", "Say it.", image_cache=cache)
+        _, job, sampling, options = given.pop()
+        assert (options.cache_images, options.cache_on_disk) == (memory, disk)
+        assert job.target is None and sampling == Sampling(False, 0.0, seed=0)
+
+    monkeypatch.setattr(caption.MODELS, "get", lambda *asked: asked)
+    flags = "--model m --system Brief. --format both --pattern a* --recursive --overwrite --batch-size 3 --seed 7"
+    flags += (
+        " --token-budget high --max-new-tokens 9 --thinking on --temperature 0.5 --dtype float32 --quantization int8"
+    )
+    words = ["caption", str(folder), *flags.split(), "--prompt", "tags", "--before", "a, ", "--after", ", b"]
+    assert cli.main([*words, "--captions-to", str(target), "--models", str(tmp_path)]) == 0
+    tags = presets.described("tags")
+    job = CaptionJob(folder, tags, "Brief.", "both", True, True, 3, "a, ", ", b", target, "a*", True)
+    load = LoadOptions(dtype="float32", quantization="int8")
+    assert given.pop() == (
+        ("m", load), job, Sampling(True, 0.5, seed=7), AnswerOptions(9, PRESETS["high"], cache_images=False)
+    )  # fmt: skip
+
+
+def test_a_model_is_looked_for_in_the_revision_that_is_asked_for(monkeypatch):
+    from hotpath.nodes import vision_language as nodes
+
+    monkeypatch.setattr(nodes, "state_of", lambda *asked: asked)
+    assert nodes.HotpathVLMLoader.IS_CHANGED(model="m", revision=" v2 ") == ("m", "v2")
+    assert nodes.HotpathVLMLoader.IS_CHANGED() == ("", "")
 
 
 def test_every_preset_has_words_of_its_own():
