@@ -191,6 +191,11 @@ def test_reference_that_is_a_frame_comes_back_as_it_is() -> None:
             sharp, torch.stack((sharp[known], frames(1, seed=9)[0]))[: 1 + ("," in where)], where=where, **options
         )
         torch.testing.assert_close(done.pictures[known], sharp[known], atol=2e-3, rtol=0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(film, "FULL_SIZE_PIXELS", 2 * 40 * 54)  # the frames 2 and 3 are put together at full size
+        done = run(sharp, sharp[3:4], where="3", **options)
+        torch.testing.assert_close(done.pictures[3], sharp[3], atol=2e-3, rtol=0)
+        assert (done.pictures[2] - sharp[2]).abs().max() > 0.02
     grey = run(sharp, sharp[:1], where="0", strength=0.0, **options).pictures[0]
     assert (grey.amax(-1) - grey.amin(-1)).max() < 0.01
     # Deep Exemplar changes to the reference there.

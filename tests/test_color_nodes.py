@@ -53,6 +53,19 @@ def test_compatible_deep_exemplar_nodes() -> None:
     assert (full - out).abs().max() > 1e-3
     odd, report = DeepExColorImageNode().colorize_image(images, reference[:1], 71, 51)
     assert odd.shape == (3, 51, 71, 3) and "use_sage_attention" not in report
+    _, report = DeepExColorImageNode().colorize_image(images[:1], reference[:1], 32, 32, use_sage_attention=True)
+    assert "use_sage_attention does nothing" in report
+
+
+def test_half_precision_is_left_to_the_card_or_switched_off(colour_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hotpath.nodes import colormnet as nodes
+
+    monkeypatch.setattr(nodes, "load_colormnet", lambda *asked: asked)
+    monkeypatch.setattr(nodes, "run_colormnet", lambda network, *_: (torch.zeros(1, 2, 2, 3), str(network)))
+    for node, name in ((nodes.ColorMNetVideo(), "colorize_video"), (nodes.ColorMNetImage(), "colorize_image")):
+        for half, precision in ((True, "automatic"), (False, "float32")):
+            _, asked = getattr(node, name)(None, None, 64, 48, use_fp16=half, checkpoint="mine.pth")
+            assert asked == str(("mine.pth", precision))
 
 
 def test_compatible_jobs_are_bounded_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +105,7 @@ def test_our_nodes(colour_host: Any) -> None:
     assert any("left" in text for _, text in colour_host.texts)
     (colour_host.output_folder() / "away").symlink_to(colour_host.output_folder().parent)
     for name in ("../o.mp4", "/tmp/o.mp4", "", "o.exe", "away/o.mp4", "a\0.mp4", "\ud800.mp4", "x" * 252 + ".mp4"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="must end in one of" if name == "o.exe" else "is not a file name inside"):
             nodes.HotpathColorizeFile().colorize("film.mp4", frames(1), "ColorMNet", name)
     with pytest.raises(ValueError, match="not a file name inside"):
         nodes.HotpathColorizeFile().colorize("../film.mp4", frames(1), "ColorMNet", "o.mp4")

@@ -356,6 +356,9 @@ class TestPairing:
         [
             (["1.png", "2.png"], ["1.png"], "A has 2 pictures and B has 1: 2 is only in A"),
             (["1.png", "2.png"], ["1.png", "3.png"], "2 is only in A, 3 is only in B"),
+            (["1.png", "2.png"], ["3.png"], "1 is only in A, 2 is only in A, 3 is only in B. Each"),
+            ([*["1.png", "2.png", "3.png", "4.png"]], ["5.png"], r"4 is only in A, 5 is only in B\. Each"),
+            ([*["1.png", "2.png", "3.png", "4.png", "5.png"]], ["6.png"], r"5 is only in A and 1 more\. Each"),
             ([], ["1.png"], "There is no picture in"),
             (["1.png", "1.jpg"], ["1.png"], "only one can be compared"),
         ],

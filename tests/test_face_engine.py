@@ -9,9 +9,10 @@ import pytest
 import torch
 from hotpath import cache, face
 from hotpath.demo.face_networks import random_model_folder
-from hotpath.face import DetectionOptions, FaceChoice, FaceError
+from hotpath.face import DetectionOptions, FaceChoice, FaceError, Faces
 from hotpath.face.alignment import similarity, template, warp
 from hotpath.face.detection import Detector, merge_overlapping
+from hotpath.face.insightface_api import foremost
 from hotpath.face.linear_resize import resize, resize_into
 from hotpath.face.loading import Stationary, agreement
 from hotpath.face.onnx_graph import OnnxNetwork
@@ -335,6 +336,7 @@ def test_other_packs_can_use_it_as_insightface(analysers, reference, pictures):
         warnings.simplefilter("ignore")
         theirs = reference.get(bgr)
         assert np.abs(reference.get(bgr, max_num=1)[0].bbox - ours.get(bgr, max_num=1)[0].bbox).max() < 0.5
+        assert [len(ours.get(bgr, max_num=n)) for n in (0, 1, 999)] == [len(ours.get(bgr)), 1, len(ours.get(bgr))]
     mine = ours.get(bgr)
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
@@ -344,7 +346,9 @@ def test_other_packs_can_use_it_as_insightface(analysers, reference, pictures):
         assert np.dot(a.normed_embedding, b.normed_embedding) > 0.999
     boxes, keypoints = ours.det_model.detect(bgr)
     assert boxes.shape == (len(mine), 5) and keypoints.shape == (len(mine), 5, 2)
-    embedding = ours.models["recognition"].get(bgr, mine[0])
+    face_of_theirs = {"kps": mine[0].kps}
+    embedding = ours.models["recognition"].get(bgr, face_of_theirs)
+    assert face_of_theirs["embedding"] is embedding
     assert (
         np.dot(embedding, theirs[0].embedding) / np.linalg.norm(embedding) / np.linalg.norm(theirs[0].embedding) > 0.999
     )
@@ -365,6 +369,15 @@ def test_other_packs_can_use_it_as_insightface(analysers, reference, pictures):
     assert [len(ours.get(bgr))] == [len(smaller)] and len(smaller) != len(theirs)
     reference.prepare(0, det_size=(640, 640))
     ours.prepare(det_size=(640, 640))
+
+
+def test_the_foremost_faces_are_large_and_as_insightface_counts_near_the_middle():
+    """Its measure: the area, less twice the squared distance of the centres."""
+    boxes = torch.tensor([[0.0, 0, 40, 40], [40, 40, 60, 60], [45, 40, 65, 60]])
+    faces = Faces(boxes, torch.zeros(3, 5, 2), torch.ones(3), None, (100, 100), 640)
+    assert foremost(faces, 2, "default") == [1, 2] and foremost(faces, 1, "max") == [0]
+    for all_of_them in (0, -1, 3, 9):
+        assert foremost(faces, all_of_them, "max") == [0, 1, 2]
 
 
 def test_the_insightface_engine_is_the_library_itself(roots, pictures):

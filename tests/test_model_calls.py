@@ -264,6 +264,18 @@ def test_attention_couples_with_a_foreign_object_around_ours(bench: Bench) -> No
     assert alike(sample(couple(model, 2), bench.positive, bench.negative), expected)
 
 
+def test_each_positive_is_copied_and_each_negative_is_not() -> None:
+    from hotpath.patches.bound_attention import _other_batch
+
+    rows = torch.arange(6, dtype=torch.int32)[None]
+    mask = torch.arange(6.0)[None, :, None]
+    found = _other_batch(rows, rows + 0.5, mask, 14, [0, 1, 0])
+    samples = [0, 1, 0, 1, 0, 1, 2, 3, 4, 5, 4, 5, 4, 5]
+    assert found[0].tolist() == [samples] and found[1].tolist() == [[i + 0.5 for i in samples]]
+    assert found[2].flatten().tolist() == samples
+    assert torch.equal(_other_batch(rows, rows, mask[:, :1], 14, [0, 1, 0])[2], mask[:, :1])
+
+
 @pytest.mark.parametrize("samples", [0, 2])
 def test_a_batch_that_no_copying_gives_is_one_sentence(samples: int) -> None:
     from hotpath.patches.bound_attention import _other_batch

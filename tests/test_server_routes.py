@@ -255,6 +255,8 @@ def test_progress_and_stopping(routes):
     assert bringer.asked == [["free"]]  # what waited was never begun
     desk.start("free")  # and it can be asked for again
     until(lambda: state(desk, "free")["state"] == "done")
+    ((status, refused),) = ask(routes, post("downloads/stop", {"model": "free"}))
+    assert status == 409 and refused["error"] == "free is not being downloaded."
 
 
 @pytest.mark.parametrize(

@@ -370,6 +370,7 @@ def test_the_node_applies_profiles_and_files(headless_host: Any, no_compiler_nee
     before = node.IS_CHANGED(model=None, profile="hotpath.yaml", section="mine")
     file.write_text("mine:\n  attention: {backend: auto}\n")
     assert node.IS_CHANGED(model=None, profile="hotpath.yaml", section="mine") != before
-    assert node.IS_CHANGED(model=None, profile="balanced") == ""
+    assert node.IS_CHANGED(model=None, profile="balanced") == "" == node.IS_CHANGED("balanced", None)
+    assert node.IS_CHANGED("hotpath.yaml") == node.IS_CHANGED("hotpath.yaml", "hotpath.yaml") != ""
     for linked in ({"profile": None}, {"profile": "hotpath.yaml", "file": None}):
         assert math.isnan(node.IS_CHANGED(model=None, **linked)), "what another node says is not told here"

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from hotpath.vision_language import answers
-from hotpath.vision_language.budgets import OLD_PRESETS, PRESETS, PROCESSOR, TokenPixels, fitted, preset
+from hotpath.vision_language.budgets import OLD_PRESETS, PRESETS, PROCESSOR, Budget, TokenPixels, fitted, preset
 
 QWEN3 = TokenPixels(32, 65536, 16777216)
 QWEN25 = TokenPixels(28, 3136, 12845056)
@@ -154,6 +154,9 @@ def test_native_and_untouched_budgets():
     assert PROCESSOR.edges(QWEN3) == (65536, 16777216)
     assert PRESETS["native"].halved(QWEN3).most == 8192
     assert preset("fast").halved(QWEN3).edges(QWEN3)[1] == 128 * 1024
+    enlarging = Budget("mine", 300, 400).halved(QWEN3)
+    assert (enlarging.name, enlarging.least, enlarging.most) == ("mine, halved", 200, 200)
+    assert Budget("mine", 100, 400).halved(QWEN3).least == 100 and Budget("mine", None, 400).halved(QWEN3).least == 0
 
 
 def test_bad_sizes():

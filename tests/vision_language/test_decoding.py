@@ -352,7 +352,7 @@ def test_quantised_models_answer_the_same_on_both_paths(load, pictures, method):
     assert backend.graphs == 2
 
 
-def test_quantization_words():
+def test_quantization_words(monkeypatch):
     cpu = torch.device("cpu")
     assert plan("none", cpu).method == "none"
     assert plan("None (FP16)", cpu).method == "none"
@@ -364,6 +364,16 @@ def test_quantization_words():
         plan("bitsandbytes 4-bit", cpu)
     with pytest.raises(ValueError, match="no quantization"):
         plan("3bit", cpu)
+    card, there = torch.device("cuda"), [object()]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: there[0])
+    assert plan("4bit", card).method == plan("bitsandbytes 4-bit", card).method == "bitsandbytes 4-bit"
+    assert plan("4bit", cpu).method == "int4"
+    with pytest.raises(ValueError, match="choose int4 or int8"):
+        plan("bitsandbytes 4-bit", cpu)
+    there[0] = None
+    assert plan("4bit", card).method == "int4"
+    with pytest.raises(ValueError, match="choose int4 or int8"):
+        plan("bitsandbytes 4-bit", card)
     on_a_mac = plan("float8", torch.device("mps"))
     assert on_a_mac.method == "int8" and "Metal has no 8 bit floats" in on_a_mac.note
 

@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,6 +117,13 @@ def test_missing_and_partial_shards_are_named(sharded, offline):
     assert "cannot reach the hub" in message
     # The download goes on in the same folder.
     assert offline[0][1]["local_dir"] == sharded
+
+
+@pytest.mark.parametrize(("count", "told"), [(8, "7. Download"), (11, "7 and 3 more. Download")])
+def test_many_missing_files_are_counted(sharded, monkeypatch, count, told):
+    monkeypatch.setattr(folders, "missing_files", lambda folder: [str(i) for i in range(count)])
+    with pytest.raises(UnusableModel, match=f"missing: 0, 1, 2, 3, 4, 5, 6, {told}"):
+        folders.check(SimpleNamespace(path=sharded), False)
 
 
 def test_a_completed_download_is_used(sharded, tmp_path, monkeypatch):

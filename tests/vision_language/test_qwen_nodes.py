@@ -13,7 +13,7 @@ from hotpath.host import saved_layouts as migration
 from hotpath.nodes import FAILED_FAMILIES, NODE_CLASS_MAPPINGS
 from hotpath.vision_language import presets
 from hotpath.vision_language.answering import AnswerOptions
-from hotpath.vision_language.budgets import PRESETS
+from hotpath.vision_language.budgets import OLD_PRESETS, PRESETS
 from hotpath.vision_language.caption_job import CaptionJob
 from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.sampling import Sampling
@@ -221,6 +221,41 @@ def test_what_is_set_at_the_ailab_nodes_reaches_the_model(monkeypatch, node_id, 
     assert (answer.max_new_tokens, answer.decode, answer.keep_loaded, answer.node_id) == (9, "compiled", False, "7")
     eager = [*order[:3], False, *order[4:]]
     assert NODE_CLASS_MAPPINGS[node_id]().process(*eager)[-1].decode == "auto"
+
+
+SET_AT_QWEN = {"model": "m", "quantization": "8bit", "keep_model_loaded": True, "temperature": 0.5, "seed": 5}
+FURTHER = {"do_sample": False, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2}
+
+
+@pytest.mark.parametrize(
+    ("node_id", "settings", "sampling", "budget"),
+    [
+        ("Qwen2VL", {}, (None, 0.5, None, None, None, None), OLD_PRESETS["ultra"]),
+        ("QwenVL", FURTHER | {"image_quality": "fast"}, (False, 0.5, 0.8, 7, 0.1, 1.2), OLD_PRESETS["fast"]),
+        (
+            "Qwen2.5VL",
+            FURTHER | {"image_quality": "high", "token_budget": "tokens"},
+            (False, 0.5, 0.8, 7, 0.1, 1.2),
+            PRESETS["high"],
+        ),
+        ("Qwen", FURTHER, (False, 0.5, 0.8, 7, 0.1, 1.2), PRESETS["balanced"]),
+        ("Qwen2.5", FURTHER, (False, 0.5, 0.8, 7, 0.1, 1.2), PRESETS["balanced"]),
+    ],
+)
+def test_what_is_set_at_the_qwen_nodes_reaches_the_model(monkeypatch, node_id, settings, sampling, budget):
+    from hotpath.nodes import qwen_vl
+
+    monkeypatch.setattr(qwen_vl, "run", lambda *given: given)
+    sees = node_id.endswith("VL")
+    old = node_id == "Qwen2VL"
+    given = SET_AT_QWEN | settings | {"text" if sees else "prompt": "Say it.", "max_new_tokens": 9}
+    given |= {} if old else {"system": "Brief.", "attention_mode": "sdpa", "strip_thoughts": True}
+    given |= {"enable_image_cache": False} if sees and not old else {}
+    name, question, load, chosen, options, strip = NODE_CLASS_MAPPINGS[node_id]().inference(**given, unique_id="4")
+    assert (name, question.prompt, question.system, strip) == ("m", "Say it.", "" if old else "Brief.", not old)
+    assert load == LoadOptions(quantization="8bit", attention="auto" if old else "sdpa")
+    assert chosen == Sampling(*sampling, seed=5)
+    assert options == AnswerOptions(9, budget, cache_images=old or not sees, keep_loaded=True, node_id="4")
 
 
 def test_what_is_set_at_the_folder_node_or_the_command_reaches_the_captions(headless_host, tmp_path, monkeypatch):
