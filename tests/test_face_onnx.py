@@ -42,9 +42,12 @@ def node(kind, inputs="x", output="y", **attributes):
 GRAPHS = {
     "conv uneven pads": ([node("Conv", "x w b", pads=[0, 1, 2, 1], strides=[2, 2])], {"w": floats(6, 4, 3, 3), "b": floats(6)}),
     "conv groups dilated": ([node("Conv", "x w", group=4, dilations=[2, 2], pads=[2] * 4)], {"w": floats(4, 1, 3, 3)}),
-    "conv same upper": ([node("Conv", "x w", auto_pad="SAME_UPPER", strides=[3, 3])], {"w": floats(5, 4, 4, 4)}),
+    "conv same upper": ([node("Conv", "x w", auto_pad="SAME_UPPER", strides=[3, 3])], {"w": floats(5, 4, 3, 3)}),
     "conv same lower": ([node("Conv", "x w", auto_pad="SAME_LOWER", strides=[2, 2])], {"w": floats(5, 4, 3, 3)}),
     "max pool": ([node("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 0, 1, 1])], {}),
+    "max pool same upper": ([node("MaxPool", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_UPPER")], {}),
+    "max pool same lower": ([node("MaxPool", kernel_shape=[3, 3], strides=[2, 2], auto_pad="SAME_LOWER")], {}),
+    "max pool valid": ([node("MaxPool", kernel_shape=[3, 3], auto_pad="VALID")], {}),
     "max pool ceil": ([node("MaxPool", kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)], {}),
     "average pool": ([node("AveragePool", kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)], {}),
     "average pool counted": ([node("AveragePool", kernel_shape=[2, 2], pads=[1, 0, 0, 1], count_include_pad=1)], {}),
@@ -74,6 +77,39 @@ GRAPHS = {
     ),
     "reduce": ([node("ReduceMean", "x", "a", axes=[2, 3], keepdims=1), node("ReduceL2", "a", axes=[1], keepdims=1)], {}),
     "pad": ([node("Pad", "x p v")], {"p": ints(0, 0, 1, 2, 0, 0, 3, 0), "v": np.float32(1.5)}),
+    "pad with nothing said": ([node("Pad", "x p")], {"p": ints(0, 0, 1, 2, 0, 0, 3, 0)}),
+    "slice from the first axis on": ([node("Slice", "x a b")], {"a": ints(1, -3), "b": ints(2, 9)}),
+    "gemm turned, a matrix added": (
+        [node("Flatten", "x", "a"), node("Gemm", "a w b", transA=1, alpha=0.5)],
+        {"w": floats(2, 7), "b": floats(256, 7)},
+    ),
+    "gemm with nothing added": ([node("Flatten", "x", "a"), node("Gemm", "a w", alpha=0.5)], {"w": floats(256, 7)}),
+    "gemm, half of a row added": (
+        [node("Flatten", "x", "a"), node("Gemm", "a w b", beta=0.5)],
+        {"w": floats(256, 7), "b": floats(7)},
+    ),
+    "flatten from the end": ([node("Flatten", axis=-1)], {}),
+    "flatten all": ([node("Flatten", axis=0)], {}),
+    "reduce all": ([node("ReduceMean", "x", "a", keepdims=0), node("Add", "a x")], {}),
+    "squeeze": ([node("GlobalAveragePool", "x", "a"), node("Squeeze", "a")], {}),
+    "squeeze two": ([node("GlobalAveragePool", "x", "a"), node("Squeeze", "a k")], {"k": ints(-1, 2)}),
+    "gather from the end": ([node("Gather", "x k", axis=-1)], {"k": np.array([[0, -1], [3, -8]], np.int64)}),
+    "whole numbers divided": (
+        [node("Shape", "x", "s"), node("Div", "s k", "d"), node("Cast", "d", to=TensorProto.FLOAT)],
+        {"k": ints(1, 3, -3, 5)},
+    ),
+    "zeros of a shape": (
+        [node("Shape", "x", "s"), node("ConstantOfShape", "s", "z"), node("Add", "x z")],
+        {},
+    ),
+    "ones of a shape": (
+        [
+            node("Shape", "x", "s"),
+            node("ConstantOfShape", "s", "z", value=numpy_helper.from_array(np.ones(1, np.float32))),
+            node("Add", "x z"),
+        ],
+        {},
+    ),
     "slice": (
         [node("Slice", "x a b c d")],
         {"a": ints(1, -6), "b": ints(9999, -1), "c": ints(1, 3), "d": ints(1, 2)},
@@ -136,11 +172,16 @@ def test_a_resize_is_onnxruntimes_or_refused_by_name(tmp_path):
             for rounding in ROUNDINGS:
                 settings = {"coordinate_transformation_mode": where, "nearest_mode": rounding}
                 path = write(tmp_path / "m.onnx", [node("Resize", "x r s", mode="nearest", **settings)], constants)
+                x = floats(3, 4, 8, 8)
+                session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+                wanted = session.run(None, {"x": x})[0]
+                repeated = np.array_equal(wanted, x.repeat(factor, 2).repeat(factor, 3))
                 try:
-                    agree(path)
+                    assert np.array_equal(OnnxNetwork(path)(torch.from_numpy(x))[0], wanted)
                     taken.append((factor, where, rounding))
+                    assert repeated
                 except UnsupportedOperator as error:
-                    assert where in str(error) and rounding in str(error)
+                    assert where in str(error) and rounding in str(error) and not repeated
     assert {(2, "asymmetric", "floor"), (3, "asymmetric", "floor"), (3, "half_pixel", "round_prefer_floor")} <= set(
         taken
     )
