@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..cache import content_key
 from ..host.whole_files import whole_file
 
 FORMAT = "hotpath.identity.1"
@@ -40,10 +39,6 @@ class Identity:
             raise ValueError(f"an identity needs key points [5, 2], not {tuple(self.keypoints.shape)}")
         if self.size is not None and not 0 < self.size[0] * self.size[1] <= MAX_PIXELS:
             raise ValueError(f"an identity's picture has 1 to {MAX_PIXELS} pixels, not {self.size[0]} x {self.size[1]}")
-
-    @property
-    def key(self) -> str:
-        return content_key("identity", self.embeddings)
 
     def merged(self, other: Identity) -> Identity:
         """Both people's pictures as one identity. Raises ValueError when the recognisers differ."""

@@ -18,8 +18,6 @@ OVER = ["lines", "JSON lines", "pictures of a folder", "videos of a folder", "sh
 def workflow_files() -> list[str]:
     """Workflow files below their folder in the input folder, sorted."""
     folder = host.current().input_folder() / FOLDER
-    if not folder.is_dir():
-        return []
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.json") if path.is_file())
 
 

@@ -187,6 +187,9 @@ def test_what_it_cannot_read_goes_to_comfyui():
     q = torch.zeros(1, 4, 8, dtype=torch.float8_e4m3fn)
     assert override(comfyui, q, q, q, 2, transformer_options={}) is q
     assert asked[0][0] == 2 and asked[0][1]["transformer_options"] == {} and "ComfyUI's" in override.log.report()
+    settings = {"mask": q, "attn_precision": torch.float32, "skip_reshape": True, "skip_output_reshape": True}
+    override(comfyui, q, q, q, 2, transformer_options={}, **settings)
+    assert asked[1][1] == settings | {"transformer_options": {}}
 
 
 # --- other nodes on the same model ----------------------------------------------------------------------------------

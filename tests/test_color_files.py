@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from film_files import frames, read_video, write_film
-from hotpath.colorization import file_job, film, video_file, video_parts
+from hotpath.colorization import file_job, film, pictures, video_file, video_parts
 from hotpath.colorization.film_options import FilmOptions, Reference, read_references
 from torch import Tensor
 
@@ -120,3 +120,16 @@ def test_odd_sizes_and_paths_from_the_command_line(tmp_path: Path) -> None:
         file_job.colorize_file_by_path(tmp_path / "in.mp4", tmp_path / "o.mkv", [tmp_path / "in.mp4"], FilmOptions())
     with pytest.raises(FileNotFoundError, match="no reference picture"):
         file_job.colorize_file_by_path(tmp_path / "in.mp4", tmp_path / "o.mkv", [tmp_path / "x.png"], FilmOptions())
+
+
+def test_a_reference_file_is_upright_without_transparency_and_in_0_to_1() -> None:
+    from PIL import Image
+
+    drawn = Image.new("RGBA", (3, 2), (255, 51, 0, 10))
+    drawn.putpixel((0, 0), (0, 102, 255, 255))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown after a quarter turn clockwise
+    drawn.getexif().update(turned)
+    made = pictures.from_pil(drawn)
+    assert made.shape == (3, 2, 3) and torch.allclose(made[0, 1], torch.tensor([0, 0.4, 1.0]))
+    assert torch.allclose(made[0, 0], torch.tensor([1.0, 0.2, 0])) and torch.allclose(made[2], made[0, 0])

@@ -15,6 +15,7 @@ from hotpath import host
 from hotpath.colorization import clip_job, compatible, file_job, film, networks, video_file
 from hotpath.colorization.colour_space import luminance_of
 from hotpath.colorization.film_options import METHODS, FilmOptions
+from hotpath.colorization.shot_job import Shot
 
 pytestmark = pytest.mark.usefixtures("colour_host")
 
@@ -243,6 +244,11 @@ def test_what_is_set_at_the_node_reaches_the_film(colour_host: Any, monkeypatch:
     nodes.HotpathColorizeFile().colorize("f.mp4", frames(1), "ColorMNet", "o.mkv", unique_id="4", **set_there)
     assert {name: getattr(jobs[0], name) for name in set_there} == set_there
     assert (jobs[0].source.name, jobs[0].output.name) == ("f.mp4", "o.mkv") and colour_host.texts[-1] == ("4", "made")
+    shots: list[Any] = []
+    monkeypatch.setattr(nodes, "colorize_shot", lambda job, references, shot: (shots.append(shot), "a shot")[1])
+    shot = Shot(1, 5, 9, 2)
+    nodes.HotpathColorizeFile().colorize("f.mp4", frames(1), "ColorMNet", "o.mkv", shot_frames=str(shot))
+    assert shots == [shot] and len(jobs) == 1
 
 
 @pytest.mark.parametrize("linked", [False, True])

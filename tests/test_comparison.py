@@ -24,6 +24,7 @@ from hotpath.comparison import (
     compare_pair,
     describe,
     difference_map,
+    face_agreement,
     load_perceptual,
     pair_files,
     read_picture,
@@ -174,6 +175,12 @@ class TestFaces:
         found = compare_faces(Faces(a, b), flat(0), flat(0))
         assert sorted(found.cosines) == pytest.approx([1 / math.sqrt(2), 1.0])
         assert found.least == pytest.approx(1 / math.sqrt(2)) and not found.problem
+
+    def test_overlap_is_the_shared_area_in_parts_of_both(self) -> None:
+        a = torch.tensor([[0.0, 0, 10, 10], [0, 0, 4, 4]])
+        b = torch.tensor([[5.0, 0, 15, 10], [0, 0, 8, 8], [10, 10, 20, 20], [3, 3, 3, 3]])
+        wanted = torch.tensor([[1 / 3, 0.64, 0, 0], [0, 0.25, 0, 0]])
+        assert torch.allclose(face_agreement._overlap(a, b), wanted)
 
     def test_a_lone_face_that_moved_is_compared_all_the_same(self) -> None:
         found = compare_faces(Faces(found_faces((LEFT, [1.0, 0])), found_faces((FAR, [0.0, 2]))), flat(0), flat(0))

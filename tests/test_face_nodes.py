@@ -195,6 +195,13 @@ def test_a_picture_without_a_face_keeps_the_batch_aligned(loaded, three):
         nodes.HotpathFaceCrop().crop(batch, found, 64, 0.5, True, "error")
 
 
+def test_a_picture_without_the_face_that_is_picked_is_an_error_where_that_is_asked_for():
+    faces, pick = [some_faces(), Faces.none((100, 120), 640)], nodes.HotpathFacePick().pick
+    assert pick(faces, "largest", 0, "skip")[1] == 1
+    with pytest.raises(FaceError, match="picture 1 of 2"):
+        pick(faces, "largest", 0, "error")
+
+
 def test_a_picture_that_passes_through_is_averaged():
     stripes = torch.zeros(1, 64, 64, 3)
     stripes[:, :, ::4] = 1.0

@@ -392,7 +392,8 @@ def test_a_file_that_was_cut_off_is_refused(layout: str, part: float, tmp_path: 
     write(make_state(), path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(part * len(whole)) if 0 < part < 1 else int(part)])
-    with pytest.raises(UnsupportedCheckpoint, match=r"ip-adapter.* not "):
+    said = " not a whole safetensors file" if layout == "flat safetensors" else " not "
+    with pytest.raises(UnsupportedCheckpoint, match=f"ip-adapter.*{said}"):
         load_adapter(path)
 
 
@@ -958,7 +959,6 @@ def test_an_identity_survives_saving(tmp_path: Path) -> None:
     assert back.keypoints is not None
     assert torch.equal(back.keypoints, ann.keypoints)
     assert (back.name, back.recogniser, back.size) == ("Ann Ö", "antelopev2", (120, 80))
-    assert back.key == ann.key
     assert [p.name for p in path.parent.iterdir()] == ["ann.safetensors"]
     assert not lies_in_memory(path)
 
@@ -1072,8 +1072,9 @@ def test_a_foreign_or_broken_identity_file_is_refused(changes: dict[str, Any], s
 
 def test_a_good_file_made_the_same_way_is_read(tmp_path: Path) -> None:
     assert load_identity(write_identity(tmp_path / "who.safetensors")).size == (120, 80)
-    odd = write_identity(tmp_path / "odd.safetensors", metadata={"size": "large"})
-    assert load_identity(odd).size is None
+    for size in ("large", "120x", "x80", "120x-80"):
+        odd = write_identity(tmp_path / "odd.safetensors", metadata={"size": size})
+        assert load_identity(odd).size is None
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 64])

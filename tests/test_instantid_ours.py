@@ -200,6 +200,19 @@ def test_faces_go_to_the_people_whose_masks_cover_them(bench: Bench) -> None:
     assert _assign([Person(person, 1.0), Person(person, 1.0, left)], found) == [0, 1]
 
 
+def test_a_mask_covers_a_face_by_what_lies_in_its_box() -> None:
+    from hotpath.face import Faces
+    from hotpath.patches.identities import _coverage
+
+    boxes = torch.tensor([[40.0, 10, 60, 30], [-20, -20, 10, 10], [95, 40, 130, 80], [200, 10, 220, 30]])
+    found = Faces(boxes, torch.zeros(4, 5, 2), torch.ones(4), None, (50, 100), 640)
+    left = torch.zeros(50, 100)
+    left[:, :45] = 1
+    for region in (left, left[None], left[None, ::2, ::2]):
+        covered = [_coverage(region, found, face) for face in range(4)]
+        assert covered == pytest.approx([0.25, 1, 0, 0], abs=0.06)
+
+
 def test_too_few_faces_for_the_people_is_one_sentence(bench: Bench) -> None:
     with pytest.raises(ValueError, match="shows 0 faces for 2 identities"):
         several(bench, image_kps=torch.zeros(1, 64, 64, 3), insightface=ForeignFaceAnalysis())

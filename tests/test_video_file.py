@@ -412,6 +412,7 @@ def hdr(path: Path, transfer: int, matrix: int, code: int) -> Path:
 
 
 def test_hdr_becomes_sdr_and_says_so(tmp_path: Path) -> None:
+    from hotpath.colorization import video_hdr
     from hotpath.colorization.video_hdr import to_sdr
 
     source = hdr(tmp_path / "in.mkv", 16, 9, 509)  # PQ of 100 cd/m²
@@ -423,6 +424,11 @@ def test_hdr_becomes_sdr_and_says_so(tmp_path: Path) -> None:
     assert 180 < read(source)[1][0].float().mean() < 230
     codes = np.array([[[0] * 3, [19641] * 3, [49271] * 3, [65535] * 3]], np.uint16)  # 0, 10, 1000 and 10000 cd/m²
     assert to_sdr(codes, 16)[0, :, 0].tolist() == [0, pytest.approx(255 * 0.1 ** (1 / 2.4), abs=1), 255, 255]
+    assert np.allclose(
+        video_hdr._scene_light(np.array([0, 0.25, 0.5, 0.5 + 1e-9, 1])), [0, 1 / 48, 1 / 12, 1 / 12, 1], atol=1e-6
+    )
+    nits = np.array([0.0, 1, 100, 1000, 10000])
+    assert np.allclose(video_hdr._from_pq(video_hdr._to_pq(nits)), nits, atol=1e-6)
     levels = to_sdr(np.arange(0, 65536, 64, dtype=np.uint16)[None, :, None].repeat(3, 2), 18)[0]
     assert (np.diff(levels[:, 0].astype(int)) >= 0).all() and levels[0, 0] == 0 and levels[-1, 0] == 255
     assert (levels[:, 0] == levels[:, 1]).all() and (levels[:, 0] == levels[:, 2]).all()

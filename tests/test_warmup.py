@@ -25,10 +25,15 @@ def test_sizes_are_read_and_refused() -> None:
         (64, 64),
         (512, 768),
     ]
+    assert parse_sizes("16x16384, 16384x16") == [(16, 16384), (16384, 16)]
     for text, said in (
         ("1024", "'1024' is no size"),
         ("", "There is no size"),
         ("8x8", "out of range"),
+        ("15x16", "out of range"),
+        ("16x15", "out of range"),
+        ("16385x16", "out of range"),
+        ("16x16385", "out of range"),
         (", ".join(f"{n}x64" for n in range(64, 100)), "36 sizes"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -159,6 +159,15 @@ def test_native_and_untouched_budgets():
     assert Budget("mine", 100, 400).halved(QWEN3).least == 100 and Budget("mine", None, 400).halved(QWEN3).least == 0
 
 
+@pytest.mark.parametrize("height", [20, 100, 333, 1080])
+@pytest.mark.parametrize("width", [30, 64, 150, 1920])
+def test_frames_get_the_sizes_of_the_processor(height, width):
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    for least, most in ((16384, 16777216), (1024, 65536), (3136, 50176)):
+        assert fitted(height, width, 32, least, most) == smart_resize(height, width, 32, least, most)
+
+
 def test_bad_sizes():
     with pytest.raises(ValueError, match="too narrow"):
         fitted(1, 1000, 32, 1024, 1 << 20)

@@ -385,12 +385,15 @@ def test_out_of_memory_asks_fewer_at_a_time_and_remembers(load, monkeypatch):
         return real(model, prompts, *rest)
 
     monkeypatch.setattr(answering, "_write", tight)
+    dropped = []
+    monkeypatch.setattr(model, "drop_device_state", lambda: dropped.append(len(rows)))
     fitting = answering.BatchSize()
     for tried in ([5, 2, 2, 1], [2, 2, 1]):
         rows.clear()
         made = answer(model, questions, GREEDY, options, None, fitting)
         assert rows == tried and [part.raw for part in made] == wanted and fitting.most == 2
         assert "the device ran out of memory; asked 2 at a time" in made[-1].report
+    assert dropped == [1], "before it tries again, and no more often"
     monkeypatch.setattr(answering, "_write", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(torch.OutOfMemoryError):
         answer(model, questions, GREEDY, options)
