@@ -232,6 +232,44 @@ def test_the_command_line_has_the_node_s_options(
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(
+    ("error", "begun", "code", "said"),
+    [
+        (None, True, 0, ("coloured well",)),
+        (ValueError("no such method"), False, 2, ("hotpath: no such method",)),
+        (ValueError("a broken frame"), True, 1, ("hotpath: a broken frame", "No part of the film was finished yet.")),
+        (OSError(errno.ENOSPC, "full"), True, 1, ("is full ([Errno 28] full): make room", "No part")),
+        (KeyboardInterrupt(), True, 130, ("Stopped. No part",)),
+        (RuntimeError("a bug"), True, 1, ("No part", "RuntimeError: a bug")),
+        (RuntimeError("a bug"), False, 1, ("RuntimeError: a bug",)),
+    ],
+)
+def test_how_the_command_ends_says_what_is_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    error: Any,
+    begun: bool,
+    code: int,
+    said: tuple[str, ...],
+) -> None:
+    from hotpath import cli
+
+    def colorize(*_: Any, **settings: Any) -> str:
+        if begun:
+            settings["begun"]()
+        if error is not None:
+            raise error
+        return "coloured well"
+
+    monkeypatch.setattr(file_job, "colorize_file_by_path", colorize)
+    before, made = host.current(), tmp_path / "o.mp4"
+    assert cli.main(["colorize", "f.mp4", "-r", "r.png", "-o", str(made), "--models", str(tmp_path)]) == code
+    out, err = capsys.readouterr()
+    assert host.current() is before and out == ("" if error else f"{made}\n")
+    assert all(text in err for text in said) and ("No part" in err) == ("No part" in " ".join(said))
+
+
 def test_what_is_set_at_the_node_reaches_the_film(colour_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from hotpath.nodes import colorize as nodes
 

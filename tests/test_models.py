@@ -663,7 +663,30 @@ def test_a_download_from_the_command_line(small_table, capsys, tmp_path):
 def test_a_dry_run_does_nothing(small_table, capsys, tmp_path):
     code, out, _ = command(capsys, tmp_path, "download", "free", "bound", "--dry-run")
     assert code == 0 and "pack.zip" in out and str(tmp_path / "models" / "two" / "x.onnx") in out
+    assert "; licence: non-commercial" in out
     assert Handler.requests == [] and not (tmp_path / "models").exists()
+
+
+def test_a_bar_takes_the_sum_so_far(monkeypatch):
+    import tqdm
+    from hotpath.commands.models import Bar
+
+    class Counted:
+        total, n, closed = None, 0, False
+
+        def update(self, further: int) -> None:
+            self.n += further
+
+        def close(self) -> None:
+            self.closed = True
+
+    counted = Counted()
+    monkeypatch.setattr(tqdm, "tqdm", lambda **_: counted)
+    with Bar("a model") as bar:
+        for done in (10, 25, 40):
+            bar.update(done, 100)
+            assert (counted.n, counted.total, counted.closed) == (done, 100, False)
+    assert counted.closed
 
 
 def test_a_licence_must_be_accepted(small_table, capsys, tmp_path, monkeypatch):

@@ -113,6 +113,8 @@ def test_boxes_are_found_wherever_they_stand(value, wanted):
 def test_boxes_are_ordered_and_kept_inside():
     (box,) = answers.find_boxes([900, 2000, -50, 100], 100, 100, None)
     assert (box.left, box.top, box.right, box.bottom) == (0, 10, 90, 100)
+    (box,) = answers.find_boxes([3000, -50, 500, 900], 60, 80, (600, 1000))
+    assert (box.left, box.top, box.right, box.bottom) == (40, 0, 80, 60)
 
 
 def test_drawing_touches_only_a_copy():

@@ -119,6 +119,36 @@ def test_missing_and_partial_shards_are_named(sharded, offline):
     assert offline[0][1]["local_dir"] == sharded
 
 
+def test_a_transfer_is_told_by_what_counts_bytes(headless_host, monkeypatch):
+    transfer, shown = download.Transfer(), []
+    bars = SimpleNamespace(update=lambda steps=1: shown.append(steps))
+    clock = [100.0]
+    monkeypatch.setattr(download.time, "monotonic", lambda: clock[0])
+    told = download.Shown(bars, "m")
+    for unit, done, total in (("it", 9, 9), ("B", 1 << 20, 1 << 23), ("B", 1 << 24, 1 << 26), ("B", 1 << 22, 1 << 22)):
+        transfer.moved(SimpleNamespace(unit=unit, n=done, total=total))
+        told.update(transfer)
+    assert (transfer.done, transfer.total) == (1 << 24, 1 << 26), "the others are of one file, or of files"
+    assert shown == [download.STEPS // 4] and not headless_host.texts
+    transfer.moved(SimpleNamespace(unit="B", n=1 << 25, total=1 << 27))  # further files have begun
+    clock[0] += download.TEXT_EVERY
+    told.update(transfer)
+    told.update(transfer)
+    transfer.moved(SimpleNamespace(unit="B", n=1 << 27, total=1 << 27))
+    told.update(transfer)
+    assert sum(shown) == download.STEPS and [text for _, text in headless_host.texts] == ["m: 0.0 of 0.1 GB"]
+    transfer.stop()
+    with pytest.raises(download.TransferStopped):
+        transfer.moved(SimpleNamespace(unit="it", n=1, total=1))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/x", "a\\x", "C:x", "/x"])
+def test_an_index_names_files_beside_it_alone(tmp_path, name):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    (problem,) = folders.missing_weights(tmp_path)
+    assert "which is no file beside it" in problem
+
+
 @pytest.mark.parametrize(("count", "told"), [(8, "7. Download"), (11, "7 and 3 more. Download")])
 def test_many_missing_files_are_counted(sharded, monkeypatch, count, told):
     monkeypatch.setattr(folders, "missing_files", lambda folder: [str(i) for i in range(count)])
