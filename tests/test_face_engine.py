@@ -344,6 +344,13 @@ def test_other_packs_can_use_it_as_insightface(analysers, reference, pictures):
         assert np.abs(a.bbox - b.bbox).max() < 0.5
         assert abs(np.linalg.norm(a.normed_embedding) - 1) < 1e-5 and a.gender is None
         assert np.dot(a.normed_embedding, b.normed_embedding) > 0.999
+    assert ours.det_size == reference.det_size and ours.model_dir == str(ours.folder.path)
+    recognition = reference.models["recognition"]
+    assert ours.models["recognition"].input_size == tuple(recognition.input_size)
+    for pair in ([1, 2, 3], [4, 0, 1]), ([1, 1, 0], [2, 2, 0]):
+        one, other = (np.array(feature, np.float32) for feature in pair)
+        expected = recognition.compute_sim(one, other)
+        assert ours.models["recognition"].compute_sim(one[None], other) == pytest.approx(float(expected))
     boxes, keypoints = ours.det_model.detect(bgr)
     assert boxes.shape == (len(mine), 5) and keypoints.shape == (len(mine), 5, 2)
     face_of_theirs = {"kps": mine[0].kps}

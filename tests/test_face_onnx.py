@@ -127,6 +127,14 @@ GRAPHS = {
         {"w": floats(256, 7), "b": floats(7), "g": floats(7), "h": floats(7, seed=1), "m": floats(7, seed=2),
          "v": np.abs(floats(7, seed=3)) + 0.1},
     ),
+    "norm by what is computed": (
+        [node("ReduceMean", "x", "m", axes=[0, 2, 3], keepdims=0), node("Abs", "m", "v"),
+         node("BatchNormalization", "x g h m v", epsilon=0.1)],
+        {"g": floats(4), "h": floats(4, seed=1)},
+    ),
+    "unit length": ([node("LpNormalization", axis=1)], {}),
+    "unit sum": ([node("LpNormalization", p=1)], {}),
+    "what does not depend on the picture": ([node("Neg", "k")], {"k": floats(3)}),
     "shape arithmetic": (
         [
             node("Shape", "x", "s"), node("Gather", "s zero", "n"), node("Unsqueeze", "n axis", "u"),

@@ -200,6 +200,36 @@ def test_faces_go_to_the_people_whose_masks_cover_them(bench: Bench) -> None:
     assert _assign([Person(person, 1.0), Person(person, 1.0, left)], found) == [0, 1]
 
 
+def test_a_control_net_with_face_tokens_is_copied_with_them() -> None:
+    from comfy.controlnet import ControlBase
+    from hotpath.patches.identity_conditioning import face_token_link
+
+    class Net(ControlBase):
+        def copy(self) -> Any:
+            made = Net()
+            self.copy_to(made)
+            return made
+
+        def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> Any:
+            return self.copy()
+
+        def get_control(self, x: Any, t: Any, cond: Any, *_: Any) -> Any:
+            return {"output": [cond["crossattn_controlnet"]]}
+
+    region = torch.zeros(8, 8)
+    region[:, :4] = 1
+    link = face_token_link(Net(), "tokens", region)
+    link.strength, link.timestep_percent_range = 0.5, (0.2, 0.8)
+    cond = {"tokens": torch.ones(1, 2, 8, 8), "crossattn_controlnet": None}
+    for made in (link.copy(), link.deepclone_multigpu("a card", autoregister=True)):
+        assert made is not link and (made.strength, made.timestep_percent_range) == (0.5, (0.2, 0.8))
+        given = made.get_control(torch.zeros(1), torch.zeros(1), cond, 1, {})["output"][0]
+        assert given[..., :4].eq(0.5).all() and given[..., 4:].eq(0).all()
+    assert list(link.multigpu_clones) == ["a card"]
+    link.deepclone_multigpu("another")
+    assert list(link.multigpu_clones) == ["a card"]
+
+
 def test_a_mask_covers_a_face_by_what_lies_in_its_box() -> None:
     from hotpath.face import Faces
     from hotpath.patches.identities import _coverage

@@ -514,6 +514,18 @@ def test_what_a_gpu_cannot_do_is_refused(monkeypatch, scheme, capability, words)
     assert reason is None if words is None else words in reason
 
 
+@pytest.mark.parametrize(
+    ("scheme", "products", "refused"), [("fp8", True, False), ("fp8", False, True), ("int8", False, False)]
+)
+def test_what_an_amd_gpu_cannot_do_is_refused(monkeypatch, scheme, products, refused):
+    import comfy.model_management as management
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(management, "supports_fp8_compute", lambda device: products)
+    reason = unavailable(SCHEMES[scheme], torch.device("cuda"))
+    assert (reason == "ComfyUI has no fp8 products for this AMD GPU: choose fp8_weights") if refused else reason is None
+
+
 def test_apple_gpus_have_no_8_bit_floats():
     for scheme in ("fp8", "fp8_weights"):
         assert unavailable(SCHEMES[scheme], torch.device("mps")).endswith("choose int8_weights")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,8 +169,3 @@ def _as_shown(frame: Any, width: int, height: int) -> NDArray[np.uint8]:
     picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
     mirrored, turns = turned(frame)
     return np.rot90(picture[:, ::-1] if mirrored else picture, turns)
-
-
-def of_pil(images: Iterable[Any]) -> Sequence[Picture]:
-    """Pictures of PIL images."""
-    return [Picture(np.asarray(image.convert("RGB"), dtype=np.uint8)) for image in images]

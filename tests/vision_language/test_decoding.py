@@ -11,6 +11,7 @@ from hotpath.vision_language import cpu_kernels, decode_attention, decoding, gen
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.generation import DecodePath, PlainRunner, choose_path, workspace
+from hotpath.vision_language.loading import bitsandbytes_settings
 from hotpath.vision_language.prefill import prefill
 from hotpath.vision_language.prompts import Question, build
 from hotpath.vision_language.quantization import Int4Linear, ScaledLinear, pack, plan
@@ -374,6 +375,10 @@ def test_quantization_words(monkeypatch):
     assert plan("4bit", card).method == "int4"
     with pytest.raises(ValueError, match="choose int4 or int8"):
         plan("bitsandbytes 4-bit", card)
+    monkeypatch.setattr("transformers.BitsAndBytesConfig", dict)
+    assert bitsandbytes_settings("bitsandbytes 8-bit", torch.float16) == {"load_in_8bit": True}
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float16}
+    assert bitsandbytes_settings("bitsandbytes 4-bit", torch.float16) == four
     on_a_mac = plan("float8", torch.device("mps"))
     assert on_a_mac.method == "int8" and "Metal has no 8 bit floats" in on_a_mac.note
 
