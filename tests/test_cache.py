@@ -346,6 +346,10 @@ def test_a_value_over_the_limit_is_given_back_but_not_kept() -> None:
     assert "small" in cache, "what does not fit must not push out what does"
     assert cache.put("exact", kib(2)).nbytes == 2 * KIB
     assert "exact" in cache
+    empty: BoundedCache[torch.Tensor] = BoundedCache("test", 3)
+    for key in "abcde":
+        empty.put(key, torch.empty(0))
+    assert len(empty) == 3, "what has no bytes is counted, too"
 
 
 @pytest.mark.parametrize("seed", range(5))

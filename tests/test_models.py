@@ -516,6 +516,11 @@ def test_a_repository_that_does_not_fit_is_seen_before(a_hub, tmp_path, monkeypa
     with pytest.raises(DownloadError, match="Free some space"):
         hub.fetch_repository("a/Tiny", tmp_path / "LLM" / "Tiny")
     assert Handler.requests == []
+    # What came before needs no room again.
+    half = tmp_path / "LLM" / downloads.STAGING / "Tiny" / "model.safetensors.part"
+    half.write_bytes(CONTENT[:1000])
+    hub.fetch_repository("a/Tiny", tmp_path / "LLM" / "Tiny")
+    assert Handler.requests[1]["Range"] == "bytes=1000-" and leftovers(tmp_path)[1] == "model.safetensors"
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
