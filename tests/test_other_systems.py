@@ -20,7 +20,7 @@ from hotpath.distributed.jobs import Job
 from hotpath.distributed.manifest import Manifest
 from hotpath.distributed.results import ResultStore
 from hotpath.headless import files, launcher, locate
-from hotpath.host import cards, cores, device_work, windows_names
+from hotpath.host import capturing, cards, cores, device_work, windows_names
 from hotpath.host.headless import HeadlessHost, best_device
 
 
@@ -162,6 +162,46 @@ def test_memory_that_torch_keeps_of_a_card_is_free(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50)
     assert HeadlessHost(device="cuda").free_memory(torch.device("cuda", 0)) == 120
+
+
+@pytest.mark.parametrize(
+    ("device", "allocator", "hip", "trimmed"),
+    [
+        ("cuda:1", "cudaMallocAsync", None, [1, "trimmed"]),
+        ("cuda", "cudaMallocAsync", None, [3, "trimmed"]),
+        ("cuda:7", "cudaMallocAsync", None, [7]),  # the driver does not know it
+        ("cuda:1", "native", None, []),
+        ("cuda:1", "cudaMallocAsync", "6.4", []),
+        ("cpu", "cudaMallocAsync", None, []),
+    ],
+)
+def test_memory_of_graphs_is_given_back_where_the_driver_keeps_it(
+    device: str, allocator: str, hip: str | None, trimmed: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    class Driver:
+        def cuDeviceGet(self, handle: object, index: int) -> int:
+            asked.append(index)
+            return int(index == 7)
+
+        def cuDeviceGraphMemTrim(self, handle: object) -> None:
+            asked.append("trimmed")
+
+    monkeypatch.setattr(capturing.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: allocator)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    capturing.trim(torch.device(device))
+    assert asked == trimmed
+
+
+def test_an_older_driver_that_keeps_no_memory_of_graphs_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    monkeypatch.setattr(torch.version, "hip", None)
+    for driver in (lambda name: SimpleNamespace(), lambda name: (_ for _ in ()).throw(OSError("no driver"))):
+        monkeypatch.setattr(capturing.ctypes, "CDLL", driver)
+        capturing.trim(torch.device("cuda", 0))
 
 
 def test_memory_of_the_machine_is_told_without_psutil_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,9 @@ def test_a_capture_that_breaks_off_costs_the_next_ones_nothing(
     with pytest.raises(RuntimeError, match=r"previous error|capturing"):
         captured(waits, 1, memory=memory)
     assert torch.cuda.current_stream() is stream
+    assert memory.stream is memory.pool is None, "nothing more goes where it broke off"
     second, _ = captured(step, 1, memory=memory)
+    assert second.pool() != first.pool()
     for graph in (first, second):
         x.add_(1)
         graph.replay()
@@ -79,6 +81,14 @@ def test_an_error_of_the_function_ends_the_capture(card: Any) -> None:
     with pytest.raises(ValueError, match="no"):
         captured(fails, 1)
     assert captured(lambda: torch.zeros(3, device="cuda"), 1)[0] is not None
+
+
+def test_what_other_threads_do_meanwhile_breaks_no_capture(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    graph = torch.cuda.graph
+    monkeypatch.setattr(torch.cuda, "graph", lambda *a, **settings: (asked.append(settings), graph(*a, **settings))[1])
+    captured(lambda: torch.zeros(3, device="cuda"), 1)
+    assert [settings["capture_error_mode"] for settings in asked] == ["thread_local"]
 
 
 def test_memory_is_shared_while_a_graph_of_it_lives(card: Any) -> None:
