@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hotpath import face
+from hotpath.face import graphs
 
 MODELS = Path(__file__).resolve().parents[2] / "demo" / "models" / "insightface"
 OPTIONS = face.DetectionOptions(sizes=(320,))
@@ -146,3 +147,64 @@ def test_large_pictures_go_in_smaller_steps_which_are_recorded(
     card.waits.clear()
     there.analyse(pictures, embed=False, options=small)
     assert card.replays == 2 and card.waits == ["copy to the host"]
+
+
+class Asked:
+    """Graphs of a network that doubles, asked under a key each."""
+
+    def __init__(self) -> None:
+        self.graphs = graphs.Graphs()
+        self.runs = 0
+
+    def __call__(self, keys: str, nbytes: int = 1, weights: tuple[int, ...] = (1,)) -> int:
+        """How often the network itself ran."""
+        before = self.runs
+        for key in keys:
+            given = torch.arange(3.0, device="cuda") + self.runs
+            assert torch.equal(self.graphs(key, self._step, given, weights, nbytes), given * 2)
+        return self.runs - before
+
+    def _step(self, given: torch.Tensor) -> tuple[torch.Tensor]:
+        self.runs += not torch.cuda.is_current_stream_capturing()
+        return (given * 2,)
+
+
+RECORDS = graphs.WARM_RUNS + 1
+
+
+def test_graphs_are_recorded_the_second_time_and_kept_while_they_are_used(
+    card: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(graphs, "IDLE_CALLS", 4)
+    ask = Asked()
+    assert (ask("a"), ask("a"), ask("aaa"), len(ask.graphs)) == (1, RECORDS, 0, 1)
+    assert ask.graphs.status == "recorded, equal to the plain run"
+    assert ask("bba") == 1 + RECORDS and "2 shapes" in ask.graphs.status
+    assert ask("cc") == 2, "b was used three calls ago, and a after it"
+    assert ask("aa") == 0 and ask("c") == RECORDS, "b was not used for long enough"
+    assert (ask("a"), ask("b"), len(ask.graphs)) == (0, 1, 2)
+    assert ask("a", weights=(2,)) == 1 and len(ask.graphs) == 0, "the weights are elsewhere"
+    assert ask("a", weights=(2,)) == RECORDS and ask("a", weights=(2,)) == 0
+
+
+def test_graphs_need_room(card: Any, headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_BYTES", 10)
+    monkeypatch.setattr(headless_host, "free_memory", lambda device: 19)
+    ask = Asked()
+    assert ask("aaa", 11) == 3 and ask.graphs.status == "not recorded, the pictures are too large"
+    assert ask("aaa", 10) == 3 and ask.graphs.status == "not recorded, memory is short"
+    assert ask("a", 9) == RECORDS and ask("a", 9) == 0
+    assert ask("bb", 10) == 2 and ask("b", 11) == 1 and ask.graphs.status == "recorded, equal to the plain run"
+
+
+def test_a_graph_that_differs_from_the_plain_run_is_the_last(card: Any) -> None:
+    factors = iter(range(1, 99))
+    kept = graphs.Graphs()
+    given = torch.ones(3, device="cuda")
+    for wanted in (1, 2):
+        assert kept("a", lambda x: (x * next(factors),), given, (1,), 1).tolist() == [wanted] * 3
+    assert kept.status == "none: the replay differs from the plain run" and len(kept) == 0
+    ask = Asked()
+    ask.graphs = kept
+    assert ask("bbb") == 3
