@@ -161,13 +161,20 @@ def test_native_and_untouched_budgets():
     assert Budget("mine", 100, 400).halved(QWEN3).least == 100 and Budget("mine", None, 400).halved(QWEN3).least == 0
 
 
-@pytest.mark.parametrize("height", [20, 100, 333, 1080])
-@pytest.mark.parametrize("width", [30, 64, 150, 1920])
-def test_frames_get_the_sizes_of_the_processor(height, width):
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-    for least, most in ((16384, 16777216), (1024, 65536), (3136, 50176)):
-        assert fitted(height, width, 32, least, most) == smart_resize(height, width, 32, least, most)
+@pytest.mark.parametrize(
+    ("height", "width", "large", "small"),
+    [
+        (20, 30, (128, 160), (32, 32)),
+        (20, 150, (64, 352), (32, 160)),
+        (333, 30, (448, 64), (320, 32)),
+        (333, 1920, (320, 1920), (96, 608)),
+        (1080, 150, (1088, 160), (672, 64)),
+        (1080, 1920, (1088, 1920), (192, 320)),
+    ],
+)
+def test_frames_get_the_sizes_that_transformers_gives_pictures(height, width, large, small):
+    """Of its Qwen2-VL processor's smart_resize."""
+    assert fitted(height, width, 32, 16384, 16777216) == large and fitted(height, width, 32, 1024, 65536) == small
 
 
 def test_bad_sizes():
