@@ -22,6 +22,8 @@ COARSEST_TICK = Fraction(1, 1000)  # seconds; a clock of whole frames could not 
 LOOKED_AT = 5  # first frames that say whether a film is interlaced
 ATTACHED_PICTURE = 1 << 10  # among ffmpeg's dispositions
 INTERLACED_CODECS = ("libx264",)  # the encoders that keep fields apart
+# In an AVI, which says when a packet is decoded and no more, ffmpeg does not know when their frames are shown.
+SHOWN_LATER = ("h264", "hevc")
 
 
 class VideoError(ValueError):
@@ -34,7 +36,8 @@ class VideoFacts:
     time_base: seconds of a tick of the film's clock, the stream's own or a fraction of it; matrix, primaries, transfer:
     ffmpeg's numbers of its colours; rotation: quarter turns to the left that show it upright, after its left and right
     were changed over if it is mirrored; pixel_aspect: width of a pixel over its height, 0 when unknown; fields: tff or
-    bff when it is interlaced, by the field that is shown first."""
+    bff when it is interlaced, by the field that is shown first; delay: ticks from when a frame is shown to when its
+    decoder gives it, of a film that tells the latter only."""
 
     height: int
     width: int
@@ -48,6 +51,7 @@ class VideoFacts:
     primaries: int = UNSAID
     transfer: int = UNSAID
     fields: str = ""
+    delay: int | None = None
 
     @property
     def hdr(self) -> bool:
@@ -169,7 +173,17 @@ def read_facts(path: Path) -> VideoFacts:
             primaries or UNSAID,
             transfer or UNSAID,
             _first_field(interlaced[0]) if 2 * len(interlaced) > len(first) else "",
+            _delay(container, stream, frame, tick),
         )
+
+
+def _delay(container: Any, stream: Any, first: Any, tick: Fraction) -> int | None:
+    context = stream.codec_context
+    if container.format.name != "avi" or context.name not in SHOWN_LATER or not context.has_b_frames:
+        return None
+    if first.pts is None or first.dts is None:
+        return None
+    return round((first.dts - first.pts) * stream.time_base / tick)
 
 
 def average_rate(stream: Any) -> Fraction:

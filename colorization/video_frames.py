@@ -87,8 +87,12 @@ def _run(path: Path, facts: VideoFacts, start: int | None, found: Irregularities
         last: int | None = None
         following = 0
         for frame in frames:
+            if facts.delay is None or last is None:  # both clocks agree on the first frame
+                time = frame.pts
+            else:
+                time = None if frame.dts is None else frame.dts - facts.delay
             # Some containers leave frames without a time; they follow one another at the average rate.
-            time = following if frame.pts is None else frame.pts
+            time = following if time is None else time
             if last is not None and time <= last:
                 time = last + 1
                 found.lifted += 1

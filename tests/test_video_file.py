@@ -196,6 +196,18 @@ def test_two_frames_of_one_time_follow_each_other(tmp_path: Path) -> None:
     assert numbers(read(tmp_path / "out.mkv")[1]) == list(range(24))
 
 
+@pytest.mark.parametrize("pyramid", ["none", "normal"])
+def test_frames_of_an_avi_are_as_far_apart_as_they_were(tmp_path: Path, pyramid: str) -> None:
+    """It has the times of decoding only; with B-frames that is another order."""
+    source = write(tmp_path / "in.avi", **{"b-pyramid": pyramid, "bf": "3", "g": "12"})
+    facts, pictures, times, found = read(source)
+    assert numbers(pictures) == list(range(24)) and not found.lifted
+    assert {later - time for time, later in pairwise(times)} == {facts.step}
+    for first in (5, 13, 23):
+        _, rest, later, _ = read(source, times[first])
+        assert later == times[first:] and torch.equal(rest, pictures[first:])
+
+
 def in_a_row(folder: Path) -> Path:
     """Two transport streams of 30 and 20 frames, one after the other; the second one's clock starts again."""
     one = write(folder / "a.ts", 30, sound=True, first=0, bf="2")
