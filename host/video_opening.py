@@ -7,10 +7,16 @@ from typing import Any
 
 
 def opened(path: Path) -> Any:
-    """The file as a container of PyAV. Names in old files are in any encoding; what cannot be read of them is replaced."""
+    """The file as a container of PyAV. Names in old files are in any encoding; what cannot be read of them is replaced.
+
+    Raises OSError or ValueError when it is none.
+    """
     import av
 
     try:
-        return av.open(str(path), metadata_errors="replace")
-    except TypeError:  # PyAV 19 reads them all, and has no word for it
-        return av.open(str(path))
+        try:
+            return av.open(str(path), metadata_errors="replace")
+        except TypeError:  # PyAV 19 reads them all, and has no word for it
+            return av.open(str(path))
+    except EOFError as error:  # neither of the two
+        raise ValueError(f"{path.name} ends before anything can be read of it.") from error

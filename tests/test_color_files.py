@@ -54,9 +54,10 @@ def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
     job, references = file_task(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"There is no video .*in\.mp4"):
         file_job.colorize_file(job, references)
-    job.source.write_bytes(b"not a video at all" * 100)
-    with pytest.raises(video_file.VideoError, match=r"in\.mp4 cannot be opened"):
-        file_job.colorize_file(job, references)
+    for content in (b"not a video at all" * 100, b"OggS"):
+        job.source.write_bytes(content)
+        with pytest.raises(video_file.VideoError, match=r"in\.mp4 cannot be opened"):
+            file_job.colorize_file(job, references)
     write_film(tmp_path / "whole.mp4", frames(20))
     job.source.write_bytes((tmp_path / "whole.mp4").read_bytes()[:600])
     with pytest.raises((video_file.VideoError, FileNotFoundError)):
