@@ -151,8 +151,10 @@ def _pass_on(target: Any, sinks: dict[int, _Sink], found: Irregularities, packet
         return
     try:
         sink.take(target, packet, shift)
-    except av.error.InvalidDataError:  # what turns broadcast sound into a file's looks into it
-        found.unheard += 1
+    except av.error.FFmpegError as error:
+        if isinstance(error, (OSError, MemoryError)):
+            raise
+        found.unheard += 1  # what turns broadcast sound into a file's looks into it, and cannot read this
 
 
 def _packets(parts: Sequence[Path]) -> Iterator[Any]:

@@ -57,9 +57,10 @@ def timed_frames(
     """Decoded frames with their times, from the first one at or after `start` on."""
     found = Irregularities() if found is None else found
     last, reached = yield from _run(path, facts, start, found, "AUTO")
-    if last is not None and reached is not None and reached > last:
+    if reached is not None and (last is None or reached > last):
         # A decoder on several threads that meets a damaged packet among the last ones keeps what comes behind it.
-        yield from _run(path, facts, last + 1, Irregularities(), "SLICE")
+        later = [time for time in (start, None if last is None else last + 1) if time is not None]
+        yield from _run(path, facts, max(later, default=None), Irregularities(), "SLICE")
 
 
 def _run(path: Path, facts: VideoFacts, start: int | None, found: Irregularities, threads: str) -> Any:
@@ -87,9 +88,8 @@ def _run(path: Path, facts: VideoFacts, start: int | None, found: Irregularities
         last: int | None = None
         following = 0
         for frame in frames:
-            if facts.delay is None or last is None:  # both clocks agree on the first frame
-                time = frame.pts
-            else:
+            time = frame.pts
+            if facts.delay is not None and last is not None:  # both clocks agree on the first frame
                 time = None if frame.dts is None else frame.dts - facts.delay
             # Some containers leave frames without a time; they follow one another at the average rate.
             time = following if time is None else time

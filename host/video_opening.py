@@ -18,5 +18,7 @@ def opened(path: Path) -> Any:
             return av.open(str(path), metadata_errors="replace")
         except TypeError:  # PyAV 19 reads them all, and has no word for it
             return av.open(str(path))
-    except EOFError as error:  # neither of the two
-        raise ValueError(f"{path.name} ends before anything can be read of it.") from error
+    except (OSError, ValueError):
+        raise
+    except av.error.FFmpegError as error:  # such as PyAV's own EOFError, which is neither
+        raise ValueError(f"{path.name} is damaged or cut off: {error}") from error

@@ -177,6 +177,30 @@ def test_a_damaged_packet_costs_its_frame(tmp_path: Path, place: int) -> None:
     assert through(source, tmp_path / "out.mp4") and len(read(tmp_path / "out.mp4")[1]) == 23
 
 
+def test_a_film_whose_end_is_damaged_goes_on_without_a_frame_twice(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.mp4", bf="2")
+    position, size, _ = packets(source)[0][22]
+    data = bytearray(source.read_bytes())
+    data[position : position + size] = bytes(size)
+    source.write_bytes(data)
+    times = read(source)[2]
+    assert read(source, times[-1])[2] == times[-1:]
+
+
+def test_broken_sound_costs_no_film(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.ts", sound=True)
+    data = bytearray(source.read_bytes())
+    heads = [place for place in range(len(data) - 4) if data[place : place + 3] == b"\xff\xf1\x60"]
+    assert len(heads) > 5
+    # A checksum and two blocks, which nothing takes apart.
+    data[heads[4] + 1] &= 0xFE
+    data[heads[4] + 6] |= 1
+    source.write_bytes(data)
+    notes = through(source, tmp_path / "out.mkv")
+    assert any("packets of its sound or subtitles were left out" in note for note in notes)
+    assert numbers(read(tmp_path / "out.mkv")[1]) == list(range(24))
+
+
 def test_nothing_that_decodes_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "in.mp4", 8)
     data = bytearray(source.read_bytes())
