@@ -23,6 +23,7 @@ AHEAD = 10  # seconds; more is another recording, where the container is one tha
 PATIENCE = 100  # packets of the film that its sound waits for when it leaps first
 STRAGGLING = 25  # of them in which sound of before may still come
 REORDERED = 64  # more frames than any codec shows in another order
+PROGRAM_STREAM = "mpeg"  # ffmpeg's name for it: DVDs, .mpg, .vob
 
 
 class FilmClock:
@@ -149,6 +150,7 @@ def beside(
 
 def is_regular(path: Path, facts: VideoFacts) -> bool:
     """Whether every packet of the film has a time of its own and none goes back, so that a place can be sought by time.
+    A program stream's small packets have none; they are counted on from others, which are other ones after a seek.
 
     Reads the file once, without decoding; the answer is remembered.
     """
@@ -160,6 +162,8 @@ def is_regular(path: Path, facts: VideoFacts) -> bool:
 def _regular(path: Path, size: int, modified: int, facts: VideoFacts) -> bool:
     found = Irregularities()
     with open_video(path) as container:
+        if container.format.name == PROGRAM_STREAM:
+            return False
         stream = video_stream(container, path)
         clock = FilmClock(container, stream, facts)
         recent: deque[int] = deque(maxlen=REORDERED)

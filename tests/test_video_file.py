@@ -187,6 +187,13 @@ def test_a_film_whose_end_is_damaged_goes_on_without_a_frame_twice(tmp_path: Pat
     assert read(source, times[-1])[2] == times[-1:]
 
 
+def test_a_place_in_a_program_stream_is_found_again(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.mpg", 40, codec="mpeg2video", bf="2", g="6")
+    _, pictures, times, _ = read(source)
+    _, rest, later, _ = read(source, times[31])
+    assert later == times[31:] and torch.equal(rest, pictures[31:])
+
+
 def test_broken_sound_costs_no_film(tmp_path: Path) -> None:
     source = write(tmp_path / "in.ts", sound=True)
     data = bytearray(source.read_bytes())
