@@ -31,7 +31,7 @@ class FilmClock:
 
     def __init__(self, container: Any, stream: Any, facts: VideoFacts) -> None:
         self.time_base = facts.time_base
-        self.offset = 0  # ticks
+        self.offset = facts.lead  # ticks
         self.breaks = 0
         self.seen = 0  # packets
         self.broke_at = 0  # how many of them before the last break
@@ -39,6 +39,7 @@ class FilmClock:
         self._end: int = -sys.maxsize  # where the next one would be
         # Ticks of this clock in one of the stream's; whole, as `read_facts` chose them.
         self._scale = max(1, round(Fraction(stream.time_base or facts.time_base) / facts.time_base))
+        self._lead = facts.lead
         self._step = facts.step
         self._last: int | None = None
         self._leaps = leaps_ahead(container)
@@ -67,7 +68,7 @@ class FilmClock:
 
     def in_file(self, time: int) -> int:
         """A time of this clock in the stream's own ticks, before any break."""
-        return time // self._scale
+        return (time - self._lead) // self._scale
 
 
 def leaps_ahead(container: Any) -> bool:
@@ -104,7 +105,8 @@ def beside(
         return
     if container.format.name.startswith("mov,mp4"):
         # Times there are sums of durations and cannot leap, so that the pictures need not be read.
-        yield from ((packet, Fraction(0)) for packet in demuxed(container, streams, found))
+        lead = facts.lead * facts.time_base
+        yield from ((packet, lead) for packet in demuxed(container, streams, found))
         return
     clock = FilmClock(container, film, facts)
     leaps = leaps_ahead(container)
@@ -113,6 +115,7 @@ def beside(
             stream.type == "audio",
             float(BACK / stream.time_base),
             float(AHEAD / stream.time_base) if leaps else float("inf"),
+            facts.lead * facts.time_base,
         )
         for stream in streams
     }

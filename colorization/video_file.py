@@ -37,7 +37,8 @@ class VideoFacts:
     ffmpeg's numbers of its colours; rotation: quarter turns to the left that show it upright, after its left and right
     were changed over if it is mirrored; pixel_aspect: width of a pixel over its height, 0 when unknown; fields: tff or
     bff when it is interlaced, by the field that is shown first; delay: ticks from when a frame is shown to when its
-    decoder gives it, of a film that tells the latter only."""
+    decoder gives it, of a film that tells the latter only; lead: ticks by which it begins before 0, as broadcasts do whose
+    clock starts again soon. Parts and other files know no times before 0, so all of this film's are later by them."""
 
     height: int
     width: int
@@ -52,6 +53,7 @@ class VideoFacts:
     transfer: int = UNSAID
     fields: str = ""
     delay: int | None = None
+    lead: int = 0
 
     @property
     def hdr(self) -> bool:
@@ -174,6 +176,7 @@ def read_facts(path: Path) -> VideoFacts:
             transfer or UNSAID,
             _first_field(interlaced[0]) if 2 * len(interlaced) > len(first) else "",
             _delay(container, stream, frame, tick),
+            max(0, round(-(frame.pts or 0) * stream.time_base / tick)) if stream.time_base else 0,
         )
 
 

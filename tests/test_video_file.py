@@ -280,6 +280,31 @@ def test_a_recording_that_goes_on_hours_later_has_no_gap(tmp_path: Path) -> None
     assert gaps([time * facts.time_base for time in times]) > 35 and not found.notes("still.mkv")
 
 
+def test_a_film_that_begins_before_0_stays_in_step(tmp_path: Path) -> None:
+    """As a broadcast whose clock starts again after some frames; parts know no times before 0."""
+    source = tmp_path / "in.ts"
+    with (
+        av.open(str(write(tmp_path / "whole.mp4", sound=True, g="5"))) as whole,
+        av.open(str(source), "w", options={"avoid_negative_ts": "disabled"}) as target,
+    ):
+        streams = [target.add_stream_from_template(stream) for stream in whole.streams]
+        for packet in whole.demux():
+            if packet.size:
+                later = Fraction(2, 5) / packet.time_base
+                packet.pts, packet.dts = round(packet.pts - later), round(packet.dts - later)
+                packet.stream = streams[packet.stream.index]
+                target.mux(packet)
+    _, pictures, times, _ = read(source)
+    assert times[0] == 0
+    _, rest, later_on, _ = read(source, times[13])
+    assert later_on == times[13:] and torch.equal(rest, pictures[13:])
+    through(source, tmp_path / "out.mkv")
+    given, made = packets(source), packets(tmp_path / "out.mkv")
+    assert gaps([time for *_, time in made[0]]) < 0.05
+    apart, kept = (max(time for *_, time in found[1]) - max(time for *_, time in found[0]) for found in (given, made))
+    assert kept == pytest.approx(apart, abs=0.002)
+
+
 def test_a_coarse_clock_can_tell_frames_apart(tmp_path: Path) -> None:
     """An AVI's clock ticks once a frame: moving frames by whole ticks would part them from the sound."""
     source = write(tmp_path / "in.avi", codec="mpeg4")
