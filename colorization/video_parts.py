@@ -87,6 +87,8 @@ def check_container(source: Path, output: Path, folder: Path, facts: VideoFacts,
 
     Raises VideoError when it does not.
     """
+    import av
+
     part, made = folder / "trial.nut", folder / f"trial{output.suffix}"
     times = [0, facts.step, 3 * facts.step]
     try:
@@ -105,7 +107,7 @@ def check_container(source: Path, output: Path, folder: Path, facts: VideoFacts,
         # Where a container does not state it, three frames tell little, and where it does, it may be their mean.
         if stated and not facts.rate / 2 < stated < facts.rate * 2:
             raise VideoError(f"{float(facts.rate):g} frames a second became {float(stated):g} in a trial")
-    except (VideoError, OSError, ValueError) as error:
+    except (OSError, ValueError, av.error.FFmpegError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         ending = f"A {output.suffix} file" if output.suffix else "A file without an ending"

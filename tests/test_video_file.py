@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -161,6 +162,13 @@ def through_states_rates(folder: Path) -> bool:
                 target.mux(packet)
     with av.open(str(folder / "stated.mkv")) as container:
         return container.streams.video[0].average_rate == 7
+
+
+def test_a_film_that_the_encoder_cannot_take_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.mp4", 3)
+    facts = replace(read_facts(source), height=16, width=20000)
+    with pytest.raises(VideoError, match="cannot hold this film as libx264"):
+        video_parts.check_container(source, tmp_path / "out.mp4", tmp_path, facts, "libx264", 4)
 
 
 @pytest.mark.parametrize("place", [10, 22])
