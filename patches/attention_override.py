@@ -58,8 +58,9 @@ class AttentionOverride:
         skip_output_reshape: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """ComfyUI's attention contract: q, k, v [B, N, heads * D], or [B, heads, N, D] with skip_reshape; returns
-        [B, N, heads * D], or [B, heads, N, D] with skip_output_reshape. mask as in its attention_pytorch.
+        """ComfyUI's attention contract: q, k, v [B, N, heads * D] (k and v also [B, N, heads, D]), or [B, heads, N, D] with
+        skip_reshape; returns [B, N, heads * D], or [B, heads, N, D] with skip_output_reshape. mask as in its
+        attention_pytorch.
         """
         if not q.dtype.is_floating_point or q.dtype.itemsize == 1 or q.shape[0] > MOST_SAMPLES:
             self.log.note(
@@ -70,11 +71,8 @@ class AttentionOverride:
                 skip_output_reshape=skip_output_reshape, **kwargs,
             )  # fmt: skip
         if not skip_reshape:
-            width = q.shape[-1] // heads
-            key_heads = k.shape[-1] // width if kwargs.get("enable_gqa", False) else heads
-            q = q.unflatten(-1, (heads, width)).transpose(1, 2)
-            k = k.unflatten(-1, (key_heads, width)).transpose(1, 2)
-            v = v.unflatten(-1, (key_heads, v.shape[-1] // key_heads)).transpose(1, 2)
+            key_heads = k.shape[-1] * heads // q.shape[-1] if kwargs.get("enable_gqa", False) else heads
+            q, k, v = _by_heads(q, heads), _by_heads(k, key_heads), _by_heads(v, key_heads)
         if mask is not None:
             while mask.ndim < 4:
                 mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
@@ -93,6 +91,11 @@ class AttentionOverride:
         """After it: the report appears under the node, if one is known."""
         if self.node_id is not None:
             host.current().show_text(self.log.report(), self.node_id)
+
+
+def _by_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N, heads * D], or [B, N, heads, D] as Stable Diffusion 3 gives its values, as [B, heads, N, D]."""
+    return (x if x.ndim == 4 else x.unflatten(-1, (heads, x.shape[-1] // heads))).transpose(1, 2)
 
 
 def override_of(model: Any) -> AttentionOverride | None:

@@ -159,6 +159,17 @@ def test_shared_heads(skip_reshape):
     )
 
 
+@pytest.mark.parametrize("apart", ["v", "kv"])
+def test_keys_and_values_whose_heads_are_apart(apart):
+    """The values of Stable Diffusion 3 come as [B, N, heads, D]."""
+    import comfy.ldm.modules.attention as attention
+
+    q, k, v = tensors((2, 5, 64), (2, 7, 64), (2, 7, 64))
+    k, v = (x.unflatten(-1, (4, 16)) if name in apart else x for name, x in (("k", k), ("v", v)))
+    override = override_of(set_attention(tiny("z_image").model, "auto")[0])
+    torch.testing.assert_close(override(None, q, k, v, 4), attention.attention_pytorch(q, k, v, 4))
+
+
 def test_calls_through_comfyui_with_containers_and_full_precision(pretend_gpu):
     import comfy.ldm.modules.attention as attention
 
