@@ -58,7 +58,8 @@ def import_fault(module: str, cure: str) -> str | None:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """torch's scaled dot product attention, with the kernel torch picks."""
-    if mask is not None and mask.is_floating_point() and mask.dtype not in (q.dtype, torch.float32):
+    beside = q.dtype if q.dtype == torch.float64 else torch.float32  # a CPU's kernel misreads a float32 mask of float64
+    if mask is not None and mask.is_floating_point() and mask.dtype not in (q.dtype, beside):
         mask = mask.to(q.dtype)  # torch takes no others
     if q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -39,6 +39,15 @@ def test_every_policy_gives_the_definition(policy, mask):
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kept", [torch.float16, torch.float32, torch.float64])
+def test_masks_of_another_dtype(dtype, kept):
+    q, k, v = qkv(dtype=dtype)
+    mask = masks()["float"].to(kept)
+    out = attend(q, k, v, mask, policy=AttentionPolicy("sdpa"))
+    torch.testing.assert_close(out.float(), attention_reference(q, k, v, mask), atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize("policy", ["auto", "sdpa_math", "flex"])
 def test_shared_heads_unequal_widths_scale_and_layout(policy):
     q, k, v = qkv(key_heads=2, value_width=48)
