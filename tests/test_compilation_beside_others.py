@@ -243,6 +243,21 @@ def test_a_block_sees_only_what_concerns_it() -> None:
         block_options(elsewhere, read)
 
 
+def test_patches_that_a_block_names_act_inside_it() -> None:
+    """Cosmos' blocks have one of their own, around their feed-forward layers."""
+    import comfy.ops
+    from comfy.ldm.cosmos.predict2 import Block
+    from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+
+    with torch.device("meta"):
+        cosmos = Block(16, 16, 2, operations=comfy.ops.disable_weight_init)
+        residual = ResBlock(32, 32, 0)
+    patches = {"patches": {"mlp_patch": [print], "forward_timestep_embed_patch": [print], "post_input": [print]}}
+    with pytest.raises(NotTraceable, match=r"mlp_patch of builtins\.builtin_function_or_method acts inside"):
+        block_options(patches, options_read_by(cosmos))
+    block_options(patches, options_read_by(residual))
+
+
 def test_options_that_a_block_reads_by_name_reach_it() -> None:
     from comfy.ldm.lightricks.model import BasicTransformerBlock
 

@@ -23,13 +23,14 @@ PLACE = ("hotpath", 0, 0)
 CALL = "hotpath_call"
 OVERRIDE = "optimized_attention_override"
 
-# Patches that ComfyUI's blocks run inside themselves. All others run between blocks.
-INSIDE = ("attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch")
+# Patches that ComfyUI's blocks run inside themselves, beside those that a block's code names.
+INSIDE = frozenset({"attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch"})
 # ComfyUI's own blocks look at these only to find or to inform patches.
 FOR_PATCHES = frozenset(
     {
         "patches", "patches_replace", "block", "block_index", "block_type", "total_blocks", "transformer_index",
         "img_slice", "n_heads", "dim_head", "attn_precision", "activations_shape", "original_shape", OVERRIDE,
+        "forward_timestep_embed_patch",
     }
 )  # fmt: skip
 
@@ -148,10 +149,9 @@ def block_options(options: dict[str, Any], read: frozenset[str]) -> dict[str, An
     read: from `options_read_by`. Raises NotTraceable when a patch inside the block is not known to be traceable.
     """
     made = {key: options[key] for key in read if key in options}
-    patches = options.get("patches") or {}
-    for name in INSIDE:
-        if patches.get(name):
-            raise NotTraceable(f"{name} of {_origin(patches[name][0])} acts inside the block")
+    for name, patches in (options.get("patches") or {}).items():
+        if patches and (name in INSIDE or name in read):
+            raise NotTraceable(f"{name} of {_origin(patches[0])} acts inside the block")
     if OVERRIDE in options:
         check_override(options[OVERRIDE])
         made[OVERRIDE] = options[OVERRIDE]
