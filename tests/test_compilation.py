@@ -14,7 +14,7 @@ from hotpath.patches.compilation import (
 )
 from hotpath.patches.compilation.blocks import LiveParts, constants_of
 from hotpath.patches.compilation.graphs import CompiledKind, inductor
-from hotpath.patches.compilation.options import NotTraceable
+from hotpath.patches.compilation.options import OVERRIDE, NotTraceable
 from hotpath.patches.compilation.regions import describe_regions, find_regions
 from tiny_native_models import tiny
 
@@ -289,6 +289,21 @@ def test_calls_beyond_torchs_limit_are_remembered_in_bounded_memory(monkeypatch:
                     kind(torch.nn.Identity(), (torch.zeros(width),), {})
             assert 1 <= len(kind._beyond) <= 3
     assert kind.graphs == 1
+
+
+def test_a_graph_for_another_order_or_attention_serves_every_size() -> None:
+    """Also where the first picture that it is made with is square."""
+
+    def forward(block: torch.nn.Module, x: torch.Tensor, options: dict) -> torch.Tensor:
+        return options[OVERRIDE](x) + 1
+
+    kind = CompiledKind("Block", forward, CompileSettings(), lambda graph, _: graph.forward)
+    for override in (torch.sin, torch.cos):
+        for shape in ((1, 8, 8, 6), (1, 6, 8, 8), (1, 6, 8, 12), (1, 8, 12, 6)):
+            with torch.inference_mode():
+                x = torch.zeros(shape) if shape[3] == 6 else torch.zeros(shape).transpose(1, 3)
+                kind(torch.nn.Identity(), (x, {OVERRIDE: override}), {})
+    assert kind.graphs == 4, "two orders and two attentions"
 
 
 @pytest.mark.usefixtures("own_graphs")

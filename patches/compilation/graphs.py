@@ -14,7 +14,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ from torch import nn
 
 from ...host.compiling import ask_at_each_operation, inductor, stop_asking, until_nothing_compiles
 from ...products.rerouting import reroute
-from .blocks import tensors_in
-from .options import NotTraceable
+from .blocks import attributes_used, tensors_in
+from .options import OVERRIDE, NotTraceable
 from .settings import CompileSettings
 from .written_out import write_out
 
 log = logging.getLogger("hotpath.compile")
 
-REMEMBERED = 256  # calls beyond torch's limit that are known again
+REMEMBERED = 256  # kinds of calls that are known again
 
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -174,15 +174,35 @@ class CompiledKind:
         Otherwise torch takes two sizes that are equal by chance for one and the same: a graph made from a square picture
         would serve square ones only. Sizes that the block requires to be equal are found equal all the same.
         """
-        tensors = list(tensors_in(arguments))
-        looks = tuple((tensor.dtype, tuple(size == 1 for size in tensor.shape)) for tensor in tensors)
+        looks = tuple(_looks(arguments))
         if looks in self._marked:
             return
+        if len(self._marked) >= REMEMBERED:
+            self._marked.clear()
         self._marked.add(looks)
-        for tensor in tensors:
+        for tensor in tensors_in(arguments):
             for dim, size in enumerate(tensor.shape):
                 if size > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def _looks(value: Any) -> Iterator[Hashable]:
+    """What another graph may be made for, sizes apart: of tensors, also the order that their numbers lie in."""
+    if isinstance(value, torch.Tensor):
+        order = None if value.is_contiguous() else tuple(sorted(range(value.dim()), key=value.stride))
+        yield value.dtype, tuple(size == 1 for size in value.shape), order
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield key
+            # What it has counted changes with every call.
+            yield from (id(part),) if key == OVERRIDE else _looks(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _looks(part)
+    elif (attributes := attributes_used(value)) is not None:
+        yield from _looks(attributes)
+    else:
+        yield (type(value), value if isinstance(value, (bool, int, str)) else None)
 
 
 def _sizes(arguments: Any) -> Any:
