@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC
 from types import SimpleNamespace
 from typing import Any
 
@@ -265,6 +266,16 @@ def test_options_that_a_block_reads_by_name_reach_it() -> None:
     read = options_read_by(block)
     assert "stg_skip_self_attn" in read
     assert block_options({"stg_skip_self_attn": True, "sigmas": 1}, read)["stg_skip_self_attn"] is True
+
+
+def test_classes_of_pythons_own_need_no_source() -> None:
+    """LTX-Video's model is an ABC, whose source Python keeps frozen."""
+
+    class Abstract(torch.nn.Module, ABC):
+        def forward(self, transformer_options: dict[str, Any]) -> Any:
+            return transformer_options["run_ax"]
+
+    assert "run_ax" in options_read_by(Abstract())
 
 
 def test_nothing_global_is_left_behind() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hotpath.patches.compilation import CompileSettings, call_arguments, compile_model, compiler_of, recording
-from hotpath.patches.compilation.recording import CallRecorder, CudaRecording, record_calls
+from hotpath.patches.compilation.recording import CallRecorder, CudaRecording, record_calls, recording_problem
 from tiny_native_models import Tiny, tiny
 
 pytestmark = pytest.mark.comfy
@@ -249,6 +249,18 @@ def test_without_a_gpu_the_report_says_that_nothing_is_recorded() -> None:
     model, report = compile_model(bench.model, CompileSettings(mode="reduce-overhead"), backend="eager")
     assert "CUDA graphs need a CUDA device" in report
     assert compiler_of(model).recorder is None
+
+
+def test_models_whose_calls_have_no_wrapper_are_told() -> None:
+    """ComfyUI's Stable Diffusion 3, PixArt, HunyuanDiT and OmniGen2 among them."""
+    from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
+    model = tiny("flux").model.clone()
+    model.load_device = torch.device("cuda")
+    assert recording_problem(model) is None
+    model.add_object_patch("diffusion_model", object.__new__(OpenAISignatureMMDITWrapper))
+    _, report = compile_model(model, CompileSettings(mode="cudagraphs"))
+    assert report.startswith("Not recorded") and "OpenAISignatureMMDITWrapper runs none" in report
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ from .graphs import Backend, named_backend, start_workers
 from .options import attention_that_traces
 from .pictures import describe_parts
 from .recording import KEY as RECORDING_KEY
-from .recording import record_calls
+from .recording import record_calls, recording_problem
 from .regional import RegionalCompiler, forget_compiled_kinds
 from .regions import describe_regions, find_regions
 from .settings import MODES, REGIONS, CompilationRefused, CompileSettings, compiler_problem
@@ -55,8 +55,7 @@ def compile_model(
     problem, refused = None, "Not compiled"
     if not chosen.compiles:
         refused = "Not recorded"
-        if model.load_device.type != "cuda":
-            problem = f"CUDA graphs need a CUDA device, and this model runs on {model.load_device.type}."
+        problem = recording_problem(model)
     elif backend == "inductor":
         problem = compiler_problem(model.load_device.type)
     if problem:

@@ -66,10 +66,11 @@ def _read_by_class(kind: type) -> frozenset[str]:
 def options_read_by(module: nn.Module) -> frozenset[str]:
     """Keys of `transformer_options` that the code of a block may read. Raises NotTraceable without its source."""
     kinds = {kind for part in module.modules() for kind in type(part).__mro__}
-    ours = {kind for kind in kinds if not kind.__module__.startswith(("torch.", "builtins", "typing", "comfy.ops"))}
     found: frozenset[str] = frozenset()
-    for kind in ours:
-        found |= _read_by_class(kind)
+    for kind in kinds:
+        home = kind.__module__
+        if home.partition(".")[0] not in sys.stdlib_module_names and not home.startswith(("torch.", "comfy.ops")):
+            found |= _read_by_class(kind)
     return found
 
 

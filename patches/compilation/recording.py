@@ -23,7 +23,7 @@ import torch
 from ...host.capturing import GraphMemory, captured, trim
 from ...host.errors import kind_and_line
 from ..model_call import BOUND, BoundPatches
-from .blocks import check_replaced
+from .blocks import check_replaced, names_used
 from .call_arguments import Flat, copies, flatten, fresh, rebuild
 from .options import (
     CALL,
@@ -361,6 +361,16 @@ def _prepared(
     return lambda: executor(*fresh(args), **fresh(kwargs))
 
 
+def recording_problem(model: Any) -> str | None:
+    """Why calls of `model` (a ModelPatcher) cannot be recorded at all, or None."""
+    if model.load_device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, and this model runs on {model.load_device.type}."
+    kind: Any = type(model.get_model_object("diffusion_model"))
+    if "DIFFUSION_MODEL" not in names_used(kind):
+        return f"CUDA graphs need a wrapper around the model's calls, and {kind.__name__} runs none."
+    return None
+
+
 def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> list[str]:
     """Let `made` (a ModelPatcher that is already our clone) record its calls, if its settings say so; lines for the report."""
     from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -372,8 +382,8 @@ def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> l
     if not compiler.settings.records:
         return []
     if record is None:
-        if made.load_device.type != "cuda":
-            return ["CUDA graphs need a CUDA device: calls are not recorded"]
+        if (problem := recording_problem(made)) is not None:
+            return [f"Calls are not recorded: {problem}"]
         record = CudaRecording
     compiler.recorder = CallRecorder(compiler, record)
     made.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, compiler.recorder)
