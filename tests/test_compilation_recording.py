@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hotpath.patches.compilation import CompileSettings, call_arguments, compile_model, compiler_of, recording
+from hotpath.patches.compilation.blocks import foreign_class
 from hotpath.patches.compilation.recording import CallRecorder, CudaRecording, record_calls, recording_problem
 from tiny_native_models import Tiny, tiny
 
@@ -249,6 +250,13 @@ def test_without_a_gpu_the_report_says_that_nothing_is_recorded() -> None:
     model, report = compile_model(bench.model, CompileSettings(mode="reduce-overhead"), backend="eager")
     assert "CUDA graphs need a CUDA device" in report
     assert compiler_of(model).recorder is None
+
+
+def test_layers_of_einops_are_known() -> None:
+    """Anima and other models of Cosmos' kind have them."""
+    from einops.layers.torch import Rearrange
+
+    assert foreign_class(torch.nn.Sequential(Rearrange("b c -> c b"))) is None
 
 
 def test_models_whose_calls_have_no_wrapper_are_told() -> None:

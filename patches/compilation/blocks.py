@@ -84,7 +84,8 @@ LIVE = frozenset({"training", "comfy_cast_weights", "weight_function", "bias_fun
 CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")  # ComfyUI sets them when it loads
 # What `forward` of some modules calls; seamless tiling replaces the second.
 METHODS = ("forward", "_forward", "_conv_forward", "forward_comfy_cast_weights")
-HOMES = ("torch.", "comfy.", "comfy_extras.")  # where a method of a class may come from, beside the class's own file
+# Where a method of a class may come from, beside the class's own file; ComfyUI's models have layers of einops.
+HOMES = ("torch.", "comfy.", "comfy_extras.", "einops.")
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 ORDINARY = (nn.Parameter, torch.Tensor)
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
