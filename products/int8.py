@@ -59,7 +59,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     rows, row_scale = rounded(x.reshape(-1, x.shape[-1]))
     out = torch.empty(len(rows), len(weight))
     scale = scale.float().reshape(1, -1)
-    fast = x.shape[-1] > 0 and not why_not()
+    fast = x.shape[-1] > 1 and not why_not()  # of one column torch's product is not its numbers
     # What is written once and read four times stays near; each part orders the weights anew, so not too few rows.
     step = max(LEAST_ROWS, NEAR_BYTES // (4 * max(1, len(weight))))
     for first in range(0, len(rows), step):

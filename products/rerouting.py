@@ -32,7 +32,8 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         and x.device.type == "cpu"
         and x.shape[-1:] == weight.shape[1:]
         and x.numel() >= MANY_ROWS * weight.shape[1]
-        and (bias is None or (type(bias) in PLAIN and bias.dtype == torch.float32))
+        # oneDNN reads a bias as if its numbers lay side by side.
+        and (bias is None or (type(bias) in PLAIN and bias.dtype == torch.float32 and bias.is_contiguous()))
         and not torch.is_grad_enabled()
     )
 

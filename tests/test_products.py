@@ -116,6 +116,8 @@ def test_rerouted_layers_are_the_layers_and_only_large_products_of_many_rows_go_
             assert made.is_contiguous()
     assert len(by_onednn) == 10
     with rerouting.Rerouting():
+        x, apart = given[..., :48], torch.randn(120)[::2]
+        torch.testing.assert_close(nn.functional.linear(x, layer.weight, apart), x @ layer.weight.T + apart)
         for x, one in (
             (given[0, :63, :48], layer),
             (given[0, 0, :48], layer),
@@ -196,6 +198,9 @@ def test_8_bit_products_are_the_formula(monkeypatch: pytest.MonkeyPatch, why: st
         for bias, its in ((torch.randn(40), scale), (None, torch.tensor(0.02))):
             made = int8.int8_linear(x, weight, its, bias)
             torch.testing.assert_close(made.double(), exact_int8(x, weight, its, bias), rtol=1e-4, atol=1e-5)
+    column = int8.int8_linear(given[..., :1], *int8.rounded(whole[:, :1]))
+    expected = exact_int8(given[..., :1], *int8.rounded(whole[:, :1]), None)
+    torch.testing.assert_close(column.double(), expected, rtol=1e-4, atol=1e-5)
     half = int8.int8_linear(given[..., :48].bfloat16(), weight, scale)
     assert half.dtype == torch.bfloat16
     expected = exact_int8(given[..., :48].bfloat16(), weight, scale, None)
