@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-import torch
-from torch import nn
+if TYPE_CHECKING:  # torch is seconds to load, and much of the command line needs none
+    import torch
+    from torch import nn
 
 
 class ModelNotFound(FileNotFoundError):
@@ -23,7 +24,7 @@ class Interrupted(KeyboardInterrupt):
     """Raised by `check_interrupt` outside ComfyUI. Inside, ComfyUI's own InterruptProcessingException is raised."""
 
 
-Network = TypeVar("Network", bound=nn.Module)
+Network = TypeVar("Network", bound="nn.Module")
 Item = TypeVar("Item")
 
 
@@ -98,7 +99,7 @@ class Host(Protocol):
     def compute_dtype(
         self,
         parameters: int = 0,
-        supported: Sequence[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+        supported: Sequence[torch.dtype] = ...,
     ) -> torch.dtype:
         """The dtype the host would compute a network of `parameters` weights in."""
 

@@ -63,10 +63,15 @@ def test_every_way_to_start(command):
     if command == "hotpath" and not installed():
         pytest.skip("the pack is not installed in this environment")
     words = ["-m", "hotpath"] if command == "hotpath" else [command]
-    done = subprocess.run([sys.executable, *words, "--version"], cwd=ROOT, capture_output=True, text=True)
+    command_line = [sys.executable, "-X", "importtime", *words, "--version"]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("hotpath ")
-    assert not done.stderr  # no warning of Python's either
+    imported, said = [], []
+    for line in done.stderr.splitlines():
+        (imported if line.startswith("import time:") else said).append(line)
+    assert not said  # no warning of Python's either
+    assert "torch" not in {line.rpartition("|")[2].strip() for line in imported}  # it takes seconds to load
 
 
 @pytest.mark.skipif(not installed(), reason="the pack is not installed in this environment")
