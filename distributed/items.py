@@ -135,9 +135,12 @@ class FolderItems:
                     yield from self._folders(folder / name)
 
     def _inside(self, entry: os.DirEntry[str]) -> bool:
-        if not entry.is_file():
+        try:
+            if not entry.is_file():
+                return False
+            return not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(self.input_folder)
+        except OSError:  # a link to itself, or into a place that is closed to us
             return False
-        return not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(self.input_folder)
 
 
 class ListItems:

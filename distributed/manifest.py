@@ -252,6 +252,16 @@ class Manifest:
         with self._transaction():
             self._write(record, FAILED, ())
 
+    def refuse(self, job_id: str, label: str, record: JobRecord) -> None:
+        """One item of a job gets this record for itself."""
+        with self._transaction():
+            self._write(record, FAILED, ())
+            for table in ("items", "names"):
+                self._db.execute(f"UPDATE {table} SET job = ? WHERE label = ? AND job = ?", (record.id, label, job_id))
+            # Neither is true of it any more, nor a failure.
+            left = (FORGOTTEN, job_id, COMMITTING, RUNNING)
+            self._db.execute("UPDATE jobs SET state = ? WHERE id = ? AND state IN (?, ?)", left)
+
     def forget(self, job_id: str) -> None:
         """As if it had never run."""
         with self._transaction():

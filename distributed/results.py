@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..cache import content_key
 from ..host.whole_files import put_in_place
 from .jobs import BadMap, Job
 from .manifest import COMMITTING, DONE, FAILED, RUNNING, ItemRecord, JobRecord, Manifest, sync_folder
@@ -74,7 +75,8 @@ class ResultStore:
         shutil.rmtree(staging, ignore_errors=True)
 
     def done(self, job: Job) -> bool:
-        """Whether the item's result is here already; a job that was done under another name is copied to this one."""
+        """Whether the item's result is here already; a job that was done under another name is copied to this one. Raises
+        CannotKeep when that is refused."""
         record = self.manifest.job(job.id)
         if record is None or record.state != DONE:
             return False
@@ -95,7 +97,7 @@ class ResultStore:
         except OSError as error:
             if not _is_of_the_name(error):
                 raise
-            return False  # `keep` says what is wrong with the name
+            raise self._refusal(job, error) from error
         return True
 
     def keep(
@@ -110,8 +112,11 @@ class ResultStore:
         except OSError as error:
             if not _is_of_the_name(error):
                 raise
-            why = "its path is too long" if getattr(error, "winerror", None) in TOO_LONG else error.strerror or error
-            raise CannotKeep(f"The result {job.item.label} cannot be put into {self.folder}: {why}.") from error
+            raise self._refusal(job, error) from error
+
+    def _refusal(self, job: Job, error: OSError) -> CannotKeep:
+        why = "its path is too long" if getattr(error, "winerror", None) in TOO_LONG else error.strerror or error
+        return CannotKeep(f"The result {job.item.label} cannot be put into {self.folder}: {why}.")
 
     def _keep(
         self, job: Job, staging: Path, texts: Sequence[tuple[bool, str]], seconds: float, attempts: int
@@ -143,9 +148,17 @@ class ResultStore:
 
     def fail(self, job: Job, error: str, attempts: int, seconds: float = 0.0) -> None:
         before = self.manifest.job(job.id)
-        # Of a result that could not be kept, some files may have their names already.
         tails = before.tails if before is not None else []
         self.manifest.fail(JobRecord(job.id, FAILED, attempts, seconds, error, [], tails))
+
+    def refuse(self, job: Job, error: str, attempts: int, seconds: float = 0.0) -> None:
+        """Record what `CannotKeep` said of an item. Others with the same content may have their results, so that it is
+        noted under an id of its own."""
+        before, label = self.manifest.job(job.id), self.label(job)
+        # Some of its files may have their names already.
+        tails = before.tails if before is not None else []
+        own = content_key(job.id, label)
+        self.manifest.refuse(job.id, label, JobRecord(own, FAILED, attempts, seconds, error, [], tails))
 
     def deaths(self, job: Job) -> int:
         """How often in a row a run in one process has died while it ran this."""

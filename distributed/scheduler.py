@@ -50,6 +50,7 @@ class Store(Protocol):
     def deaths(self, job: Job) -> int: ...
     def keep(self, job: Job, staging: Path, texts: list[tuple[bool, str]], seconds: float, attempts: int) -> object: ...
     def fail(self, job: Job, error: str, attempts: int, seconds: float = 0.0) -> None: ...
+    def refuse(self, job: Job, error: str, attempts: int, seconds: float = 0.0) -> None: ...
 
 
 @dataclass
@@ -146,10 +147,9 @@ class Scheduler:
             if job.id in self._known:
                 self._known[job.id].twins.append(job)
                 self._twins += 1
-            elif self.store.done(job):
-                self.status.skipped += 1
+            elif self._known_end(job):
                 # A long list of what is done already must not hold up those who wait.
-                if self.status.skipped % 64 == 0:
+                if self.status.over % 64 == 0:
                     return False
             else:
                 task = _Task(job, max(1, deaths := self.store.deaths(job)))
@@ -159,6 +159,17 @@ class Scheduler:
                 else:
                     self._pending.append(task)
         return False
+
+    def _known_end(self, job: Job) -> bool:
+        """Whether an item needs no run, as its result is here or may not have the item's name; it is counted then."""
+        try:
+            if not self.store.done(job):
+                return False
+            self.status.skipped += 1
+        except CannotKeep as refused:
+            self.store.refuse(job, str(refused), 0)
+            self.status.failed += 1
+        return True
 
     def _retry_due(self) -> None:
         while self._later and self._later[0].due <= self.clock():
@@ -247,7 +258,15 @@ class Scheduler:
                 self.store.keep(task.job, staging, texts, float(result["seconds"]), task.attempt)
             except CannotKeep as refused:
                 self.store.discard(staging)
-                self._failed(task, ITEM, str(refused), float(result["seconds"]))
+                self.store.refuse(task.job, str(refused), task.attempt, float(result["seconds"]))
+                self.status.failed += 1
+                twins, task.twins = task.twins, []
+                self._finish(task, done=False)
+                if twins:
+                    # They have names of their own.
+                    heir = self._known[task.job.id] = _Task(twins[0], twins=twins[1:])
+                    self._pending.append(heir)
+                    self._twins -= 1
                 return
             self.status.done += 1
             self._without_room[slot].clear()
@@ -301,9 +320,7 @@ class Scheduler:
         del self._known[task.job.id]
         self._twins -= len(task.twins)
         for twin in task.twins:
-            if done and self.store.done(twin):
-                self.status.skipped += 1
-            else:
+            if not (done and self._known_end(twin)):
                 self.status.failed += 1
 
     def _died(self, slot: int, reason: str, final: bool) -> None:

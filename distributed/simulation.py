@@ -136,6 +136,9 @@ class CountingStore:
     def fail(self, job: Job, error: str, attempts: int, seconds: float = 0.0) -> None:
         self.failed[job.id] = error
 
+    def refuse(self, job: Job, error: str, attempts: int, seconds: float = 0.0) -> None:
+        self.fail(job, error, attempts, seconds)
+
 
 @dataclass(frozen=True)
 class Outcome:

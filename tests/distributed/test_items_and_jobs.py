@@ -93,11 +93,12 @@ def test_half_a_letter_in_a_list():
     assert "not Unicode" in broken.problem and broken.label.encode()
 
 
-def test_a_link_out_of_the_input_folder_is_left_out(headless_host, tmp_path):
+def test_a_link_out_of_the_input_folder_or_to_itself_is_left_out(headless_host, tmp_path):
     inputs = headless_host.input_folder()
     picture(tmp_path / "secret" / "s.png", 1)
     picture(inputs / "a.png", 2)
     (inputs / "b.png").symlink_to(tmp_path / "secret" / "s.png")
+    (inputs / "c.png").symlink_to("c.png")
     assert [item.label for item in FolderItems(inputs, inputs)] == ["a"]
     with pytest.raises(BadItems, match="outside the input folder"):
         FolderItems(tmp_path / "secret", inputs)

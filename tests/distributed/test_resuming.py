@@ -270,23 +270,29 @@ def test_an_output_folder_that_is_none(pictures, request_for, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="names of 255 bytes are POSIX's")
 def test_a_result_that_cannot_have_its_name_fails_alone(pictures, request_for, headless_host):
-    """One is in the way of a folder, one so long that no number can be added."""
-    picture(pictures / "sub" / "x.png", 71)
+    """One is in the way of a folder, one so long that no number can be added. Others with the same content have theirs."""
+    for name in ("sub/x.png", "then/x.png"):
+        picture(pictures / name, 71)
     picture(pictures / ("a" * 251 + ".png"), 72)
+    picture(pictures / "sub" / "p0.png", 0)
     source = FolderItems(pictures, headless_host.input_folder(), recursive=True)
     out = request_for(source).output_folder
     out.mkdir()
     (out / "sub").write_text("mine")
     (out / ("a" * 251 + ".png")).write_text("mine")
     first = run_map(request_for(source))
-    assert (first.status.done, first.status.failed) == (5, 2)
+    assert (first.status.done, first.status.skipped, first.status.failed) == (6, 0, 3)
+    found = {line["name"]: (line["status"], line["files"]) for line in listed(out)}
+    assert found["p0"] == ("done", ["p0.png"]) and found["then/x"] == ("done", ["then/x.png"])
+    assert found["sub/p0"] == found["sub/x"] == ("failed", [])
     assert "The result sub/x cannot be put into" in first.report() and "File name too long" in first.report()
     assert (out / "sub").read_text() == "mine"
     for name in ("sub", "a" * 251 + ".png"):
         (out / name).unlink()
     second = run_map(request_for(source))
-    assert (second.status.done, second.status.skipped) == (2, 5) and second.whole
-    assert sorted(made(out)) == sorted([*(f"p{i}.png" for i in range(5)), "sub/x.png", "a" * 251 + ".png"])
+    assert (second.status.done, second.status.skipped) == (1, 8) and second.whole
+    names = [*(f"p{i}" for i in range(5)), "sub/p0", "sub/x", "then/x", "a" * 251]
+    assert sorted(made(out)) == sorted(f"{name}.png" for name in names)
 
 
 def test_what_was_half_kept_is_not_left_behind(tmp_path, monkeypatch):
@@ -305,7 +311,7 @@ def test_what_was_half_kept_is_not_left_behind(tmp_path, monkeypatch):
                 monkeypatch.setattr(ResultStore, "_make_way", lambda *_: "a")
                 with pytest.raises(results.CannotKeep, match="The result a cannot be put into"):
                     store.keep(job, store.staging(job, 1), [], 1.0, 1)
-                store.fail(job, "no", 1)
+                store.refuse(job, "no", 1)
                 monkeypatch.setattr(ResultStore, "_make_way", real)
                 (folder / "a" / "2.png").rmdir()
             else:
