@@ -41,10 +41,10 @@ class ServerObserver(Protocol):
 
 def server_url(text: str) -> str:
     """`text` as a base URL. Raises ServerRefused for anything but http and https."""
-    url = urlsplit(text if "://" in text else f"http://{text}")
     try:
+        url = urlsplit(text if "://" in text else f"http://{text}")
         right = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
-    except ValueError:  # a port that is no number
+    except ValueError:  # a port that is no number, half a pair of brackets
         right = False
     if not right:
         raise ServerRefused(f"{text!r} is not the address of a server; give one such as http://127.0.0.1:8188.")

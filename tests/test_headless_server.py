@@ -432,7 +432,7 @@ def test_addresses(given, url):
     assert server_url(given) == url
 
 
-@pytest.mark.parametrize("given", ["ftp://a", "file:///x", "http://", "javascript:alert(1)"])
+@pytest.mark.parametrize("given", ["ftp://a", "file:///x", "http://", "javascript:alert(1)", "http://[::1"])
 def test_addresses_that_are_refused(given):
     with pytest.raises(ServerError, match="not the address"):
         server_url(given)
