@@ -126,7 +126,7 @@ class FolderItems:
                     elif entry.name.lower().endswith(self.suffixes) and self._inside(entry):
                         names.append(entry.name)
         except OSError as error:
-            raise BadItems(f"The folder {folder} cannot be read: {error.strerror or error}.") from None
+            raise _unreadable(f"The folder {folder}", error) from None
         if names:
             yield folder, sorted(names)
         if self.recursive:
@@ -162,6 +162,8 @@ class ListItems:
                 yield from lines
         except UnicodeDecodeError as error:
             raise BadItems(f"{self.file.name} is not text in UTF-8: {error}.") from None
+        except OSError as error:
+            raise _unreadable(str(self.file), error) from None
 
     def __iter__(self) -> Iterator[Item]:
         for line in self._lines():
@@ -187,15 +189,19 @@ class JsonLinesItems:
         if not file.is_file():
             raise BadItems(f"There is no list {file}.")
 
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        try:
+            with self.file.open(encoding="utf-8-sig", errors="replace") as lines:
+                yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        except OSError as error:
+            raise _unreadable(str(self.file), error) from None
+
     def __iter__(self) -> Iterator[Item]:
-        with self.file.open(encoding="utf-8-sig", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield self._item(line, number)
+        for number, line in self._lines():
+            yield self._item(line, number)
 
     def count(self) -> int:
-        with self.file.open(encoding="utf-8-sig", errors="replace") as lines:
-            return sum(1 for line in lines if line.strip())
+        return sum(1 for _ in self._lines())
 
     def _item(self, line: str, number: int) -> Item:
         try:
@@ -254,6 +260,10 @@ class OneFile:
 
     def count(self) -> int:
         return 1
+
+
+def _unreadable(what: str, error: OSError) -> BadItems:
+    return BadItems(f"{what} cannot be read: {error.strerror or error}.")
 
 
 def file_item(path: Path, input_folder: Path, label: str, known: KnownDigests | None = None) -> Item:

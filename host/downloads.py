@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
+from .errors import first_line
 from .model_files import sha256_of, structure_problem
 from .whole_files import put_in_place
 
@@ -90,7 +91,7 @@ def fetch(
                 raise DownloadError(_disk_full(part, target)) from None
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         except http.client.HTTPException as error:
-            reason = str(error) or type(error).__name__
+            reason = first_line(error)  # the server's own words
         if attempt + 1 < ATTEMPTS:
             time.sleep((PAUSE if pause is None else pause) * 2**attempt)
     else:
@@ -144,6 +145,8 @@ def _receive(url: str, part: Path, size: int | None, progress: ProgressCallback 
             return True
         _discard(part)
         return False
+    except ValueError as error:  # raised for half an address that a server leads to
+        raise DownloadError(f"{url} leads to an address that is none ({error}), so it is not followed.") from None
     with answer:
         resumed = answer.status == http.HTTPStatus.PARTIAL_CONTENT and _starts_at(answer.headers, have)
         if not resumed:

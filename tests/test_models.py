@@ -332,9 +332,13 @@ def test_only_https(url, tmp_path):
         fetch(url, tmp_path / "a")
 
 
-def test_a_redirect_to_plain_http_is_refused(server, tmp_path):
-    Handler.behaviour["redirect"] = "http://example.com/a"
-    with pytest.raises(DownloadError, match="not an https address"):
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [("http://example.com/a", "not an https address"), ("http://[::1", "leads to an address that is none")],
+)
+def test_a_redirect_to_plain_http_or_nowhere_is_refused(server, tmp_path, address, why):
+    Handler.behaviour["redirect"] = address
+    with pytest.raises(DownloadError, match=why):
         get(server, tmp_path)
 
 

@@ -167,6 +167,17 @@ def test_a_folder_that_cannot_be_read_is_named(pictures, headless_host, monkeypa
         FolderItems(pictures, headless_host.input_folder(), recursive=True).count()
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_list_that_cannot_be_read_is_named(tmp_path, monkeypatch, name):
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    (tmp_path / name).touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(BadItems, match=rf"{name} cannot be read: Permission denied"):
+        list(open_items(str(tmp_path / name), tmp_path))
+
+
 def test_a_list_is_read_as_it_is_needed(tmp_path):
     (tmp_path / "l.txt").write_text("".join(f"line {i}\n" for i in range(50_000)))
     lines = iter(ListItems(file=tmp_path / "l.txt"))
