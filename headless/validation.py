@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import nodes
+from ..host.errors import kind_and_line
 from .calls import call_over_lists
 from .catalog import HIDDEN, InputDeclaration, declared_inputs
 from .graph import Graph, Link, LooseList, Node, WorkflowError
@@ -204,7 +205,10 @@ def _ask_node(
         arguments["input_types"] = [dict(received)]
     if not arguments:
         return []
-    answers = call_over_lists(node_class, "VALIDATE_INPUTS", arguments)
+    try:
+        answers = call_over_lists(node_class, "VALIDATE_INPUTS", arguments)
+    except Exception as error:  # of a value that is of no kind it expects, such as null for the name of a file
+        return [Problem(node.id, str(node), None, f"its own check of the inputs failed: {kind_and_line(error)}.")]
     return [
         Problem(node.id, str(node), None, str(answer) if answer is not False else "its own check of the inputs failed.")
         for answer in answers

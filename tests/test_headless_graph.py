@@ -277,11 +277,14 @@ class Typed(Save):
         return True if input_types["images"] == "MASK" else f"got {input_types['images']}"
 
 
-def test_a_nodes_own_check():
+def test_a_nodes_own_check(monkeypatch):
     catalog = {**CATALOG, "Save": Picky}
     validate(Graph.parse(CHAIN), catalog)
     (found,) = problems({**CHAIN, "3": node("Save", images=["2", 0], prefix="LOUD")}, catalog)
     assert "prefix must be lower case" in found
+    monkeypatch.setattr(Picky, "VALIDATE_INPUTS", lambda prefix, images: prefix + 1)
+    (found,) = problems(CHAIN, catalog)
+    assert "its own check of the inputs failed: TypeError: " in found
 
 
 def test_a_node_that_checks_everything_itself_is_not_checked_twice():
