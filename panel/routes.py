@@ -8,6 +8,7 @@ send; and what they name is looked up in a fixed table, so that no address and n
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping
@@ -129,12 +130,16 @@ async def in_thread(action: Action, body: Body) -> Any:
 
 async def read_body(request: Any) -> Body:
     """The JSON object of a POST. Raises Refused."""
+    from aiohttp import web
+
     if request.content_type != "application/json":
         raise Refused("The request must be JSON, with the content type application/json.", 415)
     if request.content_length is None or request.content_length > MAX_BODY:
         raise Refused(f"The request must say its length, and have {MAX_BODY} bytes at most.", 413)
     try:
-        body = await request.json()
+        body = json.loads(await request.read())  # whatever encoding its headers name
+    except (OSError, web.RequestPayloadError):  # a client that leaves
+        raise Refused("The request did not come whole.") from None
     except (ValueError, RecursionError):
         raise Refused("The request is not JSON.") from None
     if not isinstance(body, dict):

@@ -335,6 +335,11 @@ def test_pages_of_other_sites_get_nothing(routes):
         (post("caches/clear", {"name": 3}), 400),
         (post("caches/clear", {"name": "x" * MAX_BODY}), 413),
         (post("caches/clear", data="[" * 4000, headers={"Content-Type": "application/json"}), 400),
+        (post("caches/clear", data="{", headers={"Content-Type": "application/json; charset=nope"}), 400),
+        (
+            post("caches/clear", data="{}", headers={"Content-Type": "application/json", "Content-Encoding": "gzip"}),
+            400,
+        ),
     ],
 )
 def test_what_is_not_such_a_request(routes, request_, status):
