@@ -79,16 +79,20 @@ def model_folders(comfyui: Path) -> tuple[Path, dict[str, list[Path]]]:
 
     config = comfyui / "extra_model_paths.yaml"
     models = comfyui / "models"
-    kinds = {kind: [models / kind, models / before] for before, kind in RENAMED.items()}
+    # In ComfyUI's order.
+    kinds = {
+        "diffusion_models": [models / "unet", models / "diffusion_models"],
+        "text_encoders": [models / "text_encoders", models / "clip"],
+    }
     try:
         sections = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: of a date that there is not
         log.warning("%s cannot be read, so the folders it names are not searched: %s", config, error)
         sections = None
     for section in sections.values() if isinstance(sections, dict) else ():
         if not isinstance(section, dict):
             continue
-        base = Path(os.path.expandvars(str(section.get("base_path", "")))).expanduser()
+        base = os.path.expandvars(os.path.expanduser(str(section.get("base_path", ""))))  # noqa: PTH111 - no such user: as is
         for named, folders in section.items():
             if named in ("base_path", "is_default", "custom_nodes") or not isinstance(folders, str):
                 continue
@@ -98,8 +102,10 @@ def model_folders(comfyui: Path) -> tuple[Path, dict[str, list[Path]]]:
                 if not line:
                     continue
                 # Relative folders start at base_path, and that at the file.
-                folder = comfyui / base / line
-                if folder in known:
+                folder = Path(os.path.normpath(comfyui / base / line))
+                first = bool(section.get("is_default"))
+                if folder in known and first:
                     known.remove(folder)
-                known.insert(0 if section.get("is_default") else len(known), folder)
+                if folder not in known:
+                    known.insert(0 if first else len(known), folder)
     return models, kinds

@@ -373,6 +373,8 @@ def test_models_of_a_comfyui(tmp_path, monkeypatch):
     (comfyui / "extra_model_paths.yaml").write_text(
         f"big:\n  base_path: {tmp_path}/big\n  is_default: true\n  insightface: face\n  LLM: |\n    a\n    b\n"
         "other:\n  instantid: models/elsewhere\n  unet: old\n  clip: text\nempty:\n"
+        "again:\n  base_path: ~nobody-of-that-name\n  instantid: ./x/../y\n"
+        "twice:\n  clip: ./models/text_encoders\n"
     )
     monkeypatch.setenv("COMFYUI_PATH", str(comfyui))
     monkeypatch.delenv("HOTPATH_MODELS", raising=False)
@@ -383,9 +385,10 @@ def test_models_of_a_comfyui(tmp_path, monkeypatch):
     # In ComfyUI's order: what is default comes before the models folder, and the last of it first.
     assert host.model_folders("insightface") == [big / "face", models / "insightface"]
     assert host.model_folders("LLM") == [big / "b", big / "a", models / "LLM"]
-    assert host.model_folders("instantid") == [models / "instantid", models / "elsewhere"]
+    unknown = comfyui / "~nobody-of-that-name" / "y"
+    assert host.model_folders("instantid") == [models / "instantid", models / "elsewhere", unknown]
     # Under the names that the kinds have now.
-    assert host.model_folders("diffusion_models") == [models / "diffusion_models", models / "unet", comfyui / "old"]
+    assert host.model_folders("diffusion_models") == [models / "unet", models / "diffusion_models", comfyui / "old"]
     assert host.model_folders("text_encoders") == [models / "text_encoders", models / "clip", comfyui / "text"]
     monkeypatch.setenv("HOTPATH_MODELS", str(tmp_path / "mine"))
     first = headless_host(device="cpu").model_folders("insightface")
