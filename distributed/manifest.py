@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..host.errors import first_line
 from .jobs import BadMap
 from .retry import is_full
 
@@ -101,40 +102,42 @@ class Manifest:
             if is_full(error):
                 raise
             raise BadMap(f"Nothing can be written to {path.parent.parent}: {error}.") from None
-        try:
+        with _damage_told(path):
             try:
-                # Set before the first access: the lock is then held, by the system, until the connection or the process ends.
-                db.execute("PRAGMA locking_mode=EXCLUSIVE")
-                db.execute("PRAGMA journal_mode=WAL")
-                db.execute("PRAGMA synchronous=FULL")
-                db.execute("BEGIN EXCLUSIVE")
-                # A file from elsewhere may bring statements of its own, which would run with ours.
-                if db.execute("SELECT 1 FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone() is not None:
-                    raise sqlite3.DatabaseError("it holds more than tables")
-                for statement in filter(str.strip, SCHEMA.split(";")):
-                    db.execute(statement)
-                manifest = cls(path, db)
-                manifest._belongs_to(workflow_key, restart)
-                db.execute("DELETE FROM items")
-                db.execute("COMMIT")
-            except sqlite3.OperationalError as error:
-                if "locked" in str(error):
-                    raise ManifestInUse(
-                        f"Another run works in {path.parent.parent} at this moment; wait for it, or choose another "
-                        "output folder."
-                    ) from None
-                raise BadMap(f"The record of the work in {path} cannot be written: {error}.") from None
-            except sqlite3.DatabaseError as error:
-                raise BadMap(
-                    f"The record of the work, {path}, is damaged ({error}); delete it to start anew."
-                ) from None
-            yield manifest
-        finally:
-            try:
-                if db.in_transaction:
+                try:
+                    # Set before the first access: the lock is then held, by the system, until the connection or the process ends.
+                    db.execute("PRAGMA locking_mode=EXCLUSIVE")
+                    db.execute("PRAGMA journal_mode=WAL")
+                    db.execute("PRAGMA synchronous=FULL")
+                    db.execute("BEGIN EXCLUSIVE")
+                    # A file from elsewhere may bring statements of its own, which would run with ours.
+                    if (
+                        db.execute("SELECT 1 FROM sqlite_master WHERE type IN ('view', 'trigger')").fetchone()
+                        is not None
+                    ):
+                        raise sqlite3.DatabaseError("it holds more than tables")
+                    for statement in filter(str.strip, SCHEMA.split(";")):
+                        db.execute(statement)
+                    manifest = cls(path, db)
+                    manifest._belongs_to(workflow_key, restart)
+                    db.execute("DELETE FROM items")
                     db.execute("COMMIT")
+                except sqlite3.OperationalError as error:
+                    if "locked" in str(error):
+                        raise ManifestInUse(
+                            f"Another run works in {path.parent.parent} at this moment; wait for it, or choose another "
+                            "output folder."
+                        ) from None
+                    raise BadMap(f"The record of the work in {path} cannot be written: {error}.") from None
+                except UnicodeDecodeError as error:  # of what SQLite says about a damaged statement
+                    raise sqlite3.DatabaseError(str(error)) from None
+                yield manifest
             finally:
-                db.close()
+                try:
+                    if db.in_transaction:
+                        db.execute("COMMIT")
+                finally:
+                    db.close()
         sync_folder(path.parent)
 
     def _belongs_to(self, workflow_key: str, restart: bool) -> None:
@@ -270,7 +273,7 @@ class Manifest:
     def committing(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """(job id, moves) of what the last run could not confirm; no more than it had workers."""
         rows = self._db.execute("SELECT id, moves FROM jobs WHERE state = ?", (COMMITTING,)).fetchall()
-        return [(str(row[0]), [(str(a), str(b)) for a, b in json.loads(row[1])]) for row in rows]
+        return [(str(row[0]), [(str(a), str(b)) for a, b in _read(row[1])]) for row in rows]
 
     def items(self, film: str | None = None) -> Iterator[ItemRecord]:
         """The items of this run in order; of one film only, if it is named."""
@@ -297,9 +300,29 @@ class Manifest:
 COLUMNS = "id, state, attempts, seconds, error, texts, tails"
 
 
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Most of a damaged file is found out long after it was opened."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+            raise
+        raise BadMap(
+            f"The record of the work, {path}, is damaged ({first_line(error)}); delete it to start anew."
+        ) from None
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise sqlite3.DatabaseError(f"in it is no JSON: {error}") from None
+
+
 def _record(row: Sequence[Any]) -> JobRecord:
     job_id, state, attempts, seconds, error, texts, tails = row
-    return JobRecord(job_id, state, attempts, seconds or 0.0, error, json.loads(texts), json.loads(tails))
+    return JobRecord(job_id, state, attempts, seconds or 0.0, error, _read(texts), _read(tails))
 
 
 def sync_folder(folder: Path) -> None:

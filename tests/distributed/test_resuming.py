@@ -472,6 +472,18 @@ def test_a_damaged_record_is_named(pictures, request_for):
         run_map(request)
 
 
+@pytest.mark.parametrize("texts", ["CAST(x'ff' AS TEXT)", "'[\"cut off'"])
+def test_damage_that_is_found_while_it_runs_is_named(tmp_path, texts):
+    path = tmp_path / "manifest.sqlite"
+    with (
+        pytest.raises(BadMap, match=r"manifest\.sqlite, is damaged .* delete it"),
+        Manifest.open(path, "w") as manifest,
+    ):
+        manifest.begin("j", 1)
+        manifest._db.execute(f"UPDATE jobs SET texts = {texts}")
+        manifest.job("j")
+
+
 @pytest.mark.parametrize("moment", ["before the moves", "between the moves", "before it is confirmed"])
 def test_a_crash_while_a_result_becomes_final(tmp_path, moment, monkeypatch):
     """Each moment of a power cut: afterwards the result is there once, whole, or the job is to be done again."""
