@@ -188,10 +188,12 @@ def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callab
             except NoWorkers as lost:
                 outcome.lost = str(lost)
             finally:
-                store.clean()
-                # What broke this process is counted as what killed one, or the list would begin with it for ever.
-                if not (isinstance(pool, InProcessPool) and pool.broken):
-                    manifest.none_runs()
+                try:
+                    store.clean()
+                finally:
+                    # What broke this process is counted as what killed one, or the list would begin with it for ever.
+                    if not (isinstance(pool, InProcessPool) and pool.broken):
+                        manifest.none_runs()
                 # A film that was whole before has no items now; what the list says of it stays.
                 if status.over or not outcome.results.is_file():
                     store.export()

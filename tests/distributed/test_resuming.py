@@ -343,6 +343,21 @@ def test_an_item_that_kills_the_run_is_given_up(pictures, request_for, monkeypat
     assert outcome.failures == ["in/p2.png: the run died while it ran this (attempt 2 of 2)"]
 
 
+def test_an_item_is_not_to_blame_for_a_disk_that_refuses(pictures, request_for, monkeypatch):
+    """Nor when nothing can be cleaned up after the run."""
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultStore, "keep", refuse)
+        patch.setattr(ResultStore, "_recover", lambda self: None)
+        patch.setattr(ResultStore, "clean", refuse)
+        with pytest.raises(OSError, match="Read-only"):
+            run_map(request_for(pictures, retries=0))
+    assert run_map(request_for(pictures, retries=0)).whole
+
+
 def test_a_gpu_that_computes_nothing_more_ends_the_run(pictures, request_for, monkeypatch):
     """After an illegal access every item would fail at once. This process cannot be replaced, so the item counts as one
     that killed it."""
