@@ -161,13 +161,9 @@ class OnnxNetwork(nn.Module):
                 makers[node.output] = maker
                 continue
             names = f"{node.output}.scale", f"{node.output}.shift"
-            rank = 4 if maker is None or maker.kind not in ("Gemm", "Flatten", "Reshape", "MatMul", "Squeeze") else 2
             for name, value in zip(names, (factor, shift), strict=True):
-                self._constants[name] = value.float().reshape((1, -1) + (1,) * (rank - 2))
-            if rank == 2:
-                kept.append(node)  # of unknown rank: batch_norm finds the channel itself
-            else:
-                kept.append(Node("ScaleShift", scale_shift, {}, [node.inputs[0], *names], node.output))
+                self._constants[name] = value.float()
+            kept.append(Node("ScaleShift", scale_shift, {}, [node.inputs[0], *names], node.output))
         return kept
 
     def _absorb(self, maker: Node, factor: Tensor, shift: Tensor) -> bool:

@@ -1,14 +1,14 @@
 """The ONNX operators that face networks are made of, as torch functions.
 
 Each takes the node's attributes and its inputs (None for one left out) and returns the first output, as the ONNX
-operator specification defines it for opsets 9 to 21. Integer tensors are shapes and stay on the CPU.
+operator specification defines it for opsets 7 to 21. Integer tensors are shapes and stay on the CPU.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -53,10 +53,10 @@ def _same(attributes: Attributes, size: list[int], kernel: list[int]) -> list[in
     return begins + ends
 
 
-def _pad(x: Tensor, pads: list[int], value: float = 0.0) -> tuple[Tensor, list[int]]:
-    """Symmetric padding is left to the operator that follows, anything else is done here."""
+def _pad(x: Tensor, pads: list[int], value: float = 0.0, most: list[int] | None = None) -> tuple[Tensor, list[int]]:
+    """Symmetric padding of at most `most` is left to the operator that follows, anything else is done here."""
     half = len(pads) // 2
-    if pads[:half] == pads[half:]:
+    if pads[:half] == pads[half:] and (most is None or all(p <= m for p, m in zip(pads, most, strict=False))):
         return x, pads[:half]
     flat = [p for i in reversed(range(half)) for p in (pads[i], pads[half + i])]
     return F.pad(x, flat, value=value), [0] * half
@@ -85,8 +85,9 @@ def batch_normalization(
 
 
 def scale_shift(attributes: Attributes, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """A batch normalisation with its four vectors folded into two, both already of a shape that broadcasts."""
-    return torch.addcmul(shift, x, scale)
+    """A batch normalisation with its four vectors folded into two."""
+    per_channel = (-1,) + (1,) * (x.dim() - 2)
+    return torch.addcmul(shift.reshape(per_channel), x, scale.reshape(per_channel))
 
 
 def prelu(attributes: Attributes, x: Tensor, slope: Tensor) -> Tensor:
@@ -98,30 +99,37 @@ def prelu(attributes: Attributes, x: Tensor, slope: Tensor) -> Tensor:
 
 
 def clip(attributes: Attributes, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    least = attributes.get("min") if low is None else float(low)
-    most = attributes.get("max") if high is None else float(high)
+    least = attributes.get("min") if low is None else low.item()
+    most = attributes.get("max") if high is None else high.item()
     return x if least is None and most is None else x.clamp(least, most)
 
 
-def divide(attributes: Attributes, x: Tensor, y: Tensor) -> Tensor:
-    return x / y if x.is_floating_point() else torch.div(x, y, rounding_mode="trunc")
+def _window(kind: str, attributes: Attributes, x: Tensor) -> tuple[list[int], list[int], list[int], bool]:
+    """Kernel, strides, padding in ONNX order and ceil_mode of a pool, where torch has the same."""
+    kernel, ceil = list(attributes["kernel_shape"]), bool(attributes.get("ceil_mode", 0))
+    if len(kernel) != 2:
+        raise UnsupportedOperator(f"{kind} over {len(kernel)} dimensions is not supported, only over 2.")
+    dilated = any(d != 1 for d in attributes.get("dilations", ()))
+    if dilated and (kind == "AveragePool" or attributes.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"")):
+        raise UnsupportedOperator(f"{kind} with these dilations and auto_pad is not supported.")
+    pads = _same(attributes, list(x.shape[2:]), kernel)
+    if ceil and (pads[:2] != pads[2:] or any(2 * p > k for p, k in zip(pads, kernel * 2, strict=True))):
+        raise UnsupportedOperator(f"{kind} with ceil_mode and pads {pads} is not supported.")
+    return kernel, attributes.get("strides", [1, 1]), pads, ceil
 
 
 def max_pool(attributes: Attributes, x: Tensor) -> Tensor:
-    kernel = list(attributes["kernel_shape"])
-    x, padding = _pad(x, _same(attributes, list(x.shape[2:]), kernel), float("-inf"))
-    strides, ceil = attributes.get("strides", [1] * len(kernel)), bool(attributes.get("ceil_mode", 0))
+    kernel, strides, pads, ceil = _window("MaxPool", attributes, x)
+    x, padding = _pad(x, pads, float("-inf"), [k // 2 for k in kernel])
     return F.max_pool2d(x, kernel, strides, padding, attributes.get("dilations", 1), ceil)
 
 
 def average_pool(attributes: Attributes, x: Tensor) -> Tensor:
-    kernel, counts = list(attributes["kernel_shape"]), bool(attributes.get("count_include_pad", 0))
-    pads = _same(attributes, list(x.shape[2:]), kernel)
-    half = len(pads) // 2
-    if pads[:half] != pads[half:] and not counts:
-        raise UnsupportedOperator("AveragePool with uneven padding that is not counted is not supported.")
-    x, padding = _pad(x, pads)
-    strides, ceil = attributes.get("strides", [1] * len(kernel)), bool(attributes.get("ceil_mode", 0))
+    kernel, strides, pads, ceil = _window("AveragePool", attributes, x)
+    counts = bool(attributes.get("count_include_pad", 0))
+    x, padding = _pad(x, pads, 0.0, [k // 2 for k in kernel])
+    if not counts and padding * 2 != pads:
+        raise UnsupportedOperator(f"AveragePool with pads {pads} that are not counted is not supported.")
     return F.avg_pool2d(x, kernel, strides, padding, ceil, counts)
 
 
@@ -190,14 +198,25 @@ def resize(
 ) -> Tensor:
     mode = attributes.get("mode", b"nearest").decode()
     where = attributes.get("coordinate_transformation_mode", b"half_pixel").decode()
+    if attributes.get("keep_aspect_ratio_policy", b"stretch") != b"stretch":
+        raise UnsupportedOperator("Resize with a keep_aspect_ratio_policy other than stretch is not supported.")
+    whole, factors = list(x.shape), [1.0] * x.dim()
+    along = attributes.get("axes", range(x.dim()))
     if sizes is not None and sizes.numel():
-        target = [int(v) for v in sizes.tolist()[2:]]
-        factors = [t / n for t, n in zip(target, x.shape[2:], strict=True)]
+        for axis, t in zip(along, sizes.tolist(), strict=True):
+            whole[axis], factors[axis] = t, t / x.shape[axis]
     elif scales is not None and scales.numel():
-        factors = [float(s) for s in scales.tolist()[2:]]
-        target = [int(n * s) for n, s in zip(x.shape[2:], factors, strict=True)]
+        for axis, s in zip(along, scales.tolist(), strict=True):
+            whole[axis], factors[axis] = int(x.shape[axis] * s), s
     else:
         raise UnsupportedOperator("Resize without sizes or scales is not supported.")
+    if x.dim() < 3 or factors[:2] != [1.0, 1.0]:
+        raise UnsupportedOperator(f"Resize of {list(x.shape)} to {whole} is not supported, only of height and width.")
+    target, factors = whole[2:], factors[2:]
+    if attributes.get("antialias", 0) and any(t < n for n, t in zip(x.shape[2:], target, strict=True)):
+        raise UnsupportedOperator("Resize with antialias is not supported.")
+    if any(abs(n * s - t) > 1e-3 for n, s, t in zip(x.shape[2:], factors, target, strict=True)):
+        raise UnsupportedOperator(f"Resize in mode {mode} of {list(x.shape[2:])} by {factors} gives no whole pixels.")
     if mode == "nearest":
         # With a whole factor most ways to choose a pixel are torch's, which is all a pyramid needs.
         if any(t % n for t, n in zip(target, x.shape[2:], strict=True)):
@@ -208,11 +227,11 @@ def resize(
                 f"Resize in mode nearest with {where} and {rounding} is not supported for {list(x.shape[2:])} to {target}."
             )
         return F.interpolate(x, size=target, mode="nearest")
-    if any(abs(n * s - t) > 1e-3 for n, s, t in zip(x.shape[2:], factors, target, strict=True)):
-        raise UnsupportedOperator(f"Resize in mode {mode} of {list(x.shape[2:])} by {factors} gives no whole pixels.")
-    if mode == "linear" and where in ("half_pixel", "pytorch_half_pixel", "align_corners"):
+    # Of one pixel, pytorch_half_pixel takes the first where torch takes the middle.
+    ours = "half_pixel", "align_corners", *(["pytorch_half_pixel"] if min(target) > 1 else [])
+    if mode == "linear" and where in ours and x.dim() == 4:
         return F.interpolate(x, size=target, mode="bilinear", align_corners=where == "align_corners")
-    raise UnsupportedOperator(f"Resize in mode {mode} with {where} is not supported.")
+    raise UnsupportedOperator(f"Resize in mode {mode} with {where} is not supported for {list(x.shape)} to {whole}.")
 
 
 @lru_cache(maxsize=256)
@@ -241,7 +260,7 @@ def _repeats(length: int, target: int, where: str, rounding: str) -> bool:
 
 
 def upsample(attributes: Attributes, x: Tensor, scales: Tensor | None = None) -> Tensor:
-    """What came before Resize: counted from the first pixel's corner."""
+    """What came before Resize of opset 11: counted from the first pixel's corner."""
     factors = torch.tensor(attributes["scales"]) if scales is None else scales
     from_corner = {"coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"floor"}
     return resize({"mode": attributes.get("mode", b"nearest"), **from_corner}, x, None, factors)
@@ -270,21 +289,28 @@ def gemm(attributes: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None 
 def _reduce(function: Callable[..., Tensor]) -> Operator:
     def reduced(attributes: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
         given = _axes(attributes, axes)
-        return function(
-            x, tuple(range(x.dim())) if given is None else tuple(given), bool(attributes.get("keepdims", 1))
-        )
+        if not given and attributes.get("noop_with_empty_axes", 0):
+            return function(x[None], (0,), False)
+        return function(x, tuple(given or range(x.dim())), bool(attributes.get("keepdims", 1)))
 
     return reduced
 
 
-def pad(attributes: Attributes, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None) -> Tensor:
+def pad(
+    attributes: Attributes,
+    x: Tensor,
+    pads: Tensor | None = None,
+    value: Tensor | None = None,
+    axes: Tensor | None = None,
+) -> Tensor:
     mode = attributes.get("mode", b"constant").decode()
     if mode != "constant":
         raise UnsupportedOperator(f"Pad in mode {mode} is not supported, only constant.")
-    widths = list(attributes["pads"]) if pads is None else [int(p) for p in pads.tolist()]
-    half = len(widths) // 2
-    flat = [p for i in reversed(range(half)) for p in (widths[i], widths[half + i])]
-    return F.pad(x, flat, value=float(value) if value is not None else attributes.get("value", 0.0))
+    widths = list(attributes["pads"]) if pads is None else pads.tolist()
+    along = range(x.dim()) if axes is None else [a % x.dim() for a in axes.tolist()]
+    before = dict(zip(along, zip(widths[: len(along)], widths[len(along) :], strict=True), strict=True))
+    flat = [p for axis in reversed(range(x.dim())) for p in before.get(axis, (0, 0))]
+    return F.pad(x, flat, value=value.item() if value is not None else attributes.get("value", 0.0))
 
 
 def constant_of_shape(attributes: Attributes, size: Tensor) -> Tensor:
@@ -326,7 +352,7 @@ OPERATORS: dict[str, Operator] = {
     "Concat": lambda a, *x: torch.cat(x, a["axis"]),
     "ConstantOfShape": constant_of_shape,
     "Conv": conv,
-    "Div": divide,
+    "Div": lambda a, x, y: torch.div(x, y, rounding_mode=None if x.is_floating_point() else "trunc"),
     "Dropout": lambda a, x, *ignored: x,
     "Elu": lambda a, x: F.elu(x, a.get("alpha", 1.0)),
     "Exp": lambda a, x: x.exp(),
@@ -342,9 +368,9 @@ OPERATORS: dict[str, Operator] = {
     "LeakyRelu": lambda a, x: F.leaky_relu(x, a.get("alpha", 0.01)),
     "LpNormalization": l2_normalize,
     "MatMul": lambda a, x, y: x @ y,
-    "Max": lambda a, x, y: torch.maximum(x, y),
+    "Max": lambda a, *x: reduce(torch.maximum, x),
     "MaxPool": max_pool,
-    "Min": lambda a, x, y: torch.minimum(x, y),
+    "Min": lambda a, *x: reduce(torch.minimum, x),
     "Mul": lambda a, x, y: x * y,
     "Neg": lambda a, x: -x,
     "PRelu": prelu,
@@ -370,4 +396,4 @@ OPERATORS: dict[str, Operator] = {
 }
 
 # Operators that meant something else before an opset.
-OLDER_OPERATORS: dict[str, tuple[int, Operator]] = {"Softmax": (13, softmax_of_rest)}
+OLDER_OPERATORS: dict[str, tuple[int, Operator]] = {"Resize": (11, upsample), "Softmax": (13, softmax_of_rest)}

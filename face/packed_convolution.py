@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..products.convolution import PackedConvolution
-from .onnx_operators import Attributes, padded_for_conv
+from .onnx_operators import Attributes, conv, padded_for_conv
 
 
 class PackedConvolutions:
@@ -35,6 +35,9 @@ class PackedConvolutions:
     ) -> Tensor:
         """What the node at `position` of the graph computes; relu: with the ReLU that follows it."""
         assert x is not None and weight is not None
+        if x.shape[1] == 1:  # torch reads the output of one column in the wrong order
+            made_plainly = conv(attributes, x, weight, bias)
+            return made_plainly.relu_() if relu else made_plainly
         x, padding = padded_for_conv(attributes, x, weight)
         made = self._made.get(position)
         if made is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import onnx
@@ -36,7 +37,8 @@ def ints(*values):
 
 
 def node(kind, inputs="x", output="y", **attributes):
-    return helper.make_node(kind, inputs.split(), [output], **attributes)
+    """`inputs` in words, or as a list where one is left out."""
+    return helper.make_node(kind, inputs.split() if isinstance(inputs, str) else inputs, [output], **attributes)
 
 
 GRAPHS = {
@@ -151,6 +153,21 @@ GRAPHS = {
         [node("Div", "x k", "a"), node("Min", "a k", "b"), node("Max", "b j", "c"), node("Sub", "c k", "d"), node("Floor", "d")],
         {"k": np.float32(0.3), "j": np.float32(-0.4)},
     ),
+    "max of three, min of one": ([node("Max", "x j k", "a"), node("Min", "a")], {"k": floats(8), "j": floats(4, 1, 1)}),
+    "max pool of wide pads": ([node("MaxPool", kernel_shape=[3, 3], strides=[2, 2], pads=[2] * 4)], {}),
+    "a linear layer by parts, with norm": (
+        [node("Flatten", "x", "a"), node("MatMul", "a w", "c"), node("Add", "c b", "d"), node("BatchNormalization", "d b b b v")],
+        {"w": floats(256, 2), "b": floats(2), "v": np.float32([0.5, 2])},
+    ),
+    "norm of three dimensions": (
+        [node("Reshape", "x s", "a"), node("Relu", "a", "r"), node("BatchNormalization", "r b b b v")],
+        {"s": ints(0, 0, -1), "b": floats(4), "v": np.float32([0.5, 2, 3, 1])},
+    ),
+    "whole numbers stay whole": (
+        [node("Shape", "x", "s"), node("Clip", "s lo hi", "c"), node("Div", "c two", "d"), node("Cast", "d", "f", to=1),
+         node("ReduceSum", "f", "t"), node("Mul", "x t")],
+        {"lo": np.int64(3), "hi": np.int64(5), "two": np.int64(2)},
+    ),
 }  # fmt: skip
 
 
@@ -158,7 +175,41 @@ OLDER_GRAPHS = {
     "softmax": (11, [node("Softmax")], {}),
     "softmax over one axis": (11, [node("Softmax", axis=-1)], {}),
     "upsample": (9, [node("Upsample", "x s")], {"s": np.array([1, 1, 2, 3], np.float32)}),
+    "resize": (10, [node("Resize", "x s")], {"s": np.array([1, 1, 2, 3], np.float32)}),
+    "resize of some axes": (18, [node("Resize", ["x", "", "", "s"], axes=[-1, 2])], {"s": ints(16, 24)}),
+    "pad of some axes": (18, [node("Pad", ["x", "p", "", "a"])], {"p": ints(1, 2, 3, 0), "a": ints(-1, 1)}),
+    "reduction along no axis": (18, [node("ReduceL2", noop_with_empty_axes=1)], {}),
 }
+
+REFUSED = {
+    "MaxPool over 1 dimensions": ([node("Reshape", "x s", "a"), node("MaxPool", "a", kernel_shape=[2])], {"s": ints(0, 0, -1)}),
+    "ceil_mode and pads": ([node("MaxPool", kernel_shape=[2, 2], pads=[0, 0, 1, 1], ceil_mode=1)], {}),
+    "AveragePool with these dilations": ([node("AveragePool", kernel_shape=[2, 2], dilations=[2, 2])], {}),
+    "pads [2, 2, 2, 2] that are not counted": ([node("AveragePool", kernel_shape=[3, 3], pads=[2] * 4)], {}),
+    "pads [2, 0, 0, 0] that are not counted": ([node("AveragePool", kernel_shape=[3, 3], pads=[2, 0, 0, 0])], {}),
+    "only of height and width": ([node("Resize", ["x", "", "s"])], {"s": np.float32([2, 1, 1, 1])}),
+    "gives no whole pixels": ([node("Resize", ["x", "", "s"])], {"s": np.float32([1, 1, 1.1, 1.1])}),
+    "antialias": ([node("Resize", ["x", "", "s"], mode="linear", antialias=1)], {"s": np.float32([1, 1, 0.5, 0.5])}),
+    "keep_aspect_ratio_policy": (
+        [node("Resize", ["x", "", "", "s"], keep_aspect_ratio_policy="not_larger")], {"s": ints(3, 4, 16, 32)}
+    ),
+    "pytorch_half_pixel is not supported": (
+        [node("Resize", ["x", "", "", "s"], mode="linear", coordinate_transformation_mode="pytorch_half_pixel")],
+        {"s": ints(3, 4, 1, 8)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", list(REFUSED))
+def test_what_torch_computes_otherwise_is_refused_by_name(tmp_path, said):
+    nodes, constants = REFUSED[said]
+    path = write(tmp_path / "m.onnx", nodes, constants, opset=19)
+    # onnxruntime takes each of them, and what it gives differs.
+    assert onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(
+        None, {"x": floats(3, 4, 8, 8)}
+    )
+    with pytest.raises(UnsupportedOperator, match=f"{re.escape(said)}.*: choose the onnxruntime engine"):
+        OnnxNetwork(path)(torch.zeros(3, 4, 8, 8))
 
 
 @pytest.mark.parametrize("name", list(OLDER_GRAPHS))
@@ -403,6 +454,15 @@ def test_packed_convolutions_are_the_plain_ones_and_follow_the_weights(tmp_path,
         for _ in range(3):
             assert torch.allclose(network(x)[0], plain, atol=1e-5)
         assert len(network._packed) == 1
+
+
+def test_a_convolution_of_one_channel_and_column_is_torchs_own(tmp_path):
+    path = write(tmp_path / "conv.onnx", [node("Conv", "x w", strides=[1, 2])], {"w": floats(8, 1, 3, 3)})
+    x = torch.randn(1, 1, 7, 3, generator=torch.Generator().manual_seed(1))
+    network = OnnxNetwork(path)
+    plain = network(x)[0]
+    with torch.no_grad():
+        assert torch.allclose(network(x)[0], plain, atol=1e-5)
 
 
 def test_weights_packed_for_one_size_are_not_used_for_another(tmp_path):
