@@ -126,11 +126,10 @@ def max_pool(attributes: Attributes, x: Tensor) -> Tensor:
 
 def average_pool(attributes: Attributes, x: Tensor) -> Tensor:
     kernel, strides, pads, ceil = _window("AveragePool", attributes, x)
-    counts = bool(attributes.get("count_include_pad", 0))
     x, padding = _pad(x, pads, 0.0, [k // 2 for k in kernel])
-    if not counts and padding * 2 != pads:
+    if not attributes.get("count_include_pad", 0) and padding * 2 != pads:
         raise UnsupportedOperator(f"AveragePool with pads {pads} that are not counted is not supported.")
-    return F.avg_pool2d(x, kernel, strides, padding, ceil, counts)
+    return F.avg_pool2d(x, kernel, strides, padding, ceil, bool(attributes.get("count_include_pad", 0)))
 
 
 def shape(attributes: Attributes, x: Tensor) -> Tensor:
@@ -180,12 +179,14 @@ def slice_(
     end = attributes["ends"] if ends is None else ends.tolist()
     along = attributes.get("axes", range(len(begin))) if axes is None else axes.tolist()
     stride = [1] * len(begin) if steps is None else steps.tolist()
-    if any(s < 1 for s in stride):
-        raise UnsupportedOperator("Slice with a step below 1 is not supported.")
+    if any(s < 0 and e > LARGEST for e, s in zip(end, stride, strict=True)):
+        raise UnsupportedOperator("Slice backwards to an end beyond the axis is not supported.")
     for b, e, axis, s in zip(begin, end, along, stride, strict=True):
+        taken = range(x.shape[axis])[max(b, -x.shape[axis]) : e : s]
+        rising = taken if s > 0 else taken[::-1]  # torch has no steps backwards
         cut: list[slice] = [slice(None)] * x.dim()
-        cut[axis] = slice(b, e, s)
-        x = x[tuple(cut)]
+        cut[axis] = slice(rising.start, rising.stop, rising.step) if rising else slice(0)
+        x = x[tuple(cut)] if s > 0 else x[tuple(cut)].flip(axis)
     return x
 
 

@@ -116,6 +116,10 @@ GRAPHS = {
         [node("Slice", "x a b c d")],
         {"a": ints(1, -6), "b": ints(9999, -1), "c": ints(1, 3), "d": ints(1, 2)},
     ),
+    "slice backwards": (
+        [node("Slice", "x a b c d")],
+        {"a": ints(-1, 6, -9), "b": ints(-(1 << 62), 1, -9), "c": ints(1, -1, 2), "d": ints(-1, -2, -1)},
+    ),
     "flatten, gemm": (
         [node("Flatten", "x", "a"), node("Gemm", "a w b", transB=1, alpha=0.5, beta=2.0)],
         {"w": floats(7, 256), "b": floats(7)},
@@ -187,6 +191,9 @@ REFUSED = {
     "AveragePool with these dilations": ([node("AveragePool", kernel_shape=[2, 2], dilations=[2, 2])], {}),
     "pads [2, 2, 2, 2] that are not counted": ([node("AveragePool", kernel_shape=[3, 3], pads=[2] * 4)], {}),
     "pads [2, 0, 0, 0] that are not counted": ([node("AveragePool", kernel_shape=[3, 3], pads=[2, 0, 0, 0])], {}),
+    "Slice backwards to an end beyond": (
+        [node("Slice", "x a b c d")], {"a": ints(2), "b": ints((1 << 63) - 1), "c": ints(3), "d": ints(-1)}
+    ),
     "only of height and width": ([node("Resize", ["x", "", "s"])], {"s": np.float32([2, 1, 1, 1])}),
     "gives no whole pixels": ([node("Resize", ["x", "", "s"])], {"s": np.float32([1, 1, 1.1, 1.1])}),
     "antialias": ([node("Resize", ["x", "", "s"], mode="linear", antialias=1)], {"s": np.float32([1, 1, 0.5, 0.5])}),
