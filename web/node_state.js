@@ -4,6 +4,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { isOurs } from "./node_families.js";
+import { graphKeys, nodeOf, ourNodes, runElsewhere, runEnds, runStarts } from "./runs.js";
 import { onLanguage, say } from "./words.js";
 
 const STORE = "Hotpath.NodeState";
@@ -14,19 +15,7 @@ const WARNING = "⚠"; // as a badge and before the sentence
 const MARKUP = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
 const FIELD = { letter: 6, line: 18, margins: 60, gap: 10, most: 9 }; // pixels of the text on a node, and lines
 
-let running = null; // { id, node, since, kept }
-
-// The node that an execution id such as "5", or "12:5" inside a subgraph, speaks of.
-export function nodeOf(id) {
-  let graph = app.rootGraph ?? app.graph;
-  let node = null;
-  for (const part of String(id).split(":")) {
-    if (!graph) return null;
-    node = graph.getNodeById(part) ?? graph.getNodeById(Number(part)) ?? null;
-    graph = node?.subgraph;
-  }
-  return node;
-}
+let running = null; // { id, state, since, kept }
 
 export function duration(seconds) {
   if (seconds < 1) return say("{count} ms", { count: Math.round(seconds * 1000) });
@@ -37,18 +26,29 @@ export function duration(seconds) {
 }
 
 // badge: "" before a run, "cached", or the seconds it took.
+function blank() {
+  return { badge: "", text: "", warnings: [] };
+}
+
 function stateOf(node) {
-  return (node.hotpathState ??= { badge: "", text: "", warnings: [] });
+  return (node.hotpathState ??= blank());
+}
+
+// One of our nodes that the server tells of: { id, type, node, state }, with node null while another workflow is open than
+// the one that runs. Null for what is not ours.
+function told(given) {
+  const id = String(given);
+  const elsewhere = runElsewhere();
+  const node = elsewhere === null ? nodeOf(id) : null;
+  const type = elsewhere === null ? isOurs(node) && node.type : elsewhere.ours.get(id);
+  if (!type) return null;
+  // The node that runs may have been made anew since, as by an undo.
+  const state = running?.id === id ? running.state : node === null ? keptState(elsewhere.key, id, type) : stateOf(node);
+  if (node !== null) node.hotpathState = state;
+  return { id, type, node, state };
 }
 
 // ---- kept for the session
-
-// The id of the open graph; for one without (opened from an API prompt, it gets its id later) what it is made of.
-function graphKeys() {
-  const graph = app.rootGraph ?? app.graph;
-  const made = [...everyNode(graph)].map(([id, node]) => `${id} ${node.type}`).sort().join(", ");
-  return /[1-9a-f]/.test(graph?.id ?? "") ? [graph.id, made] : [made];
-}
 
 function stored() {
   try {
@@ -58,11 +58,14 @@ function stored() {
   }
 }
 
-function keep(id, node) {
+function keptState(key, id, type) {
+  const kept = stored()[key]?.[id];
+  return kept?.type === type ? { ...kept } : blank();
+}
+
+function keep({ id, type, state: { badge, text, warnings } }, key = runElsewhere()?.key ?? graphKeys()[0]) {
   const all = stored();
-  const [key] = graphKeys();
-  const { badge, text, warnings } = stateOf(node);
-  const kept = { ...(all[key] ?? {}), [id]: { type: node.type, badge, text: text.slice(0, LONGEST), warnings } };
+  const kept = { ...(all[key] ?? {}), [id]: { type, badge, text: text.slice(0, LONGEST), warnings } };
   delete all[key]; // the newest comes last
   all[key] = kept;
   for (const old of Object.keys(all).slice(0, -MOST)) delete all[old];
@@ -108,7 +111,7 @@ function redraw() {
 }
 
 function fieldOf(node) {
-  return node.widgets?.find((widget) => widget.name === "$$node-text-preview");
+  return node?.widgets?.find((widget) => widget.name === "$$node-text-preview");
 }
 
 // Pixels between a node and the title of the next one under it.
@@ -161,90 +164,105 @@ let showing = false; // a text of ours is on its way to the front end's listener
 // The node that ran has ended; `well` is false when it failed or was interrupted, which ComfyUI itself shows.
 function finish(well) {
   if (running === null) return;
-  const { id, node, since } = running;
+  const { id, since } = running;
+  const one = told(id);
   running = null;
-  stateOf(node).badge = well ? Math.max(0.001, (performance.now() - since) / 1000) : "";
-  keep(id, node);
+  if (one === null) return;
+  one.state.badge = well ? Math.max(0.001, (performance.now() - since) / 1000) : "";
+  keep(one);
   redraw();
 }
 
+function begin({ detail }) {
+  running = null; // one that never ended, as when the server did
+  runStarts(detail);
+}
+
 // The run has ended. Newer front ends take the texts off its nodes then, in a listener of their own: reports stay.
-function end(well) {
+function end(well, { detail }) {
   finish(well);
+  runEnds(detail);
   setTimeout(() => showAll((node) => fieldOf(node) === undefined));
 }
 
 function onExecuting({ detail: id }) {
+  if (running !== null && String(id) === running.id) return; // told anew after a lost connection
   finish(true);
   if (id === null || id === undefined) return;
-  const node = nodeOf(id);
-  if (!isOurs(node)) return;
-  node.hotpathState = { badge: "", text: "", warnings: [] };
-  const field = fieldOf(node);
+  const one = told(id);
+  if (one === null) return;
+  const state = Object.assign(one.state, blank());
+  const field = fieldOf(one.node);
   if (field !== undefined) field.value = "";
-  running = { id, node, since: performance.now(), kept: -Infinity };
+  running = { id: one.id, state, since: performance.now(), kept: -Infinity };
   redraw();
 }
 
 function onCached({ detail }) {
   for (const id of detail?.nodes ?? []) {
-    const node = nodeOf(id);
-    if (!isOurs(node)) continue;
-    stateOf(node).badge = "cached";
-    keep(id, node);
+    const one = told(id);
+    if (one === null) continue;
+    one.state.badge = "cached";
+    keep(one);
   }
   redraw();
 }
 
-// Before the front end's own listener, which would show the text as it came.
-function onTextFirst({ detail }) {
-  const node = ourNodeOf(detail);
-  if (showing || node === null) return;
-  stateOf(node).text = detail.text ?? "";
-  detail.text = asWritten(stateOf(node).text);
+function textOf(detail) {
+  return showing || detail?.nodeId === undefined ? null : told(detail.nodeId);
 }
 
-function ourNodeOf(detail) {
-  const node = detail?.nodeId === undefined ? null : nodeOf(detail.nodeId);
-  return isOurs(node) ? node : null;
+// The text of one of our nodes has come. Whether that is all: nothing of it can be shown while another workflow is open.
+function takeText(detail) {
+  const one = textOf(detail);
+  if (one === null) return false;
+  one.state.text = detail.text ?? "";
+  detail.text = asWritten(one.state.text);
+  if (one.node !== null) return false;
+  keepText(one);
+  return true;
+}
+
+// The front end's own listener is the first, and shows a text as it came, on whatever node the open workflow has.
+function takeTextsFirst() {
+  const { dispatchCustomEvent } = api;
+  api.dispatchCustomEvent = function (type, ...given) {
+    if (type === "progress_text" && takeText(given[0])) return true;
+    return dispatchCustomEvent.call(this, type, ...given);
+  };
 }
 
 function onText({ detail }) {
-  const node = ourNodeOf(detail);
-  if (showing || node === null) return;
-  const id = detail.nodeId;
-  showText(id, node);
-  if (running?.node === node) {
+  const one = textOf(detail);
+  if (one === null) return;
+  showText(one.id, one.node);
+  keepText(one);
+}
+
+function keepText(one) {
+  if (running?.id === one.id) {
     // A text that grows comes ten times a second; the last one is kept when the node ends.
     const now = performance.now();
     if (now - running.kept < KEPT_EVERY) return;
     running.kept = now;
   }
-  keep(id, node);
+  keep(one);
 }
 
 function onWarning({ detail }) {
-  const node = nodeOf(detail?.node);
-  if (!isOurs(node)) return;
-  const { warnings } = stateOf(node);
+  const one = told(detail?.node);
+  if (one === null) return;
+  const { warnings } = one.state;
   if (!warnings.includes(detail.text)) warnings.push(detail.text);
-  showText(detail.node, node);
-  keep(detail.node, node);
+  if (one.node !== null) showText(one.id, one.node);
+  keep(one);
   redraw();
-}
-
-function* everyNode(graph, path = "") {
-  for (const node of graph?.nodes ?? graph?._nodes ?? []) {
-    const id = `${path}${node.id}`;
-    yield [id, node];
-    if (node.subgraph) yield* everyNode(node.subgraph, `${id}:`);
-  }
 }
 
 // The front end's listener knows only the nodes of the graph that is open: those of a subgraph get their texts when it is.
 function showAll(wanted = () => true) {
-  for (const [id, node] of everyNode(app.rootGraph ?? app.graph)) {
-    if (isOurs(node) && node.hotpathState && wanted(node)) showText(id, node);
+  for (const [id, node] of ourNodes()) {
+    if (node.hotpathState && wanted(node)) showText(id, node);
   }
 }
 
@@ -253,14 +271,15 @@ app.registerExtension({
   setup() {
     // Later than the front end itself, which then asks which subgraph is open.
     app.canvas?.canvas?.addEventListener("litegraph:set-graph", () => setTimeout(() => showAll()));
+    takeTextsFirst();
+    api.addEventListener("execution_start", begin);
     api.addEventListener("executing", onExecuting);
     api.addEventListener("execution_cached", onCached);
-    api.addEventListener("progress_text", onTextFirst, { capture: true });
     api.addEventListener("progress_text", onText);
     api.addEventListener("hotpath.warning", onWarning);
-    api.addEventListener("execution_success", () => end(true));
-    api.addEventListener("execution_error", () => end(false));
-    api.addEventListener("execution_interrupted", () => end(false));
+    api.addEventListener("execution_success", (event) => end(true, event));
+    api.addEventListener("execution_error", (event) => end(false, event));
+    api.addEventListener("execution_interrupted", (event) => end(false, event));
     onLanguage(redraw);
   },
   nodeCreated(node) {
@@ -268,16 +287,16 @@ app.registerExtension({
   },
   afterConfigureGraph() {
     const all = stored();
-    const kept = all[graphKeys().find((key) => key in all)] ?? {};
-    for (const [id, node] of everyNode(app.rootGraph ?? app.graph)) {
-      if (!isOurs(node)) continue;
+    const keys = graphKeys();
+    const kept = all[keys.find((key) => key in all)] ?? {};
+    for (const [id, node] of ourNodes()) {
       const before = kept[id];
       if (before?.type === node.type) node.hotpathState = { ...before, warnings: [...before.warnings] };
-      // What saved_layouts.js found no place for.
-      for (const note of node.hotpathNotes ?? []) {
-        const { warnings } = stateOf(node);
-        if (!warnings.includes(note)) warnings.push(note);
-      }
+      if (!node.hotpathNotes) continue;
+      // What saved_layouts.js found no place for. An undo makes the node anew from values that have lost it.
+      const state = stateOf(node);
+      state.warnings = [...new Set([...state.warnings, ...node.hotpathNotes])];
+      keep({ id, type: node.type, state }, keys[0]);
     }
     showAll();
     redraw();

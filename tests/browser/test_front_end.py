@@ -121,6 +121,9 @@ def test_graphs_of_older_layouts(front_end: FrontEnd) -> None:
         assert meant is not None and meant.items() <= dict(node["widgets"]).items(), kind
         assert node["text"].count("⚠") == notes, f"{kind} says {node['text']!r}"
     front_end.shot("older_layouts")
+    # An undo opens the graph as it is by then.
+    front_end.load(front_end.page.evaluate("() => app.rootGraph.serialize()"))
+    assert [front_end.node(str(n))["text"].count("⚠") for n in range(1, len(SAVED) + 1)] == [one[3] for one in SAVED]
 
 
 def test_a_first_picture_called_image_keeps_its_link(front_end: FrontEnd) -> None:
@@ -231,6 +234,52 @@ def test_a_node_in_a_subgraph_has_its_text_when_that_is_opened(front_end: FrontE
         "() => app.canvas.graph.getNodeById(3)?.widgets.some((w) => w.name.startsWith('$$') && w.value.includes('1 face'))"
     )
     front_end.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
+
+
+def test_what_a_run_says_goes_to_its_own_workflow(front_end: FrontEnd) -> None:
+    """Another workflow is opened while a run waits: that one has other nodes under the same ids."""
+    page = front_end.page
+
+    def tell(name: str, detail: Any) -> None:
+        page.evaluate("([name, detail]) => { app.api.dispatchCustomEvent(name, detail); }", [name, detail])
+
+    load_faces(front_end)
+    page.evaluate("() => sessionStorage.removeItem('Hotpath.NodeState')")
+    graph = {**page.evaluate("() => app.rootGraph.serialize()"), "id": "7c0e9f3a-0000-4000-8000-000000000001"}
+    other = {**graph, "id": "7c0e9f3a-0000-4000-8000-000000000002"}
+    front_end.load(graph)
+    page.route("**/prompt", lambda route: route.fulfill(json={"prompt_id": "later", "number": 1, "node_errors": {}}))
+    page.evaluate("async () => { await app.api.queuePrompt(0, { output: {}, workflow: {} }); }")
+    page.unroute("**/prompt")
+    front_end.load(other)
+    tell("execution_start", {"prompt_id": "later"})
+    tell("execution_cached", {"prompt_id": "later", "nodes": ["2"]})
+    tell("executing", "3")
+    tell("hotpath.warning", {"node": "3", "text": "with care"})
+    for text in ("wo", "word"):
+        tell("progress_text", {"nodeId": "3", "text": text})
+    tell("executing", None)
+    tell("execution_success", {"prompt_id": "later"})
+    for node_id in ("2", "3"):
+        node = front_end.node(node_id)
+        assert not node["text"] and not any(node["badges"][-2:]), node
+    front_end.load(graph)
+    assert front_end.node("3")["text"] == "⚠ with care\n\nword" and front_end.node("2")["badges"][-1] == "cached"
+    assert front_end.node("3")["badges"][-2] == "⚠ 1" and front_end.node("3")["badges"][-1]
+    # A run whose server went away has not ended, and an undo in a run makes the nodes anew.
+    tell("execution_start", {"prompt_id": "lost"})
+    tell("executing", "3")
+    tell("execution_start", {"prompt_id": "next"})
+    tell("executing", "2")
+    assert not front_end.node("3")["badges"][-1]
+    tell("hotpath.warning", {"node": "2", "text": "with care"})
+    page.evaluate(
+        "async () => { const { activeWorkflow } = app.extensionManager.workflow;"
+        " await app.loadGraphData(app.rootGraph.serialize(), false, false, activeWorkflow); }"
+    )
+    tell("executing", "2")  # as to a page that was without a connection for a moment
+    tell("execution_success", {"prompt_id": "next"})
+    assert front_end.node("2")["text"] == "⚠ with care" and front_end.node("2")["badges"][-1]
 
 
 def test_what_a_report_holds_is_text(front_end: FrontEnd) -> None:
