@@ -98,6 +98,11 @@ def _patcher() -> Any:
                 return gained
             return gained + super().partially_unload(device_to, memory_to_free - gained, *args, **kwargs)
 
+        def model_mmap_residency(self, free: bool = False) -> tuple[int, int]:
+            # ComfyUI 0.18 to 0.22 would ask each weight for its storage, and one in oneDNN's own order has none. What it
+            # looks for there, files mapped by ComfyUI itself, no network of ours has.
+            return 0, self.model_size()
+
     return TellingPatcher
 
 

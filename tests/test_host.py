@@ -188,6 +188,15 @@ def test_free_memory_is_a_number_of_bytes(either_host: Host) -> None:
 
 
 @pytest.mark.comfy
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_comfyui_counts_weights_that_have_no_storage(comfy_host: Any) -> None:
+    network = Network()
+    network.register_buffer("order", torch.ones(2, 3).to_mkldnn())
+    found = comfy_host.manage(network).patcher.model_mmap_residency(free=True)  # as ComfyUI 0.18 to 0.22 asks
+    assert found == (0, sum(tensor.nbytes for tensor in network.state_dict().values()))
+
+
+@pytest.mark.comfy
 def test_room_is_never_made_of_what_computes(comfy_host: Any, comfy_folders: Any) -> None:
     import comfy.model_management as management
 
