@@ -28,8 +28,8 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
                 options = rest[0] if rest else {}
                 is_widget = isinstance(kind, list) or (kind in WIDGETS and not options.get("forceInput"))
                 if kind == DYNAMIC:
-                    if values and not options.get("hidden"):
-                        _take_dynamic(name, options, values, inputs)
+                    # A hidden one keeps older prompts valid, and what it holds makes newer ones valid in older releases.
+                    _take_dynamic(name, options, values or [options["options"][0]["key"]], inputs)
                     continue
                 if is_widget and values:
                     inputs[name] = values.pop(0)
