@@ -12,7 +12,7 @@ const LONGEST = 4000; // characters of a report that are kept
 const MOST = 40; // workflows that are kept
 const KEPT_EVERY = 3000; // milliseconds between two times that a growing text is kept; all that is kept is written anew
 const WARNING = "⚠"; // as a badge and before the sentence
-const MARKUP = { "&": "&amp;", "<": "&lt;", ">": "&gt;" };
+const MARKUP = /<(?=[A-Za-z/!?])|&(?=[A-Za-z#])/g; // where a tag or the name of a letter may begin
 const FIELD = { letter: 6, line: 18, margins: 60, gap: 10, most: 9 }; // pixels of the text on a node, and lines
 
 let running = null; // { id, state, since, kept }
@@ -138,9 +138,10 @@ function makeRoom(node, field, text) {
   node.expandToFitContent?.();
 }
 
-// The front end's field shows HTML, and a report has names, prompts and answers in it: whatever they hold is text.
+// Older front ends show HTML in their field, newer ones text, and a report has names, prompts and answers in it. An invisible
+// joiner is no part of a tag, so that both show what was written.
 function asWritten(text) {
-  return text.replace(/[&<>]/g, (letter) => MARKUP[letter]);
+  return text.replace(MARKUP, "$&\u2060");
 }
 
 // Warnings and report in the front end's own text field of the node: its listener has put the bare report there.
@@ -155,6 +156,7 @@ function showText(id, node) {
   }
   const field = fieldOf(node);
   if (field === undefined) return;
+  field.serialize = false; // older front ends would save it, as one value more than the node has inputs
   if (field.value !== whole) field.value = whole;
   makeRoom(node, field, whole);
 }
