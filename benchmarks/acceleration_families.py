@@ -114,13 +114,17 @@ class Family:
 
         return prepare
 
-    def with_attention_and_products(self, model: Any) -> Callable[[], Callable[[Any], torch.Tensor]]:
-        """Attention by the fastest exact kernel, and products by oneDNN; as Compile Model makes it without a compiler."""
+    def without_a_compiler(self, model: Any, precision: str = "") -> Callable[[], Callable[[Any], torch.Tensor]]:
+        """Attention by the fastest exact kernel and products by oneDNN, as Compile Model makes it without a compiler.
+
+        precision: a scheme for the linear layers.
+        """
         from hotpath.patches.attention_override import set_attention
         from hotpath.patches.cpu_products import multiply_by_onednn
+        from hotpath.patches.precision import set_precision
 
         def prepare() -> Callable[[Any], torch.Tensor]:
-            chosen = set_attention(model, "auto")[0]
+            chosen = set_attention(set_precision(model, precision)[0] if precision else model, "auto")[0]
             multiply_by_onednn(chosen)
             return self.sampler(chosen)
 
@@ -256,7 +260,8 @@ def _on_a_cpu(family: Family, model: Any) -> list[Contestant]:
     return [
         Contestant("ComfyUI", lambda: family.sampler(model)),
         Contestant("ComfyUI, --use-pytorch-cross-attention", family.torch_attention(model)),
-        Contestant("Hotpath attention auto, compile without a compiler", family.with_attention_and_products(model)),
+        Contestant("Hotpath attention auto, compile without a compiler", family.without_a_compiler(model)),
+        Contestant("Hotpath int8, the same", family.without_a_compiler(model, "int8")),
         Contestant("Hotpath attention auto, compile", family.compiled_with_attention(model), 60),
         Contestant("ComfyUI TorchCompileModel", family.core_compiled(model), 150),
     ]

@@ -64,6 +64,23 @@ class Rerouting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Aside:
+    def __init__(self, mode: Rerouting) -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        self._mode.__exit__(None, None, None)
+
+    def __exit__(self, *_: object) -> None:
+        self._mode.__enter__()
+
+
+def aside() -> AbstractContextManager[Any]:
+    """What to enter where a compiler may trace: it knows no classes under such a mode. `reroute` does the same in its graph."""
+    current = getattr(torch.overrides, "_get_current_function_mode", lambda: None)()
+    return _Aside(current) if isinstance(current, Rerouting) else nullcontext()
+
+
 def rerouted(device: torch.device) -> tuple[Callable[[], AbstractContextManager[Any]], str]:
     """What to enter while a network runs on `device`, each time anew, and a line about it for a report: "" but on a CPU."""
     if device.type != "cpu":

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ...host.errors import kind_and_line
+from ...products.rerouting import aside
 from ..model_call import dtype_inside
 from .blocks import ORDINARY, LiveParts, constants_of, foreign_class, parts_of
 from .graphs import Backend, CompiledKind, compile_errors
@@ -115,7 +116,8 @@ class BlockForward:
             return self._as_it_is(kind.reason if kind is not None else self.reason, args, kwargs)
         try:
             reduced, changed = self._reduce(args, kwargs)
-            out = kind(self.module, reduced, changed)
+            with aside():
+                out = kind(self.module, reduced, changed)
         except NotTraceable as error:
             return self._as_it_is(str(error), args, kwargs, error)
         except self.owner.errors as error:
