@@ -50,9 +50,9 @@ def _is_large(weight: Any) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch's `linear`: x [..., K], weight [O, K], bias [O] or None to [..., O]."""
-    return product(x, weight, bias) if serves(x, weight, bias) else F.linear(x, weight, bias)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch's `linear`, with its names: input [..., K], weight [O, K], bias [O] or None to [..., O]."""
+    return product(input, weight, bias) if serves(input, weight, bias) else F.linear(input, weight, bias)
 
 
 class Rerouting(TorchFunctionMode):
@@ -69,10 +69,10 @@ class _Aside:
         self._mode = mode
 
     def __enter__(self) -> None:
-        self._mode.__exit__(None, None, None)
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __exit__(self, *_: object) -> None:
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
 
 
 def aside() -> AbstractContextManager[Any]:

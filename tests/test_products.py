@@ -111,7 +111,7 @@ def test_rerouted_layers_are_the_layers_and_only_large_products_of_many_rows_go_
     for x in (given[..., :48], given[..., ::2], given[:, ::2, :48], given[0, :, :48], given[:, :, None, :48]):
         for bias in (layer.bias, None):
             with rerouting.Rerouting():
-                made = nn.functional.linear(x, layer.weight, bias)
+                made = nn.functional.linear(weight=layer.weight, input=x, bias=bias)
             torch.testing.assert_close(made, nn.functional.linear(x, layer.weight, bias))
             assert made.is_contiguous()
     assert len(by_onednn) == 10
