@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from hotpath.products import linear as products
+from hotpath.products import rerouting
 from hotpath.products.linear import PackedLinear
-from hotpath.vision_language import cpu_kernels, decoding, offloading, projections
+from hotpath.vision_language import cpu_kernels, decoding, offloading, projections, quantization
 from hotpath.vision_language.asking import Question
 from hotpath.vision_language.loading import MODELS, LoadOptions
 from hotpath.vision_language.quantization import pack_head
@@ -111,3 +112,21 @@ def test_what_is_quantised_stays_so(load: Any, ask: Any, quantization: str) -> N
     inside = decoding.text_decoder(model.network).layers[0].self_attn
     assert not isinstance(inside.qkv_proj, PackedLinear) and not plain_layers(model.network.model.visual)
     assert ask(model, Question("x")).tokens
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "float8"])
+@torch.inference_mode()
+def test_unpacked_matrices_are_multiplied_by_onednn_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    seen: list[torch.Size] = []
+    monkeypatch.setattr(quantization, "why_not", lambda *_, **__: "no")
+    monkeypatch.setattr(rerouting, "product", lambda *given: (seen.append(given[0].shape), products.product(*given))[1])
+    packed = quantization.pack(nn.Linear(256, 320), method)
+    prompt, token = torch.randn(2, 40, 256), torch.randn(1, 1, 256)
+    before = packed(prompt), packed(token), packed.rows(prompt, 64, 320)
+    assert not seen
+    monkeypatch.setattr(quantization, "why_not", lambda *_, **__: "")
+    for made, wanted in zip((packed(prompt), packed(token), packed.rows(prompt, 64, 320)), before, strict=True):
+        torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-5)
+    assert seen == [prompt.shape, prompt.shape], "a token alone is read as it is packed"
