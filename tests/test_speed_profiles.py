@@ -260,6 +260,7 @@ def test_a_scheme_that_cannot_be_had_is_left_out_or_refused(monkeypatch: pytest.
         raise speed_profiles.PrecisionUnavailable("no GPU for fp8")
 
     monkeypatch.setattr(speed_profiles, "set_precision", missing)
+    monkeypatch.setattr(speed_profiles, "slow_on_a_cpu", lambda _: "")
     _, report = applied({"precision": {"scheme": "fp8"}})
     assert "precision: left out: no GPU for fp8" in report
     with pytest.raises(speed_profiles.PrecisionUnavailable):
