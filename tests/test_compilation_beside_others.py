@@ -260,8 +260,9 @@ def test_patches_that_a_block_names_act_inside_it() -> None:
     with torch.device("meta"):
         cosmos = Block(16, 16, 2, operations=comfy.ops.disable_weight_init)
         residual = ResBlock(32, 32, 0)
-    patches = {"patches": {"mlp_patch": [print], "forward_timestep_embed_patch": [print], "post_input": [print]}}
-    with pytest.raises(NotTraceable, match=r"mlp_patch of builtins\.builtin_function_or_method acts inside"):
+    patch = SimpleNamespace()
+    patches = {"patches": {name: [patch] for name in ("mlp_patch", "forward_timestep_embed_patch", "post_input")}}
+    with pytest.raises(NotTraceable, match=r"mlp_patch of types\.SimpleNamespace acts inside"):
         block_options(patches, options_read_by(cosmos))
     block_options(patches, options_read_by(residual))
 
