@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import CLEARLY, MANY_ROWS, TRIED_SIDE, fastest
+from .linear import CLEARLY, MANY_ROWS, TRIED_SIDE, fastest, said
 from .operators import operator
 
 LARGEST = 127.0
@@ -39,7 +39,7 @@ def why_not() -> str:
         own = fastest(functools.partial(F.linear, x, whole))
         theirs = fastest(functools.partial(torch._int_mm, rows, weight.t()))
     except (AttributeError, RuntimeError, NotImplementedError) as error:
-        return f"torch cannot multiply 8 bits on this CPU ({str(error).strip().splitlines()[0][:100]})"
+        return f"torch cannot multiply 8 bits on this CPU ({said(error)})"
     return "" if theirs < CLEARLY * own else "products of 8 bits are no faster on this CPU"
 
 
@@ -57,7 +57,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     slow and gives the same to float32's precision.
     """
     rows, row_scale = rounded(x.reshape(-1, x.shape[-1]))
-    out = torch.empty(len(rows), len(weight))
+    out = torch.empty(len(rows), len(weight), dtype=torch.float32)
     scale = scale.float().reshape(1, -1)
     fast = x.shape[-1] > 1 and not why_not()  # of one column torch's product is not its numbers
     # What is written once and read four times stays near; each part orders the weights anew, so not too few rows.

@@ -49,9 +49,14 @@ def why_not(dtype: torch.dtype, ordered: bool = True) -> str:
             own += fastest(functools.partial(F.linear, x, weight))
             theirs += fastest(functools.partial(product, x, order, None))
     except (AttributeError, RuntimeError, NotImplementedError) as error:
-        return f"oneDNN cannot multiply so on this CPU ({str(error).strip().splitlines()[0][:100]})"
+        return f"oneDNN cannot multiply so on this CPU ({said(error)})"
     # Clearly, where pictures are drawn: what another process finds must be the same, or theirs are other pictures.
     return "" if theirs < (1.0 if ordered else CLEARLY) * own else "oneDNN is no faster on this CPU"
+
+
+def said(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
 
 
 def fastest(work: Callable[[], object]) -> float:

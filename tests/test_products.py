@@ -58,6 +58,10 @@ def test_it_is_used_only_where_it_is_right_and_faster(monkeypatch: pytest.Monkey
         )
 
 
+def test_an_error_that_says_nothing_is_named_by_its_kind() -> None:
+    assert products.said(RuntimeError("")) == "RuntimeError" and products.said(ValueError("\na\nb")) == "a"
+
+
 def test_the_fastest_of_some_rounds_counts() -> None:
     calls: list[int] = []
     assert products.fastest(lambda: calls.append(1)) >= 0
@@ -205,6 +209,12 @@ def test_8_bit_products_are_the_formula(monkeypatch: pytest.MonkeyPatch, why: st
     assert half.dtype == torch.bfloat16
     expected = exact_int8(given[..., :48].bfloat16(), weight, scale, None)
     torch.testing.assert_close(half.double(), expected, rtol=1e-2, atol=1e-3)
+    wanted = int8.int8_linear(given[..., :48], weight, scale)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(int8.int8_linear(given[..., :48], weight, scale), wanted), "whatever the default is"
+    finally:
+        torch.set_default_dtype(torch.float32)
     broken = given[..., :48].clone()
     broken[1, 2, 3] = torch.nan
     made = int8.int8_linear(broken, weight, scale)
