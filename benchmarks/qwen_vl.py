@@ -2,7 +2,7 @@
 
     python benchmarks/qwen_vl.py                      # a model of the 4B shape with random bfloat16 weights
     python benchmarks/qwen_vl.py --model models/LLM/Qwen3-VL-4B-Instruct
-    python benchmarks/qwen_vl.py --shape 0.3b         # for a machine without a card
+    python benchmarks/qwen_vl.py --shape 4b_ninth     # or 0.3b, for a machine without a card
     python benchmarks/qwen_vl.py --shape tiny         # a smoke test for any machine
 
 Prints a table and writes it, with machine, versions and settings, to --json. The peer is the library's own model from
@@ -76,6 +76,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vision": {
             "depth": 12, "hidden_size": 384, "intermediate_size": 1536, "num_heads": 6, "out_hidden_size": 1024,
             "num_position_embeddings": 2304, "deepstack_visual_indexes": [3, 6, 9],
+        },
+    },
+    # Of 4b every ninth layer of the decoder and every eighth of the tower, for a machine without a card.
+    "4b_ninth": {
+        "vocab_size": 32768, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 4,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144,
+        "rope_theta": 5000000.0,
+        "vision": {
+            "depth": 3, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560,
+            "num_position_embeddings": 2304, "deepstack_visual_indexes": [0, 1, 2],
         },
     },
     "tiny": {},

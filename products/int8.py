@@ -1,5 +1,8 @@
 """Linear layers of 8 bit integers on a CPU: weights by row, activations by row as they come, products in whole numbers.
 
+Activations are rounded to one byte, or to two, which are multiplied like two rows: then only the weights' own rounding
+tells.
+
 With VNNI (Intel from 2019 on, in laptops from 2021 on; AMD from Zen 4 on) a processor multiplies four such numbers where it
 multiplies one of float32. Without it oneDNN's sums of two products overflow and nobody is told, so they are tried first.
 """
@@ -20,6 +23,8 @@ from .operators import operator
 LARGEST = 127.0
 NEAR_BYTES = 4 << 20
 LEAST_ROWS = 512
+LARGEST_OF_TWO = 32512.0  # of what two bytes hold, so that the upper one, rounded, is 127 at most
+NEAR_SUMS, LEAST_WEIGHTS = 2 << 20, 256
 
 
 @functools.cache
@@ -69,6 +74,34 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
         if bias is not None:
             made.add_(bias)
     return out.to(x.dtype).reshape(*x.shape[:-1], len(weight))
+
+
+def two_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [M, K] as whole numbers of two bytes, int8 [2 M, K], all the lower ones first: row m is
+    (made[m] + 256 * made[M + m]) * scale[m], with a float32 scale, [M, 1]."""
+    rows = rows.float()
+    scale = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-30).div_(LARGEST_OF_TWO)
+    # Both bytes are read with a sign. Half of the lower one's range more, and that half turned over, carries it up.
+    whole = (rows / scale).round_().to(torch.int16).add_(128).bitwise_xor_(128)
+    return whole.view(torch.int8).view(*rows.shape, 2).permute(2, 0, 1).reshape(-1, rows.shape[1]), scale
+
+
+def two_byte_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [..., K] times weight [N, K], int8 with a scale [N], in float32: x is rounded to two bytes, row by row.
+
+    For many rows where `why_not` has no reason against it, and more than one column. A number that is none, or infinite,
+    leaves none in its row.
+    """
+    rows, row_scale = two_bytes(x.reshape(-1, x.shape[-1]))
+    count = len(row_scale)
+    out = torch.empty(count, len(weight), dtype=torch.float32)
+    # What is written once and read twice stays near.
+    step = max(LEAST_WEIGHTS, NEAR_SUMS // (8 * max(1, count)))
+    for first in range(0, len(weight), step):
+        part = slice(first, first + step)
+        low, high = torch._int_mm(rows, weight[part].t()).tensor_split(2)
+        out[:, part].copy_(high).mul_(256.0).add_(low).mul_(row_scale).mul_(scale[part].float())
+    return out.view(*x.shape[:-1], len(weight))
 
 
 class Int8Linear(nn.Linear):

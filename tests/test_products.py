@@ -177,6 +177,43 @@ def test_a_graph_stays_where_torch_is_faster(monkeypatch: pytest.MonkeyPatch) ->
     assert rerouting.reroute(graph) == 0
 
 
+@torch.inference_mode()
+def test_two_bytes_are_the_number_to_its_fifteenth_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 64, generator=generator) * torch.logspace(-8, 8, 9).unsqueeze(1)
+    x[3], x[4, 5] = 0.0, 400 * x[4].abs().max()
+    x[5, :3] = torch.tensor([-1.0, 1.0, 0.5]) * x[5].abs().max()
+    made, scale = int8.two_bytes(x)
+    low, high = made.double().view(2, 9, 64)
+    assert made.dtype == torch.int8 and made.shape == (18, 64)
+    off = ((low + 256 * high) * scale.double() - x.double()).abs().amax(dim=1)
+    assert bool((off <= x.abs().amax(dim=1) / 65000).all()) and not made[[3, 12]].any()
+
+
+@torch.inference_mode()
+def test_products_of_two_bytes_are_those_of_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    if int8.why_not():
+        pytest.skip(f"this CPU is not asked: {int8.why_not()}")
+    monkeypatch.setattr(int8, "NEAR_SUMS", 1)
+    monkeypatch.setattr(int8, "LEAST_WEIGHTS", 7)
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = int8.rounded(torch.randn(24, 80, generator=generator))
+    scale = scale.squeeze(1)
+    for shape in ((1, 80), (3, 5, 80), (70, 80), (0, 80)):
+        x = torch.randn(shape, generator=generator)
+        x[..., 11] *= 50
+        made = int8.two_byte_linear(x.bfloat16() if len(shape) == 3 else x, weight, scale.to(torch.bfloat16))
+        given = x.bfloat16() if len(shape) == 3 else x
+        wanted = given.double() @ weight.double().T * scale.to(torch.bfloat16).double()
+        near = 3e-4 * float(wanted.abs().max()) if wanted.numel() else 0.0
+        assert made.dtype == torch.float32
+        torch.testing.assert_close(made.double(), wanted, atol=near, rtol=0)
+    x = torch.randn(12, 80, generator=generator)
+    x[1, 2], x[2, 3] = float("nan"), float("inf")
+    made = int8.two_byte_linear(x, weight, scale)
+    assert not made[1:3].isfinite().any() and made[3:].isfinite().all() and made[0].isfinite().all()
+
+
 def exact_int8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The formula with sums in float64: x rounded row by row to 127 steps, whole products, scales, bias."""
     step = (x.float().abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)

@@ -147,7 +147,7 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     if folder.sees:
         projections.patches_by_product(getattr(network.model, "visual", None))
     if packing.method in PACKED:
-        count = quantize(decoding.text_decoder(network).layers, packing.method)
+        count = quantize(decoding.text_decoder(network).layers, packing.method, device)
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
         if pack_head(network, packing.method, device):
             log.info("%s: the output head packed to int8", folder.name)

@@ -8,6 +8,7 @@ a CPU, the output head stay in full precision. bitsandbytes is offered beside it
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import host
+from ..products.int8 import two_byte_linear
 from ..products.linear import why_not
 from ..products.rerouting import linear
 from . import cpu_kernels
 from .projections import replace
 
 INT4_GROUP = 64  # inputs that share one scale and one zero point
+NEAR_BYTES, LEAST_ROWS = 4 << 20, 64  # of a matrix that is unpacked on a CPU
 SMALLEST_SCALE = 1e-7  # less would be 0 in float16, and weights over it no number
 
 PACKED = ("int8", "int4", "float8")  # by this module, decoder only
@@ -92,28 +95,21 @@ class ScaledLinear(nn.Module):
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        if self.weight.dtype == torch.int8 and cpu_kernels.serves(x, "int8"):
+        if self.weight.dtype == torch.int8 and cpu_kernels.serves(x):
             y = (cpu_kernels.int8_product(x, self.weight[start:stop]) * self.scale[start:stop]).to(x.dtype)
-            return y if self.bias is None else y + self.bias[start:stop]
+        elif self.weight.dtype == torch.int8 and cpu_kernels.serves_bytes(x):
+            y = two_byte_linear(x, self.weight[start:stop], self.scale[start:stop]).to(x.dtype)
+        else:
+            y = _in_parts(self._unpacked, x, start, stop, self.in_features)
+        return y if self.bias is None else y + self.bias[start:stop]
+
+    def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
         weight, scale = self.weight[start:stop].to(x.dtype), self.scale[start:stop].to(x.dtype)
         if x.dtype == torch.float16:
             # Weights are a thousandth of their codes, whose products run over its range.
-            return F.linear(x, weight * scale.unsqueeze(1), None if self.bias is None else self.bias[start:stop])
+            return F.linear(x, weight * scale.unsqueeze(1))
         # Scaling the outputs instead of the weights keeps the weights' traffic at one byte each once this is compiled.
-        y = _product(x, weight) * scale
-        return y if self.bias is None else y + self.bias[start:stop]
-
-
-class Int8Head(ScaledLinear):
-    """An output head on a CPU: in full precision it is half of what a small model in int4 reads for a token."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__(linear, torch.int8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # A few rows at a time: unpacked it would take gigabytes.
-        rows = x.reshape(-1, x.shape[-1]).split(cpu_kernels.FEW_ROWS)
-        return torch.cat([self.rows(some, 0, self.out_features) for some in rows]).view(*x.shape[:-1], -1)
+        return _product(x, weight) * scale
 
 
 class Int4Linear(nn.Module):
@@ -137,50 +133,72 @@ class Int4Linear(nn.Module):
         self.register_buffer("scale", scale.squeeze(2).to(linear.weight.dtype))
         self.register_buffer("low", low.squeeze(2).to(linear.weight.dtype))
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
-        self._for_cpu: tuple[Tensor, Tensor, int] | None = None
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.weight.data_ptr()
-        made = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.weight.data_ptr() != before:  # a host asks for the device that they are on at every answer
-            self._for_cpu = None
-        return made
-
-    def _on_cpu(self) -> tuple[Tensor, Tensor, int] | None:
-        """The weights as the CPU's kernel reads them, laid out at their first product; None for sizes it does not take."""
-        if self.out_features % 64 or self.in_features % self.group:
-            return None
-        if self._for_cpu is None:
-            codes = torch.stack((self.weight & 15, self.weight >> 4), dim=2).view(self.out_features, -1)
-            self._for_cpu = cpu_kernels.int4_layout(codes, self.scale, self.low, self.group)
-        return self._for_cpu
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        if cpu_kernels.serves(x, "int4") and (laid_out := self._on_cpu()) is not None:
-            y = cpu_kernels.int4_product(x, *laid_out)[..., start:stop].to(x.dtype)
-            return y if self.bias is None else y + self.bias[start:stop]
+        y = _in_parts(self._unpacked, x, start, stop, self.in_features)
+        return y if self.bias is None else y + self.bias[start:stop]
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        """0 to 15, uint8 [stop - start, inputs with what fills the last group]."""
         packed = self.weight[start:stop]
-        codes = torch.stack((packed & 15, packed >> 4), dim=2).view(stop - start, -1, self.group).to(x.dtype)
+        return torch.stack((packed & 15, packed >> 4), dim=2).view(stop - start, -1)
+
+    def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
+        codes = self.codes(start, stop).view(stop - start, -1, self.group).to(x.dtype)
         scale, low = self.scale[start:stop].to(x.dtype), self.low[start:stop].to(x.dtype)
-        dense = (codes * scale.unsqueeze(2) + low.unsqueeze(2)).view(stop - start, -1)[:, : self.in_features]
-        return _product(x, dense, None if self.bias is None else self.bias[start:stop])
+        return _product(
+            x, (codes * scale.unsqueeze(2) + low.unsqueeze(2)).view(stop - start, -1)[:, : self.in_features]
+        )
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+class Int4OnCpu(nn.Module):
+    """An `Int4Linear` kept only as torch's kernel for CPUs reads it: on the CPU for good."""
+
+    weight: Tensor
+    groups: Tensor
+
+    def __init__(self, layer: Int4Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.group = layer.out_features, layer.in_features, layer.group
+        codes = layer.codes(0, layer.out_features)
+        packed, groups = cpu_kernels.int4_layout(codes, layer.scale, layer.low, layer.group)
+        self.register_buffer("weight", packed)
+        self.register_buffer("groups", groups)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x, 0, self.out_features)
+
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        y = cpu_kernels.int4_product(x, self.weight, self.groups, self.group, start, stop).to(x.dtype)
+        return y if self.bias is None else y + self.bias[start:stop]
+
+
+def _in_parts(product: Callable[[Tensor, int, int], Tensor], x: Tensor, start: int, stop: int, inputs: int) -> Tensor:
+    """product(x, start, stop), made on a CPU of some rows of the weights at a time: unpacked, they stay in its caches."""
+    step = max(LEAST_ROWS, NEAR_BYTES // (4 * inputs))
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or stop - start <= step:
+        return product(x, start, stop)
+    return torch.cat([product(x, first, min(stop, first + step)) for first in range(start, stop, step)], dim=-1)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x times an unpacked matrix, transposed; of many rows on a CPU by oneDNN, where that is clearly faster."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not why_not(torch.float32, ordered=False):
-        return linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+        return linear(x, weight)
+    return F.linear(x, weight)
 
 
-def pack(linear: nn.Linear, method: str) -> ScaledLinear | Int4Linear:
-    """The packed form of one layer; `method` is int8, int4 or float8."""
-    if method == "int4":
-        return Int4Linear(linear)
-    return ScaledLinear(linear, torch.int8 if method == "int8" else torch.float8_e4m3fn)
+def pack(linear: nn.Linear, method: str, device: torch.device) -> ScaledLinear | Int4Linear | Int4OnCpu:
+    """The packed form of one layer for `device`; `method` is int8, int4 or float8."""
+    if method != "int4":
+        return ScaledLinear(linear, torch.int8 if method == "int8" else torch.float8_e4m3fn)
+    packed = Int4Linear(linear)
+    fits = packed.out_features % cpu_kernels.STEP == 0 and packed.in_features % packed.group == 0
+    return Int4OnCpu(packed) if device.type == "cpu" and fits and not cpu_kernels.why_not("int4") else packed
 
 
 def pack_head(network: Any, method: str, device: torch.device) -> bool:
@@ -189,12 +207,12 @@ def pack_head(network: Any, method: str, device: torch.device) -> bool:
     read = device.type == "cpu" and method in ("int8", "int4") and not cpu_kernels.why_not("int8")
     if not read or type(head) is not nn.Linear or head.in_features % cpu_kernels.STEP:
         return False
-    network.lm_head = Int8Head(head)
+    network.lm_head = ScaledLinear(head, torch.int8)
     return True
 
 
-def quantize(decoder: nn.Module, method: str) -> int:
-    """Replace every nn.Linear below `decoder` by its packed form, in place; returns how many."""
+def quantize(decoder: nn.Module, method: str, device: torch.device) -> int:
+    """Replace every nn.Linear below `decoder` by its packed form for `device`, in place; returns how many."""
     # Named and not held: each layer's own weights are released as soon as they are packed.
     dense = [
         (parent, name)
@@ -203,5 +221,5 @@ def quantize(decoder: nn.Module, method: str) -> int:
         if type(child) is nn.Linear
     ]
     for parent, name in host.each(dense, method):
-        replace(parent, name, pack(getattr(parent, name), method))
+        replace(parent, name, pack(getattr(parent, name), method, device))
     return len(dense)

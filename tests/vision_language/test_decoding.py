@@ -20,6 +20,7 @@ from torch import nn
 
 GREEDY = Sampling(sample=False)
 STATIC = DecodePath("static", "")
+CPU = torch.device("cpu")
 KINDS = ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -240,7 +241,7 @@ def test_merged_projections_are_the_same_weights():
     assert set(owner.state_dict()) == {"qkv_proj.weight", "qkv_proj.bias"}
     apart = copy.deepcopy(owner)
     assert apart.k_proj.merged is apart.qkv_proj is not owner.qkv_proj
-    assert quantization.quantize(owner, "int8") == 1
+    assert quantization.quantize(owner, "int8", CPU) == 1
     assert type(owner.qkv_proj) is ScaledLinear and owner.v_proj.merged is owner.qkv_proj
 
 
@@ -249,7 +250,7 @@ def test_merged_projections_are_the_same_weights():
 def test_packed_layers_are_close_and_small(method, limit, bias):
     torch.manual_seed(0)
     linear = nn.Linear(200, 48, bias=bias)
-    packed = pack(linear, method)
+    packed = pack(linear, method, CPU)
     x = torch.randn(5, 200)
     wanted = linear(x)
     error = (packed(x) - wanted).norm() / wanted.norm()
@@ -261,63 +262,17 @@ def test_packed_layers_are_close_and_small(method, limit, bias):
     assert isinstance(packed, Int4Linear if method == "int4" else ScaledLinear)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["int8", "int4"])
-def test_cpu_kernels_are_the_unpacked_product(method, dtype, monkeypatch):
-    if reason := cpu_kernels.why_not(method):
-        pytest.skip(reason)
-    torch.manual_seed(0)
-    packed = pack(nn.Linear(128, 192).to(dtype), method)
-    x = torch.randn(2, 3, 128).to(dtype)
-    used = []
-    product = getattr(cpu_kernels, f"{method}_product")
-    monkeypatch.setattr(cpu_kernels, f"{method}_product", lambda *parts: (used.append(1), product(*parts))[1])
-    with torch.no_grad():
-        found, part, many = packed(x), packed.rows(x, 64, 160), packed(x.repeat(4, 1, 1))
-        assert len(used) == 2  # not for many rows
-        if method == "int4":  # laid out once, and again only for weights that were elsewhere
-            kept = packed._for_cpu
-            assert packed.to("cpu")._for_cpu is kept and copy.deepcopy(packed).to("meta")._for_cpu is None
-        monkeypatch.setattr(cpu_kernels, "FEW_ROWS", 0)
-        wanted = packed(x)
-    assert len(used) == 2 and found.dtype == dtype
-    # Results of the kernel are rounded to bfloat16.
-    tolerance = 2e-2 * float(wanted.float().abs().max())
-    for made in (found, many[:2]):
-        torch.testing.assert_close(made, wanted, atol=tolerance, rtol=0)
-    assert torch.equal(part, found[..., 64:160])
-
-
-@pytest.mark.parametrize("method", ["int8", "int4"])
-def test_cpu_kernels_are_kept_from_inputs_that_no_vector_fits(method):
-    """torch's int8 kernel would read past the weights' end, and crash or give other numbers."""
-    torch.manual_seed(0)
-    linear, x = nn.Linear(66, 64), torch.randn(2, 66)
-    with torch.no_grad():
-        assert not cpu_kernels.serves(x, method)
-        assert cpu_kernels.serves(torch.randn(2, 128), method) is not bool(cpu_kernels.why_not(method))
-        torch.testing.assert_close(pack(linear, method)(x), linear(x), atol=0.2, rtol=0)
-
-
-def test_a_cpu_whose_int8_kernel_is_slow_unpacks(monkeypatch):
-    monkeypatch.setattr(cpu_kernels.platform, "machine", lambda: "AMD64")
-    for capability, refused in (("DEFAULT", True), ("AVX2", False)):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-        assert ("without AVX2" in cpu_kernels.why_not.__wrapped__("int8")) is refused
-        assert "without AVX2" not in cpu_kernels.why_not.__wrapped__("int4")
-
-
 def test_packing_holds_no_layer_twice(monkeypatch):
     decoder = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(3))
     whole = [weakref.ref(layer) for layers in decoder for layer in layers]
     alive = []
 
-    def counted(linear, method):
+    def counted(linear, method, device):
         alive.append(sum(layer() is not None for layer in whole))
-        return pack(linear, method)
+        return pack(linear, method, device)
 
     monkeypatch.setattr(quantization, "pack", counted)
-    assert quantization.quantize(decoder, "int8") == 6
+    assert quantization.quantize(decoder, "int8", CPU) == 6
     assert alive == [6, 5, 4, 3, 2, 1] and all(type(layer) is ScaledLinear for layers in decoder for layer in layers)
 
 
@@ -330,7 +285,7 @@ def test_degenerate_rows_and_large_inputs(method, dtype):
         linear.weight[0] = 0
         linear.weight[1] = 3.0
     rows = cpu_kernels.FEW_ROWS + 1
-    found = pack(linear.to(dtype), method)(torch.full((rows, 64), 10.0, dtype=dtype))
+    found = pack(linear.to(dtype), method, CPU)(torch.full((rows, 64), 10.0, dtype=dtype))
     wanted = torch.tensor([[0.0, 1920.0]], dtype=dtype).expand(rows, 2)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
