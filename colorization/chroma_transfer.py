@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import host
-from .colour_space import luminance_of, rgb_to_lab, with_luminance
+from .colour_space import rgb_to_lab
 from .edge_filter import apply_filter
+from .full_size import frames_of, luminance_of_frames
 from .pictures import as_frames, resized, to_channels_first
 
 
@@ -28,9 +29,9 @@ def transfer_chroma(
     result = torch.empty(len(pictures), height, width, 3)
     with torch.inference_mode():
         for index in host.each(range(len(pictures)), "colours"):
-            light = luminance_of(to_channels_first(pictures[index : index + 1], device))
+            light = luminance_of_frames(pictures[index : index + 1], device)
             source = painted[min(index, len(painted) - 1)][None]
             chroma = resized(rgb_to_lab(to_channels_first(source, device))[:, 1:], height, width)
             chroma = apply_filter(edge_filter, light, chroma) * strength
-            result[index] = with_luminance(light, chroma)[0].permute(1, 2, 0).cpu()
+            result[index] = frames_of(light, chroma, torch.float32)[0].cpu()
     return result

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .strips import by_strips
+
 XYZ_FROM_RGB = (
     (0.412453, 0.357580, 0.180423),
     (0.212671, 0.715160, 0.072169),
@@ -32,6 +34,30 @@ CHROMA_SCALE = 110.0
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
     """rgb: [..., 3, H, W] float sRGB in 0..1. Returns Lab of the same shape: L in 0..100, ab about -110..110."""
+    return by_strips(_rgb_to_lab, rgb)
+
+
+def luminance_of(rgb: Tensor) -> Tensor:
+    """L of `rgb_to_lab` alone: [..., 3, H, W] in 0..1 to [..., 1, H, W] in 0..100."""
+    return by_strips(_luminance_of, rgb)
+
+
+def lab_to_rgb(lab: Tensor) -> Tensor:
+    """lab: [..., 3, H, W], L in 0..100. Returns sRGB in 0..1; colours outside sRGB are clipped."""
+    return by_strips(_lab_to_rgb, lab)
+
+
+def with_luminance(luminance: Tensor, chroma: Tensor) -> Tensor:
+    """sRGB in 0..1 of L [..., 1, H, W] in 0..100 and ab [..., 2, H, W]."""
+    return by_strips(lambda light, ab: _lab_to_rgb(torch.cat((light, ab.to(light.dtype)), dim=-3)), luminance, chroma)
+
+
+def normalise_luminance(luminance: Tensor) -> Tensor:
+    """L in 0..100 to the -1..1 that ColorMNet sees."""
+    return (luminance - LUMINANCE_CENTRE) / LUMINANCE_SCALE
+
+
+def _rgb_to_lab(rgb: Tensor) -> Tensor:
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).clamp_min(0) ** 2.4, rgb / 12.92)
     xyz = _scaled(_mix(linear, XYZ_FROM_RGB), [1 / white for white in WHITE])
     f = torch.where(xyz > 0.008856, xyz.clamp_min(0) ** (1 / 3), 7.787 * xyz + 16 / 116)
@@ -39,15 +65,13 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=-3)
 
 
-def luminance_of(rgb: Tensor) -> Tensor:
-    """L of `rgb_to_lab` alone: [..., 3, H, W] in 0..1 to [..., 1, H, W] in 0..100."""
+def _luminance_of(rgb: Tensor) -> Tensor:
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).clamp_min(0) ** 2.4, rgb / 12.92)
     y = _mix(linear, XYZ_FROM_RGB[1:2])
     return 116 * torch.where(y > 0.008856, y.clamp_min(0) ** (1 / 3), 7.787 * y + 16 / 116) - 16
 
 
-def lab_to_rgb(lab: Tensor) -> Tensor:
-    """lab: [..., 3, H, W], L in 0..100. Returns sRGB in 0..1; colours outside sRGB are clipped."""
+def _lab_to_rgb(lab: Tensor) -> Tensor:
     luminance, a, b = lab.unbind(-3)
     y = (luminance + 16) / 116
     x = a / 500 + y
@@ -57,16 +81,6 @@ def lab_to_rgb(lab: Tensor) -> Tensor:
     linear = _mix(xyz, RGB_FROM_XYZ)
     gamma = 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055
     return torch.where(linear > 0.0031308, gamma, linear * 12.92).clamp(0, 1)
-
-
-def with_luminance(luminance: Tensor, chroma: Tensor) -> Tensor:
-    """sRGB in 0..1 of L [..., 1, H, W] in 0..100 and ab [..., 2, H, W]."""
-    return lab_to_rgb(torch.cat((luminance, chroma.to(luminance.dtype)), dim=-3))
-
-
-def normalise_luminance(luminance: Tensor) -> Tensor:
-    """L in 0..100 to the -1..1 that ColorMNet sees."""
-    return (luminance - LUMINANCE_CENTRE) / LUMINANCE_SCALE
 
 
 def _mix(channels: Tensor, rows: tuple[tuple[float, ...], ...]) -> Tensor:

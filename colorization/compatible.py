@@ -23,10 +23,12 @@ from .deep_exemplar.session import DeepExemplarSession
 from .film import FULL_SIZE_PIXELS
 from .film_room import full_size_room, memory_room
 from .frame_budget import colormnet_batch, deep_exemplar_batch
+from .full_size import luminance_of_frames
 from .networks import COLORMNET_LICENCE, LoadedNetwork
 from .pictures import as_frames, is_grey, resized, to_channels_first
 from .report import JobReport
 from .stage_times import StageTimes
+from .strips import by_strips
 from .transfers import Download, copies_for, upload
 
 PORTION = 16  # frames between two looks at the interrupt, fewer where they are large
@@ -84,7 +86,7 @@ def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job
 
         def light(part: Tensor) -> tuple[Tensor, Tensor]:
             """L at full size, where it is wanted, and at the network's."""
-            full = luminance_of(to_channels_first(part, device))
+            full = luminance_of_frames(part, device)
             return full if job.original_luminance else full[:0], resized(full, job.height, job.width, antialias=False)
 
         def coloured(portion: slice, arrived: Tensor, pictures: Download) -> None:
@@ -168,8 +170,7 @@ def run_deep_exemplar(
                 colours = chroma[rows]
                 if job.half:
                     colours = resized(colours, job.height, job.width, antialias=False) * HALF_SIZE_GAIN
-                rgb = with_luminance(luminance[rows], colours)
-                pictures.put(rows, ((rgb * 255).floor() / 255).permute(0, 2, 3, 1))
+                pictures.put(rows, by_strips(_in_steps, luminance[rows], colours, made=-3))
 
             with times.stage("colour space out"):
                 at_full_size.map(range(len(arrived)), finish)
@@ -211,6 +212,11 @@ def _framed(images: Tensor, device: torch.device, job: DeepExemplarJob) -> Tenso
     # Half a step of float32 below a whole number must not lose the whole step.
     eight_bits = (to_channels_first(images, device) * 255 + 1e-3).floor()
     return cover_and_crop(eight_bits, job.height, job.width) / 255
+
+
+def _in_steps(luminance: Tensor, chroma: Tensor) -> Tensor:
+    """sRGB [T, H, W, 3] in steps of 1/255, rounded down."""
+    return ((with_luminance(luminance, chroma) * 255).floor() / 255).permute(0, 2, 3, 1)
 
 
 def _halved(lab: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,7 +15,6 @@ from .batch_size import BatchSize
 from .colormnet.engine import ColorMNetEngine, ColorMNetFunctions
 from .colormnet.session import ColorMNetSession
 from .colormnet.settings import ColorMNetSettings
-from .colour_space import luminance_of, with_luminance
 from .deep_exemplar.engine import DeepExemplarEngine, DeepExemplarFunctions
 from .deep_exemplar.session import DeepExemplarSession
 from .edge_filter import apply_filter
@@ -23,8 +22,9 @@ from .film_options import FilmOptions, Reference
 from .film_references import FilmReferences
 from .film_room import activations, computed_size
 from .film_state import CHECKPOINT, FILES, PICTURES, FilmState, check_state
+from .full_size import frames_of, luminance_of_frames
 from .networks import LoadedNetwork
-from .pictures import resized, to_channels_first
+from .pictures import resized
 from .shots import Segment, ShotDetector
 from .smoothing import ChromaSmoother
 from .stage_times import StageTimes
@@ -169,8 +169,7 @@ class FilmSession:
         with self.times.stage("colour space in"):
             luminance = torch.cat(
                 self.at_full_size.map(
-                    range(len(frames)),
-                    lambda part: luminance_of(to_channels_first(frames[part[0] : part[-1] + 1], self.device)),
+                    range(len(frames)), lambda part: luminance_of_frames(frames[part[0] : part[-1] + 1], self.device)
                 )
             )
             small = resized(luminance, *self.small)
@@ -244,8 +243,7 @@ class FilmSession:
             for index in given:
                 place = slice(index - part[0], index - part[0] + 1)
                 filtered[place] = self.references.chroma(known[index], self.copies)
-        rgb = with_luminance(luminance[rows], filtered * self.options.strength).permute(0, 2, 3, 1)
-        pictures.put(rows, (rgb * 255).round().to(dtype) if dtype == torch.uint8 else rgb)
+        pictures.put(rows, frames_of(luminance[rows], filtered * self.options.strength, dtype))
 
     def begin_shot(self) -> None:
         """A new shot starts at the next frame."""

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hotpath.colorization import colour_space, edge_filter, pictures
+from hotpath.colorization import colour_space, edge_filter, pictures, strips
 from hotpath.colorization.chroma_transfer import transfer_chroma
+from hotpath.colorization.colour_space import lab_to_rgb, luminance_of, rgb_to_lab
+from hotpath.colorization.full_size import frames_of, luminance_of_frames
 from torch.nn import functional as F
 
 DATA = Path(__file__).parent / "data" / "colorization"
@@ -117,3 +119,30 @@ def test_transfer_keeps_luminance_and_takes_chroma() -> None:
         )
     with pytest.raises(ValueError, match="3 colour pictures for 2"):
         transfer_chroma(light, colours.expand(3, -1, -1, -1), 1.0, "none", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33])
+def test_strips_are_the_whole(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    frames = torch.randint(0, 256, (2, rows, 19, 3), dtype=torch.uint8)
+    chroma, cpu = 40 * torch.randn(2, 2, rows, 19), torch.device("cpu")
+    rgb = frames.permute(0, 3, 1, 2).float() / 255
+
+    def made() -> list[torch.Tensor]:
+        light = luminance_of_frames(frames, cpu)
+        lab = rgb_to_lab(rgb)
+        kinds = torch.uint8, torch.float32
+        return [light, lab, lab_to_rgb(lab[0]), luminance_of(rgb), *(frames_of(light, chroma, k) for k in kinds)]
+
+    whole = made()
+    heights: list[int] = []
+    monkeypatch.setattr(strips, "NUMBERS", 2 * 3 * 19 * 4)
+    inside = colour_space._lab_to_rgb
+    monkeypatch.setattr(colour_space, "_lab_to_rgb", lambda lab: (heights.append(lab.shape[-2]), inside(lab))[1])
+    for strip, wanted in zip(made(), whole, strict=True):
+        # Which pixels share a vector differs, and with it the last bit of a power.
+        assert strip.dtype == wanted.dtype and strip.shape == wanted.shape
+        assert float((strip.float() - wanted.float()).abs().max()) <= (1 if strip.dtype == torch.uint8 else 1e-4)
+    assert max(heights) <= 8 and sum(heights) == 3 * rows
+    inked = rgb.clone().requires_grad_()
+    rgb_to_lab(inked).sum().backward()
+    assert inked.grad is not None and bool(inked.grad.isfinite().all())
