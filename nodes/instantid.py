@@ -39,6 +39,7 @@ from .sockets import (
     NEGATIVE,
     POSITIVE,
     START_AT,
+    number,
 )
 
 CATEGORY = "InstantID"
@@ -46,19 +47,9 @@ FOLDER = "instantid"
 # As it is published: a list without a file would show nothing, and be refused without a word about what is missing.
 PUBLISHED = "ip-adapter.bin"
 ADAPTER_PARAMETERS = 423_000_000
-
-
-def _noise(default: float) -> tuple[str, dict[str, Any]]:
-    return (
-        "FLOAT",
-        {
-            "default": default,
-            "min": 0.0,
-            "max": 1.0,
-            "step": 0.1,
-            "tooltip": "Noise instead of zeros as the negative identity. More gives stronger contrast to it; try 0.35.",
-        },
-    )
+NOISE = number(
+    0.0, 0.0, 1.0, "Noise instead of zeros as the negative identity. More gives stronger contrast to it; try 0.35.", 0.1
+)
 
 
 class InstantIDModelLoader:
@@ -172,16 +163,7 @@ class ApplyInstantID:
                 "model": MODEL,
                 "positive": POSITIVE,
                 "negative": NEGATIVE,
-                "weight": (
-                    "FLOAT",
-                    {
-                        "default": 0.8,
-                        "min": 0.0,
-                        "max": 5.0,
-                        "step": 0.01,
-                        "tooltip": "Strength of the identity, in attention and IdentityNet alike.",
-                    },
-                ),
+                "weight": number(0.8, 0.0, 5.0, "Strength of the identity, in attention and IdentityNet alike."),
                 "start_at": START_AT,
                 "end_at": END_AT,
             },
@@ -255,29 +237,11 @@ class ApplyInstantIDAdvanced(ApplyInstantID):
                 "model": MODEL,
                 "positive": POSITIVE,
                 "negative": NEGATIVE,
-                "ip_weight": (
-                    "FLOAT",
-                    {
-                        "default": 0.8,
-                        "min": 0.0,
-                        "max": 3.0,
-                        "step": 0.01,
-                        "tooltip": "Strength in attention: likeness.",
-                    },
-                ),
-                "cn_strength": (
-                    "FLOAT",
-                    {
-                        "default": 0.8,
-                        "min": 0.0,
-                        "max": 10.0,
-                        "step": 0.01,
-                        "tooltip": "Strength of IdentityNet: pose and shape.",
-                    },
-                ),
+                "ip_weight": number(0.8, 0.0, 3.0, "Strength in attention: likeness."),
+                "cn_strength": number(0.8, 0.0, 10.0, "Strength of IdentityNet: pose and shape."),
                 "start_at": START_AT,
                 "end_at": END_AT,
-                "noise": _noise(0.0),
+                "noise": NOISE,
                 "combine_embeds": (
                     list(COMBINE_MODES),
                     {
@@ -312,19 +276,10 @@ class InstantIDAttentionPatch:
                 "insightface": INSIGHTFACE,
                 "image": FACE_IMAGE,
                 "model": MODEL,
-                "weight": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": -1.0,
-                        "max": 3.0,
-                        "step": 0.01,
-                        "tooltip": "Strength of the identity; below 0 it is pushed away.",
-                    },
-                ),
+                "weight": number(1.0, -1.0, 3.0, "Strength of the identity; below 0 it is pushed away."),
                 "start_at": START_AT,
                 "end_at": END_AT,
-                "noise": _noise(0.0),
+                "noise": NOISE,
             },
             "optional": {"mask": MASK},
             "hidden": HIDDEN,
@@ -380,16 +335,7 @@ class ApplyInstantIDControlNet:
                 ),
                 "positive": POSITIVE,
                 "negative": NEGATIVE,
-                "strength": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": 0.0,
-                        "max": 10.0,
-                        "step": 0.01,
-                        "tooltip": "Strength of IdentityNet; 0 leaves it out.",
-                    },
-                ),
+                "strength": number(1.0, 0.0, 10.0, "Strength of IdentityNet; 0 leaves it out."),
                 "start_at": START_AT,
                 "end_at": END_AT,
             },
