@@ -1,4 +1,4 @@
-"""Our colour nodes: films, video files, pictures, chroma transfer, and the state between portions of a film."""
+"""Our colour nodes: films, video files, pictures and chroma transfer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from ..colorization.edge_filter import FILTERS
 from ..colorization.file_job import FileJob, colorize_file
 from ..colorization.file_names import VIDEO_SUFFIXES, inside, videos_in
 from ..colorization.film_options import METHODS, SHOTS, FilmOptions, Reference, read_references
-from ..colorization.film_state import FilmState, load_state, save_state
+from ..colorization.film_state import FilmState
 from ..colorization.made_films import note_made, times_lost
 from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, PRECISIONS
 from ..colorization.pictures import as_frames
 from ..colorization.shot_job import Shot, colorize_shot
 from .colour_sockets import ALIASES as COLOUR_ALIASES
-from .colour_sockets import FRAMES, HIDDEN, AnyCheckpoint, attention_inputs, checkpoint_input
+from .colour_sockets import FRAMES, HIDDEN, STATE, AnyCheckpoint, attention_inputs, checkpoint_input
 
 PLAYED = (".mp4", ".m4v", ".mov", ".webm")
 CATEGORY = "Hotpath/colorization"
-STATE = "HOTPATH_COLOR_STATE"
-STATES_FOLDER = "color_states"
 ALIASES = [*COLOUR_ALIASES, "ColorMNet", "Deep Exemplar", "restore film"]
 
 METHOD = (
@@ -388,63 +386,9 @@ class HotpathColorTransfer:
         return (transfer_chroma(luminance, colours, strength, edge_filter, host.current().device()),)
 
 
-class HotpathSaveColorState:
-    DISPLAY_NAME = "Save Color State (Hotpath)"
-    CATEGORY = CATEGORY
-    DESCRIPTION = "Keeps the state of an unfinished film as a safetensors file in the output folder."
-    SEARCH_ALIASES = ["resume", "continue film"]
-    RETURN_TYPES = ("STRING",)
-    RETURN_NAMES = ("file",)
-    OUTPUT_TOOLTIPS = ("Path of the file.",)
-    FUNCTION = "save"
-    OUTPUT_NODE = True
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        name = ("STRING", {"default": "film", "tooltip": "Name of the file, without its ending."})
-        return {"required": {"state": (STATE, {"tooltip": "From Colorize Video."}), "name": name}}
-
-    def save(self, state: FilmState, name: str) -> tuple[str]:
-        path = inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
-        save_state(state, path)
-        return (str(path),)
-
-
-class HotpathLoadColorState:
-    DISPLAY_NAME = "Load Color State (Hotpath)"
-    CATEGORY = CATEGORY
-    DESCRIPTION = "Reads what Save Color State wrote, for Colorize Video to go on with the film."
-    SEARCH_ALIASES = ["resume", "continue film"]
-    RETURN_TYPES = (STATE, "INT")
-    RETURN_NAMES = ("state", "next_frame")
-    OUTPUT_TOOLTIPS = ("For Colorize Video.", "Index of the frame the film goes on with.")
-    FUNCTION = "load"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        name = ("STRING", {"default": "film", "tooltip": "Name of the file, without its ending."})
-        return {"required": {"name": name}}
-
-    @classmethod
-    def IS_CHANGED(cls, name: str | None) -> Any:
-        if name is None:
-            return float("nan")  # it comes from another node, and ComfyUI does not tell it yet
-        path = inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
-        return file_fingerprint(path) if path.is_file() else ""
-
-    def load(self, name: str) -> tuple[FilmState, int]:
-        path = inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no color state {path}; save one first.")
-        state = load_state(path)
-        return state, state.frame
-
-
 NODES: dict[str, type[Any]] = {
     "HotpathColorizeVideo": HotpathColorizeVideo,
     "HotpathColorizeFile": HotpathColorizeFile,
     "HotpathColorizeImage": HotpathColorizeImage,
     "HotpathColorTransfer": HotpathColorTransfer,
-    "HotpathSaveColorState": HotpathSaveColorState,
-    "HotpathLoadColorState": HotpathLoadColorState,
 }

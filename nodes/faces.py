@@ -1,4 +1,4 @@
-"""The face nodes: find, pick, draw, crop, paste back, compare and mask the faces of a batch of pictures.
+"""The face nodes that find faces, pick some of them and compare them with somebody.
 
 A FACES socket carries one `Faces` per picture, empty where there is none, so that batches stay aligned.
 """
@@ -12,16 +12,12 @@ from torch import Tensor
 
 from .. import face, host
 from ..face import FaceAnalyser, Faces
-from ..face.crops import CropPlaces
+from .sockets import FACES, HIDDEN, PICTURES
 
 CATEGORY = "Hotpath/faces"
 FOLDER = "insightface"
 ALL = "all"
 DETECTOR_SIZES = ("640", "1024", "1280", "1920", "2560")
-HIDDEN = {"unique_id": "UNIQUE_ID"}
-
-FACES_INPUT = ("FACES", {"tooltip": "The faces of a batch, from Find Faces."})
-IMAGE_INPUT = ("IMAGE", {"tooltip": "Pictures; grey and with transparency work too."})
 IDENTITY_INPUT = (
     "FACES",
     {"tooltip": "Who to compare with: faces of one person, from Find Faces. Several are averaged."},
@@ -35,14 +31,6 @@ INDEX = (
         "tooltip": "Which one, for 'left to right' and 'index': 0 is the first, -1 the last.",
     },
 )
-
-
-def _when_none(also: str) -> tuple[list[str], dict[str, Any]]:
-    tooltip = (
-        f"A picture without a face: stop with an error, skip it ({also}, so that the batch stays aligned), or pass it "
-        "through as it is."
-    )
-    return (["error", "skip", "pass through"], {"default": "skip", "tooltip": tooltip})
 
 
 class HotpathFaceLoader:
@@ -134,7 +122,7 @@ class HotpathFaces:
         return {
             "required": {
                 "faceanalysis": ("FACEANALYSIS", {"tooltip": "From Load Face Models, or another pack's loader."}),
-                "image": IMAGE_INPUT,
+                "image": PICTURES,
                 "choose": (
                     [ALL, *face.CHOICES],
                     {"default": ALL, "tooltip": "Which face of each picture to keep; only those are embedded."},
@@ -210,7 +198,7 @@ class HotpathFacePick:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "faces": FACES_INPUT,
+                "faces": FACES,
                 "choose": (
                     list(face.CHOICES),
                     {"default": "largest", "tooltip": "Which face of each picture to keep."},
@@ -237,103 +225,6 @@ class HotpathFacePick:
         return picked, sum(map(len, picked))
 
 
-class HotpathFaceKeypoints:
-    DISPLAY_NAME = "Draw Face Key Points"
-    CATEGORY = CATEGORY
-    DESCRIPTION = "Draws five key points per face for InstantID's ControlNet, at any size, one drawing per picture."
-    SEARCH_ALIASES = ["kps", "landmarks", "face pose", "instantid"]
-    RETURN_TYPES = ("IMAGE",)
-    OUTPUT_TOOLTIPS = ("The drawings, black where there is no face.",)
-    FUNCTION = "draw"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        size = {"default": 0, "min": 0, "max": 16384, "step": 8}
-        return {
-            "required": {
-                "faces": FACES_INPUT,
-                "width": ("INT", {**size, "tooltip": "Of the drawing, in pixels; 0 is that of the first picture."}),
-                "height": ("INT", {**size, "tooltip": "Of the drawing, in pixels; 0 is that of the first picture."}),
-                "fit": (
-                    ["contain", "cover", "stretch"],
-                    {"default": "contain", "tooltip": "How a picture of another shape is laid into the drawing."},
-                ),
-            }
-        }
-
-    def draw(self, faces: list[Faces], width: int, height: int, fit: str) -> tuple[Tensor]:
-        return (face.draw_faces(faces, height, width, fit),)
-
-
-class HotpathFaceCrop:
-    DISPLAY_NAME = "Crop Faces"
-    CATEGORY = CATEGORY
-    DESCRIPTION = "Cuts a square around each face, turned upright if wanted, ready to be worked on and pasted back."
-    SEARCH_ALIASES = ["face detailer", "align face", "face crop", "face swap"]
-    RETURN_TYPES = ("IMAGE", "FACE_CROPS", "INT")
-    RETURN_NAMES = ("crops", "places", "count")
-    OUTPUT_TOOLTIPS = ("One crop per face.", "Where they come from, for Paste Faces.", "How many there are.")
-    FUNCTION = "crop"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "image": IMAGE_INPUT,
-                "faces": FACES_INPUT,
-                "size": ("INT", {"default": 512, "min": 64, "max": 4096, "step": 8, "tooltip": "Side of each crop."}),
-                "margin": (
-                    "FLOAT",
-                    {
-                        "default": 0.5,
-                        "min": 0.0,
-                        "max": 3.0,
-                        "step": 0.05,
-                        "tooltip": "Room on each side, in face sizes.",
-                    },
-                ),
-                "align": ("BOOLEAN", {"default": True, "tooltip": "Turn each crop so that the eyes are level."}),
-                "when_none": _when_none("a black crop that is pasted nowhere"),
-            }
-        }
-
-    def crop(
-        self, image: Tensor, faces: list[Faces], size: int, margin: float, align: bool, when_none: str
-    ) -> tuple[Tensor, CropPlaces, int]:
-        crops, places = face.cut_faces(image, faces, size, margin, upright=not align, when_none=when_none)
-        return crops, places, len(places)
-
-
-class HotpathFacePaste:
-    DISPLAY_NAME = "Paste Faces"
-    CATEGORY = CATEGORY
-    DESCRIPTION = "Puts crops back where Crop Faces took them, with a soft border."
-    SEARCH_ALIASES = ["face detailer", "uncrop", "composite", "face swap"]
-    RETURN_TYPES = ("IMAGE", "MASK")
-    OUTPUT_TOOLTIPS = ("The pictures with their new faces.", "Where they changed.")
-    FUNCTION = "paste"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "image": ("IMAGE", {"tooltip": "The pictures the crops were cut from, also scaled as a whole."}),
-                "crops": ("IMAGE", {"tooltip": "The crops, worked on; of any size."}),
-                "places": ("FACE_CROPS", {"tooltip": "From Crop Faces."}),
-                "feather": (
-                    "FLOAT",
-                    {"default": 0.25, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": "Soft border, in half crops."},
-                ),
-            },
-            "optional": {"mask": ("MASK", {"tooltip": "What of each crop counts; one for all, or one per crop."})},
-        }
-
-    def paste(
-        self, image: Tensor, crops: Tensor, places: CropPlaces, feather: float, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return face.paste(image, crops, places, feather, mask)
-
-
 class HotpathFaceMatch:
     DISPLAY_NAME = "Match Face"
     CATEGORY = CATEGORY
@@ -353,7 +244,7 @@ class HotpathFaceMatch:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "faces": FACES_INPUT,
+                "faces": FACES,
                 "identity": IDENTITY_INPUT,
                 "threshold": (
                     "FLOAT",
@@ -377,45 +268,6 @@ class HotpathFaceMatch:
         return result.best, result.similarity, result.all_match, result.report
 
 
-class HotpathFaceMask:
-    DISPLAY_NAME = "Face Mask"
-    CATEGORY = CATEGORY
-    DESCRIPTION = "A mask over the faces of each picture."
-    SEARCH_ALIASES = ["face area", "inpaint face", "segmentation"]
-    RETURN_TYPES = ("MASK",)
-    OUTPUT_TOOLTIPS = ("One mask per picture, black where there is no face.",)
-    FUNCTION = "mask"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        size = {"default": 0, "min": 0, "max": 16384, "step": 8}
-        return {
-            "required": {
-                "faces": FACES_INPUT,
-                "shape": (list(face.SHAPES), {"default": "oval", "tooltip": "oval follows the tilt of the face."}),
-                "grow": (
-                    "FLOAT",
-                    {
-                        "default": 0.1,
-                        "min": -0.4,
-                        "max": 3.0,
-                        "step": 0.05,
-                        "tooltip": "Added on each side, in face sizes.",
-                    },
-                ),
-                "feather": (
-                    "INT",
-                    {"default": 16, "min": 0, "max": 1024, "tooltip": "Width of the soft edge, in pixels."},
-                ),
-                "width": ("INT", {**size, "tooltip": "Of the mask; 0 is that of the first picture."}),
-                "height": ("INT", {**size, "tooltip": "Of the mask; 0 is that of the first picture."}),
-            }
-        }
-
-    def mask(self, faces: list[Faces], shape: str, grow: float, feather: int, width: int, height: int) -> tuple[Tensor]:
-        return (face.mask_faces(faces, height, width, shape, grow, float(feather)),)
-
-
 def _choice(choose: str, index: int, identity: list[Faces] | None) -> face.FaceChoice:
     # Only a match looks at the identity, so only there may it lack a face.
     person = face.average_identity(identity) if identity is not None and choose == face.BEST_MATCH else None
@@ -426,9 +278,5 @@ NODES: dict[str, type[Any]] = {
     "HotpathFaceLoader": HotpathFaceLoader,
     "HotpathFaces": HotpathFaces,
     "HotpathFacePick": HotpathFacePick,
-    "HotpathFaceKeypoints": HotpathFaceKeypoints,
-    "HotpathFaceCrop": HotpathFaceCrop,
-    "HotpathFacePaste": HotpathFacePaste,
     "HotpathFaceMatch": HotpathFaceMatch,
-    "HotpathFaceMask": HotpathFaceMask,
 }

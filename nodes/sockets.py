@@ -1,4 +1,4 @@
-"""Inputs that several InstantID nodes declare alike, and the hidden input of every node that shows a report.
+"""Inputs that several nodes of InstantID and of faces declare alike, and the hidden input of every node that shows a report.
 
 A family does not import another one: each must register when the others cannot.
 """
@@ -43,6 +43,8 @@ MIDDLE_BLOCK = (
     },
 )
 HIDDEN = {"unique_id": "UNIQUE_ID"}
+FACES = ("FACES", {"tooltip": "The faces of a batch, from Find Faces."})
+PICTURES = ("IMAGE", {"tooltip": "Pictures; grey and with transparency work too."})
 IDENTITY = "HOTPATH_IDENTITY"
 BLOCK_PROFILE = "HOTPATH_BLOCK_PROFILE"
 PERSON = (IDENTITY, {"tooltip": "The person, from Identity from Faces or Load Identity."})

@@ -1,4 +1,4 @@
-"""Hotpath's own vision-language nodes: one shared model, any number of pictures, and a captioner for folders."""
+"""Hotpath's own vision-language nodes: one shared model, and questions about any number of pictures."""
 
 from __future__ import annotations
 
@@ -7,53 +7,17 @@ from typing import Any
 import torch
 
 from .. import host
-from ..host.whole_paths import allowed
 from ..vision_language import folders, presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.asking import FORMATS as ANSWER_FORMATS
 from ..vision_language.asking import Request, ask
-from ..vision_language.budgets import PRESETS, preset
-from ..vision_language.caption_job import FORMATS, CaptionJob, place
-from ..vision_language.captioning import FolderCaptioner
-from ..vision_language.generation import DECODE_PATHS
+from ..vision_language.budgets import preset
 from ..vision_language.loaded_model import LoadedModel, LoadOptions
 from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS, state_of
 from ..vision_language.pictures import from_frames, from_images
 from ..vision_language.quantization import QUANTIZATIONS
 from ..vision_language.sampling import Sampling
-
-CATEGORY = "Hotpath/vision-language"
-THINKING: dict[str, bool | None] = {"as the model does": None, "on": True, "off": False}
-CACHES = ("memory", "memory and disk", "off")
-BUDGET = (
-    list(PRESETS),
-    {
-        "default": "balanced",
-        "tooltip": "Visual tokens a picture may cost: fast 256, balanced 512, high 768, ultra 1024, native as many as "
-        "the model allows. Pictures are never enlarged.",
-    },
-)
-CACHE = (
-    list(CACHES),
-    {"default": "memory", "tooltip": "Keep what the model saw in a picture, so that asking again skips looking."},
-)
-DECODE = (
-    list(DECODE_PATHS),
-    {
-        "default": "auto",
-        "tooltip": "auto: our own kernels, or compiled layers, in one CUDA graph where that runs, static on a CPU, else plain. "
-        "plain is the library's own path.",
-    },
-)
-KEEP = (
-    "BOOLEAN",
-    {"default": True, "tooltip": "Off: the weights leave the device when the answer is there."},
-)
-SEED = (
-    "INT",
-    {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "tooltip": "The same seed gives the same text."},
-)
-MODEL = ("HOTPATH_VLM", {"tooltip": "From Load Vision-Language Model. All nodes that use it share one copy."})
+from .vision_sockets import BUDGET, CACHE, CATEGORY, DECODE, KEEP, MODEL, SEED, SYSTEM, TEMPERATURE, THINKING
 
 
 class HotpathVLMLoader:
@@ -174,7 +138,7 @@ class HotpathVLM:
             "optional": {
                 "images": ("IMAGE", {"tooltip": "Pictures: a batch, a list, or both. All are shown to the model."}),
                 "video": ("IMAGE", {"tooltip": "The frames of a video."}),
-                "system": ("STRING", {"default": "", "multiline": True, "tooltip": "How the model should behave."}),
+                "system": SYSTEM,
                 "answer_format": (
                     list(ANSWER_FORMATS),
                     {"default": "text", "tooltip": "json and boxes ask for JSON and read it; boxes are drawn."},
@@ -188,11 +152,7 @@ class HotpathVLM:
                     "INT",
                     {"default": 512, "min": 1, "max": 131072, "tooltip": "The longest answer, thoughts included."},
                 ),
-                "temperature": (
-                    "FLOAT",
-                    {"default": 0.0, "min": 0.0, "max": 2.0, "step": 0.05,
-                     "tooltip": "0: always the likeliest token. More: more varied."},
-                ),
+                "temperature": TEMPERATURE,
                 "top_p": (
                     "FLOAT",
                     {"default": 0.9, "min": 0.0, "max": 1.0, "step": 0.05,
@@ -284,138 +244,7 @@ class HotpathVLM:
         }
 
 
-class HotpathCaptionFolder:
-    DISPLAY_NAME = "Caption Folder"
-    CATEGORY = CATEGORY
-    DESCRIPTION = "Writes a caption beside every picture of a folder, in batches; stops and goes on where it was."
-    SEARCH_ALIASES = ["batch caption", "dataset", "lora captions", "tagger"]
-    RETURN_TYPES = ("STRING", "STRING", "STRING")
-    RETURN_NAMES = ("captions", "files", "report")
-    OUTPUT_IS_LIST = (True, True, False)
-    OUTPUT_TOOLTIPS = (
-        "The captions of all pictures that have one, from now or before.",
-        "Their pictures.",
-        "Counts, failures, and where the time went.",
-    )
-    FUNCTION = "caption"
-    OUTPUT_NODE = True
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {
-            "required": {
-                "model": MODEL,
-                "folder": ("STRING", {"default": "", "tooltip": "A folder of pictures; a name lies in the input folder."}),
-                "prompt": (
-                    "STRING",
-                    {"default": presets.DESCRIPTIONS["🖼️ Detailed Description"], "multiline": True,
-                     "tooltip": "What the captions should tell."},
-                ),
-            },
-            "optional": {
-                "system": ("STRING", {"default": "", "multiline": True, "tooltip": "How the model should behave."}),
-                "output": (
-                    list(FORMATS),
-                    {"default": "txt", "tooltip": "txt: a file beside each picture. jsonl: one captions.jsonl."},
-                ),
-                "batch_size": ("INT", {"default": 8, "min": 1, "max": 256, "tooltip": "Pictures at a time."}),
-                "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Off: pictures with a caption are skipped."}),
-                "recursive": ("BOOLEAN", {"default": False, "tooltip": "Also the folders in the folder."}),
-                "before": (
-                    "STRING",
-                    {"default": "", "tooltip": "Written before every caption as it stands: a trigger word, a comma and a "
-                     "space."},
-                ),
-                "after": ("STRING", {"default": "", "tooltip": "Written after every caption as it stands."}),
-                "token_budget": BUDGET,
-                "max_new_tokens": ("INT", {"default": 256, "min": 1, "max": 32768, "tooltip": "The longest caption."}),
-                "temperature": (
-                    "FLOAT",
-                    {"default": 0.0, "min": 0.0, "max": 2.0, "step": 0.05,
-                     "tooltip": "0: always the likeliest token. More: more varied."},
-                ),
-                "seed": SEED,
-                "image_cache": (CACHE[0], {**CACHE[1], "default": "off"}),
-                "decode": DECODE,
-                "keep_model_loaded": KEEP,
-                "pattern": ("STRING", {"default": "", "tooltip": "Only file names that fit, such as portrait_*."}),
-                "captions_to": (
-                    "STRING",
-                    {"default": "", "tooltip": "A folder for the captions; a name lies in the output folder. Empty: beside "
-                     "the pictures."},
-                ),
-                "thinking": (
-                    list(THINKING),
-                    {"default": "off", "tooltip": "off keeps a thinking model from thinking; thoughts count as tokens, too."},
-                ),
-            },
-            "hidden": {"unique_id": "UNIQUE_ID"},
-        }  # fmt: skip
-
-    @classmethod
-    def IS_CHANGED(cls, **inputs: Any) -> float:
-        # The folder may have new pictures.
-        return float("nan")
-
-    def caption(
-        self,
-        model: LoadedModel,
-        folder: str,
-        prompt: str,
-        system: str = "",
-        output: str = "txt",
-        batch_size: int = 8,
-        overwrite: bool = False,
-        recursive: bool = False,
-        before: str = "",
-        after: str = "",
-        token_budget: str = "balanced",
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        seed: int = 0,
-        image_cache: str = "off",
-        decode: str = "auto",
-        keep_model_loaded: bool = True,
-        pattern: str = "",
-        captions_to: str = "",
-        thinking: str = "off",
-        unique_id: str | None = None,
-    ) -> dict[str, Any]:
-        here = host.current()
-        job = CaptionJob(
-            allowed(place(here.input_folder(), folder)),
-            prompt,
-            system,
-            output,
-            recursive,
-            overwrite,
-            batch_size,
-            before,
-            after,
-            allowed(place(here.output_folder(), captions_to)) if captions_to.strip() else None,
-            pattern,
-            THINKING[thinking],
-        )
-        options = AnswerOptions(
-            max_new_tokens,
-            preset(token_budget),
-            cache_images=image_cache != "off",
-            cache_on_disk=image_cache == "memory and disk",
-            decode=decode,
-            keep_loaded=keep_model_loaded,
-            node_id=unique_id,
-        )
-        summary = FolderCaptioner(model, job, Sampling(temperature > 0, temperature, seed=seed), options).run()
-        captions = summary.all_captions()
-        return {
-            "ui": {"text": [summary.report()]},
-            # ComfyUI cannot run what is connected to an empty list.
-            "result": (list(captions.values()) or [""], list(map(str, captions)) or [""], summary.report()),
-        }  # fmt: skip
-
-
 NODES = {
     "HotpathVLMLoader": HotpathVLMLoader,
     "HotpathVLM": HotpathVLM,
-    "HotpathCaptionFolder": HotpathCaptionFolder,
 }

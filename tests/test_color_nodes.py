@@ -94,6 +94,7 @@ def test_compatible_jobs_are_bounded_at_full_size(monkeypatch: pytest.MonkeyPatc
 
 
 def test_our_nodes(colour_host: Any) -> None:
+    from hotpath.nodes import color_states as states
     from hotpath.nodes import colorize as nodes
 
     colour_host.input_folder().mkdir()
@@ -116,13 +117,13 @@ def test_our_nodes(colour_host: Any) -> None:
         frames(3), frames(1), "ColorMNet", more_references=frames(1, 20, 20), reference_frames="0,-", colour_size=32
     )
     assert out.shape == (3, 40, 54, 3) and mask.shape == (3, 40, 54)
-    nodes.HotpathSaveColorState().save(state, "reel")
-    again, following = nodes.HotpathLoadColorState().load("reel")
+    states.HotpathSaveColorState().save(state, "reel")
+    again, following = states.HotpathLoadColorState().load("reel")
     assert following == 3 and set(again.tensors) == set(state.tensors)
-    changed = nodes.HotpathLoadColorState.IS_CHANGED
+    changed = states.HotpathLoadColorState.IS_CHANGED
     assert changed("reel") == changed("reel") != changed("other") and math.isnan(changed(None))
     with pytest.raises(FileNotFoundError, match="no color state"):
-        nodes.HotpathLoadColorState().load("other")
+        states.HotpathLoadColorState().load("other")
     (moved,) = nodes.HotpathColorTransfer().transfer(frames(2), frames(1, 10, 10))
     assert moved.shape == (2, 40, 54, 3)
 

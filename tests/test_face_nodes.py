@@ -15,6 +15,7 @@ from hotpath.face.crops import crop_places, cut, edge_weight, paste
 from hotpath.face.foreign import ForeignAnalyser
 from hotpath.host import Interrupted
 from hotpath.host.headless import HeadlessHost
+from hotpath.nodes import face_regions as regions
 from hotpath.nodes import faces as nodes
 from PIL import Image
 
@@ -80,7 +81,7 @@ def test_a_match_needs_an_identity_of_the_same_width():
 def test_the_nodes_are_registered_with_what_a_person_reads():
     from hotpath.nodes import NODE_CLASS_MAPPINGS
 
-    for name, node in nodes.NODES.items():
+    for name, node in {**nodes.NODES, **regions.NODES}.items():
         assert NODE_CLASS_MAPPINGS[name] is node
         assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES) and node.DESCRIPTION and node.DISPLAY_NAME
         sections = node.INPUT_TYPES()
@@ -96,9 +97,9 @@ def test_a_batch_goes_through_all_nodes(loaded, three):
     assert marked.shape == batch.shape and not torch.equal(marked[0], batch[0]) and "no face" in report
     picked, pictures = nodes.HotpathFacePick().pick(found, "left to right", 1, "skip")
     assert pictures == 1 and 300 < float(picked[0].boxes[0, :2].mean()) * 2 < 600
-    drawing = nodes.HotpathFaceKeypoints().draw(found, 320, 224, "stretch")[0]
+    drawing = regions.HotpathFaceKeypoints().draw(found, 320, 224, "stretch")[0]
     assert drawing.shape == (2, 224, 320, 3) and drawing[0].max() == 1 and drawing[1].max() == 0
-    mask = nodes.HotpathFaceMask().mask(found, "oval", 0.0, 0, 0, 0)[0]
+    mask = regions.HotpathFaceMask().mask(found, "oval", 0.0, 0, 0, 0)[0]
     assert mask.shape == (2, 448, 640) and mask[1].max() == 0
     for box in found[0].boxes.long().tolist():
         assert mask[0, (box[1] + box[3]) // 2, (box[0] + box[2]) // 2] == 1
@@ -145,14 +146,14 @@ def test_crops_that_nobody_changed_paste_back_without_a_trace(loaded, three, ali
     # Crops much finer than the picture, and a picture without detail finer than two pixels, or resampling shows.
     smooth = torch.nn.functional.avg_pool2d(three.permute(0, 3, 1, 2), 9, 1, 4).permute(0, 2, 3, 1)
     found = nodes.HotpathFaces().find(loaded, three, "all", 0, 0.5, False, "error")[0]
-    crops, places, count = nodes.HotpathFaceCrop().crop(smooth, found, 768, 0.3, align, "error")
+    crops, places, count = regions.HotpathFaceCrop().crop(smooth, found, 768, 0.3, align, "error")
     assert crops.shape == (3, 768, 768, 3) and count == 3
-    back, where = nodes.HotpathFacePaste().paste(smooth, crops, places, 0.2)
+    back, where = regions.HotpathFacePaste().paste(smooth, crops, places, 0.2)
     assert (back - smooth).abs().max() < 0.02
     assert where.shape == (1, 448, 640) and where.max() > 0.99
     red = torch.zeros_like(crops)
     red[..., 0] = 1
-    painted, where = nodes.HotpathFacePaste().paste(smooth, red, places, 0.2)
+    painted, where = regions.HotpathFacePaste().paste(smooth, red, places, 0.2)
     for box in found[0].boxes.long().tolist():
         middle = painted[0, (box[1] + box[3]) // 2, (box[0] + box[2]) // 2]
         assert middle[0] > 0.98 and middle[1] < 0.02
@@ -161,7 +162,7 @@ def test_crops_that_nobody_changed_paste_back_without_a_trace(loaded, three, ali
 
 def test_crops_may_come_back_in_another_size(loaded, three):
     found = nodes.HotpathFaces().find(loaded, three, "largest", 0, 0.5, False, "error")[0]
-    crops, places, _ = nodes.HotpathFaceCrop().crop(three, found, 256, 0.5, True, "error")
+    crops, places, _ = regions.HotpathFaceCrop().crop(three, found, 256, 0.5, True, "error")
     larger = torch.nn.functional.interpolate(crops.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear")
     back, _ = paste(three, larger.permute(0, 2, 3, 1), places, 0.3)
     same, _ = paste(three, crops, places, 0.3)
@@ -187,12 +188,12 @@ def test_a_picture_without_a_face_keeps_the_batch_aligned(loaded, three):
     batch = torch.cat([torch.full_like(three, 0.4), three])
     found = nodes.HotpathFaces().find(loaded, batch, "largest", 0, 0.5, False, "skip")[0]
     for when_none, value in (("skip", 0.0), ("pass through", 0.4)):
-        crops, places, count = nodes.HotpathFaceCrop().crop(batch, found, 64, 0.5, True, when_none)
+        crops, places, count = regions.HotpathFaceCrop().crop(batch, found, 64, 0.5, True, when_none)
         assert count == 2 and torch.allclose(crops[0], torch.full_like(crops[0], value), atol=1e-6)
         back, where = paste(batch, torch.ones_like(crops), places, 0.2)
         assert torch.equal(back[0], batch[0]) and where[0].max() == 0 and where[1].max() > 0.9
     with pytest.raises(FaceError, match="No face was found in picture 0 of 2, counted from 0:"):
-        nodes.HotpathFaceCrop().crop(batch, found, 64, 0.5, True, "error")
+        regions.HotpathFaceCrop().crop(batch, found, 64, 0.5, True, "error")
 
 
 def test_a_picture_without_the_face_that_is_picked_is_an_error_where_that_is_asked_for():

@@ -260,7 +260,7 @@ def test_what_is_set_at_the_qwen_nodes_reaches_the_model(monkeypatch, node_id, s
 
 def test_what_is_set_at_the_folder_node_or_the_command_reaches_the_captions(headless_host, tmp_path, monkeypatch):
     from hotpath.commands import caption
-    from hotpath.nodes import vision_language as nodes
+    from hotpath.nodes import captioning as nodes
     from hotpath.vision_language.caption_job import CaptionSummary
 
     given = []
