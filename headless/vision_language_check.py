@@ -11,8 +11,9 @@ from ..host import Host
 from ..vision_language import folders
 from ..vision_language.answering import AnswerOptions, answer, on
 from ..vision_language.budgets import PRESETS
+from ..vision_language.decode_path import choose_path
 from ..vision_language.embeddings import EmbeddingCache, look_up
-from ..vision_language.generation import PlainRunner, choose_path, runner
+from ..vision_language.generation import PlainRunner, runner
 from ..vision_language.loaded_model import LoadedModel, LoadOptions
 from ..vision_language.loading import MODELS
 from ..vision_language.pictures import Picture

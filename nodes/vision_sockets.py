@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..vision_language.budgets import PRESETS
-from ..vision_language.generation import DECODE_PATHS
+from ..vision_language.decode_path import DECODE_PATHS
 
 CATEGORY = "Hotpath/vision-language"
 THINKING: dict[str, bool | None] = {"as the model does": None, "on": True, "off": False}

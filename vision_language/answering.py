@@ -18,8 +18,9 @@ from .. import host
 from ..host.errors import is_out_of_memory
 from . import answers
 from .budgets import PRESETS, Budget
+from .decode_path import DecodePath, choose_path
 from .embeddings import EmbeddingCache, VisualItem, look_up, to_device
-from .generation import DecodePath, beam_search, choose_path, decode, start
+from .generation import beam_search, decode, start
 from .loaded_model import LoadedModel
 from .loading import MODELS
 from .prompts import Prompt, Question, build
@@ -39,7 +40,7 @@ class AnswerOptions:
 
     answers: how many to each question (one question only). cache_images: use and fill the cache of vision features;
     cache_on_disk: its tier on disk as well. reuse_prefix: keep the keys and values of the pictures for the next
-    question. decode: one of generation.DECODE_PATHS. keep_loaded: leave the weights on the device afterwards.
+    question. decode: one of decode_path.DECODE_PATHS. keep_loaded: leave the weights on the device afterwards.
     encode_jointly: show the tower all pictures of a batch at once. node_id: where the growing text is shown.
     """
 

@@ -67,8 +67,9 @@ def test_answers_are_the_plain_paths(card: Any, load_llm: Any, kind: str) -> Non
 def test_logits_are_the_librarys(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """Whatever room the cache has for the answer: attention does not read it."""
     from hotpath.vision_language.answering import on
+    from hotpath.vision_language.decode_path import choose_path
     from hotpath.vision_language.embeddings import EmbeddingCache, look_up
-    from hotpath.vision_language.generation import choose_path, prepared
+    from hotpath.vision_language.generation import prepared
     from hotpath.vision_language.prefill import prefill
     from hotpath.vision_language.prompts import build
     from hotpath.vision_language.timing import Timing

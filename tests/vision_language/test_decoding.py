@@ -7,10 +7,19 @@ import weakref
 
 import pytest
 import torch
-from hotpath.vision_language import cpu_kernels, decode_attention, decoding, generation, projections, quantization
+from hotpath.vision_language import (
+    cpu_kernels,
+    decode_attention,
+    decode_path,
+    decoding,
+    generation,
+    projections,
+    quantization,
+)
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
-from hotpath.vision_language.generation import DecodePath, PlainRunner, choose_path, workspace
+from hotpath.vision_language.decode_path import DecodePath, choose_path
+from hotpath.vision_language.generation import PlainRunner, workspace
 from hotpath.vision_language.loading import bitsandbytes_settings
 from hotpath.vision_language.prefill import prefill
 from hotpath.vision_language.prompts import Question, build
@@ -172,7 +181,7 @@ def test_the_path_is_chosen_with_a_reason(load):
 def test_nothing_is_compiled_for_a_model_that_leaves(load, monkeypatch):
     model = load("qwen3_vl")
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(decode_path.importlib.util, "find_spec", lambda name: name)
     assert choose_path(model, "auto", rows=2).name == "compiled"
     assert choose_path(model, "auto", kept=False, rows=2).name == "graph"
     assert "does not stay loaded" in choose_path(model, "auto", kept=False, rows=2).note
@@ -182,16 +191,16 @@ def test_nothing_is_compiled_for_a_model_that_leaves(load, monkeypatch):
 def test_one_row_is_decoded_by_our_kernels_where_they_serve(load, monkeypatch):
     model, packed = load("qwen3_vl"), load("qwen3_vl", quantization="int8")
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(decode_path.importlib.util, "find_spec", lambda name: name)
     for asked, kept, otherwise in (("auto", True, "compiled"), ("auto", False, "graph"), ("graph", True, "graph")):
         path = choose_path(model, asked, kept)
         assert (path.name, path.otherwise) == ("fused", otherwise)
-        assert generation.simpler(path, model.device).name == otherwise
+        assert decode_path.simpler(path, model.device).name == otherwise
     assert choose_path(packed, "auto").name == "compiled" and choose_path(packed, "graph").name == "graph"
     assert choose_path(model, "compiled").name == "compiled"  # as asked
     model.device_state["failed paths"] = {"fused": "it was wrong"}
     assert choose_path(model, "auto").name == "compiled"
-    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(decode_path.importlib.util, "find_spec", lambda name: None)
     model.device_state.clear()
     assert "Triton is missing" in choose_path(model, "auto").note
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from hotpath.vision_language import decoding, offloading
-from hotpath.vision_language.generation import choose_path, workspace
+from hotpath.vision_language.decode_path import choose_path
+from hotpath.vision_language.generation import workspace
 from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
