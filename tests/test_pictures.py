@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, sys.argv[1])
 from hotpath.patches.compilation import group_norm_kernel
 from hotpath.patches.compilation.group_norm_kernel import group_norm
-from hotpath.patches.compilation.pictures import TOLERANCE, trial
+from hotpath.patches.compilation.picture_kernels import TOLERANCE, trial
 
 cpu = torch.device("cpu")
 group_norm_kernel.STRETCHES = 4
@@ -57,10 +57,10 @@ def test_kernels_are_torchs_numbers_in_the_interpreter() -> None:
     ("shape", "groups"), [((2, 320, 128, 128), 32), ((2, 2560, 32, 32), 32), ((1, 960, 75, 53), 32)]
 )
 def test_kernels_are_torchs_numbers_on_the_gpu(shape, groups, dtype):
-    from hotpath.patches.compilation import pictures
+    from hotpath.patches.compilation import picture_kernels
 
     card = torch.device("cuda", 0)
-    assert pictures.kernels_missing(card, dtype) == ""
-    limit = pictures.TOLERANCE[dtype]
-    for found, wanted in pictures.trial(card, dtype, shape, groups):
+    assert picture_kernels.kernels_missing(card, dtype) == ""
+    limit = picture_kernels.TOLERANCE[dtype]
+    for found, wanted in picture_kernels.trial(card, dtype, shape, groups):
         torch.testing.assert_close(found.float(), wanted, atol=limit, rtol=limit)

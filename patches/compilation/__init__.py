@@ -8,12 +8,12 @@ from typing import Any
 from ..cpu_products import multiply_as_before, multiply_by_onednn
 from .graphs import Backend, named_backend, start_workers
 from .options import attention_that_traces
-from .pictures import describe_parts
 from .recording import KEY as RECORDING_KEY
 from .recording import record_calls, recording_problem
 from .regional import RegionalCompiler, forget_compiled_kinds
 from .regions import describe_regions, find_regions
 from .settings import MODES, REGIONS, CompilationRefused, CompileSettings, compiler_problem
+from .unet_parts import describe_parts
 
 __all__ = [
     "MODES",

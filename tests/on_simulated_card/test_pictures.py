@@ -13,8 +13,10 @@ from hotpath.patches.compilation import (
     compile_model,
     compiler_of,
     group_norm_kernel,
+    picture_kernels,
     pictures,
     recording,
+    unet_parts,
 )
 from hotpath.patches.compilation.graphs import CompiledKind
 from tiny_native_models import LEAST_SDXL, Tiny
@@ -56,14 +58,14 @@ def _ours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     if "real_kernels" not in request.fixturenames:
         monkeypatch.setattr(group_norm_kernel, "group_norm", group_norm)
         monkeypatch.setattr(group_norm_kernel, "add", add)
-    monkeypatch.setattr(pictures, "allow_interpreter", True)
-    monkeypatch.setattr(pictures, "TRIAL", (1, 8, 8, 8))
+    monkeypatch.setattr(picture_kernels, "allow_interpreter", True)
+    monkeypatch.setattr(picture_kernels, "TRIAL", (1, 8, 8, 8))
     monkeypatch.setattr(recording, "WARM_CALLS", 0)
     monkeypatch.setattr(pictures, "channels_last_is_faster", lambda *_: True)
-    pictures.kernels_missing.cache_clear()
+    picture_kernels.kernels_missing.cache_clear()
     with torch.inference_mode():
         yield
-    pictures.kernels_missing.cache_clear()
+    picture_kernels.kernels_missing.cache_clear()
 
 
 @pytest.fixture
@@ -120,7 +122,7 @@ def test_a_block_by_the_kernels_themselves(card: Any, real_kernels: None, last: 
     block.cuda()
     ours = pictures.Pictures(torch.nn.Module())
     ours.channels_last, ours.dtype = last, torch.float16
-    written = pictures.ResidualForward(block, ours)
+    written = unet_parts.ResidualForward(block, ours)
     written.examine(torch.device("cuda", 0), torch.float16)
     assert written.serves, written.reason
     generator = torch.Generator().manual_seed(0)
@@ -284,13 +286,13 @@ def test_kernels_that_fail_give_way(card: Any, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_order_is_measured(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(pictures, "TRIAL", (1, 8, 8, 8))
+    monkeypatch.setattr(picture_kernels, "TRIAL", (1, 8, 8, 8))
     times = iter([1.0, 2.0, 2.0, 1.0])
-    monkeypatch.setattr(pictures, "milliseconds", lambda run, _: run() is None or next(times))
+    monkeypatch.setattr(picture_kernels, "milliseconds", lambda run, _: run() is None or next(times))
     for expected in (False, True):
-        pictures.channels_last_is_faster.cache_clear()
-        assert pictures.channels_last_is_faster(torch.device("cuda", 0), torch.float16) is expected
-    pictures.channels_last_is_faster.cache_clear()
+        picture_kernels.channels_last_is_faster.cache_clear()
+        assert picture_kernels.channels_last_is_faster(torch.device("cuda", 0), torch.float16) is expected
+    picture_kernels.channels_last_is_faster.cache_clear()
 
 
 def test_numbers_of_another_kind_are_left_to_the_layers_and_that_is_told(
@@ -299,8 +301,8 @@ def test_numbers_of_another_kind_are_left_to_the_layers_and_that_is_told(
     """A model that says it computes in one type and is given another."""
     tiny = bench()
     model = recorded(tiny.model)
-    plain = pictures.Written.takes
-    monkeypatch.setattr(pictures.Written, "takes", lambda part, x: plain(part, x.float()))
+    plain = unet_parts.Written.takes
+    monkeypatch.setattr(unet_parts.Written, "takes", lambda part, x: plain(part, x.float()))
     assert same(tiny.sample(model, **SMALL), tiny.sample(**SMALL)) and not ran()
     report = compiler_of(model).report()
     assert "ResBlock: it was given float32 of 4 dimensions" in report and "channels last" not in report
