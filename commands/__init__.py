@@ -1,1 +1,1 @@
-"""What each `hotpath` command does; the options are declared in `cli`."""
+"""What each `hotpath` command does, and its options where `cli` does not declare them."""
