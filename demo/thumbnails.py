@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from . import help_pictures as made
+from . import captioner_pictures, colorize_pictures, face_pictures, help_pictures, identity_pictures, node_runs
 from .picture_rows import PAPER, card, labelled, shown
 from .workflow_pictures import given, sampled
 
@@ -43,7 +43,7 @@ def tiles(*pictures: Image.Image) -> Image.Image:
 
 
 def photo(name: str = "astronaut.png") -> Image.Image:
-    pixels = made.photo(name)
+    pixels = node_runs.photo(name)
     return shown(pixels[:, :300, 70:370] if name == "astronaut.png" else pixels, 512)
 
 
@@ -58,13 +58,13 @@ def beside(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def key_points(name: str = "astronaut.png", zoom: bool = True) -> Image.Image:
-    faces = made.found(made.photo(name))[0]
-    drawing = made.node("HotpathFaceKeypoints", faces=faces, width=0, height=0, fit="contain")[0]
+    faces = face_pictures.found(node_runs.photo(name))[0]
+    drawing = node_runs.node("HotpathFaceKeypoints", faces=faces, width=0, height=0, fit="contain")[0]
     return shown(drawing[:, 30:260, 110:340] if zoom else drawing, 512)
 
 
 def tokens(name: str = "astronaut.png") -> Image.Image:
-    return shown(made.tokens_of_a_person(name)[0], 400)
+    return shown(identity_pictures.tokens_of_a_person(name)[0], 400)
 
 
 def face_of(name: str) -> Image.Image:
@@ -72,15 +72,15 @@ def face_of(name: str) -> Image.Image:
 
 
 def marked() -> Image.Image:
-    return shown(made.found(made.photo("faces_drawn_three.png"))[1], 448)
+    return shown(face_pictures.found(node_runs.photo("faces_drawn_three.png"))[1], 448)
 
 
 def crop() -> Image.Image:
-    return shown(made.cut_face()[1], 400)
+    return shown(face_pictures.cut_face()[1], 400)
 
 
 def film_frames(method: str = METHOD) -> tuple[Image.Image, Image.Image]:
-    grey, frames, *_ = made.coloured_film(method)
+    grey, frames, *_ = colorize_pictures.coloured_film(method)
     return shown(grey[8:9], 400), shown(frames[8:9], 400)
 
 
@@ -95,15 +95,15 @@ def references() -> Image.Image:
 
 
 def strip_of_film() -> Image.Image:
-    grey, frames, *_ = made.coloured_film(METHOD)
+    grey, frames, *_ = colorize_pictures.coloured_film(METHOD)
     return tiles(*(shown(f[i : i + 1], 300) for f, i in ((grey, 0), (grey, 15), (frames, 0), (frames, 15))))
 
 
 @functools.cache
 def captioned() -> tuple[tuple[Image.Image, str], ...]:
     """The four drawings of shapes, and what the small captioner says of each."""
-    pictures = [made.photo(f"captioner_shapes_{n}.png") for n in range(1, 5)]
-    answers, _ = made.captions_of(pictures)
+    pictures = [node_runs.photo(f"captioner_shapes_{n}.png") for n in range(1, 5)]
+    answers, _ = captioner_pictures.captions_of(pictures)
     return tuple(zip((shown(picture, 200) for picture in pictures), answers, strict=True))
 
 
@@ -140,13 +140,13 @@ def mapped() -> Image.Image:
 
 def boxes() -> Image.Image:
     """The help page's boxes, with the words that say whose answer they are."""
-    sheet = made.vlm_boxes()
+    sheet = captioner_pictures.vlm_boxes()
     return tiles(labelled([("an answer written by hand, drawn", sheet.crop((0, 0, 300, 276)))]))
 
 
 def transfer() -> Image.Image:
-    light, small = made.photo("colorize_grey.png"), made.photo("colorize_small.png")
-    done = made.node("HotpathColorTransfer", luminance=light, colours=small, strength=1.0, edge_filter="guided")[0]
+    light, small = node_runs.photo("colorize_grey.png"), node_runs.photo("colorize_small.png")
+    done = node_runs.node("HotpathColorTransfer", luminance=light, colours=small, strength=1.0, edge_filter="guided")[0]
     return tiles(shown(light, 400), shown(done, 400))
 
 
@@ -156,7 +156,7 @@ def restored() -> Image.Image:
 
 def heat_map() -> Image.Image:
     """The upper half: the blocks of the input side."""
-    drawn = Image.open(made.PICTURES / "block_telemetry.jpg")
+    drawn = Image.open(help_pictures.PICTURES / "block_telemetry.jpg")
     return drawn.crop((0, 0, drawn.width, drawn.width))
 
 
@@ -204,7 +204,7 @@ THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
 
 def main(names: Sequence[str]) -> int:
     torch.set_num_threads(1)
-    with made.demo_host():
+    with help_pictures.demo_host():
         for name in names or THUMBNAILS:
             THUMBNAILS[name]().save(FOLDER / f"{name}.jpg", quality=86, optimize=True)
             print(name)
