@@ -1,33 +1,19 @@
-"""Seeds, caches, previews, tiles, interrupts, memory: what a person relies on when pictures are drawn."""
+"""Seeds, caches, previews, interrupts: what a person relies on when pictures are drawn."""
 
 from __future__ import annotations
 
 import threading
-import weakref
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from counted_calls import count_calls
 from hotpath import host
-from hotpath.text_to_image import decoding, denoising, generation, previews
+from hotpath.text_to_image import decoding, denoising, previews
 from hotpath.text_to_image.denoising import Guidance
 from hotpath.text_to_image.folders import UnusableCheckpoint
 from hotpath.text_to_image.generation import Pipeline, Request, generate
 from hotpath.text_to_image.loading import MODELS, LoadOptions
-
-
-def count_calls(monkeypatch, owner, name):
-    calls = []
-    original = getattr(owner, name)
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counted)
-    return calls
 
 
 def test_a_picture_does_not_know_its_company(load, draw):
@@ -120,74 +106,6 @@ def test_another_prompt_length_or_model_is_another_entry(load, draw, folder):
     assert draw(load(precision="int8")).encoded == 0  # packs the transformer, not the encoder
 
 
-@pytest.mark.parametrize("needed", [1, 1 << 60])
-def test_tiles_only_without_room(load, draw, monkeypatch, needed):
-    model = load()
-    size = {"width": 128, "height": 96}  # tiles of this VAE are 64 pixels
-    whole = draw(model, **size, tiling="never")
-    monkeypatch.setattr(decoding, "activation_bytes", lambda *a: needed)
-    found = draw(model, **size)
-    if needed == 1:
-        assert "decoded whole: about 0 MiB" in found.report and torch.equal(found.pictures, whole.pictures)
-    else:
-        assert "decoded in tiles: about" in found.report
-        assert torch.equal(found.pictures, draw(model, **size, tiling="always").pictures)
-        assert not torch.equal(found.pictures, whole.pictures) and torch.equal(found.latents, whole.latents)
-    # The VAE of everybody else is as it was.
-    assert not model.vae.managed.module.network.use_tiling
-    assert "whole: the picture is no larger than a tile of 64 pixels" in draw(model, tiling="always").report
-
-
-def full_device(monkeypatch, layer, side):
-    """`layer` as on a device that has room for `side` pixels or latents; returns what it held when it ran out."""
-    forward, held = layer.forward, []
-
-    def limited(x, *args, **kwargs):
-        if max(x.shape[-2:]) > side:
-            activations = torch.zeros(8)
-            held.append(weakref.ref(activations))
-            raise RuntimeError("MPS backend out of memory (MPS allocated: 5.60 GB)")  # no OutOfMemoryError on Macs
-        assert not any(activations() is not None for activations in held), "the failed try still holds its memory"
-        return forward(x, *args, **kwargs)
-
-    monkeypatch.setattr(layer, "forward", limited)
-    return held
-
-
-def test_tiles_when_the_whole_runs_out_of_memory(load, draw, monkeypatch):
-    model = load()
-    wanted = draw(model, width=128, height=96, tiling="always").pictures
-    network = model.vae.managed.module.network
-    held = full_device(monkeypatch, network.decoder, 8)
-    found = draw(model, width=128, height=96)
-    assert "decoded in tiles: whole it ran out of memory" in found.report and torch.equal(found.pictures, wanted)
-    assert len(held) == 1 and not network.use_tiling
-    with pytest.raises(torch.OutOfMemoryError):
-        draw(model, width=128, height=96, tiling="never")
-
-
-def test_an_image_is_read_in_tiles_when_it_must_be(load, draw, monkeypatch):
-    model, image = load(), torch.rand(1, 96, 128, 3, generator=torch.Generator().manual_seed(3))
-    over = {"image": image, "strength": 0.5, "width": 128, "height": 96}
-    whole = draw(model, **over, tiling="never").latents
-    wanted = draw(model, **over, tiling="always").latents
-    network = model.vae.managed.module.network
-    held = full_device(monkeypatch, network.encoder, 64)
-    assert torch.equal(draw(model, **over).latents, wanted) and not torch.equal(wanted, whole)
-    assert len(held) == 1 and not network.use_tiling
-    with pytest.raises(torch.OutOfMemoryError):
-        draw(model, **over, tiling="never")
-
-
-def test_one_image_for_many_pictures_is_read_once(load, draw, monkeypatch):
-    model, image = load(), torch.rand(1, 48, 64, 3, generator=torch.Generator().manual_seed(3))
-    over = {"image": image, "strength": 0.5}
-    singles = [draw(model, **over, seed=5 + i).pictures for i in range(3)]
-    calls = count_calls(monkeypatch, model.vae.managed.module.network.encoder, "forward")
-    assert torch.equal(draw(model, **over, seed=5, pictures=3).pictures, torch.cat(singles))
-    assert len(calls) == 1
-
-
 def test_an_interrupt_between_images(load, draw, headless_host):
     model, images = load(), torch.rand(2, 48, 64, 3)
     calls = []
@@ -200,16 +118,6 @@ def test_an_interrupt_between_images(load, draw, headless_host):
     with pytest.raises(host.Interrupted):
         draw(model, image=images, pictures=2)
     assert len(calls) == 1
-
-
-def test_room_is_made_before_tiles(load, monkeypatch):
-    model = load()
-    free = [100]
-    monkeypatch.setattr(host.current(), "free_memory", lambda device: free[0])
-    monkeypatch.setattr(host.current(), "make_room", lambda nbytes, device: free.__setitem__(0, 300))
-    monkeypatch.setattr(decoding, "activation_bytes", lambda *a: 200)
-    plan = decoding.plan(model, "auto", 2048, 2048, 512)
-    assert not plan.tiled and free == [300]
 
 
 def test_progress_and_previews(load, draw, headless_host, monkeypatch):
@@ -326,62 +234,6 @@ def test_requests_that_cannot_be_drawn(load, draw, fields, words):
         draw(load(), **fields)
 
 
-def test_an_image_of_another_shape_is_covered_and_cut(load, draw):
-    image = torch.zeros(1, 100, 300, 3)
-    image[:, :, 140:160] = 1.0
-    fitted = decoding.fit_pictures(image, 64, 48)
-    assert fitted.shape == (1, 48, 64, 3)
-    assert fitted[0, 24, 32].min() > 0.9 and fitted[0, 24, 0].max() < 0.1
-    assert draw(load(), image=image).pictures.shape == (1, 48, 64, 3)
-
-
-def test_a_strip_is_not_blown_up_to_be_thrown_away(monkeypatch):
-    strip = torch.linspace(0, 1, 3001).view(1, 3001, 1, 1).expand(-1, -1, 1, 3)
-    sizes = count_calls(monkeypatch, F, "interpolate")
-    fitted = decoding.fit_pictures(strip, 64, 48)
-    assert sizes[0][0].shape[-2] < 20 and fitted.shape == (1, 48, 64, 3)
-    assert (fitted - 0.5).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize(("size", "kept"), [((40, 333), (48, 64)), ((333, 40), (64, 48)), ((901, 100), (32, 32))])
-def test_cutting_before_scaling_changes_nothing(size, kept):
-    picture = torch.rand(1, *size, 3, generator=torch.Generator().manual_seed(1))
-    picture = F.avg_pool2d(picture.permute(0, 3, 1, 2), 9, 1, 4).permute(0, 2, 3, 1)  # as smooth as pictures are
-    scale = max(kept[0] / size[0], kept[1] / size[1])
-    whole = [max(side, round(old * scale)) for side, old in zip(kept, size, strict=True)]
-    wanted = F.interpolate(picture.permute(0, 3, 1, 2), size=whole, mode="bicubic", antialias=True)
-    top, left = (whole[0] - kept[0]) // 2, (whole[1] - kept[1]) // 2
-    wanted = wanted[:, :, top : top + kept[0], left : left + kept[1]].permute(0, 2, 3, 1)
-    assert (decoding.fit_pictures(picture, kept[1], kept[0]) - wanted).abs().max() < 0.03
-
-
-def test_alpha_is_left_out(load, draw):
-    image = torch.rand(1, 48, 64, 3, generator=torch.Generator().manual_seed(3))
-    with_alpha = torch.cat([image, torch.zeros(1, 48, 64, 1)], dim=-1)
-    wanted = draw(load(), image=image, strength=0.5).pictures
-    assert torch.equal(draw(load(), image=with_alpha, strength=0.5).pictures, wanted)
-
-
-def test_a_mask_of_another_size_lies_on_the_image(load, draw):
-    """The image is wider than the picture: its left and right, and those of the mask, are cut off."""
-    image = torch.rand(1, 48, 128, 3, generator=torch.Generator().manual_seed(3))
-    mask = torch.zeros(1, 48, 128)
-    mask[:, :, 80:] = 1.0
-    wanted = draw(load(), image=image, mask=mask, strength=1.0)
-    for other in (mask[:, ::2, ::2], mask[0, :, ::4], mask[:, ::6, ::2].bool()):
-        assert torch.equal(draw(load(), image=image, mask=other, strength=1.0).latents, wanted.latents)
-
-
-def test_an_empty_mask_is_told(load, draw):
-    """What Load Image gives for a picture without alpha."""
-    image, mask = torch.rand(2, 48, 64, 3), torch.zeros(2, 64, 64)
-    assert "a mask is empty, so its image stays" in draw(load(), image=image, mask=mask, pictures=2).report
-    mask[0] = 1.0
-    assert "a mask is empty" in draw(load(), image=image, mask=mask, pictures=2).report
-    mask[1, 30:] = 1.0
-    assert "a mask is empty" not in draw(load(), image=image, mask=mask, pictures=2).report
-
-
 def test_a_picture_of_nan_is_no_picture(load, draw, monkeypatch):
     original, made = denoising.denoise, []
 
@@ -400,53 +252,6 @@ def test_a_picture_of_nan_is_no_picture(load, draw, monkeypatch):
     monkeypatch.setattr(denoising, "denoise", lambda *args, **kwargs: original(*args, **kwargs) * float("nan"))
     with pytest.raises(ValueError, match=r"The picture of seed 8 came out as NaN: choose dtype float32"):
         draw(model, seed=8)
-
-
-def test_a_full_device_is_a_sentence(load, draw, monkeypatch):
-    model = load()
-    said = rf"{model.device} ran out of memory at 64 x 48 \(denoise\): choose one picture at a time, a smaller"
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")):
-
-        def full(*args, error=error, **kwargs):
-            raise error
-
-        monkeypatch.setattr(denoising, "denoise", full)
-        with pytest.raises(torch.OutOfMemoryError, match=said):
-            draw(model, pictures_at_a_time=2)
-
-
-@pytest.mark.parametrize("row", [0, 1, 6])
-def test_a_mask_thinner_than_a_latent_pixel_is_drawn_in(load, draw, row):
-    model = load()
-    image, mask = torch.full((1, 48, 64, 3), 0.5), torch.zeros(48, 64)
-    mask[16 + row] = 1.0
-    run = generation.Run(Pipeline(model), Request("x", width=64, height=48, image=image, mask=mask), None)
-    where = run._source([denoising.generator(0)])[1]
-    assert where.shape[-2:] == (48 // model.latent_scale, 64 // model.latent_scale)
-    assert where.any(dim=-1).flatten().nonzero().flatten().tolist() == [(16 + row) // model.latent_scale]
-
-
-def test_outside_a_mask_the_image_can_be_kept(load, draw):
-    image, mask = torch.rand(1, 48, 64, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 48, 64)
-    mask[0, 10:30, 20:40] = mask[1, :, :8] = 1.0
-    model = load()
-    plain = draw(model, image=image, mask=mask, pictures=2).pictures
-    kept = draw(model, image=image, mask=mask, pictures=2, keep_outside=True).pictures
-    outside = (mask == 0)[..., None].expand_as(plain)
-    assert not torch.equal(plain[outside], image.expand_as(plain)[outside]), "what the VAE gives is another picture"
-    assert torch.equal(kept[outside], image.expand_as(plain)[outside])
-    assert torch.equal(kept[~outside], plain[~outside])
-
-
-def test_room_is_asked_for_what_is_drawn(load, draw, monkeypatch):
-    model = load()
-    asked = count_calls(monkeypatch, model.transformer, "resident")
-    draw(model)
-    draw(model, pictures_at_a_time=64)
-    draw(model, pictures=3, pictures_at_a_time=64)
-    draw(model, guidance=Guidance(1.0), negative="blurry " * 40)
-    (one,), (same,), (three,), (long,) = asked
-    assert one == same and three == 3 * one and long > one
 
 
 def test_a_report_is_about_its_own_run(load, draw, monkeypatch):
@@ -501,90 +306,6 @@ def test_libraries_that_are_missing_are_named(load, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UnusableCheckpoint, match=r"needs diffusers 0\.36 and transformers 4\.57 or newer.*pip install"):
         load()
-
-
-def test_the_program_stays_near_the_device():
-    """A GPU that is many steps behind would hear an interrupt when all is queued."""
-    from hotpath.text_to_image.interruption import LEAD, Lead
-
-    made, passed = [], []
-
-    def mark():
-        number = len(made)
-        made.append(number)
-        return SimpleNamespace(synchronize=lambda: passed.append(number))
-
-    lead = Lead(mark)
-    for _ in range(LEAD + 5):
-        lead.step()
-        assert len(made) - len(passed) <= LEAD
-    assert passed == [0, 1, 2, 3, 4]
-
-
-def test_a_second_gpu_is_the_current_one_while_it_computes(load, monkeypatch):
-    """Else kernels without a tensor's device, and the marks that are waited for, would be the first one's."""
-    from hotpath.text_to_image import interruption
-
-    marks, entered = [], []
-    event = SimpleNamespace(record=lambda stream: marks.append(stream))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    assert interruption.recorded_event(torch.device("cuda", 1)) is event and marks == ["stream of cuda:1"]
-    model = load()
-    monkeypatch.setattr(model.vae.managed, "device", torch.device("cuda", 1))
-    monkeypatch.setattr(model.vae.managed.module, "to", lambda device: None)
-    monkeypatch.setattr(host.current(), "free_memory", lambda device: 1 << 40)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
-    with model.vae.resident():
-        assert entered == [torch.device("cuda", 1)]
-
-
-class Device:
-    """A host's handle of a network that is on a device with little room, or waits beside it."""
-
-    def __init__(self, nbytes):
-        self.device, self.nbytes, self.released = torch.device("cuda"), nbytes, 0
-        self.module = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=nbytes, device=torch.device("cpu"))])
-
-    def release(self):
-        self.released += 1
-
-
-@pytest.mark.parametrize(("free", "sent_away"), [(1000, 0), (120, 0), (119, 1)])
-def test_a_network_without_room_sends_its_neighbours_away(headless_host, monkeypatch, caplog, free, sent_away):
-    from hotpath.text_to_image import loading
-    from hotpath.text_to_image.loading import Component
-
-    monkeypatch.setattr(headless_host, "free_memory", lambda device: free)
-
-    class Owner:
-        def load(self):
-            raise AssertionError("nothing is read here")
-
-        def all(self):
-            return components
-
-    owner = Owner()
-    components = [Component(name, owner.load, owner.all) for name in ("a", "b", "never read")]
-    components[0]._managed, components[1]._managed = Device(100), Device(50)
-    monkeypatch.setattr(loading, "memory_of", lambda device: 119)
-    with caplog.at_level("WARNING", logger="hotpath.text_to_image"):
-        components[0]._make_room(20)
-    assert "and cuda has 0.0 GB in all: choose a smaller size, precision float8" in caplog.text
-    assert (components[0]._managed.released, components[1]._managed.released) == (0, sent_away)
-    assert not components[2].loaded
-
-
-def test_nobody_sends_away_what_another_computes_with(load):
-    model = load()
-    order = []
-    with model.transformer.resident():
-        thread = threading.Thread(target=lambda: (model.release(), order.append("released")))
-        thread.start()
-        thread.join(0.2)
-        order.append("computed")
-    thread.join()
-    assert order == ["computed", "released"]
 
 
 def test_a_text_encoder_saved_with_its_head(tiny_folder, folder, draw, load):
