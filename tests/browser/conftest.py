@@ -52,7 +52,7 @@ class SlowHub(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hub() -> Iterator[str]:
     web = ThreadingHTTPServer(("127.0.0.1", 0), SlowHub)
     threading.Thread(target=web.serve_forever, args=(0.05,), daemon=True).start()
@@ -62,7 +62,7 @@ def hub() -> Iterator[str]:
     web.server_close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, hub: str) -> Iterator[Any]:
     from hotpath.headless.launcher import LaunchOptions, launched
 

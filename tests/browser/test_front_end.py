@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
-from front_end import FrontEnd
+from front_end import FrontEnd, load_faces
 from saved_values import SAVED
 
 pytestmark = [pytest.mark.comfy, pytest.mark.xdist_group("browser")]
@@ -26,26 +25,6 @@ EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 # Nodes of other packs in shared workflows; what they are connected to is still checked.
 FOREIGN = {"ShowText|pysssss"}
 OF_THE_BROWSER = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
-FACES: dict[str, Any] = {
-    "1": {"class_type": "LoadImage", "inputs": {"image": "faces_drawn_one.png"}},
-    "2": {
-        "class_type": "HotpathFaceLoader",
-        "inputs": {"model": "antelopev2", "engine": "onnxruntime", "precision": "fp32", "provider": "MIGraphX"},
-    },
-    "3": {
-        "class_type": "HotpathFaces",
-        "inputs": {
-            "faceanalysis": ["2", 0],
-            "image": ["1", 0],
-            "choose": "all",
-            "index": 0,
-            "threshold": 0.5,
-            "embeddings": False,
-            "when_none": "error",
-        },
-    },
-    "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 1]}},
-}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -148,16 +127,6 @@ def test_a_first_picture_called_image_keeps_its_link(front_end: FrontEnd) -> Non
     assert renamed == ["image1", "image1"]
     front_end.load(graph)
     assert front_end.prompt()["2"]["inputs"]["image1"] == ["1", 0]
-
-
-def load_faces(front_end: FrontEnd, **changed: Any) -> None:
-    """FACES with other inputs; what differs from all earlier runs is computed again."""
-    prompt = json.loads(json.dumps(FACES))
-    for node in prompt.values():
-        given = node["inputs"]
-        given.update({name: value for name, value in changed.items() if not isinstance(given.get(name, []), list)})
-    front_end.page.evaluate("async (prompt) => { await app.loadApiJson(prompt, 'faces'); }", prompt)
-    front_end.page.wait_for_function("() => app.rootGraph.nodes.length === 4")
 
 
 def test_nodes_tell_what_became_of_them(front_end: FrontEnd) -> None:
@@ -413,27 +382,6 @@ def test_the_panel_downloads_known_files_and_stops(front_end: FrontEnd) -> None:
     bound.get_by_role("checkbox").uncheck()
 
 
-REFUSED = [
-    ({"model": "https://example.com/x.bin"}, {}, 404),
-    ({"model": "../../x"}, {}, 404),
-    ({"model": "colormnet"}, {}, 403),
-    ({"model": "instantid-controlnet"}, {"Origin": "https://evil.example"}, 403),
-    ({"model": "instantid-controlnet"}, {"Content-Type": "text/plain"}, 415),
-]
-
-
-@pytest.mark.parametrize(("body", "headers", "status"), REFUSED)
-def test_the_server_refuses(server: Any, body: Any, headers: dict[str, str], status: int) -> None:
-    request = urllib.request.Request(
-        f"{server.url}/hotpath/downloads/start",
-        data=json.dumps(body).encode(),
-        headers={"Content-Type": "application/json", **headers},
-    )
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=30)
-    assert refused.value.code == status
-
-
 def test_a_refusal_is_said_in_the_panel(front_end: FrontEnd) -> None:
     panel = front_end.open_panel()
     front_end.page.route(
@@ -526,69 +474,6 @@ def test_everything_of_ours_speaks_chinese(front_end: FrontEnd) -> None:
     assert words == ["替换为“视频上色（Hotpath）”"]
     front_end.setting("Comfy.Locale", "en")
     panel.get_by_role("button", name="Refresh").wait_for()
-
-
-PICTURE = {"class_type": "LoadImage", "inputs": {"image": "colorize_small.png"}}
-COLOURS = {"class_type": "LoadImage", "inputs": {"image": "colorize_reference.png"}}
-# As programs that were written for the older packs post them: fewer inputs, older words, inputs that are gone.
-OLDER_PROMPTS: dict[str, dict[str, Any]] = {
-    "Deep Exemplar, March 2025": {
-        "class_type": "DeepExColorVideoNode",
-        "inputs": {"video_frames": ["1", 0], "reference_image": ["2", 0], "frame_propagate": True,
-                   "use_half_resolution": True, "target_width": 64, "target_height": 64, "wls_filter_on": True,
-                   "lambda_value": 500.0, "sigma_color": 4.0},
-    },
-    "Deep Exemplar, November 2025": {
-        "class_type": "DeepExColorImageNode",
-        "inputs": {"image_to_colorize": ["1", 0], "reference_image": ["2", 0], "target_width": 64, "target_height": 64,
-                   "feature_encoder": "vgg19", "post_processor": "none", "post_process_strength": 0.8,
-                   "wls_filter_on": False, "lambda_value": 500.0, "sigma_color": 4.0, "use_torch_compile": False,
-                   "use_sage_attention": False, "text_guidance": "", "text_guidance_weight": 0.3},
-    },
-    "QwenVL, September 2024": {
-        "class_type": "QwenVL",
-        "inputs": {"text": "Describe.", "model": "hotpath-captioner", "quantization": "none",
-                   "keep_model_loaded": False, "temperature": 0.7, "max_new_tokens": 4, "seed": 7, "image": ["1", 0]},
-    },
-    "AILab, October 2025": {
-        "class_type": "AILab_QwenVL",
-        "inputs": {"model_name": "hotpath-captioner", "quantization": "None (FP16)", "preset_prompt": "Describe it.",
-                   "custom_prompt": "", "max_tokens": 4, "keep_model_loaded": True, "seed": 1, "image": ["1", 0]},
-    },
-    "ColorMNet, November 2025": {
-        "class_type": "ColorMNetVideo",
-        "inputs": {"video_frames": ["1", 0], "reference_image": ["2", 0], "target_width": 64, "target_height": 64,
-                   "memory_mode": "balanced", "use_fp16": True},
-    },
-}  # fmt: skip
-NO_WEIGHTS = {
-    "ColorMNet, November 2025": "No ColorMNet checkpoint was found"
-}  # the demo has none; what is missing is said then
-
-
-@pytest.mark.parametrize("name", OLDER_PROMPTS)
-def test_an_older_api_prompt_runs_unchanged(server: Any, name: str) -> None:
-    prompt = {
-        "1": PICTURE,
-        "2": COLOURS,
-        "3": OLDER_PROMPTS[name],
-        "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 0]}},
-    }
-    request = urllib.request.Request(f"{server.url}/prompt", json.dumps({"prompt": prompt}).encode())
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        queued = json.load(answer)
-    assert not queued["node_errors"]
-    deadline = time.monotonic() + 120
-    entry: dict[str, Any] = {}
-    while not entry and time.monotonic() < deadline:
-        with urllib.request.urlopen(f"{server.url}/history/{queued['prompt_id']}", timeout=30) as answer:
-            entry = json.load(answer).get(queued["prompt_id"], {})
-        time.sleep(0.2)
-    said = json.dumps(entry.get("status", {}))
-    if name in NO_WEIGHTS and entry["status"]["status_str"] == "error":
-        assert NO_WEIGHTS[name] in said, said
-    else:
-        assert entry["status"]["status_str"] == "success" and entry["outputs"]["4"], said
 
 
 def test_nothing_of_ours_complained(front_end: FrontEnd) -> None:

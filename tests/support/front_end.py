@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,35 @@ class FrontEnd:
     def shot(self, name: str) -> None:
         if self.shots is not None:
             self.page.screenshot(path=str(self.shots / f"{name}.png"))
+
+
+FACES: dict[str, Any] = {
+    "1": {"class_type": "LoadImage", "inputs": {"image": "faces_drawn_one.png"}},
+    "2": {
+        "class_type": "HotpathFaceLoader",
+        "inputs": {"model": "antelopev2", "engine": "onnxruntime", "precision": "fp32", "provider": "MIGraphX"},
+    },
+    "3": {
+        "class_type": "HotpathFaces",
+        "inputs": {
+            "faceanalysis": ["2", 0],
+            "image": ["1", 0],
+            "choose": "all",
+            "index": 0,
+            "threshold": 0.5,
+            "embeddings": False,
+            "when_none": "error",
+        },
+    },
+    "4": {"class_type": "PreviewImage", "inputs": {"images": ["3", 1]}},
+}
+
+
+def load_faces(front_end: FrontEnd, **changed: Any) -> None:
+    """FACES with other inputs; what differs from all earlier runs is computed again."""
+    prompt = json.loads(json.dumps(FACES))
+    for node in prompt.values():
+        given = node["inputs"]
+        given.update({name: value for name, value in changed.items() if not isinstance(given.get(name, []), list)})
+    front_end.page.evaluate("async (prompt) => { await app.loadApiJson(prompt, 'faces'); }", prompt)
+    front_end.page.wait_for_function("() => app.rootGraph.nodes.length === 4")
