@@ -14,6 +14,7 @@ from .commands.console import complain
 from .commands.feature_options import add_caption, add_colorize, add_generate
 from .commands.option_types import add_models_folder, device
 from .commands.workflow_options import add_compare, add_demo, add_map, add_run
+from .host import huge_pages
 from .host.errors import install_requirements, missing_library
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def _add_selftest(commands: Commands) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (default: the program's own); returns the exit code."""
     options = parser().parse_args(argv)
+    if argv is None:  # this process is ours
+        huge_pages.ask()
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..host import huge_pages
 from ..host.device_work import wait_for
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of
@@ -138,6 +140,7 @@ class ProfileSession:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._before = dynamo_counts()
+        self._processor = (0.0, 0.0)  # seconds of sampling on a CPU: of the program, and of the system for it
 
     def __deepcopy__(self, _: Any) -> ProfileSession:
         return self
@@ -187,11 +190,19 @@ class ProfileSession:
             run.step_done()
             return callback(*step) if callback is not None else None
 
+        spent = os.times()
         try:
             return executor(noise, latent, sampler, sigmas, mask, after_step, *rest, **kwargs)
         finally:
             self._local.run, self._local.inside = before, False
             run.close()
+            if device.type == "cpu":
+                now = os.times()
+                self._spent(now.user - spent.user, now.system - spent.system)
+
+    def _spent(self, user: float, system: float) -> None:
+        with self._lock:
+            self._processor = self._processor[0] + user, self._processor[1] + system
 
     def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """A PREDICT_NOISE wrapper: one evaluation of the model, all of CFG included."""
@@ -208,8 +219,10 @@ class ProfileSession:
         """The run since the last report, as numbers. Waits for the GPU, and forgets the run."""
         with self._lock:
             spans, self._spans = self._spans, []
+            processor, self._processor = self._processor, (0.0, 0.0)
         counts, self._before = self._before, dynamo_counts()
-        return resolve(spans, self._notes(counts))
+        memory = huge_pages.advice(*processor)
+        return resolve(spans, (*self._notes(counts), *([memory] if memory else ())))
 
     def _notes(self, before: dict[str, int]) -> tuple[str, ...]:
         notes = [f"torch.compile: {text}" for text in _changes(before, dynamo_counts())]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
 import pytest
 import torch
+from hotpath.host import huge_pages
 from hotpath.patches import profile_drawing
 from hotpath.patches.compilation import compile_model
 from hotpath.patches.profile_drawing import COMPILING, draw, table
@@ -94,6 +96,23 @@ def test_a_run_is_timed_stage_by_stage_and_stays_the_same() -> None:
     assert isinstance(timed_clip, TextEncoder) and isinstance(timed_vae, Decoder)
     assert type(clip) is TextEncoder and type(vae) is Decoder and "hotpath_profile" not in vars(vae)
     assert session.take().rows == ()
+
+
+@pytest.mark.comfy
+def test_time_that_the_system_takes_on_a_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[float, float]] = []
+    monkeypatch.setattr(huge_pages, "advice", lambda *spent: (told.append(spent), "larger pages")[1])
+    bench = tiny("flux")
+    model, _, _, session = profile(bench.model)
+    before = os.times()
+    for _ in range(2):
+        bench.sample(model, steps=2)
+    after = os.times()
+    assert "larger pages" in table(session.take())
+    user, system = told[0]
+    assert 0 < user <= after.user - before.user and 0 <= system <= after.system - before.system
+    session.take()
+    assert told[1] == (0, 0)
 
 
 @pytest.mark.comfy
