@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..host.huge_pages import ProcessorTime
 from .stage_times import StageTimes
 
 
@@ -22,6 +23,7 @@ class JobReport:
         self.notes: list[str] = []
         self._start = time.perf_counter()
         self._memory = PeakMemory(device)
+        self._processor = ProcessorTime(device)
 
     def fact(self, name: str, value: str) -> None:
         self.facts.append((name, value))
@@ -41,7 +43,8 @@ class JobReport:
         if times is not None:
             lines += [f"time in {name}: {spent:.2f} s" for name, spent in times.seconds().items()]
         lines.append(self._memory.text())
-        lines += [f"note: {text}" for text in dict.fromkeys([*self.notes, *more])]
+        notes = dict.fromkeys([*self.notes, *more, self._processor.advice()])
+        lines += [f"note: {text}" for text in notes if text]
         return "\n".join(lines)
 
 

@@ -11,10 +11,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # it must not be loaded before `ask`
+    import torch
 
 NAME = "THP_MEM_ALLOC_ENABLE"
 STATE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 NOTABLE = 0.1  # share of the processor's time that the system takes
+LEAST_SECONDS = 5.0  # of that time, for a share to mean something
 
 
 def possible() -> bool:
@@ -38,9 +43,26 @@ def environment() -> dict[str, str]:
 def advice(user: float, system: float) -> str:
     """What to do about processor seconds of which the system took `system`; "" where that is little or nothing helps."""
     share = system / max(1e-9, user + system)
-    if share < NOTABLE or not environment():
+    if user + system < LEAST_SECONDS or share < NOTABLE or not environment():
         return ""
     return (
         f"{100 * share:.0f} % of the processor's time went to the system, which fetches memory for every large tensor anew: "
         f"with {NAME}=1 in the environment that ComfyUI is started in, torch asks for larger pages"
     )
+
+
+class ProcessorTime:
+    """What this process's work on `device` spends from now on; of other devices than a CPU it says nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._start = os.times() if device.type == "cpu" else None
+
+    def spent(self) -> tuple[float, float]:
+        """Seconds of the program, and of the system for it."""
+        if self._start is None:
+            return 0.0, 0.0
+        now = os.times()
+        return now.user - self._start.user, now.system - self._start.system
+
+    def advice(self) -> str:
+        return advice(*self.spent())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import sys
 import threading
 import time
@@ -190,15 +189,13 @@ class ProfileSession:
             run.step_done()
             return callback(*step) if callback is not None else None
 
-        spent = os.times()
+        processor = huge_pages.ProcessorTime(device)
         try:
             return executor(noise, latent, sampler, sigmas, mask, after_step, *rest, **kwargs)
         finally:
             self._local.run, self._local.inside = before, False
             run.close()
-            if device.type == "cpu":
-                now = os.times()
-                self._spent(now.user - spent.user, now.system - spent.system)
+            self._spent(*processor.spent())
 
     def _spent(self, user: float, system: float) -> None:
         with self._lock:

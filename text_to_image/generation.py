@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import host
 from ..host.compiling import until_nothing_compiles
 from ..host.errors import is_out_of_memory, kind_and_line
+from ..host.huge_pages import ProcessorTime
 from ..products.rerouting import rerouted
 from . import compilation, decoding, denoising
 from .adapters import Adapter
@@ -70,6 +71,7 @@ class Run:
     def __init__(self, pipeline: Pipeline, request: Request, preview: Preview | None) -> None:
         self.model, self.adapters, self.request, self.preview = pipeline.model, pipeline.adapters, request, preview
         self.seconds: dict[str, float] = {}
+        self._processor = ProcessorTime(self.model.device)
         self.notes: list[str] = []
         self.ran: list[str] = []
         self._products: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -330,7 +332,7 @@ class Run:
                 )
         if request.negative.strip() and negative is None:
             lines.append("the negative prompt was not used, because guidance is 0")
-        lines += [*self.ran, *self.notes]
+        lines += [*self.ran, *self.notes, *filter(None, [self._processor.advice()])]
         times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
         forwards = len(range(0, request.pictures, request.pictures_at_a_time)) * steps
         per_step = self.seconds["denoise"] / forwards

@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from hotpath import cli
 from hotpath.distributed.local_pool import LocalPool
 from hotpath.distributed.worker import WorkerSettings
 from hotpath.host import huge_pages
-from hotpath.host.huge_pages import NAME, advice, ask, environment, possible
+from hotpath.host.huge_pages import NAME, ProcessorTime, advice, ask, environment, possible
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,11 @@ def test_only_a_process_of_our_own_is_changed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv(NAME)
 
 
+class Times(NamedTuple):
+    user: float
+    system: float
+
+
 class Nothing:
     @staticmethod
     def run(options: Any) -> int:
@@ -77,7 +83,12 @@ def test_workers_are_started_with_them(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_advice_is_given_where_it_would_help(linux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert advice(6.0, 2.0).startswith("25 % of the processor's time") and f"{NAME}=1" in advice(6.0, 2.0)
-    assert advice(9.9, 0.1) == advice(0.0, 0.0) == ""
+    assert advice(9.9, 0.1) == advice(0.0, 0.0) == advice(1.0, 1.0) == ""
+    times = iter([(1.0, 1.0), (9.0, 4.0), (9.0, 4.0)])
+    monkeypatch.setattr(os, "times", lambda: Times(*next(times)))
+    on_cpu, on_card = (ProcessorTime(torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert on_cpu.spent() == (8.0, 3.0) and on_card.spent() == (0.0, 0.0)
+    assert on_cpu.advice().startswith("27 %") and on_card.advice() == ""
     linux.write_text("always madvise [never]", encoding="ascii")
     assert advice(6.0, 2.0) == ""
     linux.write_text("[always] madvise never", encoding="ascii")
