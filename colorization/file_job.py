@@ -9,10 +9,10 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,7 +46,8 @@ PATIENCE = 0.1  # seconds between two looks at the interrupt while another threa
 class FileJob:
     """source: the video. output: where the coloured one goes; beside it, `<output>.parts` holds the work so far.
 
-    quality: the encoder's constant rate factor, lower is better. codec: any of PyAV's encoders that knows crf.
+    quality: the encoder's constant rate factor, lower is better. codec: any of PyAV's encoders that knows crf. workflow:
+    texts that are put into the film, as `assemble` takes them; they do not decide whether a film may be gone on with.
     """
 
     source: Path
@@ -57,6 +58,7 @@ class FileJob:
     checkpoint: str = AUTOMATIC
     precision: str = AUTOMATIC
     resume: bool = True
+    workflow: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.codec == "libx264" and not 0 <= self.quality <= 51:
@@ -116,7 +118,7 @@ def colorize_file(
             raise
     for note in running.found.notes(job.source.name):
         report.note(note)
-    for lost in assemble(manifest.part_files(folder), job.source, job.output):
+    for lost in assemble(manifest.part_files(folder), job.source, job.output, workflow=job.workflow):
         report.note(lost)
     drop_left(job.output)
     shutil.rmtree(folder, ignore_errors=True)
@@ -318,7 +320,7 @@ def _leave_playable(job: FileJob, folder: Path, manifest: Manifest, status: Call
         place = place_for(job.output)
         if place is None:
             raise VideoError(f"{job.output.name} and the name beside it belong to other files")
-        assemble(manifest.part_files(folder), job.source, place, complete=False)
+        assemble(manifest.part_files(folder), job.source, place, complete=False, workflow=job.workflow)
         note_left(job.output, place, manifest.frames)
         beside = "" if place == job.output else f", because {job.output.name} was there before"
         status(

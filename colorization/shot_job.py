@@ -7,7 +7,7 @@ part without sound; `merge_shots` puts parts in a row and the film's sound besid
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,11 +122,13 @@ def colorize_shot(job: FileJob, references: Sequence[Reference], shot: Shot) -> 
     return report.text(film.times, film.engines(), film.notes())
 
 
-def merge_shots(parts: Sequence[Path], source: Path, output: Path) -> list[str]:
-    """Parts in the order of the film, with its sound, into `output`, which appears whole or not at all. Returns a sentence
-    for every sound track that its container cannot hold."""
+def merge_shots(
+    parts: Sequence[Path], source: Path, output: Path, workflow: Mapping[str, str] | None = None
+) -> list[str]:
+    """Parts in the order of the film, with its sound, into `output`, which appears whole or not at all. workflow: as
+    `assemble` takes it. Returns a sentence for everything that its container cannot hold."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    return assemble(parts, source, output)
+    return assemble(parts, source, output, workflow=workflow)
 
 
 def _portions_of(

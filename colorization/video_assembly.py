@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +26,10 @@ from .video_file import (
 OWN_TAGS = ("major_brand", "minor_version", "compatible_brands", "encoder")
 COUNTED_TAGS = ("bps", "duration", "number_of_frames", "number_of_bytes", "_statistics", "rotate")
 TRANSPORTED = ("dvbsub", "pgssub")  # subtitles that players find in a transport stream; it takes any
+# Of ComfyUI: what its front end opens when a file is dropped on it
+WORKFLOW_TAGS = ("prompt", "workflow")
+QUICKTIME = ("mp4", "mov", "ipod")  # drop a tag they do not know, unless they are told to keep it
+TAGGED = (*QUICKTIME, "matroska", "webm")
 CHAPTERED = ("mp4", "mov", "ipod", "matroska", "webm", "nut")
 
 
@@ -60,9 +64,17 @@ class _Sink:
         target.mux(packet)
 
 
-def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool = True) -> list[str]:
+def assemble(
+    parts: Sequence[Path],
+    source: Path,
+    output: Path,
+    complete: bool = True,
+    workflow: Mapping[str, str] | None = None,
+) -> list[str]:
     """Put the parts' packets in a row, with the source's sound and subtitles beside them as they are; of a film that is not
     complete, as much of them as there are pictures.
+
+    workflow: texts by name, such as "prompt" and "workflow", that tell how the film was made.
 
     A file called `output` stays whole until the new one is. Returns a sentence for everything of the source that the new
     file lacks.
@@ -72,9 +84,9 @@ def assemble(parts: Sequence[Path], source: Path, output: Path, complete: bool =
         unfinished = output.with_name(f"{output.stem}.unfinished-2{output.suffix}")
     try:
         try:
-            lost = _written(parts, source, unfinished, output.suffix, complete, with_subtitles=True)
+            lost = _written(parts, source, unfinished, output.suffix, complete, workflow or {}, with_subtitles=True)
         except _NoHeader:
-            lost = _written(parts, source, unfinished, output.suffix, complete, with_subtitles=False)
+            lost = _written(parts, source, unfinished, output.suffix, complete, workflow or {}, with_subtitles=False)
         put_in_place(unfinished, output)
         return lost
     finally:
@@ -86,13 +98,23 @@ class _NoHeader(ValueError):
 
 
 def _written(
-    parts: Sequence[Path], source: Path, path: Path, suffix: str, complete: bool, with_subtitles: bool
+    parts: Sequence[Path],
+    source: Path,
+    path: Path,
+    suffix: str,
+    complete: bool,
+    workflow: Mapping[str, str],
+    with_subtitles: bool,
 ) -> list[str]:
     import av
 
     facts, found = read_facts(source), Irregularities()
     with ExitStack() as files:
         target = files.enter_context(av.open(str(path), "w"))
+        keeps = target.format.name in TAGGED
+        if workflow and target.format.name in QUICKTIME:
+            # The second brings the tags before the pictures, for the front end reads the beginning of a file only.
+            target.container_options["movflags"] = "use_metadata_tags+faststart"
         original, first = files.enter_context(open_video(source)), files.enter_context(open_video(parts[0]))
         film = video_stream(original, source)
         # The encoder's own time base is taken for the rate otherwise.
@@ -109,7 +131,12 @@ def _written(
                 lost.append(_left_out(stream, suffix))  # an MP4's chapters are data, too
             elif made is not None and stream.type in ("audio", "subtitle"):
                 sinks[stream.index] = _Sink(made, strict)
-        target.metadata.update(_tags(original, OWN_TAGS))
+        # Those of a workflow that made the grey film would be opened instead.
+        target.metadata.update(_tags(original, (*OWN_TAGS, *WORKFLOW_TAGS) if workflow else OWN_TAGS))
+        if workflow and keeps:
+            target.metadata.update(workflow)
+        elif workflow:
+            lost.append(f"{suffix} cannot hold the workflow, which is left out; choose another ending, such as .mp4.")
         lost += _chapters(target, original, suffix, complete)
         try:
             target.start_encoding()

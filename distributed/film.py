@@ -119,11 +119,17 @@ class Merged:
 
 
 def merge_films(
-    films: ItemSource, store: ResultStore, manifest: Manifest, suffix: str, interrupted: Callable[[], None]
+    films: ItemSource,
+    store: ResultStore,
+    manifest: Manifest,
+    suffix: str,
+    interrupted: Callable[[], None],
+    workflow: Callable[[Item], Mapping[str, str]] = lambda film: {},
 ) -> Iterator[Merged]:
     """Put the shots of each film in order and remove the parts; a film of which a shot is missing stays in parts.
 
-    A file of that name which this run did not make is left alone: the film's name gets a number.
+    A file of that name which this run did not make is left alone: the film's name gets a number. workflow: the texts that
+    a film is to hold, as `assemble` takes them.
     """
     for film in films:
         interrupted()
@@ -157,7 +163,7 @@ def merge_films(
         # In this order a crash at any moment costs a second merge at most, and no second file.
         manifest.record(mark, path.relative_to(store.folder).as_posix())
         try:
-            notes = merge_shots(parts, film.file, path)
+            notes = merge_shots(parts, film.file, path, workflow(film))
         except Exception as error:  # whatever FFmpeg comes up with; the other films are put together all the same
             log.warning("%s was not put together", film.label, exc_info=error)
             why = f"{film.label}: its shots could not be put together ({error}); they are kept, run the same again."

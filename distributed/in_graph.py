@@ -73,6 +73,7 @@ def map_in_graph(form: MapForm, node_id: str | None) -> tuple[list[str], str, st
         kinds,
         options,
         None if further is None else (here.output_folder(), here.temp_folder(), *further),
+        here.keeps_workflows(),
     )
     device = here.device()
     if form.free_memory and device.type != "cpu" and options.gpus != "none" and cluster.address is None:

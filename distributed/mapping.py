@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import os
@@ -79,7 +80,7 @@ class MapRequest:
     """graph: the workflow. source: the items, whose files lie in input_folder. target: NODE.INPUT that an item goes into;
     None finds the only input that fits. shots: the items are films, done shot by shot. models, kind_folders: as
     `HeadlessHost` takes them. cache_folder: where the token of a Ray cluster that is started here is kept. open_folders: where
-    whole paths in the workflow may lead, None for anywhere."""
+    whole paths in the workflow may lead, None for anywhere. keeps_workflows: as a host has it."""
 
     graph: Graph
     source: ItemSource
@@ -92,6 +93,7 @@ class MapRequest:
     kind_folders: Mapping[str, list[Path]] = field(default_factory=dict)
     options: MapOptions = field(default_factory=MapOptions)
     open_folders: tuple[Path, ...] | None = None
+    keeps_workflows: bool = True
 
 
 @dataclass
@@ -198,7 +200,11 @@ def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callab
                 if status.over or not outcome.results.is_file():
                     store.export()
         if films is not None:
-            outcome.films = list(merge_films(request.source, store, manifest, films.suffix, interrupted))
+
+            def workflow(film: Item) -> dict[str, str]:
+                return {"prompt": json.dumps(plan.job(film).prompt)} if request.keeps_workflows else {}
+
+            outcome.films = list(merge_films(request.source, store, manifest, films.suffix, interrupted, workflow))
         failed = (item for item in manifest.items() if item.job is not None and item.job.error)
         outcome.failures = [f"{f.shown}: {f.job.error}" for f in itertools.islice(failed, SHOWN_FAILURES) if f.job]
     return outcome
@@ -279,6 +285,7 @@ def _pool(request: MapRequest, devices: Devices, beacon: Path, interrupted: Call
         # A list of prompts needs no input folder.
         [str(beacon), *([str(inputs)] if inputs.is_dir() else [])],
         None if request.open_folders is None else [str(folder.resolve()) for folder in request.open_folders],
+        request.keeps_workflows,
     )
     if options.executor == "local":
         if options.in_process and devices.workers == 1 and not options.minutes:

@@ -37,8 +37,8 @@ class WorkerSettings:
 
     models: model folders, the first to be searched first; kind_folders: further ones by kind. threads: of torch on the
     CPU, the same on all workers, since sums are rounded by how they are split; 0 leaves it. sees: what a worker must be
-    able to see: the input folder, and a file that the run has just put beside the results. open_folders: as a host has
-    them, whose prompt it was.
+    able to see: the input folder, and a file that the run has just put beside the results. open_folders, keeps_workflows: as
+    a host has them, whose prompt it was.
     """
 
     input_folder: str
@@ -48,6 +48,7 @@ class WorkerSettings:
     threads: int = 0
     sees: list[str] = field(default_factory=list)
     open_folders: list[str] | None = None
+    keeps_workflows: bool = True
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,11 +71,15 @@ class WorkerHost(HeadlessHost):
         )
         self._tell, self._interrupted = tell, interrupted
         self._open_folders = settings.open_folders
+        self._keeps_workflows = settings.keeps_workflows
         self._told = 0.0
         self._nodes = (0, 1)  # finished, all
 
     def open_folders(self) -> list[Path] | None:
         return None if self._open_folders is None else [Path(folder) for folder in self._open_folders]
+
+    def keeps_workflows(self) -> bool:
+        return self._keeps_workflows
 
     def check_interrupt(self) -> None:
         self._interrupted()

@@ -277,7 +277,7 @@ def write_images(images: Tensor, prefix: str, kind: str, prompt: Any, extra: Any
     name = files.output_name(root, prefix, images.shape[2], images.shape[1])
     metadata = PngInfo()
     for key, value in {"prompt": prompt, **(extra or {})}.items():
-        if value is not None:
+        if value is not None and here.keeps_workflows():
             metadata.add_text(key, json.dumps(value))
     shown = []
     for i, image in enumerate(images):

@@ -145,7 +145,8 @@ class SaveVideo:
         width, height = video.get_dimensions()
         name = files.output_name(host.current().output_folder(), filename_prefix, width, height)
         path = name.path(SUFFIXES[format])
-        metadata = {**({} if prompt is None else {"prompt": prompt}), **(extra_pnginfo or {})}
+        told = {**({} if prompt is None else {"prompt": prompt}), **(extra_pnginfo or {})}
+        metadata = told if host.current().keeps_workflows() else {}
         video.save_to(path, format=format, codec=codec, metadata=metadata, crf=crf)
         # ComfyUI shows a video under "images", with a mark that it moves.
         shown = {"filename": path.name, "subfolder": name.subfolder, "type": "output"}

@@ -200,6 +200,11 @@ class ComfyUIHost:
             return []
         return named
 
+    def keeps_workflows(self) -> bool:
+        from comfy.cli_args import args
+
+        return not args.disable_metadata
+
     def device(self) -> torch.device:
         import comfy.model_management as management
 

@@ -140,6 +140,9 @@ class HeadlessHost:
     def open_folders(self) -> list[Path] | None:
         return whole_paths.named_folders()
 
+    def keeps_workflows(self) -> bool:
+        return True
+
     def device(self) -> torch.device:
         return self._device
 

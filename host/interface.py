@@ -89,6 +89,9 @@ class Host(Protocol):
     def open_folders(self) -> list[Path] | None:
         """Where whole paths in a prompt may lead, beside the three folders above; None: anywhere. See `whole_paths`."""
 
+    def keeps_workflows(self) -> bool:
+        """Whether files that are made may hold the workflow they were made with."""
+
     # devices and memory
     def device(self) -> torch.device:
         """Where networks compute."""

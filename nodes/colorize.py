@@ -24,6 +24,7 @@ from ..colorization.pictures import as_frames
 from ..colorization.shot_job import Shot, colorize_shot
 from .colour_sockets import ALIASES as COLOUR_ALIASES
 from .colour_sockets import FRAMES, HIDDEN, STATE, AnyCheckpoint, attention_inputs, checkpoint_input
+from .kept_workflow import WORKFLOW, workflow_texts
 
 PLAYED = (".mp4", ".m4v", ".mov", ".webm")
 CATEGORY = "Hotpath/colorization"
@@ -248,7 +249,7 @@ class HotpathColorizeFile:
                 ),
                 **attention_inputs(),
             },
-            "hidden": HIDDEN,
+            "hidden": {**HIDDEN, **WORKFLOW},
         }
 
     @classmethod
@@ -278,6 +279,8 @@ class HotpathColorizeFile:
         resume: bool = True,
         shot_frames: str = "",
         unique_id: str | None = None,
+        prompt: Any = None,
+        extra_pnginfo: Any = None,
         **settings: Any,
     ) -> dict[str, Any]:
         here = host.current()
@@ -289,6 +292,7 @@ class HotpathColorizeFile:
             checkpoint=checkpoint,
             precision=precision,
             resume=resume,
+            workflow=workflow_texts(prompt, extra_pnginfo),
         )
         references = _references(reference, more_references, reference_frames)
         if shot_frames.strip():

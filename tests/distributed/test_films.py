@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,9 @@ def test_shot_by_shot_is_the_film_in_one_go(film, request_for, headless_host):
     _, source_times, source_sound = read(film)
     assert times == whole_times and len(times) == len(source_times) == sum(SHOTS)
     assert sound == whole_sound == source_sound
+    for folder, name in ((outcome.folder, "film.mp4"), (headless_host.output_folder(), "coloured.mp4")):
+        with av.open(str(folder / name)) as opened:
+            assert json.loads(opened.metadata["prompt"])["2"]["inputs"] == FILM["2"]["inputs"]
     # Batches of other sizes are rounded differently; one level of the 255 may turn.
     assert np.abs(ours.astype(int) - whole.astype(int)).max() <= 2
     again = run_map(request_for(source, graph=FILM, shots=True))
@@ -148,10 +152,10 @@ def test_a_film_that_cannot_be_put_together_leaves_the_others(film, request_for,
     for name in ("a.mp4", "b.mp4"):
         (inputs / "films" / name).write_bytes(film.read_bytes())
 
-    def merge(parts, source, output):
+    def merge(parts, source, output, workflow):
         if source.name == "a.mp4":
             raise OSError("the disk is full")
-        return [*real(parts, source, output), "its sound is left out."]
+        return [*real(parts, source, output, workflow), "its sound is left out."]
 
     monkeypatch.setattr(films, "merge_shots", merge)
     source = FolderItems(inputs / "films", inputs, VIDEOS)

@@ -19,6 +19,7 @@ from hotpath.headless.graph import Graph
 from hotpath.host.whole_paths import allowed
 from hotpath.nodes import NODE_CLASS_MAPPINGS
 from map_workflows import COPY, made, picture
+from PIL import Image
 
 TEXT = {"1": {"class_type": "PreviewAny", "inputs": {"source": "nothing"}}}
 HERE = {"gpus": "none"}
@@ -55,6 +56,16 @@ def test_lines(map_node, headless_host):
     assert folder == str(headless_host.output_folder() / "words")
     assert report.startswith("2 done, 0 failed")
     assert headless_host.texts[-1][1] == report
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_server_that_keeps_workflows_out_of_files_keeps_them_out_of_a_maps(
+    map_node, pictures, headless_host, monkeypatch, kept
+):
+    monkeypatch.setattr(headless_host, "keeps_workflows", lambda: kept)
+    results, _, _ = map_node.map(in_graph.INLINE, "lines", "in/p0.png", json.dumps(COPY), "1.image", **HERE)
+    with Image.open(results[0]) as saved:
+        assert ("prompt" in saved.info) is kept
 
 
 def test_a_folder_and_a_workflow_file(map_node, pictures, headless_host):

@@ -344,6 +344,17 @@ def test_whole_paths_lead_less_far_where_others_reach_the_server(
 
 
 @pytest.mark.comfy
+@pytest.mark.parametrize("kept", [True, False])
+def test_comfyui_is_asked_whether_files_may_hold_their_workflow(
+    comfy_host: Any, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    from comfy.cli_args import args
+
+    monkeypatch.setattr(args, "disable_metadata", not kept)
+    assert comfy_host.keeps_workflows() is kept
+
+
+@pytest.mark.comfy
 def test_a_text_goes_under_its_node(comfy_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy_execution.utils import CurrentNodeContext
 
