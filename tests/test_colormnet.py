@@ -297,19 +297,27 @@ def test_sessions_refuse_what_they_cannot_colour(tiny: ColorMNet) -> None:
         ColorMNetSettings.for_mode("huge")
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(tiny: ColorMNet, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what", ["keys", "surroundings", "readout"])
+def test_out_of_memory_halves_the_batch_and_says_so(
+    tiny: ColorMNet, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     luminance, reference = clip(11)
     settings = ColorMNetSettings(memory_every=5, top_k=1000)
     expected = ColorMNetSession(tiny, settings, 40, 60, [reference]).colorize(luminance).chroma
     session = ColorMNetSession(tiny, settings, 40, 60, [reference], batch=8)
-    encode = session.engine.encode_keys
+    place, name = {
+        "keys": (session.engine, "encode_keys"),
+        "surroundings": (session.engine, "near"),
+        "readout": (tiny.decoder, "add_readout"),
+    }[what]
+    compute = getattr(place, name)
 
-    def scarce(frames: Tensor, position: Tensor) -> Any:
-        if len(frames) > 1:
+    def scarce(frames: Any, *others: Tensor) -> Any:
+        if len(getattr(frames, "skip8", frames)) > 1:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return encode(frames, position)
+        return compute(frames, *others)
 
-    monkeypatch.setattr(session.engine, "encode_keys", scarce)
+    monkeypatch.setattr(place, name, scarce)
     torch.testing.assert_close(session.colorize(luminance).chroma, expected, atol=1e-3, rtol=0)
     assert session.frames_together.size == 1
     assert any("halved from" in note for note in session.notes())

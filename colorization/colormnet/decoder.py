@@ -1,6 +1,7 @@
 """ColorMNet's decoder: from what memory says to the two colour planes of a frame.
 
-`prepare` does all that does not depend on the sensory state, for many frames at once; `forward` is the recurrent rest.
+`from_picture` and `add_readout` do all that does not depend on the sensory state, for many frames at once; `forward` is the
+recurrent rest.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ class DecoderContext:
     skip4: Tensor
 
     def frame(self, index: int) -> DecoderContext:
-        planes = slice(index * PLANES, (index + 1) * PLANES)
-        one = slice(index, index + 1)
-        return DecoderContext(self.entry[planes], self.skip[planes], self.skip8[one], self.skip4[one])
+        return self.frames(index, index + 1)
+
+    def frames(self, first: int, stop: int) -> DecoderContext:
+        planes, rows = slice(first * PLANES, stop * PLANES), slice(first, stop)
+        return DecoderContext(self.entry[planes], self.skip[planes], self.skip8[rows], self.skip4[rows])
 
 
 class HiddenUpdater(nn.Module):

@@ -182,7 +182,7 @@ class ColorMNetSession:
         with self.times.stage("memory read"):
             readout, confidence = self._read(keys, local=not exemplar_only)
         with self.times.stage("decoder"):
-            context = self.network.decoder.add_readout(keys.context, readout)
+            context = self._with_readout(keys.context, readout)
             frames: list[Tensor] = []
             for index in range(len(luminance)):
                 host.current().check_interrupt()
@@ -205,13 +205,11 @@ class ColorMNetSession:
         parts = self.frames_together.map(
             indices, lambda chosen: self.engine.encode_keys(luminance[chosen[0] : chosen[-1] + 1], self.position)
         )
-        if len(parts) == 1:
-            return parts[0]
         context = DecoderContext(
-            *(torch.cat([getattr(p.context, n) for p in parts]) for n in ("entry", "skip", "skip8", "skip4"))
+            *(_joined([getattr(p.context, n) for p in parts]) for n in ("entry", "skip", "skip8", "skip4"))
         )
         key, shrinkage, selection, f16 = (
-            torch.cat([getattr(p, n) for p in parts]) for n in ("key", "shrinkage", "selection", "f16")
+            _joined([getattr(p, n) for p in parts]) for n in ("key", "shrinkage", "selection", "f16")
         )
         return FrameKeys(key, shrinkage, selection, f16, context)
 
@@ -227,9 +225,22 @@ class ColorMNetSession:
         confidence = reading.nearest.clamp_max(0).exp().view(frames, 1, rows, columns)
         key, value = self.sensory.last_key, self.sensory.last_value
         if local and key is not None and value is not None:
-            near = self.engine.near(keys.key, key, value)
-            readout = readout + near.reshape(readout.shape)
+            near = self.frames_together.map(
+                range(frames), lambda chosen: self.engine.near(keys.key[chosen[0] : chosen[-1] + 1], key, value)
+            )
+            readout = readout + _joined(near).reshape(readout.shape)
         return readout, confidence
+
+    def _with_readout(self, context: DecoderContext, readout: Tensor) -> DecoderContext:
+        def part(chosen: Sequence[int]) -> DecoderContext:
+            first, stop = chosen[0], chosen[-1] + 1
+            return self.network.decoder.add_readout(
+                context.frames(first, stop), readout[first * PLANES : stop * PLANES]
+            )
+
+        parts = self.frames_together.map(range(len(context.skip8)), part)
+        entry, skip = _joined([p.entry for p in parts]), _joined([p.skip for p in parts])
+        return DecoderContext(entry, skip, context.skip8, context.skip4)
 
     def _remember(self, keys: FrameKeys, luminance: Tensor, chroma: Tensor, deep: bool) -> None:
         """Put one frame and its colours, both padded and normalised, into the memories."""
@@ -295,6 +306,11 @@ class ColorMNetSession:
         self.time, self.last_memory = (int(n) for n in state["time"])
         self.memory.load(_under("memory.", state))
         self.sensory.load(_under("sensory.", state))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """In a row; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
