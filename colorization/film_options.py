@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,12 @@ class FilmOptions:
                 raise ValueError(f"There is no {name} {value!r}; choose one of {', '.join(choices)}.")
         if not 0 <= self.temporal_smoothing < 1:
             raise ValueError(f"temporal_smoothing must be from 0 to under 1, not {self.temporal_smoothing}.")
+        if not 0 <= self.strength < math.inf:
+            raise ValueError(f"strength is a factor on the chroma, 0 or more, not {self.strength}.")
+        if self.colour_size < 0:
+            raise ValueError(f"colour_size must be 0, for the frames' own size, or more, not {self.colour_size}.")
+        if not 0 < self.shot_threshold <= 255:
+            raise ValueError(f"shot_threshold must be above 0 and at most 255, not {self.shot_threshold}.")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -61,7 +62,11 @@ def test_options_do_what_they_say() -> None:
     deep = {"method": "Deep Exemplar", "colour_size": 64}
     fed, alone = (run(images, reference, propagate=p, **deep).pictures for p in (True, False))
     assert (fed - alone).abs().max() > 1e-5
-    for wrong in ({"method": "DeOldify"}, {"edge_filter": "wls"}, {"shots": "all"}, {"temporal_smoothing": 1.0}):
+    for wrong in (
+        {"method": "DeOldify"}, {"edge_filter": "wls"}, {"shots": "all"}, {"temporal_smoothing": 1.0}, {"strength": -1.0},
+        {"strength": math.nan}, {"strength": math.inf}, {"colour_size": -5}, {"shot_threshold": 0.0},
+        {"shot_threshold": math.nan},
+    ):  # fmt: skip
         with pytest.raises(ValueError):
             FilmOptions(**wrong)
 
