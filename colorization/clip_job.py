@@ -131,7 +131,8 @@ def finish_report(report: JobReport, film: FilmSession, frames: int) -> None:
     report.fact("remembered", f"{film.remembered_bytes() / 2**20:.1f} MiB after the last frame")
     if film.detector is not None:
         cuts = ", ".join(map(str, film.cuts[:20])) + (", ..." if len(film.cuts) > 20 else "")
-        report.fact("shots", f"{film.shot + 1}; cuts at {cuts}" if film.cuts else "1, no cut found")
+        without = "no cut in these frames" if film.shot else "no cut found"  # a state may come from behind some
+        report.fact("shots", f"{film.shot + 1}{f'; cuts at {cuts}' if cuts else f', {without}'}")
 
 
 def _coloured(film: FilmSession, frames: Tensor, label: str) -> Iterator[tuple[slice, ColouredFrames]]:

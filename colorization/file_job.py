@@ -108,6 +108,7 @@ def colorize_file(
         film = FilmSession(network, loaded, job.options, references, facts.height, facts.width)
         if manifest.parts:
             film.load(load_state(manifest.state_file(folder, len(manifest.parts))))
+            film.cuts = manifest.cuts(film.shot)
         if begun is not None:
             begun()
         running = _FileRun(job, facts, film, folder, manifest, status)

@@ -10,6 +10,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from ..host.whole_files import put_in_place
@@ -39,6 +40,11 @@ class Manifest:
     @property
     def frames(self) -> int:
         return self.parts[-1].stop if self.parts else 0
+
+    def cuts(self, shot: int) -> list[int]:
+        """Where the shots after the first begin, if the frame behind the parts is of shot number `shot`."""
+        begun = [*((part.first, part.shot) for part in self.parts), (self.frames, shot)]
+        return [first for (_, before), (first, now) in pairwise(begun) if now != before]
 
     def part_file(self, folder: Path, number: int) -> Path:
         """Of part `number`, from 1."""

@@ -216,6 +216,8 @@ def test_shots_reset_and_take_the_next_reference() -> None:
     options: dict[str, Any] = {"shots": "reference per shot", "colour_size": 32}
     done = run(images, references, **options)
     assert "shots: 2; cuts at 16" in done.report
+    more = run(bright[:1], references, state=done.state, **options)
+    assert "shots: 2, no cut in these frames" in more.report
     alone = run(bright, references[1:], colour_size=32)
     torch.testing.assert_close(done.pictures[16:], alone.pictures, atol=2e-3, rtol=0)
     never = run(images, references[:1], shots="off", colour_size=32)

@@ -121,6 +121,7 @@ def test_parts_are_shots_and_long_shots_are_split(tmp_path: Path, monkeypatch: p
     assert [(p.first, p.stop, p.shot, p.ends_shot) for p in seen] == [
         (0, 21, 0, False), (21, 30, 0, True), (30, 61, 1, False), (61, 75, 1, True), (75, 100, 2, True)
     ]  # fmt: skip
+    assert Manifest("", seen).cuts(2) == [30, 75] and Manifest("", seen[:2]).cuts(1) == [30]
     # Where a long shot is split shows nowhere: only the encoder starts anew.
     split = read_film(job.output)
     assert split[1] == whole[1] and (split[0].float() - whole[0].float()).abs().mean() < 0.6
@@ -158,6 +159,7 @@ def test_resume_begins_with_the_shot(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert not job.output.exists()
     resumed_report = file_job.colorize_file(job, references)
     assert ("continued: after 30 frames that were finished before" in resumed_report) == (stop == 4)
+    assert "shots: 3; cuts at 30, 75" in resumed_report
     resumed = read_film(job.output)
     assert resumed[1] == whole[1] and numbers(resumed[0]) == list(range(100))
     assert torch.equal(resumed[2], whole[2])
