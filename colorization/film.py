@@ -354,8 +354,9 @@ class FilmSession:
     def description(self) -> dict[str, Any]:
         """What a state must agree with to be continued here, and which references it remembers."""
         options = asdict(self.options)
-        kept = ("method", "colour_size", "memory_mode", "propagate")
-        remembered = {"references": len(self.references.all)} if options["method"] == "ColorMNet" else {}
+        # The last is an option of that method alone.
+        kept = ("method", "colour_size", "propagate" if self.halved else "memory_mode")
+        remembered = {} if self.halved else {"references": len(self.references.all)}
         return {
             "height": self.size[0],
             "width": self.size[1],

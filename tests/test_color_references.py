@@ -38,7 +38,8 @@ def test_film_in_portions_equals_film_at_once(method: str, tmp_path: Path) -> No
     # As a view of the file it would keep Windows from replacing it by the state of the next portion.
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(tmp_path.resolve()) not in maps.read_text()
-    second = run(images[4:], reference, state, **options)
+    foreign = {"propagate": False} if method == "ColorMNet" else {"memory_mode": "low_memory"}
+    second = run(images[4:], reference, state, **options, **foreign)  # an option of the other method changes nothing
     assert "continued: from frame 4" in second.report
     # Deep Exemplar's portions are other batches, and rounding may move its matches between near ties.
     torch.testing.assert_close(second.pictures, whole[4:], atol=1e-5 if method == "ColorMNet" else 0.2, rtol=0)
