@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from .manifest import Manifest, read_manifest
 from .networks import AUTOMATIC, LoadedNetwork
 from .part_recorder import PartRecorder
 from .playable_part import FILE as PLAYABLE
-from .playable_part import drop_left, note_left, parts_folder, place_for
+from .playable_part import drop_left, finished_frames, note_left, parts_folder, place_for
 from .shots import Segment
 from .video_assembly import assemble
 from .video_file import Irregularities, VideoError, VideoFacts, read_facts
@@ -295,7 +295,7 @@ def _manifest(job: FileJob, references: Sequence[Reference], loaded: LoadedNetwo
     """Where the work stands; anew when the parts belong to another film, reference, option or checkpoint."""
     key = content_key(
         file_fingerprint(job.source),
-        asdict(job.options),
+        job.options.deciding(),
         [(reference.lab, reference.frame) for reference in references],
         [file_fingerprint(path) for path in loaded.files],
         loaded.precision.dtype,
@@ -306,8 +306,12 @@ def _manifest(job: FileJob, references: Sequence[Reference], loaded: LoadedNetwo
         return found
     # What a stop left as a playable file may be replaced by this job's, too.
     old = [file for file in folder.iterdir() if file.name != PLAYABLE]
-    if old:
-        log.info("%s belongs to another job and is replaced.", folder.name)
+    if job.resume and (lost := finished_frames(folder)):
+        log.warning(
+            "%s holds %d frames of another film, reference, option or checkpoint, or not all of its files: the film starts anew.",
+            folder.name,
+            lost,
+        )
     for file in old:
         file.unlink()
     return Manifest(key)

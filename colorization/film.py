@@ -5,7 +5,7 @@ references, shots, filters, and a state that lets a film be done in portions and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -353,9 +353,8 @@ class FilmSession:
 
     def description(self) -> dict[str, Any]:
         """What a state must agree with to be continued here, and which references it remembers."""
-        options = asdict(self.options)
-        # The last is an option of that method alone.
-        kept = ("method", "colour_size", "propagate" if self.halved else "memory_mode")
+        options = self.options.deciding()
+        kept = [name for name in ("method", "colour_size", "memory_mode", "propagate") if name in options]
         remembered = {} if self.halved else {"references": len(self.references.all)}
         return {
             "height": self.size[0],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,19 @@ class FilmOptions:
             raise ValueError(f"colour_size must be 0, for the frames' own size, or more, not {self.colour_size}.")
         if not 0 < self.shot_threshold <= 255:
             raise ValueError(f"shot_threshold must be above 0 and at most 255, not {self.shot_threshold}.")
+
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide what the film looks like, by name: not the ways to compute the same, nor those that the
+        method does not know."""
+        idle = {
+            "compile",
+            "attention",
+            "local_attention",
+            "memory_mode" if self.method == "Deep Exemplar" else "propagate",
+        }
+        if self.shots == "off":
+            idle.add("shot_threshold")
+        return {name: value for name, value in asdict(self).items() if name not in idle}
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,7 @@ def finished_so_far(output: Path) -> Path | None:
     """What holds the finished part of a film that is not whole: a video, or the folder of its parts where none could be
     made of all of them. None when nothing is finished."""
     folder = parts_folder(output)
-    try:
-        finished = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["parts"][-1]["stop"]
-    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+    if not (finished := finished_frames(folder)):
         return None
     try:
         in_video = json.loads((folder / FILE).read_text(encoding="utf-8"))["frames"]
@@ -68,6 +66,14 @@ def finished_so_far(output: Path) -> Path | None:
         return folder
     left = left_before(output)
     return left if left is not None and in_video == finished else folder
+
+
+def finished_frames(folder: Path) -> int:
+    """How many frames the parts in `folder` hold, of whatever job they are."""
+    try:
+        return int(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["parts"][-1]["stop"])
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return 0
 
 
 def _stamp(path: Path) -> list[int]:

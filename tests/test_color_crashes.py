@@ -33,7 +33,9 @@ from hotpath.colorization.video_parts import PartWriter
 pytestmark = pytest.mark.usefixtures("colour_host")
 
 
-def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_costs_one_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(file_job, "PART_FRAMES", 20)
     write_film(tmp_path / "in.mp4", counted(66), rate=RATE, crf=4)
     job, references = file_task(tmp_path)
@@ -43,8 +45,10 @@ def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     found = json.loads((tmp_path / "out.mp4.parts" / "manifest.json").read_text())
     assert [part["stop"] for part in found["parts"]] == [21, 41]
     assert numbers(read_film(job.output)[0]) == list(range(41))
-    report = file_job.colorize_file(job, references)
-    assert "continued: after 41 frames" in report
+    # The way the same is computed, and options of the other method, may be others by now.
+    same, _ = file_task(tmp_path, local_attention="banded", propagate=False, shot_threshold=99.0)
+    report = file_job.colorize_file(same, references)
+    assert "continued: after 41 frames" in report and "starts anew" not in caplog.text
     assert numbers(read_film(job.output)[0]) == list(range(66))
     # Other options: nothing of the old work may be used.
     calls[0] = 1
@@ -52,6 +56,7 @@ def test_crash_costs_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         file_job.colorize_file(file_task(tmp_path)[0], references)
     changed, _ = file_task(tmp_path, strength=0.0)
     assert "continued" not in file_job.colorize_file(changed, references)
+    assert "out.mp4.parts holds 21 frames of another film, reference, option" in caplog.text
     assert read_film(job.output)[0].float().std(-1).mean() < 3
 
 
