@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -25,11 +26,16 @@ from .video_file import (
 # What a container says of itself and of the encoder, and what mkvmerge counted in the grey film's packets
 OWN_TAGS = ("major_brand", "minor_version", "compatible_brands", "encoder")
 COUNTED_TAGS = ("bps", "duration", "number_of_frames", "number_of_bytes", "_statistics", "rotate")
-TRANSPORTED = ("dvbsub", "pgssub")  # subtitles that players find in a transport stream; it takes any
+# Sound and subtitles that are found in a transport stream; it takes any.
+TRANSPORTED = (
+    "aac", "aac_latm", "ac3", "eac3", "dts", "mp2", "mp3", "mp1", "opus", "truehd", "s302m",
+    "dvb_subtitle", "hdmv_pgs_subtitle",
+)  # fmt: skip
 # Of ComfyUI: what its front end opens when a file is dropped on it
 WORKFLOW_TAGS = ("prompt", "workflow")
 QUICKTIME = ("mp4", "mov", "ipod")  # drop a tag they do not know, unless they are told to keep it
 TAGGED = (*QUICKTIME, "matroska", "webm")
+USUAL_LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
 CHAPTERED = ("mp4", "mov", "ipod", "matroska", "webm", "nut")
 
 
@@ -199,14 +205,44 @@ def _same(target: Any, stream: Any) -> Any:
         return None
     if stream.type == "audio" and not stream.codec_context.sample_rate:
         return None  # announced, as broadcasts do, and never sent; no file can be begun with it
-    if stream.type == "subtitle" and target.format.name == "mpegts" and stream.codec_context.name not in TRANSPORTED:
+    if target.format.name == "mpegts" and stream.codec.canonical_name not in TRANSPORTED:
+        return None
+    if not attached and not _begins_a_file(target.format.name, stream):
         return None
     try:
         made = target.add_stream_from_template(stream)
     except (ValueError, OSError):
         return None
     _name_alike(made, stream)
+    if stream.type == "audio":
+        _say_where_sound_comes_from(made)
     return made
+
+
+def _begins_a_file(container: str, stream: Any) -> bool:
+    """Whether a file of this container can be begun with such a stream; some are refused there and not before."""
+    import av
+
+    trial = av.open(io.BytesIO(), "w", format=container)
+    try:
+        made = trial.add_stream_from_template(stream)
+        if stream.type == "audio":
+            _say_where_sound_comes_from(made)
+        trial.start_encoding()
+    except (ValueError, OSError):
+        return False
+    finally:
+        with suppress(ValueError, OSError):  # nothing is in it
+            trial.close()
+    return True
+
+
+def _say_where_sound_comes_from(stream: Any) -> None:
+    """AVI and Matroska count the channels of uncompressed sound and no more, and MP4 wants to know which they are."""
+    context = stream.codec_context
+    if context is not None and context.layout.name == f"{context.layout.nb_channels} channels":
+        with suppress(KeyError, ValueError, AttributeError):
+            context.layout = USUAL_LAYOUTS[context.layout.nb_channels]
 
 
 def _name_alike(made: Any, stream: Any, without: tuple[str, ...] = ()) -> None:
@@ -233,11 +269,17 @@ def _chapters(target: Any, original: Any, suffix: str, complete: bool) -> list[s
     return []
 
 
+def _codec_name(stream: Any) -> str:
+    """Of sound, the name of its kind and not of the decoder that was chosen."""
+    name: str = stream.codec.canonical_name if stream.type == "audio" else stream.codec_context.name
+    return name
+
+
 def _left_out(stream: Any, suffix: str) -> str:
     """A sentence about a stream that the new file lacks."""
     if stream.type == "video":
         return f"The film's {'cover picture' if is_cover(stream) else 'further video stream'} is left out."
-    coded = "" if stream.codec_context is None else f"{stream.codec_context.name} "
+    coded = "" if stream.codec_context is None else f"{_codec_name(stream)} "
     spoken = stream.metadata.get("language", "")
     spoken = f" ({spoken})" if spoken not in ("", "und") else ""
     if stream.type == "audio" and stream.codec_context is not None and not stream.codec_context.sample_rate:

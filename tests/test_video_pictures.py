@@ -129,6 +129,37 @@ def test_what_a_container_cannot_hold_is_named(tmp_path: Path, ending: str) -> N
     assert any("the film's chapters" in note for note in notes) == chapters and len(notes) == 1 + chapters
 
 
+@pytest.mark.parametrize(
+    ("codec", "ending", "kept"),
+    [
+        ("pcm_s16le", ".mp4", True),  # whose header wants to know which channels they are
+        ("opus", ".mov", False),  # refused with the header
+        ("pcm_s16le", ".ts", False),  # taken as data that nobody could find again
+        ("mp3", ".ts", True),
+        ("mp3", ".m4v", False),
+    ],
+)
+def test_sound_that_a_container_cannot_hold_costs_no_film(tmp_path: Path, codec: str, ending: str, kept: bool) -> None:
+    with av.open(str(tmp_path / "in.mkv"), "w") as film:
+        stream: Any = film.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+        voice: Any = film.add_stream("libopus" if codec == "opus" else codec, rate=48000, layout="stereo")
+        wave = (np.sin(np.arange(19200) / 6) * 9000).astype(np.int16)[None]
+        heard = av.AudioFrame.from_ndarray(wave, format="s16", layout="stereo")
+        heard.sample_rate, heard.pts, heard.time_base = 48000, 0, Fraction(1, 48000)
+        for track, contents in (
+            (stream, [av.VideoFrame(WIDTH, HEIGHT, "yuv420p") for _ in range(8)]),
+            (voice, [heard]),
+        ):
+            for content in (*contents, None):
+                film.mux(track.encode(content))
+    notes = through(tmp_path / "in.mkv", tmp_path / f"out{ending}")
+    with av.open(str(tmp_path / f"out{ending}")) as made:
+        assert len(made.streams.audio) == kept
+    lost = f"{ending} cannot hold the film's {codec} sound, which is left out; choose another ending, such as .mkv."
+    assert notes == ([] if kept else [lost])
+
+
 def test_covers_are_no_films_and_fonts_stay(tmp_path: Path) -> None:
     if not hasattr(av.container.OutputContainer, "add_attachment"):
         pytest.skip("this PyAV cannot attach files")
