@@ -143,7 +143,7 @@ def read_facts(path: Path) -> VideoFacts:
             raise VideoError(f"{path.name} has no frame that can be decoded: it is damaged, or not all of it is there.")
         frame, context = first[0], stream.codec_context
         rate = average_rate(stream)
-        frames = stream.frames or 0
+        frames = stream.frames or _tagged_frames(stream, rate)
         if not frames and stream.duration and stream.time_base:
             frames = round(float(stream.duration * stream.time_base * rate))
         elif not frames and container.duration:
@@ -178,6 +178,18 @@ def read_facts(path: Path) -> VideoFacts:
             _delay(container, stream, frame, tick),
             max(0, round(-(frame.pts or 0) * stream.time_base / tick)) if stream.time_base else 0,
         )
+
+
+def _tagged_frames(stream: Any, rate: Fraction) -> int:
+    """From the tags that Matroska's writers leave; 0 without any. The file's own length is that of its longest stream."""
+    tags = {name.partition("-")[0].lower(): value for name, value in stream.metadata.items()}
+    try:
+        if "number_of_frames" in tags:
+            return int(tags["number_of_frames"])
+        hours, minutes, seconds = tags["duration"].split(":")
+        return round(float(rate) * (60 * (60 * int(hours) + int(minutes)) + float(seconds)))
+    except (KeyError, ValueError, OverflowError):
+        return 0
 
 
 def _delay(container: Any, stream: Any, first: Any, tick: Fraction) -> int | None:

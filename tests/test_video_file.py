@@ -34,6 +34,27 @@ def test_the_rate_stays(tmp_path: Path, rate: Fraction | int, ending: str) -> No
     assert abs(facts.rate / rate - 1) < 0.001 and abs(facts.frames - 24) <= 1
 
 
+@pytest.mark.parametrize("tag", [None, "NUMBER_OF_FRAMES-eng"])
+def test_frames_are_not_counted_by_a_longer_sound(tmp_path: Path, tag: str | None) -> None:
+    """Nor is the time that is left."""
+    write(tmp_path / "short.mkv")
+    write(tmp_path / "long.mkv", 99, sound=True)
+    with (
+        av.open(str(tmp_path / "in.mkv"), "w") as target,
+        av.open(str(tmp_path / "short.mkv")) as film,
+        av.open(str(tmp_path / "long.mkv")) as heard,
+    ):
+        made = [target.add_stream_from_template(each) for each in (film.streams.video[0], heard.streams.audio[0])]
+        if tag is not None:
+            made[0].metadata[tag] = "24"
+        for stream, packets_of in zip(made, (film.demux(video=0), heard.demux(audio=0)), strict=True):
+            for packet in packets_of:
+                if packet.size:
+                    packet.stream = stream
+                    target.mux(packet)
+    assert read_facts(tmp_path / "in.mkv").frames == 24
+
+
 def test_a_container_that_changes_the_rate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path / "in.mkv")
     monkeypatch.setattr(video_assembly, "average_rate", lambda stream: Fraction(1000))
