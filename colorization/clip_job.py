@@ -115,8 +115,10 @@ def start_report(
     report = JobReport(f"{options.method}, coloured by Hotpath", loaded.managed.device)
     report.fact("checkpoint", loaded.names)
     small = network_size(height, width, options.colour_size)
-    report.fact("size", f"colours at {small[1]}x{small[0]}, luminance at {width}x{height}")
-    matching = "matching in float32; " if options.method == "Deep Exemplar" else ""
+    halved = options.method == "Deep Exemplar"
+    seen = ", of which the networks see half" if halved else ""
+    report.fact("size", f"colours at {small[1]}x{small[0]}{seen}, luminance at {width}x{height}")
+    matching = "matching in float32; " if halved else ""
     report.fact("precision", matching + loaded.precision.reason)
     for index, reference in enumerate(references):
         if is_grey(reference.lab):

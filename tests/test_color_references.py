@@ -179,7 +179,8 @@ def test_a_state_goes_on_with_the_references_that_are_connected(method: str, col
 def test_deep_exemplar_names_the_references_it_does_not_use() -> None:
     images, three = frames(4), torch.cat((frames(1, seed=3), frames(1, seed=5), frames(1, seed=6)))
     deep: dict[str, Any] = {"method": "Deep Exemplar", "colour_size": 64}
-    assert "references 2, 3 were not used" in run(images, three, **deep).report
+    report = run(images, three, **deep).report
+    assert "references 2, 3 were not used" in report and ", of which the networks see half, luminance at" in report
     assert "reference 1 was not used" in run(images, three[:2], where="-,0", **deep).report
     for used in ({"where": "-,2"}, {"where": "0,2"}):
         assert "not used" not in run(images, three[:2], **used, **deep).report
