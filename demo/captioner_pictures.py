@@ -47,13 +47,14 @@ def vlm_answer() -> Image.Image:
 def vlm_boxes() -> Image.Image:
     """How an answer with boxes is read and drawn; the small captioner names no places, so the answer is written here."""
     from ..vision_language import answers
+    from ..vision_language.drawing import draw_boxes
 
     answer = (
         '[{"bbox_2d": [345, 105, 545, 330], "label": "face"}, {"bbox_2d": [545, 610, 930, 1000], "label": "helmet"}]'
     )
     pixels = (photo("astronaut.png")[0] * 255).byte().numpy()
     boxes = answers.find_boxes(answers.find_json(answer), *pixels.shape[:2], None)
-    drawn = torch.from_numpy(answers.draw_boxes(pixels, boxes).copy()).float()[None] / 255
+    drawn = torch.from_numpy(draw_boxes(pixels, boxes).copy()).float()[None] / 255
     picture = labelled([("boxes drawn on the picture", shown(drawn, 300))])
     return stacked([picture, card("an answer, written by hand", answer, 420)])
 

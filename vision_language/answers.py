@@ -1,17 +1,13 @@
-"""What an answer is made of: thoughts and text, JSON in it, boxes in it, and the picture they are drawn on."""
+"""What an answer is made of: thoughts and text, JSON in it, and boxes in that."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-THINK_END = "</think>"
+THINK, THINK_END = "<think>", "</think>"
 FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 BEGINS = re.compile(r"[\[{]")
 OBJECT = re.compile(r"\{\s*[\"'}]")  # where prose has a brace, no name follows
@@ -20,7 +16,6 @@ NESTED = re.compile(r"\[\s*" + LIST.pattern)
 # A string, which is left as it is, or a comma with nothing behind it.
 COMMA = re.compile(r'("(?:[^"\\]|\\.)*"?)|,(?=\s*[}\]])', re.DOTALL)
 BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box", "bboxes", "boxes")
-BOX_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 FARTHEST = 1e9  # a corner beyond it is a number that ran away
 RELATIVE = 1000  # Qwen3-VL counts both edges of any picture to 1000
 
@@ -37,13 +32,23 @@ class Box:
 
 
 def split_thoughts(text: str, opened: bool = False) -> tuple[str, str]:
-    """(thoughts, answer). opened: the template itself opened the thoughts, so a text without an end is all thoughts."""
-    head, mark, tail = text.rpartition(THINK_END)
-    if mark:
-        return head.replace("<think>", "").strip(), tail.strip()
-    if opened or text.lstrip().startswith("<think>"):
-        return text.replace("<think>", "").strip(), ""
-    return "", text.strip()
+    """(thoughts, answer). opened: the template itself opened the thoughts, so a text without an end is all thoughts.
+
+    A model may think more than once, and be cut off while it does. Where thoughts end twice, the first end was thought.
+    """
+    blocks, said, thinking = [""], "", opened
+    for index, part in enumerate(text.split(THINK)):
+        thought, end, answer = part.rpartition(THINK_END)
+        # Inside a line of the answer it is a word without an end, which the answer is about.
+        begins = index > 0 and (not said.strip() or said.rstrip(" ").endswith("\n"))
+        if not (end or thinking or begins):
+            said += THINK * bool(index) + part
+            continue
+        if not thinking:
+            blocks.append("")
+        blocks[-1] += thought if end else part
+        said, thinking = said + answer * bool(end), not end
+    return "\n\n".join(block.strip() for block in blocks if block.strip()), said.strip()
 
 
 def _refuse(constant: str) -> Any:
@@ -157,21 +162,3 @@ def _labelled_corners(value: Any, label: str = "", bare: bool = True) -> list[tu
         whole = not any(isinstance(v, bool) for v in value) and all(abs(v) < FARTHEST for v in value)
         return [(value, label)] if bare and whole else []
     return [found for entry in value for found in _labelled_corners(entry, label, bare)]
-
-
-def draw_boxes(pixels: NDArray[np.uint8], boxes: Sequence[Box]) -> NDArray[np.uint8]:
-    """A copy of the picture [H, W, 3] uint8 with every box outlined and named."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    picture = Image.fromarray(pixels.copy())
-    canvas = ImageDraw.Draw(picture)
-    line = max(1, round(min(picture.size) / 200))
-    font = ImageFont.load_default(size=max(10, round(min(picture.size) / 32)))
-    for index, box in enumerate(boxes):
-        colour = BOX_COLOURS[index % len(BOX_COLOURS)]
-        canvas.rectangle((box.left, box.top, box.right, box.bottom), outline=colour, width=line)
-        if box.label:
-            left, top, right, bottom = canvas.textbbox((box.left + line, box.top + line), box.label, font=font)
-            canvas.rectangle((left - line, top - line, right + line, bottom + line), fill=colour)
-            canvas.text((box.left + line, box.top + line), box.label, fill="white", font=font)
-    return np.asarray(picture, dtype=np.uint8)

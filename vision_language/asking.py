@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from . import answers, presets
+from . import answers, drawing, presets
 from .answering import Answer, AnswerOptions, BatchSize, answer
 from .interruption import is_stop
 from .loaded_model import LoadedModel
@@ -169,6 +169,11 @@ def drawn(
             seen = (found.items[0].grid[1] * patch, found.items[0].grid[2] * patch)
         boxes = answers.find_boxes(reply.values[index * per_question], pixels.shape[0], pixels.shape[1], seen)
         if boxes:
-            pictures[at] = answers.draw_boxes(pixels, boxes)
+            pictures[at] = drawing.draw_boxes(pixels, boxes)
+            if left_out := drawing.undrawn(boxes):
+                names = "; ".join(f"{number} {label}" for number, label in left_out.items())
+                reply.report += (
+                    f"\nno font here has the letters of {names}: install one that has them, such as Noto Sans CJK"
+                )
         at += len(question.pictures)
     return pictures
