@@ -154,9 +154,11 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     if device.type == "cpu" and stored is None:
         count = projections.pack_products(network)
         log.debug("%s: %d matrices ordered for oneDNN", folder.name, count)
+    kept = unpacked_experts(decoding.text_decoder(network).layers) if packing.method != "none" else ""
     streamed = stream_layers(network, device, options.stream_layers)
     quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
-    model = LoadedModel(folder, options, network, [streamed] if streamed else [], quantization, weights, readers)
+    notes = [note for note in (kept, streamed) if note]
+    model = LoadedModel(folder, options, network, notes, quantization, weights, readers)
     if folder.sees and not model.takes_encoder_outputs:
         log.debug("deeper levels come %s", "split by picture" if model.deepstack_in_parts else "joined")
     log.info("%s loaded in %.1f s (%s, %s)", folder.name, time.perf_counter() - start, dtype, attention)
@@ -199,6 +201,15 @@ def stream_layers(network: Any, device: torch.device, asked: int) -> str:
         return ""
     offloading.stream(layers, count)
     return f"{count} of {len(layers)} decoder layers are streamed from CPU memory"
+
+
+def unpacked_experts(layers: Any) -> str:
+    """A note on the experts of packed layers, which are no nn.Linear and stay as they are stored; "" where there are none."""
+    parts = dict(layers.named_parameters())
+    experts = sum(part.nbytes for name, part in parts.items() if part.ndim == 3 and ".experts." in name)
+    if not experts:
+        return ""
+    return f"quantization: not of its experts, which are {experts / offloading.layer_bytes(layers):.0%} of the decoder's bytes"
 
 
 def bitsandbytes_settings(method: str, dtype: torch.dtype) -> Any:

@@ -17,9 +17,10 @@ from hotpath.demo.captioner_model import (
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.loaded_model import LoadOptions
-from hotpath.vision_language.loading import MODELS
+from hotpath.vision_language.loading import MODELS, unpacked_experts
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling
+from torch import nn
 
 MOE = {
     "num_experts": 4,
@@ -63,6 +64,16 @@ def other_folder(folder, kind):
                     parameter.normal_(0, 0.3)
     save_weights(model, folder)
     return folder
+
+
+@pytest.mark.parametrize(("kind", "experts"), [("qwen3_vl_moe", True), ("qwen3_5", False)])
+def test_experts_that_are_not_packed_are_told(kind, experts):
+    """The library keeps all experts of a layer in one tensor, which is no nn.Linear."""
+    part = nn.Module()
+    part.gate_up_proj = nn.Parameter(torch.zeros(4, 30, 8))
+    layer = nn.ModuleDict({"experts" if experts else "conv1d": part, "o_proj": nn.Linear(8, 8, bias=False)})
+    note = unpacked_experts(nn.ModuleList([layer]))
+    assert note == ("quantization: not of its experts, which are 94% of the decoder's bytes" if experts else ""), kind
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_5"])
