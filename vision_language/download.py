@@ -14,6 +14,7 @@ from ..host.errors import first_line
 from ..host.interruption import interruptibly
 from . import folders
 from .folders import ModelFolder, UnusableModel
+from .interruption import is_stop
 
 log = logging.getLogger("hotpath.vision_language")
 
@@ -155,7 +156,7 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
     reached, does not have the repository, or asks for a licence.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     here = host.current()
     transfer = Transfer()
@@ -192,7 +193,9 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
             f"There is no model folder {target.name!r} under {folders.roots()[0]} and no repository {repository}: "
             "check the name, or put the folder there."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # of the hub's transports, in all its forms: a connection that stalls is no OSError
+        if is_stop(error):
+            raise
         raise UnusableModel(
             f"There is no whole model folder {target.name!r} under {folders.roots()[0]}, and {repository} could not be "
             f"fetched ({first_line(error)}): check the name, connect and run again, which continues where it stopped, "
