@@ -349,6 +349,6 @@ def _tip(run: _Run, seconds: dict[str, float]) -> str:
     looking = seconds.get("processor", 0.0) + seconds.get("transfer", 0.0) + seconds.get("tower", 0.0)
     if run.encoded and looking > 0.5 * total and looking > 0.5:
         return f"tip: looking took {looking:.1f} of {total:.1f} s; a smaller token budget shortens it"
-    if seconds.get("prefill", 0.0) > 0.5 * total and not run.reused and seconds["prefill"] > 0.5:
+    if run.items and seconds.get("prefill", 0.0) > 0.5 * total and not run.reused and seconds["prefill"] > 0.5:
         return f"tip: prefill took {seconds['prefill']:.1f} of {total:.1f} s; fewer visual tokens shorten it"
     return ""

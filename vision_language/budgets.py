@@ -74,14 +74,19 @@ def preset(name: str) -> Budget:
     return PRESETS[name]
 
 
+def check_sides(height: int, width: int) -> None:
+    """Raises ValueError for a picture that no processor of these models takes."""
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"A picture of {width} x {height} is too narrow: its sides may differ by 200 times at most.")
+
+
 def fitted(height: int, width: int, side: int, shortest: int, longest: int) -> tuple[int, int]:
     """The size a frame is resized to: multiples of `side`, the area within the limits, the proportions nearly kept.
 
     The rule of the Qwen-VL processors (Qwen2-VL, section 2.1), used here for video, whose processors differ between
     versions in what their limits count. Raises ValueError for a side ratio over 200.
     """
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"A picture of {width} x {height} is too narrow: its sides may differ by 200 times at most.")
+    check_sides(height, width)
     tall, wide = max(side, round(height / side) * side), max(side, round(width / side) * side)
     if tall * wide > longest:
         shrink = math.sqrt(height * width / longest)

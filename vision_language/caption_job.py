@@ -14,7 +14,7 @@ from ..host.errors import first_line
 from ..host.letters import can_be_a_name
 from . import caption_list
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
 FORMATS = ("txt", "jsonl", "both")
 LONGEST_PATTERN = 1000
 NAMED = 20  # pictures of one kind that a report names
@@ -51,8 +51,8 @@ class CaptionJob:
         return (self.captions / picture.relative_to(self.folder)).with_suffix(".txt")
 
     def name_of(self, picture: Path) -> str:
-        """What the list calls a picture."""
-        return picture.relative_to(self.folder).as_posix()
+        """What the list calls a picture: bytes of its name that are no letters are written out, as JSON has to be UTF-8."""
+        return picture.relative_to(self.folder).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
 
     def check(self) -> None:
         """Raises ValueError for what no model could do anything with."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import host
 from ..host.errors import first_line
+from ..host.letters import readable
 from ..host.whole_files import whole_file
 from . import caption_list
 from .answering import Answer, AnswerOptions, BatchSize, answer
@@ -150,7 +151,7 @@ class FolderCaptioner:
             summary.failed[path] = why
             self._record_failure(path, why)
             return
-        text = f"{self.job.before}{found.text}{self.job.after}"
+        text = readable(f"{self.job.before}{found.text}{self.job.after}")
         if self.job.output != "jsonl":
             write_whole(self.job.text_file(path), text)
         if self.job.output != "txt":

@@ -21,7 +21,7 @@ from .. import host
 from ..cache import BoundedCache, content_key, disk_tier, named_cache
 from ..host.cores import on_cores
 from . import patches
-from .budgets import Budget, fitted
+from .budgets import Budget, check_sides, fitted
 from .loaded_model import LoadedModel
 from .pictures import Clip, Picture
 from .timing import Timing
@@ -188,6 +188,7 @@ def process_picture(
 ) -> VisualItem:
     from PIL import Image
 
+    check_sides(*picture.pixels.shape[:2])
     worker = model.processor.image_processor
     if patches.serves(worker, model.device):
         shown = patches.resized(worker, picture.pixels, size)

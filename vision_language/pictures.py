@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .. import host
 from ..host.display_matrix import turned
+from ..host.errors import first_line
 from ..host.letters import can_be_a_name
 from ..host.video_opening import opened
 
@@ -90,24 +91,38 @@ def from_frames(frames: torch.Tensor | None, fps: float, most: int) -> list[Clip
 def read_picture(path: Path) -> Picture:
     """A picture file, turned as its EXIF says, transparency over white, the first frame of an animation.
 
-    Raises ValueError for a file that is no picture.
+    Raises ValueError for a file that is no picture, or a damaged one.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         opened = Image.open(path)
     except UnidentifiedImageError:
         raise ValueError("it is no picture that can be read: replace the file, or take it out of the folder") from None
+    except Image.DecompressionBombError:
+        raise ValueError("it has more pixels than can be read safely: put a smaller copy in its place") from None
     with opened as file:
-        upright = ImageOps.exif_transpose(file)
-        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-            upright = upright.convert("RGBA")
-            ground = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(ground, upright)
-        elif upright.mode.startswith("I;16") or upright.mode == "I":
-            wide = np.asarray(upright, dtype=np.float32)
-            return Picture(np.repeat((wide / 257).clip(0, 255).round().astype(np.uint8)[..., None], 3, axis=2))
-        return Picture(np.asarray(upright.convert("RGB"), dtype=np.uint8))
+        try:
+            return Picture(_eight_bits(file))
+        except (OSError, SyntaxError) as error:  # Pillow's words for what is cut off and what is broken
+            raise ValueError(f"it is damaged ({first_line(error)}): replace the file") from error
+
+
+def _eight_bits(file: Any) -> NDArray[np.uint8]:
+    """[H, W, 3] of an opened picture of any kind."""
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(file)
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        ground = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(ground, upright)
+    elif upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
+        wide = np.nan_to_num(np.asarray(upright, dtype=np.float32))
+        # Numbers with a point reach 1, or 255 as Pillow takes them.
+        top = 65535.0 if upright.mode != "F" else 1.0 if wide.max() <= 1 else 255.0
+        return np.repeat((wide * (255 / top)).clip(0, 255).round().astype(np.uint8)[..., None], 3, axis=2)
+    return np.asarray(upright.convert("RGB"), dtype=np.uint8)
 
 
 def read_clip(path: Path, fps: float = 1.0, most: int = 64) -> Clip:

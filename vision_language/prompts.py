@@ -148,8 +148,10 @@ def build(model: LoadedModel, question: Question, items: Sequence[VisualItem]) -
         prefix = min(int(kinds[0].nonzero()[-1]) + 2, ids.shape[1] - 1)
     if ids.shape[1] >= model.context_length:
         visual = int((kinds > 0).sum())
+        seen = f" ({visual:,} of them pictures)" if visual else ""
+        smaller = ", or choose a smaller token budget" if visual else ""
         raise PromptTooLong(
-            f"The question has {ids.shape[1]:,} tokens ({visual:,} of them pictures), more than the context of "
-            f"{model.folder.name}, {model.context_length:,}: shorten the prompt, or choose a smaller token budget."
+            f"The question has {ids.shape[1]:,} tokens{seen}, more than the context of {model.folder.name}, "
+            f"{model.context_length:,}: shorten the prompt{smaller}."
         )
     return Prompt(ids, kinds, list(items), prefix, written.rstrip().endswith("<think>"))

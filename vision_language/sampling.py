@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 SEED_LIMIT = 2**63
+LEAST_TEMPERATURE = 1e-6  # below it logits run over the range of float32, and a draw is the likeliest token anyway
 LARGEST_TOP_K = 1024  # up to here the likeliest are picked out first, and nothing of the vocabulary's length is sorted
 EQUALS = 32  # picked out beyond top_k, for tokens as likely as the last of them, which all stay
 
@@ -48,7 +49,7 @@ class Sampling:
         sample = bool(pick(self.sample, "do_sample", False))
         temperature = float(pick(self.temperature, "temperature", 1.0))
         return Sampling(
-            sample=sample and temperature > 0 and self.beams == 1,
+            sample=sample and temperature >= LEAST_TEMPERATURE and self.beams == 1,
             temperature=temperature,
             top_p=float(pick(self.top_p, "top_p", 1.0)),
             top_k=int(pick(self.top_k, "top_k", 50)),
