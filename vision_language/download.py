@@ -6,10 +6,15 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .. import host
+from ..host import downloads
+from ..host.downloads import safe_target
 from ..host.errors import first_line
 from ..host.interruption import interruptibly
 from . import folders
@@ -19,9 +24,13 @@ from .interruption import is_stop
 log = logging.getLogger("hotpath.vision_language")
 
 # Code of a repository is never fetched, so it can never run.
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "merges.txt"]
+SETTINGS = ["*.json", "*.txt", "*.jinja", "*.model", "merges.txt"]
+WANTED = [*SETTINGS, "*.safetensors"]
+AT_A_TIME = 4  # files of weights
 
 REVISION = re.compile(r"[A-Za-z0-9]([\w-]|\.(?!\.)|/(?=[A-Za-z0-9]))*", re.ASCII)
+
+ABANDONED = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # half files with a name for every try
 
 STEPS = 1000  # of the host's bar
 TEXT_EVERY = 1.0  # seconds between two looks at how much has come
@@ -68,6 +77,21 @@ class Transfer:
             raise TransferStopped
         if getattr(bar, "unit", "") == "B" and bar.n >= self.done:
             self.done, self.total = float(bar.n), float(bar.total or 0)
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """While inside, something moves."""
+        self.running = True
+        try:
+            yield
+        finally:
+            self.running = False
+
+    def told(self, done: Mapping[str, int], total: int) -> None:
+        """What has come of each file. Called while one comes."""
+        if self._stopped.is_set():
+            raise TransferStopped
+        self.done, self.total = float(sum(done.values())), float(total)
 
     def stop(self) -> None:
         """End what still runs; nothing happens to a transfer that is over."""
@@ -161,18 +185,16 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
     here = host.current()
     transfer = Transfer()
 
-    def get() -> None:
-        transfer.running = True
-        try:
-            snapshot_download(
-                repository,
-                revision=revision or None,
-                local_dir=target,
-                allow_patterns=WANTED,
-                tqdm_class=transfer.bars(),
-            )
-        finally:
-            transfer.running = False
+    asked: dict[str, Any] = {"revision": revision or None, "local_dir": target, "tqdm_class": transfer.bars()}
+
+    def settings() -> None:
+        with transfer.moving():
+            snapshot_download(repository, allow_patterns=SETTINGS, **asked)
+
+    def weights() -> None:
+        with transfer.moving():
+            if not fetch_weights(repository, target, revision, transfer):
+                snapshot_download(repository, allow_patterns=WANTED, **asked)
 
     log.info("fetching %s into %s", repository, target)
     here.show_text(f"Fetching {repository} ...")
@@ -180,10 +202,13 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
         with host.tracked(here, STEPS, repository) as bar:
             shown = Shown(bar, f"Fetching {repository}")
             try:
-                interruptibly(get, lambda: shown.update(transfer))
+                interruptibly(settings, lambda: shown.update(transfer))
+                if folders.missing_weights(target):
+                    interruptibly(weights, lambda: shown.update(transfer))
             finally:
                 transfer.stop()
         here.check_interrupt()
+        forget_halves(target)
     except GatedRepoError as error:
         raise UnusableModel(
             f"{repository} asks to accept its licence: accept it on its page and run `hf auth login`."
@@ -201,3 +226,58 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
             f"fetched ({first_line(error)}): check the name, connect and run again, which continues where it stopped, "
             "or put the folder there."
         ) from error
+
+
+def fetch_weights(repository: str, target: Path, revision: str, transfer: Transfer) -> bool:
+    """Fetch the weights of `repository` into `target` by the pack's own downloader, which goes on with a half file.
+    Newer releases of the hub's library begin it anew.
+
+    False where that does not go and nothing has come: a repository that asks who you are, a mirror that only the library takes.
+    Raises DownloadError when it breaks off.
+    """
+    from huggingface_hub import HfApi, hf_hub_url
+
+    stated = HfApi().model_info(repository, revision=revision or None, files_metadata=True, timeout=downloads.TIMEOUT)
+    weights = [file for file in stated.siblings or () if file.rfilename.endswith(".safetensors")]
+    if stated.gated or stated.private or not all(file.size and file.lfs for file in weights):
+        return False
+    total, done = sum(file.size for file in weights), dict[str, int]()
+    came = False
+
+    def get(file: Any) -> None:
+        path = safe_target(target, file.rfilename)
+
+        def progress(so_far: int, _: int | None) -> None:
+            nonlocal came
+            came = True
+            done[file.rfilename] = so_far
+            transfer.told(done, total)
+
+        if not path.is_file() or path.stat().st_size != file.size:
+            downloads.fetch(
+                hf_hub_url(repository, file.rfilename, revision=stated.sha), path, file.size, file.lfs.sha256, progress
+            )
+        done[file.rfilename] = file.size
+
+    try:
+        with ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="hotpath-weights") as pool:
+            list(pool.map(get, weights))
+    except downloads.DownloadError as error:
+        if came:
+            raise
+        log.info("%s is left to the hub's library: %s", repository, first_line(error))
+        return False
+    return True
+
+
+def forget_halves(target: Path) -> None:
+    """Delete what downloads of a folder that is whole now had begun when their process ended: gigabytes each.
+
+    Releases of the hub's library that continue a half file give it one name, and leave none of it.
+    """
+    for half in target.glob(".cache/huggingface/download/*.incomplete"):
+        if ABANDONED.search(half.name):
+            try:
+                half.unlink(missing_ok=True)
+            except OSError as error:  # another program reads it
+                log.debug("%s stays, because %s", half.name, error)
