@@ -230,6 +230,11 @@ def _answer(
                 tuple(notes),
             )
         )
+    if thinking := sum(bool(part.thoughts and not part.text) for part in made):
+        for part in made:
+            part.report += (
+                f"\n{thinking} of {len(made)} answers are thoughts alone: raise max_new_tokens, or switch thinking off"
+            )
     return made
 
 

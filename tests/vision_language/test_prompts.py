@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hotpath.vision_language import prompts
+from hotpath.vision_language import answers, prompts
 from hotpath.vision_language.answering import _Run, _tip
 from hotpath.vision_language.embeddings import VisualItem
 from hotpath.vision_language.prompts import PromptTooLong, Question, build
@@ -32,3 +32,12 @@ def test_fewer_visual_tokens_are_a_tip_for_pictures_alone(pictures):
 @pytest.mark.parametrize(("temperature", "samples"), [(1e-40, False), (1e-9, False), (0.01, True)])
 def test_a_temperature_that_float32_does_not_hold_is_greedy(temperature, samples):
     assert Sampling(True, temperature).resolved(SimpleNamespace()).sample is samples
+
+
+def test_thoughts_without_an_answer_are_told(load, ask, monkeypatch):
+    model, question = load("qwen3"), Question("Hello")
+    assert "thoughts alone" not in ask(model, question).report
+    monkeypatch.setattr(answers, "split_thoughts", lambda text, opened: (text, ""))
+    assert ask(model, question).report.endswith(
+        "1 of 1 answers are thoughts alone: raise max_new_tokens, or switch thinking off"
+    )
