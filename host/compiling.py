@@ -26,6 +26,7 @@ PER_THREAD = (
     ("torch._guards", "_TLS"),
     ("torch._dynamo.utils", "_metrics_context_tls"),
     ("torch.fx.experimental.symbolic_shapes", "TLS"),
+    ("torch._subclasses.meta_utils", "tls"),  # that inference mode is off meanwhile, for graphs that write to an input
 )
 
 _one_at_a_time = threading.Lock()  # one that nobody waits for any more ends before the next begins

@@ -295,6 +295,20 @@ def test_a_compiler_finds_the_settings_of_its_caller(headless_host):
     assert len(set(seen)) == 3 and all(traced for *_, traced in seen)
 
 
+def test_a_block_that_writes_to_its_input_is_compiled_in_inference_mode(headless_host):
+    """As Flux' blocks do. torch turns the mode off while it compiles, and notes that per thread."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        x += 1
+        return 2 * x
+
+    with torch.inference_mode():
+        x = torch.zeros(2)
+        made = torch.compile(block, backend=compiling.interruptible_backend(aot_eager), fullgraph=True)(x)
+    assert (x.tolist(), made.tolist()) == ([1, 1], [2, 2])
+
+
 def test_errors_of_the_compiler_arrive_as_its_own(headless_host):
     def broken(*_: Any) -> Any:
         raise ValueError("no kernel for this")
