@@ -118,7 +118,7 @@ class MapOutcome:
     def report(self) -> str:
         status = self.status
         seconds = status.clock() - status.started
-        before = f", {status.skipped} done before" if status.skipped else ""
+        before = f", {status.skipped} there already" if status.skipped else ""
         # A machine of a cluster that takes no part is noticed by nobody, as the others do its work.
         fewer = f", {status.peak} of which came to work" if status.done and status.peak < self.slots else ""
         lines = [

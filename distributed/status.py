@@ -65,7 +65,7 @@ class Status:
     def line(self) -> str:
         parts = [f"{self.over} of {self.total}" if self.total is not None else f"{self.over}"]
         if self.skipped:
-            parts.append(f"{self.skipped} done before")
+            parts.append(f"{self.skipped} there already")
         parts.append(f"{len(self.running)} running on {self.workers} worker{'' if self.workers == 1 else 's'}")
         if self.failed:
             parts.append(f"{self.failed} failed")

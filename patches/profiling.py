@@ -115,6 +115,17 @@ class Profile:
         return tuple(row for row in self.rows if row.stage == STEP)
 
     @property
+    def samplings(self) -> tuple[tuple[Row, ...], ...]:
+        """The steps of each sampling that got to one."""
+        found: list[list[Row]] = []
+        for row in self.rows:
+            if row.stage == PREPARE or not found:
+                found.append([])
+            if row.stage == STEP:
+                found[-1].append(row)
+        return tuple(tuple(steps) for steps in found if steps)
+
+    @property
     def gap(self) -> float:
         """Seconds in none of the stages: other nodes, loading, saving."""
         return max(0.0, self.total - sum(row.seconds for row in self.rows))

@@ -20,7 +20,9 @@ from hotpath.patches.profiling import (
     STEP,
     VAE_METHODS,
     Moment,
+    Profile,
     ProfileSession,
+    Row,
     Span,
     _Steps,
     cost_of_a_moment,
@@ -236,6 +238,43 @@ def test_times_of_the_gpu_stand_beside_those_of_python(on_gpu: bool, monkeypatch
     assert picture.min() >= 0 and picture.max() <= 1
     red = torch.tensor([int(COMPILING[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     assert ((picture - red).abs().amax(-1) < 0.02).any()  # the step that compiled stands out
+
+
+def run_of(*samplings: list[float]) -> Profile:
+    """A run of samplings whose steps took so many seconds, and that compiled nothing."""
+    rows = [
+        Row(stage, 0.0, seconds, None, 0.0, 1, 0)
+        for steps in samplings
+        for stage, seconds in [(PREPARE, 0.001), *((STEP, seconds) for seconds in steps)]
+    ]
+    return Profile(tuple(rows), sum(row.seconds for row in rows), "CPU", (), 0.0)
+
+
+def test_samplings_are_told_apart() -> None:
+    found = run_of([0.02] * 3, [0.1])
+    assert [len(steps) for steps in found.samplings] == [3, 1]
+    assert "sampling 2 of 2\n  step 4      100.0 ms" in table(found)
+    assert profile_drawing._headline(found) == "3 steps, median 20 ms, then 1 step, median 100 ms"
+    assert "sampling" not in table(run_of([0.02]))
+
+
+@pytest.mark.parametrize(
+    ("samplings", "highest"),
+    [
+        ([[3.5, 0.007]], 0.007),  # a compilation that failed
+        ([[3.5, 2.0, *[0.007] * 6]], 0.007),
+        ([[0.1, 0.01] * 3], 0.1),  # a step cache
+        ([[0.01] * 4, [0.1] * 2], 0.1),  # two sizes
+        ([[0.2]], 0.2),
+    ],
+)
+def test_a_step_like_no_other_does_not_flatten_the_chart(samplings: list[list[float]], highest: float) -> None:
+    assert profile_drawing._highest(run_of(*samplings)) == highest
+
+
+def test_a_run_without_steps_has_no_chart_of_steps() -> None:
+    row = Row(ENCODE, 0.0, 0.04, None, 0.0, 1, 0)
+    assert draw(Profile((row,), 0.04, "CPU", (), 0.0)).shape[1] < draw(run_of([0.02])).shape[1] / 2
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_folder_and_a_workflow_file(map_node, pictures, headless_host):
     assert [r.rpartition("/")[2] for r in results] == [f"p{i}.png" for i in range(5)]
     assert sorted(made(headless_host.output_folder() / "map")) == [f"p{i}.png" for i in range(5)]
     again = map_node.map("w.json", "pictures of a folder", "in", **HERE)
-    assert again[0] == results and again[2].startswith("0 done, 5 done before") and again[1] == out
+    assert again[0] == results and again[2].startswith("0 done, 5 there already") and again[1] == out
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_in_a_graph_it_stops_with_the_graph(pictures, headless_host):
     left = len(made(headless_host.output_folder()))
     assert left < 5
     result = Executor(headless_host).run(Graph.parse(graph))
-    done_before = f", {left} done before" if left else ""
+    done_before = f", {left} there already" if left else ""
     assert result.shown("text")[0].startswith(f"{5 - left} done{done_before}, 0 failed")
 
 
