@@ -86,7 +86,8 @@ class AttentionLog:
         lines = [f"Attention: {self.requested}", *self.preface]
         if not counts and not traced:
             lines.append(
-                "No call came here. Either nothing was sampled yet, or a node after this one replaces attention."
+                "No call came here in the last sampling: a node after this one replaces attention, or this kind of model "
+                "computes it without asking what a node chose, as HunyuanDiT, Ernie-Image and ACE-Step do."
                 if runs
                 else "Nothing was sampled yet."
             )

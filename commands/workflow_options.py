@@ -30,7 +30,9 @@ def add_run(commands: Commands) -> None:
         help="change a value; NODE is an id, a title or a class (may be repeated)",
     )
     run.add_argument("--input-folder", type=Path, metavar="DIR", help="pictures and videos to load")
-    run.add_argument("--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output")
+    run.add_argument(
+        "-o", "--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output"
+    )
     add_models_folder(run)
     run.add_argument("--device", type=device, help="such as cpu or cuda:1; only for a run in this process")
     run.add_argument("-q", "--quiet", action="store_true", help="say only what came out")
@@ -129,7 +131,9 @@ def add_map(commands: Commands) -> None:
     )
     mapped.add_argument("--set", metavar="NODE.INPUT=VALUE", action="append", help="change a value (may be repeated)")
     mapped.add_argument("--input-folder", type=Path, metavar="DIR", help="default: here, else the folder of the items")
-    mapped.add_argument("--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output")
+    mapped.add_argument(
+        "-o", "--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output"
+    )
     mapped.add_argument("--restart", action="store_true", help="forget what was done before, and replace it")
     mapped.add_argument("--executor", choices=("local", "ray"), default="local")
     mapped.add_argument("--workers", type=int, default=0, metavar="N", help="default: one per GPU, or one on the CPU")

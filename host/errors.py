@@ -26,9 +26,12 @@ def first_line(error: BaseException, most: int = 200) -> str:
 
 
 def kind_and_line(error: BaseException, most: int = 160) -> str:
-    """The kind of `error` and the first line of what it says; of what a compiler's backend raised, inside torch's own."""
+    """The kind of `error` and the first line of what it says; of what a compiler's backend raised, inside torch's own. Where
+    Dynamo cannot trace something, also its line that says what."""
     error = getattr(error, "inner_exception", None) or error
     kind, said = type(error).__name__, first_line(error, most)
+    if explained := re.search(r"^\s*Explanation: (.+)$", str(error), re.MULTILINE):
+        said = f"{said}: {explained[1]}"[:most]
     return kind if said == kind else f"{kind}: {said}"
 
 

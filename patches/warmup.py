@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 from .. import host
 from ..host.device_work import wait_for
+from ..host.errors import kind_and_line
 from ..host.interface import tracked
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of, uncompiled
@@ -25,6 +27,18 @@ STEPS = 2  # the first compiles, the second runs what was compiled
 RECORDED_STEPS = WARM_CALLS + 2  # after those before it one is recorded, and the last is a replay
 MOST_SIZES = 32
 EXAMPLE = "1024x1024, 832x1216"
+PROMPT_WIDTHS = (
+    "context_dim", "context_in_dim", "cap_feat_dim", "text_dim", "crossattn_emb_channels", "cond_seq_dim", "text_embed_dim",
+)  # fmt: skip
+# Of Wan, Qwen-Image, Stable Diffusion 3, Ernie-Image, CogVideoX, Kandinsky 5 and PixArt, whose settings say nothing of it.
+PROMPT_LAYERS = (
+    "text_embedding.0", "txt_in", "context_embedder", "text_proj", "patch_embed.text_proj", "text_embeddings.in_layer",
+    "y_embedder.y_proj.fc1",
+)  # fmt: skip
+POOLED_LAYERS = ("pooled_text_embeddings.in_layer", "y_embedder.mlp.0")
+SDXL_POOLED = 1280
+# What a network raises that was not given all it reads.
+INCOMPLETE = (TypeError, AttributeError, KeyError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -75,11 +89,9 @@ def latent_for(model: Any, width: int, height: int, batch: int) -> torch.Tensor:
 
 
 def empty_prompt(model: Any, tokens: int = 77) -> list[list[Any]]:
-    """A CONDITIONING of zeros in the widths `model` reads; for models whose widths can be told from their settings."""
-    config = model.model.model_config.unet_config
-    width = next(
-        (config[key] for key in ("context_dim", "context_in_dim", "cap_feat_dim", "text_dim") if config.get(key)), 0
-    )
+    """A CONDITIONING of zeros in the widths `model` reads, which its settings tell, or the layer that the prompt goes into."""
+    config, network = model.model.model_config.unet_config, model.get_model_object("diffusion_model")
+    width = next((config[key] for key in PROMPT_WIDTHS if config.get(key)), None) or _width_into(network, PROMPT_LAYERS)
     if isinstance(width, (list, tuple)):
         width = width[0]
     if not width:
@@ -87,8 +99,14 @@ def empty_prompt(model: Any, tokens: int = 77) -> list[list[Any]]:
             f"What prompts of {type(model.model).__name__} look like cannot be told from the model; connect a positive "
             "conditioning to warm up with."
         )
-    pooled = config.get("vec_in_dim") or {"SDXL": 1280, "SDXLRefiner": 1280}.get(type(model.model).__name__, 1280)
+    pooled = config.get("vec_in_dim") or _width_into(network, POOLED_LAYERS) or SDXL_POOLED
     return [[torch.zeros(1, tokens, int(width)), {"pooled_output": torch.zeros(1, int(pooled))}]]
+
+
+def _width_into(network: torch.nn.Module, names: Sequence[str]) -> int | None:
+    """What the first of these layers that `network` has reads."""
+    layers = dict(network.named_modules())
+    return next((int(width) for name in names if (width := getattr(layers.get(name), "in_features", None))), None)
 
 
 def warm_up(
@@ -104,16 +122,18 @@ def warm_up(
     """Sample a few steps of `model` at each of `sizes` (width, height in pixels), and say what each took.
 
     positive, negative: CONDITIONINGs as the pictures will have; without, empty prompts. cfg: 1 leaves the negative out,
-    as samplers do. Shows progress by size and can be interrupted between steps; the model stays usable then.
+    as samplers do. Shows progress by size and can be interrupted between steps; the model stays usable then. Raises
+    ValueError where `model` needs a positive conditioning.
     """
     import comfy.sample
 
     compiler = compiler_of(model)
-    positive = positive if positive is not None else empty_prompt(model)
+    made_up = positive is None
+    positive = empty_prompt(model) if made_up else positive
     negative = negative if negative is not None else positive
     done: list[SizeWarmup] = []
     steps = STEPS if compiler is None or compiler.recorder is None else RECORDED_STEPS
-    with tracked(host.current(), len(sizes) * steps, "warm-up") as bar:
+    with _enough(model, made_up), tracked(host.current(), len(sizes) * steps, "warm-up") as bar:
         for width, height in sizes:
             latent = comfy.sample.fix_empty_latent_channels(model, latent_for(model, width, height, batch))
             noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
@@ -141,6 +161,20 @@ def warm_up(
             step = moments[-1] - moments[-2]
             done.append(SizeWarmup(width, height, _now(model) - moments[0], step, graphs, recordings))
     return done, describe(done, compiler)
+
+
+@contextmanager
+def _enough(model: Any, made_up: bool) -> Iterator[None]:
+    """A model that reads more than a prompt says so in many ways: with a prompt of ours, as a ValueError with the cure."""
+    try:
+        yield
+    except INCOMPLETE as error:
+        if not made_up:
+            raise
+        raise ValueError(
+            f"{type(model.model).__name__} needs more than an empty prompt ({kind_and_line(error)}); connect the positive "
+            "conditioning of the pictures to warm up with."
+        ) from error
 
 
 def describe(done: Sequence[SizeWarmup], compiler: RegionalCompiler | None) -> str:

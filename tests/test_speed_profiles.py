@@ -299,7 +299,8 @@ def test_one_part_that_cannot_be_had_does_not_cost_the_others(monkeypatch: pytes
     monkeypatch.setattr("hotpath.patches.compilation.compiler_problem", lambda device: None)
     config = model.model.model_config
     widths = {key: value for key, value in config.unet_config.items() if key != "context_in_dim"}
-    monkeypatch.setattr(config, "unet_config", widths)  # as Qwen-Image and SD3, whose prompts' width has another name
+    monkeypatch.setattr(config, "unet_config", widths)
+    monkeypatch.setattr("hotpath.patches.warmup.PROMPT_LAYERS", ())  # as of HiDream, which reads several prompts
     section = {"attention": {"backend": "auto"}, "compile": {"mode": "default"}, "warmup": {"sizes": ["64x64"]}}
     made, report = apply_profile(model, parse_section("mine", section))
     assert override_of(made).policy.backend == "auto" and compiler_of(made) is None

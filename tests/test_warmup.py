@@ -8,7 +8,15 @@ import pytest
 import torch
 from hotpath import host
 from hotpath.patches.compilation import compile_model, compiler_of
-from hotpath.patches.warmup import STEPS, parse_sizes, warm_up
+from hotpath.patches.warmup import (
+    POOLED_LAYERS,
+    PROMPT_LAYERS,
+    STEPS,
+    _width_into,
+    empty_prompt,
+    parse_sizes,
+    warm_up,
+)
 from tiny_native_models import tiny
 
 
@@ -50,6 +58,33 @@ def test_an_empty_prompt_fits_the_model(name: str) -> None:
     assert all(0 < size.step_seconds < size.seconds for size in done)
     assert "64x128: " in report and "not compiled" in report
     assert torch.equal(bench.sample(steps=1), before)
+
+
+@pytest.mark.comfy
+def test_the_width_of_a_prompt_is_read_from_the_layer_it_goes_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Wan, Qwen-Image and Stable Diffusion 3 ComfyUI notes no width."""
+    model = tiny("flux").model
+    config = model.model.model_config
+    widths = {key: value for key, value in config.unet_config.items() if key not in ("context_in_dim", "vec_in_dim")}
+    monkeypatch.setattr(config, "unet_config", widths)
+    [[tokens, extra]] = empty_prompt(model)
+    assert tokens.shape == (1, 77, 64) and extra["pooled_output"].shape == (1, 1280)
+    wan = torch.nn.ModuleDict({"text_embedding": torch.nn.Sequential(torch.nn.Linear(48, 8))})
+    assert _width_into(wan, PROMPT_LAYERS) == 48 and _width_into(wan, POOLED_LAYERS) is None
+
+
+@pytest.mark.comfy
+def test_a_model_that_reads_more_than_a_prompt_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = tiny("flux")
+
+    def needs_more(*_: Any, **__: Any) -> None:
+        raise TypeError("missing 'attention_mask'")
+
+    monkeypatch.setattr(bench.model.model.diffusion_model, "forward", needs_more)
+    with pytest.raises(ValueError, match=r"Flux needs more than an empty prompt \(TypeError: missing 'attention_mask'"):
+        warm_up(bench.model, [(64, 64)])
+    with pytest.raises(TypeError):
+        warm_up(bench.model, [(64, 64)], positive=bench.text("a fox", 8))
 
 
 @pytest.mark.comfy

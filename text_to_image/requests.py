@@ -49,8 +49,6 @@ class Request:
 
 def check(request: Request, model: ZImage) -> None:
     """Raises ValueError, in one sentence, for a request that cannot be drawn."""
-    if not request.prompt.strip():
-        raise ValueError("The prompt is empty: say what the picture should show.")
     for name, text in (("prompt", request.prompt), ("negative prompt", request.negative)):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError(

@@ -108,6 +108,10 @@ def test_names_that_a_file_can_have(name: str, can: bool) -> None:
         (ValueError("one\ntwo"), "ValueError: one"),
         (ValueError(" \n"), "ValueError"),
         (ValueError("x" * 200), "ValueError: " + "x" * 160),
+        (
+            ValueError("Failed to trace\n  Explanation: not `open`.\n  Hint: none"),
+            "ValueError: Failed to trace: not `open`.",
+        ),
     ],
 )
 def test_what_is_told_of_an_error(error: Exception, told: str) -> None:
