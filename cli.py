@@ -92,18 +92,22 @@ def _add_selftest(commands: Commands) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (default: the program's own); returns the exit code."""
-    options = parser().parse_args(argv)
-    if argv is None:  # this process is ours
-        huge_pages.ask()
+    try:
+        options = parser().parse_args(argv)
+        if argv is None:  # this process is ours
+            huge_pages.ask()
+        return _run(options)
+    except KeyboardInterrupt:  # also while the command is still being read and imported
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     logging.basicConfig(
         level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
     try:
-        # Inside, as what it imports takes long enough for a Ctrl-C.
         command = import_module(f".commands.{options.command}", __package__)
         return int(command.run(options))
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader of our output has gone, as in `hotpath models list | head`
         sys.stderr.close()
         return 141

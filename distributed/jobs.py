@@ -195,7 +195,7 @@ def guess_target(graph: Graph, catalog: Mapping[str, type[Any]], kind: str) -> T
         return found[0]
     listed = ", ".join(f"{t} ({graph.nodes[t.node].class_type})" for t in found)
     many = f"items could go into {listed}" if found else f"no input of the workflow takes a {kind}"
-    raise BadMap(f"{many}: say which one with --input NODE.INPUT.")
+    raise BadMap(f"{many}: name one as NODE.INPUT, with --input or in target of Map Workflow.")
 
 
 def _named_file(folder: Path, value: Any) -> Path | None:

@@ -179,7 +179,7 @@ def _enough(model: Any, made_up: bool) -> Iterator[None]:
 
 def describe(done: Sequence[SizeWarmup], compiler: RegionalCompiler | None) -> str:
     """The report of a warm-up."""
-    lines = [f"Warmed up {len(done)} sizes in {sum(size.seconds for size in done):.1f} s"]
+    lines = [f"Warmed up {len(done)} size{'s' if len(done) != 1 else ''} in {sum(size.seconds for size in done):.1f} s"]
     lines += [size.sentence() for size in done]
     lines.append(compiler.report() if compiler is not None else "The model is not compiled: only kernels were chosen.")
     return "\n".join(lines)

@@ -253,3 +253,5 @@ def test_ctrl_c_while_a_command_is_loaded(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(cli, "import_module", pressed)
     assert cli.main(["doctor"]) == 130
+    monkeypatch.setattr(cli, "parser", pressed)
+    assert cli.main(["doctor"]) == 130

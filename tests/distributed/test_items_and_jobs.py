@@ -249,7 +249,7 @@ def test_where_an_item_goes(catalog):
     graph = Graph.parse(COPY)
     assert guess_target(graph, catalog, "picture") == Target("1", "image")
     assert find_target(graph, catalog, "LoadImage.image") == Target("1", "image")
-    with pytest.raises(BadMap, match="no input of the workflow takes a video: say which one with --input"):
+    with pytest.raises(BadMap, match="no input of the workflow takes a video: name one as"):
         guess_target(graph, catalog, "video")
     two = {**COPY, "3": {"class_type": "LoadImage", "inputs": {"image": "y.png"}}}
     with pytest.raises(BadMap, match=r"could go into 1\.image \(LoadImage\), 3\.image"):
