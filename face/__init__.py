@@ -17,7 +17,7 @@ from .batches import (
     require_faces,
 )
 from .crops import CropPlaces, paste
-from .engine_diagnosis import diagnose
+from .engine_diagnosis import diagnose, why_the_cpu
 from .faces import (
     BEST_MATCH,
     CHOICES,
@@ -67,4 +67,5 @@ __all__ = [
     "model_names",
     "paste",
     "require_faces",
+    "why_the_cpu",
 ]

@@ -13,6 +13,7 @@ import torch
 
 from ..host.cards import why_no_gpu
 from ..host.errors import kind_and_line
+from ..host.headless import best_device
 from .onnxruntime_engine import PROVIDERS, Provider, long_name
 
 FLAVOURS = (
@@ -81,12 +82,12 @@ def why_not(provider: Provider) -> str | None:
         return None
     import onnxruntime
 
-    if (reason := _not_in_build(provider)) is not None:
-        return reason
+    no_gpu = why_no_gpu() if provider.memory == "cuda" and not torch.cuda.is_available() else None
+    # Another build is no cure where torch has no GPU, so that comes first.
+    if reasons := [reason for reason in (no_gpu, _not_in_build(provider)) if reason is not None]:
+        return "; and ".join(reasons)
     if provider.memory != "cuda":
         return None
-    if not torch.cuda.is_available():
-        return why_no_gpu()
     ours, theirs = torch.version.cuda, cuda_of_onnxruntime()
     if ours is not None and theirs is not None and int(ours.split(".")[0]) != theirs:
         package = LAST_FOR_CUDA.get(int(ours.split(".")[0]), "onnxruntime-gpu")
@@ -95,6 +96,14 @@ def why_not(provider: Provider) -> str | None:
             f"pip install '{package}'"
         )
     return None
+
+
+def can_be_tried(provider: Provider) -> bool:
+    """Whether a session on `provider` may come to be, for a library that makes sessions of its own."""
+    import onnxruntime
+
+    has_card = provider.memory != "cuda" or torch.cuda.is_available()
+    return has_card and long_name(provider) in onnxruntime.get_available_providers()
 
 
 def _not_in_build(provider: Provider) -> str | None:
@@ -108,6 +117,13 @@ def _not_in_build(provider: Provider) -> str | None:
         f"{long_name(provider)} is not in {present} {onnxruntime.__version__}: "
         f"pip uninstall -y {' '.join(flavours) or 'onnxruntime'} && pip install {provider.package}"
     )
+
+
+def why_the_cpu() -> str:
+    """Why the host computes on the CPU, with the cure."""
+    if best_device().type != "cpu":
+        return "ComfyUI was started for it (--cpu), so start it without"
+    return "torch sees no GPU that Metal serves on this Mac" if sys.platform == "darwin" else why_no_gpu()
 
 
 def why_no_insightface() -> str | None:
@@ -126,7 +142,8 @@ def diagnose() -> list[str]:
     for provider in PROVIDERS.values():
         reason = why_not(provider)
         # A healthy installation has one of these builds; the others are no fault of it.
-        if reason is not None and why_not(PROVIDERS["CPU"]) is None and reason == _not_in_build(provider):
+        missing = _not_in_build(provider) if why_not(PROVIDERS["CPU"]) is None else None
+        if reason is not None and missing is not None and reason.endswith(missing):
             wants_gpu = provider.memory == "cuda" and not torch.cuda.is_available()
             reason = "not for this machine: torch sees no GPU" if wants_gpu else f"not installed, optional; {reason}"
         verified = "ready" if provider.name == "CPU" else "installed; verified when a model is loaded"

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from .. import host
 from ..cache import file_fingerprint
 from ..host import Managed
+from ..host.errors import kind_and_line
 from ..host.interruption import interruptibly, read_ahead
 from .detection import Detector
-from .engine_diagnosis import why_no_insightface, why_not
+from .engine_diagnosis import can_be_tried, why_no_insightface, why_not
 from .faces import FaceError
 from .foreign import ForeignAnalyser
 from .insightface_api import CompatibleAnalyser
@@ -86,8 +87,12 @@ def load_analyser(
     chosen = PROVIDERS[provider] if provider != "auto" else provider_for(device)
     why = ""
     if engine == "insightface":
-        if (reason := why_no_insightface()) is None:
-            return _load_insightface(folder, chosen, device, remember)
+        reason = why_no_insightface()
+        if reason is None:
+            try:
+                return _load_insightface(folder, chosen, device, remember, precision)
+            except Exception as error:  # the errors of onnxruntime and of insightface share no base class
+                reason = f"it cannot be loaded with {folder.path} ({kind_and_line(error)})"
         why = f"insightface was asked for, but {reason}."
     elif engine == "onnxruntime" or (engine == "auto" and device.type == "cpu" and precision == "fp32"):
         reason = why_not(chosen)
@@ -133,9 +138,19 @@ def _load_onnxruntime(
     return analyser
 
 
-def _load_insightface(folder: ModelFolder, provider: Provider, device: torch.device, remember: bool) -> ForeignAnalyser:
+def _load_insightface(
+    folder: ModelFolder, provider: Provider, device: torch.device, remember: bool, precision: str
+) -> ForeignAnalyser:
     from insightface.app import FaceAnalysis
 
+    said = []
+    if not can_be_tried(provider):
+        # The library stops at some of these, and goes on without a word at others.
+        said.append(f"{provider.name} was asked for, but {why_not(provider)}; until then it runs on the CPU.")
+        log.warning("Faces by insightface: %s", said[-1])
+        provider = PROVIDERS["CPU"]
+    if precision != "fp32":
+        said.append(f"{precision} is for the torch engine; insightface computes in fp32.")
     names = [long_name(provider)] + (["CPUExecutionProvider"] if provider.name != "CPU" else [])
     modules = ["detection"] + (["recognition"] if folder.recogniser is not None else [])
     if provider.memory == "cuda":
@@ -146,16 +161,16 @@ def _load_insightface(folder: ModelFolder, provider: Provider, device: torch.dev
     # By its path: a name would make the library look elsewhere, and download.
     analysis = interruptibly(lambda: FaceAnalysis(name=str(folder.path), allowed_modules=modules, providers=names))
     analysis.prepare(ctx_id=0, det_size=(640, 640))
-    why = ""
     if provider.name != "CPU":
         actual = analysis.det_model.session.get_providers()[0]
-        reason = why_not(provider)
         if actual != long_name(provider):
-            why = f"{provider.name} was asked for, but runs on {actual}" + (f": {reason}." if reason else ".")
+            reason = why_not(provider)
+            said.append(f"{provider.name} was asked for, but runs on {actual}" + (f": {reason}." if reason else "."))
+            log.warning("Faces by insightface: %s", said[-1])
         else:
-            why = f"{provider.name} is what the session lists; insightface does not let it be verified."
+            said.append(f"{provider.name} is what the session lists; insightface does not let it be verified.")
     key = fingerprint(folder, "insightface", provider.name) if remember else ""
-    return ForeignAnalyser(analysis, why, key)
+    return ForeignAnalyser(analysis, " ".join([*said, *folder.notes]), key)
 
 
 def _manage_for(device: torch.device) -> Manage:

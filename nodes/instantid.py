@@ -105,7 +105,7 @@ class InstantIDFaceAnalysis:
         analyser = face.load_analyser(here.model_folders("insightface"), name="antelopev2", device=device)
         here.show_text(analyser.report(), unique_id)
         if provider != "CPU" and device.type == "cpu":
-            here.warn(f"{provider} was asked for, but torch sees no graphics card here: the CPU is used.", unique_id)
+            here.warn(f"{provider} was asked for, but the CPU is used: {face.why_the_cpu()}.", unique_id)
         return (analyser,)
 
 

@@ -291,11 +291,58 @@ def test_room_is_made_before_a_session_takes_memory_of_the_card(monkeypatch, hea
     monkeypatch.setattr("hotpath.face.loading.why_no_insightface", lambda: None)
     monkeypatch.setitem(sys.modules, "insightface", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "insightface.app", SimpleNamespace(FaceAnalysis=session))
-    with pytest.raises(RuntimeError, match="enough"):
-        face.load_analyser([ROOT], engine="insightface", provider="CUDA", device=torch.device("cuda:1"))
+    monkeypatch.setattr("hotpath.face.loading.can_be_tried", lambda provider: True)
+    monkeypatch.setattr("hotpath.face.loading._load_torch", lambda folder, device, *rest: rest[-1])
+    why = face.load_analyser([ROOT], engine="insightface", provider="CUDA", device=torch.device("cuda:1"))
+    assert why.startswith("insightface was asked for, but it cannot be loaded with ") and "RuntimeError: enough" in why
     for (nbytes, device), last in (steps[:2], steps[2:]):
         assert last == "session" and device == torch.device("cuda:1")
         assert nbytes >= detector.path.stat().st_size + 640 * 640 * 100
+
+
+@pytest.mark.parametrize(
+    ("card", "cuda", "words"),
+    [
+        (True, "13.0", "ComfyUI was started for it (--cpu), so start it without"),
+        (False, "13.0", "install the driver, or unset CUDA_VISIBLE_DEVICES"),
+        (False, None, "install the build for your GPU"),
+    ],
+)
+def test_the_loader_of_shared_workflows_says_why_it_is_on_the_cpu(monkeypatch, headless_host, card, cuda, words):
+    from hotpath.nodes.instantid import InstantIDFaceAnalysis
+
+    said = []
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(headless_host, "device", lambda: CPU)
+    monkeypatch.setattr(headless_host, "model_folders", lambda folder: [ROOT])
+    monkeypatch.setattr(headless_host, "warn", lambda text, node: said.append(text))
+    for provider in ("CUDA", "CPU"):
+        InstantIDFaceAnalysis().load_insight_face(provider)
+    assert len(said) == 1 and said[0].startswith("CUDA was asked for, but the CPU is used: ") and words in said[0]
+
+
+@pytest.mark.parametrize("provider", [name for name in face.PROVIDERS if name != "CPU"])
+def test_insightface_runs_on_the_cpu_where_its_provider_cannot_be_had(monkeypatch, provider):
+    """By itself it stops for CoreML, and torch did for room on a card that is not there."""
+    pytest.importorskip("insightface")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    report = face.load_analyser([ROOT], engine="insightface", precision="fp16", provider=provider, device=CPU).report()
+    assert "sessions on CPUExecutionProvider" in report and f"{provider} was asked for, but " in report
+    assert "until then it runs on the CPU." in report and "fp16 is for the torch engine" in report
+
+
+def test_insightface_leaves_a_folder_with_a_broken_file_to_torch(tmp_path):
+    pytest.importorskip("insightface")
+    folder = tmp_path / "models" / "broken"
+    shutil.copytree(DEMO, folder)
+    (folder / "a_landmark_model.onnx").write_bytes(b"<!DOCTYPE html>")
+    report = face.load_analyser([tmp_path], "broken", engine="insightface", device=CPU).report()
+    assert "by torch" in report and "insightface was asked for, but it cannot be loaded with " in report
+    assert "a_landmark_model.onnx is no whole ONNX file" in report
 
 
 def test_two_onnxruntime_packages_and_a_cuda_mismatch_have_their_cures(monkeypatch):
@@ -312,6 +359,9 @@ def test_two_onnxruntime_packages_and_a_cuda_mismatch_have_their_cures(monkeypat
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "install the driver" in diagnosis.why_not(PROVIDERS["CUDA"])
+    # Another build alone is no cure there.
+    assert diagnosis.why_not(PROVIDERS["MIGraphX"]).startswith("torch sees no GPU")
+    assert diagnosis.why_not(PROVIDERS["MIGraphX"]).endswith("pip install onnxruntime-migraphx")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(diagnosis, "cuda_of_onnxruntime", lambda: 13)
