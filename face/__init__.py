@@ -4,7 +4,7 @@ analyser = load_analyser(host.current().model_folders("insightface"))
 faces = analyser.analyse(images, choose=FaceChoice.largest())
 """
 
-from .areas import SHAPES, mark_faces
+from .areas import SHAPES
 from .batches import (
     Match,
     average_identity,
@@ -32,6 +32,7 @@ from .faces import (
 from .foreign import adapt
 from .keypoints import draw_keypoints
 from .loading import ENGINES, load_analyser
+from .marks import mark_faces
 from .model_folder import model_names
 from .onnxruntime_engine import PROVIDERS
 from .runner import PRECISIONS

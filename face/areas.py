@@ -1,19 +1,15 @@
-"""Faces as areas of their pictures: masks, and pictures with the faces marked."""
+"""Faces as areas of their pictures: masks, and key points in pictures of another size."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .faces import FaceError, Faces
-from .pictures import in_float
 
 SHAPES = ("oval", "box")
-MARKS = ((80, 220, 100), (255, 170, 40), (90, 160, 255), (240, 90, 200))
-POINT_COLOURS = ((255, 70, 70), (70, 255, 70), (70, 70, 255), (255, 255, 70), (255, 70, 255))
 
 
 def face_mask(faces: Faces, height: int, width: int, shape: str, grow: float, feather: float) -> Tensor:
@@ -55,33 +51,6 @@ def face_mask(faces: Faces, height: int, width: int, shape: str, grow: float, fe
         region = mask[y0:y1, x0:x1]
         torch.maximum(region, 1 - (distance / soft).clamp(0, 1), out=region)
     return mask
-
-
-def mark_faces(picture: Tensor, faces: Faces) -> Tensor:
-    """[H, W, 3] float RGB: the picture [H, W, C] in 0..1 with each face's box, key points, index and score drawn."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    picture = in_float(picture.detach())
-    rgb = picture[..., :3] if picture.shape[-1] >= 3 else picture[..., :1].expand(*picture.shape[:2], 3)
-    image = Image.fromarray((rgb.cpu().clamp(0, 1).numpy() * 255).astype(np.uint8))
-    ink = ImageDraw.Draw(image)
-    thick = max(1, round(max(image.size) / 400))
-    font = ImageFont.load_default(max(10, max(image.size) // 40))
-    for i, (box, points) in enumerate(zip(faces.boxes.tolist(), faces.keypoints.tolist(), strict=True)):
-        colour = MARKS[i % len(MARKS)]
-        # A weak detection may have its sides the wrong way round.
-        box = [min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])]
-        ink.rectangle(box, outline=colour, width=thick)
-        for (px, py), point_colour in zip(points, POINT_COLOURS, strict=True):
-            ink.ellipse((px - 1.5 * thick, py - 1.5 * thick, px + 1.5 * thick, py + 1.5 * thick), fill=point_colour)
-        label = f"{i}  {float(faces.scores[i]):.2f}"
-        left, top, right, bottom = ink.textbbox((0, 0), label, font=font)
-        tall = bottom - top + 2 * thick
-        # Above the box, or inside it at the top of the picture.
-        at = (box[0], box[1] - tall if box[1] >= tall else box[1])
-        ink.rectangle((at[0], at[1], at[0] + right - left + 2 * thick, at[1] + tall), fill=colour)
-        ink.text((at[0] + thick - left, at[1] + thick - top), label, fill=(0, 0, 0), font=font)
-    return torch.from_numpy(np.array(image)).float() / 255.0
 
 
 def fit_keypoints(faces: Faces, height: int, width: int, fit: str) -> Tensor:

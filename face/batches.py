@@ -11,18 +11,28 @@ from torch.nn import functional as F
 
 from .. import host
 from .alignment import TEMPLATE
-from .areas import face_mask, fit_keypoints, mark_faces
+from .areas import face_mask, fit_keypoints
 from .crops import CropPlaces, crop_places, cut
 from .faces import FaceChoice, FaceError, Faces
 from .keypoints import draw_keypoints
+from .marks import mark_faces
 from .pictures import in_float
 
+NAMED = 12  # pictures in a message
 
-def require_faces(faces: Sequence[Faces]) -> None:
-    """Raises FaceError naming the pictures without a face."""
+
+def require_faces(faces: Sequence[Faces], choice: FaceChoice | None = None) -> None:
+    """Raises FaceError naming the pictures without a face; `choice`: what kept at most one of each picture."""
     missing = [str(i) for i, found in enumerate(faces) if not len(found)]
     if missing:
-        where = f"picture {', '.join(missing)} of {len(faces)}, counted from 0" if len(faces) > 1 else "the picture"
+        listed = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+        pictures = "picture" if len(missing) == 1 else "pictures"
+        where = f"{pictures} {listed} of {len(faces)}, counted from 0" if len(faces) > 1 else "the picture"
+        if choice is not None and choice.position not in (0, -1):
+            raise FaceError(
+                f"There is no face at index {choice.position} ({choice.kind}) in {where}: fewer were found, so choose an "
+                "index nearer to 0, lower the threshold, or choose 'skip'."
+            )
         raise FaceError(
             f"No face was found in {where}: lower the threshold, raise detector_size where faces are small in a large "
             "picture, use a clearer picture, or choose 'skip'."
@@ -82,6 +92,7 @@ def mark_pictures(pictures: Tensor, faces: Sequence[Faces]) -> Tensor:
     """
     if not any(map(len, faces)) and pictures.dtype == torch.float32 and pictures.shape[-1] == 3:
         return pictures
+    pictures = pictures[None] if pictures.dim() == 3 else pictures
     marked = torch.empty(*pictures.shape[:3], 3)
     for out, picture, found in zip(marked, pictures, host.each(faces, "drawing"), strict=True):
         # Grey is repeated, transparency left out.

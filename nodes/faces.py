@@ -178,7 +178,7 @@ class HotpathFaces:
         options = face.DetectionOptions.from_side(int(detector_size), threshold)
         found = analyser.analyse(image, choose=choice, embed=embeddings, options=options)
         if when_none == "error":
-            face.require_faces(found)
+            face.require_faces(found, choice)
         report = f"{analyser.report()}\n{face.describe(found)}"
         host.current().show_text(report, unique_id)
         return found, face.mark_pictures(image, found), report, sum(map(len, found))
@@ -221,7 +221,7 @@ class HotpathFacePick:
         choice = _choice(choose, index, identity)
         picked = [choice.apply(one) for one in faces]
         if when_none == "error":
-            face.require_faces(picked)
+            face.require_faces(picked, choice)
         return picked, sum(map(len, picked))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hotpath import face
-from hotpath.face import FaceError, Faces, areas
+from hotpath.face import FaceError, Faces, areas, marks
 from hotpath.face.crops import edge_weight
 from made_faces import some_faces
 
@@ -29,13 +29,13 @@ def test_marks_are_where_the_faces_are():
     points = torch.stack([torch.stack([box[:2] + 30 + 8 * i for i in range(5)]) for box in boxes])
     faces = Faces(boxes, points, torch.tensor([0.9, 0.8]), None, (400, 400), 640)
     (marked,) = face.mark_pictures(torch.zeros(1, 400, 400, 1), [faces])
-    for box, own, colour in zip(boxes.long().tolist(), points.long().tolist(), areas.MARKS, strict=False):
+    for box, own, colour in zip(boxes.long().tolist(), points.long().tolist(), marks.MARKS, strict=False):
         left, top, right, bottom = box
         middle = (left + right) // 2, (top + bottom) // 2
         here = (marked * 255).round().eq(torch.tensor(colour)).all(-1)
         assert all(here[y, x] for x, y in ((middle[0], bottom), (left, middle[1]), (right, middle[1])))
         assert here[top, right - 2] and not here[middle[1], middle[0]]
-        for (x, y), point_colour in zip(own, areas.POINT_COLOURS, strict=True):
+        for (x, y), point_colour in zip(own, marks.POINT_COLOURS, strict=True):
             assert (marked[y, x] * 255).round().tolist() == list(point_colour)
         inside, above = here[top + 3 : top + 12, left + 3 : right - 3], here[max(0, top - 12) : top, left:right]
         assert (inside.any(), above.any()) == ((True, False) if top == 0 else (False, True)), "its number and score"
