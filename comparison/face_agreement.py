@@ -33,7 +33,9 @@ class FaceAgreement:
 
     @property
     def problem(self) -> str:
-        """A sentence when faces are in one picture only, or not equally many; empty otherwise."""
+        """A sentence when faces are in one picture only, in neither, or not equally many; empty otherwise."""
+        if not self.in_a and not self.in_b:
+            return "No face was found in A or B, so the face cosine is not judged."
         if self.in_a == self.in_b:
             return ""
         if not self.in_a or not self.in_b:

@@ -44,7 +44,7 @@ figure a { display: block; position: relative; } img { display: block; width: 10
 .flip img + img { position: absolute; inset: 0; opacity: 0; } .flip:hover img + img, .flip:focus-within img + img { opacity: 1; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .8rem; margin: 0; font-size: .82rem;
   font-variant-numeric: tabular-nums; } dt { color: var(--dim); } dd { margin: 0; }
-ul { margin: .4rem 0 0; padding-left: 1.1rem; font-size: .82rem; } li { color: var(--bad); }
+ul { margin: .4rem 0 0; padding-left: 1.1rem; font-size: .82rem; } .failed li { color: var(--bad); }
 """
 AXES = ("seed", "weight", "controlnet_strength")
 CALLED = {"seed": "seed", "weight": "weight", "controlnet_strength": "ControlNet strength"}
@@ -161,7 +161,8 @@ def _numbers(pair: Pair) -> str:
         rows.append(("LPIPS", f"{pair.lpips:.4f}"))
     if pair.faces is not None:
         cosines = ", ".join(f"{c:.4f}" for c in pair.faces.cosines)
-        rows.append(("face cosine", cosines or "no face in either" if not pair.faces.lost else "-"))
+        found = pair.faces.in_a or pair.faces.in_b
+        rows.append(("face cosine", cosines or ("-" if found else "no face in either")))
     return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in rows) + "</dl>"
 
 

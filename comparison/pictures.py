@@ -22,6 +22,7 @@ INK, PAPER, DIM = (27, 28, 31), (247, 246, 243), (99, 102, 109)
 STATE_INK = {PASSED: (29, 122, 70), FAILED: (179, 38, 30)}
 GAP = 8
 NARROWEST = 620  # pixels a side-by-side needs for its caption
+READABLE = 1240  # pixels of width from which its caption grows with it, as it is looked at reduced
 
 
 def difference_map(a: Tensor, b: Tensor, gain: float = GAIN) -> Tensor:
@@ -46,21 +47,27 @@ def side_by_side(pair: Pair, label_a: str = "A", label_b: str = "B", longest: in
     if longest is not None:
         for _, panel in panels:
             panel.thumbnail((longest, longest))
-    font, small = _font(15), _font(13)
-    width = sum(p.width for _, p in panels) + GAP * (len(panels) + 1)
-    height = max(p.height for _, p in panels)
-    canvas = Image.new("RGB", (max(width, NARROWEST), height + 92), PAPER)
+    wide = sum(p.width for _, p in panels)
+    unit = max(1.0, wide / READABLE)
+    font, small = _font(round(15 * unit)), _font(round(13 * unit))
+    gap, line = round(GAP * unit), round(22 * unit)
+    height, top = max(p.height for _, p in panels), round(28 * unit)
+    below = top + height + round(6 * unit)
+    size = max(wide + gap * (len(panels) + 1), NARROWEST), below + 3 * line + gap
+    canvas = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(canvas)
-    x = GAP
+    x = gap
     for label, panel in panels:
-        canvas.paste(panel, (x, 28))
-        draw.text((x, 6), _cut(draw, label, small, panel.width), fill=DIM, font=small)
-        x += panel.width + GAP
-    room = canvas.width - 2 * GAP
+        canvas.paste(panel, (x, top))
+        # The last one has the rest of the picture to itself.
+        room = canvas.width - x - gap if panel is panels[-1][1] else panel.width
+        draw.text((x, round(6 * unit)), _cut(draw, label, small, room), fill=DIM, font=small)
+        x += panel.width + gap
+    room = canvas.width - 2 * gap
     heading = _cut(draw, f"{pair.state}: {pair.name}", font, room)
-    draw.text((GAP, height + 34), heading, fill=STATE_INK.get(pair.state, INK), font=font)
-    said = "  ".join([pair.numbers(), *pair.failures])
-    draw.text((GAP, height + 60), _cut(draw, said, small, room), fill=INK, font=small)
+    draw.text((gap, below), heading, fill=STATE_INK.get(pair.state, INK), font=font)
+    for number, said in enumerate((pair.numbers(), "  ".join(pair.failures)), 1):
+        draw.text((gap, below + number * line), _cut(draw, said, small, room), fill=INK, font=small)
     return torch.from_numpy(np.asarray(canvas, np.float32) / 255)
 
 

@@ -32,6 +32,8 @@ from hotpath.comparison import (
     values,
 )
 from hotpath.comparison.measures import Incomparable, as_rgb, measure
+from hotpath.comparison.page import Files, page
+from hotpath.comparison.pair import Comparison
 from hotpath.comparison.pictures import RAMP
 from hotpath.nodes import NODE_CLASS_MAPPINGS
 from PIL import Image
@@ -191,7 +193,8 @@ class TestFaces:
         [
             ([(LEFT, [1.0, 0])], [], "failed", "There is a face in A and none in B."),
             ([], [(LEFT, [1.0, 0])], "failed", "There is a face in B and none in A."),
-            ([], [], "passed", ""),
+            ([], [], "passed", "No face was found in A or B, so the face cosine is not judged."),
+            ([(LEFT, [1.0, 0])], [(LEFT, [2.0, 0])], "passed", ""),
             ([(LEFT, [1.0, 0])], [(LEFT, [1.0, 0]), (FAR, [0.0, 1])], "passed", "Faces: 1 in A, 2 in B"),
             ([(LEFT, [1.0, 0]), (RIGHT, [1.0, 0])], [(FAR, [1.0, 0]), (FAR, [1.0, 0])], "failed", "No face of A is at"),
             ([(LEFT, [1.0, 0])], [(LEFT, [1.0, 0.5])], "failed", "The face cosine 0.8944 is below 0.98."),
@@ -202,6 +205,31 @@ class TestFaces:
         pair = compare_pair("x", picture, picture, Thresholds(), Faces(found_faces(*a), found_faces(*b)))
         assert pair.state == state
         assert any(remark.startswith(said) for remark in pair.remarks()) if said else not pair.remarks()
+        assert said in describe(Comparison("a", "b", Thresholds(), [pair]))
+        shown = page(Comparison("a", "b", Thresholds(), [pair]), [Files()], {})
+        assert ("no face in either" in shown) == (not a and not b)
+
+    @pytest.mark.parametrize(("side", "least"), [(64, 10), (1024, 20), (2160, 40)])
+    def test_the_caption_grows_with_the_pictures_and_is_whole(
+        self, monkeypatch: pytest.MonkeyPatch, side: int, least: int
+    ) -> None:
+        from PIL import ImageDraw
+
+        drawn = []
+        monkeypatch.setattr(
+            ImageDraw.ImageDraw, "text", lambda ink, at, text, font, **_: drawn.append((text, font.size))
+        )
+        agreement = face_agreement.FaceAgreement(1, 1, (0.5,))
+        limits = Thresholds(0.99, 0.98, 0.1)
+        failures = ("SSIM 0.9135 is below 0.99.", "LPIPS 0.3300 is above 0.1.", "The face cosine 0.5000 is below 0.98.")
+        a = torch.zeros(32, side, 3)
+        pair = dataclasses.replace(
+            compare_pair("picture 0", a, a, limits), lpips=0.33, faces=agreement, failures=failures
+        )
+        side_by_side(pair)
+        assert min(size for _, size in drawn) >= least
+        said = [text for text, _ in drawn]
+        assert said[2:] == ["difference x8", "failed: picture 0", pair.numbers(), "  ".join(failures)]
 
 
 @pytest.mark.parametrize("mode", ["16 bits", "float"])
