@@ -61,7 +61,8 @@ def side_by_side(pair: Pair, label_a: str = "A", label_b: str = "B", longest: in
         canvas.paste(panel, (x, top))
         # The last one has the rest of the picture to itself.
         room = canvas.width - x - gap if panel is panels[-1][1] else panel.width
-        draw.text((x, round(6 * unit)), _cut(draw, label, small, room), fill=DIM, font=small)
+        # Settings and paths differ at their ends.
+        draw.text((x, round(6 * unit)), _cut(draw, label, small, room, at_end=False), fill=DIM, font=small)
         x += panel.width + gap
     room = canvas.width - 2 * gap
     heading = _cut(draw, f"{pair.state}: {pair.name}", font, room)
@@ -102,10 +103,10 @@ def _font(size: int) -> Font:
     return ImageFont.load_default(size)
 
 
-def _cut(draw: ImageDraw.ImageDraw, text: str, font: Font, room: int) -> str:
-    """As much of `text` as fits into `room` pixels."""
-    if draw.textlength(text, font=font) <= room:
-        return text
-    while text and draw.textlength(text + "...", font=font) > room:
-        text = text[:-1]
-    return text + "..."
+def _cut(draw: ImageDraw.ImageDraw, text: str, font: Font, room: int, at_end: bool = True) -> str:
+    """As much of `text` as fits into `room` pixels, of its start or else of its end."""
+    shown = text
+    while text and draw.textlength(shown, font=font) > room:
+        text = text[:-1] if at_end else text[1:]
+        shown = f"{text}..." if at_end else f"...{text}"
+    return shown
