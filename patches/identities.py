@@ -26,7 +26,7 @@ from .identity_conditioning import (
     mark_roles,
     mask_positive,
 )
-from .instantid import AttentionSettings, blocks_for, draw_aligned, draw_pose, find_poses, prepare_identity
+from .instantid import NEVER, AttentionSettings, blocks_for, draw_aligned, draw_pose, find_poses, prepare_identity
 from .sdxl_layout import AdaptiveChoice
 from .telemetry import note_identity
 
@@ -152,6 +152,10 @@ def apply_people(
     prompt, as in the single-identity nodes. Returns model, positive, negative and a report.
     """
     blocks, line = blocks_for(model, adapter, settings.attention(1.0))
+    if all(person.weight == 0 for person in people):
+        line = "no block is patched: weight is 0"
+    elif settings.start_at > settings.end_at:
+        line += f"; {NEVER}"
     lines = [line]
     patched = model.clone()
     sampling = model.get_model_object("model_sampling")

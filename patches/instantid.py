@@ -21,6 +21,7 @@ NO_FACE = (
     "No face was found in the reference picture: use one where the face is seen from the front, is larger than about 40 "
     "pixels and is not cut off."
 )
+NEVER = "start_at lies after end_at, so the identity never acts"
 
 
 class NoFace(ValueError):
@@ -108,6 +109,8 @@ def blocks_for(model: Any, adapter: InstantIDAdapter, settings: AttentionSetting
     blocks, line = choose_blocks(available, settings.patch_mode, settings.custom_blocks, settings.adaptive)
     if settings.patch_mode == ADAPTIVE and settings.adaptive.profile is not None:
         line += _what_differs(model, adapter, settings.adaptive.profile)
+    elif settings.adaptive.profile is not None:
+        line += "; the profile is used by patch_mode adaptive only"
     if not settings.middle_block:
         blocks = tuple(block for block in blocks if block[0] != "middle")
         line = (
@@ -147,7 +150,7 @@ def attach_identity(
         blocks,
     )
     if settings.start_at > settings.end_at:
-        line += "; start_at lies after end_at, so the identity never acts"
+        line += f"; {NEVER}"
     if settings.weight == 0:
         return patched, "weight is 0: the model is unchanged"
     note_identity(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from foreign_faces import ForeignFaceAnalysis
+from hotpath.identity.contribution_profile import ContributionProfile
 from instantid_bench import (
     apply,
     attention_patches,
@@ -91,6 +92,15 @@ def test_patch_modes_keep_absolute_keys_and_values(mode: str, count: int) -> Non
 def test_a_custom_list_that_names_nothing_is_refused(bench: Bench) -> None:
     with pytest.raises(ValueError, match=r"'output.9' names no SDXL block"):
         apply(bench, patch_mode="custom", custom_blocks="output.9")
+
+
+def test_the_report_does_not_claim_what_never_acts(bench: Bench) -> None:
+    patched, *_, report = apply(bench, start_at=0.8, end_at=0.2)
+    assert "blocks patched (" in report and "start_at lies after end_at, so the identity never acts" in report
+    patched, *_, report = apply(bench, weight=0.0)
+    assert not attention_patches(patched) and report.startswith("no block is patched: weight is 0\n")
+    *_, report = apply(bench, profile=ContributionProfile("portrait", {("output", 0, 0): 1.0}))
+    assert "the profile is used by patch_mode adaptive only" in report
 
 
 def test_an_unknown_layout_is_patched_in_full_with_a_message(bench: Bench) -> None:
