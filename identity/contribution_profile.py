@@ -21,7 +21,7 @@ from ..cache import content_key
 from ..host.whole_files import whole_file
 from .adapter import InstantIDAdapter
 from .blocks import SDXL_BLOCKS, Block
-from .contributions import Contributions, block_name
+from .contributions import Contributions, block_name, counted
 
 FORMAT = "hotpath.block_profile"
 VERSION = 1
@@ -79,8 +79,8 @@ class ContributionProfile:
 
     def describe(self) -> str:
         """Such as "portrait: 70 blocks over 20 steps, 1 run, 2026-01-02"."""
-        runs = f"{self.runs} run{'s' if self.runs != 1 else ''}"
-        return f"{self.name}: {len(self.size)} blocks over {len(self.sigmas)} steps, {runs}, {self.date[:10]}"
+        steps, runs = counted(len(self.sigmas), "step"), counted(self.runs, "run")
+        return f"{self.name}: {counted(len(self.size), 'block')} over {steps}, {runs}, {self.date[:10]}"
 
 
 def make_profile(
@@ -102,7 +102,8 @@ def make_profile(
     size = {b: float(s) for b, s, known in zip(found.blocks, found.size, found.measured, strict=True) if known}
     if not size or not math.fsum(size.values()) > 0:
         raise ProfileError(
-            "Nothing was measured: connect model of Block Telemetry to the sampler, and the sampler's result to after."
+            "Nothing was measured: connect model of Block Telemetry to the sampler, the sampler's result to after, and let "
+            "start_at of InstantID lie before end_at."
         )
     adapters = {str(entry.get("adapter", UNKNOWN)) for entry in settings}
     return ContributionProfile(

@@ -98,13 +98,18 @@ def energies_by_step(
     return Contributions(blocks, np.array(sigmas), stacked[..., 0], stacked[..., 1], runs, calls)
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 step", "2 steps"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def table(found: Contributions) -> str:
     """Sums by group, then every measured block, the largest share first."""
     size, share, relative = found.size, found.share, found.relative
     order = sorted(np.flatnonzero(found.measured).tolist(), key=lambda i: (-share[i], i))
     lines = [
-        f"{len(order)} of {len(found.blocks)} blocks measured over {len(found.sigmas)} steps "
-        f"({found.calls} model calls, {found.runs} run{'s' if found.runs != 1 else ''}).",
+        f"{len(order)} of {len(found.blocks)} blocks measured over {counted(len(found.sigmas), 'step')} "
+        f"({counted(found.calls, 'model call')}, {counted(found.runs, 'run')}).",
         "size: the identity's contribution relative to the block's own output, mean over the steps.",
         "",
         f"{'group':12} {'blocks':>7} {'share':>8}",

@@ -198,7 +198,7 @@ def record_blocks(model: Any, keep_runs: bool = False) -> tuple[Any, BlockTeleme
     if not foreign and not settings:
         raise UnsupportedModel(
             f"Nothing acts on the attention of this model ({name}), so there is nothing to record: connect the model that "
-            "comes out of InstantID."
+            "comes out of InstantID, with a weight that is not 0."
         )
     blocks = SDXL_BLOCKS if layout.keys() <= INDEX.keys() else tuple(layout)
     recorder = BlockTelemetry(blocks, keep_runs, model_key(model), settings)
