@@ -8,14 +8,12 @@ IdentityNet alone, as the original pipeline does; `ALL_NETS` is what the field's
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from .mask import fit_batch
+from .face_token_link import face_token_link
 from .model_call import COND, OURS, UNCOND, mark
 
 ONLY_IDENTITY_NET = "IdentityNet only"
@@ -102,76 +100,3 @@ def mask_positive(positive: Conditioning, mask: Tensor) -> Conditioning:
     """The positive conditioning limited to `mask` [M, H, W]."""
     mask = mask[None] if mask.ndim < 3 else mask
     return [[c, {**options, "mask": mask, "set_area_to_bounds": False}] for c, options in positive]
-
-
-def face_token_link(net: Any, name: str, region: Tensor | None) -> Any:
-    """A link in a chain of ControlNets: `net` alone gets the tokens called `name` and is limited to `region`.
-
-    The nets before it in the chain are given the prompt, as without it.
-    """
-    from comfy.controlnet import ControlBase
-
-    class FaceTokenLink(ControlBase):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net
-            self.regions: dict[tuple[Any, ...], Tensor] = {}
-
-        def get_control(
-            self, x_noisy: Tensor, t: Tensor, cond: Mapping[str, Any], batched_number: int, transformer_options: Any
-        ) -> Any:
-            before = None
-            if self.previous_controlnet is not None:
-                before = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
-            given = {**cond, "crossattn_controlnet": cond[name]} if name in cond else cond
-            control = net.get_control(x_noisy, t, given, batched_number, transformer_options)
-            if control is None:
-                return before
-            if region is not None:
-                control = {
-                    kind: [x if x is None else x * self.region_like(x, batched_number) for x in outputs]
-                    for kind, outputs in control.items()
-                }
-            return self.control_merge(control, before, output_dtype=None)
-
-        def region_like(self, x: Tensor, batched_number: int) -> Tensor:
-            assert region is not None
-            key = (x.shape[0], x.shape[-2:], x.device, x.dtype)
-            if key not in self.regions:
-                whole = region[None] if region.ndim == 2 else region
-                small = F.interpolate(whole[:, None].float(), size=x.shape[-2:], mode="bilinear")
-                rows = fit_batch(small, x.shape[0] // batched_number).repeat(batched_number, 1, 1, 1)
-                self.regions[key] = rows.to(x.device, x.dtype)
-            return self.regions[key]
-
-        def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
-            super().pre_run(model, percent_to_timestep_function)
-            net.pre_run(model, percent_to_timestep_function)
-
-        def cleanup(self) -> None:
-            super().cleanup()
-            self.regions.clear()
-            net.cleanup()
-
-        def get_models(self) -> list[Any]:
-            return [*super().get_models(), *net.get_models()]
-
-        def get_extra_hooks(self) -> list[Any]:
-            return [*super().get_extra_hooks(), *net.get_extra_hooks()]
-
-        def inference_memory_requirements(self, dtype: Any) -> int:
-            return max(super().inference_memory_requirements(dtype), net.inference_memory_requirements(dtype))
-
-        def copy(self) -> Any:
-            made = face_token_link(net.copy(), name, region)
-            self.copy_to(made)
-            return made
-
-        def deepclone_multigpu(self, load_device: Any, autoregister: bool = False) -> Any:
-            made = face_token_link(net.deepclone_multigpu(load_device), name, region)
-            self.copy_to(made)
-            if autoregister:
-                self.multigpu_clones[load_device] = made
-            return made
-
-    return FaceTokenLink()

@@ -144,7 +144,7 @@ def current_call(extra_options: dict[str, Any]) -> ModelCall:
         return call
     batch, *_, height, width = extra_options["original_shape"]
     roles = index_roles(extra_options.get("cond_or_uncond", [0]))
-    return ModelCall(roles, height, width, extra_options.get("sigmas"), *_window(extra_options), batch=batch)
+    return ModelCall(roles, height, width, extra_options.get("sigmas"), *frames_of(extra_options), batch=batch)
 
 
 def index_roles(cond_or_uncond: Sequence[int]) -> tuple[int, ...]:
@@ -152,7 +152,7 @@ def index_roles(cond_or_uncond: Sequence[int]) -> tuple[int, ...]:
     return tuple(COND if i == 0 else UNCOND for i in cond_or_uncond)
 
 
-def _window(options: dict[str, Any]) -> tuple[tuple[int, ...] | None, int | None]:
+def frames_of(options: dict[str, Any]) -> tuple[tuple[int, ...] | None, int | None]:
     """The frames in this call, from AnimateDiff-Evolved's `ad_params` or ComfyUI's own context windows."""
     ad_params = options.get("ad_params")
     if ad_params is not None and ad_params.get("sub_idxs") is not None:
@@ -160,7 +160,10 @@ def _window(options: dict[str, Any]) -> tuple[tuple[int, ...] | None, int | None
     window = options.get("context_window")
     # Only windows over the batch: in a video model, frames are a dimension of their own.
     if window is not None and getattr(window, "dim", None) == 0:
-        return tuple(window.index_list), window.total_frames
+        # The last frame of the window before it may stand in front, and is cut off from what the model gives.
+        anchor = getattr(window, "causal_anchor_index", None)
+        in_front = () if anchor is None or anchor < 0 else (anchor,)
+        return (*in_front, *window.index_list), window.total_frames
     return None, None
 
 
@@ -187,7 +190,7 @@ def _note_call(
         x.shape[-2],
         x.shape[-1],
         t,
-        *_window(options),
+        *frames_of(options),
         batch=x.shape[0],
         device=x.device,
         dtype=dtype_inside(executor.class_obj, x.dtype),

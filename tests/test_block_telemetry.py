@@ -253,7 +253,7 @@ class TestProfile:
 
     def test_nothing_measured_is_no_profile(self) -> None:
         nothing = Contributions(SDXL_BLOCKS, np.zeros(0), np.zeros((0, 70)), np.zeros((0, 70)))
-        with pytest.raises(ProfileError, match="Nothing was measured: .* let start_at of InstantID lie before end_at"):
+        with pytest.raises(ProfileError, match=r"Nothing was measured: .* let start_at of InstantID lie before end_at"):
             make_profile(nothing, "x")
 
     def test_one_step_is_no_steps(self) -> None:

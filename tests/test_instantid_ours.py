@@ -212,7 +212,7 @@ def test_faces_go_to_the_people_whose_masks_cover_them(bench: Bench) -> None:
 
 def test_a_control_net_with_face_tokens_is_copied_with_them() -> None:
     from comfy.controlnet import ControlBase
-    from hotpath.patches.identity_conditioning import face_token_link
+    from hotpath.patches.face_token_link import face_token_link
 
     class Net(ControlBase):
         def copy(self) -> Any:
@@ -238,6 +238,70 @@ def test_a_control_net_with_face_tokens_is_copied_with_them() -> None:
     assert list(link.multigpu_clones) == ["a card"]
     link.deepclone_multigpu("another")
     assert list(link.multigpu_clones) == ["a card"]
+
+
+@pytest.mark.parametrize("link", ["AnimateDiff-Evolved", "Advanced-ControlNet inside"])
+def test_drawings_and_regions_follow_context_windows(link: str) -> None:
+    from types import SimpleNamespace
+
+    from comfy.controlnet import ControlBase
+    from hotpath.patches.face_token_link import face_token_link
+
+    class Net(ControlBase):
+        def get_control(self, x: Any, t: Any, cond: Any, *_: Any) -> Any:
+            whole = self.cond_hint_original
+            own = whole[: len(x)] if link == "AnimateDiff-Evolved" else whole[self.sub_idxs or slice(len(x))]
+            return {"output": [own[:, :1].clone()]}
+
+        def copy(self) -> Any:
+            made = Net()
+            self.copy_to(made)
+            return made
+
+    net = Net()
+    frames = torch.arange(6.0)[:, None, None, None].expand(6, 3, 8, 8)
+    net.cond_hint_original = frames
+    if link != "AnimateDiff-Evolved":
+        net.sub_idxs = None
+    made = face_token_link(
+        net, "tokens", torch.tensor([1.0, 1, 1, 2])[:, None, None].expand(4, 8, 8)
+    )  # the last is repeated
+    assert made.sub_idxs is None, "else AnimateDiff-Evolved refuses it"
+
+    def seen(options: Any, link: Any = made, count: int = 2) -> list[float]:
+        given = link.get_control(torch.zeros(count, 4, 1, 1), torch.zeros(1), {}, 1, options)["output"][0]
+        return given[:, 0, 0, 0].tolist()
+
+    for window in ((0, 1), (4, 5), (5, 0)):
+        expected = [float(i * (2 if i > 2 else 1)) for i in window]
+        assert seen({"ad_params": {"sub_idxs": list(window), "full_length": 6}}) == expected
+        native = SimpleNamespace(dim=0, index_list=list(window), total_frames=6)
+        assert seen({"context_window": native}) == expected
+    if link == "AnimateDiff-Evolved":
+        assert seen({}, made.copy(), 6) == [0, 1, 2, 6, 8, 10], "a copy has all drawings"
+    assert seen({}) == [0, 1]
+    made.cleanup()
+    assert net.cond_hint_original is frames and not made.regions
+
+
+@pytest.mark.long
+def test_frames_are_the_same_in_one_window_or_in_several(bench: Bench) -> None:
+    """Each has a mask and a pose of its own, and without a motion model nothing of the others."""
+    import comfy.context_windows as windows
+
+    poses = torch.cat([photo(seed) for seed in range(6)])
+    model, *conditionings, _ = apply(bench, mask=mask(4, count=6), image_kps=poses, insightface=bench.faces)
+    whole = sample(model, *conditionings, steps=1, batch=6, size=(8, 8))
+    model = model.clone()
+    model.model_options["context_handler"] = windows.IndexListContextHandler(
+        context_schedule=windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD),
+        fuse_method=windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID),
+        context_length=4,
+        context_overlap=2,
+        dim=0,
+    )
+    parts = sample(model, *conditionings, steps=1, batch=6, size=(8, 8))
+    assert torch.allclose(parts, whole, atol=0.05, rtol=1e-3) and not torch.allclose(whole[4], whole[2], atol=1.0)
 
 
 def test_a_mask_covers_a_face_by_what_lies_in_its_box() -> None:

@@ -141,7 +141,7 @@ def test_patches_of_other_nodes_travel_along():
 
 def test_a_control_lora_borrows_weights_with_their_scale():
     import comfy.controlnet
-    from hotpath.patches.identity_conditioning import face_token_link
+    from hotpath.patches.face_token_link import face_token_link
     from instantid_bench import sample, shallow_bench
 
     bench = shallow_bench()
