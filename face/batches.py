@@ -30,8 +30,8 @@ def require_faces(faces: Sequence[Faces], choice: FaceChoice | None = None) -> N
         where = f"{pictures} {listed} of {len(faces)}, counted from 0" if len(faces) > 1 else "the picture"
         if choice is not None and choice.position not in (0, -1):
             raise FaceError(
-                f"There is no face at index {choice.position} ({choice.kind}) in {where}: fewer were found, so choose an "
-                "index nearer to 0, lower the threshold, or choose 'skip'."
+                f"There is no face at index {choice.position}{' from the left' if choice.kind == 'left to right' else ''} in "
+                f"{where}: fewer were found, so choose an index nearer to 0, lower the threshold, or choose 'skip'."
             )
         raise FaceError(
             f"No face was found in {where}: lower the threshold, raise detector_size where faces are small in a large "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -52,6 +53,7 @@ class ForeignAnalyser:
         options: DetectionOptions = DetectionOptions(),  # noqa: B008 - frozen
     ) -> list[Faces]:
         """See `FaceAnalyser.analyse`. The object embeds every face whatever `embed` says; then that is left out."""
+        began = time.perf_counter()
         embed = embed or (choose is not None and choose.needs_embeddings)
         options = replace(options, threshold=self._own_threshold() if options.threshold is None else options.threshold)
 
@@ -67,8 +69,13 @@ class ForeignAnalyser:
         memory = Memory(self._fingerprint, groups, choose, embed, options) if self._fingerprint else None
         with self._as_it_was():
             result, remembered = analyse_in_parts(groups, memory, 1, compute)
-        again = f", {remembered} remembered" if remembered else ""
-        self._last = f"{counted(len(result), 'picture')}, {counted(sum(map(len, result)), 'face')}{again}"
+        without = sum(not len(faces) for faces in result)
+        self._last = (
+            f"{counted(len(result), 'picture')}, {counted(sum(map(len, result)), 'face')}"
+            + (f", {counted(without, 'picture')} without a face" if without else "")
+            + (f", {remembered} remembered" if remembered else "")
+            + f", {(time.perf_counter() - began) * 1000:.0f} ms"
+        )
         return result
 
     def __getattr__(self, name: str) -> Any:

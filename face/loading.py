@@ -146,7 +146,7 @@ def _load_insightface(
     said = []
     if not can_be_tried(provider):
         # The library stops at some of these, and goes on without a word at others.
-        said.append(f"{provider.name} was asked for, but {why_not(provider)}; until then it runs on the CPU.")
+        said.append(f"{provider.name} was asked for, but it runs on the CPU: {why_not(provider)}.")
         log.warning("Faces by insightface: %s", said[-1])
         provider = PROVIDERS["CPU"]
     if precision != "fp32":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import numpy as np
@@ -131,3 +132,10 @@ def test_our_own_objects_pass_unchanged(loaded):
     assert face.adapt(loaded) is loaded
     wrapped = ForeignAnalyser(Recorder(640))
     assert face.adapt(wrapped) is wrapped and wrapped.size == 640
+
+
+@pytest.mark.parametrize(("finds_at", "found"), [(640, "1 face"), (0, "0 faces, 1 picture without a face")])
+def test_the_report_says_what_was_found_and_how_long_it_took(finds_at, found):
+    analyser = ForeignAnalyser(Recorder(finds_at))
+    analyser.analyse(torch.zeros(1, 50, 60, 3))
+    assert re.search(rf": 1 picture, {found}, \d+ ms\.$", analyser.report())
