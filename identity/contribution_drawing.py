@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .contributions import GROUPS, Contributions
+from .contributions import GROUPS, Contributions, counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,9 @@ COLOURS = {"input": "#2f6f9f", "middle": "#7a5195", "output": "#c8553d"}
 DOTS_PER_INCH = 110
 ROW_INCHES = 0.155
 SHOWN_STEPS = 24  # labels along the bottom; more of them would run into each other
+LETTERS_PER_INCH = 7.2  # of the title, if all were as wide as they get
+# For letters that matplotlib's own font lacks, as systems bring them.
+OTHER_SCRIPTS = ("Noto Sans CJK SC", "Source Han Sans SC", "Microsoft YaHei", "PingFang SC", "Arial Unicode MS")
 
 
 def draw_contributions(found: Contributions, title: str = "") -> Tensor:
@@ -39,9 +43,11 @@ def draw_contributions(found: Contributions, title: str = "") -> Tensor:
     heat, bars = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [width - 4.2, 2.0]})
     _heat(figure, heat, found, order, relative)
     _bars(bars, found, order)
+    title = title or "What the identity adds to each block, relative to the block's own output"
     figure.suptitle(
-        title or "What the identity adds to each block, relative to the block's own output",
+        "\n".join(textwrap.wrap(title, int(width * LETTERS_PER_INCH))),
         fontsize=10,
+        fontfamily=_families(),
         parse_math=False,
     )
     from PIL import Image
@@ -50,6 +56,13 @@ def draw_contributions(found: Contributions, title: str = "") -> Tensor:
     canvas.print_png(buffer)
     pixels = np.asarray(Image.open(buffer).convert("RGB"), np.float32) / 255
     return torch.from_numpy(pixels)[None]
+
+
+def _families() -> list[str]:
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *(name for name in OTHER_SCRIPTS if name in installed)]
 
 
 def _heat(figure: Any, axes: Axes, found: Contributions, order: list[int], relative: Any) -> None:
@@ -64,7 +77,7 @@ def _heat(figure: Any, axes: Axes, found: Contributions, order: list[int], relat
     steps = len(found.sigmas)
     shown = list(range(0, steps, max(1, -(-steps // SHOWN_STEPS))))
     axes.set_xticks(shown, [f"{found.sigmas[s]:.3g}" for s in shown], fontsize=6.5, rotation=90)
-    axes.set_xlabel(f"noise level (sigma) of the {steps} steps; grey: not measured", fontsize=8)
+    axes.set_xlabel(f"noise level (sigma) of the {counted(steps, 'step')}; grey: not measured", fontsize=8)
     for row in _borders(blocks):
         axes.axhline(row - 0.5, color="white", linewidth=1.6)
     bar = figure.colorbar(image, ax=axes, location="left", fraction=0.03, pad=0.02, shrink=0.5)
@@ -83,7 +96,7 @@ def _bars(axes: Axes, found: Contributions, order: list[int]) -> None:
     for kind in GROUPS:
         rows = [row for row, block in enumerate(blocks) if block[0] == kind]
         if rows:
-            text = f"{kind} {share[rows].sum():.0f} %"
+            text = f"{kind} {share[rows].sum():.0f} %" if found.measured[order][rows].any() else f"{kind}: not measured"
             axes.text(
                 1.0, (rows[0] + 0.6), text, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold",
                 color=COLOURS[kind], ha="right", va="center",

@@ -260,6 +260,29 @@ class TestProfile:
         one = random_contributions(1)
         assert "over 1 step, 1 run, " in make_profile(one, "x").describe() and "over 1 step (" in table(one)
 
+    def test_a_picture_of_few_steps_and_few_blocks_holds_its_title_and_claims_no_more(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("matplotlib")
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from PIL import Image
+
+        seen: list[Any] = []
+
+        def not_drawn(canvas: Any, file: Any) -> None:
+            seen.append(canvas.figure)
+            Image.new("RGB", (1, 1)).save(file, "PNG")
+
+        monkeypatch.setattr(FigureCanvasAgg, "print_png", not_drawn)
+        one = random_contributions(1)
+        one.own[:, :24] = one.identity[:, :24] = 0
+        draw_contributions(one, "W" * 200 + ": what the identity adds to each block")
+        (figure,) = seen
+        assert figure._suptitle.get_window_extent(figure.canvas.get_renderer()).width <= figure.bbox.width
+        said = [text.get_text() for axes in figure.axes for text in axes.texts]
+        assert said[0] == "input: not measured" and said[1].startswith("middle ") and said[1].endswith(" %")
+        assert figure.axes[0].get_xlabel().startswith("noise level (sigma) of the 1 step;")
+
 
 class TestAdaptiveChoice:
     def test_without_a_profile_all_blocks_and_a_line(self) -> None:
