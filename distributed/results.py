@@ -214,7 +214,7 @@ class ResultStore:
         for actual in _numbered(label if name is None else name[1]):
             others = self.manifest.taken(actual) and (name is None or name[1] != actual)
             wanted = {actual + tail for tail in tails}
-            if not others and not any(self.place(path).exists() for path in wanted - mine):
+            if not others and not any(_is_there(self.place(path)) for path in wanted - mine):
                 break
         stale = [path for path in map(self.place, mine) if path.is_file()]
         for path in stale:
@@ -293,6 +293,15 @@ def _numbered(label: str) -> Iterator[str]:
 def _is_of_the_name(error: OSError) -> bool:
     """Whether it is the name that a file cannot have, and not the disk that takes none."""
     return error.errno in BAD_NAME or getattr(error, "winerror", None) in TOO_LONG
+
+
+def _is_there(path: Path) -> bool:
+    """As Path.exists, which from Python 3.14 on tells of a name that no file can have that it is free."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def leads_inside(folder: Path, name: str) -> bool:
