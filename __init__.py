@@ -38,15 +38,20 @@ def _join_server() -> None:
 
         server = prompt_server()
         if server is not None:
-            from . import panel
+            from . import nodes, panel
             from .headless.orphans import end_with_starter
-            from .host import node_warnings, saved_layouts
+            from .host import node_warnings, saved_layouts, shadowed
 
             end_with_starter()
 
             server.add_on_prompt_handler(saved_layouts.migrate_queued)
             node_warnings.install(send_warning)
             panel.attach(server, __version__)
+
+            async def tell(_: Any) -> None:
+                shadowed.tell_shadowed(nodes.NODE_CLASS_MAPPINGS)
+
+            server.app.on_startup.append(tell)  # all packs are loaded then
     except Exception as error:
         # The nodes work without these. A library that is not installed has been named with the nodes that miss it.
         import logging

@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .shadowed import shadowed
+
 TABLES = Path(__file__).parent.parent / "web" / "layouts"
 CONTROL = "control_after_generate"  # the browser's own widget after a seed
 CONTROLS = ("fixed", "increment", "decrement", "randomize")
@@ -90,8 +92,10 @@ def present(node_id: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def migrate_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
-    """An API-format prompt whose nodes have their present inputs; a node without a table is left as it is."""
-    known, defaults = table()["layouts"], table()["defaults"]
+    """An API-format prompt whose nodes have their present inputs; a node without a table is left as it is, and so is one whose
+    id another pack has in this ComfyUI: to that pack the older inputs may be the present ones."""
+    foreign = {node_id for theirs in shadowed(table()["layouts"]).values() for node_id in theirs}
+    known, defaults = table()["layouts"].keys() - foreign, table()["defaults"]
     changed: dict[str, Any] = {}
     for key, node in prompt.items():
         kind = node.get("class_type") if isinstance(node, Mapping) else None

@@ -16,6 +16,7 @@ from ..host.interface import Host
 from ..host.known_models import KNOWN_MODELS, HubRepository, KnownModel
 from ..host.model_files import verify
 from ..host.model_store import describe, find, free_space
+from ..host.shadowed import shadowed
 
 DOCUMENTATION = "https://github.com/hotpath-nodes/comfyui-hotpath/tree/main/docs"
 
@@ -29,6 +30,7 @@ def overview(version: str) -> dict[str, Any]:
         "caches": caches(),
         "nodes": len(nodes.NODE_CLASS_MAPPINGS),
         "failed_families": dict(nodes.FAILED_FAMILIES),
+        "shadowed": shadowed(nodes.NODE_CLASS_MAPPINGS),
         "models": [model_entry(model, here) for model in KNOWN_MODELS],
     }
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hotpath.host import saved_layouts
+from hotpath.host import saved_layouts, shadowed
 from hotpath.nodes import NODE_CLASS_MAPPINGS
 from saved_values import SAVED
 
@@ -136,6 +138,21 @@ def test_a_node_of_another_shape_leaves_the_others_to_be_migrated():
     assert "lambda_value" not in found[str(len(odd))]["inputs"]
 
 
+def test_a_pack_that_has_an_id_of_ours_gets_what_it_was_sent(monkeypatch, caplog):
+    theirs = type("Theirs", (), {"__module__": "/packs/older.nodes", "RELATIVE_PYTHON_MODULE": "custom_nodes.older"})
+    ours = NODE_CLASS_MAPPINGS["ColorMNetVideo"]
+    measured = type("Measured", (ours,), {"__module__": "/packs/measuring"})
+    registered = {"DeepExColorVideoNode": theirs, "Qwen": theirs, "ColorMNetVideo": measured, "LoadImage": theirs}
+    monkeypatch.setitem(sys.modules, "nodes", SimpleNamespace(NODE_CLASS_MAPPINGS=registered))
+    older = {name: {"class_type": name, "inputs": {"post_processor": "none"}} for name in list(registered)[::2]}
+    found = saved_layouts.migrate_queued({"prompt": older})["prompt"]
+    assert found["DeepExColorVideoNode"] == older["DeepExColorVideoNode"]
+    assert "post_processor" not in found["ColorMNetVideo"]["inputs"]
+    assert shadowed.shadowed(NODE_CLASS_MAPPINGS) == {"older": ["DeepExColorVideoNode", "Qwen"]}
+    shadowed.tell_shadowed(NODE_CLASS_MAPPINGS)
+    assert "DeepExColorVideoNode, Qwen are not this pack's but those of the pack older" in caplog.text
+
+
 def test_a_value_that_is_there_is_kept():
     prompt = {"1": {"class_type": "AILab_QwenVL", "inputs": {"attention_mode": "sdpa"}}}
     assert saved_layouts.migrate_prompt(prompt)["1"]["inputs"]["attention_mode"] == "sdpa"
@@ -145,6 +162,7 @@ def test_a_value_that_is_there_is_kept():
 def test_the_browsers_half_agrees(tmp_path):
     source = (ROOT / "web" / "saved_layouts.js").read_text(encoding="utf-8")
     source = source.replace('import { app } from "../../scripts/app.js";', "const app = { registerExtension() {} };")
+    source = source.replace('import { declaredHere } from "./node_families.js";', "")
     (tmp_path / "saved_layouts.mjs").write_text(source, encoding="utf-8")
     tables = [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "web" / "layouts").glob("*.json"))]
     cases = []

@@ -133,7 +133,7 @@ class HotpathPanel {
     if (this.data === null) return;
     const busy = this.data.downloads.map((d) => [d.models, d.state, d.done, d.message]);
     this.again.textContent = say("Refresh");
-    this.part("failures", [this.data.failed_families], () => this.failures());
+    this.part("failures", [this.data.failed_families, this.data.shadowed], () => this.failures());
     this.part("caches", [this.data.caches], () => this.caches());
     this.part("models", [this.data.models, busy, [...this.accepted]], () => this.models());
     this.part("libraries", [this.libraries, this.open.has("libraries")], () => this.librariesPart());
@@ -177,17 +177,21 @@ class HotpathPanel {
   }
 
   failures() {
-    const entries = Object.entries(this.data.failed_families);
+    const told = [
+      ...Object.entries(this.data.failed_families).map(([family, reason]) =>
+        say("The {family} nodes are missing: {reason}", { family: familyName(family), reason }),
+      ),
+      ...Object.entries(this.data.shadowed ?? {}).map(([pack, ids]) =>
+        say("The pack {pack} has nodes with the same ids, which run in place of Hotpath's: {ids}. Disable one of the two.", {
+          pack,
+          ids: ids.join(", "),
+        }),
+      ),
+    ];
     return element(
       "div",
-      { role: entries.length ? "alert" : undefined },
-      entries.map(([family, reason]) =>
-        element(
-          "p",
-          { class: "hp-alert hp-break" },
-          say("The {family} nodes are missing: {reason}", { family: familyName(family), reason }),
-        ),
-      ),
+      { role: told.length ? "alert" : undefined },
+      told.map((sentence) => element("p", { class: "hp-alert hp-break" }, sentence)),
     );
   }
 

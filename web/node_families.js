@@ -29,8 +29,12 @@ function titleWidth(node) {
   return Math.ceil(width) + 2 * window.LiteGraph.NODE_TITLE_HEIGHT + 1;
 }
 
+export function declaredHere(nodeData) {
+  return nodeData?.python_module === `custom_nodes.${FOLDER}`;
+}
+
 export function isOurs(node) {
-  return node?.constructor?.nodeData?.python_module === `custom_nodes.${FOLDER}`;
+  return declaredHere(node?.constructor?.nodeData);
 }
 
 // A colour on the node is what both renderers read (the one that draws nodes as elements does not look at its class).
@@ -50,7 +54,7 @@ function colour(nodeType, family) {
 app.registerExtension({
   name: "Hotpath.NodeFamilies",
   beforeRegisterNodeDef(nodeType, nodeData) {
-    if (nodeData.python_module !== `custom_nodes.${FOLDER}`) return;
+    if (!declaredHere(nodeData)) return;
     const family = COLOURS.find(([ids]) => ids.test(nodeData.name));
     if (family !== undefined) colour(nodeType, (nodeType.hotpathColour = family[1]));
   },

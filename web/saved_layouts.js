@@ -2,6 +2,7 @@
 // removed since. The layouts stand in layouts/<pack>.json, which host/saved_layouts.py reads for API prompts as well.
 
 import { app } from "../../scripts/app.js";
+import { declaredHere } from "./node_families.js";
 
 const TABLES = ["qwen_vl", "colorization"];
 const CONTROL = "control_after_generate";
@@ -94,12 +95,16 @@ app.registerExtension({
   async beforeConfigureGraph(graph) {
     const { rename } = await (reading ??= readTables());
     for (const { nodes } of [graph, ...(graph?.definitions?.subgraphs ?? [])]) {
-      for (const node of nodes ?? []) renameInputs(rename[node.type], node.inputs);
+      for (const node of nodes ?? []) {
+        const declared = window.LiteGraph.registered_node_types[node.type]?.nodeData;
+        if (declaredHere(declared)) renameInputs(rename[node.type], node.inputs);
+      }
     }
   },
   async beforeRegisterNodeDef(nodeType, nodeData) {
     const table = await (reading ??= readTables());
-    if (table.layouts[nodeData.name] === undefined) return;
+    // Another pack that has the id may take what was saved as it is.
+    if (table.layouts[nodeData.name] === undefined || !declaredHere(nodeData)) return;
     const configure = nodeType.prototype.configure;
     nodeType.prototype.configure = function (info) {
       const change = migrated(table, nodeData.name, info.widgets_values, this.widgets ?? []);
