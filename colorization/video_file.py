@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -260,7 +260,7 @@ def demuxed(container: Any, streams: list[Any], found: Irregularities) -> Genera
         found.cut_off = True
 
 
-def open_video(path: Path) -> Any:
+def open_video(path: Path) -> AbstractContextManager[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no video {path}.")
     try:

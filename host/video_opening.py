@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def opened(path: Path) -> Any:
-    """The file as a container of PyAV. Names in old files are in any encoding; what cannot be read of them is replaced.
+def opened(path: Path) -> AbstractContextManager[Any]:
+    """The file as a container of PyAV, open at once. Names in old files are in any encoding; what cannot be read is replaced.
 
     Raises OSError or ValueError when it is none.
     """
@@ -15,10 +17,25 @@ def opened(path: Path) -> Any:
 
     try:
         try:
-            return av.open(str(path), metadata_errors="replace")
+            container = av.open(str(path), metadata_errors="replace")
         except TypeError:  # PyAV 19 reads them all, and has no word for it
-            return av.open(str(path))
+            container = av.open(str(path))
     except (OSError, ValueError):
         raise
     except av.error.FFmpegError as error:  # such as PyAV's own EOFError, which is neither
         raise ValueError(f"{path.name} is damaged or cut off: {error}") from error
+    return _at_rest_in_the_end(container)
+
+
+@contextmanager
+def _at_rest_in_the_end(container: Any) -> Iterator[Any]:
+    with container:
+        try:
+            yield container
+        finally:
+            # PyAV frees a decoder while it holds Python's lock. A thread of the decoder that tells of damage meanwhile waits for
+            # that lock, once anybody has turned PyAV's log on (torchvision up to 0.25 does), and the whole process stands
+            # still. To flush waits for the threads without the lock.
+            for stream in container.streams:
+                if (decoder := getattr(stream, "codec_context", None)) is not None:
+                    decoder.flush_buffers()

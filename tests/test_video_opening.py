@@ -1,0 +1,48 @@
+"""Films that are left before their end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+from hotpath.host import video_opening
+
+LEAVE = """
+import importlib.util, logging, sys
+import av, av.logging
+spec = importlib.util.spec_from_file_location("video_opening", sys.argv[1])
+opening = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(opening)
+av.logging.set_level(av.logging.ERROR)
+logging.getLogger("libav").setLevel(100)
+for seen in range(3):
+    with opening.opened(opening.Path(sys.argv[2])) as container:
+        stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "FRAME", 4
+        frames = container.decode(stream)
+        for _ in range(seen + 1):
+            next(frames)
+print("left")
+"""
+
+
+def test_a_damaged_film_is_left_while_its_threads_tell_of_the_damage(tmp_path: Path) -> None:
+    path = tmp_path / "film.ts"
+    random = np.random.default_rng(0)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
+        for _ in range(12):
+            noise = random.integers(0, 255, (240, 320, 3), dtype=np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        out.mux(stream.encode(None))
+    content = np.fromfile(path, dtype=np.uint8)
+    content[188 * 9 + 100 :: 188 * 7] ^= 0xFF
+    content.tofile(path)
+    # A process of its own: what would stand still is all of it.
+    command = [sys.executable, "-c", LEAVE, video_opening.__file__, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "left\n"
