@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only python3 (3.10 to 3.13), make and a package registry.
+# `make demo` and `make test` need only python3 (3.10 to 3.14), make and a package registry.
 # On Windows use the two lines in README.md, "Without make".
 #
 #   PYTHON=python3.12 make test     another Python (VENV=.venv312 beside it keeps both environments)
@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Made again when what it is made from changes, or when a ComfyUI appears.
 $(VENV)/.ready: pyproject.toml constraints.txt overrides.txt $(wildcard $(COMFYUI)/requirements.txt)
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v[:2] else f'{sys.executable} is \
-	Python {v[0]}.{v[1]}; Hotpath needs 3.10 to 3.13. Name another one: PYTHON=python3.12 make ...')"
+	Python {v[0]}.{v[1]}; Hotpath needs 3.10 to 3.14. Name another one: PYTHON=python3.12 make ...')"
 	@# Some systems ship Python without the part of venv that brings pip; then a pip or uv outside installs into it.
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) 2>/dev/null || $(PYTHON) -m venv --without-pip --clear $(VENV)
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 \
