@@ -40,7 +40,8 @@ def find_comfyui(explicit: Path | None = None) -> Path | None:
         return folder
     # Also as it was called: custom_nodes/<pack> is often a symbolic link.
     called = Path(__file__).absolute().parent.parent
-    places = [*PACK.parents, *called.parents, Path.cwd(), *Path.cwd().parents, Path.home() / "ComfyUI"]
+    at_home = Path(os.path.expanduser("~/ComfyUI"))  # noqa: PTH111 - a user of a container may have no home: as is
+    places = [*PACK.parents, *called.parents, Path.cwd(), *Path.cwd().parents, at_home]
     return next((place for place in places if is_comfyui(place)), None)
 
 

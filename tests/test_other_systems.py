@@ -14,7 +14,7 @@ import pytest
 import torch
 from hotpath.colorization import file_names, manifest, playable_part
 from hotpath.commands import console, doctor
-from hotpath.distributed import results
+from hotpath.distributed import ray_cluster, results
 from hotpath.distributed.items import Item
 from hotpath.distributed.jobs import Job
 from hotpath.distributed.manifest import Manifest
@@ -111,6 +111,19 @@ def test_a_comfyui_prints_letters_that_the_code_page_lacks(tmp_path: Path, monke
     with pytest.raises(OSError, match="not in this test"), launcher.launched(tmp_path):
         pass
     assert given["PYTHONIOENCODING"] == "utf-8", "its log is read as UTF-8"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows knows every user's home")
+def test_a_user_without_a_home_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    for name in ("HOME", "COMFYUI_PATH", ray_cluster.TOKEN, ray_cluster.TOKEN_PATH):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr(locate, "is_comfyui", lambda folder: False)
+    assert locate.find_comfyui() is None
+    assert ray_cluster.token_environment(ray_cluster.ClusterOptions(address="127.0.0.1:1"), tmp_path) == {}
 
 
 def test_model_paths_of_another_encoding_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
