@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from .. import host
@@ -32,6 +33,7 @@ log = logging.getLogger("hotpath.text_to_image")
 
 # Not float16: the transformer's activations run over its range.
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+OLDEST_DIFFUSERS = (0, 39)
 PATCH = 2  # latent pixels on a side of one token
 # What a ControlNet takes from the transformer, and its files hold again.
 SHARED: tuple[str, ...] = ("t_embedder", "all_x_embedder", "cap_embedder", "rope_embedder", "noise_refiner")
@@ -318,12 +320,16 @@ def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
 def require_libraries() -> None:
     """Raises UnusableCheckpoint when diffusers or transformers is missing or too old for Z-Image."""
     try:
-        from diffusers import ZImageTransformer2DModel  # noqa: F401
+        import diffusers
         from transformers import Qwen3Model  # noqa: F401
+
+        # Older ones have Z-Image, too, but refuse to run it as this does or draw other pictures.
+        if Version(diffusers.__version__).release < OLDEST_DIFFUSERS:
+            raise ImportError(f"diffusers {diffusers.__version__} is installed")
     except (ImportError, RuntimeError) as error:
         raise UnusableCheckpoint(
-            f"Text to image needs diffusers 0.36 and transformers 4.57 or newer ({error}): install them with "
-            'pip install "diffusers>=0.36" "transformers>=4.57" accelerate.'
+            f"Text to image needs diffusers 0.39 and transformers 4.57 or newer ({error}): install them with "
+            'pip install "diffusers>=0.39" "transformers>=4.57" accelerate.'
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
 from hotpath import host
@@ -13,7 +14,7 @@ from hotpath.host import ModelNotFound
 from hotpath.text_to_image import folders
 from hotpath.text_to_image.folders import UnusableCheckpoint
 from hotpath.text_to_image.jobs import adapter_file
-from hotpath.text_to_image.loading import MODELS
+from hotpath.text_to_image.loading import MODELS, require_libraries
 from safetensors.torch import load_file, save_file
 
 
@@ -207,3 +208,13 @@ def test_a_folder_that_changed_is_another_model(copy, folder, load):
     # A renamed one is not.
     copy.rename(folder / "renamed")
     assert load("renamed").identity == after.identity
+
+
+@pytest.mark.parametrize(("version", "enough"), [("0.38.0", False), ("0.39.0.dev0", True), ("1.0", True)])
+def test_a_diffusers_that_draws_other_pictures_is_too_old(version, enough, monkeypatch):
+    monkeypatch.setattr(diffusers, "__version__", version)
+    if enough:
+        require_libraries()
+    else:
+        with pytest.raises(UnusableCheckpoint, match=r"diffusers 0\.39 .* newer \(diffusers 0\.38\.0 is installed\)"):
+            require_libraries()
