@@ -14,7 +14,7 @@ from .commands.console import complain
 from .commands.feature_options import add_caption, add_colorize, add_generate
 from .commands.option_types import add_models_folder, device
 from .commands.workflow_options import add_compare, add_demo, add_map, add_run
-from .host import huge_pages
+from .host import fresh_memory
 from .host.errors import install_requirements, missing_library
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(argv)
         if argv is None:  # this process is ours
-            huge_pages.ask()
+            fresh_memory.ask()
         return _run(options)
     except KeyboardInterrupt:  # also while the command is still being read and imported
         return 130

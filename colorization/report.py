@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..host.huge_pages import ProcessorTime
+from ..host.fresh_memory import ProcessorTime
 from .stage_times import StageTimes
 
 

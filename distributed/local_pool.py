@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..host import huge_pages
+from ..host import fresh_memory
 from .devices import VISIBLE
 from .pool import STARTS, Advanced, Died, Event, Finished, Ready
 from .worker import WorkerSettings
@@ -58,7 +58,7 @@ class LocalPool:
     def _start(self, slot: int) -> None:
         self._starts[slot] += 1
         self._generation[slot] += 1
-        environment = {**QUIET, **huge_pages.environment(), **os.environ}
+        environment = {**QUIET, **fresh_memory.environment(), **os.environ}
         if self.gpus[slot] is not None:
             environment[VISIBLE] = str(self.gpus[slot])
         if self.settings.threads:

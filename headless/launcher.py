@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from ..host import huge_pages
+from ..host import fresh_memory
 from ..host.headless import best_device
 from .locate import PACK, carries_pack, python_for
 from .orphans import STARTED_BY
@@ -94,7 +94,7 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
             started_by = {STARTED_BY: str(os.getpid())}
             # Into a file Windows writes a letter that its code page lacks as an error in whichever node printed it.
             printed = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-            inherited = {**huge_pages.environment(), **os.environ}
+            inherited = {**fresh_memory.environment(), **os.environ}
             environment = {**inherited, **printed, **started_by, **options.environment}
             # Else a process that has begun would be nobody's.
             with log.open("wb") as sink, waiting():

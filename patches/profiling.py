@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..host import huge_pages
+from ..host import fresh_memory
 from ..host.device_work import wait_for
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of
@@ -200,7 +200,7 @@ class ProfileSession:
             run.step_done()
             return callback(*step) if callback is not None else None
 
-        processor = huge_pages.ProcessorTime(device)
+        processor = fresh_memory.ProcessorTime(device)
         try:
             return executor(noise, latent, sampler, sigmas, mask, after_step, *rest, **kwargs)
         finally:
@@ -229,7 +229,7 @@ class ProfileSession:
             spans, self._spans = self._spans, []
             processor, self._processor = self._processor, (0.0, 0.0)
         counts, self._before = self._before, dynamo_counts()
-        memory = huge_pages.advice(*processor)
+        memory = fresh_memory.advice(*processor)
         return resolve(spans, (*self._notes(counts), *([memory] if memory else ())))
 
     def _notes(self, before: dict[str, int]) -> tuple[str, ...]:

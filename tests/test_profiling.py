@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hotpath.host import huge_pages
+from hotpath.host import fresh_memory
 from hotpath.patches import profile_drawing
 from hotpath.patches.compilation import compile_model
 from hotpath.patches.profile_drawing import COMPILING, draw, table
@@ -103,7 +103,7 @@ def test_a_run_is_timed_stage_by_stage_and_stays_the_same() -> None:
 @pytest.mark.comfy
 def test_time_that_the_system_takes_on_a_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[float, float]] = []
-    monkeypatch.setattr(huge_pages, "advice", lambda *spent: (told.append(spent), "larger pages")[1])
+    monkeypatch.setattr(fresh_memory, "advice", lambda *spent: (told.append(spent), "larger pages")[1])
     bench = tiny("flux")
     model, _, _, session = profile(bench.model)
     before = os.times()

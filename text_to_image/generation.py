@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import host
 from ..host.compiling import until_nothing_compiles
 from ..host.errors import is_out_of_memory, kind_and_line
-from ..host.huge_pages import ProcessorTime
+from ..host.fresh_memory import ProcessorTime
 from ..products.rerouting import rerouted
 from . import compilation, decoding, denoising
 from .adapters import Adapter

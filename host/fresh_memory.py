@@ -1,9 +1,9 @@
-"""Huge pages for tensors in a CPU's memory, on Linux.
+"""What it costs on Linux that memory of large tensors goes back to the system, and what is done about it.
 
-A tensor of megabytes comes fresh from the system, which maps and clears it page by page at its first use: networks on a CPU
-spend a tenth to a third of their time so. With `THP_MEM_ALLOC_ENABLE` in the environment torch asks for pages of 2 MiB, five
-hundred times as few. It is read once, at the first tensor of a process: processes of our own are started with it, and in
-others we only tell what its absence costs.
+A tensor of megabytes comes fresh from the system, which maps and clears it page by page at its first use: with networks on a
+CPU that can take a third of the time. An allocator that keeps memory for the next tensor ends it, but must be named before a
+process starts. Processes of our own ask for pages of 2 MiB instead, five hundred times as few; torch reads
+`THP_MEM_ALLOC_ENABLE` once, at its first tensor.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # it must not be loaded before `ask`
 
 NAME = "THP_MEM_ALLOC_ENABLE"
 STATE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+ALLOCATOR = "libtcmalloc_minimal.so.4"
+PACKAGES = "package libtcmalloc-minimal4 on Debian and Ubuntu, gperftools-libs on Fedora"
 NOTABLE = 0.1  # share of the processor's time that the system takes
 LEAST_SECONDS = 5.0  # of that time, for a share to mean something
 
@@ -43,11 +45,12 @@ def environment() -> dict[str, str]:
 def advice(user: float, system: float) -> str:
     """What to do about processor seconds of which the system took `system`; "" where that is little or nothing helps."""
     share = system / max(1e-9, user + system)
-    if user + system < LEAST_SECONDS or share < NOTABLE or not environment():
+    kept = "malloc" in os.environ.get("LD_PRELOAD", "")
+    if user + system < LEAST_SECONDS or share < NOTABLE or kept or sys.platform != "linux":
         return ""
     return (
         f"{100 * share:.0f} % of the processor's time went to the system, which fetches memory for every large tensor anew: "
-        f"with {NAME}=1 in the environment that ComfyUI is started in, torch asks for larger pages"
+        f"start the program with LD_PRELOAD={ALLOCATOR} in the environment, which keeps it ({PACKAGES})"
     )
 
 
