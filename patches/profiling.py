@@ -206,7 +206,8 @@ class ProfileSession:
         finally:
             self._local.run, self._local.inside = before, False
             run.close()
-            self._spent(*processor.spent())
+            if not run.compiled():  # which starts programs, and those are the system's work
+                self._spent(*processor.spent())
 
     def _spent(self, user: float, system: float) -> None:
         with self._lock:
@@ -250,13 +251,16 @@ class _Steps:
     def __init__(self, session: ProfileSession, device: torch.device, compiler: RegionalCompiler | None) -> None:
         self.session, self.device, self.compiler = session, device, compiler
         self.last = Moment.now(device)
-        self.graphs = self._graphs()
+        self.graphs = self.before = self._graphs()
         self.model: list[tuple[Moment, Moment]] = []
         self.started = False
         self.ended: Moment | None = None  # the last call of the model
 
     def _graphs(self) -> int:
         return self.compiler.graphs if self.compiler is not None else 0
+
+    def compiled(self) -> bool:
+        return self._graphs() > self.before
 
     def model_starts(self) -> Moment:
         moment = Moment.now(self.device)

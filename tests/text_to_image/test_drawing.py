@@ -303,7 +303,7 @@ def test_libraries_that_are_missing_are_named(load, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UnusableCheckpoint, match=r"needs diffusers 0\.36 and transformers 4\.57 or newer.*pip install"):
+    with pytest.raises(UnusableCheckpoint, match=r"needs diffusers 0\.39 and transformers 4\.57 or newer.*pip install"):
         load()
 
 
