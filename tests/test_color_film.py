@@ -258,16 +258,16 @@ def test_8k_width_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.long
 def test_full_size_conversion_halves_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = film.with_luminance
+    original = film.frames_of
 
-    def scarce(luminance: Tensor, chroma: Tensor) -> Tensor:
+    def scarce(luminance: Tensor, chroma: Tensor, dtype: torch.dtype) -> Tensor:
         if len(luminance) > 2:
             raise RuntimeError("CUDA out of memory.")
-        return original(luminance, chroma)
+        return original(luminance, chroma, dtype)
 
     images, reference = frames(9), frames(1, seed=2)
     expected = run(images, reference, colour_size=32).pictures
-    monkeypatch.setattr(film, "with_luminance", scarce)
+    monkeypatch.setattr(film, "frames_of", scarce)
     done = run(images, reference, colour_size=32)
     torch.testing.assert_close(done.pictures, expected)
     assert "full-size frames at a time halved" in done.report
