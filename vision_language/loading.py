@@ -22,6 +22,7 @@ from ..cache import content_key
 from ..host.errors import first_line
 from ..host.unloading import before_unloading_all
 from . import decoding, download, folders, offloading, projections
+from .experts import pack_experts, unpacked_experts
 from .folders import ModelFolder, UnusableModel
 from .interruption import interruptible_loading, is_stop
 from .loaded_model import LoadedModel, LoadOptions, compute_device, numbered
@@ -147,7 +148,8 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     if folder.sees:
         projections.patches_by_product(getattr(network.model, "visual", None))
     if packing.method in PACKED:
-        count = quantize(decoding.text_decoder(network).layers, packing.method, device)
+        layers = decoding.text_decoder(network).layers
+        count = pack_experts(layers, packing.method, device) + quantize(layers, packing.method, device)
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
         if pack_head(network, packing.method, device):
             log.info("%s: the output head packed to int8", folder.name)
@@ -201,15 +203,6 @@ def stream_layers(network: Any, device: torch.device, asked: int) -> str:
         return ""
     offloading.stream(layers, count)
     return f"{count} of {len(layers)} decoder layers are streamed from CPU memory"
-
-
-def unpacked_experts(layers: Any) -> str:
-    """A note on the experts of packed layers, which are no nn.Linear and stay as they are stored; "" where there are none."""
-    parts = dict(layers.named_parameters())
-    experts = sum(part.nbytes for name, part in parts.items() if part.ndim == 3 and ".experts." in name)
-    if not experts:
-        return ""
-    return f"quantization: not of its experts, which are {experts / offloading.layer_bytes(layers):.0%} of the decoder's bytes"
 
 
 def bitsandbytes_settings(method: str, dtype: torch.dtype) -> Any:

@@ -212,13 +212,14 @@ def pack_head(network: Any, method: str, device: torch.device) -> bool:
 
 
 def quantize(decoder: nn.Module, method: str, device: torch.device) -> int:
-    """Replace every nn.Linear below `decoder` by its packed form for `device`, in place; returns how many."""
+    """Replace every nn.Linear below `decoder`, but routers, by its packed form for `device`, in place; returns how many."""
     # Named and not held: each layer's own weights are released as soon as they are packed.
     dense = [
         (parent, name)
         for parent in decoder.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear
+        # A mixture's routers are small, and choose.
+        if type(child) is nn.Linear and not (name.endswith("gate") and hasattr(parent, "experts"))
     ]
     for parent, name in host.each(dense, method):
         replace(parent, name, pack(getattr(parent, name), method, device))

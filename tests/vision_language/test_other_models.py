@@ -14,10 +14,12 @@ from hotpath.demo.captioner_model import (
     write_processors,
     write_tokenizer,
 )
+from hotpath.vision_language import decoding
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
+from hotpath.vision_language.experts import PackedExperts, pack_experts, packable, unpacked_experts
 from hotpath.vision_language.loaded_model import LoadOptions
-from hotpath.vision_language.loading import MODELS, unpacked_experts
+from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling
 from torch import nn
@@ -66,14 +68,68 @@ def other_folder(folder, kind):
     return folder
 
 
+def library_experts(count=5, hidden=64, inner=48):
+    moe = pytest.importorskip("transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe")
+    from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+
+    config = Qwen3VLMoeTextConfig(hidden_size=hidden, moe_intermediate_size=inner, num_experts=count)
+    config._experts_implementation = "eager"
+    made = moe.Qwen3VLMoeTextExperts(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.normal_(0, 0.3)
+    return made
+
+
 @pytest.mark.parametrize(("kind", "experts"), [("qwen3_vl_moe", True), ("qwen3_5", False)])
 def test_experts_that_are_not_packed_are_told(kind, experts):
-    """The library keeps all experts of a layer in one tensor, which is no nn.Linear."""
+    """Older releases of the library keep them in another order."""
     part = nn.Module()
     part.gate_up_proj = nn.Parameter(torch.zeros(4, 30, 8))
     layer = nn.ModuleDict({"experts" if experts else "conv1d": part, "o_proj": nn.Linear(8, 8, bias=False)})
+    assert not packable(part) and pack_experts(layer, "int8", torch.device("cpu")) == 0
     note = unpacked_experts(nn.ModuleList([layer]))
     assert note == ("quantization: not of its experts, which are 94% of the decoder's bytes" if experts else ""), kind
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("method", "near"), [("int8", 0.02), ("float8", 0.08), ("int4", 0.2)])
+@pytest.mark.parametrize("inner", [48, 64])
+def test_packed_experts_are_the_librarys(method, near, device, inner):
+    torch.manual_seed(0)
+    experts = library_experts(inner=inner)
+    if not packable(experts):
+        pytest.skip("this transformers keeps experts in another order")
+    layer = nn.ModuleDict({"experts": experts})
+    held = sum(parameter.nbytes for parameter in layer.parameters())
+    rows, chosen = torch.randn(23, 64), torch.stack([torch.randperm(5)[:2] for _ in range(23)])
+    chosen[4] = torch.tensor([2, 5])  # none: past the last one
+    weights = torch.rand(23, 2)
+    with torch.no_grad():
+        wanted = experts(rows, chosen, weights)
+        assert pack_experts(layer, method, torch.device(device)) == 1
+        packed = layer["experts"]
+        assert type(packed) is PackedExperts and not list(experts.parameters())
+        found = packed(rows, chosen, weights)
+        one = packed(rows[7:8], chosen[7:8], weights[7:8])
+    assert sum(tensor.nbytes for tensor in packed.buffers()) < (0.3 if method != "int4" else 0.19) * held
+    assert not list(packed.parameters()) and not unpacked_experts(nn.ModuleList([layer]))
+    assert (found - wanted).norm() < near * wanted.norm()
+    assert (one - found[7:8]).norm() < 0.02 * found[7:8].norm()
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "float8"])
+def test_a_mixture_of_experts_answers_packed(llm, ask, pictures, method):
+    other_folder(llm / "mixture", "qwen3_vl_moe")
+    model = MODELS.get("mixture", LoadOptions(quantization=method))
+    layers = decoding.text_decoder(model.network).layers
+    if not any(isinstance(part, PackedExperts) for part in layers.modules()):
+        pytest.skip("this transformers keeps experts in another order")
+    question = Question("Describe.", "", (pictures.a,))
+    first, again = ask(model, question), ask(model, question)
+    assert first.raw == again.raw and first.tokens and "not of its experts" not in first.report
+    # A router chooses by small differences.
+    assert all(layer.mlp.gate.weight.dtype == torch.float32 for layer in layers)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_5"])

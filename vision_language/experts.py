@@ -1,0 +1,88 @@
+"""The experts of a mixture, packed. The library keeps those of a layer in one tensor, which is no linear layer; they are most
+of such a model's bytes, and few of them serve a token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import host
+from .offloading import layer_bytes
+from .quantization import Int4Linear, Int4OnCpu, ScaledLinear, pack
+
+GIVEN = ["self", "hidden_states", "top_k_index", "top_k_weights"]
+
+
+class PackedExperts(nn.Module):
+    """In the place of a layer's experts: act(gate) * up, then down, by the experts that a router chose for each row."""
+
+    def __init__(self, experts: Any, method: str, device: torch.device) -> None:
+        """experts: of a kind that `packable` knows; its weights are released."""
+        super().__init__()
+        self.count, self.hidden, self.inner = experts.down_proj.shape
+        self.act_fn = experts.act_fn
+        self.gate_up = _packed(experts, "gate_up_proj", method, device)
+        self.down = _packed(experts, "down_proj", method, device)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states: [rows, hidden]; top_k_index, top_k_weights: [rows, chosen]. An index past the last expert is none."""
+        result = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert >= self.count:
+                continue
+            rows, places = torch.where(top_k_index == expert)
+            made = self.gate_up.rows(hidden_states[rows], 2 * self.inner * expert, 2 * self.inner * (expert + 1))
+            gate, up = made.chunk(2, dim=-1)
+            made = self.down.rows(self.act_fn(gate) * up, self.hidden * expert, self.hidden * (expert + 1))
+            result.index_add_(0, rows, (made * top_k_weights[rows, places, None]).to(result.dtype))
+        return result
+
+
+def packable(part: nn.Module) -> bool:
+    """Whether `part` is a layer's experts as the library computes them: [experts, 2 x inner, hidden] and [experts, hidden,
+    inner], no biases, the usual gate. Older releases have another order, and a few models a gate of their own."""
+    gate_up, down = getattr(part, "gate_up_proj", None), getattr(part, "down_proj", None)
+    if not isinstance(gate_up, nn.Parameter) or not isinstance(down, nn.Parameter) or gate_up.ndim != 3:
+        return False
+    kind: Any = type(part)
+    usual = getattr(kind, "_apply_gate", None)
+    return (
+        down.ndim == 3
+        and gate_up.shape == (len(down), 2 * down.shape[2], down.shape[1])
+        and sum(1 for _ in part.parameters()) == 2
+        and callable(getattr(part, "act_fn", None))
+        and (usual is None or usual.__name__ == "_default_apply_gate")
+        and getattr(part, "is_concatenated", True)
+        and list(inspect.signature(kind.forward).parameters) == GIVEN
+    )
+
+
+def pack_experts(decoder: nn.Module, method: str, device: torch.device) -> int:
+    """Replace all experts below `decoder` that are `packable` by their packed form for `device`, in place; how many layers."""
+    found = [(owner, name) for owner in decoder.modules() for name, part in owner.named_children() if packable(part)]
+    for owner, name in host.each(found, f"experts, {method}") if found else ():
+        setattr(owner, name, PackedExperts(getattr(owner, name), method, device))
+    return len(found)
+
+
+def unpacked_experts(layers: Any) -> str:
+    """A note on the experts of packed layers that are not `packable` and stay as they are stored; "" where there are none."""
+    parts = dict(layers.named_parameters())
+    experts = sum(part.nbytes for name, part in parts.items() if part.ndim == 3 and ".experts." in name)
+    if not experts:
+        return ""
+    return f"quantization: not of its experts, which are {experts / layer_bytes(layers):.0%} of the decoder's bytes"
+
+
+def _packed(experts: Any, name: str, method: str, device: torch.device) -> ScaledLinear | Int4Linear | Int4OnCpu:
+    """All experts' outputs as those of one layer, of which each expert's are some rows."""
+    weight = getattr(experts, name).detach().flatten(0, 1)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    delattr(experts, name)
+    del weight
+    return pack(layer, method, device)
