@@ -150,7 +150,7 @@ class ProfileSession:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._before = dynamo_counts()
-        self._processor = (0.0, 0.0)  # seconds of sampling on a CPU: of the program, and of the system for it
+        self._processor: list[tuple[float, float]] = []  # seconds of sampling on a CPU: of the program, of the system
 
     def __deepcopy__(self, _: Any) -> ProfileSession:
         return self
@@ -191,8 +191,7 @@ class ProfileSession:
             args if len(args) >= 2 else (kwargs.pop("denoise_mask", None), kwargs.pop("callback", None))
         )
         self.watch(executor.class_obj.model_patcher)  # patches that came after the profile node count too
-        compiler = compiler_of(executor.class_obj.model_patcher)
-        run = _Steps(self, device, compiler)
+        run = _Steps(self, device, compiler_of(executor.class_obj.model_patcher))
         before = getattr(self._local, "run", None)
         self._local.run, self._local.inside = run, True
 
@@ -206,12 +205,8 @@ class ProfileSession:
         finally:
             self._local.run, self._local.inside = before, False
             run.close()
-            if not run.compiled():  # which starts programs, and those are the system's work
-                self._spent(*processor.spent())
-
-    def _spent(self, user: float, system: float) -> None:
-        with self._lock:
-            self._processor = self._processor[0] + user, self._processor[1] + system
+            if run.graphs == run.before:  # compiling starts programs, and those are the system's work
+                self._processor.append(processor.spent())
 
     def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """A PREDICT_NOISE wrapper: one evaluation of the model, all of CFG included."""
@@ -228,9 +223,9 @@ class ProfileSession:
         """The run since the last report, as numbers. Waits for the GPU, and forgets the run."""
         with self._lock:
             spans, self._spans = self._spans, []
-            processor, self._processor = self._processor, (0.0, 0.0)
+            spent, self._processor = self._processor, []
         counts, self._before = self._before, dynamo_counts()
-        memory = fresh_memory.advice(*processor)
+        memory = fresh_memory.advice(sum(user for user, _ in spent), sum(system for _, system in spent))
         return resolve(spans, (*self._notes(counts), *([memory] if memory else ())))
 
     def _notes(self, before: dict[str, int]) -> tuple[str, ...]:
@@ -258,9 +253,6 @@ class _Steps:
 
     def _graphs(self) -> int:
         return self.compiler.graphs if self.compiler is not None else 0
-
-    def compiled(self) -> bool:
-        return self._graphs() > self.before
 
     def model_starts(self) -> Moment:
         moment = Moment.now(self.device)
