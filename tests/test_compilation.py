@@ -349,3 +349,22 @@ def test_attention_of_a_node_that_runs_again_needs_no_new_graph() -> None:
         graphs.append(compiler.graphs)
     assert graphs[0] == graphs[1] == graphs[2]
     assert "compiled into a graph" in attention_report(model)
+
+
+@pytest.mark.parametrize(
+    "where", [pytest.param("cpu", marks=pytest.mark.long), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("name", ["flux", "z_image", "least_sdxl"])
+@pytest.mark.usefixtures("own_graphs")
+def test_torchs_own_compiler_makes_whole_models(name: str, where: str) -> None:
+    """In ComfyUI's inference mode, of blocks that write to their input and of such that do not."""
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with torch.inference_mode():
+        bench = tiny(name)
+        model, _ = compile_model(bench.model)
+        compiler = compiler_of(model)
+        assert compiler is not None
+        for changes in ({}, {"size": (16, 24), "prompt": "another"}):
+            assert_same_picture(sample(bench, model, **changes), sample(bench, **changes))
+            assert compiler.fallbacks() == {} and compiler.graphs >= 1
