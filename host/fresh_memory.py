@@ -55,17 +55,25 @@ def advice(user: float, system: float) -> str:
 
 
 class ProcessorTime:
-    """What this process's work on `device` spends from now on; of other devices than a CPU it says nothing."""
+    """What this process's work on `device` spends from now on; of other devices than a CPU it says nothing, nor of work that
+    torch compiled meanwhile: that starts programs, which are the system's work too."""
 
     def __init__(self, device: torch.device) -> None:
         self._start = os.times() if device.type == "cpu" else None
+        self._graphs = _graphs()
 
     def spent(self) -> tuple[float, float]:
         """Seconds of the program, and of the system for it."""
-        if self._start is None:
+        if self._start is None or self._graphs != _graphs():
             return 0.0, 0.0
         now = os.times()
         return now.user - self._start.user, now.system - self._start.system
 
     def advice(self) -> str:
         return advice(*self.spent())
+
+
+def _graphs() -> int:
+    """How many torch compiled in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return 0 if utils is None else int(utils.counters["stats"].get("unique_graphs", 0))

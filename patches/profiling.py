@@ -205,8 +205,7 @@ class ProfileSession:
         finally:
             self._local.run, self._local.inside = before, False
             run.close()
-            if run.graphs == run.before:  # compiling starts programs, and those are the system's work
-                self._processor.append(processor.spent())
+            self._processor.append(processor.spent())
 
     def predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """A PREDICT_NOISE wrapper: one evaluation of the model, all of CFG included."""
@@ -246,7 +245,7 @@ class _Steps:
     def __init__(self, session: ProfileSession, device: torch.device, compiler: RegionalCompiler | None) -> None:
         self.session, self.device, self.compiler = session, device, compiler
         self.last = Moment.now(device)
-        self.graphs = self.before = self._graphs()
+        self.graphs = self._graphs()
         self.model: list[tuple[Moment, Moment]] = []
         self.started = False
         self.ended: Moment | None = None  # the last call of the model

@@ -91,6 +91,10 @@ def test_advice_is_given_where_it_would_help(monkeypatch: pytest.MonkeyPatch) ->
     on_cpu, on_card = (ProcessorTime(torch.device(kind)) for kind in ("cpu", "cuda"))
     assert on_cpu.spent() == (8.0, 3.0) and on_card.spent() == (0.0, 0.0)
     assert on_cpu.advice().startswith("27 %") and on_card.advice() == ""
+    times = iter([(1.0, 1.0), (9.0, 4.0)])
+    meanwhile = ProcessorTime(torch.device("cpu"))
+    monkeypatch.setattr(fresh_memory, "_graphs", lambda: meanwhile._graphs + 1)
+    assert meanwhile.spent() == (0.0, 0.0)
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc.so.4")
     assert advice(6.0, 2.0) == ""
     monkeypatch.delenv("LD_PRELOAD")
