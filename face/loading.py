@@ -17,7 +17,7 @@ from .. import host
 from ..cache import file_fingerprint
 from ..host import Managed
 from ..host.errors import kind_and_line
-from ..host.interruption import interruptibly, read_ahead
+from ..host.interruption import interruptibly, is_stop, read_ahead
 from .detection import Detector
 from .engine_diagnosis import can_be_tried, why_no_insightface, why_not
 from .faces import FaceError
@@ -92,6 +92,8 @@ def load_analyser(
             try:
                 return _load_insightface(folder, chosen, device, remember, precision)
             except Exception as error:  # the errors of onnxruntime and of insightface share no base class
+                if is_stop(error):
+                    raise
                 reason = f"it cannot be loaded with {folder.path} ({kind_and_line(error)})"
         why = f"insightface was asked for, but {reason}."
     elif engine == "onnxruntime" or (engine == "auto" and device.type == "cpu" and precision == "fp32"):

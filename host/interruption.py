@@ -25,6 +25,11 @@ WORTH_A_BAR = 256 << 20  # bytes that may take longer than a second to read
 WORTH_A_QUESTION = 1 << 16  # weights; layers with fewer are quick on anything
 
 
+def is_stop(error: BaseException) -> bool:
+    """Whether `error` is the user's stop, which older versions of ComfyUI raise as an ordinary exception."""
+    return isinstance(error, KeyboardInterrupt) or type(error).__name__ == "InterruptProcessingException"
+
+
 def interruptibly(call: Callable[[], Result], meanwhile: Callable[[], None] | None = None) -> Result:
     """What `call` returns or raises. It runs in a thread of its own, with this thread's context variables.
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..host.interruption import is_stop
 from . import answers, drawing, presets
 from .answering import Answer, AnswerOptions, BatchSize, answer
-from .interruption import is_stop
 from .loaded_model import LoadedModel
 from .pictures import Clip, Picture, three_channels
 from .prompts import Question

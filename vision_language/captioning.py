@@ -17,13 +17,13 @@ from typing import Any
 
 from .. import host
 from ..host.errors import first_line
+from ..host.interruption import is_stop
 from ..host.letters import readable
 from ..host.whole_files import whole_file
 from . import caption_list
 from .answering import Answer, AnswerOptions, BatchSize, answer
 from .caption_job import CaptionJob, CaptionSummary, begin
 from .embeddings import EmbeddingCache, VisualItem, look_up
-from .interruption import is_stop
 from .loaded_model import LoadedModel
 from .pictures import Picture, read_picture
 from .prompts import Question

@@ -16,10 +16,9 @@ from .. import host
 from ..host import downloads
 from ..host.downloads import safe_target
 from ..host.errors import first_line
-from ..host.interruption import interruptibly
+from ..host.interruption import interruptibly, is_stop
 from . import folders
 from .folders import ModelFolder, UnusableModel
-from .interruption import is_stop
 
 log = logging.getLogger("hotpath.vision_language")
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from .. import host
 from ..host.compiling import inductor, until_nothing_compiles
 from ..host.errors import first_line, is_out_of_memory
+from ..host.interruption import is_stop
 from . import decode_attention, decoding, fused_decode, replayed_prefill
 from .decode_path import GRAPHS, DecodePath, simpler
 from .encoder_outputs import given
-from .interruption import is_stop
 from .loaded_model import LoadedModel, graph_memory
 from .prefill import Prefilled, left_padded, prefill
 from .prompts import Prompt

@@ -18,11 +18,6 @@ from .. import host
 LEAST = 2  # modules in a list, for it to be the blocks of something
 
 
-def is_stop(error: BaseException) -> bool:
-    """Whether `error` is the user's stop, which older versions of ComfyUI raise as an ordinary exception."""
-    return isinstance(error, KeyboardInterrupt) or type(error).__name__ == "InterruptProcessingException"
-
-
 def block_lists(network: nn.Module) -> list[nn.ModuleList]:
     """The outermost lists of blocks of `network`, such as the layers of its tower and of its decoder."""
     found: list[nn.ModuleList] = []

@@ -20,11 +20,12 @@ import torch
 from .. import host
 from ..cache import content_key
 from ..host.errors import first_line
+from ..host.interruption import is_stop
 from ..host.unloading import before_unloading_all
 from . import decoding, download, folders, offloading, projections
 from .experts import pack_experts, unpacked_experts
 from .folders import ModelFolder, UnusableModel
-from .interruption import interruptible_loading, is_stop
+from .interruption import interruptible_loading
 from .loaded_model import LoadedModel, LoadOptions, compute_device, numbered
 from .quantization import PACKED, QuantizationPlan, pack_head, plan, quantize
 

@@ -300,6 +300,19 @@ def test_room_is_made_before_a_session_takes_memory_of_the_card(monkeypatch, hea
         assert nbytes >= detector.path.stat().st_size + 640 * 640 * 100
 
 
+def test_a_stop_while_a_library_loads_is_no_reason_for_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older versions of ComfyUI raise it as an ordinary exception."""
+    stop = type("InterruptProcessingException", (Exception,), {})
+
+    def stopped(*_: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("hotpath.face.loading.why_no_insightface", lambda: None)
+    monkeypatch.setattr("hotpath.face.loading._load_insightface", stopped)
+    with pytest.raises(stop):
+        face.load_analyser([ROOT], engine="insightface", device=CPU)
+
+
 @pytest.mark.parametrize(
     ("card", "cuda", "words"),
     [
