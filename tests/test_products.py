@@ -258,6 +258,16 @@ def test_8_bit_products_are_the_formula(monkeypatch: pytest.MonkeyPatch, why: st
     assert made[1, 2].isnan().all() and made.isfinite().all(-1).sum() == 13, "a row that is broken shows, and no other"
 
 
+def test_an_8_bit_layers_operator_is_there_before_a_compiler_reads_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is made while a graph is traced breaks it."""
+    made: list[Any] = [int8._operator()]
+    monkeypatch.setattr(int8, "_operator", lambda: made.append(None))
+    layer = int8.Int8Linear(nn.Linear(16, 16))
+    assert len(made) == 2
+    layer(torch.ones(1, 16))
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize("how", ["overflows", "slower", "missing", "faster"])
 def test_8_bits_are_used_only_where_they_are_right_and_faster(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
