@@ -22,3 +22,10 @@ def why_no_gpu() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built without CUDA and ROCm: install the build for your GPU"
     return "torch sees no GPU, so the driver is missing or hidden: install the driver, or unset CUDA_VISIBLE_DEVICES"
+
+
+def numbered(device: torch.device) -> torch.device:
+    """`device` with the number that "cuda" without one means."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import host
 from ..cache import content_key, file_fingerprint
 from ..host.model_files import structure_problem
+from ..host.streamed_layers import inside, named_modules
 
 log = logging.getLogger("hotpath.text_to_image")
 
@@ -92,7 +93,7 @@ def read(path: Path, transformer: nn.Module) -> dict[str, Product]:
     `transformer`, a shape does not fit it, half of a pair is missing, or the file is of another method.
     """
     tensors, trained = _open(path)
-    layers = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)}
+    layers = {name: layer for name, layer in named_modules(transformer) if isinstance(layer, nn.Linear)}
     # kohya writes underscores for dots, which cannot be undone by rule: feed_forward has one of its own.
     by_underscores = {name.replace(".", "_"): name for name in layers}
     by_underscores |= {
@@ -251,8 +252,10 @@ class Adapters:
         self._originals: dict[str, Tensor] = {}
 
     @contextmanager
-    def on(self, transformer: nn.Module, stack: Sequence[Adapter]) -> Iterator[int]:
+    def on(self, transformer: nn.Module, stack: Sequence[Adapter], device: torch.device | None = None) -> Iterator[int]:
         """The transformer with exactly the files of `stack` while inside; yields how many layers they change.
+
+        device: where it computes, if some of its layers are streamed; else where its weights are.
 
         Added weights stay afterwards, for the next picture with the same files; another stack, also an empty one,
         begins with the weights as they were loaded.
@@ -267,13 +270,13 @@ class Adapters:
         added = {name: found for name, found in products.items() if name not in packed}
         # What both stacks change is made of the weight that waits here; a strength is turned up and down many times.
         self.restore(transformer, besides=added)
-        self._merge(transformer, added)
+        self._merge(transformer, added, device)
         if not packed:
             self.applied = wanted
             yield len(products)
             return
         try:
-            _stand_beside(transformer, {name: products[name] for name in packed})
+            _stand_beside(transformer, {name: products[name] for name in packed}, device)
             yield len(products)
         finally:
             for name in packed:
@@ -282,7 +285,7 @@ class Adapters:
                     _replace(transformer, name, layer.base)
             self.restore(transformer)
 
-    def _merge(self, transformer: nn.Module, products: dict[str, list[Product]]) -> None:
+    def _merge(self, transformer: nn.Module, products: dict[str, list[Product]], device: torch.device | None) -> None:
         # Marked before the first change, so that a failure half-way is undone by the next call.
         self.applied = (("unfinished", 0.0),)
         for name, found in host.each(list(products.items()), "LoRA"):
@@ -290,9 +293,10 @@ class Adapters:
             assert isinstance(weight, Tensor)
             if name not in self._originals:
                 self._originals[name] = weight.detach().to("cpu", copy=True)
-            changed = self._originals[name].to(weight.device).float()
+            here = device or weight.device
+            changed = self._originals[name].to(here).float()
             for product in found:
-                changed = changed + product.delta(weight.device)
+                changed = changed + product.delta(here)
             weight.data.copy_(changed)
         self.applied = ()
 
@@ -324,18 +328,18 @@ def is_dense(layer: nn.Module) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
-def _stand_beside(transformer: nn.Module, products: dict[str, list[Product]]) -> None:
+def _stand_beside(transformer: nn.Module, products: dict[str, list[Product]], device: torch.device | None) -> None:
     for name, found in products.items():
         layer = transformer.get_submodule(name)
         weight = layer.weight
         assert isinstance(weight, Tensor)
         dtype = getattr(layer, "computes_in", weight.dtype)
-        _replace(transformer, name, AdaptedLinear(layer, found, weight.device, dtype))
+        _replace(transformer, name, AdaptedLinear(layer, found, device or weight.device, dtype))
 
 
 def _replace(transformer: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, last = name.rpartition(".")
-    setattr(transformer.get_submodule(parent), last, layer)
+    setattr(inside(transformer.get_submodule(parent)), last, layer)
 
 
 def stack_identity(stack: Sequence[Adapter]) -> str:

@@ -115,7 +115,7 @@ class Run:
             cures.append("precision float8 or int8")
         return (
             f"{model.device} ran out of memory at {request.width} x {request.height} ({self.doing}): choose "
-            f"{', '.join(cures)}, or ComfyUI's own Z-Image nodes, which can leave weights in the machine's memory."
+            f"{', '.join(cures[:-1]) + ' or ' if cures[1:] else ''}{cures[-1]}."
         )
 
     def _draw(self) -> Drawn:
@@ -246,7 +246,7 @@ class Run:
         with ExitStack() as held:
             with self.stage("transformer"):
                 network = held.enter_context(self.model.transformer.resident(room))
-                changed = held.enter_context(self.model.adapters.on(network, self.adapters))
+                changed = held.enter_context(self.model.adapters.on(network, self.adapters, self.model.device))
             self.model.attention.record.begin()
             if self.adapters:
                 names = ", ".join(f"{a.path.name} at {a.strength:g}" for a in self.adapters)

@@ -54,8 +54,8 @@ class WatchedBlocks(nn.ModuleList):
             check()
             yield block
             # Here again when the block's work is queued.
-            if lead is None and (device := next(block.parameters()).device).type == "cuda":
-                lead = Lead(partial(recorded_event, device))
+            if lead is None and (weight := next(block.parameters(), None)) is not None and weight.is_cuda:
+                lead = Lead(partial(recorded_event, weight.device))
             if lead is not None:
                 lead.step()
 

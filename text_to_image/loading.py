@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,13 +18,12 @@ from packaging.version import Version
 from torch import nn
 
 from .. import host
-from ..attention.capabilities import on_device
 from ..cache import content_key
 from ..host.errors import first_line
 from . import compilation, interruption, precision, stream_attention
 from .adapters import Adapters
+from .component import Component
 from .folders import COMPONENTS, Checkpoint, UnusableCheckpoint, find
-from .placement import memory_of
 
 log = logging.getLogger("hotpath.text_to_image")
 
@@ -53,87 +49,6 @@ class LoadOptions:
     attention: str = "auto"
     compile: str = "none"
     precision: str = "none"
-
-
-class Holder(nn.Module):
-    """A library network as a plain module: the host keeps the present device on it, which library models forbid."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-
-class Component:
-    """One network of a checkpoint, read from the disk when it is first needed, then in the host's management.
-
-    One run at a time computes with it, and nobody sends it away meanwhile. load: reads it; others: the checkpoint's
-    networks, which leave the device first when there is no room for this one. Both are methods of the checkpoint, and kept
-    weakly: a checkpoint that nobody holds must go at once, with its gigabytes.
-    """
-
-    def __init__(self, name: str, load: Callable[[], nn.Module], others: Callable[[], Iterable[Component]]) -> None:
-        self.name = name
-        self._load = weakref.WeakMethod(load)
-        self._others = weakref.WeakMethod(others)
-        self._lock = threading.RLock()
-        self._managed: Any = None
-
-    @property
-    def loaded(self) -> bool:
-        return self._managed is not None
-
-    @property
-    def managed(self) -> Any:
-        """The host's handle; reads the network from the disk the first time."""
-        with self._lock:
-            if self._managed is None:
-                start = time.perf_counter()
-                # Ordinary tensors also where the host runs nodes in inference mode.
-                load = self._load()
-                assert load is not None, "a checkpoint's network was used after the checkpoint was gone"
-                with torch.inference_mode(False):
-                    network = load().eval().requires_grad_(False)
-                self._managed = host.current().manage(Holder(network))
-                log.info("%s read in %.1f s", self.name, time.perf_counter() - start)
-            return self._managed
-
-    @contextmanager
-    def resident(self, extra_bytes: int = 0) -> Iterator[Any]:
-        """The network on its device, in inference mode, with room for `extra_bytes` of activations."""
-        self._make_room(extra_bytes)
-        with (
-            self._lock,
-            self.managed.resident(extra_bytes) as holder,
-            on_device(self.managed.device),
-            torch.inference_mode(),
-        ):
-            yield holder.network
-
-    def _make_room(self, extra_bytes: int) -> None:
-        """Send the others away when this one does not fit beside them; without ComfyUI nobody else would."""
-        managed = self.managed
-        weights = list(managed.module.parameters())
-        if managed.device.type == "cpu" or not weights:
-            return
-        whole = sum(w.nbytes for w in weights)
-        arriving = 0 if weights[0].device.type == managed.device.type else whole
-        if arriving and (total := memory_of(managed.device)) is not None and whole + extra_bytes > total:
-            log.warning(
-                "The %s needs about %.1f GB with what it computes, and %s has %.1f GB in all: choose a smaller size, precision "
-                "float8 for the transformer, or ComfyUI's own Z-Image nodes, which can leave weights in the machine's memory.",
-                self.name, (whole + extra_bytes) / 1e9, managed.device, total / 1e9,
-            )  # fmt: skip
-        if host.current().free_memory(managed.device) < arriving + extra_bytes:
-            others = self._others()
-            for other in others() if others is not None else ():
-                if other is not self:
-                    other.release()
-
-    def release(self) -> None:
-        """Send the weights back to the offload device; nothing when they were never read. Waits for who uses them."""
-        with self._lock:
-            if self._managed is not None:
-                self._managed.release()
 
 
 class ZImage:
@@ -196,7 +111,8 @@ class ZImage:
 
     def notes(self) -> list[str]:
         """What was asked for that runs otherwise, and how the rest runs; one line each."""
-        lines = [*self.attention.lines(), self.precision.note, self.compilation.note]
+        waiting = [component.note() for component in self.components()]
+        lines = [*self.attention.lines(), self.precision.note, self.compilation.note, *waiting]
         return [line for line in lines if line]
 
     def describe(self) -> str:

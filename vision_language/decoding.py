@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..host.capturing import GraphMemory, captured
+from ..host.streamed_layers import StreamedLayer
 from . import decode_attention
-from .offloading import StreamedLayer
 
 log = logging.getLogger("hotpath.vision_language")
 

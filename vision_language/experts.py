@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import host
-from .offloading import layer_bytes
+from ..host.streamed_layers import nbytes
 from .quantization import Int4Linear, Int4OnCpu, ScaledLinear, pack
 
 GIVEN = ["self", "hidden_states", "top_k_index", "top_k_weights"]
@@ -75,7 +75,7 @@ def unpacked_experts(layers: Any) -> str:
     experts = sum(part.nbytes for name, part in parts.items() if part.ndim == 3 and ".experts." in name)
     if not experts:
         return ""
-    return f"quantization: not of its experts, which are {experts / layer_bytes(layers):.0%} of the decoder's bytes"
+    return f"quantization: not of its experts, which are {experts / nbytes(layers):.0%} of the decoder's bytes"
 
 
 def _packed(experts: Any, name: str, method: str, device: torch.device) -> ScaledLinear | Int4Linear | Int4OnCpu:

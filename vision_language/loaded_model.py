@@ -22,6 +22,8 @@ from .. import host
 from ..cache import content_key
 from ..host import Managed
 from ..host.capturing import GraphMemory, trim
+from ..host.cards import numbered
+from ..host.streamed_layers import lending
 from ..products.linear import PackedLinear
 from . import decoding
 from .budgets import TokenPixels
@@ -236,7 +238,7 @@ class LoadedModel:
         """The network on its device, with `room` for what is asked; sent back afterwards unless kept."""
         with self.lock:
             extra = self.room(prompt_tokens, new_tokens, prompts, answers, path)
-            with self.managed.resident(extra_bytes=extra, keep=keep):
+            with self.managed.resident(extra_bytes=extra, keep=keep), lending(self.network, self.device):
                 yield self.network
 
     def drop_device_state(self) -> None:
@@ -280,13 +282,6 @@ def manage(holder: NetworkHolder, device: str) -> Managed:
     from ..host.headless import HeadlessManaged
 
     return HeadlessManaged(holder, compute_device(device), torch.device("cpu"))
-
-
-def numbered(device: torch.device) -> torch.device:
-    """`device` with the number that "cuda" without one means."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def compute_device(asked: str) -> torch.device:

@@ -19,14 +19,16 @@ import torch
 
 from .. import host
 from ..cache import content_key
+from ..host import streamed_layers
+from ..host.cards import numbered
 from ..host.errors import first_line
 from ..host.interruption import is_stop
 from ..host.unloading import before_unloading_all
-from . import decoding, download, folders, offloading, projections
+from . import decoding, download, folders, projections
 from .experts import pack_experts, unpacked_experts
 from .folders import ModelFolder, UnusableModel
 from .interruption import interruptible_loading
-from .loaded_model import LoadedModel, LoadOptions, compute_device, numbered
+from .loaded_model import LoadedModel, LoadOptions, compute_device
 from .quantization import PACKED, QuantizationPlan, pack_head, plan, quantize
 
 log = logging.getLogger("hotpath.vision_language")
@@ -34,6 +36,7 @@ log = logging.getLogger("hotpath.vision_language")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # A folder runs no code of its own, which the library would ask for at a terminal, and names no other one to be fetched.
 AS_IT_LIES = {"trust_remote_code": False, "local_files_only": True}
+RESERVE = 1 << 30  # bytes left for activations, keys and values, when the host decides what fits
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
 
 
@@ -196,13 +199,13 @@ def stream_layers(network: Any, device: torch.device, asked: int) -> str:
     if asked < 0:
         if device.type == "cpu" or next(network.parameters()).device.type != "cpu":
             return ""
-        whole = sum(parameter.nbytes for parameter in network.parameters()) + offloading.RESERVE
+        whole = streamed_layers.nbytes(network) + RESERVE
         host.current().make_room(whole, device)
-        count = offloading.layers_to_stream(network, layers, host.current().free_memory(device))
+        count = streamed_layers.how_many(layers, whole - host.current().free_memory(device))
     count = min(count, len(layers))
     if not count:
         return ""
-    offloading.stream(layers, count)
+    streamed_layers.stream(layers, count)
     return f"{count} of {len(layers)} decoder layers are streamed from CPU memory"
 
 
@@ -307,7 +310,7 @@ class Registry:
     def _let_go_of_old_ones(self) -> None:
         kept = self._kept
         while len(kept) > 1:
-            held = sum(offloading.whole_bytes(model.network) for model in kept.values())
+            held = sum(streamed_layers.whole_bytes(model.network) for model in kept.values())
             if held <= host.current().free_memory(torch.device("cpu")):
                 return
             oldest = kept.pop(next(iter(kept)))

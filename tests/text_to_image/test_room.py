@@ -86,7 +86,7 @@ def test_room_is_made_before_tiles(load, monkeypatch):
 
 def test_a_full_device_is_a_sentence(load, draw, monkeypatch):
     model = load()
-    said = rf"{model.device} ran out of memory at 64 x 48 \(denoise\): choose one picture at a time, a smaller"
+    said = rf"{model.device} ran out of memory at 64 x 48 \(denoise\): choose one picture at a time or a smaller width and h"
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")):
 
         def full(*args, error=error, **kwargs):
@@ -148,19 +148,21 @@ class Device:
     """A host's handle of a network that is on a device with little room, or waits beside it."""
 
     def __init__(self, nbytes):
-        self.device, self.nbytes, self.released = torch.device("cuda"), nbytes, 0
-        self.module = SimpleNamespace(parameters=lambda: [SimpleNamespace(nbytes=nbytes, device=torch.device("cpu"))])
+        self.device, self.released = torch.device("cuda"), 0
+        self.module = torch.nn.Module()
+        self.module.network = torch.nn.Linear(nbytes // 4, 1, bias=False)
 
     def release(self):
         self.released += 1
 
 
 @pytest.mark.parametrize(("free", "sent_away"), [(1000, 0), (120, 0), (119, 1)])
-def test_a_network_without_room_sends_its_neighbours_away(headless_host, monkeypatch, caplog, free, sent_away):
-    from hotpath.text_to_image import loading
-    from hotpath.text_to_image.loading import Component
+def test_a_network_without_room_sends_its_neighbours_away(headless_host, monkeypatch, free, sent_away):
+    from hotpath.text_to_image.component import Component
 
+    asked = []
     monkeypatch.setattr(headless_host, "free_memory", lambda device: free)
+    monkeypatch.setattr(headless_host, "make_room", lambda nbytes, device: asked.append(nbytes))
 
     class Owner:
         def load(self):
@@ -171,13 +173,71 @@ def test_a_network_without_room_sends_its_neighbours_away(headless_host, monkeyp
 
     owner = Owner()
     components = [Component(name, owner.load, owner.all) for name in ("a", "b", "never read")]
-    components[0]._managed, components[1]._managed = Device(100), Device(50)
-    monkeypatch.setattr(loading, "memory_of", lambda device: 119)
-    with caplog.at_level("WARNING", logger="hotpath.text_to_image"):
-        components[0]._make_room(20)
-    assert "and cuda has 0.0 GB in all: choose a smaller size, precision float8" in caplog.text
+    components[0]._managed, components[1]._managed = Device(100), Device(48)
+    components[0]._make_room(20)
     assert (components[0]._managed.released, components[1]._managed.released) == (0, sent_away)
-    assert not components[2].loaded
+    assert asked == [120] * sent_away and not components[2].loaded and components[0].note() == ""
+
+
+def test_layers_without_room_wait_in_the_machines_memory(headless_host, monkeypatch):
+    """As many as must, more when a larger picture needs room, fewer when the network is brought anew and there is enough."""
+    from hotpath.host.streamed_layers import StreamedLayer, whole_bytes
+    from hotpath.text_to_image.component import Component
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(25, 1, bias=False) for _ in range(10))
+            self.embedder = torch.nn.Linear(25, 4, bias=False)
+
+    class Managed(Device):
+        def __init__(self, module):
+            self.device, self.module, self.released = torch.device("cuda"), module, 0
+
+    class Owner:
+        def load(self):
+            return Network()
+
+        def all(self):
+            return [component]
+
+    owner = Owner()
+    component = Component("transformer", owner.load, owner.all)
+    monkeypatch.setattr(headless_host, "manage", Managed)
+    room, brought = [0], [False]
+
+    def held():
+        return sum(weight.nbytes for weight in component.managed.module.parameters())
+
+    monkeypatch.setattr(headless_host, "free_memory", lambda device: room[0] - (held() if brought[0] else 0))
+    monkeypatch.setattr(Component, "_arriving", lambda self: 0 if brought[0] else held())
+
+    def streamed(free, extra):
+        room[0], before = free, component.managed
+        component._make_room(extra)
+        if component.managed is not before:
+            assert before.released == 1
+        layers = component.managed.module.network.layers
+        count = sum(isinstance(layer, StreamedLayer) for layer in layers)
+        assert whole_bytes(component.managed.module) == 1400
+        assert component.note() == (
+            f"{count} of 10 layers of the transformer wait in the machine's memory, because cuda has no room for them"
+            if count
+            else ""
+        )
+        return count
+
+    assert streamed(1500, 100) == 0
+    assert streamed(1500, 101) == 3  # one, and those two that are there at any time
+    assert streamed(1500, 0) == 0  # not brought yet
+    assert streamed(1000, 100) == 7
+    brought[0] = True
+    assert streamed(1000, 50) == 7  # what is there stays there
+    assert streamed(1000, 350) == 10
+    brought[0] = False
+    assert streamed(1000, 180) == 8
+    assert streamed(1000, 100) == 8  # one less is not worth the way
+    assert streamed(100, 100) == 10
 
 
 def test_nobody_sends_away_what_another_computes_with(load):

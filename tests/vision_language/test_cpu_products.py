@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from hotpath.host.streamed_layers import whole_bytes
 from hotpath.products import int8, rerouting
 from hotpath.products import linear as products
 from hotpath.products.linear import PackedLinear
-from hotpath.vision_language import cpu_kernels, decoding, offloading, projections, quantization
+from hotpath.vision_language import cpu_kernels, decoding, projections, quantization
 from hotpath.vision_language.asking import Question
 from hotpath.vision_language.loading import MODELS, LoadOptions
 from hotpath.vision_language.quantization import pack_head
@@ -45,7 +46,7 @@ def test_the_text_is_the_librarys(load: Any, ask: Any, reference: Any, pictures:
 
 def test_weights_exist_once_and_go_at_once(load: Any, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = load("qwen3_vl")
-    held = offloading.whole_bytes(packed.network)
+    held = whole_bytes(packed.network)
     attention = decoding.text_decoder(packed.network).layers[0].self_attn
     x = torch.randn(1, 3, attention.qkv_proj.in_features)
     whole = attention.qkv_proj(x)
@@ -64,7 +65,7 @@ def test_weights_exist_once_and_go_at_once(load: Any, ask: Any, monkeypatch: pyt
         assert projections.products_note(plain.network) == "; products by torch itself, because slower"
         tied = plain.network.lm_head.weight is plain.network.get_input_embeddings().weight
         head = plain.network.lm_head.weight.nbytes if tied else 0
-        assert held == offloading.whole_bytes(plain.network) + head
+        assert held == whole_bytes(plain.network) + head
     packed.discard()
     assert weight() is None and not any(t.nbytes for t in (*packed.network.parameters(), *packed.network.buffers()))
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from hotpath import host
 from hotpath.demo.captioner_model import write_folder
+from hotpath.host.streamed_layers import whole_bytes
 from hotpath.vision_language import decoding
 from hotpath.vision_language.folders import UnusableModel
 from hotpath.vision_language.loaded_model import PREFILL_BYTES_PER_TOKEN, LoadOptions, compute_device
 from hotpath.vision_language.loading import MODELS
-from hotpath.vision_language.offloading import whole_bytes
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling
 from transformers.utils import is_flash_attn_2_available

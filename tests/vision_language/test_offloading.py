@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hotpath.vision_language import decoding, offloading
+from hotpath import host
+from hotpath.vision_language import decoding, loading
 from hotpath.vision_language.decode_path import choose_path
 from hotpath.vision_language.generation import workspace
 from hotpath.vision_language.loaded_model import LoadOptions
@@ -42,28 +43,20 @@ def test_streamed_weights_do_not_move_with_the_model(load):
     layers = decoding.text_decoder(model.network).layers
     assert next(layers[0].parameters()).device.type == "meta"
     assert not list(layers[-1].parameters())
-    assert next(layers[-1]._layer[0].parameters()).device.type == "cpu"
+    assert next(layers[-1].layer.parameters()).device.type == "cpu"
 
 
-def test_a_layer_runs_where_its_input_is():
-    layer = offloading.StreamedLayer(torch.nn.Linear(4, 3))
-    assert layer(torch.ones(2, 4, device="meta")).device.type == "meta"
-    assert layer(torch.ones(2, 4)).shape == (2, 3)
-    assert layer.in_features == 4
-    with pytest.raises(AttributeError):
-        layer.nothing_of_the_kind  # noqa: B018
-
-
-def test_as_many_layers_as_do_not_fit(load):
+def test_as_many_layers_as_do_not_fit(load, monkeypatch):
     model = load("qwen3_vl")
     layers = decoding.text_decoder(model.network).layers
-    whole = sum(t.nbytes for t in [*model.network.parameters(), *model.network.buffers()]) + offloading.RESERVE
-    each = offloading.layer_bytes(layers[0])
-    count = offloading.layers_to_stream
-    assert count(model.network, layers, whole) == 0
-    assert count(model.network, layers, whole - 1) == 1
-    assert count(model.network, layers, whole - each - 1) == 2
-    assert count(model.network, layers, 0) == len(layers)
+    room = loading.RESERVE + sum(t.nbytes for t in [*model.network.parameters(), *model.network.buffers()])
+    asked = []
+    monkeypatch.setattr(host.current(), "make_room", lambda nbytes, device: asked.append(nbytes))
+    for missing, count in ((0, 0), (1, 3), (room, len(layers))):
+        monkeypatch.setattr(host.current(), "free_memory", lambda device, free=room - missing: free)
+        told = loading.stream_layers(model.network, torch.device("cuda"), -1)
+        assert told == (f"{count} of {len(layers)} decoder layers are streamed from CPU memory" if count else "")
+    assert asked[0] == room
 
 
 def test_weights_that_moved_make_new_buffers(load, pictures):

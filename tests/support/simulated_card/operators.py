@@ -139,7 +139,10 @@ def _pinned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_pinned(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.untyped_storage()._cdata in card().pinned
+    if tensor.layout is not torch.strided:
+        return False
+    storage = tensor.untyped_storage()
+    return storage._cdata in card().pinned or card().registered.get(storage.data_ptr(), 0) >= storage.nbytes() > 0
 
 
 def _check_host(func: Any, flat: Sequence[Any]) -> None:

@@ -180,6 +180,7 @@ class Card:
         self.host: dict[Stream, int] = {}  # how far streams are whom the host has waited for
         self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.pinned: dict[int, torch.UntypedStorage] = {}  # kept, as torch keeps pinned blocks
+        self.registered: dict[int, int] = {}  # bytes of memory of others that the card may read, by where it begins
         self._thread = threading.local()
         self._defaults: dict[int, Stream] = {}
         self._numbers = iter(range(1, 1 << 60))

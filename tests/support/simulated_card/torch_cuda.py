@@ -95,8 +95,14 @@ def _functions(card: Card) -> dict[str, Any]:
             is_integrated=0,
         )  # fmt: skip
 
+    def register(address: int, size: int, flags: int) -> int:
+        return 712 if card.registered.setdefault(address, size) != size else 0  # registered already, otherwise
+
+    def unregister(address: int) -> int:
+        return 713 if card.registered.pop(address, None) is None else 0  # never registered
+
     cudart = types.SimpleNamespace(
-        cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0, cudaGetErrorString=str,
+        cudaHostRegister=register, cudaHostUnregister=unregister, cudaGetErrorString=str,
         cudaError=types.SimpleNamespace(success=0),
     )  # fmt: skip
     silent = (
