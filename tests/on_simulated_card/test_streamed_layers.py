@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -106,20 +106,34 @@ def test_a_pass_that_breaks_off_leaves_the_next_one_right(card: Any) -> None:
             assert torch.equal(run(whole, x, 1).cpu(), expected)
 
 
-def test_pictures_of_a_model_larger_than_the_card(
-    card: Any, headless_host: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(
+    params=[pytest.param("headless", marks=pytest.mark.long), pytest.param("ComfyUI", marks=pytest.mark.comfy)]
+)
+def here(request: pytest.FixtureRequest, headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    if request.param == "headless":
+        yield headless_host
+        return
+    from hotpath.host.comfyui import ComfyUIHost
+
+    made = ComfyUIHost()
+    monkeypatch.setattr(made, "model_folders", headless_host.model_folders)
+    before = host.use(made)
+    with torch.inference_mode():  # as nodes run there
+        yield made
+    host.use(before)
+
+
+def test_pictures_of_a_model_larger_than_the_card(card: Any, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from hotpath.demo.z_image_model import TINY, Widths, write_checkpoint
     from hotpath.text_to_image.generation import Pipeline, Request, generate
     from hotpath.text_to_image.jobs import forget_models
     from hotpath.text_to_image.loading import MODELS
 
     widths = Widths({**TINY.transformer, "n_layers": 6}, {**TINY.text_encoder, "num_hidden_layers": 8}, TINY.vae)
-    folder = headless_host.model_folders("diffusers")[0] / "tiny"
-    write_checkpoint(folder, widths)
-    request = Request("a red fox", width=64, height=48, steps=2)
-    limit = [card.held + (1 << 40)]
-    monkeypatch.setattr(host.current(), "free_memory", lambda device: limit[0] - card.held)
+    write_checkpoint(here.model_folders("diffusers")[0] / "tiny", widths)
+    request = Request("a red fox", width=64, height=48, steps=2, prompt_cache="off")
+    limit = [1 << 40]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (limit[0] - card.held, limit[0]))
     try:
         pipeline = Pipeline(MODELS.get("tiny"))
         whole = generate(pipeline, request)
@@ -130,10 +144,15 @@ def test_pictures_of_a_model_larger_than_the_card(
         # Half of the larger network, beside what a picture needs.
         limit[0] = card.held + max(sizes) // 2 + (1 << 20)
         card.peak = card.held
-        found = generate(pipeline, Request("a red fox", width=64, height=48, steps=2, prompt_cache="off"))
-        assert "layers of the transformer wait in the machine's memory, because cuda has no room" in found.report
-        assert "7 of 7 layers of the text encoder wait" in found.report and found.encoded == 1
-        assert torch.equal(found.pictures, whole.pictures)
-        assert card.peak < limit[0]
+        for _ in range(2):
+            found = generate(pipeline, request)
+            assert "layers of the transformer wait in the machine's memory, because cuda" in found.report
+            assert "7 of 7 layers of the text encoder wait" in found.report and found.encoded == 1
+            assert torch.equal(found.pictures, whole.pictures)
+            assert card.peak < limit[0]
+        limit[0] = 1 << 40
+        model.release()
+        found = generate(pipeline, request)
+        assert "machine's memory" not in found.report and torch.equal(found.pictures, whole.pictures)
     finally:
         forget_models()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hotpath import host
 from hotpath.demo.z_image_model import Widths, write_checkpoint
+from hotpath.host import streamed_layers
 from hotpath.host.headless import HeadlessHost
 from hotpath.text_to_image import decoding, precision
 from hotpath.text_to_image.denoising import Guidance
@@ -92,6 +93,27 @@ def test_packed_products(load_wide, draw, method, compile):
     exact = draw(load_wide(), width=256, height=256).pictures
     found = draw(load_wide(precision=method, compile=compile), width=256, height=256)
     assert psnr(found.pictures, exact) > 15 and f"precision: {method} weights" in found.report
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "float8"}, {"precision": "int8", "compile": "regional"}])
+def test_layers_that_wait_in_the_machines_memory(load_wide, draw, options):
+    """On the card by turns: the same picture, in less memory."""
+    method = options.get("precision", "none")
+    if method != "none" and (reason := precision.unavailable(method, torch.device("cuda"), torch.bfloat16)) is not None:
+        pytest.skip(reason)
+    model = load_wide(**options)
+    whole = draw(model, width=256, height=256).pictures
+    model.release()
+    held = torch.cuda.memory_allocated()
+    layers = model.transformer.managed.module.network.layers
+    streamed_layers.stream(layers, len(layers))
+    found = draw(model, width=256, height=256)
+    assert psnr(found.pictures, whole) > 60 and "4 of 4 layers of the transformer wait" in found.report
+    assert layers[0].weights.memory.is_pinned() and len(layers) * layers[0].weights.nbytes > streamed_layers.PLACES * (
+        1 << 20
+    )
+    with model.transformer.resident():
+        assert torch.cuda.memory_allocated() - held < streamed_layers.whole_bytes(model.transformer.managed.module) // 2
 
 
 def test_the_estimate_covers_what_decoding_takes(load_wide):
