@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_two_places_for_all_layers(card: Any, layers: int, count: int) -> None:
     )
     address = weights.memory.data_ptr()
     del whole, weights
+    gc.collect()
     assert address not in card.registered
 
 
@@ -104,6 +106,28 @@ def test_a_pass_that_breaks_off_leaves_the_next_one_right(card: Any) -> None:
             with pytest.raises(RuntimeError):
                 whole.layers[stop](torch.ones(1, 3, device=DEVICE))
             assert torch.equal(run(whole, x, 1).cpu(), expected)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+def test_answers_of_a_model_larger_than_the_card(card: Any, load_llm: Any, quantization: str) -> None:
+    from hotpath.vision_language.answering import AnswerOptions, answer
+    from hotpath.vision_language.loaded_model import LoadOptions
+    from hotpath.vision_language.loading import MODELS
+    from hotpath.vision_language.prompts import Question
+    from hotpath.vision_language.sampling import Sampling
+
+    load_llm("qwen3")  # writes the model's folder
+    questions, written = [Question("x"), Question("and y?")], []
+    for count in (0, 3, 4):
+        options = LoadOptions(dtype="float32", quantization=quantization, stream_layers=count)
+        model = MODELS.get("qwen3", options, must_see=False)
+        written.append([made.raw for made in answer(model, questions, Sampling(sample=False), AnswerOptions(6))])
+        assert len(card.registered) == count
+        MODELS.clear()
+        del model
+        gc.collect()
+    assert written[0] == written[1] == written[2]
+    assert not card.registered
 
 
 @pytest.fixture(
