@@ -42,12 +42,9 @@ def _result(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, rotat
 
 def _product(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
     """x [..., K] times the quantised weight [N, K], transposed."""
-    layer = operator(
-        "int8_layer", "Tensor x, Tensor weight, Tensor scale, Tensor? bias, int rotated", _multiplied, _result
-    )
     parameters = weight._params
     rotated = parameters.convrot_groupsize if getattr(parameters, "convrot", False) else 0
-    made: Tensor = layer(x, weight._qdata, parameters.scale, bias, rotated)
+    made: Tensor = torch.ops.hotpath.int8_layer.default(x, weight._qdata, parameters.scale, bias, rotated)
     return made
 
 
@@ -60,6 +57,8 @@ def cpu_int8_layout() -> str:
     class CpuINT8Layout(TensorWiseINT8Layout):
         """ComfyUI's int8 weights, with another idea of what a product with them is."""
 
+    # Not at the first product, which a compiler may be tracing.
+    operator("int8_layer", "Tensor x, Tensor weight, Tensor scale, Tensor? bias, int rotated", _multiplied, _result)
     register_layout_class(NAME, CpuINT8Layout)
 
     def ours(weight: Any, x: Any, transposed: bool) -> bool:
