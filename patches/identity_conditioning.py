@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .face_token_link import face_token_link
 from .model_call import COND, OURS, UNCOND, mark
+from .sdxl_layout import check_identity_net
 
 ONLY_IDENTITY_NET = "IdentityNet only"
 ALL_NETS = "every ControlNet"
@@ -56,8 +57,10 @@ def apply_identity_net(
 ) -> tuple[Conditioning, Conditioning]:
     """Both conditionings with the IdentityNet chained on, the same copy of it for both so that CFG stays one batch.
 
-    mask: [M, H, W] or [H, W], limits the positive only. What came in is not changed.
+    mask: [M, H, W] or [H, W], limits the positive only. What came in is not changed. Raises UnsupportedModel for a
+    ControlNet of another kind of model.
     """
+    check_identity_net(identity_net.control_net, identity_net.tokens[0].shape[-1])
     copies: dict[Any, Any] = {}
     results: list[Conditioning] = []
     for role, conditioning in ((COND, positive), (UNCOND, negative)):

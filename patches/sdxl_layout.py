@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .. import host
 from ..identity.adapter import InstantIDAdapter
 from ..identity.blocks import ADAPTIVE, INDEX, SDXL_BLOCKS, Block, describe, select_blocks
 from ..identity.contribution_profile import ContributionProfile
 
 ONLY_SDXL = "InstantID has published weights for SDXL only"
+CHOOSE_IDENTITY_NET = "choose InstantID's diffusion_pytorch_model.safetensors in the ControlNet loader"
 
 
 class UnsupportedModel(ValueError):
@@ -70,6 +72,25 @@ def patchable_blocks(model: Any, adapter: InstantIDAdapter) -> tuple[Block, ...]
                 f"{adapter.name} is made for {adapter.block_width(INDEX[block])} and {adapter.context_dim}."
             )
     return blocks
+
+
+def check_identity_net(control_net: Any, width: int) -> None:
+    """Raises UnsupportedModel when face tokens of `width` do not fit a ControlNet; warns of one that knows no faces.
+
+    Most ControlNets are published under the same file name, and the sampler would tell of sizes of matrices.
+    """
+    network = getattr(control_net, "control_model", None)
+    if network is None:  # what is made of the MODEL when it samples
+        return
+    attentions = (getattr(module, "attn2", None) for module in network.modules())
+    contexts = {getattr(getattr(attention, "to_k", None), "in_features", width) for attention in attentions} - {width}
+    if contexts or not hasattr(network, "input_blocks"):
+        text = f", text {min(contexts)} wide" if contexts else ""
+        raise UnsupportedModel(
+            f"control_net ({type(network).__name__}{text}) is not for SDXL, whose text is {width} wide: {CHOOSE_IDENTITY_NET}."
+        )
+    if getattr(network, "num_control_type", None):
+        host.current().warn(f"control_net is a union ControlNet, which knows no faces: {CHOOSE_IDENTITY_NET}.")
 
 
 @dataclass(frozen=True)
