@@ -24,7 +24,7 @@ from ..host.cards import numbered
 from ..host.errors import first_line
 from ..host.interruption import is_stop
 from ..host.unloading import before_unloading_all
-from . import decoding, download, folders, projections
+from . import decoding, download, folders, projections, stored_fp8
 from .experts import pack_experts, unpacked_experts
 from .folders import ModelFolder, UnusableModel
 from .interruption import interruptible_loading
@@ -96,7 +96,7 @@ def choices(folder: ModelFolder, options: LoadOptions) -> Choices:
     attention, note = choose_attention(options.attention)
     packing = plan(options.quantization, device)
     stored = folder.stored_quantization
-    if stored is not None and packing.method != "none":
+    if stored is not None and packing.method != "none" and not stored_fp8.unpacks(stored, packing.method):
         packing = QuantizationPlan("none", f"the folder is already quantised ({stored.get('quant_method')})")
     notes = [note] if note else []
     if packing.note and options.quantization.lower() not in ("none", "none (fp16)"):
@@ -120,9 +120,12 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     chosen = choices(folder, options)
     device, dtype, attention, packing = chosen.device, chosen.dtype, chosen.attention, chosen.packing
     stored = folder.stored_quantization
+    in_blocks = stored_fp8.serves(stored)
     settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **AS_IT_LIES}
     if packing.method.startswith("bitsandbytes"):
         settings |= {"quantization_config": bitsandbytes_settings(packing.method, dtype), "device_map": {"": device}}
+    elif in_blocks:
+        settings |= stored_fp8.settings(stored, packing.method)
     elif stored is not None and device.type == "cuda":
         settings["device_map"] = {"": device}
     start = time.perf_counter()
@@ -131,6 +134,8 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     try:
         with interruptible_loading():
             network, found = auto.from_pretrained(folder.path, output_loading_info=True, **settings)
+        if in_blocks and not stored_fp8.take_over(network):
+            stored = None
     except (torch.OutOfMemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # the library raises anything from KeyError to ImportError
