@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..cache import file_fingerprint
 from ..host.interruption import read_ahead
+from ..host.model_files import holds_safetensors, impostor
 
 log = logging.getLogger("hotpath.colorization")
 
@@ -31,8 +32,10 @@ class WrongCheckpoint(ValueError):
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file, on the CPU. Nothing in the file is executed."""
     read_ahead(path)
+    if (problem := impostor(path)) is not None:
+        raise WrongCheckpoint(f"{path.name} cannot be read as a checkpoint: {problem}")
     try:
-        if path.suffix in (".safetensors", ".sft"):
+        if holds_safetensors(path):
             from safetensors.torch import load_file
 
             state: Any = load_file(path)
@@ -73,7 +76,7 @@ def key_names(path: Path) -> frozenset[str]:
 @functools.lru_cache(maxsize=64)
 def _key_names(path: Path, fingerprint: str) -> frozenset[str]:
     try:
-        if path.suffix in (".safetensors", ".sft"):
+        if holds_safetensors(path):
             from safetensors import safe_open
 
             with safe_open(path, framework="pt") as file:

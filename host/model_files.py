@@ -56,8 +56,8 @@ def verify(path: Path, size: int | None = None, sha256: str | None = None) -> Ve
     return Verdict("unverified", f"{found} bytes, readable; neither size nor checksum is published")
 
 
-def structure_problem(path: Path, suffix: str | None = None) -> str | None:
-    """Why the file cannot be whole; None when nothing speaks against it. suffix: of the name it is to get, if another."""
+def impostor(path: Path) -> str | None:
+    """What lies in the place of a model file, and how to get the file; None when it is none of the usual things."""
     with path.open("rb") as file:
         start = file.read(16)
     if not start:
@@ -66,11 +66,27 @@ def structure_problem(path: Path, suffix: str | None = None) -> str | None:
         return "it is a web page that was saved under this name; download the file itself."
     if start.startswith(b"version https://"):
         return "it is a git-lfs pointer and not the file; fetch it with `git lfs pull`."
+    return None
+
+
+def holds_safetensors(path: Path) -> bool:
+    """Whether a file of weights is read as safetensors. What it begins with decides before its name: people rename them."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith((b"PK", b"\x80")):
+        return False
+    return start[8:] == b"{" or path.suffix.lower() in (".safetensors", ".sft")
+
+
+def structure_problem(path: Path, suffix: str | None = None) -> str | None:
+    """Why the file cannot be whole; None when nothing speaks against it. suffix: of the name it is to get, if another."""
+    if (problem := impostor(path)) is not None:
+        return problem
     match (path.suffix if suffix is None else suffix).lower():
         case ".safetensors" | ".sft":
             return _safetensors_problem(path)
         case ".pth" | ".pt" | ".bin" | ".ckpt":
-            return _torch_problem(path, start)
+            return _safetensors_problem(path) if holds_safetensors(path) else _torch_problem(path)
         case ".onnx":
             return _onnx_problem(path)
         case _:
@@ -93,7 +109,9 @@ def _safetensors_problem(path: Path) -> str | None:
     return None if needed == size else f"it has {size} bytes and its own list of tensors needs {needed}."
 
 
-def _torch_problem(path: Path, start: bytes) -> str | None:
+def _torch_problem(path: Path) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(2)
     if start.startswith(b"PK"):
         # The directory is at the end, so a file that was cut off has none.
         return None if zipfile.is_zipfile(path) else "its end is missing; the download was cut off."

@@ -1,7 +1,7 @@
 """Reading InstantID adapter files in every layout they are shared in, and refusing the others by what they hold.
 
 Layouts: a torch pickle with two dicts, `image_proj` and `ip_adapter` (as published); safetensors, or a pickle, with the
-prefixes `image_proj.` and `ip_adapter.` on every key. Pickles are read with weights_only=True.
+prefixes `image_proj.` and `ip_adapter.` on every key, whatever the file is called. Pickles are read with weights_only=True.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..host.interruption import read_ahead
+from ..host.model_files import holds_safetensors, impostor
 
 PARTS = ("image_proj", "ip_adapter")
 KV_KEY = re.compile(r"([1-9][0-9]*)\.to_([kv])_ip\.weight")
@@ -39,7 +40,9 @@ def read_adapter(path: Path) -> tuple[State, State]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     read_ahead(path)
-    if path.suffix.lower() in (".safetensors", ".sft"):
+    if (problem := impostor(path)) is not None:
+        raise UnsupportedCheckpoint(f"{path.name} was not opened: {problem}")
+    if holds_safetensors(path):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hotpath.colorization import colour_space
 from hotpath.colorization.batch_size import BatchSize
-from hotpath.colorization.checkpoint_file import WrongCheckpoint, load_network
+from hotpath.colorization.checkpoint_file import WrongCheckpoint, key_names, load_network
 from hotpath.colorization.colormnet import checkpoint
 from hotpath.colorization.colormnet.engine import ColorMNetEngine, ColorMNetFunctions
 from hotpath.colorization.colormnet.key_encoder import convolve_enlarged
@@ -253,7 +253,12 @@ def test_tiny_checkpoint_round_trip(tmp_path: Path) -> None:
     assert checkpoint.widths_of(state) == replace(TINY, key=6, window=7)
     save_file(state, tmp_path / "mine.safetensors")
     torch.save({"state_dict": state}, tmp_path / "wrapped.pth")
-    for name in ("mine.safetensors", "wrapped.pth"):
+    # Renamed, as people do.
+    (tmp_path / "mine.SAFETENSORS").write_bytes((tmp_path / "mine.safetensors").read_bytes())
+    (tmp_path / "mine.pth").write_bytes((tmp_path / "mine.safetensors").read_bytes())
+    (tmp_path / "wrapped.safetensors").write_bytes((tmp_path / "wrapped.pth").read_bytes())
+    for name in ("mine.safetensors", "mine.SAFETENSORS", "mine.pth", "wrapped.pth", "wrapped.safetensors"):
+        assert "key_encoder.conv1.weight" in key_names(tmp_path / name)
         loaded = load_network(tmp_path / name, "a ColorMNet checkpoint", checkpoint.build)
         assert loaded.widths.window == 7 and not any(p.requires_grad for p in loaded.parameters())
 
@@ -280,6 +285,8 @@ def test_wrong_files_are_refused_by_name(tmp_path: Path) -> None:
     refused("truncated.pth", "truncated")
     (tmp_path / "empty.safetensors").write_bytes(b"")
     refused("empty.safetensors", "cannot be read")
+    (tmp_path / "pointer.pth").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refused("pointer.pth", "git lfs pull")
 
 
 def test_sessions_refuse_what_they_cannot_colour(tiny: ColorMNet) -> None:

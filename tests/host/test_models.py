@@ -60,6 +60,11 @@ def test_files_that_were_cut_off(tmp_path):
         assert verify(path).status == "damaged", path.name
 
 
+def test_files_that_were_renamed(tmp_path):
+    save_file({"a": torch.zeros(4)}, tmp_path / "a.bin")
+    assert verify(tmp_path / "a.bin").status == "unverified"
+
+
 def test_model_folders(tmp_path):
     assert verify(tmp_path).status == "damaged"
     (tmp_path / "config.json").write_text("{}")

@@ -34,6 +34,9 @@ LAYOUTS: dict[str, tuple[Callable[[dict[str, State], Path], None], str]] = {
     "flat pickle": (flat_pickle, "ip-adapter.bin"),
     "flat safetensors": (flat_safetensors, "ip-adapter.safetensors"),
     "upper case suffix": (flat_safetensors, "IP-ADAPTER.SAFETENSORS"),
+    "safetensors by another name": (flat_safetensors, "ip-adapter.bin"),
+    "pickle by another name": (nested_pickle, "ip-adapter.safetensors"),
+    "legacy pickle by another name": (legacy_pickle, "ip-adapter.safetensors"),
 }
 
 
@@ -257,7 +260,7 @@ def test_a_file_that_was_cut_off_is_refused(layout: str, part: float, tmp_path: 
     write(make_state(), path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(part * len(whole)) if 0 < part < 1 else int(part)])
-    said = " not a whole safetensors file" if layout == "flat safetensors" else " not "
+    said = " not a whole safetensors file" if layout == "flat safetensors" and part else " not "
     with pytest.raises(UnsupportedCheckpoint, match=f"ip-adapter.*{said}"):
         load_adapter(path)
 
