@@ -52,6 +52,11 @@ def missing_library(error: BaseException) -> str:
     return name if any(re.split(r"[<>=!~;\[ #]", line)[0].lower() == name.lower() for line in lines) else ""
 
 
+def install(what: str) -> str:
+    """The command that installs `what`, as pip is told it, for the Python that runs: people have several."""
+    return f'"{sys.executable}" -m pip install {what}'
+
+
 def install_requirements() -> str:
-    """The command that installs what the pack cannot do without, for the Python that runs."""
-    return f'"{sys.executable}" -m pip install -r "{REQUIREMENTS}"'
+    """The command that installs what the pack cannot do without."""
+    return install(f'-r "{REQUIREMENTS}"')

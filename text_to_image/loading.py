@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import host
 from ..cache import content_key
-from ..host.errors import first_line
+from ..host.errors import first_line, install
 from . import compilation, interruption, precision, stream_attention
 from .adapters import Adapters
 from .component import Component
@@ -243,9 +243,9 @@ def require_libraries() -> None:
         if Version(diffusers.__version__).release < OLDEST_DIFFUSERS:
             raise ImportError(f"diffusers {diffusers.__version__} is installed")
     except (ImportError, RuntimeError) as error:
+        needs = install('"diffusers>=0.39" "transformers>=4.57" accelerate')
         raise UnusableCheckpoint(
-            f"Text to image needs diffusers 0.39 and transformers 4.57 or newer ({error}): install them with "
-            'pip install "diffusers>=0.39" "transformers>=4.57" accelerate.'
+            f"Text to image needs diffusers 0.39 and transformers 4.57 or newer ({error}): install them with {needs}."
         ) from error
 
 

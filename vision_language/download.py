@@ -137,6 +137,11 @@ def locate(name: str, revision: str = "", must_see: bool = True) -> ModelFolder:
     local = local_folder(name, revision)
     if local is not None and not folders.missing_files(local):
         return folders.check(local, must_see)
+    if local is None and ("gguf" in name.lower() or name.strip().lower().endswith(".safetensors")):
+        raise UnusableModel(
+            f"{name!r} is a single file, and a model is a whole folder here, with config.json (GGUF files are not read): take "
+            "one such as Qwen3-VL-4B-Instruct, with quantization int4 where memory is short."
+        )
     repository = folders.repository(name)
     target = local.path if local is not None else target_folder(name, revision)
     try:

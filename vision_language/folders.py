@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import host
 from ..cache import content_key, file_fingerprint
-from ..host.model_files import MAX_HEADER, MISSHAPEN
+from ..host.model_files import MAX_HEADER, MISSHAPEN, impostor
 
 KINDS = ("LLM", "llm", "prompt_generator")
 # Packs keep their models one or two folders down: LLM/Qwen-VL/<name>, LLM/<owner>/<name>.
@@ -34,6 +34,7 @@ TEXT_MODELS = (
     "Qwen3-4B-Thinking-2507",
     "Qwen3-4B-Instruct-2507",
 )
+WHOLE = ("model.safetensors", "pytorch_model.bin")  # what weights in one file are called
 # What the library reads of a folder beside the weights.
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
 # Folders of other packs, which are no owners.
@@ -43,6 +44,9 @@ REPOSITORIES = {
     "SkyCaptioner-V1": "Skywork/SkyCaptioner-V1",
     "qwen3-4b-Z-Image-Engineer": "BennyDaBall/qwen3-4b-Z-Image-Engineer",
 }
+
+
+NO_GGUF = " (GGUF files are not read)"
 
 
 class UnusableModel(ValueError):
@@ -128,7 +132,10 @@ def find(name: str) -> ModelFolder | None:
     if not wanted:
         raise UnusableModel(f"No model is chosen: pick one, or put a model folder into {roots()[0]}.")
     if wanted.startswith("/") or ".." in parts or ":" in wanted:
-        raise UnusableModel(f"{name!r} is not a folder inside the LLM paths nor a repository, so it is not opened.")
+        raise UnusableModel(
+            f"{name!r} is not a folder inside the LLM paths nor a repository, so it is not opened: put the folder, or a link to "
+            f"it, into {roots()[0]}, or name the place it is in as LLM in extra_model_paths.yaml."
+        )
     for root in roots():
         for candidate in (root / wanted, root / "Qwen-VL" / wanted):
             if (config := read_config(candidate)) is not None:
@@ -186,7 +193,7 @@ def missing_weights(path: Path) -> list[str]:
         present = [path / shard for shard in shards if (path / shard).is_file()]
     else:
         present = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        absent = [] if present else ["model.safetensors"]
+        absent = [] if present else [f"model.safetensors{NO_GGUF * any(path.glob('*.gguf'))}"]
     return absent + [problem for file in present if (problem := truncated(file))]
 
 
@@ -214,7 +221,7 @@ def truncated(file: Path) -> str:
             header = json.loads(opened.read(length)) if length < min(size, MAX_HEADER) else {}
         end = max(int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")
     except (struct.error, *MISSHAPEN):
-        return f"{file.name} (damaged)"
+        return f"{file.name} ({(impostor(file) or 'damaged').rstrip('.')})"
     expected = 8 + length + end
     return "" if size >= expected else f"{file.name} ({size:,} of {expected:,} bytes)"
 
@@ -226,6 +233,11 @@ def check(folder: ModelFolder, must_see: bool) -> ModelFolder:
         raise UnusableModel(
             f"The model folder {folder.path} is not whole, missing: {shown}. Download these files into it, or delete "
             "the folder so that it is fetched again."
+        )
+    weights = weight_files(folder.path)
+    if not any(folder.path.glob("*.index.json")) and all(file.name not in WHOLE for file in weights):
+        raise UnusableModel(
+            f"The weights in {folder.path} are called {weights[0].name}: rename them to model.safetensors, as the library asks."
         )
     if not (folder.path / "tokenizer.json").is_file() and not (folder.path / "vocab.json").is_file():
         raise UnusableModel(f"The model folder {folder.path} has no tokenizer: put tokenizer.json beside config.json.")

@@ -21,7 +21,7 @@ from .. import host
 from ..cache import content_key
 from ..host import streamed_layers
 from ..host.cards import numbered
-from ..host.errors import first_line
+from ..host.errors import first_line, install
 from ..host.interruption import is_stop
 from ..host.unloading import before_unloading_all
 from . import decoding, download, folders, projections, stored_fp8
@@ -37,6 +37,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # A folder runs no code of its own, which the library would ask for at a terminal, and names no other one to be fetched.
 AS_IT_LIES = {"trust_remote_code": False, "local_files_only": True}
 RESERVE = 1 << 30  # bytes left for activations, keys and values, when the host decides what fits
+WITHOUT_A_PACKAGE = "Choose the model as it was published, with quantization int8 or int4, which need no package."
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
 
 
@@ -112,11 +113,17 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     """
     try:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
     except ImportError as error:
+        needs = install('"transformers>=4.57"')
         raise UnusableModel(
-            f"Vision-language models need transformers 4.57 or newer ({error}): "
-            'install it with pip install "transformers>=4.57".'
+            f"Vision-language models need transformers 4.57 or newer ({error}): install it with {needs}."
         ) from error
+    if folder.model_type not in CONFIG_MAPPING_NAMES:
+        raise UnusableModel(
+            f"{folder.name} is of the type {folder.model_type!r}, which the transformers that is installed does not know: update "
+            f"it with {install('--upgrade transformers')}."
+        )
     chosen = choices(folder, options)
     device, dtype, attention, packing = chosen.device, chosen.dtype, chosen.attention, chosen.packing
     stored = folder.stored_quantization
@@ -141,14 +148,23 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     except Exception as error:  # the library raises anything from KeyError to ImportError
         if is_stop(error):
             raise
+        reason = first_line(error, 300)
+        if folder.stored_quantization is not None:
+            reason = f"{reason.rstrip('.')}. {WITHOUT_A_PACKAGE}"
         raise UnusableModel(
-            f"The model folder {folder.path} could not be loaded as {folder.model_type}: {first_line(error, 300)}"
+            f"The model folder {folder.path} could not be loaded as {folder.model_type}: {reason}"
         ) from error
     # The library would fill these with random numbers and go on.
     if wrong := sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]])):
         raise UnusableModel(
             f"The weights in {folder.path} do not fit its config.json: {len(wrong)} are missing or of another shape, "
             f"such as {wrong[0]}. Fetch the folder again."
+        )
+    others = map(str, found["unexpected_keys"]) if getattr(network, "hf_quantizer", None) is None else ()
+    if codes := sorted(key for key in others if belongs_to_weights(network, key)):
+        raise UnusableModel(
+            f"The weights in {folder.path} are packed in a way that is not known here (they come with {codes[0]}). "
+            f"{WITHOUT_A_PACKAGE}"
         )
     network.eval().requires_grad_(False)
     plain = stored is None and not packing.method.startswith("bitsandbytes")
@@ -176,6 +192,15 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     return model
 
 
+def belongs_to_weights(network: Any, key: str) -> bool:
+    """Whether an entry of a file that the library passes over says how weights of a layer are to be read, such as a scale."""
+    layer, _, name = key.rpartition(".")
+    try:
+        return name != "bias" and isinstance(network.get_submodule(layer), torch.nn.Linear)
+    except AttributeError:
+        return False
+
+
 def read_words(folder: ModelFolder) -> tuple[Any, Any]:
     """(processor, tokenizer) of `folder`; no processor for a text-only model. Asked before the weights, which are gigabytes.
 
@@ -185,9 +210,10 @@ def read_words(folder: ModelFolder) -> tuple[Any, Any]:
 
     try:
         if not folder.sees:
-            return None, AutoTokenizer.from_pretrained(folder.path, **AS_IT_LIES)
-        processor = AutoProcessor.from_pretrained(folder.path, **AS_IT_LIES)
-        return processor, processor.tokenizer
+            processor, tokenizer = None, AutoTokenizer.from_pretrained(folder.path, **AS_IT_LIES)
+        else:
+            processor = AutoProcessor.from_pretrained(folder.path, **AS_IT_LIES)
+            tokenizer = processor.tokenizer
     except Exception as error:  # the library raises anything from KeyError to ImportError
         if is_stop(error):
             raise
@@ -195,6 +221,12 @@ def read_words(folder: ModelFolder) -> tuple[Any, Any]:
             f"The processor or tokenizer in {folder.path} could not be read ({first_line(error, 300)}): fetch its .json files "
             "again."
         ) from error
+    if not any(getattr(reader, "chat_template", None) for reader in (processor, tokenizer)):
+        raise UnusableModel(
+            f"The model folder {folder.path} has no chat template: copy chat_template.jinja or chat_template.json from the model "
+            "that it was made from."
+        )
+    return processor, tokenizer
 
 
 def stream_layers(network: Any, device: torch.device, asked: int) -> str:

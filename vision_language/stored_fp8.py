@@ -84,8 +84,5 @@ def take_over(network: nn.Module) -> bool:
         setattr(owner, name, BlockScaledLinear(getattr(owner, name)))
     experts = getattr(finegrained_fp8, "FP8Experts", ())
     if any(isinstance(part, experts) for part in network.modules()) and importlib.util.find_spec(KERNEL) is None:
-        raise ValueError(
-            f"its experts are in float8, which need code that the package {KERNEL!r} fetches: choose the same model without "
-            "FP8, with quantization int8 or int4"
-        )
+        raise ValueError(f"its experts are in float8, which need code that the package {KERNEL!r} fetches from the hub")
     return bool(found)

@@ -62,6 +62,43 @@ def test_weights_that_do_not_fit_are_not_made_up(llm, tiny_folders):
         MODELS.get("holes", LoadOptions())
 
 
+@pytest.mark.parametrize("stated", [None, {"quant_method": "modelopt", "quant_algo": "FP8"}])
+def test_codes_of_an_unknown_packing_are_not_taken_for_weights(llm, tiny_folders, stated):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_folders["qwen3"], llm / "scaled")
+    state = load_file(folder / "model.safetensors")
+    name = next(key for key in state if key.endswith("mlp.down_proj.weight"))
+    state |= {name: (state[name] * 100).to(torch.float8_e4m3fn), f"{name}_scale": torch.tensor([0.01])}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": stated} if stated else {})))
+    with pytest.raises(
+        UnusableModel, match=r"not known here \(they come with .*_scale\)\. Choose the model as it was published"
+    ):
+        MODELS.get("scaled", LoadOptions(), must_see=False)
+
+
+def test_a_library_that_a_quantised_folder_needs_is_not_the_only_cure(llm, tiny_folders):
+    folder = shutil.copytree(tiny_folders["qwen3"], llm / "awq")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnusableModel, match=r"could not be loaded as qwen3: .*int8 or int4, which need no package"):
+        MODELS.get("awq", LoadOptions(), must_see=False)
+
+
+def test_a_folder_without_a_chat_template(llm, tiny_folders):
+    folder = shutil.copytree(tiny_folders["qwen3"], llm / "merged")
+    for file in folder.glob("chat_template*"):
+        file.unlink()
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    words.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    with pytest.raises(UnusableModel, match="has no chat template: copy chat_template"):
+        MODELS.get("merged", LoadOptions(), must_see=False)
+
+
 def test_a_text_model_in_a_vision_node(llm):
     with pytest.raises(UnusableModel, match=r"text-only model \(qwen3\)"):
         MODELS.get("qwen3", LoadOptions(), must_see=True)

@@ -277,8 +277,9 @@ def test_damaged_folders(llm, tiny_folders, offline):
         download.locate("bad-index")
     config = json.loads((llm / "wrong-type" / "config.json").read_text())
     (llm / "wrong-type" / "config.json").write_text(json.dumps(config | {"model_type": "qwen99"}))
-    with pytest.raises(UnusableModel, match="could not be loaded as qwen99"):
+    with pytest.raises(UnusableModel, match=r"the type 'qwen99', which .* update it with .*python\S* -m pip install"):
         MODELS.get("wrong-type", LoadOptions())
+    (llm / "wrong-type" / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
     (llm / "wrong-type" / "preprocessor_config.json").write_text("{")
     with pytest.raises(UnusableModel, match=r"processor or tokenizer in .* could not be read"):
         MODELS.get("wrong-type", LoadOptions())  # before the weights, which are no Qwen's
@@ -287,7 +288,7 @@ def test_damaged_folders(llm, tiny_folders, offline):
         download.locate("wrong-type")
     assert offline[-1][1]["local_dir"] == llm / "wrong-type"
     (llm / "wrong-type" / "processor_config.json").write_text('{"image_processor": {}}')
-    assert download.locate("wrong-type").model_type == "qwen99"
+    assert download.locate("wrong-type").model_type == "qwen2_vl"
     for words in ("{", "[" * 100_000):
         (llm / "bad-config" / "config.json").write_text(words)
         assert "bad-config" not in folders.choices((), None)
@@ -304,3 +305,20 @@ def test_folders_that_lie_about_their_files(llm, tiny_folders, offline):
     for start in ((2).to_bytes(8, "little") + b"[]", (1 << 40).to_bytes(8, "little")):
         (folder / "model.safetensors").write_bytes(start)
         assert folders.missing_weights(folder) == ["model.safetensors (damaged)"]
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert "git lfs pull" in folders.missing_weights(folder)[0]
+    (folder / "model.safetensors").rename(folder / "qwen-q4.gguf")
+    assert folders.missing_weights(folder) == ["model.safetensors (GGUF files are not read)"]
+
+
+def test_what_people_have_instead_of_a_folder(llm, tiny_folders, offline):
+    shutil.copytree(tiny_folders["qwen3_vl"], llm / "renamed")
+    (llm / "renamed" / "model.safetensors").rename(llm / "renamed" / "small-fp16.safetensors")
+    with pytest.raises(UnusableModel, match=r"are called small-fp16\.safetensors: rename them to model\.safetensors"):
+        download.locate("renamed")
+    for name in ("Qwen3VL-4B-Q8_0.gguf", "Qwen/Qwen3-VL-4B-Instruct-GGUF", "Qwen-VL/qwen3-abliterated.safetensors "):
+        with pytest.raises(UnusableModel, match="is a single file, and a model is a whole folder"):
+            download.locate(name)
+    with pytest.raises(UnusableModel, match=r"or a link to it, into .*LLM, or name the place"):
+        download.locate("D:\\models\\LLM\\Qwen3-VL-4B-Instruct")
+    assert not offline
