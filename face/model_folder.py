@@ -109,7 +109,9 @@ def _read(name: str, place: Path) -> ModelFolder:
         place = place / name
     if not files:
         wanted = " and ".join(KNOWN_FILES.get(name, ("its detection", "recognition .onnx files")))
-        raise FaceError(f"{place} holds no .onnx file: put {wanted} there.")
+        zipped = next((z for z in (place / f"{name}.zip", place.with_name(f"{name}.zip")) if z.is_file()), None)
+        cure = f"put {wanted} there" if zipped is None else f"unpack {zipped} so that {wanted} lie there"
+        raise FaceError(f"{place} holds no .onnx file: {cure}.")
     outlines: list[Outline] = []
     for file in files:
         try:

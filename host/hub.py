@@ -94,5 +94,6 @@ def _hub_errors(what: str) -> Iterator[None]:
     # Which library speaks HTTP for the hub, and with it the errors of a machine that is offline, changed twice.
     except Exception as error:
         raise DownloadError(
-            f"{what} could not be downloaded: {first_line(error)}. Connect and try again; it goes on where it stopped."
+            f"{what} could not be downloaded: {first_line(error)}. Connect and try again; it goes on where it stopped. Where the "
+            "hub cannot be reached, set HF_ENDPOINT to a mirror before ComfyUI starts."
         ) from error

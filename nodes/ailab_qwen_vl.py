@@ -139,6 +139,11 @@ def words(preset: str, known: Mapping[str, str], own: str) -> str:
 
 def ask(preset_prompt: str, custom_prompt: str, image: Any, video: Any, frame_count: int) -> Question:
     prompt = custom_prompt.strip() or words(preset_prompt, presets.DESCRIPTIONS, "custom_prompt")
+    if image is not None and len(image) > 1:
+        host.current().warn(
+            f"image holds {len(image)} pictures, of which this node looks at the first: Ask Vision-Language Model answers each "
+            "with one_answer_each."
+        )
     pictures = from_images(None if image is None else image[:1])
     return Question(prompt, "", tuple(pictures), tuple(from_frames(video, DEFAULT_FPS, frame_count)))
 

@@ -228,7 +228,7 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
         raise UnusableModel(
             f"There is no whole model folder {target.name!r} under {folders.roots()[0]}, and {repository} could not be "
             f"fetched ({first_line(error)}): check the name, connect and run again, which continues where it stopped, "
-            "or put the folder there."
+            "or put the folder there. Where the hub cannot be reached, set HF_ENDPOINT to a mirror before ComfyUI starts."
         ) from error
 
 

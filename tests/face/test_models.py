@@ -57,6 +57,12 @@ def test_a_zip_that_was_not_unpacked_is_recognised(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "antelopev2.zip").write_bytes(b"PK")
     assert "antelopev2.zip is there but not unpacked" in refused(tmp_path)
+    folder = tmp_path / "models" / "antelopev2"
+    folder.mkdir()
+    beside, inside = folder.with_name("antelopev2.zip"), folder / "antelopev2.zip"
+    assert f"holds no .onnx file: unpack {beside} so that scrfd_10g_bnkps.onnx and" in refused(tmp_path)
+    beside.rename(inside)
+    assert f"holds no .onnx file: unpack {inside} so that" in refused(tmp_path)
 
 
 def test_a_folder_nested_by_unpacking_works_and_is_mentioned(root):

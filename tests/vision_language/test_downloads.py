@@ -23,7 +23,11 @@ class InterruptProcessingException(Exception):
 @pytest.mark.parametrize(
     ("error", "raised", "told"),
     [
-        (ReadTimeout("timed out"), UnusableModel, "could not be fetched \\(timed out\\): .*connect and run again"),
+        (
+            ReadTimeout("timed out"),
+            UnusableModel,
+            "could not be fetched \\(timed out\\): .*connect and run again.*HF_ENDPOINT",
+        ),
         (InterruptProcessingException(), InterruptProcessingException, ""),
         (Interrupted(), Interrupted, ""),
     ],

@@ -152,8 +152,9 @@ def test_the_ailab_nodes_answer(llm, headless_host):
     assert "pictures: 2" in headless_host.texts[-1][1] and "temperature 0.6" in headless_host.texts[-1][1]
     advanced = NODE_CLASS_MAPPINGS["AILab_QwenVL_Advanced"]()
     order = ["qwen3_vl", "8-bit (Balanced)", "sage", False, "cpu", "🖼️ Tags", "Say it.", 8, 0.6, 0.9, 2, 1.2, 4, True, 1]
-    assert isinstance(advanced.process(*order, image=IMAGE, token_budget="fast")[0], str)
+    assert isinstance(advanced.process(*order, image=IMAGE.expand(3, -1, -1, -1), token_budget="fast")[0], str)
     assert "2 beams" in headless_host.texts[-1][1] and "int8" in headless_host.texts[-1][1]
+    assert [text for _, text in headless_host.texts if "image holds 3 pictures, of which" in text]
     enhancer = NODE_CLASS_MAPPINGS["AILab_QwenVL_PromptEnhancer"]()
     for model in ("qwen3", "qwen3_vl"):
         order = [model, "None (FP16)", "auto", False, "auto", "a cat", "📝 Enhance", "", 8, 0.7, 0.9, 1.1, True, 1]
