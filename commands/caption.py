@@ -55,6 +55,8 @@ def _caption(options: argparse.Namespace) -> int:
         options.captions_to,
         options.pattern,
         THINKING[options.thinking],
+        options.media.replace("-", " "),
+        options.max_frames,
     )
     # Before a model is fetched: what is wrong with the job, and whether anything is left to do.
     summary, waiting = begin(job)

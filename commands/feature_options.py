@@ -80,7 +80,7 @@ def add_colorize(commands: Commands) -> None:
 def add_caption(commands: Commands) -> None:
     caption = commands.add_parser(
         "caption",
-        help="write a caption beside every picture of a folder",
+        help="write a caption beside every picture or video of a folder",
         description="Describes every picture of a folder with a Qwen-VL model, in batches. A picture that has its "
         "caption is skipped, so the same command goes on where it was stopped.",
     )
@@ -99,6 +99,15 @@ def add_caption(commands: Commands) -> None:
     caption.add_argument("--system", default="", help="how the model should behave")
     caption.add_argument("--format", choices=("txt", "jsonl", "both"), default="txt", help="what is written")
     caption.add_argument("--captions-to", type=Path, metavar="DIR", help="where to (default: beside the pictures)")
+    caption.add_argument(
+        "--media",
+        choices=("pictures", "videos", "pictures-and-videos"),
+        default="pictures",
+        help="default: %(default)s",
+    )
+    caption.add_argument(
+        "--max-frames", type=int, default=16, help="of a video, two a second at most (default: %(default)s)"
+    )
     caption.add_argument("--pattern", default="", help="only file names that fit, such as 'portrait_*'")
     caption.add_argument("--recursive", action="store_true", help="also the folders in the folder")
     caption.add_argument("--overwrite", action="store_true", help="also pictures that have a caption")

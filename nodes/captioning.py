@@ -1,4 +1,4 @@
-"""The node that captions the pictures of a folder, with the model of Load Vision-Language Model."""
+"""The node that captions the pictures or videos of a folder, with the model of Load Vision-Language Model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..host.whole_paths import allowed
 from ..vision_language import presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.budgets import preset
-from ..vision_language.caption_job import FORMATS, CaptionJob, place
+from ..vision_language.caption_job import FORMATS, MEDIA, CaptionJob, place
 from ..vision_language.captioning import FolderCaptioner
 from ..vision_language.loaded_model import LoadedModel
 from ..vision_language.sampling import Sampling
@@ -19,8 +19,10 @@ from .vision_sockets import BUDGET, CACHE, CATEGORY, DECODE, KEEP, MODEL, SEED, 
 class HotpathCaptionFolder:
     DISPLAY_NAME = "Caption Folder"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Writes a caption beside every picture of a folder, in batches; stops and goes on where it was."
-    SEARCH_ALIASES = ["batch caption", "dataset", "lora captions", "tagger"]
+    DESCRIPTION = (
+        "Writes a caption beside every picture or video of a folder, in batches; stops and goes on where it was."
+    )
+    SEARCH_ALIASES = ["batch caption", "dataset", "lora captions", "tagger", "video captions"]
     RETURN_TYPES = ("STRING", "STRING", "STRING")
     RETURN_NAMES = ("captions", "files", "report")
     OUTPUT_IS_LIST = (True, True, False)
@@ -76,6 +78,16 @@ class HotpathCaptionFolder:
                     list(THINKING),
                     {"default": "off", "tooltip": "off keeps a thinking model from thinking; thoughts count as tokens, too."},
                 ),
+                "media": (
+                    list(MEDIA),
+                    {"default": "pictures", "tooltip": "What gets captions. A video gets one, as trainers of video models "
+                     "read it."},
+                ),
+                "max_frames": (
+                    "INT",
+                    {"default": 16, "min": 1, "max": 768, "tooltip": "Of a video at most so many frames, two a second, evenly "
+                     "spread."},
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }  # fmt: skip
@@ -107,6 +119,8 @@ class HotpathCaptionFolder:
         pattern: str = "",
         captions_to: str = "",
         thinking: str = "off",
+        media: str = "pictures",
+        max_frames: int = 16,
         unique_id: str | None = None,
     ) -> dict[str, Any]:
         here = host.current()
@@ -123,6 +137,8 @@ class HotpathCaptionFolder:
             allowed(place(here.output_folder(), captions_to)) if captions_to.strip() else None,
             pattern,
             THINKING[thinking],
+            media,
+            max_frames,
         )
         options = AnswerOptions(
             max_new_tokens,

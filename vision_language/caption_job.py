@@ -15,6 +15,12 @@ from ..host.letters import can_be_a_name
 from . import caption_list
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".wmv", ".ogv", ".ts")
+MEDIA = {
+    "pictures": PICTURE_SUFFIXES,
+    "videos": VIDEO_SUFFIXES,
+    "pictures and videos": PICTURE_SUFFIXES + VIDEO_SUFFIXES,
+}
 FORMATS = ("txt", "jsonl", "both")
 LONGEST_PATTERN = 1000
 NAMED = 20  # pictures of one kind that a report names
@@ -28,6 +34,7 @@ class CaptionJob:
     skips pictures that have their caption. before, after: written around every caption, such as a trigger word.
     target: where the captions go, with the same sub-folders; None is beside the pictures. pattern: only files whose
     name fits it, such as "portrait_*"; "" is all. thinking: as `prompts.Question` has it; thoughts are no part of a caption.
+    media: of MEDIA; a video has one caption. max_frames: how many of its frames are looked at, two a second at most.
     """
 
     folder: Path
@@ -42,6 +49,8 @@ class CaptionJob:
     target: Path | None = None
     pattern: str = ""
     thinking: bool | None = False
+    media: str = "pictures"
+    max_frames: int = 16
 
     @property
     def captions(self) -> Path:
@@ -58,8 +67,10 @@ class CaptionJob:
         """Raises ValueError for what no model could do anything with."""
         if self.output not in FORMATS:
             raise ValueError(f"{self.output!r} is no output: choose {', '.join(FORMATS)}.")
-        if self.batch_size < 1:
-            raise ValueError("The batch size must be at least 1.")
+        if self.media not in MEDIA:
+            raise ValueError(f"{self.media!r} is nothing to caption: choose {', '.join(MEDIA)}.")
+        if self.batch_size < 1 or self.max_frames < 1:
+            raise ValueError("The batch size and the frames of a video must be at least 1.")
         if len(self.pattern) > LONGEST_PATTERN:
             raise ValueError(f"The pattern is longer than {LONGEST_PATTERN} letters: give one such as portrait_*.")
         if not self.prompt.strip():
@@ -126,15 +137,15 @@ def place(base: Path, name: str) -> Path:
     return base / folder
 
 
-def pictures_in(folder: Path, recursive: bool, pattern: str = "") -> list[Path]:
-    """Picture files whose name fits `pattern`, sorted by path; hidden files and folders are left out."""
+def files_in(folder: Path, recursive: bool, pattern: str = "", media: str = "pictures") -> list[Path]:
+    """Files of `media` whose name fits `pattern`, sorted by path; hidden files and folders are left out."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}: give the folder of the pictures.")
+        raise FileNotFoundError(f"There is no folder {folder}: give the folder of the {media}.")
     found = _below(folder) if recursive else folder.iterdir()
     return sorted(
         path
         for path in found
-        if path.suffix.lower() in PICTURE_SUFFIXES
+        if path.suffix.lower() in MEDIA[media]
         and fnmatch(path.name, pattern or "*")
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
@@ -159,7 +170,7 @@ def begin(job: CaptionJob) -> tuple[CaptionSummary, list[Path]]:
     lines = caption_list.listed(job.captions) if job.output != "txt" else {}
     targets: dict[Path, Path] = {}
     waiting: list[Path] = []
-    for path in pictures_in(job.folder, job.recursive, job.pattern.strip()):
+    for path in files_in(job.folder, job.recursive, job.pattern.strip(), job.media):
         target = job.text_file(path)
         if job.output != "jsonl" and target in targets:
             summary.failed[path] = f"{targets[target].name} has the same caption file {target.name}"
@@ -174,7 +185,8 @@ def begin(job: CaptionJob) -> tuple[CaptionSummary, list[Path]]:
     if not (waiting or summary.skipped or summary.failed):
         fitting = f" whose name fits {job.pattern.strip()}" if job.pattern.strip() else ""
         deeper = "" if job.recursive else ", folders in it not counted"
-        summary.notes = f"No picture{fitting} was found in {job.folder}{deeper}."
+        wanted = job.media.replace("pictures and videos", "picture or video").removesuffix("s")
+        summary.notes = f"No {wanted}{fitting} was found in {job.folder}{deeper}."
     return summary, waiting
 
 

@@ -1,4 +1,4 @@
-"""Captions for a folder of pictures: left-padded batches, a text file beside each picture, resumed where it stopped.
+"""Captions for a folder of pictures or videos: left-padded batches, a text file beside each, resumed where it stopped.
 
 While one batch is written the next one is read and resized. A picture that fails is recorded with its reason and the
 others go on; what is written is whole, so an interrupted run loses one batch at most.
@@ -22,16 +22,17 @@ from ..host.letters import readable
 from ..host.whole_files import whole_file
 from . import caption_list
 from .answering import Answer, AnswerOptions, BatchSize, answer
-from .caption_job import CaptionJob, CaptionSummary, begin
+from .caption_job import VIDEO_SUFFIXES, CaptionJob, CaptionSummary, begin
 from .embeddings import EmbeddingCache, VisualItem, look_up
 from .loaded_model import LoadedModel
-from .pictures import Picture, read_picture
+from .pictures import Clip, Picture, read_clip, read_picture
 from .prompts import Question
 from .sampling import Sampling
 from .timing import Timing
 
 log = logging.getLogger("hotpath.vision_language")
 
+FRAMES_A_SECOND = 2.0  # of a video, as Qwen's models were trained
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what one caption meets, all others will
 
 
@@ -50,8 +51,10 @@ class FolderCaptioner:
         self.options = replace(options, answers=1, stream=False, encode_jointly=True, reuse_prefix=False)
         self._fitting = BatchSize()
 
-    def question(self, picture: Picture) -> Question:
-        return Question(self.job.prompt, self.job.system, (picture,), (), self.job.thinking)
+    def read(self, path: Path) -> tuple[tuple[Picture, ...], tuple[Clip, ...]]:
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            return (), (read_clip(path, FRAMES_A_SECOND, self.job.max_frames),)
+        return (read_picture(path),), ()
 
     def _prepare(self, paths: Sequence[Path]) -> tuple[dict[Path, tuple[Question, list[VisualItem]]], dict[Path, str]]:
         """Read and look up a batch, beside the batch that is being written."""
@@ -60,12 +63,12 @@ class FolderCaptioner:
         cache = EmbeddingCache(self.options.cache_images, self.options.cache_on_disk)
         for path in paths:
             try:
-                picture = read_picture(path)
-                items = look_up(self.model, [picture], [], self.options.budget, cache, Timing(self.model.device))
+                pictures, clips = self.read(path)
+                items = look_up(self.model, pictures, clips, self.options.budget, cache, Timing(self.model.device))
             except Exception as error:  # whatever an image library or a processor finds wrong with one file
                 failed[path] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             else:
-                ready[path] = (self.question(picture), items)
+                ready[path] = (Question(self.job.prompt, self.job.system, pictures, clips, self.job.thinking), items)
         return ready, failed
 
     def _batches(

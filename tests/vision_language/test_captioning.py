@@ -10,15 +10,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from film_files import frames, write_film
 from hotpath.demo import train_captioner
 from hotpath.host import Interrupted
 from hotpath.vision_language.answering import AnswerOptions
 from hotpath.vision_language.budgets import PRESETS
-from hotpath.vision_language.caption_job import CaptionJob, pictures_in, place
+from hotpath.vision_language.caption_job import CaptionJob, files_in, place
 from hotpath.vision_language.caption_list import append, compact, listed
 from hotpath.vision_language.captioning import FolderCaptioner
 from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.loading import MODELS
+from hotpath.vision_language.pictures import read_clip
+from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling
 from PIL import Image
 
@@ -59,6 +62,31 @@ def test_the_demo_captioner_names_what_is_drawn(captioner, tmp_path):
     right = sum(summary.captions[path] == caption for path, caption in wanted.items())
     assert right >= 57, f"{right} of 60"
     assert sum(f.stat().st_size for f in DEMO.iterdir()) < 6 * 2**20
+
+
+def test_a_video_gets_one_caption(captioner, drawings, ask):
+    paths = list(drawings)
+    folder = paths[0].parent
+    for path in paths[1:]:
+        path.unlink()
+    long, short, broken = (folder / name for name in ("long.mp4", "short.MKV", "broken.webm"))
+    write_film(long, frames(6, 32, 48), sound=False, rate=2)
+    write_film(short, frames(2, 48, 32, seed=1), sound=False, rate=2)
+    broken.write_bytes(b"no video")
+    brief = AnswerOptions(3, PRESETS["fast"])
+    job = CaptionJob(folder, "Describe this image.", media="pictures and videos", max_frames=3)
+    summary = FolderCaptioner(captioner, job, GREEDY, brief).run()
+    assert set(summary.captions) == {paths[0], long, short}
+    assert "cannot be read as a video" in summary.failed[broken]
+    for path, seen in ((long, 3), (short, 2)):
+        clip = read_clip(path, 2.0, 3)
+        assert len(clip.frames) == seen and clip.seconds()[-1] == (2.0 if path is long else 0.5)
+        alone = ask(captioner, Question(job.prompt, "", (), (clip,)), max_new_tokens=3)
+        assert path.with_suffix(".txt").read_text(encoding="utf-8") == alone.text
+    assert FolderCaptioner(captioner, replace(job, media="videos"), GREEDY, OPTIONS).run().skipped == 2
+    assert FolderCaptioner(captioner, replace(job, media="pictures"), GREEDY, OPTIONS).run().skipped == 1
+    with pytest.raises(ValueError, match="'films' is nothing to caption: choose pictures, videos,"):
+        FolderCaptioner(captioner, replace(job, media="films"), GREEDY, OPTIONS)
 
 
 def test_captions_lie_beside_the_pictures_and_a_second_run_does_nothing(captioner, drawings):
@@ -265,14 +293,14 @@ def test_a_search_through_a_whole_disk_stops(tmp_path, headless_host):
     (tmp_path / "set").mkdir()
     headless_host.stop()
     with pytest.raises(Interrupted):
-        pictures_in(tmp_path, True)
+        files_in(tmp_path, True)
 
 
 def test_hidden_folders_are_left_out(tmp_path):
     for name in ("a.png", ".ipynb_checkpoints/a-checkpoint.png", "set/.thumbs/b.png", "set/b.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert [path.relative_to(tmp_path).as_posix() for path in pictures_in(tmp_path, True)] == ["a.png", "set/b.png"]
+    assert [path.relative_to(tmp_path).as_posix() for path in files_in(tmp_path, True)] == ["a.png", "set/b.png"]
 
 
 def test_captions_that_were_cut_off_are_named(captioner, drawings, monkeypatch):
