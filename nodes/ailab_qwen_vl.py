@@ -127,7 +127,8 @@ def run(
 
 
 def words(preset: str, known: Mapping[str, str], own: str) -> str:
-    """What a preset asks for; one of an older list is its own text. own: the input for somebody's own words."""
+    """What a preset asks for; one of the oldest list is its own text. own: the input for somebody's own words."""
+    preset = presets.EARLIER.get(preset, preset)
     if (
         preset not in known and unicodedata.category((preset or " ")[0]) == "So"
     ):  # a name as this pack's forks give them

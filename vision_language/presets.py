@@ -37,6 +37,21 @@ DESCRIPTIONS: dict[str, str] = {
 DEFAULT_DESCRIPTION = "🖼️ Detailed Description"
 
 
+# What the same presets were called in earlier releases of the pack that the nodes come from, and in graphs of that time.
+EARLIER: dict[str, str] = {
+    "Prompt Style - Tags": "🖼️ Tags",
+    "Prompt Style - Simple": "🖼️ Simple Description",
+    "Prompt Style - Detailed": "🖼️ Detailed Description",
+    "Prompt Style - Extreme Detailed": "🖼️ Ultra Detailed Description",
+    "Prompt Style - Cinematic": "🎬 Cinematic Description",
+    "Creative - Detailed Analysis": "🖼️ Detailed Analysis",
+    "Creative - Summarize Video": "📹 Video Summary",
+    "Creative - Short Story": "📖 Short Story",
+    "Creative - Refine & Expand Prompt": "🪄 Prompt Refine & Expand",
+    "🧩Prompt Refine & Expand": "🪄 Prompt Refine & Expand",
+}
+
+
 def described(asked: str) -> str:
     """The words of the preset `asked`, whose name may be given without its picture sign and in any case; of what is no
     preset's name, `asked` itself."""

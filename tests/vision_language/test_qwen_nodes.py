@@ -249,6 +249,14 @@ def test_presets_are_found_by_the_names_that_the_command_line_lists():
     assert presets.described("What is this?") == "What is this?"
 
 
+@pytest.mark.parametrize("name", presets.EARLIER)
+def test_what_presets_were_called_before(headless_host, name):
+    from hotpath.nodes.ailab_qwen_vl import ask
+
+    assert ask(name, "", None, None, 16).prompt == presets.DESCRIPTIONS[presets.EARLIER[name]]
+    assert not headless_host.texts
+
+
 def test_a_preset_of_another_pack_is_told(headless_host):
     from hotpath.nodes.ailab_qwen_vl import ask
 
