@@ -70,8 +70,13 @@ class HotpathVLMLoader:
                         "-1: as many as do not fit.",
                     },
                 ),
+                "repository": (
+                    "STRING",
+                    {"default": "", "tooltip": "A repository of the hub, as owner/name, in place of model: a fine-tune, say. Its "
+                     "folder is fetched when it is missing."},
+                ),
             },
-        }
+        }  # fmt: skip
 
     @classmethod
     def VALIDATE_INPUTS(cls, model: str = "") -> bool:
@@ -79,8 +84,10 @@ class HotpathVLMLoader:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, model: str | None = None, revision: str | None = None, **inputs: Any) -> str:
-        return state_of(model or "", (revision or "").strip())
+    def IS_CHANGED(
+        cls, model: str | None = None, revision: str | None = None, repository: str | None = None, **inputs: Any
+    ) -> str:
+        return state_of((repository or "").strip() or model or "", (revision or "").strip())
 
     def load(
         self,
@@ -90,9 +97,10 @@ class HotpathVLMLoader:
         attention: str = "auto",
         revision: str = "",
         stream_layers: int = -1,
+        repository: str = "",
     ) -> tuple[LoadedModel, str]:
         options = LoadOptions(dtype, quantization, attention, "auto", revision.strip(), stream_layers)
-        loaded = MODELS.get(model, options, False)
+        loaded = MODELS.get(repository.strip() or model, options, False)
         report = "\n".join([f"{loaded.folder.name}: {loaded.model_type}, {loaded.dtype}", *loaded.notes])
         return loaded, report
 

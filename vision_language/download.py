@@ -220,7 +220,7 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
     except RepositoryNotFoundError as error:
         raise UnusableModel(
             f"There is no model folder {target.name!r} under {folders.roots()[0]} and no repository {repository}: "
-            "check the name, or put the folder there."
+            "check the name (another owner's is owner/name), or put the folder there."
         ) from error
     except Exception as error:  # of the hub's transports, in all its forms: a connection that stalls is no OSError
         if is_stop(error):

@@ -47,9 +47,10 @@ def test_what_is_set_at_the_folder_node_or_the_command_reaches_the_captions(head
     (folder / "a.png").touch()
     made = NODE_CLASS_MAPPINGS["HotpathCaptionFolder"]().caption(
         "model", "in", "Say it.", "Be brief.", "both", 3, True, True, "a, ", ", b", "high", 9, 0.5, 7,
-        "memory and disk", "graph", False, "a*", "out", "on", "4",
+        "memory and disk", "graph", False, "a*", "out", "on", "pictures and videos", 5, "4",
     )  # fmt: skip
-    job = CaptionJob(folder, "Say it.", "Be brief.", "both", True, True, 3, "a, ", ", b", target, "a*", True)
+    named = (True, "pictures and videos", 5)
+    job = CaptionJob(folder, "Say it.", "Be brief.", "both", True, True, 3, "a, ", ", b", target, "a*", *named)
     kept = AnswerOptions(9, PRESETS["high"], cache_on_disk=True, decode="graph", keep_loaded=False, node_id="4")
     assert given.pop() == ("model", job, Sampling(True, 0.5, seed=7), kept)
     assert made["result"][:2] == (["a cat"], [str(tmp_path / "a.png")]) and "noted" in made["ui"]["text"][0]
@@ -60,14 +61,14 @@ def test_what_is_set_at_the_folder_node_or_the_command_reaches_the_captions(head
         assert job.target is None and sampling == Sampling(False, 0.0, seed=0)
 
     monkeypatch.setattr(caption.MODELS, "get", lambda *asked: asked)
-    flags = "--model m --system Brief. --format both --pattern a* --recursive --overwrite --batch-size 3 --seed 7"
+    flags = "--media pictures-and-videos --max-frames 5 --model m --system Brief. --format both --pattern a* --recursive --overwrite --batch-size 3 --seed 7"
     flags += (
         " --token-budget high --max-new-tokens 9 --thinking on --temperature 0.5 --dtype float32 --quantization int8"
     )
     words = ["caption", str(folder), *flags.split(), "--prompt", "tags", "--before", "a, ", "--after", ", b"]
     assert cli.main([*words, "--captions-to", str(target), "--models", str(tmp_path)]) == 0
     tags = presets.described("tags")
-    job = CaptionJob(folder, tags, "Brief.", "both", True, True, 3, "a, ", ", b", target, "a*", True)
+    job = CaptionJob(folder, tags, "Brief.", "both", True, True, 3, "a, ", ", b", target, "a*", *named)
     load = LoadOptions(dtype="float32", quantization="int8")
     assert given.pop() == (
         ("m", load), job, Sampling(True, 0.5, seed=7), AnswerOptions(9, PRESETS["high"], cache_images=False)
@@ -80,6 +81,18 @@ def test_a_model_is_looked_for_in_the_revision_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(nodes, "state_of", lambda *asked: asked)
     assert nodes.HotpathVLMLoader.IS_CHANGED(model="m", revision=" v2 ") == ("m", "v2")
     assert nodes.HotpathVLMLoader.IS_CHANGED() == ("", "")
+    assert nodes.HotpathVLMLoader.IS_CHANGED(model="m", repository=" a/tuned ") == ("a/tuned", "")
+
+
+@pytest.mark.parametrize(("given", "asked"), [(" a/tuned ", "a/tuned"), (" ", "m")])
+def test_a_repository_takes_the_place_of_the_list(monkeypatch, given, asked):
+    from hotpath.nodes import vision_language as nodes
+
+    named = []
+    monkeypatch.setattr(nodes.MODELS, "get", lambda name, *_: named.append(name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        nodes.HotpathVLMLoader().load("m", repository=given)
+    assert named == [asked]
 
 
 class TestOwnNodes:
