@@ -61,7 +61,8 @@ def test_what_is_set_at_the_folder_node_or_the_command_reaches_the_captions(head
         assert job.target is None and sampling == Sampling(False, 0.0, seed=0)
 
     monkeypatch.setattr(caption.MODELS, "get", lambda *asked: asked)
-    flags = "--media pictures-and-videos --max-frames 5 --model m --system Brief. --format both --pattern a* --recursive --overwrite --batch-size 3 --seed 7"
+    flags = "--model m --system Brief. --format both --pattern a* --recursive --overwrite --batch-size 3 --seed 7"
+    flags += " --media pictures-and-videos --max-frames 5"
     flags += (
         " --token-budget high --max-new-tokens 9 --thinking on --temperature 0.5 --dtype float32 --quantization int8"
     )

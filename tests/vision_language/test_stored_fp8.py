@@ -56,12 +56,22 @@ def weights(llm: Path) -> dict[str, torch.Tensor]:
     return same
 
 
+def library_sees(monkeypatch: pytest.MonkeyPatch, card: bool) -> None:
+    """Whether there is a card with float8, as far as the library asks before it reads the weights."""
+    library = pytest.importorskip("transformers.quantizers.quantizer_finegrained_fp8")
+    cuda = SimpleNamespace(is_available=lambda: card, get_device_capability=lambda *_: (9, 0))
+    monkeypatch.setattr(library, "torch", SimpleNamespace(**{**vars(torch), "cuda": cuda}))
+    monkeypatch.setattr(library, "is_torch_xpu_available", lambda *_, **__: False, raising=False)
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card with float8, as far as the library asks for one before it reads the weights."""
-    library = pytest.importorskip("transformers.quantizers.quantizer_finegrained_fp8")
-    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda *_: (9, 0))
-    monkeypatch.setattr(library, "torch", SimpleNamespace(**{**vars(torch), "cuda": cuda}))
+    library_sees(monkeypatch, True)
+
+
+@pytest.fixture
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    library_sees(monkeypatch, False)
 
 
 def layers(model: Any, kind: type | tuple[type, ...]) -> int:
@@ -95,7 +105,7 @@ def test_what_they_answer(answers: Callable[..., Any], card: None) -> None:
 
 
 @pytest.mark.long
-def test_where_the_library_unpacks_them_all_paths_are_open(answers: Callable[..., Any]) -> None:
+def test_where_the_library_unpacks_them_all_paths_are_open(answers: Callable[..., Any], no_card: None) -> None:
     model = answers()
     assert model.quantization == "none" and not decoding.unsupported(model.network)
 
