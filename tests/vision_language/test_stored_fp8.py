@@ -100,8 +100,11 @@ def test_where_the_library_keeps_float8_ours_multiply(weights: dict[str, torch.T
 
 
 @pytest.mark.long
-def test_what_they_answer(answers: Callable[..., Any], card: None) -> None:
-    assert layers(answers(), BlockScaledLinear)
+@pytest.mark.parametrize("streamed", [0, 1])
+def test_what_they_answer(answers: Callable[..., Any], card: None, streamed: int) -> None:
+    # A layer that is streamed is no part of the network that the host moves.
+    blocks = layers(answers(stream_layers=streamed), BlockScaledLinear)
+    assert blocks == 7 * (len(decoding.text_decoder(MODELS.loaded()[0].network).layers) - streamed)
 
 
 @pytest.mark.long
