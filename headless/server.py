@@ -23,6 +23,7 @@ CONNECT_SECONDS = 15.0
 ASK_SECONDS = 30.0  # for an answer to a question; a server that computes may be slow to give one
 PATIENCE = 30.0  # seconds without any sign of the server until it is given up
 INTERRUPT_SECONDS = 60.0
+LAST_WORDS = 0.5  # for what a server still has to say of a run that is over by its history
 SOONEST, LATEST = 1.0, 60.0  # seconds between two questions how a run stands, which double from the one to the other
 
 Result = TypeVar("Result")
@@ -192,25 +193,28 @@ class ServerRun:
     async def _listen(self, socket: Any) -> bool:
         """Hear how the run goes on; True when it is over, False when the connection was lost. Raises ServerError.
 
-        Now and then it is asked for as well: the server says nothing when somebody takes a prompt out of its queue.
+        Now and then it is asked for as well: the server says nothing when somebody takes a prompt out of its queue. A busy one
+        answers before it has told what its nodes did and reported.
         """
         import aiohttp
 
         wait = SOONEST
         ask_at = time.monotonic() + wait
+        over = False
         while True:
             try:
-                message = await socket.receive(timeout=max(0.001, ask_at - time.monotonic()))
+                message = await socket.receive(timeout=LAST_WORDS if over else max(0.001, ask_at - time.monotonic()))
             except asyncio.TimeoutError:
-                if await self._is_over():
+                if over:
                     return True
+                over = await self._is_over()
                 wait = min(2 * wait, LATEST)
                 ask_at = time.monotonic() + wait
                 continue
             if message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED):
-                return False
+                return over
             if message.type == aiohttp.WSMsgType.ERROR:
-                return False
+                return over
             self.heard = time.monotonic()
             if message.type == aiohttp.WSMsgType.BINARY:
                 self._binary(message.data)

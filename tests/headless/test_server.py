@@ -77,6 +77,16 @@ def test_a_lost_connection_is_waited_out(stand_in, tmp_path, old):
     assert ("queue" in stand_in.asked) <= old
 
 
+def test_a_busy_server_is_heard_to_the_end(stand_in, inputs, tmp_path, monkeypatch):
+    """It answers that the run is over before it has told of it."""
+    monkeypatch.setattr(server, "SOONEST", 0.02)
+    stand_in.behaviour["busy"] = True
+    watcher = Watcher()
+    outcome = run_on_server(stand_in.url, Graph.parse(COPY), tmp_path / "out", inputs, watcher)
+    assert watcher.seen == ["start 2 2/2", "progress 2 1.0/4.0"]
+    assert "engine: tiny" in [text for _, text in outcome.texts]
+
+
 def test_a_connection_that_comes_back_is_heard_again(stand_in, tmp_path):
     stand_in.behaviour["lose"] = "for a moment"
     watcher = Watcher()

@@ -100,6 +100,10 @@ class StandIn:
             if self.behaviour["waits behind others"] == "and is taken out":
                 self.queue = []
             return
+        if self.behaviour.get("busy"):  # what is kept can be asked for before anything of it was said
+            self.keep()
+            while not self.behaviour.get("asked"):
+                await asyncio.sleep(0.005)
         await self.send("execution_cached", nodes=["1"])
         await self.send("executing", node="2")
         await self.send("progress", node="2", value=1, max=4)
@@ -125,6 +129,7 @@ class StandIn:
     async def get_history(self, request: Any) -> Any:
         from aiohttp import web
 
+        self.behaviour["asked"] = True
         return web.json_response({k: v for k, v in self.history.items() if k == request.match_info["id"]})
 
     async def get_job(self, request: Any) -> Any:
