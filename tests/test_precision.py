@@ -210,7 +210,11 @@ def test_refusals_name_the_cure(monkeypatch):
         PrecisionUnavailable, match=r"must be divisible by num_groups.*layers of its own\. Load it with"
     ):
         set_precision(portraits.load_sdxl(), "fp8")
-    # ComfyUI before quantised layers, and with their first form.
+    # ComfyUI with float8 layers alone, before quantised layers, and with their first form.
+    with monkeypatch.context() as older:
+        older.delattr(comfy.quant_ops, "TensorWiseINT8Layout")
+        with pytest.raises(PrecisionUnavailable, match="update ComfyUI"):
+            set_precision(case.model, "fp8")
     monkeypatch.delattr(comfy.ops, "mixed_precision_ops")
     with pytest.raises(PrecisionUnavailable, match="update ComfyUI"):
         set_precision(case.model, "fp8")

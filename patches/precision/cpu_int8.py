@@ -22,11 +22,12 @@ NAME = "HotpathCpuINT8"
 @functools.cache
 def _rotation(size: int) -> Tensor:
     """The matrix [size, size], float32, by which ComfyUI's layout turns each `size` numbers of a weight's row."""
-    from comfy_kitchen.backends.eager.quantization import rotate_int8_convrot_weight
+    from comfy_kitchen.backends.eager.quantization import dequantize_int8_convrot_weight
 
+    # Older releases have no function for the way there, so it is the way back, transposed.
     with torch.inference_mode(False):
-        turned: Tensor = rotate_int8_convrot_weight(torch.eye(size), size)
-    return turned
+        back: Tensor = dequantize_int8_convrot_weight(torch.eye(size, dtype=torch.int8), torch.ones(size, 1), size)
+        return back.T.contiguous()
 
 
 def _multiplied(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, rotated: int) -> Tensor:

@@ -147,8 +147,8 @@ def unavailable(scheme: Scheme, device: torch.device) -> str | None:
         import comfy_kitchen.tensor.base
     except ImportError as error:
         return f"it needs ComfyUI with quantised layers, and {error.name} is missing: update ComfyUI to 0.33 or later"
-    # An earlier form of them takes neither emulated formats nor layouts of ours.
-    present = hasattr(comfy.quant_ops, "register_layout_op") and hasattr(comfy_kitchen.tensor.base, "dequantize_args")
+    # An earlier form of them takes neither emulated formats nor layouts of ours. Float8 layers are made beside int8's.
+    present = hasattr(comfy.quant_ops, "TensorWiseINT8Layout") and hasattr(comfy_kitchen.tensor.base, "dequantize_args")
     made = inspect.signature(getattr(comfy.ops, "mixed_precision_ops", object)).parameters
     if not present or "disabled" not in made or scheme.format not in comfy.quant_ops.QUANT_ALGOS:
         return f"this ComfyUI knows no {scheme.format} layers: update ComfyUI to 0.33 or later"
