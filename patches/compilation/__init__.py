@@ -105,6 +105,11 @@ def _static_clone(model: Any) -> tuple[Any, list[str]]:
     """A clone whose weights stay where they are while the model runs."""
     if not hasattr(model, "is_dynamic") or not model.is_dynamic():  # an older ComfyUI has no DynamicVRAM
         return model.clone(), []
+    if not hasattr(model, "get_clone_model_override"):  # the first releases that had it, where it was an option
+        raise ValueError(
+            "This MODEL is under DynamicVRAM, which moves weights while it runs, and this ComfyUI cannot load it without: "
+            "start ComfyUI without --fast dynamic_vram, or update it."
+        )
     if model.cached_patcher_init is None:
         raise ValueError(
             "This MODEL is under DynamicVRAM, which moves weights while it runs, and its loader gave no way to load it "
