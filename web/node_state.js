@@ -114,6 +114,20 @@ function fieldOf(node) {
   return node?.widgets?.find((widget) => widget.name === "$$node-text-preview");
 }
 
+// Front ends before 1.46 find no node inside a subgraph by its execution id, and make no field there.
+function ownField(node) {
+  const element = document.createElement("div");
+  element.className = "hotpath-report";
+  let value = "";
+  const options = {
+    getValue: () => value,
+    setValue: (text) => (element.textContent = value = text),
+    getMinHeight: () => 2 * FIELD.line + FIELD.margins / 2,
+    serialize: false,
+  };
+  return node.addDOMWidget?.("$$node-text-preview", "text", element, options);
+}
+
 // Pixels between a node and the title of the next one under it.
 function roomUnder(node) {
   const [left, top] = node.pos;
@@ -150,11 +164,12 @@ function showText(id, node) {
   const whole = asWritten([...warnings.map((warning) => `${WARNING} ${say(warning)}`), text].filter(Boolean).join("\n\n"));
   if (whole === "") return;
   if (fieldOf(node) === undefined) {
+    if (node.graph !== app.canvas?.graph) return; // shown when it is opened
     showing = true;
     api.dispatchCustomEvent("progress_text", { nodeId: String(id), text: whole });
     showing = false;
   }
-  const field = fieldOf(node);
+  const field = fieldOf(node) ?? ownField(node);
   if (field === undefined) return;
   field.serialize = false; // older front ends would save it, as one value more than the node has inputs
   if (field.value !== whole) field.value = whole;

@@ -202,6 +202,18 @@ def test_a_node_in_a_subgraph_has_its_text_when_that_is_opened(front_end: FrontE
     front_end.page.wait_for_function(
         "() => app.canvas.graph.getNodeById(3)?.widgets.some((w) => w.name.startsWith('$$') && w.value.includes('1 face'))"
     )
+    # Older front ends make no field there: then it is one of ours, and no value of the node either.
+    saved = front_end.page.evaluate(
+        "async () => { const { api } = await import('/scripts/api.js'); const node = app.canvas.graph.getNodeById(3);"
+        " const { subgraph } = app.rootGraph.nodes.find((one) => one.subgraph) , { dispatchCustomEvent } = api;"
+        " const taken = () => node.widgets.splice(node.widgets.findIndex((w) => w.name.startsWith('$$')), 1)[0].onRemove?.();"
+        " taken(); const before = node.serialize().widgets_values.length; app.canvas.setGraph(app.rootGraph);"
+        " api.dispatchCustomEvent = () => true; app.canvas.setGraph(subgraph); await new Promise((done) => setTimeout(done, 50));"
+        " api.dispatchCustomEvent = dispatchCustomEvent; return [before, node.serialize().widgets_values.length]; }"
+    )
+    assert saved[0] == saved[1] > 0
+    front_end.page.locator(".hotpath-report", has_text="1 face").wait_for()
+    front_end.shot("subgraph")
     front_end.page.evaluate("() => app.canvas.setGraph(app.rootGraph)")
 
 
