@@ -93,10 +93,13 @@ function addBadges(node) {
   if (typeof window.LGraphBadge !== "function" || !Array.isArray(node.badges)) return;
   const quiet = () => ({ fgColor: window.LiteGraph.BADGE_FG_COLOR, bgColor: window.LiteGraph.BADGE_BG_COLOR });
   const loud = () => ({ fgColor: "#1c1400", bgColor: "#f0a830" });
-  const count = () => node.hotpathState?.warnings.length ?? 0;
+  // Front ends up to 1.47 that draw nodes as elements keep the badges of a workflow that was open before for the nodes that
+  // have the same ids in this one.
+  const state = () => (app.canvas?.graph?.getNodeById(node.id) ?? node).hotpathState;
+  const count = () => state()?.warnings.length ?? 0;
   node.badges.push(
     badge(() => (count() > 0 ? `${WARNING} ${count()}` : ""), loud),
-    badge(() => badgeText(node.hotpathState?.badge ?? ""), quiet),
+    badge(() => badgeText(state()?.badge ?? ""), quiet),
   );
 }
 

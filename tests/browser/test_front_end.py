@@ -244,9 +244,13 @@ def test_what_a_run_says_goes_to_its_own_workflow(front_end: FrontEnd) -> None:
     for node_id in ("2", "3"):
         node = front_end.node(node_id)
         assert not node["text"] and not any(node["badges"][-2:]), node
+    page.evaluate("() => { window.hotpathBadges = app.rootGraph.getNodeById(3).badges; }")
     front_end.load(graph)
     assert front_end.node("3")["text"] == "⚠ with care\n\nword" and front_end.node("2")["badges"][-1] == "cached"
     assert front_end.node("3")["badges"][-2] == "⚠ 1" and front_end.node("3")["badges"][-1]
+    # Older front ends that draw nodes as elements keep the badges of the other workflow's node.
+    kept = page.evaluate("() => window.hotpathBadges.map((badge) => badge().text)")
+    assert kept == front_end.node("3")["badges"]
     # A run whose server went away has not ended, and an undo in a run makes the nodes anew.
     tell("execution_start", {"prompt_id": "lost"})
     tell("executing", "3")
