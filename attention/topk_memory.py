@@ -101,22 +101,22 @@ def weighted_by_gathering(values: Tensor, index: Tensor, weights: Tensor, number
     )
 
 
-def highest(scores: Tensor, count: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
+def highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`scores.topk(count, dim=1)` for long rows: [Q, N] to two [Q, count], highest first.
 
     The highest `count` of a row lie in the `count` groups with the highest maxima: were one in another group, each of
-    those groups would hold a higher one. So a pass of maxima, which is as fast as memory, leaves count * group
+    those groups would hold a higher one. So a pass of maxima, which is as fast as memory, leaves count * GROUP
     candidates to sort.
     """
-    whole = scores.shape[1] // group
+    whole = scores.shape[1] // GROUP
     if whole <= 2 * count:
         top = scores.topk(count, dim=1)
         return top.values, top.indices
-    maxima = scores[:, : whole * group].unflatten(1, (whole, group)).amax(dim=2)
+    maxima = scores[:, : whole * GROUP].unflatten(1, (whole, GROUP)).amax(dim=2)
     chosen = maxima.topk(count, dim=1).indices
-    within = torch.arange(group, device=scores.device)
-    candidates = (chosen[:, :, None] * group + within).flatten(1)
-    rest = torch.arange(whole * group, scores.shape[1], device=scores.device)
+    within = torch.arange(GROUP, device=scores.device)
+    candidates = (chosen[:, :, None] * GROUP + within).flatten(1)
+    rest = torch.arange(whole * GROUP, scores.shape[1], device=scores.device)
     candidates = torch.cat((candidates, rest.expand(len(scores), -1)), dim=1)
     top = scores.gather(1, candidates).topk(count, dim=1)
     return top.values, candidates.gather(1, top.indices)

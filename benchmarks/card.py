@@ -154,7 +154,7 @@ def report(state: Mapping[str, Any], stages: Sequence[Stage]) -> str:
         if ran is None:
             continue
         head = f"## {stage.title}\n\n{ran['status']} after {ran['seconds']:.0f} s. {ran['why']}".rstrip()
-        table = ran.get("table") or ("" if ran["results"] is None else card_plan.table(stage, ran["results"]))
+        table = ran.get("table") or ("" if ran["results"] is None else card_plan.table(ran["results"]))
         parts.append(f"{head}\n\n`{ran['command']}`\n\n{table}".rstrip())
     rows = ["| stage | status | seconds | |", "|---|---|---|---|"]
     for stage in stages:

@@ -286,7 +286,7 @@ def goal_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table(stage: Stage, results: Any) -> str:
+def table(results: Any) -> str:
     """Results whose program prints no Markdown of its own."""
     if isinstance(results, Mapping):
         rows = results.get("rows") or results.get("results")

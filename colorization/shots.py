@@ -35,7 +35,7 @@ class ShotDetector:
     Raises ImportError with the cure when PySceneDetect is not installed.
     """
 
-    def __init__(self, threshold: float = THRESHOLD, shortest: int = SHORTEST) -> None:
+    def __init__(self, threshold: float = THRESHOLD) -> None:
         try:
             from scenedetect import FrameTimecode
             from scenedetect.detectors import ContentDetector
@@ -47,7 +47,7 @@ class ShotDetector:
         mode = inspect.signature(ContentDetector).parameters["filter_mode"].default
         # Suppressing short shots reports a cut when it is seen; merging them would report it frames later.
         self._detector: Any = ContentDetector(
-            threshold=threshold, min_scene_len=shortest, luma_only=True, filter_mode=type(mode).SUPPRESS
+            threshold=threshold, min_scene_len=SHORTEST, luma_only=True, filter_mode=type(mode).SUPPRESS
         )
         # Up to 0.6 detectors counted in whole numbers, since then in timecodes.
         counted = "frame_num" in inspect.signature(self._detector.process_frame).parameters

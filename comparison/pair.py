@@ -162,7 +162,6 @@ def compare_batches(
     thresholds: Thresholds,
     faces: FaceFinder | None = None,
     perceptual: Perceptual | None = None,
-    labels: tuple[str, str] = ("A", "B"),
     notes: Sequence[str] = (),
     each: Callable[[Pair], None] | None = None,
 ) -> Comparison:
@@ -170,13 +169,13 @@ def compare_batches(
 
     each: called with every pair as it is judged; the comparison then keeps them without their pictures.
     """
-    for name, batch in zip(labels, (a, b), strict=True):
+    for name, batch in (("A", a), ("B", b)):
         if batch.ndim != 4 or batch.shape[0] == 0:
             raise Incomparable(f"{name} is no batch of pictures: its shape is {tuple(batch.shape)}.")
     if a.shape[0] != b.shape[0]:
         raise Incomparable(
-            f"{labels[0]} has {a.shape[0]} pictures and {labels[1]} has {b.shape[0]}: they are compared one with one, so "
-            "connect batches of the same length."
+            f"A has {a.shape[0]} pictures and B has {b.shape[0]}: they are compared one with one, so connect batches of the "
+            "same length."
         )
     pairs = []
     for number, (first, second) in enumerate(host.each(list(zip(a, b, strict=True)), "comparing")):
@@ -185,4 +184,4 @@ def compare_batches(
             each(pair)
             pair = pair.without_pictures()
         pairs.append(pair)
-    return Comparison(*labels, thresholds, pairs, tuple(notes))
+    return Comparison("A", "B", thresholds, pairs, tuple(notes))

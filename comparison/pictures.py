@@ -25,9 +25,9 @@ NARROWEST = 620  # pixels a side-by-side needs for its caption
 READABLE = 1240  # pixels of width from which its caption grows with it, as it is looked at reduced
 
 
-def difference_map(a: Tensor, b: Tensor, gain: float = GAIN) -> Tensor:
-    """The largest difference of the channels of two pictures [H, W, 3], times `gain`, as colours [H, W, 3]."""
-    value = ((a - b).abs().amax(-1) * gain).clamp(0, 1) * (len(RAMP) - 1)
+def difference_map(a: Tensor, b: Tensor) -> Tensor:
+    """The largest difference of the channels of two pictures [H, W, 3], times `GAIN`, as colours [H, W, 3]."""
+    value = ((a - b).abs().amax(-1) * GAIN).clamp(0, 1) * (len(RAMP) - 1)
     ramp = torch.tensor(RAMP)
     low = value.long().clamp_max(len(RAMP) - 2)
     part = (value - low)[..., None]

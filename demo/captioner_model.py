@@ -153,7 +153,7 @@ def configuration(kind: str, tokens: Mapping[str, int], **widths: Any) -> dict[s
     }  # fmt: skip
 
 
-def write_processors(folder: Path, kind: str, longest_edge: int = 16777216, shortest_edge: int = 65536) -> None:
+def write_processors(folder: Path, kind: str) -> None:
     """preprocessor_config.json and video_preprocessor_config.json as the published folders have them."""
     old = kind != "qwen3_vl"
     shared: dict[str, Any] = {
@@ -163,7 +163,7 @@ def write_processors(folder: Path, kind: str, longest_edge: int = 16777216, shor
         "image_mean": [0.48145466, 0.4578275, 0.40821073] if old else [0.5, 0.5, 0.5],
         "image_std": [0.26862954, 0.26130258, 0.27577711] if old else [0.5, 0.5, 0.5],
         "processor_class": PROCESSOR_CLASSES[kind],
-        "size": {"longest_edge": longest_edge, "shortest_edge": shortest_edge},
+        "size": {"longest_edge": 16777216, "shortest_edge": 65536},
     }
     (folder / "preprocessor_config.json").write_text(
         json.dumps(shared | {"image_processor_type": "Qwen2VLImageProcessorFast"}, indent=1)

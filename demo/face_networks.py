@@ -54,7 +54,7 @@ class Scrfd(nn.Module):
     cells, then pictures, then anchors; True is that of newer exports, [N, rows, channels].
     """
 
-    def __init__(self, width: float = 1.0, blocks: tuple[int, ...] = (3, 4, 2, 3), batch_outside: bool = False) -> None:
+    def __init__(self, width: float = 1.0, batch_outside: bool = False) -> None:
         super().__init__()
 
         def scaled(channels: int) -> int:
@@ -71,7 +71,7 @@ class Scrfd(nn.Module):
         )
         self.stages = nn.ModuleList()
         channels = stem
-        for level, (count, outputs) in enumerate(zip(blocks, stages, strict=True)):
+        for level, (count, outputs) in enumerate(zip((3, 4, 2, 3), stages, strict=True)):
             self.stages.append(
                 nn.Sequential(
                     *(
@@ -152,7 +152,7 @@ class IResNet(nn.Module):
 
     UNITS: ClassVar[dict[int, tuple[int, ...]]] = {18: (2, 2, 2, 2), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
 
-    def __init__(self, depth: int = 100, width: float = 1.0, squeeze: int | None = None, dimensions: int = 512) -> None:
+    def __init__(self, depth: int = 100, width: float = 1.0, squeeze: int | None = None) -> None:
         super().__init__()
         channels = [max(8, int(c * width)) for c in (64, 128, 256, 512)]
         units: list[nn.Module] = [
@@ -169,8 +169,8 @@ class IResNet(nn.Module):
             units.append(nn.Conv2d(inputs, squeeze, 1, bias=False))
             inputs = squeeze
         self.body = nn.Sequential(*units, nn.BatchNorm2d(inputs))
-        self.last = nn.Linear(inputs * 49, dimensions)
-        self.norm = nn.BatchNorm1d(dimensions)
+        self.last = nn.Linear(inputs * 49, 512)
+        self.norm = nn.BatchNorm1d(512)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.last(torch.flatten(self.body(x), 1)))
@@ -195,8 +195,8 @@ def randomise(network: nn.Module, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def calibrate(detector: Scrfd, picture: Tensor, fire: tuple[int, int, int] = (40, 20, 8)) -> None:
-    """Bend random heads so that about `fire` anchors per stride pass 0.5 on `picture` [1, 3, H, W] with face shapes."""
+def calibrate(detector: Scrfd, picture: Tensor) -> None:
+    """Bend random heads so that 40, 20 and 8 anchors of the strides pass 0.5 on `picture` [1, 3, H, W] with face shapes."""
     points = (torch.tensor([[38.3, 51.7], [73.5, 51.5], [56.0, 71.7], [41.5, 92.4], [70.7, 92.2]]) - 56) / 56
     for i, feature in enumerate(detector.features(picture)):
         tower = detector.tower[i](feature)
@@ -209,7 +209,7 @@ def calibrate(detector: Scrfd, picture: Tensor, fire: tuple[int, int, int] = (40
             head.weight.mul_(spread / free.std())
             head.bias.copy_(bias + 1e-3 * i)  # no two levels alike, or the exporter shares them
         logits = (detector.score[i](tower) - detector.score[i].bias.view(1, -1, 1, 1)).flatten()
-        detector.score[i].bias.fill_(-float(logits.topk(fire[i]).values[-1]) - 1e-3)
+        detector.score[i].bias.fill_(-float(logits.topk((40, 20, 8)[i]).values[-1]) - 1e-3)
 
 
 def export(

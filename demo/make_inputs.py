@@ -16,11 +16,12 @@ from .portrait_drawings import draw_portrait
 
 INPUTS = Path(__file__).resolve().parent / "inputs"
 LATER_FRAME = 12
+SIDE = 512
 
 
-def depth_of_a_bust(side: int = 512) -> Image.Image:
+def depth_of_a_bust() -> Image.Image:
     """Near is bright: an ellipsoid for the head, one for the shoulders, a wall that leans away behind them."""
-    y, x = np.mgrid[0:side, 0:side] / side
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
 
     def ellipsoid(cx: float, cy: float, rx: float, ry: float, depth: float) -> np.ndarray:
         return depth * np.sqrt(np.clip(1 - ((x - cx) / rx) ** 2 - ((y - cy) / ry) ** 2, 0, None))
@@ -44,17 +45,17 @@ SAM = Person(
 )  # fmt: skip
 
 
-def portraits(side: int = 512) -> dict[str, Image.Image]:
+def portraits() -> dict[str, Image.Image]:
     """Two people, a third with the head tilted to take a pose from, and a picture of two for their places.
 
     Faces are as large as the demo's detector knows them: less than a third of the picture.
     """
     rng = np.random.default_rng(5)
     drawn = {
-        "portrait_ana": draw_portrait((ANA,), [(256, 210, 152, 0.05)], rng, (side, side), "teal", "grey"),
-        "portrait_ben": draw_portrait((BEN,), [(256, 214, 156, -0.06)], rng, (side, side), "white", "blue"),
-        "portrait_tilted": draw_portrait((SAM,), [(296, 206, 148, 0.26)], rng, (side, side), "green", "yellow"),
-        "portrait_two": draw_portrait((SAM, SAM), [(140, 230, 148, 0.1), (372, 204, 152, -0.08)], rng, (side, side)),
+        "portrait_ana": draw_portrait((ANA,), [(256, 210, 152, 0.05)], rng, (SIDE, SIDE), "teal", "grey"),
+        "portrait_ben": draw_portrait((BEN,), [(256, 214, 156, -0.06)], rng, (SIDE, SIDE), "white", "blue"),
+        "portrait_tilted": draw_portrait((SAM,), [(296, 206, 148, 0.26)], rng, (SIDE, SIDE), "green", "yellow"),
+        "portrait_two": draw_portrait((SAM, SAM), [(140, 230, 148, 0.1), (372, 204, 152, -0.08)], rng, (SIDE, SIDE)),
     }
     return {name: Image.fromarray(portrait.picture) for name, portrait in drawn.items()}
 

@@ -86,22 +86,23 @@ def draw_portrait(
     return Portrait(np.array(picture), np.stack(points), people, text)
 
 
-def random_portrait(rng: Random, two: bool = False, side: int = SIDE) -> Portrait:
+def random_portrait(rng: Random, two: bool) -> Portrait:
     """One person somewhere, or one in each half."""
     places = []
     for number in range(2 if two else 1):
-        tall = float(rng.uniform(0.32, 0.43) if two else math.exp(rng.uniform(math.log(0.36), math.log(0.68)))) * side
-        room = side / 2 if two else side
+        tall = float(rng.uniform(0.32, 0.43) if two else math.exp(rng.uniform(math.log(0.36), math.log(0.68)))) * SIDE
+        room = SIDE / 2 if two else SIDE
         x = float(
-            rng.uniform(0.44, 0.56) * room + number * room if two else rng.uniform(0.56 * tall, side - 0.56 * tall)
+            rng.uniform(0.44, 0.56) * room + number * room if two else rng.uniform(0.56 * tall, SIDE - 0.56 * tall)
         )
-        y = float(rng.uniform(0.58 * tall, min(side - 0.56 * tall, 0.62 * side)))
+        y = float(rng.uniform(0.58 * tall, min(SIDE - 0.56 * tall, 0.62 * SIDE)))
         places.append((x, y, tall, float(np.clip(rng.normal() * 0.12, -0.35, 0.35))))
-    return draw_portrait(tuple(Person.random(rng) for _ in places), places, rng, (side, side))
+    return draw_portrait(tuple(Person.random(rng) for _ in places), places, rng)
 
 
-def reference_crop(person: Person, rng: Random, side: int = 160) -> Tensor:
+def reference_crop(person: Person, rng: Random) -> Tensor:
     """[112, 112, 3] float 0..255: another drawing of the person, cut out as the recogniser takes it."""
+    side = 160
     picture = plain_background(rng, (side, side))
     tall = float(rng.uniform(50, 130))
     x, y = rng.uniform(tall * 0.5, side - tall * 0.5, 2)
@@ -112,9 +113,9 @@ def reference_crop(person: Person, rng: Random, side: int = 160) -> Tensor:
     return warp(pixels, torch.zeros(1, dtype=torch.long), torch.from_numpy(inverse), CROP, CROP)[0]
 
 
-def pose_drawing(rng: Random, keypoints: NDArray[np.float32], side: int = SIDE) -> Tensor:
-    """[side/2, side/2, 3] uint8, the halved key point drawing, made at another size and resized as a ControlNet does."""
+def pose_drawing(rng: Random, keypoints: NDArray[np.float32]) -> Tensor:
+    """[SIDE/2, SIDE/2, 3] uint8, the halved key point drawing, made at another size and resized as a ControlNet does."""
     larger = float(rng.choice([1.0, 1.5, 2.0, 3.0, 4.0]))
-    drawn = draw_keypoints(round(side * larger), round(side * larger), torch.from_numpy(keypoints * np.float32(larger)))
-    fitted = torch.nn.functional.interpolate(drawn.movedim(-1, 0)[None], size=(side, side), mode="nearest-exact")
+    drawn = draw_keypoints(round(SIDE * larger), round(SIDE * larger), torch.from_numpy(keypoints * np.float32(larger)))
+    fitted = torch.nn.functional.interpolate(drawn.movedim(-1, 0)[None], size=(SIDE, SIDE), mode="nearest-exact")
     return (torch.nn.functional.avg_pool2d(fitted, 2)[0].movedim(0, -1) * 255).round().byte()

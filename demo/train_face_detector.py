@@ -52,21 +52,21 @@ def astronaut() -> Image.Image:
     return Image.fromarray(skimage.data.astronaut())
 
 
-def crop_of(photo: Image.Image, rng: np.random.Generator, side: int) -> Image.Image:
+def crop_of(photo: Image.Image, rng: np.random.Generator) -> Image.Image:
     """A square piece of the photo at a random scale, mirrored half the time."""
     extent = min(photo.size) * rng.uniform(0.3, 1.0)
     x, y = rng.uniform(0, photo.width - extent), rng.uniform(0, photo.height - extent)
-    piece = photo.resize((side, side), Image.Resampling.BILINEAR, (x, y, x + extent, y + extent))
+    piece = photo.resize((SIDE, SIDE), Image.Resampling.BILINEAR, (x, y, x + extent, y + extent))
     return piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else piece
 
 
-def astronaut_scene(photo: Image.Image, rng: np.random.Generator, side: int) -> Scene:
+def astronaut_scene(photo: Image.Image, rng: np.random.Generator) -> Scene:
     """The astronaut's photo turned, scaled and shifted so that the face lies in the picture at 24 to 200 pixels."""
-    height = math.exp(rng.uniform(math.log(24), math.log(side * 0.8)))
+    height = math.exp(rng.uniform(math.log(24), math.log(SIDE * 0.8)))
     scale, angle = height / (ASTRONAUT_BOX[3] - ASTRONAUT_BOX[1]), rng.normal() * 0.2
     mirror = rng.random() < 0.5
     centre = np.array([224.0, 125.0])
-    to = rng.uniform(height * 0.5, side - height * 0.5, 2)
+    to = rng.uniform(height * 0.5, SIDE - height * 0.5, 2)
     turn = scale * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     if mirror:
         turn = turn @ np.diag([-1.0, 1.0])
@@ -78,7 +78,7 @@ def astronaut_scene(photo: Image.Image, rng: np.random.Generator, side: int) -> 
     factor = source.width / photo.width
     scaled = tuple(c * factor for c in coefficients)
     fill = tuple(int(v) for v in rng.integers(0, 256, 3))
-    picture = source.transform((side, side), Image.Transform.AFFINE, scaled, Image.Resampling.BILINEAR, fillcolor=fill)
+    picture = source.transform((SIDE, SIDE), Image.Transform.AFFINE, scaled, Image.Resampling.BILINEAR, fillcolor=fill)
     points = (np.array(ASTRONAUT_POINTS) - centre) @ turn.T + to
     if mirror:
         points = points[[1, 0, 2, 4, 3]]
@@ -89,15 +89,13 @@ def astronaut_scene(photo: Image.Image, rng: np.random.Generator, side: int) -> 
     return np.array(picture), box[None].astype(np.float32), points[None].astype(np.float32)
 
 
-def scene(rng: np.random.Generator, photos: list[Image.Image], person: Image.Image, side: int = SIDE) -> Scene:
+def scene(rng: np.random.Generator, photos: list[Image.Image], person: Image.Image) -> Scene:
     """A training picture: 0 to 3 drawn faces on a photo or on shapes, or the astronaut; then noise and other light."""
     if rng.random() < 0.3:
-        picture, boxes, points = astronaut_scene(person, rng, side)
+        picture, boxes, points = astronaut_scene(person, rng)
     else:
         plain = rng.random() < 0.35
-        background = (
-            plain_background(rng, (side, side)) if plain else crop_of(photos[rng.integers(len(photos))], rng, side)
-        )
+        background = plain_background(rng, (SIDE, SIDE)) if plain else crop_of(photos[rng.integers(len(photos))], rng)
         drawn_on, faces = drawn_scene(rng, background, int(rng.integers(0, 4)), 18, 0.8)
         picture = np.array(drawn_on)
         boxes = np.array([f.box for f in faces], np.float32).reshape(-1, 4)
@@ -110,11 +108,11 @@ def scene(rng: np.random.Generator, photos: list[Image.Image], person: Image.Ima
     return picture, boxes, points
 
 
-def targets(boxes: NDArray[np.float32], points: NDArray[np.float32], side: int) -> list[list[NDArray[np.float32]]]:
+def targets(boxes: NDArray[np.float32], points: NDArray[np.float32]) -> list[list[NDArray[np.float32]]]:
     """Per stride: wanted scores, sides and points, and 0 where an anchor of a neighbouring size is left out."""
     levels = []
     for stride in STRIDES:
-        grid = side // stride
+        grid = SIDE // stride
         levels.append(
             [
                 np.zeros((grid, grid, ANCHORS, c), np.float32) if c else np.ones((grid, grid, ANCHORS, 1), np.float32)
@@ -127,7 +125,7 @@ def targets(boxes: NDArray[np.float32], points: NDArray[np.float32], side: int) 
         nearest = min(min(pair) for pair in distance)
         centre = (box[:2] + box[2:]) / 2
         for level, stride in enumerate(STRIDES):
-            at = np.arange(side // stride) * stride
+            at = np.arange(SIDE // stride) * stride
             radius = max(stride * 0.75, 0.16 * extent)
             ys, xs = np.nonzero((abs(at[:, None] - centre[1]) <= radius) & (abs(at[None] - centre[0]) <= radius))
             for anchor in range(ANCHORS):
@@ -192,7 +190,7 @@ def train(seconds: float, seed: int = 0) -> Scrfd:
             group["lr"] = 2e-3 * min(1, step / 50 + 0.02) * (0.5 + 0.5 * math.cos(math.pi * done))
         scenes = [scene(rng, photos, person) for _ in range(BATCH)]
         pictures = torch.from_numpy(np.stack([s[0] for s in scenes])).permute(0, 3, 1, 2).float()
-        loss = loss_of(network, (pictures - 127.5) / 128, [targets(s[1], s[2], SIDE) for s in scenes])
+        loss = loss_of(network, (pictures - 127.5) / 128, [targets(s[1], s[2]) for s in scenes])
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,12 +71,12 @@ def given(name: str) -> Image.Image:
     return Image.open(HERE / "inputs" / f"{name}.png").convert("RGB")
 
 
-def rising_weights(weights: Sequence[float] = (0.0, 0.4, 0.8)) -> Image.Image:
+def rising_weights() -> Image.Image:
     """Two people, a weight to a column; same seed, same words, same pose."""
     rows = []
     for person in ("portrait_ana", "portrait_ben"):
         row = [("given", sized(given(person)))]
-        for weight in weights:
+        for weight in (0.0, 0.4, 0.8):
             shown = sampled("instantid_identity", f"LoadImage.image={person}.png", f"HotpathInstantID.weight={weight}")
             row.append((f"weight {weight:g}", sized(shown)))
         rows.append(labelled(row))

@@ -231,12 +231,9 @@ class JsonLinesItems:
         return Item(_label(f"line {number}", content), content, problem=f"{self.file.name}, line {number} {why}.")
 
 
-def open_items(over: str, input_folder: Path, kind: str = "picture", **options: Any) -> ItemSource:
-    """The source that `over` names: a folder, a .jsonl file, a text file of lines, or a single picture or video."""
+def open_items(over: str, input_folder: Path) -> ItemSource:
+    """The source that the file `over` is: a .jsonl file, a text file of lines, or a single picture or video."""
     path = Path(over).expanduser()
-    suffixes = VIDEOS if kind == "video" else PICTURES
-    if path.is_dir():
-        return FolderItems(path, input_folder, suffixes, **options)
     if path.suffix.lower() in (*PICTURES, *VIDEOS):
         return OneFile(path, input_folder)
     if path.suffix.lower() in (".jsonl", ".ndjson"):

@@ -45,7 +45,6 @@ class LocalPool:
         self._generation = [0] * self.slots
         self._jobs: list[str | None] = [None] * self.slots
         self._refusals: list[str | None] = [None] * self.slots
-        self._renewed: set[int] = set()
 
     def start(self) -> None:
         for slot in range(self.slots):

@@ -6,6 +6,7 @@ estimate from the job times that are put in, and no measurement.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import random
@@ -47,7 +48,6 @@ class SimulatedPool:
     durations: Callable[[str], float]
     rng: random.Random
     time: float = 0.0
-    busy: float = 0.0  # seconds of all workers together in jobs that were finished
     died: int = 0
     name: str = "simulated workers"
     _events: list[tuple[float, int, int, Event]] = field(default_factory=list)
@@ -91,8 +91,6 @@ class SimulatedPool:
             if generation != self._generation[event.slot]:
                 continue
             self.time = max(self.time, due)
-            if isinstance(event, Finished):
-                self.busy += float(event.result["seconds"])
             if isinstance(event, Died):
                 self.died += 1
                 self._after(self.cluster.start, event.slot, Ready(event.slot))
@@ -142,31 +140,24 @@ class CountingStore:
 
 @dataclass(frozen=True)
 class Outcome:
-    """seconds: simulated, from the first start to the last result. efficiency: the workers' time in finished jobs over
-    all their time."""
+    """seconds: simulated, from the first start to the last result."""
 
     seconds: float
-    efficiency: float
     done: int
     failed: int
     died: int
 
 
-def simulate(
-    cluster: Cluster, durations: Sequence[float], policy: str = "least_busy", seed: int = 0, retries: int = 2
-) -> Outcome:
+def simulate(cluster: Cluster, durations: Sequence[float], policy: str, seed: int = 0) -> Outcome:
     """Run jobs of these seconds, in order."""
     rng = random.Random(seed)
     pool = SimulatedPool(cluster, lambda job_id: durations[int(job_id)], rng)
     store = CountingStore()
-    plan = RetryPlan(retries, rng=random.Random(seed + 1))
+    plan = RetryPlan(rng=random.Random(seed + 1))
     chooser = make_policy(policy, random.Random(seed + 2))
     status = Status(len(durations), clock=pool.now)
     scheduler = Scheduler(pool, store, chooser, plan, status, depth=DEPTH, clock=pool.now)
     jobs = (Job(str(i), Item(str(i), str(i)), {}) for i in range(len(durations)))
-    try:
+    with contextlib.suppress(NoWorkers):
         scheduler.run(jobs)
-    except NoWorkers:
-        return Outcome(pool.time, 0.0, len(store.kept), len(store.failed), pool.died)
-    whole = cluster.workers * max(pool.time, 1e-9)
-    return Outcome(pool.time, pool.busy / whole, len(store.kept), len(store.failed), pool.died)
+    return Outcome(pool.time, len(store.kept), len(store.failed), pool.died)

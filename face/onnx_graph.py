@@ -67,8 +67,7 @@ def _attribute(value: Any) -> Any:
 class OnnxNetwork(nn.Module):
     """The network in an ONNX file with one input.
 
-    forward(x) returns the outputs in the file's order. Weights are parameters without gradient; `input_shape` has None
-    where the file leaves a dimension open.
+    forward(x) returns the outputs in the file's order. Weights are parameters without gradient.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,9 +98,6 @@ class OnnxNetwork(nn.Module):
         if len(inputs) != 1:
             raise FaceError(f"{path} has {len(inputs)} inputs where a face network has one; this is another model.")
         self.input_name: str = inputs[0].name
-        self.input_shape: list[int | None] = [
-            d.dim_value if d.dim_value > 0 else None for d in inputs[0].type.tensor_type.shape.dim
-        ]
         self.output_names: list[str] = [value.name for value in graph.output]
         opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
         nodes = self._read_nodes(graph, opset)

@@ -69,8 +69,8 @@ class RunningServer:
     log: Path
     output_folder: Path
 
-    def log_tail(self, lines: int = LOG_TAIL) -> str:
-        return _tail(self.log, lines)
+    def log_tail(self) -> str:
+        return _tail(self.log, LOG_TAIL)
 
 
 @contextlib.contextmanager

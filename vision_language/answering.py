@@ -264,7 +264,7 @@ def _write(
     prompt_ids = None
     if sampling.penalises:
         # Before the prefill is queued, which a copy after it would wait for.
-        prompt_ids = to_device(prompts[0].ids if len(prompts) == 1 else _padded(prompts, model), model.device)
+        prompt_ids = to_device(prompts[0].ids if len(prompts) == 1 else _padded(prompts), model.device)
     begun = start(model, path, prompts, options.answers, most, use_prefix, options.keep_loaded, run.timing)
     run.reused, run.path, run.prefill = begun.reused, begun.path.note, begun.prefill
     rows = len(prompts) * options.answers
@@ -286,7 +286,7 @@ def _write(
         return decode(runs, sampler, logits, most, model.stop_ids, on_tokens)
 
 
-def _padded(prompts: list[Prompt], model: LoadedModel) -> torch.Tensor:
+def _padded(prompts: list[Prompt]) -> torch.Tensor:
     """[B, T] ids, each row padded with its own first token, so that a padding never counts as a repetition."""
     longest = max(prompt.length for prompt in prompts)
     return torch.cat([torch.cat((p.ids[:, :1].expand(1, longest - p.length), p.ids), dim=1) for p in prompts])

@@ -33,7 +33,7 @@ def why_not(method: str) -> str:
         if method == "int8":
             made = int8_product(x, (codes - 8).to(torch.int8))
         else:
-            made = int4_product(x, *int4_layout(codes, torch.ones(64, 1), torch.full((64, 1), -8.0), 64), 64)
+            made = int4_product(x, *int4_layout(codes, torch.ones(64, 1), torch.full((64, 1), -8.0)), 64)
         wanted = x @ (codes - 8).float().T
         if not torch.allclose(made, wanted, rtol=0, atol=0.02 * float(wanted.abs().max())):
             return f"torch's {method} kernel for CPUs is wrong here"
@@ -78,7 +78,7 @@ def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     return torch._weight_int8pack_mm(rows, weight, ones).float().view(*x.shape[:-1], len(weight))
 
 
-def int4_layout(codes: Tensor, scale: Tensor, low: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def int4_layout(codes: Tensor, scale: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     """What `int4_product` multiplies with. codes: [N, K] of 0..15; scale, low: [N, K / group]: a weight is code * scale + low."""
     packed = torch._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32).contiguous(), INNER_TILES)
     middle = low.float() + 8 * scale.float()  # the kernel counts from the middle of the 16 codes

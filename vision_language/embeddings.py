@@ -79,9 +79,9 @@ class VisualItem:
 class EmbeddingCache:
     """The two tiers. enabled=False bypasses both: nothing is read and nothing is written."""
 
-    def __init__(self, enabled: bool = True, disk: bool = False, memory_limit: int = MEMORY_LIMIT) -> None:
+    def __init__(self, enabled: bool = True, disk: bool = False) -> None:
         self.enabled = enabled
-        self.memory: BoundedCache[VisualFeatures] = named_cache("image embeddings", memory_limit)
+        self.memory: BoundedCache[VisualFeatures] = named_cache("image embeddings", MEMORY_LIMIT)
         self.disk = on_disk() if disk and enabled else None
 
     def get(self, key: str, description: str) -> tuple[VisualFeatures | None, str]:

@@ -164,7 +164,7 @@ class Int4OnCpu(nn.Module):
         super().__init__()
         self.out_features, self.in_features, self.group = layer.out_features, layer.in_features, layer.group
         codes = layer.codes(0, layer.out_features)
-        packed, groups = cpu_kernels.int4_layout(codes, layer.scale, layer.low, layer.group)
+        packed, groups = cpu_kernels.int4_layout(codes, layer.scale, layer.low)
         self.register_buffer("weight", packed)
         self.register_buffer("groups", groups)
         self.bias = layer.bias

@@ -191,7 +191,7 @@ def _quantized_state(
                     leave(name, "its LoRA changes its shape")
                     continue
                 baked.add(key)
-            entries, restored = _quantized(value, scheme, model.model.get_dtype_inference())
+            entries, restored = _quantized(value, scheme)
             entries = {suffix: tensor.to(model.offload_device) for suffix, tensor in entries.items()}
             state.pop(f"{name}.weight")
             state.update({f"{name}.{suffix}": tensor for suffix, tensor in entries.items()})
@@ -237,7 +237,7 @@ def _patched(patches: Any, value: Tensor, key: str) -> Tensor:
     return patched
 
 
-def _quantized(value: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+def _quantized(value: Tensor, scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
     """A float32 weight [N, K] as entries of a ComfyUI checkpoint, and what they restore to, float32."""
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 

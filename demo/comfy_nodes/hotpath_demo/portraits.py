@@ -105,15 +105,15 @@ class _Residual(nn.Module):
 class PixelCoder(nn.Module):
     """Pictures [B, 3, H, W] in 0..1 to latents [B, 4, H/8, W/8] of about unit size, and back."""
 
-    def __init__(self, width: int = 48, fine: int = 24) -> None:
+    def __init__(self, width: int = 48) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(8), nn.Conv2d(192, width, 1), _Residual(width), nn.SiLU(), nn.Conv2d(width, 4, 1)
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(4, width, 3, padding=1), _Residual(width), _Residual(width), _Residual(width),
-            nn.Conv2d(width, fine * 4, 1), nn.PixelShuffle(2), _Residual(fine), _Residual(fine),
-            nn.SiLU(), nn.Conv2d(fine, 48, 3, padding=1), nn.PixelShuffle(4),
+            nn.Conv2d(width, 96, 1), nn.PixelShuffle(2), _Residual(24), _Residual(24),
+            nn.SiLU(), nn.Conv2d(24, 48, 3, padding=1), nn.PixelShuffle(4),
         )  # fmt: skip
 
     def encode(self, pictures: Tensor) -> Tensor:
