@@ -29,6 +29,7 @@ DIFFERENT = {
     "string of a digit": ("1",),
     "bytes of a digit": (b"1",),
     "path": (Path("1"),),
+    "another path": (Path("2"),),
     "none": (None,),
     "none first": (None, "a"),
     "none last": ("a", None),
@@ -218,10 +219,10 @@ def test_every_edit_of_a_large_file_is_seen(tmp_path: Path) -> None:
 
 def test_a_large_file_without_its_date_is_known_by_samples_from_end_to_end(tmp_path: Path) -> None:
     seen = set()
-    for offset in (None, 0, 21 << 19, (20 << 20) - 1):  # the third lies in a sample, too
+    for offset in (None, 0, 21 << 20, (64 << 20) - 1):  # the third lies in a sample, too
         path = tmp_path / f"{offset}.bin"
         with path.open("wb") as file:
-            file.truncate(20 << 20)
+            file.truncate(64 << 20)
             if offset is not None:
                 file.seek(offset)
                 file.write(b"x")

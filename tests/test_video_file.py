@@ -6,12 +6,14 @@ from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import av
 import pytest
 import torch
-from hotpath.colorization import video_assembly, video_parts
-from hotpath.colorization.video_file import VideoError, read_facts
+from hotpath.colorization import video_assembly, video_clock, video_parts
+from hotpath.colorization.video_file import Irregularities, VideoError, read_facts
 from odd_films import gaps, numbers, packets, read, through, write
 
 
@@ -183,6 +185,36 @@ def test_files_in_a_row_have_one_clock_for_pictures_and_sound(tmp_path: Path, en
     # The second file's sound is beside its pictures as it was.
     apart = max(time for *_, time in alone[1]) - max(time for *_, time in alone[0])
     assert max(heard) - max(seen) == pytest.approx(apart, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("late", "shifted"),
+    [((), 0), ((920, 940, 960), 0), ((920, *range(940, 2480, 20)), 52)],
+    ids=["its sound leaps with it", "sound of before comes late", "its sound does not leap"],
+)
+def test_sound_of_before_a_leap_stays_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, late: tuple[int, ...], shifted: int
+) -> None:
+    """The film's clock starts again after 25 frames of 40 ms; packets of 20 ms of sound come after its leap."""
+    film, sound = (
+        SimpleNamespace(index=i, type=kind, time_base=Fraction(1, 1000)) for i, kind in enumerate(("video", "audio"))
+    )
+
+    def packet(stream: Any, time: int, duration: int) -> Any:
+        return SimpleNamespace(stream=stream, pts=time, dts=time, duration=duration, is_discard=False)
+
+    order = [packet(film, time, 40) for time in range(0, 1000, 40)]
+    order[1:1] = [packet(sound, time, 20) for time in range(0, 920, 20)]
+    after = [packet(film, time, 40) for time in range(0, 4000, 40)]
+    for index, time in enumerate((*late, *range(0, 60, 20))):
+        after.insert(2 * index + 1, packet(sound, time, 20))
+    monkeypatch.setattr(video_clock, "demuxed", lambda *_: iter(order + after))
+    container = SimpleNamespace(format=SimpleNamespace(name="mpegts", flags=0))
+    facts = SimpleNamespace(time_base=Fraction(1, 1000), lead=0, step=40)
+    told = list(video_clock.beside(container, film, [sound], facts, Irregularities()))
+    before = 46 + len(late) - shifted
+    assert [float(shift) for _, shift in told] == [0.0] * before + [1.0] * (len(told) - before)
+    assert len(told) == 46 + len(late) + 3
 
 
 def test_a_place_in_files_in_a_row_is_found_again(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from hotpath.colorization.film import FilmOptions
 from hotpath.colorization.shot_job import Shot, find_shots
-from hotpath.distributed.film import merge_films
-from hotpath.distributed.items import VIDEOS, FolderItems, OneFile
-from hotpath.distributed.jobs import BadMap
+from hotpath.distributed.film import Merged, merge_films
+from hotpath.distributed.items import VIDEOS, FolderItems, Item, OneFile
+from hotpath.distributed.jobs import BadMap, Job
 from hotpath.distributed.manifest import Manifest
 from hotpath.distributed.mapping import run_map
 from hotpath.distributed.results import ResultStore
@@ -214,6 +214,39 @@ def test_ctrl_c_between_two_films_that_are_put_together(film, headless_host, tmp
         store = ResultStore(tmp_path / "out", manifest)
         with pytest.raises(Interrupted):
             list(merge_films(OneFile(film, headless_host.input_folder()), store, manifest, ".mp4", stop))
+
+
+def test_a_file_of_the_films_name_that_this_did_not_make_is_left_alone(headless_host, tmp_path, monkeypatch):
+    from hotpath.distributed import film as films
+
+    merges: list[Path] = []
+
+    def merge(parts, source, output, workflow):
+        merges.append(output)
+        output.write_bytes(b"ours")
+        return []
+
+    monkeypatch.setattr(films, "merge_shots", merge)
+    out, source = tmp_path / "out", Item("film", "content", file=tmp_path / "in" / "film.mp4")
+    out.mkdir()
+    (out / "film.mp4").write_bytes(b"theirs")
+    with Manifest.open(ResultStore.manifest_path(out), "w") as manifest:
+        store = ResultStore(out, manifest)
+
+        def merged() -> Merged:
+            (found,) = merge_films([source], store, manifest, ".mp4", lambda: None)
+            return found
+
+        for number in range(2):
+            job = Job(f"job{number}", Item(f"film/{number}", str(number), group="film"), {})
+            manifest.list_item(number, job.item.label, str(number), job.id, "film")
+            if number:
+                assert merged().failed.startswith("film: 1 of 2 shots are missing")
+            store.keep(job, store.staging(job, 1), [(True, "a text")], 1.0, 1)
+        for times, then in ((1, b"ours"), (1, b"cut off"), (2, b"ours")):
+            assert merged() == Merged("film", out / "film-2.mp4") and merges == [out / "film-2.mp4"] * times
+            (out / "film-2.mp4").write_bytes(then)
+    assert (out / "film.mp4").read_bytes() == b"theirs"
 
 
 def test_a_workflow_that_cannot_do_shots(film, request_for, headless_host):

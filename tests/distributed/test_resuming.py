@@ -24,13 +24,15 @@ from map_workflows import COPY, listed, made, picture
 TEXT = {"1": {"class_type": "PreviewAny", "inputs": {"source": "nothing"}}}
 
 
-def test_the_report_says_when_workers_took_no_part(tmp_path):
+def test_the_report_says_when_workers_took_no_part_and_how_many_failed(tmp_path):
     """As a machine of a cluster that had no room: the others do its work, and nobody would notice."""
     status = Status(3, done=3, peak=1)
     outcome = MapOutcome(status, tmp_path, tmp_path / "results.jsonl", "4 Ray actors", 4)
     assert "by 4 Ray actors, 1 of which came to work" in outcome.report()
     status.peak = 4
-    assert "came to work" not in outcome.report()
+    assert len(outcome.report().splitlines()) == 1 and "came to work" not in outcome.report()
+    status.failed, outcome.failures = 12, ["a: no face."]
+    assert outcome.report().splitlines()[1:] == ["a: no face.", "... and 11 more; all are in results.jsonl"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of 255 bytes are POSIX's")

@@ -40,9 +40,11 @@ class Rig:
         )  # fmt: skip
         self.stop_at = float("inf")
         self.most_known = 0
-        submit, wait = self.pool.submit, self.pool.wait
+        submit, wait, renew = self.pool.submit, self.pool.wait, self.pool.renew
+        idle: set[int] = set()
 
         def watched_submit(slot, payload):
+            idle.remove(slot)  # one that has not started, or has a job, is given none
             self.given.append((slot, payload["id"]))
             self.attempts.append((payload["id"], payload["attempt"], self.pool.time))
             submit(slot, payload)
@@ -54,10 +56,15 @@ class Rig:
                     kind = self.answers[event.job_id].pop(0)
                     result = {"status": "failed", "kind": kind, "error": f"{kind} was wrong.", "seconds": 1.0}
                     event = Finished(event.slot, event.job_id, result)
+                (idle.discard if isinstance(event, Died) else idle.add)(event.slot)
                 events.append(event)
             return events
 
-        self.pool.submit, self.pool.wait = watched_submit, watched_wait
+        def watched_renew(slot):
+            idle.discard(slot)
+            renew(slot)
+
+        self.pool.submit, self.pool.wait, self.pool.renew = watched_submit, watched_wait, watched_renew
 
     def stop(self):
         if self.pool.time >= self.stop_at:
@@ -67,7 +74,9 @@ class Rig:
         self.most_known = max(self.most_known, self.scheduler.known)
 
     def run(self, count, twins=()):
-        return self.scheduler.run(jobs(count, twins))
+        status = self.scheduler.run(jobs(count, twins))
+        assert not status.running
+        return status
 
 
 def jobs(count: int, twins=()) -> Iterator[Job]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hotpath.vision_language import answers
+from hotpath.vision_language import answers, asking
 from hotpath.vision_language.budgets import OLD_PRESETS, PRESETS, PROCESSOR, Budget, TokenPixels, fitted, preset
+from hotpath.vision_language.pictures import Picture
+from hotpath.vision_language.prompts import Question
 
 QWEN3 = TokenPixels(32, 65536, 16777216)
 QWEN25 = TokenPixels(28, 3136, 12845056)
@@ -122,6 +125,18 @@ def test_boxes_are_ordered_and_kept_inside():
     assert (box.left, box.top, box.right, box.bottom) == (40, 0, 80, 60)
 
 
+@pytest.mark.parametrize(("kind", "corners"), [("qwen2_5_vl", [14, 28, 42, 112]), ("qwen3_vl", [100, 200, 300, 800])])
+def test_boxes_are_drawn_where_the_model_saw_them(monkeypatch, kind, corners):
+    """Qwen2.5-VL counts the pixels of what it was shown, here 140x140 of a picture of 40x50, the others to 1000."""
+    monkeypatch.setattr(asking.drawing, "draw_boxes", lambda pixels, boxes: boxes)
+    model = SimpleNamespace(model_type=kind, config=SimpleNamespace(vision_config=SimpleNamespace(patch_size=14)))
+    picture = Picture(np.zeros((40, 50, 3), np.uint8))
+    questions = [Question("Where?"), Question("Where?", "", (picture, picture)), Question("Where?", "", (picture,))]
+    reply = asking.Reply([SimpleNamespace(items=[SimpleNamespace(grid=(1, 10, 10))])] * 3, [corners, corners, []])
+    ((place, (box,)),) = asking.drawn(model, questions, reply, 1).items()
+    assert place == 0 and (box.left, box.top, box.right, box.bottom) == (5, 8, 15, 32)
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("fast", 256), ("balanced", 512), ("high", 768), ("ultra", 1024)])
 @pytest.mark.parametrize("sizes", [QWEN3, QWEN25])
 def test_presets_count_tokens_of_the_loaded_model(name, tokens, sizes):
@@ -193,4 +208,7 @@ def test_json_that_ran_away():
 
 def test_corners_that_ran_away_are_no_box():
     huge = [{"bbox_2d": [0, 0, 10**400, 5]}, {"bbox_2d": [float("nan"), 0, 1, 1]}, {"bbox_2d": [1, float("inf"), 2, 3]}]
-    assert answers.find_boxes(huge, 100, 100, None) == []
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    assert answers.find_boxes(huge, 100, 100, None) == answers.find_boxes(nested, 100, 100, None) == []

@@ -42,9 +42,9 @@ def test_the_answer_depends_on_the_picture(load, ask, pictures):
 
 
 def test_beams_are_the_librarys(load, ask, reference, pictures):
-    for kind in ("qwen2_5_vl", "qwen3_vl"):
+    for kind, clips in (("qwen2_5_vl", (pictures.clip,)), ("qwen3_vl", ())):
         model = load(kind)
-        question = Question("x", "", (pictures.a, pictures.b))
+        question = Question("x", "", (pictures.a, pictures.b), clips)
         wanted = reference(model, question, num_beams=3)
         for _ in range(2):
             assert ask(model, question, Sampling(beams=3)).raw == wanted
