@@ -89,28 +89,15 @@ def assemble(
     if unfinished.exists() and unfinished.samefile(source):
         unfinished = output.with_name(f"{output.stem}.unfinished-2{output.suffix}")
     try:
-        try:
-            lost = _written(parts, source, unfinished, output.suffix, complete, workflow or {}, with_subtitles=True)
-        except _NoHeader:
-            lost = _written(parts, source, unfinished, output.suffix, complete, workflow or {}, with_subtitles=False)
+        lost = _written(parts, source, unfinished, output.suffix, complete, workflow or {})
         put_in_place(unfinished, output)
         return lost
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-class _NoHeader(ValueError):
-    """The file could not be begun with subtitles in it."""
-
-
 def _written(
-    parts: Sequence[Path],
-    source: Path,
-    path: Path,
-    suffix: str,
-    complete: bool,
-    workflow: Mapping[str, str],
-    with_subtitles: bool,
+    parts: Sequence[Path], source: Path, path: Path, suffix: str, complete: bool, workflow: Mapping[str, str]
 ) -> list[str]:
     import av
 
@@ -132,7 +119,7 @@ def _written(
         for stream in original.streams:
             if stream.index == film.index:
                 continue
-            made = _same(target, stream) if with_subtitles or stream.type == "audio" else None
+            made = _same(target, stream)
             if made is None and not (stream.type == "data" and original.format.name.startswith("mov,mp4")):
                 lost.append(_left_out(stream, suffix))  # an MP4's chapters are data, too
             elif made is not None and stream.type in ("audio", "subtitle"):
@@ -144,12 +131,7 @@ def _written(
         elif workflow:
             lost.append(f"{suffix} cannot hold the workflow, which is left out; choose another ending, such as .mp4.")
         lost += _chapters(target, original, suffix, complete)
-        try:
-            target.start_encoding()
-        except (ValueError, OSError) as error:
-            if with_subtitles and any(stream.type not in ("audio", "video") for stream in target.streams):
-                raise _NoHeader from error
-            raise
+        target.start_encoding()
         pictures = _Sink(video, strict)
         arriving = files.enter_context(
             closing(beside(original, film, [original.streams[index] for index in sinks], facts, found))
@@ -207,7 +189,7 @@ def _same(target: Any, stream: Any) -> Any:
         return None  # announced, as broadcasts do, and never sent; no file can be begun with it
     if target.format.name == "mpegts" and stream.codec.canonical_name not in TRANSPORTED:
         return None
-    if not attached and not _begins_a_file(target.format.name, stream):
+    if not _begins_a_file(target.format.name, stream):
         return None
     try:
         made = target.add_stream_from_template(stream)
