@@ -7,7 +7,6 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import av
 import pytest
@@ -187,34 +186,54 @@ def test_files_in_a_row_have_one_clock_for_pictures_and_sound(tmp_path: Path, en
     assert max(heard) - max(seen) == pytest.approx(apart, abs=0.002)
 
 
+def sound_shifts(monkeypatch: pytest.MonkeyPatch, order: list[tuple[str, int]]) -> list[float]:
+    """Seconds by which each packet of sound is moved. order: stream and milliseconds of packets, of 40 ms of the film and of
+    20 ms of sound."""
+    streams = {
+        kind: SimpleNamespace(index=index, type=kind, time_base=Fraction(1, 1000))
+        for index, kind in enumerate(("video", "audio"))
+    }
+    given = [
+        SimpleNamespace(
+            stream=streams[kind], pts=time, dts=time, duration=40 if kind == "video" else 20, is_discard=False
+        )
+        for kind, time in order
+    ]
+    monkeypatch.setattr(video_clock, "demuxed", lambda *_: iter(given))
+    container = SimpleNamespace(format=SimpleNamespace(name="mpegts", flags=0))
+    facts = SimpleNamespace(time_base=Fraction(1, 1000), lead=0, step=40)
+    told = list(video_clock.beside(container, streams["video"], [streams["audio"]], facts, Irregularities()))
+    assert [packet for packet, _ in told] == [packet for packet in given if packet.stream is streams["audio"]]
+    return [float(shift) for _, shift in told]
+
+
 @pytest.mark.parametrize(
-    ("late", "shifted"),
+    ("late", "moved"),
     [((), 0), ((920, 940, 960), 0), ((920, *range(940, 2480, 20)), 52)],
     ids=["its sound leaps with it", "sound of before comes late", "its sound does not leap"],
 )
 def test_sound_of_before_a_leap_stays_where_it_was(
-    monkeypatch: pytest.MonkeyPatch, late: tuple[int, ...], shifted: int
+    monkeypatch: pytest.MonkeyPatch, late: tuple[int, ...], moved: int
 ) -> None:
-    """The film's clock starts again after 25 frames of 40 ms; packets of 20 ms of sound come after its leap."""
-    film, sound = (
-        SimpleNamespace(index=i, type=kind, time_base=Fraction(1, 1000)) for i, kind in enumerate(("video", "audio"))
-    )
+    """The film's clock starts again after 25 frames; sound comes after its leap."""
+    after = [("video", time) for time in range(0, 4000, 40)]
+    for index, time in enumerate((*late, 0, 20, 40)):
+        after.insert(2 * index + 1, ("audio", time))
+    before = [*(("audio", time) for time in range(0, 920, 20)), *(("video", time) for time in range(0, 1000, 40))]
+    stays = 46 + len(late) - moved
+    assert sound_shifts(monkeypatch, before + after) == [0.0] * stays + [1.0] * (moved + 3)
 
-    def packet(stream: Any, time: int, duration: int) -> Any:
-        return SimpleNamespace(stream=stream, pts=time, dts=time, duration=duration, is_discard=False)
 
-    order = [packet(film, time, 40) for time in range(0, 1000, 40)]
-    order[1:1] = [packet(sound, time, 20) for time in range(0, 920, 20)]
-    after = [packet(film, time, 40) for time in range(0, 4000, 40)]
-    for index, time in enumerate((*late, *range(0, 60, 20))):
-        after.insert(2 * index + 1, packet(sound, time, 20))
-    monkeypatch.setattr(video_clock, "demuxed", lambda *_: iter(order + after))
-    container = SimpleNamespace(format=SimpleNamespace(name="mpegts", flags=0))
-    facts = SimpleNamespace(time_base=Fraction(1, 1000), lead=0, step=40)
-    told = list(video_clock.beside(container, film, [sound], facts, Irregularities()))
-    before = 46 + len(late) - shifted
-    assert [float(shift) for _, shift in told] == [0.0] * before + [1.0] * (len(told) - before)
-    assert len(told) == 46 + len(late) + 3
+@pytest.mark.parametrize("follows", [True, False])
+def test_sound_that_leaps_first_waits_for_the_film(monkeypatch: pytest.MonkeyPatch, follows: bool) -> None:
+    """For some frames; leaps of its own mean nothing."""
+    before = [(kind, time) for time in range(0, 6000, 40) for kind in ("video", "audio")]
+    film = range(6000, 6080, 40) if follows else range(6000, 12000, 40)
+    after = [("audio", 0), ("audio", 20), *(("video", time) for time in film)]
+    if follows:
+        after += [("video", 0), ("audio", 40)]
+    shifts = sound_shifts(monkeypatch, before + after)
+    assert shifts == [0.0] * 150 + ([6.08] * 3 if follows else [0.0] * 2)
 
 
 def test_a_place_in_files_in_a_row_is_found_again(tmp_path: Path) -> None:

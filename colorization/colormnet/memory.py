@@ -69,7 +69,7 @@ class FrameMemory:
         self.work += self.places
         if self.work >= self.most:
             room = self.settings.long_term - self.settings.prototypes
-            if self.long >= room:
+            if self.long > room:
                 self._forget(room)
             self._compress()
 
@@ -142,9 +142,7 @@ class FrameMemory:
         rows = slice(self.boundary - self.long, self.boundary)
         usage = self.used[rows] / self.lived[rows]
         # Sorted: `kthvalue` came to Macs late.
-        limit = usage.sort().values[self.long - room - 1] if self.long > room else None
-        if limit is None:
-            return
+        limit = usage.sort().values[self.long - room - 1]
         survivors = (usage > limit).nonzero()[:, 0]
         start = self.boundary - len(survivors)
         for name in COLUMNS:

@@ -93,7 +93,7 @@ def test_shots_are_found_in_order(film):
     assert [(shot.first, shot.stop, shot.number) for shot in shots] == [(0, 16, 0), (16, 30, 1), (30, 48, 2)]
     assert [Shot.parse(str(shot)) for shot in shots] == shots
     assert Shot.parse("3:9") == Shot(3, 9)
-    for wrong in ("", "9:3", "5", "a:b", "-1:4"):
+    for wrong in ("", "9:3", "3:3", "5", "a:b", "-1:4"):
         with pytest.raises(ValueError, match="no range of frames"):
             Shot.parse(wrong)
 
