@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host.errors import is_full
 from .video_assembly import assemble
 from .video_file import VideoError, VideoFacts, open_video, read_facts, video_stream
 from .video_frames import timed_frames
@@ -108,7 +109,7 @@ def check_container(source: Path, output: Path, folder: Path, facts: VideoFacts,
         if stated and not facts.rate / 2 < stated < facts.rate * 2:
             raise VideoError(f"{float(facts.rate):g} frames a second became {float(stated):g} in a trial")
     except (OSError, ValueError, av.error.FFmpegError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if is_full(error) or (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS)):
             raise
         ending = f"A {output.suffix} file" if output.suffix else "A file without an ending"
         raise VideoError(

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from .. import host
-from ..distributed.retry import is_full
 from ..headless.interrupts import stopped_by_ctrl_c
+from ..host.errors import is_full
 from .console import complain, note, say
 from .models_folder import headless_host
 

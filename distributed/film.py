@@ -19,11 +19,11 @@ from ..colorization.video_file import read_facts
 from ..colorization.video_parts import check_container
 from ..headless.catalog import declared_inputs
 from ..headless.graph import Graph, Link, Node
+from ..host.errors import is_full
 from .items import Item, ItemSource
 from .jobs import BadMap, Target
 from .manifest import DONE, Manifest
 from .results import ResultStore
-from .retry import is_full
 
 log = logging.getLogger("hotpath.distributed")
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..host.errors import first_line
+from ..host.errors import first_line, is_full
 from .jobs import BadMap
-from .retry import is_full
 
 FORMAT = "1"
 DONE, FAILED, COMMITTING = "done", "failed", "committing"

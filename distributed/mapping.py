@@ -18,6 +18,7 @@ from typing import Any
 from ..cache import content_key
 from ..headless.catalog import available_nodes
 from ..headless.graph import Graph, WorkflowError
+from ..host.errors import is_full
 from . import ray_cluster
 from .devices import Devices, choose_devices, choose_threads
 from .film import Merged, ShotItems, film_node, merge_films, whole_film
@@ -30,7 +31,7 @@ from .pool import InProcessPool, Pool
 from .ray_cluster import ClusterOptions
 from .ray_pool import RayPool
 from .results import ResultStore
-from .retry import RetryPlan, is_full
+from .retry import RetryPlan
 from .scheduler import DEPTH, DiskFull, NoWorkers, Scheduler
 from .status import Observer, Status, clock_time
 from .worker import WorkerSettings

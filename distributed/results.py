@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ..cache import content_key
+from ..host.errors import is_full
 from ..host.whole_files import put_in_place
 from .jobs import BadMap, Job
 from .manifest import COMMITTING, DONE, FAILED, RUNNING, ItemRecord, JobRecord, Manifest, sync_folder
-from .retry import is_full
 
 log = logging.getLogger("hotpath.distributed")
 

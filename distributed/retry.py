@@ -9,11 +9,10 @@ from __future__ import annotations
 import errno
 import random
 import re
-import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ..host.errors import is_out_of_memory
+from ..host.errors import is_full, is_out_of_memory
 
 MEMORY, CONNECTION, WORKER, ITEM, DISK = "memory", "connection", "worker", "item", "disk"
 PASSING = frozenset({MEMORY, CONNECTION, WORKER, DISK})  # a disk of the worker, as others have their own
@@ -25,7 +24,6 @@ PASSING_ERRNOS = frozenset(
     )
     if hasattr(errno, name)
 )  # fmt: skip
-FULL_ERRNOS = frozenset(getattr(errno, name) for name in ("ENOSPC", "EDQUOT") if hasattr(errno, name))
 # After these a process computes nothing more on that GPU; of others `worker.answers` finds it out.
 BROKEN = re.compile(
     "(CUDA|HIP) error: .*(an illegal memory access|device-side assert|unspecified launch failure|misaligned address"
@@ -48,13 +46,6 @@ def failure_kind(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.errno in PASSING_ERRNOS:
             return CONNECTION
     return ITEM
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether a disk, or what somebody may use of it, is full; SQLite says so in words only."""
-    if isinstance(error, sqlite3.OperationalError):
-        return "disk is full" in str(error)
-    return isinstance(error, OSError) and error.errno in FULL_ERRNOS
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

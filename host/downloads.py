@@ -6,7 +6,6 @@ the file (an error page, another length) is not taken for it.
 
 from __future__ import annotations
 
-import errno
 import http.client
 import ipaddress
 import shutil
@@ -19,9 +18,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import first_line
+from .errors import first_line, is_full
 from .model_files import sha256_of, structure_problem
-from .whole_files import put_in_place
+from .whole_files import put_in_place, whole_file
 
 CHUNK = 1 << 20
 TIMEOUT = 30.0
@@ -87,7 +86,7 @@ def fetch(
                 raise DownloadError(f"{url} answers {error.code} {error.reason}; the file is not there.") from None
             reason = f"{error.code} {error.reason}"
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if is_full(error):
                 raise DownloadError(_disk_full(part, target)) from None
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         except http.client.HTTPException as error:
@@ -237,18 +236,13 @@ def unpack(archive: Path, wanted: Mapping[str, Path]) -> list[Path]:
             if missing := [name for name in wanted if name not in members]:
                 raise DownloadError(f"{archive.name} does not hold {', '.join(missing)}; it has: {', '.join(members)}.")
             for name, target in wanted.items():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                part = target.with_name(target.name + ".part")
-                try:
-                    # Reading to the end also compares the member's own checksum.
-                    with opened.open(members[name]) as source, part.open("wb") as file:
-                        shutil.copyfileobj(source, file, CHUNK)
-                except OSError as error:
-                    part.unlink(missing_ok=True)
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                        raise DownloadError(_disk_full(part, target)) from None
-                    raise
-                put_in_place(part, target)
+                # Reading to the end also compares the member's own checksum.
+                with whole_file(target) as part, opened.open(members[name]) as source, part.open("wb") as file:
+                    shutil.copyfileobj(source, file, CHUNK)
     except zipfile.BadZipFile as error:
         raise DownloadError(f"{archive.name} is damaged ({error}); delete it and download it again.") from None
+    except OSError as error:
+        if is_full(error):
+            raise DownloadError(str(error.strerror)) from None
+        raise
     return list(wanted.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ MEMORY_SIGNS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+FULL = (errno.ENOSPC, errno.EDQUOT)
+RUST = re.compile(r"\(os error (\d+)\)")  # ends what safetensors says, in an exception of its own
+WINDOWS_FULL = (39, 112)  # its numbers, which are others than C's
 NAMED_OTHERWISE = {"PIL": "pillow", "yaml": "pyyaml"}  # modules whose distribution has another name
 
 
@@ -40,6 +44,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in MEMORY_SIGNS)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether `error` says that a disk, or what somebody may use of it, is full; SQLite and safetensors do in words only."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    if type(error).__name__ == "OperationalError":
+        return "disk is full" in str(error)
+    told = RUST.search(str(error))
+    return told is not None and int(told[1]) in (*FULL, *WINDOWS_FULL)
 
 
 def missing_library(error: BaseException) -> str:

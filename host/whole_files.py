@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
+from .errors import is_full
+
 HELD = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds to wait for a file that another program holds
-FULL = (errno.ENOSPC, errno.EDQUOT)
-RUST = re.compile(r"\(os error (\d+)\)")  # ends what safetensors says, in an exception of its own
-WINDOWS_FULL = (39, 112)  # its numbers, which are others than C's
 
 
 @contextmanager
@@ -23,19 +21,12 @@ def told_when_full(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_full(error):
+        if not is_full(error):
             raise
         sentence = (
             f"The disk with {path.parent} is full, so {path.name} was not written: free some space and run it again."
         )
         raise OSError(errno.ENOSPC, sentence) from error
-
-
-def _is_full(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in FULL
-    told = RUST.search(str(error))
-    return told is not None and int(told[1]) in (*FULL, *WINDOWS_FULL)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import host
-from ..host.errors import first_line
+from ..host.errors import first_line, is_full
 from ..host.interruption import is_stop
 from ..host.letters import readable
 from ..host.whole_files import whole_file
@@ -33,7 +33,6 @@ from .timing import Timing
 log = logging.getLogger("hotpath.vision_language")
 
 FRAMES_A_SECOND = 2.0  # of a video, as Qwen's models were trained
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what one caption meets, all others will
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -98,7 +97,7 @@ class FolderCaptioner:
                     try:
                         self._write(path, found, summary)
                     except OSError as error:
-                        if error.errno in FULL:
+                        if is_full(error) or error.errno == errno.EROFS:  # what one meets, all others will
                             raise
                         summary.failed[path] = f"its caption could not be written: {first_line(error)}"
                         self._record_failure(path, summary.failed[path])

@@ -236,6 +236,19 @@ def test_a_disk_that_fills_up_keeps_what_came(server, tmp_path, monkeypatch):
     assert Handler.requests[-1]["Range"] == "bytes=1000-"
 
 
+def test_a_disk_that_fills_up_while_an_archive_is_unpacked_keeps_nothing_half(tmp_path, monkeypatch):
+    packed, opened = archive(tmp_path / "a.zip", model=b"abcdefgh" * 1000), Path.open
+
+    def open_full(self, mode="r", *args, **kwargs):
+        file = opened(self, mode, *args, **kwargs)
+        return FullDisk(file) if mode == "wb" else file
+
+    monkeypatch.setattr(Path, "open", open_full)
+    with pytest.raises(DownloadError, match=r"^The disk with .* is full, so model was not written: free some space"):
+        unpack(packed, {"model": tmp_path / "models" / "model"})
+    assert leftovers(tmp_path) == ["a.zip"]
+
+
 @pytest.mark.parametrize("url", ["http://example.com/a", "ftp://127.0.0.1/a", "file:///etc/passwd", "example.com/a"])
 def test_only_https(url, tmp_path):
     with pytest.raises(DownloadError, match="https"):
@@ -314,7 +327,7 @@ def test_a_damaged_member_does_not_get_its_name(tmp_path):
     packed.write_bytes(bytes(data))
     with pytest.raises(DownloadError, match="damaged"):
         unpack(packed, {"model": tmp_path / "model"})
-    assert not (tmp_path / "model").exists()
+    assert leftovers(tmp_path) == ["a.zip"]
 
 
 def test_a_download_can_be_stopped_and_goes_on(server, tmp_path):
