@@ -104,7 +104,8 @@ def test_files_are_found_in_known_folders_only(headless_host: Any) -> None:
     (folder.parent / "outside.yaml").write_text("quick: {}\n")
     assert load_profile("quick").compile.mode == "default"
     before = source_fingerprint("hotpath.yaml")
-    (folder / "hotpath.yaml").write_text("quick:\n  compile: {mode: none}\n")
+    (folder / "hotpath.yaml").write_text("quick:\n  compile:\n    mode:\n  attention: {backend: }\n")
+    assert (load_profile("quick").compile.mode, load_profile("quick").attention.backend) == ("none", "none")
     assert source_fingerprint("hotpath.yaml") != before
     with pytest.raises(ProfileError, match="no section 'slow'; it has quick"):
         load_profile("slow")

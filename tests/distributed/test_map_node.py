@@ -11,8 +11,10 @@ from hotpath import cli
 from hotpath import host as hosts
 from hotpath.distributed import in_graph, mapping
 from hotpath.distributed.devices import choose_devices
-from hotpath.distributed.mapping import EXECUTORS
+from hotpath.distributed.film import Merged
+from hotpath.distributed.mapping import EXECUTORS, MapOutcome
 from hotpath.distributed.policy import POLICIES
+from hotpath.distributed.status import Status
 from hotpath.distributed.worker import WorkerHost
 from hotpath.headless.executor import Executor, RunStopped
 from hotpath.headless.graph import Graph
@@ -56,6 +58,31 @@ def test_lines(map_node, headless_host):
     assert folder == str(headless_host.output_folder() / "words")
     assert report.startswith("2 done, 0 failed")
     assert headless_host.texts[-1][1] == report
+    headless_host.input_folder().mkdir(exist_ok=True)
+    (headless_host.input_folder() / "words.jsonl").write_text('"a cat"\n{"item": "a dog"}\n\n[1]\n')
+    results, _, report = map_node.map(
+        in_graph.INLINE, "JSON lines", "words.jsonl", json.dumps(TEXT), "1.source", "more", **HERE
+    )
+    assert results[:2] == ["a cat", "a dog"] and "line 4 is neither a value nor an object" in report
+
+
+def test_films_shot_by_shot(map_node, headless_host, monkeypatch):
+    asked, folder = [], headless_host.output_folder() / "films"
+    headless_host.input_folder().mkdir()
+    (headless_host.input_folder() / "film.mp4").write_bytes(b"a film")
+
+    def run(request, *_):
+        asked.append(request)
+        films = [Merged("a", folder / "a.mp4"), Merged("b", folder / "b.mp4", "b: 1 of 2 shots are missing")]
+        return MapOutcome(Status(1, done=1), folder, folder / "results.jsonl", "here", films=films)
+
+    monkeypatch.setattr(in_graph, "run_map", run)
+    results, _, report = map_node.map(
+        in_graph.INLINE, "shots of a film", "film.mp4", json.dumps(TEXT), "1.source", "films", **HERE
+    )
+    assert results == [str(folder / "a.mp4")] and "b: 1 of 2 shots are missing" in report
+    (request,) = asked
+    assert request.shots and [item.value for item in request.source] == ["film.mp4"]
 
 
 @pytest.mark.parametrize("kept", [True, False])
