@@ -353,9 +353,9 @@ def dispatcher() -> AttentionDispatcher:
     return AttentionDispatcher(choices=MeasuredChoices(versions=library_versions()))
 
 
-def keep_choices_in(folder: Path) -> None:
-    """Keep what `dispatcher` measures in files under `folder`."""
-    choices = dispatcher().choices
+def keep_choices_in(cache: Path) -> None:
+    """Keep what `dispatcher` measures in files in a folder of its own under `cache`."""
+    choices, folder = dispatcher().choices, cache / "attention"
     if choices.folder != folder:
         choices.folder = folder
         choices.forget()

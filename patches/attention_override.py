@@ -113,7 +113,7 @@ def set_attention(model: Any, backend: str, strict: bool = False, node_id: str |
     from comfy.patcher_extension import CallbacksMP
 
     policy = AttentionPolicy(backend, strict)
-    keep_choices_in(host.current().cache_folder() / "attention")
+    keep_choices_in(host.current().cache_folder())
     patched = model.clone()
     held = patched.model_options.get("transformer_options", {}).get(OPTION)
     below, said = _below(held)

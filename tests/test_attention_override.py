@@ -9,6 +9,7 @@ import pytest
 import sage_modules
 import torch
 from attention_calls import flags
+from hotpath import host
 from hotpath.attention import compiled, dispatch
 from hotpath.attention.capabilities import DeviceFacts
 from hotpath.attention.dispatch import AttentionDispatcher, AttentionUnavailable
@@ -114,6 +115,7 @@ def pretend_gpu(monkeypatch):
 def test_a_whole_model_on_a_lossy_kernel(name, pretend_gpu):
     case = tiny(name)
     patched, _ = set_attention(case.model, "sage1", strict=True)
+    assert pretend_gpu.choices.folder == host.current().cache_folder() / "attention"
     out, expected = case.sample(patched), case.sample()
     assert {event.used for event in override_of(patched).log.events()} == {"sage1"}
     assert 0 < (out - expected).norm() < 0.05 * expected.norm()

@@ -19,7 +19,6 @@ from ..attention.dispatch import CHAINS, NHD, POLICIES, AttentionPolicy, attend,
 from ..attention.events import AttentionLog
 
 BACKENDS = POLICIES
-CHOICES_FOLDER = "attention"  # in the host's cache folder
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def is_exact(asked: str) -> bool:
 
 def choose(asked: str) -> AttentionChoice:
     """The choice for one of BACKENDS. Raises ValueError for another word."""
-    keep_choices_in(host.current().cache_folder() / CHOICES_FOLDER)
+    keep_choices_in(host.current().cache_folder())
     return AttentionChoice(AttentionPolicy(asked), AttentionLog(asked))
 
 
