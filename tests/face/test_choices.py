@@ -30,6 +30,12 @@ def test_choices(choice, index):
     assert choice.apply(faces).boxes.tolist() == faces.boxes[[index]].tolist()
 
 
+def test_the_largest_face_is_the_one_of_the_largest_area():
+    boxes = torch.tensor([[5.0, 5, 15, 105], [50, 10, 90, 50], [10, 60, 40, 90]])
+    found = Faces(boxes, torch.zeros(3, 5, 2), torch.ones(3), None, (120, 120), 640)
+    assert FaceChoice.largest().apply(found).boxes.tolist() == boxes[[1]].tolist()
+
+
 def test_a_position_that_does_not_exist_is_no_face_and_not_an_error():
     assert len(FaceChoice.index(4).apply(some_faces())) == 0
     assert len(FaceChoice.left_to_right(-5).apply(some_faces())) == 0

@@ -62,6 +62,7 @@ def test_key_points_are_fitted_into_a_picture_of_another_shape(fit, scale, shift
 def test_the_soft_border_is_smooth_and_whole_inside():
     weight = edge_weight(64, 0.5)
     assert weight[32, 32] == 1 and weight[0, 32] < 0.01 and (weight.diff(dim=0).abs() < 0.12).all()
+    assert torch.equal(weight, weight.flip(0, 1)) and torch.equal(weight, weight.T)
     assert edge_weight(64, 0.0).min() == 1
 
 

@@ -138,6 +138,9 @@ def test_a_bad_picture_is_recorded_and_the_others_go_on(captioner, drawings):
     lines = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     assert {line["file"] for line in lines if "error" in line} >= {"broken.png", "thin.png", "narrow.png"}
     assert "broken.png: it is no picture that can be read" in summary.report()
+    assert FolderCaptioner(captioner, job, GREEDY, OPTIONS).run().failed.keys() == summary.failed.keys()
+    again = [json.loads(line)["file"] for line in (folder / "captions.jsonl").read_text().splitlines()]
+    assert len(again) == len(set(again)) == len(lines)
 
 
 def test_a_batch_that_fails_is_tried_one_by_one(captioner, drawings, monkeypatch):

@@ -287,6 +287,9 @@ def test_damaged_folders(llm, tiny_folders, offline):
     with pytest.raises(UnusableModel, match=r"missing: preprocessor_config\.json"):
         download.locate("wrong-type")
     assert offline[-1][1]["local_dir"] == llm / "wrong-type"
+    (llm / "wrong-type" / "processor_config.json").write_text('{"video_processor": {}}')
+    with pytest.raises(UnusableModel, match=r"missing: preprocessor_config\.json"):
+        download.locate("wrong-type")
     (llm / "wrong-type" / "processor_config.json").write_text('{"image_processor": {}}')
     assert download.locate("wrong-type").model_type == "qwen2_vl"
     for words in ("{", "[" * 100_000):
