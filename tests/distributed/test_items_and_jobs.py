@@ -14,8 +14,9 @@ from hotpath.distributed.items import BadItems, FolderItems, Item, JsonLinesItem
 from hotpath.distributed.jobs import BadMap, MapPlan, Target, find_target, guess_target, refuse_nested
 from hotpath.distributed.mapping import run_map
 from hotpath.distributed.seeds import item_seed
+from hotpath.distributed.worker import TOLD_EVERY, NotShared, WorkerHost, WorkerSettings, WorkflowWorker
 from hotpath.headless.catalog import available_nodes
-from hotpath.headless.graph import Graph, WorkflowError
+from hotpath.headless.graph import Graph, Node, WorkflowError
 from hotpath.headless.validation import InvalidWorkflow, NeedsComfyUI
 from map_workflows import COPY, listed, made, picture
 
@@ -281,3 +282,23 @@ def test_a_folder_or_list_that_is_not_there(tmp_path):
         open_items(str(tmp_path / "no.png"), tmp_path)
     with pytest.raises(BadItems, match="There is no folder"):
         FolderItems(tmp_path / "no", Path(tmp_path))
+
+
+def test_progress_of_a_job_is_that_of_its_nodes_and_is_told_a_few_times_a_second(tmp_path, monkeypatch):
+    told: list[float] = []
+    now = 100.0
+    monkeypatch.setattr("hotpath.distributed.worker.time.monotonic", lambda: now)
+    worker, node = WorkerHost(WorkerSettings(str(tmp_path)), told.append, lambda: None), Node("1", "X", {})
+    worker.progress(4).update(1)  # of a job whose nodes are not known yet
+    for position, steps, waits in ((1, 5, 0.6), (1, 5, 1.5), (3, 0, 1.5), (4, 20, 1.5)):
+        now += waits * TOLD_EVERY
+        worker.started(node, position, 4)
+        now += waits * TOLD_EVERY
+        worker.progress(10).update(steps)
+    assert told == [0.25, 0.125, 0.0, 0.125, 0.5, 0.5, 0.75, 1.0]
+
+
+def test_a_worker_that_does_not_see_the_folders_says_so(tmp_path):
+    missing = str(tmp_path / "not shared")
+    with pytest.raises(NotShared, match=r"does not see .*not shared\. Workers of other machines need"):
+        WorkflowWorker(WorkerSettings(str(tmp_path), sees=[str(tmp_path), missing]))
