@@ -49,7 +49,8 @@ def device_facts(device: torch.device) -> DeviceFacts:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes `device` the current one inside: Triton launches there, whatever device its tensors are on."""
+    """Makes `device` the current one inside: Triton launches there, whatever device its tensors are on, and streams, events and
+    graphs belong to it."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

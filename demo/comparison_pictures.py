@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +12,8 @@ from PIL import Image
 
 from .. import host
 from ..comparison import read_picture
-from ..nodes import NODE_CLASS_MAPPINGS
+from .node_runs import HERE, node
 from .picture_rows import card, shown, stacked
-
-HERE = Path(__file__).resolve().parent
-
-
-def _node(node_id: str, /, **inputs: Any) -> Any:
-    node_class = NODE_CLASS_MAPPINGS[node_id]
-    return getattr(node_class(), node_class.FUNCTION)(**inputs)
 
 
 def block_telemetry() -> Image.Image:
@@ -59,7 +51,7 @@ def block_profile() -> Image.Image:
     sizes = {block: 0.02 + 0.01 * number for number, block in enumerate(SDXL_BLOCKS)}
     folder = host.current().model_folders("block_profiles")[0]
     path = save_profile(ContributionProfile("even slope", sizes, sigmas=(14.6, 0.03), date="2026-01-01"), folder)
-    profile, said = _node("HotpathLoadBlockProfile", file=path.name)
+    profile, said = node("HotpathLoadBlockProfile", file=path.name)
     lines = [choose_blocks(SDXL_BLOCKS, "adaptive", adaptive=AdaptiveChoice(profile, s))[1] for s in (0.95, 0.8, 0.5)]
     return card("Load Block Profile, InstantID with patch_mode adaptive", "\n".join([said, *lines]))
 
@@ -70,7 +62,7 @@ def compare() -> Image.Image:
     buffer = io.BytesIO()
     Image.fromarray((picture[0] * 255).byte().numpy()).save(buffer, "JPEG", quality=12)
     again = torch.from_numpy(np.array(Image.open(buffer))).float().div(255)[None]
-    options = {"min_ssim": 0.95, "min_cosine": 0.98, "faceanalysis": _node("InstantIDFaceAnalysis", provider="CPU")[0]}
-    row, report, *_ = _node("HotpathCompare", image_a=picture, image_b=again, **options)
+    options = {"min_ssim": 0.95, "min_cosine": 0.98, "faceanalysis": node("InstantIDFaceAnalysis", provider="CPU")[0]}
+    row, report, *_ = node("HotpathCompare", image_a=picture, image_b=again, **options)
     said = [line for line in report.splitlines() if "LPIPS" not in line]
     return stacked([shown(row, 250), card("Compare Pictures", "\n".join(said))])

@@ -39,7 +39,6 @@ from .identity_pictures import (
     identity,
     identity_saved,
     identity_tokens,
-    instantid_weights,
     people,
     tokens_of_a_person,
 )
@@ -47,6 +46,7 @@ from .map_pictures import map_workflow
 from .node_runs import HERE, node, photo
 from .picture_rows import card, save
 from .text_to_image_pictures import z_image, z_image_loader, z_image_lora
+from .workflow_pictures import instantid_weights
 
 PICTURES = HERE.parent / "web" / "docs" / "images"
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from .face_pictures import analyser
 from .node_runs import node, photo
 from .picture_rows import ACCENT, DIM, INK, PAPER, card, font, labelled, shown, stacked
-from .workflow_pictures import given, rising_weights, sampled, sized
+from .workflow_pictures import given, sampled, sized
 
 
 def person(name: str = "astronaut", file: str = "astronaut.png") -> Any:
@@ -59,10 +59,6 @@ def apply_instantid() -> Image.Image:
             ("what was drawn", sized(sampled("instantid_posed"))),
         ]
     )
-
-
-def instantid_weights() -> Image.Image:
-    return rising_weights()
 
 
 def blocks() -> Image.Image:

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from .. import host
-from ..nodes import NODE_CLASS_MAPPINGS
+from .node_runs import node
 from .picture_rows import card, stacked
 from .z_image_model import write_checkpoint
 
@@ -18,16 +18,11 @@ PROMPT = "a red fox in the snow"
 OTHER = "a birch forest"
 
 
-def _node(node_id: str, /, **inputs: Any) -> Any:
-    node_class = NODE_CLASS_MAPPINGS[node_id]
-    return getattr(node_class(), node_class.FUNCTION)(**inputs)
-
-
 def _loaded(**options: Any) -> Any:
     folder = host.current().model_folders("diffusers")[0] / NAME
     if not folder.is_dir():
         write_checkpoint(folder)
-    return _node("HotpathZImageLoader", checkpoint=NAME, **options)
+    return node("HotpathZImageLoader", checkpoint=NAME, **options)
 
 
 def _drawn(pipeline: Any, **changes: Any) -> str:
@@ -35,7 +30,7 @@ def _drawn(pipeline: Any, **changes: Any) -> str:
         "prompt": PROMPT, "negative": "", "width": 128, "height": 96, "steps": 8, "guidance": 0.0, "seed": 7,
         "batch_size": 1,
     }  # fmt: skip
-    return str(_node("HotpathZImage", pipeline=pipeline, **{**inputs, **changes})[2])
+    return str(node("HotpathZImage", pipeline=pipeline, **{**inputs, **changes})[2])
 
 
 def z_image_loader() -> Image.Image:
@@ -52,7 +47,7 @@ def z_image_lora() -> Image.Image:
         key = f"transformer.layers.0.attention.{layer}"
         halves = {f"{key}.lora_A.weight": (4, 96), f"{key}.lora_B.weight": (96, 4)}
         save_file({k: torch.randn(size, generator=seeded) for k, size in halves.items()}, loras / f"{name}.safetensors")
-        (pipeline,) = _node("HotpathZImageLora", pipeline=pipeline, lora=f"{name}.safetensors", strength=strength)
+        (pipeline,) = node("HotpathZImageLora", pipeline=pipeline, lora=f"{name}.safetensors", strength=strength)
     return card("Z-Image, behind two Z-Image LoRA", _drawn(pipeline))
 
 

@@ -71,7 +71,7 @@ def given(name: str) -> Image.Image:
     return Image.open(HERE / "inputs" / f"{name}.png").convert("RGB")
 
 
-def rising_weights() -> Image.Image:
+def instantid_weights() -> Image.Image:
     """Two people, a weight to a column; same seed, same words, same pose."""
     rows = []
     for person in ("portrait_ana", "portrait_ben"):

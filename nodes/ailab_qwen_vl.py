@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import host
-from ..vision_language import folders, presets
+from ..vision_language import presets
 from ..vision_language.answering import AnswerOptions, answer
 from ..vision_language.budgets import PRESETS, PROCESSOR, Budget
 from ..vision_language.loaded_model import LoadOptions
@@ -17,6 +17,7 @@ from ..vision_language.loading import MODELS, state_of
 from ..vision_language.pictures import DEFAULT_FPS, from_frames, from_images
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
+from .vision_sockets import model_choice
 
 CATEGORY = "🧪AILab/QwenVL"
 AS_BEFORE = "as before"
@@ -76,13 +77,6 @@ CUSTOM = (
 def devices() -> list[str]:
     found = ["auto", "cpu", "mps"]
     return found + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-
-
-def models(known: tuple[str, ...], sees: bool | None, default: str) -> tuple[list[str], dict[str, Any]]:
-    return (
-        folders.choices(known, sees),
-        {"default": default, "tooltip": "A folder under models/LLM, or a model that is fetched when it is missing."},
-    )
 
 
 def tokens(default: int, most: int) -> tuple[str, dict[str, Any]]:
@@ -161,7 +155,7 @@ class AILabQwenVL(_AILabNode):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model_name": models(VISION_MODELS, True, VISION_MODELS[0]),
+                "model_name": model_choice(VISION_MODELS, True, VISION_MODELS[0]),
                 "quantization": QUANTIZATION,
                 "attention_mode": ATTENTION,
                 "preset_prompt": (
@@ -217,7 +211,7 @@ class AILabQwenVLAdvanced(_AILabNode):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model_name": models(VISION_MODELS, True, VISION_MODELS[0]),
+                "model_name": model_choice(VISION_MODELS, True, VISION_MODELS[0]),
                 "quantization": QUANTIZATION,
                 "attention_mode": ATTENTION,
                 "use_torch_compile": COMPILE,
@@ -301,7 +295,7 @@ class AILabPromptEnhancer(_AILabNode):
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model_name": models((*TEXT_MODELS, *VISION_MODELS), None, TEXT_MODELS[0]),
+                "model_name": model_choice((*TEXT_MODELS, *VISION_MODELS), None, TEXT_MODELS[0]),
                 "quantization": QUANTIZATION,
                 "attention_mode": ATTENTION,
                 "use_torch_compile": COMPILE,

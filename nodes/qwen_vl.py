@@ -22,6 +22,7 @@ from ..vision_language.loading import MODELS, state_of
 from ..vision_language.pictures import Clip, from_images, read_clip
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
+from .vision_sockets import model_choice
 
 CATEGORY = "Comfyui_QwenVL"
 SYSTEM = "You are a helpful assistant."
@@ -81,13 +82,6 @@ STRIP = (
 
 def multiline(default: str, tooltip: str) -> tuple[str, dict[str, Any]]:
     return ("STRING", {"default": default, "multiline": True, "tooltip": tooltip})
-
-
-def model_choice(known: tuple[str, ...], sees: bool, default: str) -> tuple[list[str], dict[str, Any]]:
-    return (
-        folders.choices(known, sees),
-        {"default": default, "tooltip": "A folder under models/LLM, or a model that is fetched when it is missing."},
-    )
 
 
 def first_picture(image: torch.Tensor | None) -> torch.Tensor | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from ..vision_language import folders
 from ..vision_language.budgets import PRESETS
 from ..vision_language.decode_path import DECODE_PATHS
 
@@ -48,3 +51,11 @@ SEED = (
     {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "tooltip": "The same seed gives the same text."},
 )
 MODEL = ("HOTPATH_VLM", {"tooltip": "From Load Vision-Language Model. All nodes that use it share one copy."})
+
+
+def model_choice(known: tuple[str, ...], sees: bool | None, default: str) -> tuple[list[str], dict[str, Any]]:
+    """The folders that are there and the models that are fetched. sees: with a vision tower, without one, or either."""
+    return (
+        folders.choices(known, sees),
+        {"default": default, "tooltip": "A folder under models/LLM, or a model that is fetched when it is missing."},
+    )

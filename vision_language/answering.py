@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from .. import host
+from ..attention.capabilities import on_device
 from ..host.errors import is_out_of_memory
 from . import answers
 from .budgets import PRESETS, Budget
@@ -197,7 +196,7 @@ def _answer(
     if options.keep_loaded:
         MODELS.keep(model, True)
     try:
-        with model.resident(run.prompt_tokens, most, rows, answers_each, path.name), on(model.device):
+        with model.resident(run.prompt_tokens, most, rows, answers_each, path.name), on_device(model.device):
             seen = encode(
                 model, run.items, cache, run.timing, options.encode_jointly, keep_now=False, record=options.keep_loaded
             )
@@ -236,11 +235,6 @@ def _answer(
                 f"\n{thinking} of {len(made)} answers are thoughts alone: raise max_new_tokens, or switch thinking off"
             )
     return made
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Streams, events and graphs belong to the current device, which need not be the model's."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _write(
