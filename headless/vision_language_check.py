@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from ..attention.capabilities import on_device
 from ..host import Host
 from ..vision_language import folders
-from ..vision_language.answering import AnswerOptions, answer, on
+from ..vision_language.answering import AnswerOptions, answer
 from ..vision_language.budgets import PRESETS
 from ..vision_language.decode_path import choose_path
 from ..vision_language.embeddings import EmbeddingCache, look_up
@@ -52,7 +53,7 @@ def _decode_step(model: LoadedModel, question: Question) -> Iterator[Finding]:
     path = choose_path(model, "auto")
     if path.name == "plain":
         path = choose_path(model, "static")
-    with model.resident(prompt.length, ROOM), on(model.device):
+    with model.resident(prompt.length, ROOM), on_device(model.device):
         encode(model, items, cache, timing)
         filled = prefill(model, [prompt], use_prefix=False)
         tokens = filled.logits.argmax(-1)

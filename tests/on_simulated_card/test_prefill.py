@@ -66,7 +66,7 @@ def test_answers_are_the_plain_paths(card: Any, load_llm: Any, kind: str) -> Non
 @pytest.mark.parametrize("room", [20, pytest.param(1500, marks=pytest.mark.long)])
 def test_logits_are_the_librarys(card: Any, load_llm: Any, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     """Whatever room the cache has for the answer: attention does not read it."""
-    from hotpath.vision_language.answering import on
+    from hotpath.attention.capabilities import on_device
     from hotpath.vision_language.decode_path import choose_path
     from hotpath.vision_language.embeddings import EmbeddingCache, look_up
     from hotpath.vision_language.generation import prepared
@@ -85,7 +85,7 @@ def test_logits_are_the_librarys(card: Any, load_llm: Any, monkeypatch: pytest.M
     for text in ("What?", "And which colours are in it?", "word " * 20):
         question = Question(text, "", (A,))
         prompts.append(build(model, question, look_up(model, question.pictures, (), PRESETS["fast"], cache, timing)))
-    with model.resident(500), on(model.device), torch.no_grad():
+    with model.resident(500), on_device(model.device), torch.no_grad():
         for index, prompt in enumerate(prompts):
             encode(model, prompt.items, cache, timing)
             space, _ = prepared(model, choose_path(model, "graph"), 1, prompt.length + room)

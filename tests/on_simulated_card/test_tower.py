@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hotpath.attention.capabilities import on_device
 from hotpath.vision_language import tower
-from hotpath.vision_language.answering import Answer, AnswerOptions, answer, on
+from hotpath.vision_language.answering import Answer, AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.embeddings import EmbeddingCache, VisualItem, look_up
 from hotpath.vision_language.pictures import Clip, Picture
@@ -38,7 +39,7 @@ def looked(model: Any, shown: Picture | Clip, record: bool) -> VisualItem:
     pictures, clips = ((shown,), ()) if isinstance(shown, Picture) else ((), (shown,))
     timing, cache = Timing(model.device), EmbeddingCache(enabled=False)
     items = look_up(model, pictures, clips, PRESETS["fast"], cache, timing)
-    with model.resident(100), on(model.device), torch.no_grad():
+    with model.resident(100), on_device(model.device), torch.no_grad():
         tower.encode(model, items, cache, timing, record=record)
     return items[0]
 
@@ -60,7 +61,7 @@ def test_features_are_the_librarys(card: Any, load_llm: Any, kind: str, make: An
             model, *(((shown,), ()) if isinstance(shown, Picture) else ((), (shown,))), PRESETS["fast"],
             EmbeddingCache(enabled=False), Timing(model.device),
         )[0]  # fmt: skip
-        with model.resident(100), on(model.device), torch.no_grad():
+        with model.resident(100), on_device(model.device), torch.no_grad():
             made = method(tower.patches_of(model, waiting), torch.tensor([waiting.grid], device=model.device))
             pooled, deep = tower.split(made, [waiting], int(model.config.vision_config.spatial_merge_size))
         assert found.replayed == replayed and found.features is not None
@@ -86,7 +87,7 @@ def test_the_host_waits_for_no_block(card: Any, load_llm: Any, kind: str) -> Non
     looked(model, noise(1), record=False)  # makes the table of pixel values
     timing, cache = Timing(model.device), EmbeddingCache(enabled=False)
     items = look_up(model, (noise(2),), (), PRESETS["fast"], cache, timing)
-    with model.resident(100), on(model.device), torch.no_grad():
+    with model.resident(100), on_device(model.device), torch.no_grad():
         card.waits.clear()
         tower.encode(model, items, cache, timing, keep_now=False)
         assert not card.waits
