@@ -19,7 +19,7 @@ EVERY = 2.0  # seconds between two looks
 GRACE = 10.0  # seconds for it to end by itself
 
 
-def end_with_starter() -> bool:
+def end_with_starter(every: float = EVERY, grace: float = GRACE) -> bool:
     """Watch whoever started this process, if the environment says that it was started for one run; whether it did."""
     starter = os.environ.get(STARTED_BY, "")
     # What this process starts inherits the variable, and has another parent.
@@ -28,7 +28,7 @@ def end_with_starter() -> bool:
 
     def watch() -> None:
         while str(os.getppid()) == starter:
-            time.sleep(EVERY)
+            time.sleep(every)
         log.warning("The run that this ComfyUI was started for is gone: it ends too.")
         for number in (signal.SIGTERM, signal.SIGKILL):
             # The group is ours alone: `launcher` gives each ComfyUI a session.
@@ -36,7 +36,7 @@ def end_with_starter() -> bool:
                 os.killpg(os.getpid(), number)
             else:
                 os.kill(os.getpid(), number)
-            time.sleep(GRACE)
+            time.sleep(grace)
 
     threading.Thread(target=watch, name="hotpath-starter", daemon=True).start()
     return True

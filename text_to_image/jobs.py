@@ -175,7 +175,7 @@ def _model(item: Item) -> ZImage:
 
 
 def forget_models() -> None:
-    """Let go of the checkpoint that `prepare` kept."""
+    """Let go of the checkpoint that `run_item` kept."""
     with _lock:
         _kept.clear()
     MODELS.clear()
@@ -194,6 +194,29 @@ def adapter_file(name: str) -> Path:
             )
         return files[0]
     return path
+
+
+def run_item(item: Mapping[str, Any], output_folder: str | Path) -> dict[str, Any]:
+    """Draw one picture: the whole job of a worker, from plain values to plain values, both fit for JSON and pickle.
+
+    item: the fields of `Item`, of which model and prompt must be there. output_folder: made when it is missing.
+    Returns {"id": MD5 of what the picture depends on, "files": [path of the PNG], "skipped": True when the file was there
+    already, "seconds": by stage, "report": text}. The picture depends on the item alone, not on the worker or on what it
+    drew before; the file appears whole or not at all, so a job may be tried again, anywhere, at any time. Raises ValueError
+    (also as UnusableCheckpoint and UnusableAdapter) or ModelNotFound for an item that no try can draw, and the host's
+    interrupt when it was stopped. The checkpoint stays loaded for the next item until `forget_models`.
+    """
+    job = prepare(Item.of(item), Path(output_folder))
+    if job.is_done():
+        return {"id": job.id, "files": [str(job.file)], "skipped": True, "seconds": {}, "report": ""}
+    drawn = job.run()
+    return {
+        "id": job.id,
+        "files": [str(job.file)],
+        "skipped": False,
+        "seconds": drawn.seconds,
+        "report": drawn.report,
+    }
 
 
 def described(file: Path) -> dict[str, Any]:

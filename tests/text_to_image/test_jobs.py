@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hotpath import cli
 from hotpath.commands import generate as command
 from hotpath.text_to_image import generation, jobs
-from hotpath.text_to_image.jobs import Item, described, prepare, write_picture
+from hotpath.text_to_image.jobs import Item, described, prepare, run_item, write_picture
 from PIL import Image
 
 ITEM = {"model": "tiny", "prompt": "a red fox", "seed": 3, "width": 64, "height": 48, "steps": 2}
@@ -20,37 +21,32 @@ def pixels(file):
     return np.asarray(Image.open(file))
 
 
-def job_of(item, folder):
-    return prepare(Item.of(item), folder)
-
-
-def test_the_picture_of_an_item_and_what_its_file_says(folder, draw, load, tmp_path):
-    job = job_of(json.loads(json.dumps(ITEM)), tmp_path / "out")
-    assert not job.is_done()
-    assert job.run().seconds.keys() == {"prompts", "transformer", "denoise", "decode"}
+def test_an_item_goes_anywhere_and_its_picture_comes_back(folder, draw, load, tmp_path):
+    item = pickle.loads(pickle.dumps(ITEM))
+    done = run_item(item, tmp_path / "out")
+    assert json.loads(json.dumps(done)) == done == pickle.loads(pickle.dumps(done))
+    assert not done["skipped"] and done["seconds"].keys() == {"prompts", "transformer", "denoise", "decode"}
+    (file,) = done["files"]
     wanted = (draw(load(), seed=3).pictures[0] * 255).round().byte().numpy()
-    assert np.array_equal(pixels(job.file), wanted) and list((tmp_path / "out").iterdir()) == [job.file]
-    told = described(tmp_path / "out" / "x.png") | described(job.file)
-    assert told["id"] == job.id and told["prompt"] == "a red fox" and told["seed"] == 3
-    again = job_of(ITEM, tmp_path / "out")
-    assert again.is_done() and again.file == job.file and again.id == job.id
+    assert np.array_equal(pixels(file), wanted)
+    told = described(tmp_path / "out" / "x.png") | described(next((tmp_path / "out").iterdir()))
+    assert told["id"] == done["id"] and told["prompt"] == "a red fox" and told["seed"] == 3
+    again = run_item(item, tmp_path / "out")
+    assert again["skipped"] and again["files"] == done["files"] and again["id"] == done["id"]
 
 
 def test_a_picture_does_not_depend_on_what_was_drawn_before(folder, tmp_path):
-    alone, other, after = (
-        job_of(item, tmp_path / where)
-        for item, where in ((ITEM, "a"), ({**ITEM, "seed": 9, "width": 32, "guidance": 2.0}, "b"), (ITEM, "b"))
-    )
-    for job in (alone, other, after):
-        job.run()
-    assert np.array_equal(pixels(alone.file), pixels(after.file))
+    alone = run_item(ITEM, tmp_path / "a")
+    run_item({**ITEM, "seed": 9, "width": 32, "guidance": 2.0}, tmp_path / "b")
+    after = run_item(ITEM, tmp_path / "b")
+    assert np.array_equal(pixels(alone["files"][0]), pixels(after["files"][0]))
 
 
 def test_what_the_id_is_made_of(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("hotpath.products.int8.why_not", lambda: "")  # where int8 cannot be had, it is the same picture
 
     def key(**changes):
-        return job_of({**ITEM, **changes}, tmp_path).id
+        return prepare(Item.of({**ITEM, **changes}), tmp_path).id
 
     base = key()
     for change in ({"prompt": "a blue fox"}, {"seed": 4}, {"width": 80}, {"height": 64}, {"steps": 3}, {"guidance": 1.0},
@@ -83,15 +79,15 @@ def test_descriptions_that_are_wrong(change, words):
 
 
 def test_only_a_whole_file_of_the_same_job_is_done(folder, tmp_path):
-    job = job_of(ITEM, tmp_path)
-    job.run()
+    done = run_item(ITEM, tmp_path)
+    job = prepare(Item.of(ITEM), tmp_path)
     whole = job.file.read_bytes()
     job.file.write_bytes(whole[: len(whole) // 2])
     assert not job.is_done()
     Image.new("RGB", (64, 48)).save(job.file)
     assert not job.is_done()
-    job.run()
-    assert job.file.read_bytes() == whole and job.is_done()
+    assert not run_item(ITEM, tmp_path)["skipped"] and job.file.read_bytes() == whole and job.is_done()
+    assert done["files"] == [str(job.file)]
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
