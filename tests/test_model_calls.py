@@ -377,3 +377,15 @@ def test_an_older_comfyui_says_what_it_computes_in(cast: torch.dtype | None) -> 
     older = SimpleNamespace(manual_cast_dtype=cast, get_dtype=lambda: torch.float16)
     assert dtype_inside(older, torch.float32) == (cast or torch.float16)
     assert dtype_inside(object(), torch.float32) == torch.float32
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (128, 64), (36, 124)])
+def test_a_mask_lies_over_the_queries_as_over_the_picture(size: tuple[int, int]) -> None:
+    from hotpath.patches.mask import AttentionMask
+    from hotpath.patches.model_call import ModelCall
+
+    rows, columns = size[0] // 2, size[1] // 2
+    picture, wanted = torch.zeros(1, 8 * size[0], 8 * size[1]), torch.zeros(rows, columns)
+    picture[:, : 4 * size[0], : 4 * size[1]] = wanted[: rows // 2, : columns // 2] = 1
+    made = AttentionMask(picture).at(ModelCall((0, 1), *size, None, batch=2), rows * columns)
+    assert torch.equal(made.view(2, rows, columns), wanted.expand(2, -1, -1))
