@@ -112,6 +112,10 @@ class TestInComfyUI:
         )
         return parts["pixels"].decode(done)
 
+    def test_a_network_that_adds_nothing_has_no_weights(self):
+        network = portraits.load_identity_net(trained=False).control_model
+        assert not any(weight.any() for weight in network.state_dict().values())
+
     def test_the_hint_block_lays_the_drawing_into_channels(self):
         network = portraits.make_control_net()
         hint = x = torch.rand(1, 3, 64, 64)

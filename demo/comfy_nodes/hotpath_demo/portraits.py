@@ -288,8 +288,10 @@ def load_identity_net(trained: bool = True) -> Any:
     import comfy.model_management
 
     network = make_control_net()
+    # Without weights a layer holds what was in memory before.
     untrained = {
-        k: v if k.startswith("input_hint_block") else torch.zeros_like(v) for k, v in network.state_dict().items()
+        k: v if trained and k.startswith("input_hint_block") else torch.zeros_like(v)
+        for k, v in network.state_dict().items()
     }
     network.load_state_dict({**untrained, **(_part("control.") if trained else {})})
     return comfy.controlnet.ControlNet(
