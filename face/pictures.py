@@ -43,7 +43,8 @@ class PictureGroup:
         return PictureGroup(pixels, tuple(self.positions[r] for r in rows))
 
     def to(self, device: torch.device) -> PictureGroup:
-        return PictureGroup(self.pixels.to(device, non_blocking=True), self.positions)
+        # From a card to the CPU nobody would wait for what is copied.
+        return PictureGroup(self.pixels.to(device, non_blocking=device.type != "cpu"), self.positions)
 
 
 def group_pictures(images: Tensor | Sequence[Tensor], device: torch.device | None = None) -> list[PictureGroup]:

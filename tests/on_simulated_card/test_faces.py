@@ -66,6 +66,13 @@ def test_a_batch_is_two_waits_and_the_cpus_result(
     assert torch.equal(given, pictures)
 
 
+def test_pictures_on_the_card_for_a_cpu_are_waited_for(
+    card: Any, pictures: torch.Tensor, expected: list[face.Faces]
+) -> None:
+    here = face.load_analyser([MODELS], engine="torch", device=torch.device("cpu"), remember=False)
+    assert_same(here.analyse(pictures[:1].cuda(), choose=LARGEST, options=OPTIONS), expected[:1])
+
+
 def test_graphs_go_with_the_weights(card: Any, there: Any, pictures: torch.Tensor, expected: list[face.Faces]) -> None:
     for _ in range(2):
         there.analyse(pictures, choose=LARGEST, options=OPTIONS)
