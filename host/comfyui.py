@@ -25,6 +25,8 @@ from .letters import readable
 log = logging.getLogger("hotpath.nodes")
 
 WARNING_EVENT = "hotpath.warning"  # web/node_state.js listens to it
+# Also where ComfyUI keeps its models on the card for good (--highvram, --gpu-only): what is sent away has to leave it.
+OFFLOAD = torch.device("cpu")
 PREVIEW_SIZE = 512  # longest side, in pixels, of the pictures a progress bar shows
 
 _loading = threading.RLock()  # ComfyUI's list of loaded models is made for one thread
@@ -44,13 +46,12 @@ class ComfyUIManaged:
         self.module = module
         self._lock = threading.RLock()  # one thread must not send away what another computes with
         self.device: torch.device = management.get_torch_device()
-        offload = management.unet_offload_device()
-        module.to(offload)
+        module.to(OFFLOAD)
         if self.device.type == "cpu":
             let_layers_ask(module)
         # Not CoreModelPatcher: with dynamic VRAM that one is for ComfyUI's own layers, and would upload every weight of
         # ours again each time it is asked for. ComfyUI keeps the present device on the module, as `model.device`.
-        self.patcher = _patcher()(module, load_device=self.device, offload_device=offload)
+        self.patcher = _patcher()(module, load_device=self.device, offload_device=OFFLOAD)
 
     @contextmanager
     def resident(self, extra_bytes: int = 0, keep: bool = True) -> Iterator[nn.Module]:
@@ -77,7 +78,7 @@ class ComfyUIManaged:
             others = [entry for entry in management.current_loaded_models if entry.model is not self.patcher]
             management.free_memory(1e30, self.device, keep_loaded=others)
             # What `resident` brought along is in nobody's books.
-            self.module.to(self.patcher.offload_device)
+            self.module.to(OFFLOAD)
 
 
 @cache
@@ -211,9 +212,12 @@ class ComfyUIHost:
         return management.get_torch_device()
 
     def offload_device(self) -> torch.device:
+        return OFFLOAD
+
+    def picture_device(self) -> torch.device:
         import comfy.model_management as management
 
-        return management.unet_offload_device()
+        return management.intermediate_device()
 
     def compute_dtype(
         self,

@@ -149,6 +149,9 @@ class HeadlessHost:
     def offload_device(self) -> torch.device:
         return torch.device("cpu")
 
+    def picture_device(self) -> torch.device:
+        return torch.device("cpu")
+
     def compute_dtype(
         self,
         parameters: int = 0,

@@ -99,6 +99,9 @@ class Host(Protocol):
     def offload_device(self) -> torch.device:
         """Where weights wait."""
 
+    def picture_device(self) -> torch.device:
+        """Where pictures and latents lie between nodes."""
+
     def compute_dtype(
         self,
         parameters: int = 0,
