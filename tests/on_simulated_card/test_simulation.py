@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -111,6 +112,16 @@ def test_copies_arrive_when_somebody_waited(card: Any) -> None:
     x.copy_(host, non_blocking=True)
     with pytest.raises(Hazard, match="may still copy from"):
         host.zero_()
+
+
+def test_another_thread_has_the_card_too(card: Any) -> None:
+    with ThreadPoolExecutor(1) as threads, torch.inference_mode():
+        made = threads.submit(torch.tensor, [1.0, 2.0], device="cuda").result()
+        host = torch.empty(2, pin_memory=True)
+        host.copy_(made, non_blocking=True)
+        event = torch.cuda.current_stream().record_event()
+        threads.submit(event.synchronize).result()  # which is in no inference mode
+        assert made.is_cuda and host.tolist() == [1, 2]
 
 
 def test_memory_of_another_stream_is_kept_for_it(card: Any) -> None:

@@ -419,7 +419,7 @@ def _to_host(source: OnCard, to: torch.Tensor, later: bool, fresh: bool) -> None
         spoil(to)
 
     def happen() -> None:
-        with below():
+        with below(), torch.inference_mode():  # whichever mode the waiting thread is in
             to.copy_(numbers)
         if _on_the_way_in.get(at) == (stream, clock):
             del _on_the_way_in[at]

@@ -270,6 +270,7 @@ def _threads(_: Card) -> None:
     plain = threading.Thread.run
 
     def start(self: threading.Thread) -> None:
+        torch._C._set_only_lift_cpu_tensors(True)  # a thread's own, as modes are
         with Simulation():
             plain(self)
 
