@@ -1,4 +1,4 @@
-"""What stands before every node's function: it changes nothing of a call that goes well.
+"""What stands before every node's function: of a call that goes well it changes nothing but where pictures lie.
 
 A prompt may come from any program. ComfyUI checks links by their types, and lets nearly anything else pass: a number where a
 picture belongs, an object as the name of a file, NaN, which is neither below the least value nor above the largest. What a
@@ -14,8 +14,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .. import host
 from ..host.letters import readable
 
+PICTURES = ("IMAGE", "MASK", "LATENT")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")  # ComfyUI converts these
 # What an operation raises; a sentence of the pack's own about the value is of another kind, and better.
 RAW = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -37,7 +39,7 @@ def guard(node_class: type[Any]) -> None:
         if any(map(_endless, inputs.values())) and (wrong := wrong_input(type(self), inputs)) is not None:
             raise WrongInput(wrong)
         try:
-            return function(self, *args, **inputs)
+            return delivered(type(self), function(self, *args, **inputs), inputs)
         except Exception as error:
             make_readable(error)
             if type(error) in RAW and (wrong := wrong_input(type(self), inputs)) is not None:
@@ -46,6 +48,37 @@ def guard(node_class: type[Any]) -> None:
 
     through.guarded = True  # type: ignore[attr-defined]
     setattr(node_class, node_class.FUNCTION, through)
+
+
+def delivered(node_class: type[Any], outcome: Any, inputs: Mapping[str, Any]) -> Any:
+    """`outcome` with its pictures where ComfyUI has its own, which with --gpu-only is the card: its nodes join the two.
+
+    What was made of pictures that lie elsewhere, such as the frames of a film, stays with them.
+    """
+    place = host.current().picture_device()
+    if place.type == "cpu":
+        return outcome
+    given = [value.device for value in inputs.values() if hasattr(value, "untyped_storage")]
+    if given and place not in given:
+        return outcome
+    if isinstance(outcome, dict):
+        return {**outcome, "result": _moved(node_class, outcome.get("result", ()), place)}
+    return _moved(node_class, outcome, place)
+
+
+def _moved(node_class: type[Any], results: Any, place: Any) -> Any:
+    kinds = node_class.RETURN_TYPES
+    if not isinstance(results, tuple) or len(results) != len(kinds):
+        return results
+    return tuple(_to(value, place) if kind in PICTURES else value for kind, value in zip(kinds, results, strict=True))
+
+
+def _to(value: Any, place: Any) -> Any:
+    if isinstance(value, list):
+        return [_to(part, place) for part in value]
+    if isinstance(value, dict):  # a LATENT
+        return {name: _to(part, place) for name, part in value.items()}
+    return value.to(place) if hasattr(value, "untyped_storage") else value
 
 
 def wrong_input(node_class: type[Any], inputs: Mapping[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hotpath.nodes import NODE_CLASS_MAPPINGS
+from hotpath.nodes.door import guard
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,28 @@ def test_an_error_can_be_written(headless_host: Any, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"^no . there$") as refused:
         made.manage("all")
     assert refused.value.__cause__ is not None and refused.value.__cause__.args == ("\ufffd", 1)
+
+
+def test_pictures_go_where_those_of_the_host_lie(headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --gpu-only ComfyUI's own are on the card, and its nodes join no two that lie apart."""
+
+    class Draws:
+        RETURN_TYPES = ("IMAGE", "STRING", "LATENT", "MASK")
+        FUNCTION = "draw"
+
+        def draw(self, image: Any = None, shown: bool = False) -> Any:
+            made = torch.zeros(1)
+            result = (made, "drawn", {"samples": made, "batch_index": [0]}, [made])
+            return {"ui": {}, "result": result} if shown else result
+
+    def places(**inputs: Any) -> tuple[str, ...]:
+        outcome = Draws().draw(**inputs)
+        image, text, latent, (mask,) = outcome["result"] if isinstance(outcome, dict) else outcome
+        assert text == "drawn" and latent["batch_index"] == [0]
+        return image.device.type, latent["samples"].device.type, mask.device.type
+
+    guard(Draws)
+    assert places() == ("cpu",) * 3
+    monkeypatch.setattr(headless_host, "picture_device", lambda: torch.device("meta"))
+    assert places() == places(shown=True) == places(image=torch.zeros(1, device="meta")) == ("meta",) * 3
+    assert places(image=torch.zeros(1)) == ("cpu",) * 3, "a film's frames stay together"
