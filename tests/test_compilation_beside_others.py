@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from abc import ABC
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from hotpath.patches.compilation import (
 )
 from hotpath.patches.compilation.options import NotTraceable, block_options, options_read_by
 from hotpath.products import rerouting
-from tiny_native_models import Tiny, tiny
+from tiny_native_models import Tiny, make_flux, tiny
 
 pytestmark = pytest.mark.comfy
 
@@ -176,28 +177,32 @@ def test_a_block_that_does_not_compile_runs_as_it_is() -> None:
 
 
 def test_dynamic_vram_and_compilation_exclude_each_other() -> None:
-    bench = tiny("flux")
-    asked = []
+    import comfy.model_management as management
+
+    bench, loaded = tiny("flux"), []
 
     class Dynamic(type(bench.model)):
-        cached_patcher_init = None
-
         def is_dynamic(self) -> bool:
             return True
 
-        def clone(self, disable_dynamic: bool = False, model_override: Any = None, **_: Any) -> Any:
-            asked.append((disable_dynamic, model_override and model_override[0]))
-            return bench.model.clone()
+    def load(name: str, disable_dynamic: bool) -> tuple[None, Any]:
+        assert (name, disable_dynamic) == ("flux", True)
+        loaded.append(make_flux())
+        return None, loaded[-1]
 
     dynamic = Dynamic(bench.model.model, bench.model.load_device, bench.model.offload_device)
     with pytest.raises(ValueError, match="--disable-dynamic-vram"):
         compile_model(dynamic, backend="eager")
-    dynamic.cached_patcher_init = (lambda: None, ())
+    dynamic.cached_patcher_init = (load, ("flux",), 1)
     made, report = compile_model(dynamic, backend="eager")
     assert "DynamicVRAM is off for this model" in report
     # A LoRA before it changed: nothing is read from disk again.
-    compile_model(dynamic, backend="eager")
-    assert asked == [(True, None), (True, made.model)]
+    again, _ = compile_model(dynamic, backend="eager")
+    assert len(loaded) == 1 and made.model is again.model is loaded[0].model
+    management.load_models_gpu([again])
+    del made, again
+    gc.collect()
+    assert management.current_loaded_models[0].model.model is loaded[0].model, "they can still be sent away"
 
 
 def test_a_comfyui_from_before_dynamic_vram_compiles_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import weakref
 from typing import Any
 
@@ -30,7 +31,9 @@ __all__ = [
 KEY = "hotpath_compile"
 CORE_KEY = "torch.compile"  # ComfyUI's own TorchCompileModel
 
-_static_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # by the model under DynamicVRAM
+# Patchers of what was loaded without DynamicVRAM, by the model under it.
+_static_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+atexit.register(_static_models.clear)  # as they go they ask modules that Python takes apart after this
 
 
 def compiler_of(model: Any) -> RegionalCompiler | None:
@@ -115,9 +118,16 @@ def _static_clone(model: Any) -> tuple[Any, list[str]]:
             "This MODEL is under DynamicVRAM, which moves weights while it runs, and its loader gave no way to load it "
             "without; load it with ComfyUI's own loader, or start ComfyUI with --disable-dynamic-vram."
         )
-    # As ComfyUI does for its own: what was loaded so serves every other clone of the same model, a changed LoRA too.
-    made = model.clone(disable_dynamic=True, model_override=_static_models.get(model.model))
-    _static_models[model.model] = made.get_clone_model_override()
+    # What was loaded so serves every other clone of the same model, a changed LoRA too.
+    kept = _static_models.get(model.model)
+    if kept is None:
+        load, given, *place = model.cached_patcher_init
+        loaded = load(*given, disable_dynamic=True)
+        kept = _static_models[model.model] = loaded[place[0]] if place else loaded
+    made = model.clone(disable_dynamic=True, model_override=kept.get_clone_model_override())
+    # To whom ComfyUI's books turn when this clone is gone. The one it was made of has other weights, and these would stay on
+    # the card for good.
+    made.parent = kept
     return made, [
         "DynamicVRAM is off for this model, since compiled graphs need weights that stay: it is loaded a second time"
     ]
