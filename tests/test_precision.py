@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hotpath import host
 from hotpath.nodes.acceleration import HotpathPrecision
 from hotpath.patches.attention_override import override_of, set_attention
 from hotpath.patches.precision import (
@@ -89,11 +90,14 @@ def test_quantised_with_chosen_attention_and_compiled():
         assert compiler_of(compiled).graphs == 2 and compiler_of(compiled).fallbacks() == {}
 
 
-def test_memory_is_stated_and_smaller():
+def test_memory_is_stated_and_smaller(monkeypatch):
     import comfy.model_management as management
 
-    case = tiny("flux")
+    case, asked = tiny("flux"), []
+    monkeypatch.setattr(host.current(), "make_room", lambda nbytes, device: asked.append((nbytes, device)))
     quantised, report = quantize_model(case.model, "int8")
+    largest = max(entry.before for entry in report.layers)  # in float32
+    assert len(asked) == 1 and asked[0][0] > 4 * largest and asked[0][1] == case.model.load_device
     assert report.whole == quantised.model_size() == management.module_size(quantised.model)
     assert report.original == management.module_size(case.model.model) == case.model.model_size()
     saved = sum(entry.before - entry.after for entry in report.layers)

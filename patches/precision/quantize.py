@@ -39,6 +39,7 @@ log = logging.getLogger("hotpath.precision")
 
 PREFIX = "diffusion_model."
 QUANTIZED = "it is quantised already"
+COPIES = 8  # of the largest weight, in float32: room for it as it came, patched, rounded and restored, generously
 # Bookkeeping of one loaded model that its copy must not share.
 RUNTIME = ("dynamic_vbars", "dynamic_pins", "dynamic_patchers")
 
@@ -175,6 +176,8 @@ def _quantized_state(
         if (held := state.get(f"{name}.weight")) is not None:
             state[f"{name}.weight"] = held.clone()
 
+    most = max((module.weight.numel() for module in linear.values() if module.weight is not None), default=0)
+    host.current().make_room(COPIES * most * torch.float32.itemsize, model.load_device)
     with tracked(host.current(), len(linear), "quantising") as progress:
         for name, module in linear.items():
             progress.update()
