@@ -236,11 +236,20 @@ class ComfyUIHost:
     def free_memory(self, device: torch.device) -> int:
         import comfy.model_management as management
 
-        return int(management.get_free_memory(device))
+        free = int(management.get_free_memory(device))
+        # By --reserve-vram some of it is for other programs.
+        return free if device.type == "cpu" else max(0, free - int(management.extra_reserved_memory()))
+
+    def pins_memory(self) -> bool:
+        from comfy.cli_args import args
+
+        return not getattr(args, "disable_pinned_memory", False)  # an older ComfyUI has no such flag
 
     def make_room(self, nbytes: int, device: torch.device) -> None:
         import comfy.model_management as management
 
+        if device.type != "cpu":
+            nbytes += int(management.extra_reserved_memory())
         with _loading:
             # ComfyUI takes the smallest first, and would send away what is about to compute.
             kept = [entry for entry in management.current_loaded_models if any(entry.model is p for p in _in_use)]

@@ -178,6 +178,9 @@ class HeadlessHost:
                 return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             return 4 << 30
 
+    def pins_memory(self) -> bool:
+        return True
+
     def make_room(self, nbytes: int, device: torch.device) -> None:
         if self.free_memory(device) < nbytes:
             gc.collect()

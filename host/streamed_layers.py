@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import current
 from .cards import numbered
 
 log = logging.getLogger("hotpath.host")
@@ -95,7 +96,7 @@ class Weights:
 
     def _pin(self) -> None:
         """Let the card read this memory by itself. Not torch's pinned memory, which takes up to twice what is asked for."""
-        if not torch.cuda.is_available() or not self.nbytes:
+        if not torch.cuda.is_available() or not self.nbytes or not current().pins_memory():
             return
         driver: Any = torch.cuda.cudart()
         address = self.memory.data_ptr()

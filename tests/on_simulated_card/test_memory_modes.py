@@ -38,3 +38,16 @@ def test_what_is_sent_away_leaves_the_card(
     with managed.resident(keep=False):
         pass
     assert not network.weight.is_cuda
+
+
+def test_what_is_reserved_for_others_is_not_free(card: Any, management: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, place = ComfyUIHost(), torch.device("cuda", 0)
+    monkeypatch.setattr(management, "EXTRA_RESERVED_VRAM", 3 << 30)
+    assert here.free_memory(place) == management.get_free_memory(place) - (3 << 30)
+    managed = here.manage(torch.nn.Linear(64, 64))
+    with managed.resident() as network:
+        pass
+    here.make_room(here.free_memory(place), place)
+    assert network.weight.is_cuda
+    here.make_room(here.free_memory(place) + 1, place)
+    assert not network.weight.is_cuda

@@ -30,6 +30,18 @@ def run(whole: Any, x: torch.Tensor, passes: int) -> torch.Tensor:
     return x
 
 
+def test_memory_is_not_pinned_where_that_is_not_wanted(
+    card: Any, headless_host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(headless_host, "pins_memory", lambda: False)  # as by --disable-pinned-memory
+    whole, x = network(2), torch.randn(4, LARGE, device=DEVICE)
+    expected = run(network(2).to(DEVICE), x, 1).cpu()
+    streamed_layers.stream(whole.layers, 2)
+    assert not card.registered
+    with lending(whole, DEVICE):
+        assert torch.equal(run(whole, x, 1).cpu(), expected)
+
+
 @pytest.mark.parametrize(("layers", "count"), [(5, 5), (6, 4), (3, 3), (4, 1)])
 def test_two_places_for_all_layers(card: Any, layers: int, count: int) -> None:
     whole, x = network(layers), torch.randn(4, LARGE, device=DEVICE)
