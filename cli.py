@@ -16,6 +16,7 @@ from .commands.option_types import add_models_folder, device
 from .commands.workflow_options import add_compare, add_demo, add_map, add_run
 from .host import fresh_memory
 from .host.errors import install_requirements, missing_library
+from .host.system_errors import sentence
 
 if TYPE_CHECKING:
     from .commands.option_types import Commands
@@ -117,6 +118,9 @@ def _run(options: argparse.Namespace) -> int:
         library = missing_library(error)
         if library:
             complain(f"{library} is not installed: {install_requirements()}")
+            return 1
+        if told := sentence(error):
+            complain(told)
             return 1
         complain(f"{type(error).__name__}: {error}\n(run with --verbose for the traceback)")
         return 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import host
 from ..headless.interrupts import stopped_by_ctrl_c
-from ..host.errors import is_full
+from ..host.system_errors import sentence
 from .console import complain, note, say
 from .models_folder import headless_host
 
@@ -78,10 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _sentence(error: Exception, output: Path) -> str:
-    if is_full(error):
-        return f"The disk that {output} is written to is full ({error}): make room there."
-    # The file's name is part of an OSError's text.
-    return str(error) or type(error).__name__
+    return sentence(error, output) or str(error) or type(error).__name__
 
 
 def _kept(output: Path) -> str:

@@ -32,6 +32,7 @@ from ..headless.outcome import OutputFile
 from ..headless.server_answers import ServerError
 from ..host import Host
 from ..host.errors import kind_and_line
+from ..host.system_errors import sentence
 from .console import complain, note, say
 from .models_folder import headless_host
 from .render_grid import SEED, STRENGTH, WEIGHT, Grid, Point
@@ -124,7 +125,7 @@ def _fill(
         if not len(writer):
             raise
         refused = isinstance(error, REFUSALS)
-        said = str(error) if refused else kind_and_line(error)
+        said = str(error) if refused else sentence(error) or kind_and_line(error)
         complain(said)
         log.info("the comparison ended early", exc_info=error)
         judges.notes.append(f"Not all was compared: {said}")

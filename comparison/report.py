@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..host.whole_files import told_when_full
 from .page import Files, page
 from .pair import FAILED, PASSED, REFUSED, Comparison, Pair, Thresholds
 from .pictures import as_image, difference_map, side_by_side, stacked
@@ -88,7 +89,8 @@ class ComparisonFolder:
 
     def add(self, pair: Pair) -> None:
         """Write the pictures of a pair."""
-        self._files.append(_write_pair(pair, self.folder, f"{len(self._pairs) + 1:03d}_{file_name(pair.name)}"))
+        with told_when_full(self.page):
+            self._files.append(_write_pair(pair, self.folder, f"{len(self._pairs) + 1:03d}_{file_name(pair.name)}"))
         if len(self._overview) < OVERVIEW_ROWS:
             self._overview.append(side_by_side(pair, *self.labels, longest=OVERVIEW_SIDE))
         self._pairs.append(pair.without_pictures())
@@ -97,12 +99,13 @@ class ComparisonFolder:
         """Write the rest and return the comparison. facts: what made the pictures, shown on the page."""
         made = Comparison(*self.labels, thresholds, tuple(self._pairs), tuple(notes))
         facts = {**facts, "date": time.strftime("%Y-%m-%d %H:%M")}
-        if self._overview:
-            as_image(stacked(self._overview)).save(self.folder / "side_by_side.png")
         data = _data(made, self._files, facts)
         text = json.dumps(data, indent=1, allow_nan=False)
-        (self.folder / "results.json").write_text(text + "\n", encoding="utf-8")
-        self.page.write_text(page(made, self._files, facts), encoding="utf-8")
+        with told_when_full(self.page):
+            if self._overview:
+                as_image(stacked(self._overview)).save(self.folder / "side_by_side.png")
+            (self.folder / "results.json").write_text(text + "\n", encoding="utf-8")
+            self.page.write_text(page(made, self._files, facts), encoding="utf-8")
         return made
 
     @property

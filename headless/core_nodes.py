@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..host.whole_files import whole_file
 from . import files
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -283,9 +284,10 @@ def write_images(images: Tensor, prefix: str, kind: str, prompt: Any, extra: Any
     for i, image in enumerate(images):
         pixels = (image.detach().float().cpu() * 255.0).clamp(0, 255).to(torch.uint8).numpy()
         path = name.path(".png", i)
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(
-            path, pnginfo=metadata, compress_level=4 if kind == "output" else 1
-        )
+        with whole_file(path) as unfinished:
+            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(
+                unfinished, "PNG", pnginfo=metadata, compress_level=4 if kind == "output" else 1
+            )
         shown.append({"filename": path.name, "subfolder": name.subfolder, "type": kind})
     return shown
 

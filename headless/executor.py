@@ -18,6 +18,7 @@ from .. import host as hosts
 from ..cache import content_key
 from ..host.headless import HeadlessHost
 from ..host.saved_layouts import migrate_prompt
+from ..host.system_errors import sentence
 from . import calls
 from .catalog import HIDDEN, InputDeclaration, available_nodes, declared_inputs
 from .graph import Graph, Link, LooseList, Node
@@ -55,7 +56,7 @@ class NodeFailed(RuntimeError):
     def __init__(self, node: Node, error: BaseException, finished: RunResult) -> None:
         self.node = node
         self.finished = finished
-        reason = str(error) or type(error).__name__
+        reason = sentence(error) or str(error) or type(error).__name__
         super().__init__(f"{node}: {reason}")
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from uuid import uuid4
 
 from .errors import is_full
+from .system_errors import SystemRefused
 
 HELD = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds to wait for a file that another program holds
 
 
 @contextmanager
 def told_when_full(path: Path) -> Iterator[None]:
-    """An error inside that says the disk is full is raised as the OSError that it is, with the place and the cure."""
+    """An error inside that says the disk is full is raised as a SystemRefused with the place and the cure."""
     try:
         yield
     except Exception as error:
@@ -26,7 +27,7 @@ def told_when_full(path: Path) -> Iterator[None]:
         sentence = (
             f"The disk with {path.parent} is full, so {path.name} was not written: free some space and run it again."
         )
-        raise OSError(errno.ENOSPC, sentence) from error
+        raise SystemRefused(errno.ENOSPC, sentence) from error
 
 
 @contextmanager

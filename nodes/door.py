@@ -3,7 +3,8 @@
 A prompt may come from any program. ComfyUI checks links by their types, and lets nearly anything else pass: a number where a
 picture belongs, an object as the name of a file, NaN, which is neither below the least value nor above the largest. What a
 node then fails with speaks of its inside, so it is said which input is wrong. And a half letter in an error's text ends the
-thread in which ComfyUI runs prompts, for good: its log cannot write it.
+thread in which ComfyUI runs prompts, for good: its log cannot write it. What the operating system refuses is a number and a
+name, so it is told with its cure.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from .. import host
 from ..host.letters import readable
+from ..host.system_errors import SystemRefused, sentence
 
 PICTURES = ("IMAGE", "MASK", "LATENT")
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")  # ComfyUI converts these
@@ -44,6 +46,8 @@ def guard(node_class: type[Any]) -> None:
             make_readable(error)
             if type(error) in RAW and (wrong := wrong_input(type(self), inputs)) is not None:
                 raise WrongInput(wrong) from error
+            if isinstance(error, OSError) and not isinstance(error, SystemRefused) and (told := sentence(error)):
+                raise SystemRefused(error.errno, told) from error
             raise
 
     through.guarded = True  # type: ignore[attr-defined]

@@ -169,7 +169,7 @@ def test_command_line_colours_a_film(
     (tmp_path / "o.mp4").unlink()
     shutil.rmtree(tmp_path / "o.mp4.parts")
     code, said = stops_with(OSError(errno.ENOSPC, "No space left on device"))
-    assert code == 1 and "o.mp4 is written to is full" in said and "make room" in said and goes_on in said
+    assert code == 1 and f"The disk with {tmp_path / 'o.mp4'} is full" in said and goes_on in said
     shutil.rmtree(tmp_path / "o.mp4.parts")
     code, said = stops_with(video_file.VideoError("film.mp4 is damaged"))
     assert code == 1 and "film.mp4 is damaged" in said and str(tmp_path / "o.partial.mp4") in said
@@ -239,7 +239,7 @@ def test_the_command_line_has_the_node_s_options(
         (None, True, 0, ("coloured well",)),
         (ValueError("no such method"), False, 2, ("hotpath: no such method",)),
         (ValueError("a broken frame"), True, 1, ("hotpath: a broken frame", "No part of the film was finished yet.")),
-        (OSError(errno.ENOSPC, "full"), True, 1, ("is full ([Errno 28] full): make room", "No part")),
+        (OSError(errno.ENOSPC, "no room", "x.nut"), True, 1, ("The disk with x.nut is full: free some", "No part")),
         (KeyboardInterrupt(), True, 130, ("Stopped. No part",)),
         (RuntimeError("a bug"), True, 1, ("No part", "RuntimeError: a bug")),
         (RuntimeError("a bug"), False, 1, ("RuntimeError: a bug",)),

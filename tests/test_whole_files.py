@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from hotpath import cli
+from hotpath.headless.core_nodes import SaveImage
 from hotpath.host import whole_files
+from hotpath.host.system_errors import sentence
 from hotpath.host.whole_files import whole_file
+from hotpath.nodes import NODE_CLASS_MAPPINGS
+from PIL import Image
 
 
 def test_a_file_is_there_when_its_block_ends(tmp_path: Path) -> None:
@@ -36,7 +45,7 @@ def test_a_full_disk_is_told_with_its_cure_whoever_found_it(tmp_path: Path) -> N
         sentence = r"is full, so a\.txt was not written: free some space"
         with pytest.raises(OSError, match=sentence) as told, whole_file(tmp_path / "a.txt"):
             raise found
-        assert told.value.errno == 28
+        assert told.value.errno == 28 and str(told.value).startswith("The disk with"), "no number before it"
     with pytest.raises(RuntimeError, match="os error 2"), whole_file(tmp_path / "a.txt"):
         raise RuntimeError("No such file or directory (os error 2)")
 
@@ -80,3 +89,41 @@ def test_windows_is_waited_for_when_another_program_holds_the_file(
     with whole_file(tmp_path / "a") as unfinished:
         unfinished.write_text("whole")
     assert (tmp_path / "a").read_text() == "whole" and waits == list(whole_files.HELD[:2])
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "^The disk with a/b is full: free some space on it"),
+        (errno.EACCES, "^a/b is closed to the user who runs this: give that user the right"),
+        (errno.EROFS, "^a/b is on a disk that can only be read: choose another place"),
+        (errno.ENAMETOOLONG, "^a/b is too long a name"),
+        (errno.ENOTDIR, "^There is a file where a/b needs a folder"),
+        (errno.EMFILE, "^This process may open no more files: .*ulimit -n"),
+    ],
+)
+def test_what_the_system_refuses_is_told_with_its_cure_by_nodes_and_commands(
+    number: int, said: str, headless_host: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number), "a/b")
+
+    monkeypatch.setattr("hotpath.nodes.cache.clear_all", refuse)
+    with pytest.raises(OSError, match=said) as told:
+        NODE_CLASS_MAPPINGS["HotpathCache"]().manage("all")
+    assert told.value.errno == number and isinstance(told.value.__cause__, OSError)
+    assert re.search(said, sentence(told.value)), "told once"
+    monkeypatch.setattr("hotpath.commands.doctor.run", refuse)
+    assert cli.main(["doctor"]) == 1
+    assert re.search(said, capsys.readouterr().err.removeprefix("hotpath: "))
+
+
+def test_of_a_full_disk_no_half_picture_is_left(headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(self: Image.Image, path: Path, *_: Any, **__: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OSError, match=r"is full, so a_00001_\.png was not written"):
+        SaveImage().save_images(torch.zeros(1, 2, 2, 3), "a")
+    assert not list(headless_host.output_folder().iterdir())
