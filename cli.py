@@ -14,7 +14,7 @@ from .commands.console import complain
 from .commands.feature_options import add_caption, add_colorize, add_generate
 from .commands.option_types import add_models_folder, device
 from .commands.workflow_options import add_compare, add_demo, add_map, add_run
-from .host import fresh_memory
+from .host import fresh_memory, user
 from .host.errors import install_requirements, missing_library
 from .host.system_errors import sentence
 
@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(argv)
         if argv is None:  # this process is ours
+            user.give_a_name()
             fresh_memory.ask()
         return _run(options)
     except KeyboardInterrupt:  # also while the command is still being read and imported

@@ -19,7 +19,8 @@ RENAMED = {"unet": "diffusion_models", "clip": "text_encoders"}
 
 
 def is_comfyui(folder: Path) -> bool:
-    return (folder / "main.py").is_file() and (folder / "comfy_api").is_dir()
+    # os.path, for which a folder that is closed to this user holds nothing.
+    return os.path.isfile(folder / "main.py") and os.path.isdir(folder / "comfy_api")  # noqa: PTH112, PTH113
 
 
 def find_comfyui(explicit: Path | None = None) -> Path | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import model_paths, whole_paths
+from . import model_paths, user, whole_paths
 from .cards import computes_in
 from .device_work import give_back_cached
 from .interface import Interrupted
@@ -91,16 +91,13 @@ class HeadlessHost:
         kind_folders: Mapping[str, Sequence[Path]] | None = None,
         temp_folder: Path | None = None,
     ) -> None:
-        import platformdirs
-
-        data = Path(platformdirs.user_data_dir("hotpath", appauthor=False))
         configured = os.environ.get("HOTPATH_MODELS")
-        self._models = [models or (Path(configured) if configured else data / "models"), *extra_models]
+        self._models = [models or (Path(configured) if configured else user.data_folder() / "models"), *extra_models]
         self._kind_folders = dict(kind_folders or {})
         self._input = input_folder or Path.cwd()
         self._output = output_folder or Path.cwd() / "output"
         self._temp = temp_folder
-        self._cache = Path(platformdirs.user_cache_dir("hotpath", appauthor=False))
+        self._cache = user.cache_folder()
         self._device = torch.device(device) if device is not None else best_device()
         self._stop = threading.Event()
         self.show_progress = show_progress

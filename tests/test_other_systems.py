@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import io
 import os
 import sys
@@ -20,7 +21,7 @@ from hotpath.distributed.jobs import Job
 from hotpath.distributed.manifest import Manifest
 from hotpath.distributed.results import ResultStore
 from hotpath.headless import files, launcher, locate
-from hotpath.host import capturing, cards, cores, device_work, windows_names
+from hotpath.host import capturing, cards, cores, device_work, user, windows_names
 from hotpath.host.headless import HeadlessHost, best_device
 
 
@@ -118,12 +119,27 @@ def test_a_user_without_a_home_is_one(tmp_path: Path, monkeypatch: pytest.Monkey
     def unknown(number: int) -> None:
         raise KeyError(number)
 
-    for name in ("HOME", "COMFYUI_PATH", ray_cluster.TOKEN, ray_cluster.TOKEN_PATH):
+    names = ("HOME", "USER", "LNAME", "USERNAME", "XDG_CACHE_HOME", "XDG_DATA_HOME")
+    for name in (*names, "COMFYUI_PATH", "HOTPATH_MODELS", ray_cluster.TOKEN, ray_cluster.TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOGNAME", "")  # so that it is as before in the end
     monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(locate, "is_comfyui", lambda folder: False)
     assert locate.find_comfyui() is None
     assert ray_cluster.token_environment(ray_cluster.ClusterOptions(address="127.0.0.1:1"), tmp_path) == {}
+    alone = HeadlessHost()
+    assert alone.model_folders("vae") == [tmp_path / "models" / "vae"] and alone.cache_folder().is_absolute()
+    user.give_a_name()
+    assert getpass.getuser() == f"uid_{os.getuid()}", "torch's compiler and diffusers ask for one"
+
+
+def test_a_folder_that_is_closed_is_no_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", closed)
+    assert not locate.is_comfyui(tmp_path)
 
 
 def test_model_paths_of_another_encoding_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
