@@ -118,6 +118,11 @@ class TestInComfyUI:
 
     def test_the_hint_block_lays_the_drawing_into_channels(self):
         network = portraits.make_control_net()
+        with torch.no_grad():
+            for weight in network.input_hint_block.parameters():
+                weight.fill_(torch.nan)  # as what was in memory before can be
+        portraits.set_hint_block(network.input_hint_block)
+        assert not any(weight.any() for weight in network.input_hint_block[-1].parameters())
         hint = x = torch.rand(1, 3, 64, 64)
         with torch.inference_mode():
             for layer in list(network.input_hint_block)[:-1]:

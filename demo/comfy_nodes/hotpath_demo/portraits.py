@@ -164,10 +164,11 @@ BIAS = 6.0  # silu(x + 6) is x + 6 to a quarter of a percent
 def set_hint_block(block: nn.Module) -> None:
     """Weights of all layers but the last: halve the drawing, then lay its 4x4 cells into 48 channels (four times as strong).
 
-    Only what comes after it is trained, which saves the most expensive layers of the whole network.
+    Only what comes after it is trained, which saves the most expensive layers of the whole network. The last is zero until
+    then: ComfyUI's layers come with what was in memory.
     """
     convolutions = [layer for layer in block if isinstance(layer, nn.Conv2d)]
-    for layer in convolutions[:-1]:
+    for layer in convolutions:
         layer.weight.zero_()
         layer.bias.zero_()
     channels = 3
