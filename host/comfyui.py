@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import model_paths, node_warnings, whole_paths
+from . import cgroup_memory, model_paths, node_warnings, whole_paths
 from .downloads import is_loopback
 from .interruption import let_layers_ask
 from .letters import readable
@@ -237,8 +237,10 @@ class ComfyUIHost:
         import comfy.model_management as management
 
         free = int(management.get_free_memory(device))
+        if device.type == "cpu":
+            return cgroup_memory.at_most(free)
         # By --reserve-vram some of it is for other programs.
-        return free if device.type == "cpu" else max(0, free - int(management.extra_reserved_memory()))
+        return max(0, free - int(management.extra_reserved_memory()))
 
     def pins_memory(self) -> bool:
         from comfy.cli_args import args

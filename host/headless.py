@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import model_paths, user, whole_paths
+from . import cgroup_memory, model_paths, user, whole_paths
 from .cards import computes_in
 from .device_work import give_back_cached
 from .interface import Interrupted
@@ -166,14 +166,7 @@ class HeadlessHost:
             return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if device.type == "xpu":  # many of its drivers do not say what other programs hold
             return torch.xpu.get_device_properties(device).total_memory - torch.xpu.memory_allocated(device)
-        try:
-            import psutil  # type: ignore[import-untyped,unused-ignore]
-
-            return int(psutil.virtual_memory().available)
-        except ImportError:
-            if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-                return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            return 4 << 30
+        return cgroup_memory.at_most(_free_on_this_machine())
 
     def pins_memory(self) -> bool:
         return True
@@ -219,3 +212,14 @@ def best_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def _free_on_this_machine() -> int:
+    try:
+        import psutil  # type: ignore[import-untyped,unused-ignore]
+
+        return int(psutil.virtual_memory().available)
+    except ImportError:
+        if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 4 << 30

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hosted import KIND, Network, touch
 from hotpath import host
-from hotpath.host import Host, Interrupted, ModelNotFound
+from hotpath.host import Host, Interrupted, ModelNotFound, cgroup_memory
 from hotpath.host.headless import HeadlessHost
 
 CPU = torch.device("cpu")
@@ -127,8 +127,10 @@ def test_compute_dtype_on_a_cpu_is_float32(either_host: Host) -> None:
         assert either_host.compute_dtype(1_000_000_000, (torch.bfloat16, torch.float32)) == torch.float32
 
 
-def test_free_memory_is_a_number_of_bytes(either_host: Host) -> None:
+def test_free_memory_is_a_number_of_bytes(either_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert either_host.free_memory(CPU) > 1 << 20
+    monkeypatch.setattr(cgroup_memory, "at_most", lambda free: min(free, 12345))
+    assert either_host.free_memory(CPU) == 12345, "what a container may take"
     either_host.make_room(1, CPU)
 
 
