@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import errno
+import os
 import re
 import sys
+import tempfile
 from pathlib import Path
+
+from .system_errors import FULL, sentence
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 # Metal, DirectML and the CPU say it in a plain RuntimeError.
@@ -17,7 +20,6 @@ MEMORY_SIGNS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-FULL = (errno.ENOSPC, errno.EDQUOT)
 RUST = re.compile(r"\(os error (\d+)\)")  # ends what safetensors says, in an exception of its own
 WINDOWS_FULL = (39, 112)  # its numbers, which are others than C's
 NAMED_OTHERWISE = {"PIL": "pillow", "yaml": "pyyaml"}  # modules whose distribution has another name
@@ -31,12 +33,21 @@ def first_line(error: BaseException, most: int = 200) -> str:
 
 def kind_and_line(error: BaseException, most: int = 160) -> str:
     """The kind of `error` and the first line of what it says; of what a compiler's backend raised, inside torch's own. Where
-    Dynamo cannot trace something, also its line that says what."""
-    error = getattr(error, "inner_exception", None) or error
+    Dynamo cannot trace something, or a C++ compiler finds fault, also its line that says what."""
+    inner = getattr(error, "inner_exception", None)
+    if inner is not None and (told := sentence(inner, _compilers_folder())):
+        return told.removesuffix(".")
+    error = inner or error
     kind, said = type(error).__name__, first_line(error, most)
-    if explained := re.search(r"^\s*Explanation: (.+)$", str(error), re.MULTILINE):
-        said = f"{said}: {explained[1]}"[:most]
+    further = str(error).strip().partition("\n")[2]
+    if explained := re.search(r"^\s*Explanation: (.+)$|\berror(?: C\d+)?: (.+)$", further, re.MULTILINE):
+        said = f"{said}: {explained[1] or explained[2]}"[:most]
     return kind if said == kind else f"{kind}: {said}"
+
+
+def _compilers_folder() -> Path:
+    """Where torch's compiler writes, by its own word once it has begun."""
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -112,12 +112,25 @@ def test_names_that_a_file_can_have(name: str, can: bool) -> None:
             ValueError("Failed to trace\n  Explanation: not `open`.\n  Hint: none"),
             "ValueError: Failed to trace: not `open`.",
         ),
+        (
+            ValueError("\nC++ compile error\n\nOutput:\nx.h:1:10: fatal error: Python.h: No such file\nstopped."),
+            "ValueError: C++ compile error: Python.h: No such file",
+        ),
+        (ValueError("CUDA error: bad launch\nFor debugging ..."), "ValueError: CUDA error: bad launch"),
     ],
 )
 def test_what_is_told_of_an_error(error: Exception, told: str) -> None:
     assert errors.kind_and_line(error) == told
     outer = RuntimeError("backend raised")
     outer.inner_exception = error  # type: ignore[attr-defined]
+    assert errors.kind_and_line(outer) == told
+
+
+def test_what_a_compiler_has_no_room_for_is_told_with_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/compiled")
+    outer = RuntimeError("backend raised")
+    outer.inner_exception = OSError(28, "No space left on device")  # type: ignore[attr-defined]
+    told = f"The disk with {Path('/compiled')} is full: free some space on it and run it again"
     assert errors.kind_and_line(outer) == told
 
 
