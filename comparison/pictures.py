@@ -104,8 +104,8 @@ def _font(size: int) -> Font:
 
 
 def _cut(draw: ImageDraw.ImageDraw, text: str, font: Font, room: int, at_end: bool = True) -> str:
-    """As much of `text` as fits into `room` pixels, of its start or else of its end."""
-    shown = text
+    """As much of `text`, on one line, as fits into `room` pixels, of its start or else of its end."""
+    shown = text = " ".join(text.splitlines())
     while text and draw.textlength(shown, font=font) > room:
         text = text[:-1] if at_end else text[1:]
         shown = f"{text}..." if at_end else f"...{text}"

@@ -89,10 +89,12 @@ class ComparisonFolder:
 
     def add(self, pair: Pair) -> None:
         """Write the pictures of a pair."""
+        rows = [side_by_side(pair, *self.labels, longest=OVERVIEW_SIDE)] if len(self._overview) < OVERVIEW_ROWS else []
         with told_when_full(self.page):
-            self._files.append(_write_pair(pair, self.folder, f"{len(self._pairs) + 1:03d}_{file_name(pair.name)}"))
-        if len(self._overview) < OVERVIEW_ROWS:
-            self._overview.append(side_by_side(pair, *self.labels, longest=OVERVIEW_SIDE))
+            files = _write_pair(pair, self.folder, f"{len(self._pairs) + 1:03d}_{file_name(pair.name)}")
+        # Together: what fails before is no half of a pair.
+        self._files.append(files)
+        self._overview.extend(rows)
         self._pairs.append(pair.without_pictures())
 
     def finish(self, thresholds: Thresholds, notes: Sequence[str], facts: Mapping[str, str]) -> Comparison:

@@ -11,7 +11,7 @@ from typing import Any
 def opened(path: Path) -> AbstractContextManager[Any]:
     """The file as a container of PyAV, open at once. Names in old files are in any encoding; what cannot be read is replaced.
 
-    Raises OSError or ValueError when it is none.
+    Raises OSError or ValueError when it is none, and MemoryError where there is no room for it.
     """
     import av
 
@@ -20,7 +20,7 @@ def opened(path: Path) -> AbstractContextManager[Any]:
             container = av.open(str(path), metadata_errors="replace")
         except TypeError:  # PyAV 19 reads them all, and has no word for it
             container = av.open(str(path))
-    except (OSError, ValueError):
+    except (OSError, ValueError, MemoryError):
         raise
     except av.error.FFmpegError as error:  # such as PyAV's own EOFError, which is neither
         raise ValueError(f"{path.name} is damaged or cut off: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -51,7 +52,7 @@ class TestFolder:
         writer = ComparisonFolder(tmp_path, evil, "b")
         a = noise(1)
         for number, b in enumerate((a, noise(2), flat(0.1))):
-            writer.add(compare_pair(f"{evil} {number}", a, b, Thresholds()))
+            writer.add(compare_pair(f"{evil}\n{number}", a, b, Thresholds()))  # a file's name may have two lines
         made = writer.finish(Thresholds(), [evil], {"Hotpath": "1", "from": evil})
         assert (made.count("passed"), made.count("failed"), made.count("not comparable")) == (
             1,
@@ -76,6 +77,17 @@ class TestFolder:
         assert Image.open(tmp_path / "side_by_side.png").height > 3 * 40
         # Only numbers are kept.
         assert all(pair.a.numel() == 0 for pair in made.pairs)
+
+    def test_what_fails_before_a_pair_is_whole_costs_the_others_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        writer = ComparisonFolder(tmp_path, "a", "b")
+        writer.add(compare_pair("1", noise(1), noise(1), Thresholds()))
+        for step in ("side_by_side", "_write_pair"):
+            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+                patch.setattr(sys.modules[ComparisonFolder.__module__], step, lambda *_, **__: 1 / 0)
+                writer.add(compare_pair("2", noise(1), noise(1), Thresholds()))
+        assert len(writer.finish(Thresholds(), [], {}).pairs) == 1
 
     def test_a_grid_becomes_a_table(self, tmp_path: Path) -> None:
         writer = ComparisonFolder(tmp_path, "a", "b")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pytest
+from hotpath.colorization.video_file import open_video
 from hotpath.host import video_opening
 
 LEAVE = """
@@ -46,3 +48,15 @@ def test_a_damaged_film_is_left_while_its_threads_tell_of_the_damage(tmp_path: P
     command = [sys.executable, "-c", LEAVE, video_opening.__file__, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == "left\n"
+
+
+def test_a_film_that_memory_does_not_hold_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise av.error.MemoryError(12, "Cannot allocate memory", "film.mp4")
+
+    (tmp_path / "film.mp4").touch()
+    monkeypatch.setattr(av, "open", refuse)
+    with pytest.raises(MemoryError):
+        open_video(tmp_path / "film.mp4")
