@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from ..attention.dispatch import dispatcher
 from ..distributed.ray_cluster import without_tokens
 from ..host.headless import best_device
+from ..host.library_parts import BrokenLibrary, parts
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class _Library:
     used_for: str
     cure: str
     distributions: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()  # that show whether it can be used, of one that imports them when they are asked for
     look: Callable[[Any], str] | None = None
 
 
@@ -61,11 +64,16 @@ LIBRARIES = (
         "optional face engine",
         "pip install onnxruntime-gpu, or onnxruntime where there is no NVIDIA GPU; never both",
         ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-migraphx"),
-        _onnxruntime,
+        look=_onnxruntime,
     ),
     _Library("insightface", "optional face engine", "pip install insightface"),
-    _Library("transformers", "Qwen-VL", "pip install transformers accelerate"),
-    _Library("diffusers", "text to image without ComfyUI", "pip install diffusers transformers accelerate"),
+    _Library("transformers", "Qwen-VL", "pip install transformers accelerate", parts=("AutoProcessor",)),
+    _Library(
+        "diffusers",
+        "text to image without ComfyUI",
+        "pip install diffusers transformers accelerate",
+        parts=("ZImageTransformer2DModel",),
+    ),
     _Library("torchao", "weights in fewer bits", "pip install torchao"),
     _Library("bitsandbytes", "optional 4-bit weights of Qwen-VL", "pip install bitsandbytes"),
     _Library("ray", "many GPUs and machines", "pip install 'ray>=2.52'", look=_ray),
@@ -110,11 +118,14 @@ def _look(library: _Library) -> Backend:
     version = ", ".join(f"{name} {number}" for name, number in installed.items())
     try:
         module = importlib.import_module(library.module)
+        parts(library.module, *library.parts)
+    except BrokenLibrary as error:
+        return Backend(library.module, library.used_for, False, version, str(error))
     except ModuleNotFoundError as error:
         if error.name == library.module and not installed:
             return Backend(library.module, library.used_for, False, "", f"not installed; {library.cure}")
         return Backend(
-            library.module, library.used_for, False, version, f"it needs {error.name}; pip install {error.name}"
+            library.module, library.used_for, False, version, f"it needs {error.name}; {_bring(str(error.name))}"
         )
     except Exception as error:  # a library built for another torch or CUDA may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -126,6 +137,12 @@ def _look(library: _Library) -> Backend:
         clash = f"{names} share one folder and overwrite each other: uninstall all of them, then install one"
         detail = "; ".join(filter(None, (clash, detail)))
     return Backend(library.module, library.used_for, True, version, detail)
+
+
+def _bring(module: str) -> str:
+    """The command for a module that is missing: of a package that is there, a newer release has it."""
+    package = module.partition(".")[0]
+    return f"pip install {'--upgrade ' if package in sys.modules else ''}{package}"
 
 
 def _installed(names: tuple[str, ...]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch import nn
 from .. import host
 from ..cache import content_key
 from ..host.errors import first_line, install
+from ..host.library_parts import BrokenLibrary, parts
 from . import compilation, interruption, precision, stream_attention
 from .adapters import Adapters
 from .component import Component
@@ -237,11 +238,14 @@ def require_libraries() -> None:
     """Raises UnusableCheckpoint when diffusers or transformers is missing or too old for Z-Image."""
     try:
         import diffusers
-        from transformers import Qwen3Model  # noqa: F401
 
         # Older ones have Z-Image, too, but refuse to run it as this does or draw other pictures.
         if Version(diffusers.__version__).release < OLDEST_DIFFUSERS:
             raise ImportError(f"diffusers {diffusers.__version__} is installed")
+        parts("transformers", "Qwen3Model")
+        parts("diffusers", "ZImageTransformer2DModel")
+    except BrokenLibrary as error:
+        raise UnusableCheckpoint(str(error)) from error
     except (ImportError, RuntimeError) as error:
         needs = install('"diffusers>=0.39" "transformers>=4.57" accelerate')
         raise UnusableCheckpoint(

@@ -23,6 +23,7 @@ from ..host import streamed_layers
 from ..host.cards import numbered
 from ..host.errors import first_line, install
 from ..host.interruption import is_stop
+from ..host.library_parts import BrokenLibrary, parts
 from ..host.unloading import before_unloading_all
 from . import decoding, download, folders, projections, stored_fp8
 from .experts import pack_experts, unpacked_experts
@@ -111,9 +112,12 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
 
     weights: fingerprints of its weight files. Raises UnusableModel for what the library refuses, with its reason.
     """
+    names = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer")
     try:
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+        AutoModelForCausalLM, AutoModelForImageTextToText, *_ = parts("transformers", *names)
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    except BrokenLibrary as error:
+        raise UnusableModel(str(error)) from error
     except ImportError as error:
         needs = install('"transformers>=4.57"')
         raise UnusableModel(

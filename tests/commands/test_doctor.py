@@ -11,6 +11,7 @@ import pytest
 from hotpath import cli
 from hotpath.commands import backends, doctor
 from hotpath.headless import locate
+from hotpath.host.library_parts import parts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,6 +73,29 @@ def test_a_library_that_is_missing_and_one_that_is_broken(tmp_path, monkeypatch)
     assert not missing.available and missing.detail == "not installed; pip install it"
     assert not broken.available and "libcudart.so.12" in broken.detail
     assert not needs.available and "something_else_entirely" in needs.detail
+    assert backends._bring("packaging.no_such") == "pip install --upgrade packaging"
+
+
+def test_a_library_that_another_one_breaks_is_told_with_that_one(tmp_path, monkeypatch):
+    """As transformers with a torchao for another torch: it can be imported, and none of its parts can."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "made_for_another_torch.py").write_text("import torch\ntorch.int99")
+    (tmp_path / "library_of_parts.py").write_text(
+        "def __getattr__(name):\n"
+        "    if name == 'Part':\n"
+        "        try:\n"
+        "            import made_for_another_torch\n"
+        "        except Exception as error:\n"
+        "            raise ModuleNotFoundError('Could not import Part') from error\n"
+        "    raise AttributeError(name)\n"
+    )
+    found = backends._look(backends._Library("library_of_parts", "tests", "", parts=("Part",)))
+    assert not found.available and "made_for_another_torch, which it imports, breaks off" in found.detail
+    assert "int99" in found.detail and "update made_for_another_torch, or uninstall it" in found.detail
+    with pytest.raises(ImportError, match="library_of_parts: AttributeError: Old"):
+        parts("library_of_parts", "Old")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        parts("no_such_library", "Part")
 
 
 def test_two_wheels_in_one_folder_are_told(tmp_path, monkeypatch):
