@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 import threading
 from typing import Any
@@ -89,6 +90,13 @@ def sdpa_with(kernel: str) -> Run:
             return sdpa(q, k, v, mask, scale)
 
     return run
+
+
+def kernels_in_graphs() -> bool:
+    """Whether torch can trace the context that asks for a kernel: it can since that takes an order of kernels (2.6)."""
+    from torch.nn.attention import sdpa_kernel
+
+    return "set_priority" in inspect.signature(sdpa_kernel).parameters
 
 
 def _flash_of_torch(call: AttentionCall, device: DeviceFacts) -> str | None:
@@ -181,16 +189,16 @@ TORCH_BACKENDS = (
         unequal_width=True, masks=ANY_MASK, gradient=True,
     ),
     Backend(
-        "sdpa_cudnn", "cuDNN through torch", sdpa_with("CUDNN_ATTENTION"), in_graph=True, least_capability=(8, 0),
+        "sdpa_cudnn", "cuDNN through torch", sdpa_with("CUDNN_ATTENTION"), in_graph=kernels_in_graphs(), least_capability=(8, 0),
         width_multiple=8, masks=(NO_MASK, BOOL_MASK, FLOAT_MASK), gradient=True, further=_cudnn,
     ),
     Backend(
-        "sdpa_flash", "FlashAttention 2 in torch", sdpa_with("FLASH_ATTENTION"), in_graph=True,
+        "sdpa_flash", "FlashAttention 2 in torch", sdpa_with("FLASH_ATTENTION"), in_graph=kernels_in_graphs(),
         devices=("cuda", "cpu"), least_capability=(8, 0), dtypes=FLOATS, largest_width=256,
         masks=(NO_MASK, BOOL_MASK, FLOAT_MASK), gradient=True, further=_flash_of_torch,
     ),
     Backend(
-        "sdpa_efficient", "memory-efficient attention in torch", sdpa_with("EFFICIENT_ATTENTION"), in_graph=True,
+        "sdpa_efficient", "memory-efficient attention in torch", sdpa_with("EFFICIENT_ATTENTION"), in_graph=kernels_in_graphs(),
         least_capability=(5, 0), dtypes=FLOATS, unequal_width=True, masks=(NO_MASK, BOOL_MASK, FLOAT_MASK),
         gradient=True,
         further=lambda call, device: (
@@ -200,8 +208,8 @@ TORCH_BACKENDS = (
         ),
     ),
     Backend(
-        "sdpa_math", "plain products in torch", sdpa_with("MATH"), in_graph=True, devices=EVERYWHERE, dtypes=FLOATS,
-        unequal_width=True, masks=ANY_MASK, gradient=True,
+        "sdpa_math", "plain products in torch", sdpa_with("MATH"), in_graph=kernels_in_graphs(), devices=EVERYWHERE,
+        dtypes=FLOATS, unequal_width=True, masks=ANY_MASK, gradient=True,
     ),
     Backend(
         "flash3", "flash-attn 3", flash_attention_3, architectures=((9, 0),), largest_width=256, width_multiple=8,

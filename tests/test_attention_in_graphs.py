@@ -32,9 +32,17 @@ from hotpath.attention.dispatch import (
 )
 from hotpath.attention.events import AttentionLog
 from hotpath.attention.reference import attention_reference
-from hotpath.attention.torch_backends import TORCH_BACKENDS
+from hotpath.attention.torch_backends import TORCH_BACKENDS, kernels_in_graphs
+
+traces_kernels = pytest.mark.skipif(not kernels_in_graphs(), reason="torch 2.5 cannot trace the choice of a kernel")
 
 
+def test_kernels_that_torch_cannot_trace_are_in_no_graph(monkeypatch):
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda backends: None)  # as in torch 2.5
+    assert not kernels_in_graphs()
+
+
+@traces_kernels
 @pytest.mark.parametrize("policy", ["auto", "sdpa_flash", "sdpa_math"])
 def test_kernels_of_torch_stay_in_the_graph(policy):
     log = AttentionLog(policy)
@@ -72,6 +80,7 @@ def test_strict_in_a_graph_says_the_same_as_outside():
         block(*qkv())
 
 
+@traces_kernels
 def test_a_graph_takes_what_was_measured_before(monkeypatch):
     dispatcher, _ = measured(backends=list(TORCH_BACKENDS[1:]), device=HOPPER)
     dispatcher.choices.put(call(width=64, value_width=64), HOPPER, Choice("sdpa_cudnn", {"sdpa_cudnn": 1.0}))
@@ -87,6 +96,7 @@ def test_a_graph_takes_what_was_measured_before(monkeypatch):
     assert dispatcher.traced(asked, AttentionPolicy("sdpa_math"), False) == ("sdpa_math", "")
 
 
+@traces_kernels
 def test_a_graph_takes_the_fastest_that_it_can_hold():
     dispatcher, _ = measured(backends=[*TORCH_BACKENDS[1:]], device=HOPPER)
     times = {"sdpa_cudnn": 2.0, "sdpa_flash": 1.5, "flash3": 1.0}
@@ -95,6 +105,7 @@ def test_a_graph_takes_the_fastest_that_it_can_hold():
     assert name == "sdpa_flash" and "fastest of 2 that a graph can hold" in reason
 
 
+@traces_kernels
 def test_what_failed_at_one_size_is_in_no_graph_for_all_sizes():
     dispatcher, _ = measured(backends=[*TORCH_BACKENDS[1:]], device=HOPPER)
     dispatcher.choices.put(call(), HOPPER, Choice("sdpa_cudnn", {"sdpa_cudnn": 1.0, "sdpa_flash": 2.0}))

@@ -121,7 +121,7 @@ def flags() -> tuple:
         torch.backends.cuda.math_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.cudnn_sdp_enabled(),
-        tuple(torch._C._get_sdp_priority_order()),
+        tuple(getattr(torch._C, "_get_sdp_priority_order", list)()),  # from torch 2.6 on
         torch.backends.cudnn.allow_tf32,
         torch.get_float32_matmul_precision(),
     )
