@@ -81,7 +81,7 @@ class ShotDetector:
         return [Segment(first, stop, first in inner, pictures[stop - 1]) for first, stop in pairwise([0, *stops])]
 
     def _number(self, cut: Any) -> int:
-        return cut if isinstance(cut, int) else int(cut.get_frames() if hasattr(cut, "get_frames") else cut.frame_num)
+        return cut if isinstance(cut, int) else int(cut.frame_num)
 
 
 def _small(frame: Tensor) -> Tensor:

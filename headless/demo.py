@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..host.headless import HeadlessHost
+from ..host.whole_files import told_when_full
 from .contact_sheet import Sheet, write_sheet
 from .executor import Executor, NodeFailed
 from .graph import Graph, Node, WorkflowError
@@ -98,7 +99,10 @@ def run_demo(
             # What Windows does not let go at once is no reason to fail at the end.
             stack.callback(shutil.rmtree, copies, ignore_errors=True)
             inputs = copies / "input"
-            shutil.copytree(files.inputs, inputs)
+            with told_when_full(inputs):
+                inputs.mkdir()
+                for file in files.inputs.iterdir():
+                    shutil.copy2(file, inputs)
             options = LaunchOptions(
                 input_folder=inputs, models=files.models, custom_nodes=files.extra_nodes(), isolated=True
             )
@@ -150,7 +154,8 @@ def _prepare(output: Path) -> None:
         for entry in output.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     output.mkdir(parents=True, exist_ok=True)
-    (output / MARK).write_text("Made by `hotpath demo`, which empties this folder when it runs again.\n")
+    with told_when_full(output / MARK):
+        (output / MARK).write_text("Made by `hotpath demo`, which empties this folder when it runs again.\n")
 
 
 def _run_one(name: str, path: Path, output: Path, files: DemoFiles, server: RunningServer | None) -> DemoResult:

@@ -28,6 +28,7 @@ import yaml
 
 from ..host import fresh_memory
 from ..host.headless import best_device
+from ..host.whole_files import told_when_full
 from .locate import PACK, carries_pack, python_for
 from .orphans import STARTED_BY
 
@@ -89,8 +90,10 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
         with _ended_by_signal() as waiting:
             port = free_port()
             output = options.output_folder or work / "output"
-            command = [str(python), str(comfyui / "main.py"), *_arguments(comfyui, options, work, port, output, python)]
             log = work / "comfyui.log"
+            with told_when_full(log):
+                arguments = _arguments(comfyui, options, work, port, output, python)
+            command = [str(python), str(comfyui / "main.py"), *arguments]
             started_by = {STARTED_BY: str(os.getpid())}
             # Into a file Windows writes a letter that its code page lacks as an error in whichever node printed it.
             printed = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}

@@ -262,6 +262,7 @@ def test_a_recording_that_fails_is_left_with_its_reason(fault: str) -> None:
     assert step.status.startswith(reasons[fault])
 
 
+@pytest.mark.filterwarnings("error:get_frames:DeprecationWarning")
 def test_one_recording_serves_all_shots(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("scenedetect")
     made: list[Replayed] = []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html.parser
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 from hotpath import cli
-from hotpath.headless import demo
+from hotpath.headless import demo, launcher
 from hotpath.headless.demo import DemoError, DemoFiles, run_demo
 from PIL import Image
 
@@ -99,6 +101,24 @@ def test_a_comfyui_that_does_not_start_fails_the_demo_and_the_rest_runs(files, t
     results = run_demo(tmp_path / "out", files, broken, lambda _: None)
     assert results[0].state == "failed" and "no way" in results[0].reason
     assert results[2].state == "done" and results[2].outcome.where.startswith("headless")
+
+
+def test_a_disk_for_temporary_files_that_is_full_is_named(files, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"^The disk with .*hotpath-demo-.* is full"):
+        patch.setattr(shutil, "copy2", refuse)
+        run_demo(tmp_path / "out", files, tmp_path, lambda _: None)
+    monkeypatch.setattr(launcher, "_arguments", refuse)
+    with (
+        pytest.raises(OSError, match=r"^The disk with .*hotpath-comfyui-.* is full"),
+        launcher.launched(tmp_path),
+    ):
+        pass
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_the_command(files, tmp_path, capsys, monkeypatch):
