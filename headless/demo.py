@@ -100,9 +100,11 @@ def run_demo(
             stack.callback(shutil.rmtree, copies, ignore_errors=True)
             inputs = copies / "input"
             with told_when_full(inputs):
-                inputs.mkdir()
-                for file in files.inputs.iterdir():
-                    shutil.copy2(file, inputs)
+                # Not copytree, which makes of what the disk says a list of texts.
+                for file in filter(Path.is_file, files.inputs.rglob("*")):
+                    target = inputs / file.relative_to(files.inputs)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(file, target)
             options = LaunchOptions(
                 input_folder=inputs, models=files.models, custom_nodes=files.extra_nodes(), isolated=True
             )

@@ -310,7 +310,6 @@ def test_a_demo_does_not_fail_over_copies_that_windows_holds(tmp_path: Path, mon
     monkeypatch.setattr(demo.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(demo, "launched", lambda *_: nullcontext())
     monkeypatch.setattr(demo, "_run_one", lambda name, *_: demo.DemoResult(name, "done", demo.Outcome("ComfyUI")))
-    monkeypatch.setattr(demo.shutil, "copytree", lambda source, target: target.mkdir())
     monkeypatch.setattr(os, "rmdir", held)
     made = demo.run_demo(tmp_path / "out", demo.DemoFiles(), tmp_path, lambda line: None, ["faces"])
     assert made and (tmp_path / "out" / "index.html").is_file()
