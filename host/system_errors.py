@@ -38,6 +38,8 @@ def sentence(error: BaseException, place: Path | None = None) -> str:
         return "This process may open no more files: start it with a higher limit, such as `ulimit -n 4096`."
     if path is None:
         return ""
+    if error.errno in CLOSED and os.name == "nt":  # where files that are open are locked
+        return f"{path} is closed to the user who runs this, or open in another program: close that, or choose another place."
     if error.errno in CLOSED:
         return f"{path} is closed to the user who runs this: give that user the right to it, or choose another place."
     if error.errno == errno.EROFS:

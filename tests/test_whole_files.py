@@ -118,6 +118,12 @@ def test_what_the_system_refuses_is_told_with_its_cure_by_nodes_and_commands(
     assert re.search(said, capsys.readouterr().err.removeprefix("hotpath: "))
 
 
+def test_on_windows_a_closed_file_may_be_one_that_another_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", "a/b")
+    monkeypatch.setattr("hotpath.host.system_errors.os", SimpleNamespace(name="nt"))
+    assert sentence(error).startswith("a/b is closed to the user who runs this, or open in another program: close that")
+
+
 def test_of_a_full_disk_no_half_picture_is_left(headless_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def half(self: Image.Image, path: Path, *_: Any, **__: Any) -> None:
         path.write_bytes(b"half")
