@@ -22,6 +22,10 @@ MEMORY_SIGNS = (
 )
 RUST = re.compile(r"\(os error (\d+)\)")  # ends what safetensors says, in an exception of its own
 WINDOWS_FULL = (39, 112)  # its numbers, which are others than C's
+# What a later line says: Dynamo's of what it cannot trace, and a C++ compiler's first error in what Inductor tells of it.
+EXPLAINED = re.compile(
+    r"^\s*Explanation: (?P<dynamo>.+)$|^Output:$(?s:.*?)\berror(?: C\d+)?: (?P<compiler>.+)$", re.MULTILINE
+)
 NAMED_OTHERWISE = {"PIL": "pillow", "yaml": "pyyaml"}  # modules whose distribution has another name
 
 
@@ -33,15 +37,14 @@ def first_line(error: BaseException, most: int = 200) -> str:
 
 def kind_and_line(error: BaseException, most: int = 160) -> str:
     """The kind of `error` and the first line of what it says; of what a compiler's backend raised, inside torch's own. Where
-    Dynamo cannot trace something, or a C++ compiler finds fault, also its line that says what."""
+    a compiler says in a later line what is wrong, that one too."""
     inner = getattr(error, "inner_exception", None)
     if inner is not None and (told := sentence(inner, _compilers_folder())):
         return told.removesuffix(".")
     error = inner or error
     kind, said = type(error).__name__, first_line(error, most)
-    further = str(error).strip().partition("\n")[2]
-    if explained := re.search(r"^\s*Explanation: (.+)$|\berror(?: C\d+)?: (.+)$", further, re.MULTILINE):
-        said = f"{said}: {explained[1] or explained[2]}"[:most]
+    if explained := EXPLAINED.search(str(error)):
+        said = f"{said}: {explained['dynamo'] or explained['compiler']}"[:most]
     return kind if said == kind else f"{kind}: {said}"
 
 

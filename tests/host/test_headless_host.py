@@ -112,11 +112,18 @@ def test_names_that_a_file_can_have(name: str, can: bool) -> None:
             ValueError("Failed to trace\n  Explanation: not `open`.\n  Hint: none"),
             "ValueError: Failed to trace: not `open`.",
         ),
+        (ValueError("CUDA error: bad launch\nFor debugging ..."), "ValueError: CUDA error: bad launch"),
         (
-            ValueError("\nC++ compile error\n\nOutput:\nx.h:1:10: fatal error: Python.h: No such file\nstopped."),
+            ValueError(
+                "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\nIn file included from a.cpp:2:\n"
+                "b.h:1:10: fatal error: Python.h: No such file\n   1 | #include\nb.h:2:1: error: and more\n"
+            ),
             "ValueError: C++ compile error: Python.h: No such file",
         ),
-        (ValueError("CUDA error: bad launch\nFor debugging ..."), "ValueError: CUDA error: bad launch"),
+        (
+            ValueError("C++ compile error\n\nOutput:\nb.h(1): fatal error C1083: Cannot open 'omp.h'"),
+            "ValueError: C++ compile error: Cannot open 'omp.h'",
+        ),
     ],
 )
 def test_what_is_told_of_an_error(error: Exception, told: str) -> None:
