@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..host.compiling import ask_at_each_operation, inductor, stop_asking, until_nothing_compiles
+from ..host.compiling import ask_at_each_operation, compiled_call, inductor, stop_asking
 from ..host.errors import kind_and_line
 
 log = logging.getLogger("hotpath.colorization")
@@ -53,10 +53,10 @@ class MaybeCompiled:
     def __call__(self, *args: Any) -> Any:
         if not self._wanted:
             return self._plain(*args)
-        until_nothing_compiles()
         before, sizes = self._graphs, tuple(tensor.shape for tensor in args if isinstance(tensor, torch.Tensor))
         try:
-            result = self._call(*args)
+            with compiled_call():
+                result = self._call(*args)
         except Exception as error:
             if _is_from_compiler(error):
                 self._wanted = False

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import current
-from .interruption import POLL, interruptibly
+from .interruption import POLL, interruptibly, is_stop
 
 Backend = Callable[..., Callable[..., Any]]
 
@@ -37,16 +37,31 @@ class Left(Exception):
     """Ends a compilation that nobody waits for."""
 
 
+class StopOnItsWay(BaseException):
+    """Carries a stop through torch's compiler, which takes every ordinary exception for a failure of its own.
+
+    In older ComfyUIs a stop is one.
+    """
+
+    def __init__(self, stop: Exception) -> None:
+        super().__init__(stop)
+        self.stop = stop
+
+
 def ask_at_each_operation(traced: Any) -> None:
     """For `torch._dynamo.comptime.comptime` in a function that is traced: ask the host before each operation from there on.
 
-    traced: Dynamo's ComptimeContext. Compiled code holds nothing of this. The backend begins with `stop_asking`.
+    traced: Dynamo's ComptimeContext. Compiled code holds nothing of this. The backend begins with `stop_asking`, and the
+    call is inside of `compiled_call`.
     """
     graph, check = traced.graph(), current().check_interrupt
     create = graph.create_node
 
     def asking(*args: Any, **kwargs: Any) -> Any:
-        check()
+        try:
+            check()
+        except Exception as error:
+            raise StopOnItsWay(error) from None
         return create(*args, **kwargs)
 
     graph.create_node = asking
@@ -62,8 +77,8 @@ def interruptible_backend(backend: Backend) -> Backend:
 
     The compilation that was left goes on unseen: to the end of its tracing, or where kernels are made already to its end,
     which fills the compiler's caches on disk. The next one waits for it, and can be interrupted as well; so should whoever
-    runs what was compiled before, see `until_nothing_compiles`. Where gradients are wanted, the caller compiles, and hears
-    nothing meanwhile.
+    runs what was compiled before, see `compiled_call`, which is also where the stop comes out. Where gradients are wanted,
+    the caller compiles, and hears nothing meanwhile.
     """
 
     def compiled(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable[..., Any]:
@@ -81,8 +96,10 @@ def interruptible_backend(backend: Backend) -> Backend:
 
         try:
             return interruptibly(work)
-        except BaseException:
+        except BaseException as error:
             left.set()
+            if isinstance(error, Exception) and is_stop(error):
+                raise StopOnItsWay(error) from None
             raise
 
     return compiled
@@ -97,11 +114,25 @@ def _end_if_left() -> None:
         raise Left
 
 
+@contextmanager
+def compiled_call() -> Iterator[None]:
+    """What to enter around each call of what is compiled, or will be in that call.
+
+    Waits for a compilation that was left, see `until_nothing_compiles`. A stop while the call compiles arrives as what the
+    host raises.
+    """
+    until_nothing_compiles()
+    try:
+        yield
+    except StopOnItsWay as error:
+        raise error.stop from None
+
+
 def until_nothing_compiles() -> None:
     """Wait for a compilation that was left, if there is one; the host is asked meanwhile.
 
-    To be called before a compiled function: while one thread of the process traces a graph, torch takes a compiled function
-    that another thread calls for a part of that graph, and refuses it.
+    While one thread of the process traces a graph, torch takes a compiled function that another thread calls for a part of
+    that graph, and refuses it.
     """
     if not _one_at_a_time.locked() or _compiles():
         return

@@ -197,15 +197,20 @@ def five_sines(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+class InterruptProcessingException(Exception):
+    """What a stop is in ComfyUI before 0.20, where torch's compiler takes it for a failure of its own."""
+
+
+@pytest.mark.parametrize("stop", [Interrupted, InterruptProcessingException])
 @pytest.mark.parametrize("make", [compiled_block, compiled_colour_network])
-def test_a_stop_is_heard_while_a_graph_is_traced(headless_host, monkeypatch, make):
+def test_a_stop_is_heard_while_a_graph_is_traced(headless_host, monkeypatch, make, stop):
     asked: list[int] = []
     graphs: list[Any] = []
 
     def check() -> None:
         asked.append(1)
         if len(asked) == 3:
-            raise Interrupted
+            raise stop
 
     def backend(graph: Any, _: Any) -> Any:
         graphs.append(graph)
@@ -214,7 +219,7 @@ def test_a_stop_is_heard_while_a_graph_is_traced(headless_host, monkeypatch, mak
 
     monkeypatch.setattr(headless_host, "check_interrupt", check)
     compiled, x = make(backend), torch.rand(4)
-    with pytest.raises(Interrupted):
+    with pytest.raises(stop):
         compiled(x)
     assert len(asked) == 3 and not graphs, "half-way through the five operations"
     assert torch.equal(compiled(x), five_sines(x))
@@ -222,6 +227,27 @@ def test_a_stop_is_heard_while_a_graph_is_traced(headless_host, monkeypatch, mak
     count = len(asked)
     assert torch.equal(compiled(x), five_sines(x)) and len(graphs) == 1
     assert len(asked) == count, "compiled code asks nobody"
+
+
+@pytest.mark.parametrize("make", [compiled_block, compiled_colour_network])
+def test_a_stop_of_an_older_comfyui_is_heard_while_a_graph_is_compiled(headless_host, monkeypatch, make):
+    begun, stopped = threading.Event(), threading.Event()
+
+    def check() -> None:
+        if begun.is_set() and not stopped.is_set():
+            stopped.set()
+            raise InterruptProcessingException
+
+    def backend(graph: Any, _: Any) -> Any:
+        begun.set()
+        stopped.wait(10 * SOON)
+        return graph.forward
+
+    monkeypatch.setattr(headless_host, "check_interrupt", check)
+    compiled, x = make(compiling.interruptible_backend(backend)), torch.rand(4)
+    with pytest.raises(InterruptProcessingException):
+        compiled(x)
+    assert torch.equal(compiled(x), five_sines(x)), "and nothing was taken for a failure"
 
 
 @pytest.mark.parametrize("make", [compiled_block, compiled_colour_network])

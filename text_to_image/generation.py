@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
-from ..host.compiling import until_nothing_compiles
+from ..host.compiling import compiled_call
 from ..host.errors import is_out_of_memory, kind_and_line
 from ..host.fresh_memory import ProcessorTime
 from ..products.rerouting import rerouted
@@ -296,10 +296,9 @@ class Run:
                 )
             return list(network(x, t, states, return_dict=False, controlnet_block_samples=added)[0])
 
-        if self.model.compilation.mode != "none":
-            until_nothing_compiles()
         try:
-            return forward()
+            with nullcontext() if self.model.compilation.mode == "none" else compiled_call():
+                return forward()
         except Exception as error:
             if self.model.compilation.mode == "none" or not compilation.is_compiler_error(error):
                 raise

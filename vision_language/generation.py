@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..host.compiling import inductor, until_nothing_compiles
+from ..host.compiling import compiled_call, inductor
 from ..host.errors import first_line, is_out_of_memory
 from ..host.interruption import is_stop
 from . import decode_attention, decoding, fused_decode, replayed_prefill
@@ -164,12 +164,11 @@ def prepared(
     failed: dict[str, str] = model.device_state.setdefault("failed paths", {})
     why: list[str] = []
     while path.name != "plain":
-        if path.name == "compiled":
-            until_nothing_compiles()
         if path.name not in failed:
             try:
-                buffers = workspace(model, path, rows, tokens)
-                begin(buffers)
+                with compiled_call() if path.name == "compiled" else nullcontext():
+                    buffers = workspace(model, path, rows, tokens)
+                    begin(buffers)
                 notes = [path.note, *([buffers.note] if buffers.note else []), *why]
                 return buffers, replace(path, note="; ".join(notes))
             except Exception as error:  # of compilers and drivers, in all its forms; Triton's are no RuntimeError

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...host.compiling import ask_at_each_operation, inductor, stop_asking, until_nothing_compiles
+from ...host.compiling import ask_at_each_operation, compiled_call, inductor, stop_asking
 from ...products.rerouting import reroute
 from .blocks import attributes_used, tensors_in
 from .options import OVERRIDE, NotTraceable
@@ -154,9 +154,9 @@ class CompiledKind:
             raise NotTraceable(self._full)
         if self._dynamic:
             self._mark_sizes((args, kwargs))
-        until_nothing_compiles()
         try:
-            return self._run(block, *args, **kwargs)
+            with compiled_call():
+                return self._run(block, *args, **kwargs)
         except limit_errors() as error:
             if len(self._beyond) >= REMEMBERED:
                 self._beyond.clear()
