@@ -165,6 +165,24 @@ def test_a_recording_that_fails_leaves_the_call_as_it_is() -> None:
     assert "not permitted" in compiler_of(model).report()
 
 
+def test_a_stop_while_a_call_is_recorded_is_no_failure() -> None:
+    """Blocks compile in that call, and what stops them there is an ordinary exception in older ComfyUIs."""
+    stop = type("InterruptProcessingException", (Exception,), {})
+    stops = [stop()]
+
+    def record(function: Any) -> Any:
+        if stops:
+            raise stops.pop()
+        return Replay(function)
+
+    bench = tiny("z_image")
+    model, recorder = recorded(bench.model, record)
+    with pytest.raises(stop):
+        sample(bench, model, steps=1)
+    sample(bench, model, steps=1)
+    assert recorder.reason is None and recorder.recorded == 1
+
+
 @pytest.mark.long
 def test_gradients_are_never_lost_in_a_recording() -> None:
     bench = tiny("flux")

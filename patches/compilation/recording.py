@@ -22,6 +22,7 @@ import torch
 
 from ...host.capturing import GraphMemory, captured, trim
 from ...host.errors import kind_and_line
+from ...host.interruption import is_stop
 from ..model_call import BOUND, BoundPatches
 from .blocks import check_replaced, names_used
 from .call_arguments import Flat, copies, flatten, fresh, rebuild
@@ -216,6 +217,8 @@ class CallRecorder:
             except CompilationRefused:
                 raise
             except Exception as error:  # of compilers, drivers, code that cannot do with less: as it is it may run
+                if is_stop(error):
+                    raise
                 reason = self._failed(calls, key, error)
             # Outside of the handler, whose traceback holds what the failed call had in memory.
             if calls.short is not None:
