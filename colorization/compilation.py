@@ -29,13 +29,14 @@ class MaybeCompiled:
         self._wanted = wanted
         self.name = name
         self.status = "compiled" if wanted else "not compiled: not asked for"
-        self._graphs = 0
+        self._graphs: list[int] = []  # operations in each
         self._met: set[object] = set()
-        compiler = backend or inductor()
+        # torch keeps a backend where no garbage collector looks: if it led to the function, the network would never be freed.
+        compiler, graphs = backend or inductor(), self._graphs
 
         def counted(graph: Any, inputs: Any, **options: Any) -> Any:
             stop_asking(graph)
-            self._graphs += 1
+            graphs.append(len(graph.graph.nodes))
             return compiler(graph, inputs, **options)
 
         self._call = function
@@ -53,7 +54,7 @@ class MaybeCompiled:
     def __call__(self, *args: Any) -> Any:
         if not self._wanted:
             return self._plain(*args)
-        before, sizes = self._graphs, tuple(tensor.shape for tensor in args if isinstance(tensor, torch.Tensor))
+        before, sizes = len(self._graphs), tuple(tensor.shape for tensor in args if isinstance(tensor, torch.Tensor))
         try:
             with compiled_call():
                 result = self._call(*args)
@@ -66,7 +67,7 @@ class MaybeCompiled:
             raise
         if sizes not in self._met:
             self._met.add(sizes)
-            if self._graphs == before:
+            if len(self._graphs) == before:
                 self.status = f"compiled for {before} sizes of frames, and as it is for others: torch keeps no more"
                 log.warning("%s is %s", self.name, self.status)
         return result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -37,6 +39,16 @@ def test_every_network_is_compiled_however_many_came_before():
         x = torch.rand(3, width)
         assert torch.equal(part(x), layer(x)) and torch.equal(part(x), layer(x))
         assert (backend.graphs, part.status) == (1, "compiled")
+
+
+def test_a_network_that_nobody_holds_is_freed():
+    layer = Layer(4)
+    part = MaybeCompiled(layer, True, "part", Counting())
+    part(torch.rand(2, 4))
+    held = weakref.ref(layer), weakref.ref(part)
+    del layer, part
+    gc.collect()
+    assert [still() for still in held] == [None, None]
 
 
 def test_a_size_without_a_graph_is_told():

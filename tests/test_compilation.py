@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from compiled_models import assert_same_picture, compiled, lora, sample
@@ -292,6 +295,16 @@ def test_calls_beyond_torchs_limit_are_remembered_in_bounded_memory(monkeypatch:
                     kind(torch.nn.Identity(), (torch.zeros(width),), {})
             assert 1 <= len(kind._beyond) <= 3
     assert kind.graphs == 1
+
+
+def test_a_kind_that_nobody_holds_is_freed_with_its_graphs() -> None:
+    kind = CompiledKind("Block", lambda block, x: x.sin(), CompileSettings(), lambda graph, _: graph.forward)
+    kind(torch.nn.Identity(), (torch.zeros(2),), {})
+    assert kind.graphs == 1
+    held = weakref.ref(kind)
+    del kind
+    gc.collect()
+    assert held() is None
 
 
 def test_a_graph_for_another_order_or_attention_serves_every_size() -> None:

@@ -98,6 +98,35 @@ def _guard_options() -> dict[str, Any]:
     return {"guard_filter_fn": lambda entries: [_keep_guard(entry) for entry in entries]}
 
 
+class Compilation:
+    """Compiles the graphs of one kind with `backend`, and counts.
+
+    torch keeps this where no garbage collector looks, so it leads to nothing but its numbers: what it led to, a kind and all
+    that is compiled of it, would never be freed.
+    """
+
+    def __init__(self, title: str, backend: Backend) -> None:
+        self.title = title
+        self.graphs = 0
+        self.seconds = 0.0
+        self.operators: dict[str, str] = {}
+        self._backend = backend
+        self._lock = threading.Lock()
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
+        stop_asking(graph)
+        start = time.perf_counter()
+        operators = write_out(graph)
+        reroute(graph)
+        made = self._backend(graph, inputs)
+        with self._lock:
+            self.operators |= operators
+            self.graphs += 1
+            self.seconds += time.perf_counter() - start
+        log.debug("%s: graph %d compiled in %.2f s", self.title, self.graphs, time.perf_counter() - start)
+        return made
+
+
 class CompiledKind:
     """The graphs of one kind of block.
 
@@ -107,14 +136,9 @@ class CompiledKind:
 
     def __init__(self, title: str, forward: Callable[..., Any], settings: CompileSettings, backend: Backend) -> None:
         self.title = title
-        self.graphs = 0
-        self.seconds = 0.0
         self.blocks: set[str] = set()
-        self.operators: dict[str, str] = {}
         self.reason: str | None = None
-        self._lock = threading.Lock()
-        self._backend = backend
-        self._errors = compile_errors()
+        self._compilation = Compilation(title, backend)
         self._dynamic = settings.dynamic
         self._marked: set[Any] = set()
         self._beyond: set[Any] = set()  # calls that met torch's limit; asked again, torch would warn at each
@@ -131,22 +155,21 @@ class CompiledKind:
             run,
             fullgraph=True,
             dynamic=settings.dynamic,
-            backend=self._compile,
+            backend=self._compilation,
             options=_guard_options() or None,
         )
 
-    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Callable[..., Any]:
-        stop_asking(graph)
-        start = time.perf_counter()
-        operators = write_out(graph)
-        reroute(graph)
-        made = self._backend(graph, inputs)
-        with self._lock:
-            self.operators |= operators
-            self.graphs += 1
-            self.seconds += time.perf_counter() - start
-        log.debug("%s: graph %d compiled in %.2f s", self.title, self.graphs, time.perf_counter() - start)
-        return made
+    @property
+    def graphs(self) -> int:
+        return self._compilation.graphs
+
+    @property
+    def seconds(self) -> float:
+        return self._compilation.seconds
+
+    @property
+    def operators(self) -> dict[str, str]:
+        return self._compilation.operators
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run `block` compiled. Raises one of `compile_errors` when the kind cannot be, NotTraceable when this call cannot."""
