@@ -73,6 +73,9 @@ def choose(
         name, reason = dispatcher().traced(call, AttentionPolicy(backend, strict), exact)
     except AttentionUnavailable:
         return ""  # the operator raises it when it runs, where it reaches the user as it is
+    if name == "flex" and call.device.type == "cpu":
+        # Inductor writes C++ for it that names sizes which it does not declare.
+        name, reason = "" if strict else "sdpa", "flex: torch cannot compile it for a CPU where sizes are open"
     if name not in IN_GRAPH:
         return ""
     record = _logs.get(number)

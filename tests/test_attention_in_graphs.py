@@ -68,6 +68,16 @@ def test_everything_else_is_one_operator_that_decides_when_it_runs(monkeypatch):
     assert [event.used for event in log.events()] == ["sage1"] * 3, "counted when it runs, with the real sizes"
 
 
+def test_no_graph_for_a_cpu_holds_flex():
+    """Inductor's C++ of it does not compile where sizes are open, and with it the whole block would not."""
+    log = AttentionLog("flex")
+    number = compiled.number_of(log)
+    asked = ("cpu", torch.float32, 0, 64, 64, "no mask", "flex")
+    assert compiled.choose(*asked, False, True, number) == "sdpa"
+    assert "flex: torch cannot compile it for a CPU where sizes are open" in log.report()
+    assert compiled.choose(*asked, True, True, number) == "", "strict: the operator, which is flex or nothing"
+
+
 def test_strict_in_a_graph_says_the_same_as_outside():
     block = compiled_attention("flash2", None)
     log = AttentionLog("flash2")
