@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hotpath import host
+from hotpath.host.compiling import StopOnItsWay
 from hotpath.products import int8
 from hotpath.text_to_image import compilation, precision
 from hotpath.text_to_image.denoising import Guidance
@@ -52,6 +53,21 @@ def test_a_compiler_that_fails_is_left_out(load, draw, monkeypatch):
     assert "compile: none instead of regional, because RuntimeError: no such operator" in found.report
     assert torch.equal(found.pictures, draw(load()).pictures)
     assert torch.equal(draw(model).pictures, found.pictures)
+    torch._dynamo.reset()
+
+
+def test_a_stop_of_an_older_comfyui_is_no_compiler_that_fails(load, draw, monkeypatch):
+    stop = type("InterruptProcessingException", (Exception,), {})
+
+    def stopped(graph, inputs):
+        raise StopOnItsWay(stop())
+
+    planned = compilation.plan
+    monkeypatch.setattr(compilation, "plan", lambda asked, device: replace(planned(asked, device), backend=stopped))
+    model = load(compile="regional")
+    with pytest.raises(stop):
+        draw(model)
+    assert model.compilation.mode == "regional"
     torch._dynamo.reset()
 
 

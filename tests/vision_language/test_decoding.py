@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from hotpath.host.compiling import StopOnItsWay
 from hotpath.vision_language import (
     cpu_kernels,
     decode_attention,
@@ -211,11 +212,18 @@ def test_a_path_that_fails_gives_way_and_says_so(load, pictures, monkeypatch):
     options = AnswerOptions(12, PRESETS["fast"], decode="compiled")
     plain = answer(model, [question], GREEDY, AnswerOptions(12, PRESETS["fast"]))[0].raw
     tries = []
+    stop = type("InterruptProcessingException", (Exception,), {})  # an ordinary exception in older ComfyUIs
+
+    def stopped(self, *arguments):
+        raise StopOnItsWay(stop())
 
     def broken(self, *arguments):
         tries.append(self)
         raise RuntimeError("no C compiler\nand a long story")
 
+    monkeypatch.setattr(decoding.Workspace, "warm_up", stopped)
+    with pytest.raises(stop):
+        answer(model, [question], GREEDY, options)
     monkeypatch.setattr(decoding.Workspace, "warm_up", broken)
     for _ in range(2):
         made = answer(model, [question], GREEDY, options)[0]
