@@ -82,9 +82,10 @@ def check_identity_net(control_net: Any, width: int) -> None:
     network = getattr(control_net, "control_model", None)
     if network is None:  # what is made of the MODEL when it samples
         return
-    attentions = (getattr(module, "attn2", None) for module in network.modules())
+    attentions = [module.attn2 for module in network.modules() if hasattr(module, "attn2")]
     contexts = {getattr(getattr(attention, "to_k", None), "in_features", width) for attention in attentions} - {width}
-    if contexts or not hasattr(network, "input_blocks"):
+    # Without any weight it is what stands before another one.
+    if contexts or (not attentions and any(True for _ in network.parameters())):
         text = f", text {min(contexts)} wide" if contexts else ""
         raise UnsupportedModel(
             f"control_net ({type(network).__name__}{text}) is not for SDXL, whose text is {width} wide: {CHOOSE_IDENTITY_NET}."
