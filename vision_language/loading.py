@@ -145,7 +145,7 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     try:
         with interruptible_loading():
             network, found = auto.from_pretrained(folder.path, output_loading_info=True, **settings)
-        if in_blocks and not stored_fp8.take_over(network):
+        if in_blocks and not (in_blocks := stored_fp8.take_over(network)):
             stored = None
     except (torch.OutOfMemoryError, KeyboardInterrupt):
         raise
@@ -188,7 +188,7 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     kept = unpacked_experts(decoding.text_decoder(network).layers) if packing.method != "none" else ""
     streamed = stream_layers(network, device, options.stream_layers)
     quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
-    notes = [note for note in (kept, streamed) if note]
+    notes = [note for note in (kept, streamed, stored_fp8.NOTE * in_blocks) if note]
     model = LoadedModel(folder, options, network, notes, quantization, weights, readers)
     if folder.sees and not model.takes_encoder_outputs:
         log.debug("deeper levels come %s", "split by picture" if model.deepstack_in_parts else "joined")

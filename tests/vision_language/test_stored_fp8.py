@@ -17,7 +17,7 @@ from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.quantization import Int4Linear, Int4OnCpu, ScaledLinear
-from hotpath.vision_language.stored_fp8 import BlockScaledLinear
+from hotpath.vision_language.stored_fp8 import FEW_ROWS, NOTE, BlockScaledLinear
 from safetensors.torch import load_file, save_file
 
 BLOCK = 16
@@ -95,6 +95,7 @@ def test_where_the_library_keeps_float8_ours_multiply(weights: dict[str, torch.T
     model = MODELS.get("small-FP8", LoadOptions())
     decoder = decoding.text_decoder(model.network)
     assert layers(model, BlockScaledLinear) == 7 * len(decoder.layers) and model.quantization == "fp8"
+    assert NOTE in model.notes
     name = next(name for name in weights if name.endswith("layers.1.mlp.down_proj.weight"))
     assert torch.equal(decoder.layers[1].mlp.down_proj.dense(torch.float32), weights[name])
 
@@ -110,7 +111,7 @@ def test_what_they_answer(answers: Callable[..., Any], card: None, streamed: int
 @pytest.mark.long
 def test_where_the_library_unpacks_them_all_paths_are_open(answers: Callable[..., Any], no_card: None) -> None:
     model = answers()
-    assert model.quantization == "none" and not decoding.unsupported(model.network)
+    assert model.quantization == "none" and not decoding.unsupported(model.network) and NOTE not in model.notes
 
 
 @pytest.mark.long
@@ -134,8 +135,11 @@ def test_blocks_of_any_size_and_what_is_left_of_them(rows: int, columns: int, bl
     )
     layer = BlockScaledLinear(given)
     assert torch.equal(layer.dense(dtype), wanted.to(dtype))
-    x = torch.randn(3, columns).to(dtype)
-    assert torch.equal(layer(x), torch.nn.functional.linear(x, wanted.to(dtype), torch.ones(rows).to(dtype)))
+    for shape in ((FEW_ROWS + 1, columns), (1, 3, columns), (columns,)):
+        x = torch.randn(shape).to(dtype)
+        expected = torch.nn.functional.linear(x, wanted.to(dtype), torch.ones(rows).to(dtype))
+        assert layer(x).dtype == dtype and layer(x).shape == expected.shape
+        assert torch.allclose(layer(x).float(), expected.float(), atol=torch.finfo(dtype).eps * 4 * columns)
 
 
 def test_experts_that_need_fetched_code_are_refused(weights: Any, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
