@@ -23,6 +23,7 @@ from .cards import numbered
 log = logging.getLogger("hotpath.host")
 
 ALIGNMENT = 256  # bytes
+PORTABLE = 1  # cudaHostRegisterPortable: pinned for every card
 PLACES = 2  # layers whose weights are on the device at a time
 
 Held = dict[str, Any]  # the parameters, or the buffers, of one module
@@ -100,15 +101,20 @@ class Weights:
             return
         driver: Any = torch.cuda.cudart()
         address = self.memory.data_ptr()
-        try:
-            refused = int(driver.cudaHostRegister(address, self.nbytes, 0))
-        except RuntimeError as error:
-            log.debug("memory could not be pinned: %s", error)
-            return
-        if refused:
-            log.debug("memory could not be pinned: error %d", refused)
+        if int(driver.cudaHostRegister(address, self.nbytes, PORTABLE)):
+            _forget_refusal()
+            log.warning("layers are copied to the card slowly, because the system lets no more memory be pinned")
             return
         weakref.finalize(self.memory, driver.cudaHostUnregister, address).atexit = False
+
+
+def _forget_refusal() -> None:
+    """The driver keeps a refusal, and torch would take it for a failure of the next kernel."""
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        log.debug("the driver's refusal to pin memory", exc_info=True)
 
 
 class _Part:

@@ -30,14 +30,22 @@ def run(whole: Any, x: torch.Tensor, passes: int) -> torch.Tensor:
     return x
 
 
-def test_memory_is_not_pinned_where_that_is_not_wanted(
-    card: Any, headless_host: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("refused", [False, True])
+def test_memory_is_not_pinned_where_that_is_not_wanted_or_not_to_be_had(
+    card: Any, headless_host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: bool
 ) -> None:
-    monkeypatch.setattr(headless_host, "pins_memory", lambda: False)  # as by --disable-pinned-memory
+    if refused:
+        monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", lambda *_: 2)  # of memory there is no more
+    else:
+        monkeypatch.setattr(headless_host, "pins_memory", lambda: False)  # as by --disable-pinned-memory
     whole, x = network(2), torch.randn(4, LARGE, device=DEVICE)
     expected = run(network(2).to(DEVICE), x, 1).cpu()
+    card.waits.clear()
     streamed_layers.stream(whole.layers, 2)
     assert not card.registered
+    assert ("copied to the card slowly" in caplog.text) is refused
+    if refused:  # which the driver would tell of the next kernel
+        assert card.waits.count("torch.cuda.synchronize()") == 2
     with lending(whole, DEVICE):
         assert torch.equal(run(whole, x, 1).cpu(), expected)
 
