@@ -82,7 +82,7 @@ class Component:
     def _make_room(self, extra_bytes: int) -> None:
         """Send others away, then leave layers in the machine's memory, until the rest and `extra_bytes` have room."""
         device = self.managed.device
-        if device.type == "cpu" or not self._weights():
+        if device.type == "cpu":
             return
         here = host.current()
         if here.free_memory(device) < self._arriving() + extra_bytes:
@@ -112,13 +112,10 @@ class Component:
         # Anew: a host may have counted the bytes of the old one.
         self._managed = host.current().manage(Holder(network))
 
-    def _weights(self) -> list[nn.Parameter]:
-        return list(self.managed.module.parameters())
-
     def _arriving(self) -> int:
-        """Bytes that are to be brought to the device; 0 when the network is there."""
-        there = self._weights()[0].device.type == self.managed.device.type
-        return 0 if there else streamed_layers.nbytes(self.managed.module)
+        """Bytes that are to be brought to the device; a host may have taken a part of the network off it."""
+        module, kind = self.managed.module, self.managed.device.type
+        return sum(held.nbytes for held in [*module.parameters(), *module.buffers()] if held.device.type != kind)
 
     def _layers(self) -> Sequence[nn.Module]:
         return getattr(self.managed.module.network, "layers", None) or ()
