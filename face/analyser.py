@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import host
 from .alignment import invert, similarity, template, warp
 from .detection import Candidates, Detector, merge_overlapping
-from .faces import DetectionOptions, FaceChoice, FaceError, Faces, counted
+from .faces import DetectionOptions, FaceChoice, FaceError, Faces, told
 from .graphs import MOST_BYTES
 from .model_folder import ModelFolder
 from .pictures import PictureGroup, group_pictures, letterbox
@@ -210,13 +210,7 @@ class PictureAnalyser:
             if len(faces) and faces.detector_size != max(sizes[0]):
                 by_size[faces.detector_size] = by_size.get(faces.detector_size, 0) + 1
         retries = "".join(f", {n} only at {size}" for size, n in sorted(by_size.items(), reverse=True))
-        without = sum(not len(faces) for faces in result)
-        self._last = (
-            f"{counted(len(result), 'picture')} at {max(sizes[0])}, {counted(sum(map(len, result)), 'face')}{retries}"
-            + (f", {counted(without, 'picture')} without a face" if without else "")
-            + (f", {remembered} remembered" if remembered else "")
-            + f", {seconds * 1000:.0f} ms"
-        )
+        self._last = told(result, remembered, seconds, f" at {max(sizes[0])}", retries)
 
     def report(self) -> str:
         """Engine, device, precision, the last call, and how the engine was chosen."""

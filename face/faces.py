@@ -12,6 +12,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..host.letters import counted
+
 LOWEST_SCORE = 0.5  # that counts as a face, where nobody says otherwise
 LADDER = tuple(range(640, 191, -64))  # 640, 576, ... 192: the detector sizes the reference InstantID pack tries
 
@@ -184,9 +186,15 @@ class DetectionOptions:
         return LOWEST_SCORE if self.threshold is None else self.threshold
 
 
-def counted(count: int, noun: str) -> str:
-    """ "1 face", "2 faces"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def told(result: Sequence[Faces], remembered: int, seconds: float, where: str = "", found: str = "") -> str:
+    """What a call found, for a report. where: behind the number of pictures; found: behind that of faces."""
+    without = sum(not len(faces) for faces in result)
+    return (
+        f"{counted(len(result), 'picture')}{where}, {counted(sum(map(len, result)), 'face')}{found}"
+        + (f", {counted(without, 'picture')} without a face" if without else "")
+        + (f", {remembered} remembered" if remembered else "")
+        + f", {seconds * 1000:.0f} ms"
+    )
 
 
 @runtime_checkable

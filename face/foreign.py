@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..host.interruption import interruptibly
-from .faces import LOWEST_SCORE, DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces, counted
+from .faces import LOWEST_SCORE, DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces, told
 from .pictures import PictureGroup, group_pictures
 from .remembering import Memory, analyse_in_parts
 
@@ -69,13 +69,7 @@ class ForeignAnalyser:
         memory = Memory(self._fingerprint, groups, choose, embed, options) if self._fingerprint else None
         with self._as_it_was():
             result, remembered = analyse_in_parts(groups, memory, 1, compute)
-        without = sum(not len(faces) for faces in result)
-        self._last = (
-            f"{counted(len(result), 'picture')}, {counted(sum(map(len, result)), 'face')}"
-            + (f", {counted(without, 'picture')} without a face" if without else "")
-            + (f", {remembered} remembered" if remembered else "")
-            + f", {(time.perf_counter() - began) * 1000:.0f} ms"
-        )
+        self._last = told(result, remembered, time.perf_counter() - began)
         return result
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Text that can be written, and names that files can have.
+"""Text that can be written, names that files can have, and nouns in their number.
 
 JSON and file names may hold half a letter: a surrogate without the other half.
 """
@@ -23,3 +23,8 @@ def can_be_a_name(part: str) -> bool:
         return "\0" not in part and len(os.fsencode(part)) <= LONGEST
     except UnicodeEncodeError:
         return False
+
+
+def counted(count: int, noun: str) -> str:
+    """ "1 face", "2 faces"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contributions import GROUPS, Contributions, counted
+from ..host.letters import counted
+from .contributions import GROUPS, Contributions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,10 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from ..cache import content_key
+from ..host.letters import counted
 from ..host.whole_files import whole_file
 from .adapter import InstantIDAdapter
 from .blocks import SDXL_BLOCKS, Block
-from .contributions import Contributions, block_name, counted
+from .contributions import Contributions, block_name
 
 FORMAT = "hotpath.block_profile"
 VERSION = 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..host.letters import counted
 from .blocks import SDXL_BLOCKS, Block
 
 Floats = NDArray[np.float64]
@@ -96,11 +97,6 @@ def energies_by_step(
     sigmas = sorted(steps, reverse=True)
     stacked = np.stack([steps[s] for s in sigmas]) if sigmas else np.zeros((0, len(blocks), 2))
     return Contributions(blocks, np.array(sigmas), stacked[..., 0], stacked[..., 1], runs, calls)
-
-
-def counted(count: int, noun: str) -> str:
-    """ "1 step", "2 steps"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def table(found: Contributions) -> str:

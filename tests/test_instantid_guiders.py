@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from instantid_bench import attention_patches, sample, shallow_bench
+from instantid_bench import attention_patches, in_windows, sample, shallow_bench
 from instantid_scenarios import Bench, mask, photo
 from tiny_native_models import LEAST_SDXL
 
@@ -213,7 +213,6 @@ def test_masks_follow_context_windows() -> None:
 
 def test_comfyuis_own_context_windows(bench: Bench) -> None:
     """Windows over a batch of frames: each frame keeps its own mask, so sampling in one window or two agrees."""
-    import comfy.context_windows as windows
     from comfy.patcher_extension import WrappersMP
     from hotpath.patches import model_call
 
@@ -226,14 +225,7 @@ def test_comfyuis_own_context_windows(bench: Bench) -> None:
     model = bench.patch(mask=mask(4, count=6))[0]
     whole = sample(model, bench.positive, bench.negative, steps=1, batch=6, size=(8, 8))
     model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", spy)
-    model.model_options["context_handler"] = windows.IndexListContextHandler(
-        context_schedule=windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD),
-        fuse_method=windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID),
-        context_length=4,
-        context_overlap=2,
-        dim=0,
-    )
-    result = sample(model, bench.positive, bench.negative, steps=1, batch=6, size=(8, 8))
+    result = sample(in_windows(model), bench.positive, bench.negative, steps=1, batch=6, size=(8, 8))
     assert alike(result, whole)
     # ComfyUI puts the frame before a window in front of it, and takes it away again.
     assert set(seen) == {(0, 1, 2, 3), (1, 2, 3, 4, 5)}

@@ -13,6 +13,7 @@ from instantid_bench import (
     attention_patches,
     callback_counts,
     identity,
+    in_windows,
     sample,
     several,
     shallow_bench,
@@ -287,20 +288,10 @@ def test_drawings_and_regions_follow_context_windows(link: str) -> None:
 @pytest.mark.long
 def test_frames_are_the_same_in_one_window_or_in_several(bench: Bench) -> None:
     """Each has a mask and a pose of its own, and without a motion model nothing of the others."""
-    import comfy.context_windows as windows
-
     poses = torch.cat([photo(seed) for seed in range(6)])
     model, *conditionings, _ = apply(bench, mask=mask(4, count=6), image_kps=poses, insightface=bench.faces)
     whole = sample(model, *conditionings, steps=1, batch=6, size=(8, 8))
-    model = model.clone()
-    model.model_options["context_handler"] = windows.IndexListContextHandler(
-        context_schedule=windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD),
-        fuse_method=windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID),
-        context_length=4,
-        context_overlap=2,
-        dim=0,
-    )
-    parts = sample(model, *conditionings, steps=1, batch=6, size=(8, 8))
+    parts = sample(in_windows(model), *conditionings, steps=1, batch=6, size=(8, 8))
     assert torch.allclose(parts, whole, atol=0.05, rtol=1e-3) and not torch.allclose(whole[4], whole[2], atol=1.0)
 
 

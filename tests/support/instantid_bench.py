@@ -74,6 +74,21 @@ def callback_counts(model: Any) -> list[int]:
     return [len(patch.callback) for patch in attention_patches(model).values()]
 
 
+def in_windows(model: Any) -> Any:
+    """A clone of `model` that sees four frames at a time, two of them again the next time."""
+    import comfy.context_windows as windows
+
+    model = model.clone()
+    model.model_options["context_handler"] = windows.IndexListContextHandler(
+        context_schedule=windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD),
+        fuse_method=windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID),
+        context_length=4,
+        context_overlap=2,
+        dim=0,
+    )
+    return model
+
+
 def identity(bench: Bench, seed: int = 1) -> Any:
     return bench.call("HotpathIdentity", insightface=bench.faces, image=photo(seed), name=f"person {seed}")[0]
 
