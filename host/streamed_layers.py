@@ -7,6 +7,7 @@ layer before it computes, so that where computing takes longer than copying, str
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import weakref
@@ -50,7 +51,7 @@ class Weights:
             for held, name, _ in holders:
                 if id(held[name]) not in self._parts:
                     part = self._parts[id(held[name])] = _Part(held[name], self.nbytes)
-                    self.nbytes = -(-(self.nbytes + part.nbytes) // ALIGNMENT) * ALIGNMENT
+                    self.nbytes = _aligned(self.nbytes + part.nbytes)
             self._holders = [
                 (held, name, is_parameter, self._parts[id(held[name])]) for held, name, is_parameter in holders
             ]
@@ -103,9 +104,14 @@ class Weights:
         address = self.memory.data_ptr()
         if int(driver.cudaHostRegister(address, self.nbytes, PORTABLE)):
             _forget_refusal()
-            log.warning("layers are copied to the card slowly, because the system lets no more memory be pinned")
+            _tell_of_slow_copies()
             return
         weakref.finalize(self.memory, driver.cudaHostUnregister, address).atexit = False
+
+
+@functools.cache  # once for all layers of all networks
+def _tell_of_slow_copies() -> None:
+    log.warning("layers are copied to the card slowly, because the system lets no more memory be pinned")
 
 
 def _forget_refusal() -> None:
@@ -134,7 +140,7 @@ class _Part:
             self._given, self.nbytes = dense, dense.nbytes
             return
         if not hasattr(tensor, "__tensor_flatten__"):
-            self._kept = tensor
+            self._kept = tensor.cpu()
             return
         self._kind: Any = type(tensor.data)
         names, self._context = tensor.data.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -142,7 +148,7 @@ class _Part:
         for name in names:
             part = _Part(getattr(tensor.data, name), offset + self.nbytes)
             self._inner.append((name, part))
-            self.nbytes = -(-(self.nbytes + part.nbytes) // ALIGNMENT) * ALIGNMENT
+            self.nbytes = _aligned(self.nbytes + part.nbytes)
 
     def write(self, memory: Tensor) -> None:
         for _, part in self._inner:
@@ -166,6 +172,10 @@ class _Part:
         self._given = None
         for _, part in self._inner:
             part.forget()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _is_dense(tensor: Tensor) -> bool:
