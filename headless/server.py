@@ -203,12 +203,12 @@ class ServerRun:
         over = False
         while True:
             try:
-                message = await socket.receive(timeout=LAST_WORDS if over else max(0.001, ask_at - time.monotonic()))
+                message = await socket.receive(timeout=max(0.001, ask_at - time.monotonic()))
             except asyncio.TimeoutError:
                 if over:
                     return True
                 over = await self._is_over()
-                wait = min(2 * wait, LATEST)
+                wait = LAST_WORDS if over else min(2 * wait, LATEST)
                 ask_at = time.monotonic() + wait
                 continue
             if message.type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED):
@@ -221,6 +221,8 @@ class ServerRun:
             elif message.type == aiohttp.WSMsgType.TEXT:
                 event = json.loads(message.data)
                 data = event.get("data") or {}
+                if over and data.get("prompt_id") == self.prompt_id:  # other packs' monitors never cease
+                    ask_at = time.monotonic() + LAST_WORDS
                 ours = data.get("prompt_id", self.prompt_id) == self.prompt_id
                 if ours and self._event(str(event.get("type")), data):
                     return True

@@ -104,6 +104,10 @@ class StandIn:
             self.keep()
             while not self.behaviour.get("asked"):
                 await asyncio.sleep(0.005)
+        while self.behaviour.get("monitor") and not self.socket.closed:  # of another pack; the end was not heard
+            self.keep()
+            await self.send("monitor", prompt_id=None)
+            await asyncio.sleep(0.01)
         await self.send("execution_cached", nodes=["1"])
         await self.send("executing", node="2")
         await self.send("progress", node="2", value=1, max=4)
