@@ -89,10 +89,9 @@ def test_a_busy_server_is_heard_to_the_end(stand_in, inputs, tmp_path, monkeypat
 
 def test_what_never_ceases_does_not_keep_a_run_that_is_over(stand_in, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(server, "SOONEST", 0.02)
-    monkeypatch.setattr(server, "LAST_WORDS", 0.05)
+    monkeypatch.setattr(server, "LAST_WORDS", 0.3)
     stand_in.behaviour["monitor"] = True
     outcome = run_on_server(stand_in.url, Graph.parse(COPY), tmp_path / "out", inputs, Watcher())
-    stand_in.behaviour["monitor"] = False
     assert [text for _, text in outcome.texts] == ["hello"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from typing import Any
@@ -104,10 +105,13 @@ class StandIn:
             self.keep()
             while not self.behaviour.get("asked"):
                 await asyncio.sleep(0.005)
-        while self.behaviour.get("monitor") and not self.socket.closed:  # of another pack; the end was not heard
+        if self.behaviour.get("monitor"):  # of another pack; of the run the end was not heard
             self.keep()
-            await self.send("monitor", prompt_id=None)
-            await asyncio.sleep(0.01)
+            while not self.socket.closed:
+                with contextlib.suppress(ConnectionError):
+                    await self.send("monitor", prompt_id=None)
+                await asyncio.sleep(0.01)
+            return
         await self.send("execution_cached", nodes=["1"])
         await self.send("executing", node="2")
         await self.send("progress", node="2", value=1, max=4)
