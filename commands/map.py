@@ -1,22 +1,27 @@
-"""`hotpath map`: a workflow over many items, on the GPUs of this machine or of a Ray cluster."""
+"""`hotpath map`: a workflow over many items, on the GPUs of this machine, of a Ray cluster, or on ComfyUIs that run."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import host as hosts
+from ..distributed.comfyui_pool import ComfyUIs
 from ..distributed.items import PICTURES, VIDEOS, BadItems, FolderItems, ItemSource, ListItems, open_items
 from ..distributed.jobs import BadMap
 from ..distributed.mapping import MapOptions, MapOutcome, MapRequest, run_map
 from ..distributed.ray_cluster import ClusterOptions
 from ..distributed.scheduler import DiskFull
 from ..distributed.status import Status
+from ..headless.catalog import available_nodes
 from ..headless.graph import Graph, WorkflowError
 from ..headless.interrupts import stopped_by_ctrl_c
+from ..headless.launcher import ended_by_signal
+from ..headless.locate import find_comfyui
 from ..host import Interrupted
 from ..host.headless import HeadlessHost
 from .console import complain, note, say
@@ -32,12 +37,14 @@ def run(options: argparse.Namespace) -> int:
         graph = Graph.load(options.workflow)
         for assignment in options.set or ():
             graph.set_input(assignment)
-        input_folder = _input_folder(options)
+        comfyui = _comfyui(options, graph)
+        input_folder = _input_folder(options, comfyui)
         here = headless_host(options.models, input_folder, options.output_folder, show_progress=not options.quiet)
         before = hosts.use(here)
         try:
-            request = _request(options, graph, here)  # reads standard input, which a Ctrl-C ends at once
-            with stopped_by_ctrl_c(here), _Line(options.quiet) as line:
+            # It reads standard input, which a Ctrl-C ends at once.
+            request = replace(_request(options, graph, here), comfyui=comfyui)
+            with ended_by_signal(), stopped_by_ctrl_c(here), _Line(options.quiet) as line:
                 outcome = run_map(request, line, here.check_interrupt)
         finally:
             hosts.use(before)
@@ -79,10 +86,28 @@ def _request(options: argparse.Namespace, graph: Graph, here: HeadlessHost) -> M
     )
 
 
-def _input_folder(options: argparse.Namespace) -> Path:
-    """--input-folder, else the current folder, or the folder that is mapped over when it lies elsewhere."""
+def _comfyui(options: argparse.Namespace, graph: Graph) -> ComfyUIs | None:
+    """What is asked for, else one that is found when the workflow needs it."""
+    if options.server:
+        return ComfyUIs(servers=tuple(options.server))
+    folder = find_comfyui(options.comfyui) if options.comfyui is not None else None
+    if folder is None and not options.headless and options.executor == "local":
+        known = available_nodes()
+        if any(node.class_type not in known for node in graph.nodes.values()):
+            folder = find_comfyui()
+    if folder is None:
+        return None
+    note(f"Starting the ComfyUI in {folder} for each worker ...", "dim")
+    return ComfyUIs(folder=folder, models=options.models)
+
+
+def _input_folder(options: argparse.Namespace, comfyui: ComfyUIs | None) -> Path:
+    """--input-folder, else the current folder, or the folder that is mapped over when it lies elsewhere; for lines, which
+    name no files, that of the ComfyUI which is started."""
     if options.input_folder is not None:
         return Path(options.input_folder)
+    if comfyui is not None and comfyui.folder is not None and _is_list(options.over):
+        return comfyui.folder / "input"
     over = Path(options.over).expanduser().resolve()
     here = Path.cwd()
     if over.is_relative_to(here):
@@ -90,6 +115,12 @@ def _input_folder(options: argparse.Namespace) -> Path:
     if over.is_dir():
         return over
     return over.parent if over.suffix.lower() in (*PICTURES, *VIDEOS) else here
+
+
+def _is_list(over: str) -> bool:
+    return over == "-" or (
+        Path(over).suffix.lower() not in (*PICTURES, *VIDEOS) and not Path(over).expanduser().is_dir()
+    )
 
 
 def _source(options: argparse.Namespace, input_folder: Path) -> ItemSource:

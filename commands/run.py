@@ -89,5 +89,5 @@ def _run_in_comfyui(comfyui: Path, graph: Graph, options: argparse.Namespace, ob
         models=options.models,
     )
     with launched(comfyui, launch) as server:
-        report(run_on_server(server.url, graph, output, observer=observer, written_to=output))
+        report(run_on_server(server.url, graph, output, observer=observer, at_hand={"output": output}))
     return 0

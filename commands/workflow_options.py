@@ -108,9 +108,10 @@ def add_map(commands: Commands) -> None:
     mapped = commands.add_parser(
         "map",
         help="run a workflow once per picture, line or shot of a film, on all GPUs or a Ray cluster",
-        description="Runs a workflow in API format (nodes that need no ComfyUI) once per item. Items that are done are "
-        "skipped, so the same command goes on where it was stopped. Exit code 0 when every item has its result, 1 when "
-        "one has none, 2 when nothing could begin, 130 after Ctrl-C.",
+        description="Runs a workflow in API format once per item: without a ComfyUI when all its nodes exist here, else in "
+        "one for each GPU that is found and started for it. Items that are done are skipped, so the same command goes on "
+        "where it was stopped. Exit code 0 when every item has its result, 1 when one has none, 2 when nothing could begin, "
+        "130 after Ctrl-C.",
     )
     mapped.add_argument("workflow", type=Path, help="the JSON file")
     mapped.add_argument(
@@ -129,8 +130,19 @@ def add_map(commands: Commands) -> None:
     mapped.add_argument(
         "--shots", action="store_true", help="an item is a film; its shots are done apart and put together"
     )
+    where = mapped.add_mutually_exclusive_group()
+    where.add_argument(
+        "--server", metavar="URL", action="append", help="queue it on the ComfyUI at URL (may be repeated)"
+    )
+    where.add_argument("--comfyui", metavar="FOLDER", type=Path, help="start the ComfyUI in FOLDER for each worker")
+    where.add_argument("--headless", action="store_true", help="never start a ComfyUI; refuse what needs one")
     mapped.add_argument("--set", metavar="NODE.INPUT=VALUE", action="append", help="change a value (may be repeated)")
-    mapped.add_argument("--input-folder", type=Path, metavar="DIR", help="default: here, else the folder of the items")
+    mapped.add_argument(
+        "--input-folder",
+        type=Path,
+        metavar="DIR",
+        help="default: here, else the folder of the items; of a list in a ComfyUI that is started its own",
+    )
     mapped.add_argument(
         "-o", "--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output"
     )

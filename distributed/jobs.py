@@ -19,8 +19,8 @@ from .seeds import item_seed, seed_inputs
 
 NESTED = "HotpathMap"
 WITHOUT_COMFYUI = (
-    "Only nodes that need no ComfyUI can be run once per item: take those out, or queue the workflow once for each item "
-    "with `hotpath run --server URL --set NODE.INPUT=VALUE`."
+    "Run it with `hotpath map --comfyui FOLDER`, which starts a ComfyUI for each worker, or with `hotpath map --server URL` "
+    "on one that runs."
 )
 # Where the item goes when nobody says: inputs that take an uploaded file, by the kind of item.
 UPLOADS = {"picture": ("image_upload",), "video": ("video_upload",)}
@@ -36,7 +36,7 @@ class Job:
     """One run of the workflow. id: the same for the same workflow and item, in every process and on every machine.
 
     prompt: API JSON. hidden: the result is a part of something larger, and is kept aside until that is whole. files: what
-    its values name in the input folder.
+    its values name in the input folder. touched: ids of the nodes that it gives values of its own.
     """
 
     id: str
@@ -44,11 +44,19 @@ class Job:
     prompt: dict[str, Any] = field(repr=False)
     hidden: bool = False
     files: tuple[Path, ...] = ()
+    touched: tuple[str, ...] = ()
 
     def payload(self, staging: Path, attempt: int) -> dict[str, Any]:
         """What is sent to a worker: plain JSON, paths and no tensors."""
         reads = [str(path) for path in (self.item.file, *self.files) if path is not None]
-        return {"id": self.id, "attempt": attempt, "prompt": self.prompt, "staging": str(staging), "reads": reads}
+        return {
+            "id": self.id,
+            "attempt": attempt,
+            "prompt": self.prompt,
+            "staging": str(staging),
+            "reads": reads,
+            "touched": list(self.touched),
+        }
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class MapPlan:
 
     seeds: "item" gives every item its own seeds, made of the workflow's; "workflow" leaves the workflow's to all of them.
     input_folder: where constants of the workflow that name a file are looked up, to make their content part of the ids.
+    validates: whether `catalog` can check values; a ComfyUI does so itself.
     """
 
     def __init__(
@@ -76,12 +85,13 @@ class MapPlan:
         target: Target | None,
         input_folder: Path,
         seeds: str = "item",
+        validates: bool = True,
     ) -> None:
         if seeds not in ("item", "workflow"):
             raise BadMap(f"There are no seeds {seeds!r}; choose item or workflow.")
         present = migrate_prompt(graph.prompt())
         self.graph = Graph.parse(present)
-        self.catalog, self.target, self.input_folder = catalog, target, input_folder
+        self.catalog, self.target, self.input_folder, self.validates = catalog, target, input_folder, validates
         files = {
             f"{node.id}.{name}": file_fingerprint(path)
             for node in self.graph.nodes.values()
@@ -103,13 +113,16 @@ class MapPlan:
             raise WorkflowError(item.problem)
         graph = copy.deepcopy(self.graph)
         changed: dict[str, Any] = {}
+        touched: list[str] = []
         if item.value is not None:
             if self.target is None:
                 raise WorkflowError("the item has a value, and no input was named that it goes into: give --input.")
             changed[str(self.target)] = graph.nodes[self.target.node].inputs[self.target.input] = item.value
+            touched.append(self.target.node)
         for name, value in item.inputs.items():
             target = self._named(name)
             changed[str(target)] = graph.nodes[target.node].inputs[target.input] = value
+            touched.append(target.node)
         for node_id, name, least, most in self._seeds:
             # A seed that the item names is the item's own wish.
             if f"{node_id}.{name}" not in changed:
@@ -120,7 +133,8 @@ class MapPlan:
         named = {n: path for n, value in values.items() if (path := _named_file(self.input_folder, value)) is not None}
         contents = [{name: file_fingerprint(path) for name, path in named.items()}] if named else []
         key = content_key(self.key, item.content, values, *contents)
-        return Job(key, item, graph.prompt(), hidden=bool(item.group), files=tuple(dict.fromkeys(named.values())))
+        files = tuple(dict.fromkeys(named.values()))
+        return Job(key, item, graph.prompt(), bool(item.group), files, tuple(dict.fromkeys(touched)))
 
     def _named(self, name: str) -> Target:
         if name not in self._targets:
@@ -133,19 +147,20 @@ class MapPlan:
         What is wrong with this item alone is not raised: it fails by itself, and the others run.
         """
         try:
-            graph = Graph.parse(self.job(item).prompt)
+            job = self.job(item)
         except WorkflowError:
             if item.problem is None:
                 raise
             return
+        if not self.validates:
+            return
+        graph = Graph.parse(job.prompt)
         try:
             validate(graph, self.catalog)
         except NeedsComfyUI as needs:
             raise NeedsComfyUI(needs.missing, WITHOUT_COMFYUI) from None
         except InvalidWorkflow as wrong:
-            touched = {self.target.node} if self.target is not None and item.value is not None else set()
-            touched |= {self._named(name).node for name in item.inputs}
-            general = [problem for problem in wrong.problems if problem.node_id not in touched]
+            general = [problem for problem in wrong.problems if problem.node_id not in job.touched]
             if general:
                 raise InvalidWorkflow(general) from None
 
@@ -177,7 +192,8 @@ def find_target(graph: Graph, catalog: Mapping[str, type[Any]], name: str) -> Ta
 
 
 def guess_target(graph: Graph, catalog: Mapping[str, type[Any]], kind: str) -> Target:
-    """The one input that items of this kind must be meant for. Raises BadMap when there is none or more than one."""
+    """The one input that items of this kind must be meant for; of a positive and a negative prompt the positive. Raises
+    BadMap when there is none or more than one."""
     found: list[Target] = []
     for node in graph.nodes.values():
         if node.class_type not in catalog:
@@ -191,11 +207,19 @@ def guess_target(graph: Graph, catalog: Mapping[str, type[Any]], kind: str) -> T
                 fits = any(declaration.options.get(mark) for mark in UPLOADS[kind])
             if fits:
                 found.append(Target(node.id, name))
+    if len(found) > 1 and kind == "text":
+        found = [target for target in found if not _is_negative(graph, target.node)] or found
     if len(found) == 1:
         return found[0]
     listed = ", ".join(f"{t} ({graph.nodes[t.node].class_type})" for t in found)
     many = f"items could go into {listed}" if found else f"no input of the workflow takes a {kind}"
     raise BadMap(f"{many}: name one as NODE.INPUT, with --input or in target of Map Workflow.")
+
+
+def _is_negative(graph: Graph, node_id: str) -> bool:
+    """Whether all that comes of a node goes into inputs called negative."""
+    names = {name for node in graph.nodes.values() for name, link in node.links() if link.node == node_id}
+    return names == {"negative"}
 
 
 def _named_file(folder: Path, value: Any) -> Path | None:

@@ -20,6 +20,7 @@ from ..headless.catalog import available_nodes
 from ..headless.graph import Graph, WorkflowError
 from ..host.errors import is_full
 from . import ray_cluster
+from .comfyui_pool import ComfyUIPool, ComfyUIs, Setting, comfyui_pool
 from .devices import Devices, choose_devices, choose_threads
 from .film import Merged, ShotItems, film_node, merge_films, whole_film
 from .items import FolderItems, Item, ItemSource
@@ -81,7 +82,8 @@ class MapRequest:
     """graph: the workflow. source: the items, whose files lie in input_folder. target: NODE.INPUT that an item goes into;
     None finds the only input that fits. shots: the items are films, done shot by shot. models, kind_folders: as
     `HeadlessHost` takes them. cache_folder: where the token of a Ray cluster that is started here is kept. open_folders: where
-    whole paths in the workflow may lead, None for anywhere. keeps_workflows: as a host has it."""
+    whole paths in the workflow may lead, None for anywhere. keeps_workflows: as a host has it. comfyui: what runs the jobs, if
+    workers that need no ComfyUI shall not."""
 
     graph: Graph
     source: ItemSource
@@ -95,6 +97,7 @@ class MapRequest:
     options: MapOptions = field(default_factory=MapOptions)
     open_folders: tuple[Path, ...] | None = None
     keeps_workflows: bool = True
+    comfyui: ComfyUIs | None = None
 
 
 @dataclass
@@ -154,23 +157,38 @@ def run_map(
 
 
 def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callable[[], None]) -> MapOutcome:
-    catalog = available_nodes()
     options = request.options
     devices = choose_devices(options.gpus, options.workers)
     refuse_nested(request.graph)
-    target = _target(request, catalog)
-    plan = MapPlan(request.graph, catalog, target, request.input_folder, options.seeds)
-    films = film_node(request.graph, catalog, target) if request.shots and target is not None else None
-    first = next(iter(request.source), None)
-    if first is None:
-        raise BadMap(f"There is nothing to map over: {_nothing_in(request.source)}.")
-    plan.check(first)
-    output, source = request.output_folder.resolve(), request.source
-    if isinstance(source, FolderItems) and source.folder == output:
+    if request.comfyui is None:
+        return _mapped(request, devices, available_nodes(), None, observer, interrupted)
+    if options.executor != "local":
         raise BadMap(
-            f"Results would go into the folder that is mapped over, {output}, and the next run would take them for items: "
-            "choose another output folder."
+            "A cluster runs nodes that need no ComfyUI; name ComfyUIs on other machines with --server instead."
         )
+    _first(request)  # before anything is started for nothing
+    threads = choose_threads(options.threads) if options.threads or not devices.gpus else 0
+    work = ResultStore.manifest_path(request.output_folder).parent
+    setting = Setting(request.comfyui, devices, options.workers, threads, request.input_folder, work)
+    needed = frozenset(node.class_type for node in request.graph.nodes.values())
+    with comfyui_pool(setting, needed) as pool:
+        return _mapped(request, devices, pool.known_nodes(interrupted), pool, observer, interrupted)
+
+
+def _mapped(
+    request: MapRequest,
+    devices: Devices,
+    catalog: Mapping[str, type[Any]],
+    ready: ComfyUIPool | None,
+    observer: Observer | None,
+    interrupted: Callable[[], None],
+) -> MapOutcome:
+    """catalog: the nodes that the workers have. ready: the workers, unless they are to be made here."""
+    options, output, source = request.options, request.output_folder.resolve(), request.source
+    target = _target(request, catalog)
+    plan = MapPlan(request.graph, catalog, target, request.input_folder, options.seeds, validates=ready is None)
+    films = film_node(request.graph, catalog, target) if request.shots and target is not None else None
+    plan.check(_first(request))
     with Manifest.open(ResultStore.manifest_path(output), plan.key, options.restart) as manifest:
         store = ResultStore(output, manifest)
         if isinstance(source, FolderItems):
@@ -179,7 +197,7 @@ def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callab
             source = ShotItems(source, films, store.work, lambda film: whole_film(film, store) is not None)
         status = Status(source.count())
         outcome = MapOutcome(status, output, output / "results.jsonl", "nobody")
-        with _beacon(store.work) as beacon, _pool(request, devices, beacon, interrupted) as pool:
+        with _workers(request, devices, ready, store.work, interrupted) as pool:
             outcome.workers, outcome.slots = pool.name, pool.slots
             policy, retry = make_policy(options.policy), RetryPlan(options.retries)
             limit = options.minutes * 60 or None
@@ -209,6 +227,20 @@ def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callab
         failed = (item for item in manifest.items() if item.job is not None and item.job.error)
         outcome.failures = [f"{f.shown}: {f.job.error}" for f in itertools.islice(failed, SHOWN_FAILURES) if f.job]
     return outcome
+
+
+def _first(request: MapRequest) -> Item:
+    """The first item. Raises BadMap when there is none, or when the next run would take results for items."""
+    source, output = request.source, request.output_folder.resolve()
+    first = next(iter(source), None)
+    if first is None:
+        raise BadMap(f"There is nothing to map over: {_nothing_in(source)}.")
+    if isinstance(source, FolderItems) and source.folder == output:
+        raise BadMap(
+            f"Results would go into the folder that is mapped over, {output}, and the next run would take them for items: "
+            "choose another output folder."
+        )
+    return first
 
 
 def _nothing_in(source: ItemSource) -> str:
@@ -271,6 +303,18 @@ def _beacon(folder: Path) -> Iterator[Path]:
         yield path
     finally:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _workers(
+    request: MapRequest, devices: Devices, ready: ComfyUIPool | None, work: Path, interrupted: Callable[[], None]
+) -> Iterator[Pool]:
+    if ready is not None:
+        ready.clear()
+        yield ready
+        return
+    with _beacon(work) as beacon, _pool(request, devices, beacon, interrupted) as pool:
+        yield pool
 
 
 @contextmanager

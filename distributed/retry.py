@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ..host.errors import is_full, is_out_of_memory
+from ..host.system_errors import FULL
 
 MEMORY, CONNECTION, WORKER, ITEM, DISK = "memory", "connection", "worker", "item", "disk"
+WORKFLOW = "workflow"  # no item of it can run
 PASSING = frozenset({MEMORY, CONNECTION, WORKER, DISK})  # a disk of the worker, as others have their own
 PASSING_ERRNOS = frozenset(
     getattr(errno, name)
@@ -45,6 +47,18 @@ def failure_kind(error: BaseException) -> str:
             return CONNECTION
         if isinstance(cause, OSError) and cause.errno in PASSING_ERRNOS:
             return CONNECTION
+    return ITEM
+
+
+def told_kind(kind: str, reason: str) -> str:
+    """The same of an error that another process tells of, by the name of its Python type and what it said."""
+    said = RuntimeError(reason)
+    if kind.rpartition(".")[2] in ("MemoryError", "OutOfMemoryError") or is_out_of_memory(said):
+        return MEMORY
+    if BROKEN.search(reason):
+        return WORKER
+    if any(f"[Errno {number}]" in reason for number in FULL) or is_full(said):
+        return DISK
     return ITEM
 
 

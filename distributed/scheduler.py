@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from .jobs import Job
+from .jobs import BadMap, Job
 from .policy import Policy
 from .pool import Advanced, Died, Event, Finished, Pool, Ready
 from .results import CannotKeep
-from .retry import DISK, ITEM, MEMORY, WORKER, RetryPlan
+from .retry import DISK, ITEM, MEMORY, WORKER, WORKFLOW, RetryPlan
 from .second_opinions import SecondOpinions
 from .status import Observer, Status, Unobserved
 
@@ -114,8 +114,8 @@ class Scheduler:
         self.observer.changed(self.status)
 
     def run(self, jobs: Iterator[Job]) -> Status:
-        """Until every job has ended. Raises NoWorkers, DiskFull, or what `interrupted` raises; what is finished is
-        then kept."""
+        """Until every job has ended. Raises NoWorkers, DiskFull, BadMap when no item can run, or what `interrupted` raises;
+        what is finished is then kept."""
         exhausted = False
         try:
             # Inside, for the workers that did start when one cannot.
@@ -276,6 +276,8 @@ class Scheduler:
                 self._replace(to_blame)
             return
         kind, error = str(result["kind"]), str(result["error"])
+        if kind == WORKFLOW:
+            raise BadMap(error)
         # Asked before anything is removed, which would make room.
         if kind == DISK and self.store.full():
             # The item is not to blame, and the others would fare no better.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -156,7 +157,7 @@ class WorkflowWorker:
         unseen = next((path for path in payload.get("reads", ()) if not Path(path).is_file()), None)
         if unseen is not None:
             where = f"The worker on {socket.gethostname()} does not see {unseen}"
-            return self._failed(CONNECTION, f"{where}: it needs shared storage, at the same path.", started)
+            return failed(CONNECTION, f"{where}: it needs shared storage, at the same path.", started)
         staging = Path(payload["staging"])
         try:
             (staging / OUTPUT).mkdir(parents=True, exist_ok=True)
@@ -188,7 +189,7 @@ class WorkflowWorker:
                 said = f"The worker on {socket.gethostname()} has no room left on a disk: {said}"
             if kind == WORKER:
                 said = f"The GPU of the worker on {socket.gethostname()} computes nothing more for it: {said}"
-            return self._failed(kind, said, started)
+            return failed(kind, said, started)
         return {"status": "done", "texts": texts, "seconds": time.perf_counter() - started}
 
     def let_go(self) -> None:
@@ -201,9 +202,10 @@ class WorkflowWorker:
     def _is_output(self, node: Node) -> bool:
         return bool(getattr(self.executor.catalog[node.class_type], "OUTPUT_NODE", False))
 
-    @staticmethod
-    def _failed(kind: str, error: str, started: float) -> dict[str, Any]:
-        return {"status": "failed", "kind": kind, "error": error, "seconds": time.perf_counter() - started}
+
+def failed(kind: str, error: str, started: float) -> dict[str, Any]:
+    """The result of a job that came to nothing; `started` by time.perf_counter."""
+    return {"status": "failed", "kind": kind, "error": error, "seconds": time.perf_counter() - started}
 
 
 def keep_previews(folder: Path, previews: Sequence[Path]) -> None:
@@ -212,7 +214,7 @@ def keep_previews(folder: Path, previews: Sequence[Path]) -> None:
         return
     for path in previews:
         if path.is_file():
-            path.replace(folder / path.name)
+            shutil.move(path, folder / path.name)  # it may lie on another disk
 
 
 def answers(device: torch.device) -> bool:

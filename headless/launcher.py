@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,6 +37,7 @@ PACK_FOLDER = "comfyui-hotpath"
 LOG_TAIL = 25  # lines shown when it does not start
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.25
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
 
 
 class LaunchError(RuntimeError):
@@ -48,7 +50,7 @@ class LaunchOptions:
 
     isolated: leave out the custom nodes, models and files of that ComfyUI, and use only what is given here.
     models: a folder with one sub-folder per kind of model, searched first.
-    custom_nodes: more custom nodes beside this pack, as folders or .py files.
+    custom_nodes: more custom nodes beside this pack, as folders or .py files. unwanted: asked while it starts; True ends it.
     """
 
     input_folder: Path | None = None
@@ -59,6 +61,7 @@ class LaunchOptions:
     timeout: float = 300.0
     arguments: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    unwanted: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,14 @@ class RunningServer:
     process: subprocess.Popen[bytes]
     log: Path
     output_folder: Path
+    temp_folder: Path
 
     def log_tail(self) -> str:
         return _tail(self.log, LOG_TAIL)
+
+    def kill(self) -> None:
+        """End it and what it has started, at once."""
+        _kill(self.process, getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 @contextlib.contextmanager
@@ -87,7 +95,7 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
     work = Path(tempfile.mkdtemp(prefix="hotpath-comfyui-"))
     process: subprocess.Popen[bytes] | None = None
     try:
-        with _ended_by_signal() as waiting:
+        with ended_by_signal() as waiting:
             port = free_port()
             output = options.output_folder or work / "output"
             log = work / "comfyui.log"
@@ -112,8 +120,8 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
                     start_new_session=os.name != "nt",
                     creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
                 )
-            server = RunningServer(f"http://127.0.0.1:{port}", process, log, output)
-            _wait_until_ready(server, options.timeout)
+            server = RunningServer(f"http://127.0.0.1:{port}", process, log, output, work / "temp" / "temp")
+            _wait_until_ready(server, options)
             yield server
     finally:
         if process is not None:
@@ -203,11 +211,13 @@ def _has_accelerator(python: Path) -> bool:
     return answer.stdout.strip() != "False"
 
 
-def _wait_until_ready(server: RunningServer, timeout: float) -> None:
+def _wait_until_ready(server: RunningServer, options: LaunchOptions) -> None:
     # A proxy, which the environment may name for all of HTTP, does not know this machine's own ports.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + options.timeout
     while time.monotonic() < deadline:
+        if options.unwanted():
+            raise LaunchError("ComfyUI was stopped while it started.")
         if server.process.poll() is not None:
             raise LaunchError(
                 f"ComfyUI ended with code {server.process.returncode} while it started. The end of its log:\n"
@@ -220,11 +230,13 @@ def _wait_until_ready(server: RunningServer, timeout: float) -> None:
             if answer.status == 200:
                 return
         time.sleep(POLL_SECONDS)
-    raise LaunchError(f"ComfyUI did not answer within {timeout:.0f} s. The end of its log:\n{server.log_tail()}")
+    raise LaunchError(
+        f"ComfyUI did not answer within {options.timeout:.0f} s. The end of its log:\n{server.log_tail()}"
+    )
 
 
 def _tail(path: Path, lines: int) -> str:
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    text = COLOURS.sub("", path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else ""
     return "\n".join(f"    {line}" for line in text.splitlines()[-lines:]) or "    (it is empty)"
 
 
@@ -251,7 +263,7 @@ def _kill(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 @contextlib.contextmanager
-def _ended_by_signal() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+def ended_by_signal() -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
     """Turn SIGTERM and SIGHUP into SystemExit while inside, so that `finally` runs and nothing is left behind. What it gives
     is for what must not be broken off: the signal waits for its end."""
     if threading.current_thread() is not threading.main_thread():

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from .graph import Graph, Node
 from .outcome import NodeTime, Outcome, OutputFile, is_file_record
-from .server_answers import ServerError, ServerRefused, failure, plain_names, refusal
+from .server_answers import ServerError, ServerLost, ServerRefused, failure, plain_names, refusal
 from .server_files import ServerFiles
 
 CONNECT_SECONDS = 15.0
@@ -58,14 +58,14 @@ def run_on_server(
     output_folder: Path,
     input_folder: Path | None = None,
     observer: ServerObserver | None = None,
-    written_to: Path | None = None,
+    at_hand: Mapping[str, Path] | None = None,
 ) -> Outcome:
     """Run `graph` on the server and fetch what it made into `output_folder`.
 
-    Files that inputs name are uploaded from `input_folder` when they are there. written_to: the server's own output
-    folder when it is on this machine and is where results should stay. Raises ServerError or ServerStopped.
+    Files that inputs name are uploaded from `input_folder` when they are there. at_hand: as ServerFiles has it. Raises
+    ServerError or ServerStopped.
     """
-    run = ServerRun(server_url(url), graph, output_folder, input_folder, observer, written_to)
+    run = ServerRun(server_url(url), graph, output_folder, input_folder, observer, at_hand)
     return asyncio.run(run.execute())
 
 
@@ -79,10 +79,10 @@ class ServerRun:
         output_folder: Path,
         input_folder: Path | None,
         observer: ServerObserver | None,
-        written_to: Path | None,
+        at_hand: Mapping[str, Path] | None = None,
     ) -> None:
         self.url, self.graph, self.observer = url, graph, observer
-        self.output_folder, self.input_folder, self.written_to = output_folder, input_folder, written_to
+        self.output_folder, self.input_folder, self.at_hand = output_folder, input_folder, at_hand or {}
         self.prompt = graph.prompt()
         self.prompt_id = ""
         self.outcome = Outcome(f"ComfyUI at {url}")
@@ -90,6 +90,8 @@ class ServerRun:
         self.seen = 0
         self.heard = 0.0  # when the server last gave a sign of itself
         self.stop = asyncio.Event()
+        self._halted = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.queueing = asyncio.Lock()
         self.texts: dict[str, str] = {}
 
@@ -97,17 +99,27 @@ class ServerRun:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_SECONDS)
+        self._loop = asyncio.get_running_loop()
+        if self._halted:
+            self.stop.set()
         try:
             async with aiohttp.ClientSession(timeout=timeout) as session:
                 self.session = session
-                self.files = ServerFiles(session, self.url, self.output_folder, self.written_to)
+                self.files = ServerFiles(session, self.url, self.output_folder, self.at_hand)
                 with _stop_on_signal(self.stop):
                     return await self._execute()
         except (aiohttp.ClientError, asyncio.TimeoutError, ConnectionError) as error:
             reason = str(error) or type(error).__name__
-            raise ServerError(f"The ComfyUI at {self.url} does not answer: {reason}.") from error
+            raise ServerLost(f"The ComfyUI at {self.url} does not answer: {reason}.") from error
         except OSError as error:
             raise ServerError(f"A file cannot be read or written here: {error}.") from error
+
+    def halt(self) -> None:
+        """Stop the run as Ctrl-C does, from another thread; also one that has not begun."""
+        self._halted = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(self.stop.set)
 
     async def _execute(self) -> Outcome:
         if self.input_folder is not None:
@@ -175,7 +187,7 @@ class ServerRun:
             # ComfyUI runs the outputs that are right and drops the others; the person asked for all of them.
             if answer.get("prompt_id"):
                 await self._interrupt()
-            raise ServerRefused(refusal(answer, self.graph))
+            raise ServerRefused(refusal(answer, self.graph), answer.get("node_errors") or ())
 
     async def _post(self, client: str) -> dict[str, Any]:
         """What the server answers to the prompt; `prompt_id` is that of the queued one."""
@@ -246,7 +258,7 @@ class ServerRun:
                 self.observer.progress(node, float(data.get("value", 0)), float(data.get("max", 1)))
             case "execution_error":
                 self._end_current()
-                raise ServerError(failure(data, self.graph))
+                raise failure(data, self.graph)
             case "execution_interrupted":
                 raise ServerError("The run was interrupted on the server.")
         return False
@@ -288,7 +300,7 @@ class ServerRun:
         except asyncio.TimeoutError:
             return False  # it is there, and busy
         if entry is None:
-            raise ServerError(
+            raise ServerLost(
                 f"The ComfyUI at {self.url} does not know this run any more: it was started anew, its history was "
                 "cleared, or somebody took the run out of the queue. Run the workflow again."
             )
@@ -346,13 +358,13 @@ class ServerRun:
     async def _fetch(self) -> None:
         entry = await self._history()
         if entry is None:
-            raise ServerError(f"The ComfyUI at {self.url} has forgotten what this run gave; its files are still there.")
+            raise ServerLost(f"The ComfyUI at {self.url} has forgotten what this run gave; its files are still there.")
         shown: set[tuple[str, str]] = set()
         for node_id, output in (entry.get("outputs") or {}).items():
             node = self.graph.nodes.get(node_id, Node(node_id, "a node made while it ran", {}))
             for key, records in output.items():
                 for record in records if isinstance(records, list) else []:
-                    if is_file_record(record):
+                    if is_file_record(record) and record.get("type") != "input":  # what it was given is no result
                         path = await self.files.download(record)
                         self.outcome.files.append(OutputFile(node, path, record.get("type") == "temp"))
                     elif key == "text":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .graph import Graph, Node
@@ -15,7 +15,24 @@ class ServerError(RuntimeError):
 
 
 class ServerRefused(ServerError):
-    """Nothing was run: the address is none, or the server did not take the workflow."""
+    """Nothing was run: the address is none, or the server did not take the workflow. nodes: ids of those that it refused;
+    empty when it names none."""
+
+    def __init__(self, message: str, nodes: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.nodes = frozenset(nodes)
+
+
+class ServerLost(ServerError):
+    """The server does not answer, or no longer knows the run. Another attempt may go better."""
+
+
+class FailedOnServer(ServerError):
+    """A node raised an error; `kind` is its Python type there, `reason` what it said."""
+
+    def __init__(self, message: str, kind: str, reason: str) -> None:
+        super().__init__(message)
+        self.kind, self.reason = kind, reason
 
 
 def refusal(answer: Mapping[str, Any], graph: Graph) -> str:
@@ -53,7 +70,7 @@ def plain_names(answer: Mapping[str, Any], prompt: Mapping[str, Any]) -> bool:
     return found
 
 
-def failure(data: Mapping[str, Any], graph: Graph) -> str:
+def failure(data: Mapping[str, Any], graph: Graph) -> FailedOnServer:
     """What went wrong in which node, and the values that it was given."""
     node = _named(graph, str(data.get("node_id")), str(data.get("node_type")))
     message = str(data.get("exception_message", "")).strip() or str(data.get("exception_type"))
@@ -63,7 +80,8 @@ def failure(data: Mapping[str, Any], graph: Graph) -> str:
     }
     plain = {n: v for n, v in given.items() if isinstance(v, str | int | float | bool) and len(str(v)) <= SHOWN_VALUE}
     shown = ", ".join(f"{name}={value!r}" for name, value in plain.items())
-    return f"{node} failed on the server: {message}" + (f"\n  its inputs: {shown}" if shown else "")
+    told = f"{node} failed on the server: {message}" + (f"\n  its inputs: {shown}" if shown else "")
+    return FailedOnServer(told, str(data.get("exception_type", "")), message)
 
 
 def _named(graph: Graph, node_id: str, class_type: str) -> str:

@@ -23,12 +23,12 @@ TOO_LARGE = 413
 
 
 class ServerFiles:
-    """session: aiohttp's. written_to: the server's own output folder when it is on this machine and is where results
-    should stay."""
+    """session: aiohttp's. at_hand: the server's own folders that are on this machine, by kind ("output", "temp"); what
+    lies in them stays there and is not fetched."""
 
-    def __init__(self, session: Any, url: str, output_folder: Path, written_to: Path | None) -> None:
+    def __init__(self, session: Any, url: str, output_folder: Path, at_hand: Mapping[str, Path]) -> None:
         self.session, self.url = session, url
-        self.output_folder, self.written_to = output_folder, written_to
+        self.output_folder, self.at_hand = output_folder, at_hand
 
     async def upload_inputs(self, graph: Graph, prompt: dict[str, Any], folder: Path) -> None:
         """Upload the files in `folder` that inputs with an upload button name, and put their names on the server into
@@ -81,8 +81,8 @@ class ServerFiles:
             target = inside(root, f"{subfolder}/{name}" if subfolder else name)
         except ValueError as error:
             raise ServerError(f"The server names a result {subfolder}/{name}, which is refused: {error}") from None
-        if self.written_to is not None and kind == "output":
-            written = inside(self.written_to, f"{subfolder}/{name}" if subfolder else name)
+        if kind in self.at_hand:
+            written = inside(self.at_hand[kind], f"{subfolder}/{name}" if subfolder else name)
             if written.is_file():
                 return written
         params = {"filename": name, "subfolder": subfolder, "type": kind}

@@ -184,7 +184,7 @@ def test_the_folder_that_is_mapped_over_is_the_input_folder_where_it_lies_elsewh
         ("-", None, here),
         (there, here / "own", here / "own"),
     ):
-        assert map_command._input_folder(SimpleNamespace(over=str(over), input_folder=named)) == found
+        assert map_command._input_folder(SimpleNamespace(over=str(over), input_folder=named), None) == found
 
 
 def test_a_graph_that_needs_comfyui_says_how_to_get_one(place, capsys):

@@ -253,8 +253,7 @@ class TestCommand:
         (tmp_path / "w.json").write_text(json.dumps({**COPY, "9": {"class_type": "KSampler", "inputs": {}}}))
         assert self.run("--over", "in") == 2
         said = capsys.readouterr().err
-        assert "KSampler" in said and "take those out" in said
-        assert "--comfyui" not in said  # an option that this command does not have
+        assert "KSampler" in said and "hotpath map --server URL" in said
 
     def test_standard_input_and_values(self, tmp_path, monkeypatch):
         import io

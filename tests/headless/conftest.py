@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from stand_in_comfyui import StandIn
+from stand_in_comfyui import standing_in
 
 
 @pytest.fixture
 def stand_in():
-    server = StandIn()
-    thread = threading.Thread(target=server.serve, daemon=True)
-    thread.start()
-    assert server.ready.wait(60)
-    yield server
-    server.loop.call_soon_threadsafe(server.stop.set)
-    thread.join(10)
+    with standing_in() as server:
+        yield server
 
 
 @pytest.fixture

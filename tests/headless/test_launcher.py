@@ -57,7 +57,8 @@ def test_a_proxy_for_all_of_http_is_not_asked_about_this_machine(monkeypatch):
     threading.Thread(target=web.handle_request, daemon=True).start()
     process = SimpleNamespace(poll=lambda: None, returncode=None)
     launcher._wait_until_ready(
-        launcher.RunningServer(f"http://127.0.0.1:{web.server_port}", process, Path("none"), Path()), 1.0
+        launcher.RunningServer(f"http://127.0.0.1:{web.server_port}", process, Path("none"), Path(), Path()),
+        LaunchOptions(timeout=1.0),
     )
     web.server_close()
 
@@ -94,7 +95,7 @@ def test_a_run_that_is_ended_takes_its_comfyui_with_it(tmp_path):
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
 def test_a_signal_waits_until_a_process_that_begins_is_known():
     done = []
-    with pytest.raises(SystemExit) as ended, launcher._ended_by_signal() as waiting, waiting():
+    with pytest.raises(SystemExit) as ended, launcher.ended_by_signal() as waiting, waiting():
         os.kill(os.getpid(), signal.SIGTERM)
         done.append("begun")
     assert ended.value.code == 128 + signal.SIGTERM and done == ["begun"]

@@ -38,16 +38,18 @@ def test_a_prompt_longer_than_any_file_name_is_a_prompt(stand_in, inputs, tmp_pa
 
 
 def test_nothing_is_overwritten_and_previews_go_apart(stand_in, tmp_path):
-    stand_in.behaviour["records"] = [{"filename": "b.png", "type": "output"}, {"filename": "t.png", "type": "temp"}]
+    kinds = {"b.png": "output", "t.png": "temp", "given.png": "input"}
+    stand_in.behaviour["records"] = [{"filename": name, "type": kind} for name, kind in kinds.items()]
     for name in ("b.png", "b-2.png"):
         outcome = run_on_server(stand_in.url, Graph.parse(COPY), tmp_path)
         assert outcome.files[0].path == tmp_path / name
     assert outcome.files[1].temporary and outcome.files[1].path.parent == tmp_path / "preview"
+    assert len(outcome.files) == 2
 
 
 def test_results_that_are_on_this_machine_stay_where_they_are(stand_in, tmp_path):
     (tmp_path / "b.png").write_bytes(b"mine")
-    outcome = run_on_server(stand_in.url, Graph.parse(COPY), tmp_path, written_to=tmp_path)
+    outcome = run_on_server(stand_in.url, Graph.parse(COPY), tmp_path, at_hand={"output": tmp_path})
     assert outcome.files[0].path == tmp_path / "b.png" and (tmp_path / "b.png").read_bytes() == b"mine"
 
 
@@ -189,7 +191,9 @@ def test_refusals_in_other_shapes():
         {"error": {"message": "not found", "extra_info": {"node_id": "1"}}}, graph
     )
     assert "gave no reason" in refusal({}, graph)
-    assert failure({"node_id": "9", "node_type": "Made", "exception_type": "E"}, graph).startswith("Made (#9) failed")
+    assert str(failure({"node_id": "9", "node_type": "Made", "exception_type": "E"}, graph)).startswith(
+        "Made (#9) failed"
+    )
 
 
 def test_ctrl_c_interrupts_only_our_prompt(stand_in, tmp_path):

@@ -6,11 +6,23 @@ import asyncio
 import contextlib
 import json
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 COPY = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
     "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "copy"}},
+}
+DECLARED = {
+    "LoadImage": {
+        "input": {"required": {"image": [["x.png"], {"image_upload": True}], "text": ["STRING", {}]}},
+        "output": ["IMAGE", "MASK"],
+    },
+    "SaveImage": {
+        "input": {"required": {"images": ["IMAGE"], "filename_prefix": ["STRING", {}]}, "hidden": {"prompt": "PROMPT"}},
+        "output": [],
+        "output_node": True,
+    },
 }
 
 
@@ -42,10 +54,12 @@ class StandIn:
         app.router.add_get("/history/{id}", self.get_history)
         app.router.add_get("/view", self.view)
         app.router.add_get("/object_info/{name}", self.object_info)
+        app.router.add_get("/object_info", self.all_nodes)
+        app.router.add_get("/system_stats", self.system_stats)
         app.router.add_post("/upload/image", self.upload)
         app.router.add_get("/queue", self.get_queue)
         app.router.add_get("/api/jobs/{id}", self.get_job)
-        for name in ("interrupt", "queue"):
+        for name in ("interrupt", "queue", "free"):
             app.router.add_post(f"/{name}", self.control)
         runner = web.AppRunner(app)
         await runner.setup()
@@ -77,9 +91,14 @@ class StandIn:
         await self.send("executing", node=None)
 
     def keep(self) -> None:
+        if makes := self.behaviour.get("makes"):
+            makes()
         records = self.behaviour.get("records", [{"filename": "b.png", "subfolder": "", "type": "output"}])
-        self.history["p"] = {"outputs": {"2": {"images": records, "text": ["hello"]}}, "status": {"messages": []}}
+        self.history["p"] = {"outputs": {"2": {"images": records, "text": self.texts()}}, "status": {"messages": []}}
         self.queue = []
+
+    def texts(self) -> list[str]:
+        return self.behaviour.get("texts", ["hello"])
 
     async def send(self, kind: str, **data: Any) -> None:
         await self.socket.send_str(json.dumps({"type": kind, "data": {"prompt_id": "p", **data}}))
@@ -115,23 +134,25 @@ class StandIn:
         await self.send("execution_cached", nodes=["1"])
         await self.send("executing", node="2")
         await self.send("progress", node="2", value=1, max=4)
-        await self.socket.send_bytes((3).to_bytes(4, "big") + (1).to_bytes(4, "big") + b"2engine: tiny")
+        if self.texts():
+            await self.socket.send_bytes((3).to_bytes(4, "big") + (1).to_bytes(4, "big") + b"2engine: tiny")
         if self.behaviour.get("wait"):
             await self.interrupted.wait()
             await self.send("execution_interrupted", node_id="2")
             return
-        if error := self.behaviour.get("error"):
+        if error := self.behaviour.pop("error once", None) or self.behaviour.get("error"):
             await self.send("execution_error", node_id="2", node_type="SaveImage", **error)
             return
-        if self.behaviour.get("lose"):
-            if self.behaviour["lose"] == "everything":
+        lose = "everything" if self.behaviour.pop("forgets once", False) else self.behaviour.get("lose")
+        if lose:
+            if lose == "everything":
                 self.queue = []
             await self.socket.close()
-            if self.behaviour["lose"] in ("everything", "for a moment"):
+            if lose in ("everything", "for a moment"):
                 return
             await asyncio.sleep(0.2)
         self.keep()
-        if not self.behaviour.get("lose"):
+        if not lose:
             await self.send("executing", node=None)
 
     async def get_history(self, request: Any) -> Any:
@@ -167,8 +188,17 @@ class StandIn:
         from aiohttp import web
 
         name = request.match_info["name"]
-        inputs = {"image": [["x.png"], {"image_upload": True}], "text": ["STRING", {}]} if name == "LoadImage" else {}
-        return web.json_response({name: {"input": {"required": inputs}}})
+        return web.json_response({name: DECLARED.get(name, {})})
+
+    async def all_nodes(self, request: Any) -> Any:
+        from aiohttp import web
+
+        return web.json_response(DECLARED)
+
+    async def system_stats(self, request: Any) -> Any:
+        from aiohttp import web
+
+        return web.json_response({})
 
     async def upload(self, request: Any) -> Any:
         from aiohttp import web
@@ -187,6 +217,17 @@ class StandIn:
         self.interrupted.set()
         self.queue = []
         return web.Response()
+
+
+@contextlib.contextmanager
+def standing_in() -> Iterator[StandIn]:
+    server = StandIn()
+    thread = threading.Thread(target=server.serve, daemon=True)
+    thread.start()
+    assert server.ready.wait(60)
+    yield server
+    server.loop.call_soon_threadsafe(server.stop.set)
+    thread.join(10)
 
 
 class Watcher:
