@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import secrets
 import shutil
@@ -21,6 +22,8 @@ from ..headless.launcher import LaunchError, LaunchOptions, RunningServer, launc
 from ..headless.server import ServerStopped, server_url
 from ..headless.server_answers import ServerLost, ServerRefused
 from ..headless.server_nodes import ask, offered_nodes
+from ..host.own_comfyui import OwnComfyUI
+from ..host.whole_paths import FOLDERS
 from .comfyui_worker import ComfyUIWorker
 from .devices import VISIBLE, Devices
 from .jobs import BadMap
@@ -39,11 +42,13 @@ FOLDER = "comfyui"  # in the folder of the record: what the ComfyUIs write until
 @dataclass(frozen=True)
 class ComfyUIs:
     """Where the workers are: at the addresses `servers`, or started from the ComfyUI in `folder`, with `models` as a
-    further folder of models."""
+    further folder of models. like: they are as this one, in whose process this is. open_folders: as a host has it."""
 
     servers: tuple[str, ...] = ()
     folder: Path | None = None
     models: Path | None = None
+    like: OwnComfyUI | None = None
+    open_folders: tuple[Path, ...] | None = None
 
 
 class Place(Protocol):
@@ -315,18 +320,23 @@ def _places(setting: Setting, folder: Path) -> list[Place]:
         except ServerRefused as refused:
             raise BadMap(str(refused)) from None
         return [Address(urls[slot % len(urls)]) for slot in range(max(setting.workers, len(urls)))]
-    assert setting.where.folder is not None
+    where = setting.where
+    assert where.folder is not None
+    # Who may not have whole paths here may not have them there, which is reached from this machine alone.
+    limits = {} if where.open_folders is None else {FOLDERS: os.pathsep.join(map(str, where.open_folders))}
+    like = where.like.arguments if where.like is not None else ()
     places: list[Place] = []
     for slot, gpu in enumerate(setting.devices.per_worker()):
-        environment = {} if setting.devices.other else {VISIBLE: gpu or ""}
+        environment = limits if setting.devices.other else {**limits, VISIBLE: gpu or ""}
         if setting.threads:
-            environment["OMP_NUM_THREADS"] = str(setting.threads)
+            environment = {**environment, "OMP_NUM_THREADS": str(setting.threads)}
         options = LaunchOptions(
             input_folder=setting.input_folder.resolve() if setting.input_folder.is_dir() else None,
-            models=setting.where.models,
-            arguments=() if gpu or setting.devices.other else ("--cpu",),
+            models=where.models,
+            brings_pack=where.like is not None,
+            arguments=like if gpu or setting.devices.other else (*like, "--cpu"),
             environment=environment,
         )
         name = f"The ComfyUI on GPU {gpu}" if gpu else f"The ComfyUI of worker {slot + 1}"
-        places.append(Started(setting.where.folder, options, folder / str(slot), name))
+        places.append(Started(where.folder, options, folder / str(slot), name))
     return places

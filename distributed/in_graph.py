@@ -1,7 +1,7 @@
 """A map asked for from within a graph: names in the host's folders become a request, results become the node's outputs.
 
-A graph may come from anybody, so everything it names lies in the input or the output folder, only nodes that exist
-without ComfyUI run, and which cluster is spoken to is said by the server's environment and not by the graph.
+A graph may come from anybody, so everything it names lies in the input or the output folder, further ComfyUIs are as this one
+and get no further than it, and which cluster is spoken to is said by the server's environment and not by the graph.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 
 from .. import host
 from ..colorization.file_names import inside
+from ..headless.catalog import available_nodes
 from ..headless.graph import Graph, WorkflowError
+from .comfyui_pool import ComfyUIs
 from .items import PICTURES, VIDEOS, BadItems, FolderItems, ItemSource, JsonLinesItems, ListItems, OneFile
 from .jobs import BadMap
 from .mapping import MapOptions, MapOutcome, MapRequest, run_map
@@ -61,8 +63,10 @@ def map_in_graph(form: MapForm, node_id: str | None) -> tuple[list[str], str, st
     # A job in this process would make its own host current for everybody: ComfyUI's server goes on answering meanwhile.
     options = replace(form.options, in_process=here.name == "headless", cluster=cluster)
     (models, kinds), further = here.all_model_folders(), here.open_folders()
+    graph = _graph(form)
+    open_folders = None if further is None else (here.output_folder(), here.temp_folder(), *further)
     request = MapRequest(
-        _graph(form),
+        graph,
         _source(form),
         here.input_folder(),
         inside(here.output_folder(), form.name),
@@ -72,8 +76,9 @@ def map_in_graph(form: MapForm, node_id: str | None) -> tuple[list[str], str, st
         models,
         kinds,
         options,
-        None if further is None else (here.output_folder(), here.temp_folder(), *further),
+        open_folders,
         here.keeps_workflows(),
+        _comfyuis(graph, here, open_folders) if options.executor == "local" else None,
     )
     device = here.device()
     if form.free_memory and device.type != "cpu" and options.gpus != "none" and cluster.address is None:
@@ -114,6 +119,14 @@ def _source(form: MapForm) -> ItemSource:
             return OneFile(place, folder)
     suffixes = PICTURES if form.over == "pictures of a folder" else VIDEOS
     return FolderItems(place, folder, suffixes, form.recursive)
+
+
+def _comfyuis(graph: Graph, here: host.Host, open_folders: tuple[Path, ...] | None) -> ComfyUIs | None:
+    """ComfyUIs like this one, for a workflow that needs them."""
+    own, known = here.own_comfyui(), available_nodes()
+    if own is None or all(node.class_type in known for node in graph.nodes.values()):
+        return None
+    return ComfyUIs(folder=own.folder, like=own, open_folders=open_folders)
 
 
 def _results(outcome: MapOutcome) -> Iterator[str]:

@@ -50,7 +50,8 @@ class LaunchOptions:
 
     isolated: leave out the custom nodes, models and files of that ComfyUI, and use only what is given here.
     models: a folder with one sub-folder per kind of model, searched first.
-    custom_nodes: more custom nodes beside this pack, as folders or .py files. unwanted: asked while it starts; True ends it.
+    custom_nodes: more custom nodes beside this pack, as folders or .py files. brings_pack: it has this pack among its own,
+    also where that is not seen from its folder. unwanted: asked while it starts; True ends it.
     """
 
     input_folder: Path | None = None
@@ -58,6 +59,7 @@ class LaunchOptions:
     models: Path | None = None
     custom_nodes: Sequence[Path] = ()
     isolated: bool = False
+    brings_pack: bool = False
     timeout: float = 300.0
     arguments: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
@@ -154,7 +156,7 @@ def _arguments(comfyui: Path, options: LaunchOptions, work: Path, port: int, out
         (base / "custom_nodes").mkdir(parents=True)
         (base / "models").mkdir()
         arguments += ["--base-directory", str(base), "--disable-api-nodes"]
-    if options.isolated or not carries_pack(comfyui):
+    if options.isolated or not (options.brings_pack or carries_pack(comfyui)):
         link(PACK, work / "custom_nodes" / PACK_FOLDER)
     for extra in options.custom_nodes:
         link(extra.resolve(), work / "custom_nodes" / extra.name)

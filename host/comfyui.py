@@ -21,6 +21,7 @@ from . import cgroup_memory, model_paths, node_warnings, whole_paths
 from .downloads import is_loopback
 from .interruption import let_layers_ask
 from .letters import readable
+from .own_comfyui import OwnComfyUI, for_another
 
 log = logging.getLogger("hotpath.nodes")
 
@@ -205,6 +206,12 @@ class ComfyUIHost:
         from comfy.cli_args import args
 
         return not args.disable_metadata
+
+    def own_comfyui(self) -> OwnComfyUI | None:
+        import folder_paths
+
+        folder = Path(folder_paths.__file__).resolve().parent
+        return OwnComfyUI(folder, tuple(for_another(sys.argv[1:])))
 
     def device(self) -> torch.device:
         import comfy.model_management as management

@@ -140,6 +140,9 @@ class HeadlessHost:
     def keeps_workflows(self) -> bool:
         return True
 
+    def own_comfyui(self) -> None:
+        return None
+
     def device(self) -> torch.device:
         return self._device
 

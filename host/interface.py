@@ -11,6 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from .own_comfyui import OwnComfyUI
+
 if TYPE_CHECKING:  # torch is seconds to load, and much of the command line needs none
     import torch
     from torch import nn
@@ -91,6 +93,9 @@ class Host(Protocol):
 
     def keeps_workflows(self) -> bool:
         """Whether files that are made may hold the workflow they were made with."""
+
+    def own_comfyui(self) -> OwnComfyUI | None:
+        """The ComfyUI that runs in this process, for others like it to be started; None where there is none."""
 
     # devices and memory
     def device(self) -> torch.device:

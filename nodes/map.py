@@ -26,8 +26,8 @@ class HotpathMap:
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Runs a workflow in API format once per picture of a folder, line of a list, or shot of a film, on all GPUs of "
-        "this machine or of a Ray cluster. What is done is kept: after an interrupt or a crash the same node goes on. The "
-        "workflow may use the nodes that need no ComfyUI model."
+        "this machine or of a Ray cluster. What is done is kept: after an interrupt or a crash the same node goes on. For "
+        "a workflow with nodes of ComfyUI or other packs, a ComfyUI like this one is started on every GPU."
     )
     SEARCH_ALIASES = ["map", "batch", "for each", "multi gpu", "distributed", "ray", "queue", "folder"]
     RETURN_TYPES = ("STRING", "STRING", "STRING")
@@ -86,7 +86,8 @@ class HotpathMap:
                     {
                         "default": "local",
                         "tooltip": "local: processes of this machine. ray: actors, of the cluster in HOTPATH_RAY_ADDRESS "
-                        "where the server sets that, else of this machine. The results are the same.",
+                        "where the server sets that, else of this machine, for nodes that need no ComfyUI model. The results "
+                        "are the same.",
                     },
                 ),
                 "workers": (

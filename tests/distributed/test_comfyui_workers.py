@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from hotpath.commands import map as command
 from hotpath.distributed import comfyui_pool, mapping
-from hotpath.distributed.comfyui_pool import ComfyUIs, Started
+from hotpath.distributed.comfyui_pool import ComfyUIs, Setting, Started
 from hotpath.distributed.comfyui_worker import AGAIN, ComfyUIWorker
+from hotpath.distributed.devices import VISIBLE, Devices
+from hotpath.distributed.in_graph import INLINE
 from hotpath.distributed.items import ListItems
 from hotpath.distributed.jobs import BadMap, Target, guess_target
 from hotpath.distributed.mapping import run_map
@@ -21,8 +23,11 @@ from hotpath.distributed.retry import DISK, ITEM, MEMORY, WORKER, RetryPlan, tol
 from hotpath.headless import server
 from hotpath.headless.graph import Graph
 from hotpath.headless.launcher import free_port
+from hotpath.headless.server import run_on_server
 from hotpath.headless.server_answers import ServerLost
 from hotpath.headless.server_nodes import offered_nodes
+from hotpath.host.own_comfyui import OwnComfyUI, for_another
+from hotpath.host.whole_paths import FOLDERS
 from map_workflows import COPY, listed, made
 from stand_in_comfyui import standing_in
 
@@ -266,6 +271,44 @@ def test_a_comfyui_is_started_when_the_workflow_needs_one(monkeypatch, tmp_path)
     # Lines name no files of their own: what the workflow names lies where it was made.
     assert command._input_folder(options(), there) == Path("elsewhere/input")
     assert command._input_folder(options(over=tmp_path), there) == tmp_path
+
+
+def test_others_like_this_one_are_started_with_its_folders_and_limits(tmp_path):
+    given = "--listen 0.0.0.0 --port=80 --base-directory B --lowvram --user-directory U --extra-model-paths-config a b --fast"
+    kept = "--base-directory B --lowvram --extra-model-paths-config a b --fast"
+    assert " ".join(for_another(given.split())) == kept
+    like = OwnComfyUI(tmp_path, ("--lowvram",))
+    for open_folders, limit in ((None, {}), ((), {FOLDERS: ""}), ((tmp_path,), {FOLDERS: str(tmp_path)})):
+        where = ComfyUIs(folder=tmp_path, like=like, open_folders=open_folders)
+        one, other = comfyui_pool._places(
+            Setting(where, Devices(("0", "3"), (0, 3), 2), 0, 0, tmp_path, tmp_path), tmp_path
+        )
+        assert one.options.environment == {**limit, VISIBLE: "0"} and other.options.environment[VISIBLE] == "3"
+        assert one.options.arguments == ("--lowvram",) and one.options.brings_pack
+    (alone,) = comfyui_pool._places(
+        Setting(ComfyUIs(folder=tmp_path), Devices((), (), 1), 1, 4, tmp_path, tmp_path), tmp_path
+    )
+    assert alone.options.arguments == ("--cpu",) and alone.options.environment["OMP_NUM_THREADS"] == "4"
+
+
+@pytest.mark.comfy
+@pytest.mark.long
+@pytest.mark.xdist_group("demo_comfyui")
+def test_a_graph_maps_nodes_of_comfyui(demo_comfyui, tmp_path):
+    workflow = {
+        "1": {"class_type": "PrimitiveStringMultiline", "inputs": {"value": ""}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+    values = {"workflow": INLINE, "workflow_text": json.dumps(workflow), "target": "1.value", "over": "lines"}
+    graph = {
+        "1": {
+            "class_type": "HotpathMap",
+            "inputs": {**values, "items": "one\ntwo", "folder": "of_comfyui", "gpus": "none"},
+        },
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+    outcome = run_on_server(demo_comfyui.url, Graph.parse(graph), tmp_path)
+    assert [text for node, text in outcome.texts if node.id == "2"] == ["one", "two"]
 
 
 @pytest.mark.comfy
