@@ -82,6 +82,7 @@ def _request(options: argparse.Namespace, graph: Graph, here: HeadlessHost) -> M
             restart=options.restart,
             minutes=options.minutes,
             cluster=cluster,
+            repeat=options.repeat,
         ),
     )
 

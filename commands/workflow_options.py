@@ -163,5 +163,8 @@ def add_map(commands: Commands) -> None:
     mapped.add_argument(
         "--seeds", choices=("item", "workflow"), default="item", help="own seeds for every item, or one"
     )
+    mapped.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="run every item N times, each time with other seeds"
+    )
     mapped.add_argument("-q", "--quiet", action="store_true", help="no progress line")
     add_models_folder(mapped)

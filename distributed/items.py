@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -257,6 +257,25 @@ class OneFile:
 
     def count(self) -> int:
         return 1
+
+
+class Repeated:
+    """Every item of a source several times in a row, for seeds of its own each time. The first time it is as it was, so that
+    its result of an earlier run without repeats is the same one."""
+
+    def __init__(self, source: ItemSource, times: int) -> None:
+        self.source, self.times, self.kind = source, times, source.kind
+
+    def __iter__(self) -> Iterator[Item]:
+        for item in self.source:
+            yield item
+            for number in range(2, self.times + 1):
+                content = digest(f"{item.content}/{number}".encode())
+                yield replace(item, label=f"{item.label}-v{number}", content=content)
+
+    def count(self) -> int | None:
+        once = self.source.count()
+        return None if once is None else once * self.times
 
 
 def _unreadable(what: str, error: OSError) -> BadItems:

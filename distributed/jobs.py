@@ -107,6 +107,11 @@ class MapPlan:
         self._seeds = list(seed_inputs(self.graph, catalog)) if seeds == "item" else []
         self._targets: dict[str, Target] = {}
 
+    @property
+    def draws_seeds(self) -> bool:
+        """Whether items have seeds of their own."""
+        return bool(self._seeds)
+
     def job(self, item: Item) -> Job:
         """The job of an item. Raises WorkflowError when the item sets an input that the workflow does not have."""
         if item.problem is not None:

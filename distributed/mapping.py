@@ -23,7 +23,7 @@ from . import ray_cluster
 from .comfyui_pool import ComfyUIPool, ComfyUIs, Setting, comfyui_pool
 from .devices import Devices, choose_devices, choose_threads
 from .film import Merged, ShotItems, film_node, merge_films, whole_film
-from .items import FolderItems, Item, ItemSource
+from .items import FolderItems, Item, ItemSource, Repeated
 from .jobs import BadMap, Job, MapPlan, Target, find_target, guess_target, refuse_nested
 from .local_pool import LocalPool
 from .manifest import Manifest
@@ -50,7 +50,8 @@ class MapOptions:
     workers: 0 is one per GPU, or one on the CPU. gpus: all, none, or numbers by commas. retries: further attempts after
     an error that can pass. seeds: item gives each item its own, workflow leaves the workflow's. threads: of torch on the
     CPU per worker, 0 chooses. minutes: that an attempt may take until its worker is replaced, 0 for any time. in_process:
-    whether a single local worker may be this process itself, which cannot be replaced.
+    whether a single local worker may be this process itself, which cannot be replaced. repeat: how often each item is run,
+    every time with other seeds.
     """
 
     executor: str = "local"
@@ -65,6 +66,7 @@ class MapOptions:
     minutes: float = 0.0
     in_process: bool = True
     cluster: ClusterOptions = field(default_factory=ClusterOptions)
+    repeat: int = 1
 
     def __post_init__(self) -> None:
         if self.executor not in EXECUTORS:
@@ -73,6 +75,8 @@ class MapOptions:
             raise BadMap(f"There is no policy {self.policy!r}; choose one of {', '.join(POLICIES)}.")
         if self.retries < 0:
             raise BadMap("The number of retries must be 0 or more.")
+        if self.repeat < 1:
+            raise BadMap("The number of times that an item is run must be 1 or more.")
         if not 0 <= self.minutes < math.inf:
             raise BadMap("The minutes of an attempt must be 0, for any time, or more.")
 
@@ -189,10 +193,15 @@ def _mapped(
     plan = MapPlan(request.graph, catalog, target, request.input_folder, options.seeds, validates=ready is None)
     films = film_node(request.graph, catalog, target) if request.shots and target is not None else None
     plan.check(_first(request))
+    if options.repeat > 1 and (films is not None or not plan.draws_seeds):
+        why = "shots of a film have one result" if films is not None else "no seed in it differs from item to item"
+        raise BadMap(f"The workflow would give the same {options.repeat} times: {why}.")
     with Manifest.open(ResultStore.manifest_path(output), plan.key, options.restart) as manifest:
         store = ResultStore(output, manifest)
         if isinstance(source, FolderItems):
             source = source.knowing(manifest)
+        if options.repeat > 1:
+            source = Repeated(source, options.repeat)
         if films is not None:
             source = ShotItems(source, films, store.work, lambda film: whole_film(film, store) is not None)
         status = Status(source.count())

@@ -138,6 +138,15 @@ class HotpathMap:
                         "tooltip": "An attempt that takes longer is ended and counts as a worker that died. 0: never.",
                     },
                 ),
+                "repeat": (
+                    "INT",
+                    {
+                        "default": 1,
+                        "min": 1,
+                        "max": 10000,
+                        "tooltip": "How often every item is run, each time with other seeds.",
+                    },
+                ),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }

@@ -69,6 +69,14 @@ def test_every_picture_goes_through_the_queue(stand_in, pictures, at):
     assert again.status.skipped == 5 and len([name for name, _ in stand_in.posted if name == "prompt"]) == 5
 
 
+def test_every_repeat_has_seeds_of_its_own(stand_in, pictures, at):
+    seeded = json.loads(json.dumps(COPY))
+    seeded["1"]["inputs"]["seed"] = 5
+    outcome = run_map(at(pictures, stand_in.url, graph=seeded, repeat=2))
+    assert list(made(outcome.folder))[:3] == ["p0-v2.png", "p0.png", "p1-v2.png"] and outcome.status.total == 10
+    assert len({body["prompt"]["1"]["inputs"]["seed"] for name, body in stand_in.posted if name == "prompt"}) == 10
+
+
 def test_pictures_that_are_only_shown_are_the_result_when_nothing_else_is(stand_in, pictures, at):
     stand_in.behaviour.update(records=SHOWN, texts=[])
     outcome = run_map(at(pictures, stand_in.url))

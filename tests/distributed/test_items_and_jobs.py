@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hotpath.distributed.items import BadItems, FolderItems, Item, JsonLinesItems, ListItems, open_items, text_item
+from hotpath.distributed.items import (
+    BadItems,
+    FolderItems,
+    Item,
+    JsonLinesItems,
+    ListItems,
+    Repeated,
+    open_items,
+    text_item,
+)
 from hotpath.distributed.jobs import BadMap, MapPlan, Target, find_target, guess_target, refuse_nested
 from hotpath.distributed.mapping import run_map
 from hotpath.distributed.seeds import item_seed
@@ -302,3 +311,18 @@ def test_a_worker_that_does_not_see_the_folders_says_so(tmp_path):
     missing = str(tmp_path / "not shared")
     with pytest.raises(NotShared, match=r"does not see .*not shared\. Workers of other machines need"):
         WorkflowWorker(WorkerSettings(str(tmp_path), sees=[str(tmp_path), missing]))
+
+
+def test_items_that_are_repeated_have_names_and_contents_of_their_own():
+    once, again = list(ListItems("a\nb")), list(Repeated(ListItems("a\nb"), 3))
+    assert again[0] == once[0] and again[3] == once[1], "the result of a run without repeats is one of them"
+    assert [item.label for item in again[:3]] == [once[0].label, f"{once[0].label}-v2", f"{once[0].label}-v3"]
+    assert len({item.content for item in again}) == 6 and {item.value for item in again} == {"a", "b"}
+    assert Repeated(ListItems("a\nb"), 3).count() == 6
+
+
+def test_what_would_give_the_same_is_not_repeated(pictures, request_for):
+    with pytest.raises(BadMap, match="the same 3 times: no seed in it differs"):
+        run_map(request_for(pictures, repeat=3))
+    with pytest.raises(BadMap, match="1 or more"):
+        request_for(pictures, repeat=0)

@@ -15,7 +15,10 @@ COPY = {
 }
 DECLARED = {
     "LoadImage": {
-        "input": {"required": {"image": [["x.png"], {"image_upload": True}], "text": ["STRING", {}]}},
+        "input": {
+            "required": {"image": [["x.png"], {"image_upload": True}], "text": ["STRING", {}]},
+            "optional": {"seed": ["INT", {}]},
+        },
         "output": ["IMAGE", "MASK"],
     },
     "SaveImage": {
