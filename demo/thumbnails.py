@@ -166,6 +166,16 @@ def comparison() -> Image.Image:
     return beside(*modes).resize((SIDE, SIDE))
 
 
+def chart() -> Image.Image:
+    """Steps after one that compiles, and what was asked for."""
+    drawn = Image.open(help_pictures.PICTURES / "profile_report.jpg")
+    steps = drawn.crop((30, 210, 630, 504))
+    return tiles(
+        ImageOps.pad(steps, (SIDE, SIDE // 2), color="white"),
+        text("Speed Profile", "balanced: the same\npictures, faster"),
+    )
+
+
 def prompt_and_report() -> Image.Image:
     """A checkpoint of random weights draws noise, so this shows what is asked and what is told."""
     said = "text encoder: from the cache\ntransformer: compiled once,\nfor every prompt and size\nVAE: whole picture"
@@ -186,6 +196,7 @@ THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
     "colorize_video_file": strip_of_film,
     "faces_crop_and_paste": lambda: tiles(photo(), crop()),
     "faces_find_and_match": lambda: tiles(marked()),
+    "faster_sampling": chart,
     "find_boxes": boxes,
     "identity_from_photo": lambda: tiles(photo(), key_points(), tokens()),
     "instantid_basic": lambda: tiles(sampled("instantid_basic")),

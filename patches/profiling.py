@@ -352,7 +352,9 @@ def _timed_class(kind: type, methods: tuple[tuple[str, str], ...]) -> type:
 
         @functools.wraps(original)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with self.hotpath_profile.stage(stage, self.patcher.load_device):
+            # Packs bring text encoders and VAEs that nobody moves; the host's clock alone times them.
+            patcher = getattr(self, "patcher", None)
+            with self.hotpath_profile.stage(stage, getattr(patcher, "load_device", None)):
                 return original(self, *args, **kwargs)
 
         return method
@@ -394,6 +396,7 @@ def profile(model: Any, clip: Any = None, vae: Any = None) -> tuple[Any, Any, An
         made.remove_wrappers_with_key(kind, KEY)
         made.add_wrapper_with_key(kind, KEY, wrapper)
     session.watch(made)
-    timed_clip = timed_copy(clip.clone(), session, CLIP_METHODS) if clip is not None else None
+    if clip is not None:
+        clip = timed_copy(clip.clone() if hasattr(clip, "clone") else clip, session, CLIP_METHODS)
     timed_vae = timed_copy(vae, session, VAE_METHODS) if vae is not None else None
-    return made, timed_clip, timed_vae, session
+    return made, clip, timed_vae, session

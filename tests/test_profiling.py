@@ -182,6 +182,17 @@ def test_a_stopped_run_is_reported_too() -> None:
     assert stages(session.take()).count(STEP) == 2
 
 
+def test_a_text_encoder_that_nobody_moves_is_timed_too() -> None:
+    class Plain:
+        def encode_from_tokens_scheduled(self, tokens: Any) -> str:
+            return f"encoded {tokens}"
+
+    _, clip, _, session = profile(tiny("least_sdxl").model, Plain())
+    assert clip.encode_from_tokens_scheduled("a") == "encoded a"
+    assert [row.stage for row in session.take().rows] == [ENCODE]
+
+
+
 def test_what_fails_is_timed_and_still_fails() -> None:
     session = ProfileSession()
     vae = timed_copy(timed_copy(Decoder(), session, VAE_METHODS), session, VAE_METHODS)
