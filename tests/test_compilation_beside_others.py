@@ -226,6 +226,12 @@ def test_compiling_twice_and_after_comfyui_compiles_once() -> None:
     again, _ = compile_model(model, backend="eager")
     assert len(again.get_wrappers(WrappersMP.APPLY_MODEL, "hotpath_compile")) == 1
     assert_same_picture(sample(bench, again), sample(bench))
+    after, theirs = again.clone(), []
+    set_torch_compile_wrapper(after, backend=lambda graph, _: theirs.append(graph) or graph)
+    assert_same_picture(sample(bench, after), sample(bench))
+    assert not theirs and "TorchCompileModel came after" in compiler_of(after).report()
+    sample(bench, again)
+    assert "came after" not in compiler_of(again).report()
 
 
 def test_a_block_sees_only_what_concerns_it() -> None:

@@ -123,11 +123,12 @@ def test_python_of_other_packs_is_not_frozen() -> None:
         calls.append(1)
         return executor(*args, **kwargs)
 
+    # A step cache, say, whose node comes after ours: around the recording all the same.
     wrapped = model.clone()
     wrapped.add_wrapper_with_key("diffusion_model", "foreign", wrapper)
     assert_same_picture(sample(bench, wrapped, steps=3), sample(bench, steps=3))
     assert len(calls) == 3
-    assert "wraps the model's forward" in recorder.reason
+    assert recorder.recorded == 1 and recorder.replayed == 3 and recorder.reason is None
     patched = model.clone()
     patched.model_options["transformer_options"]["patches"] = {"post_input": [lambda arguments: arguments]}
     sample(bench, patched)
@@ -137,7 +138,7 @@ def test_python_of_other_packs_is_not_frozen() -> None:
         "dit": {("double_block", 0): lambda arguments, extra: extra["original_block"](arguments)}
     }
     sample(bench, replaced)
-    assert "dit is replaced by" in recorder.reason
+    assert f"dit is replaced by {__name__}." in recorder.reason
     hooked = bench.model.model.diffusion_model.final_layer.linear
     handle = hooked.register_forward_hook(lambda module, inputs, output: output)
     try:
@@ -145,9 +146,9 @@ def test_python_of_other_packs_is_not_frozen() -> None:
         assert "hooked a Linear" in recorder.reason
     finally:
         handle.remove()
-    assert recorder.recorded == 0
+    assert recorder.recorded == 1
     sample(bench, model)
-    assert recorder.recorded == 1 and recorder.reason is None
+    assert recorder.recorded == 2 and recorder.reason is None
 
 
 def test_a_recording_that_fails_leaves_the_call_as_it_is() -> None:

@@ -171,3 +171,28 @@ def test_the_nodes_compile_and_warm_up() -> None:
     prompt = bench.text("warm", 20)
     same, report = nodes["HotpathWarmup"]().warm_up(bench.model, "64x64", 2, prompt, prompt, cfg=1.0)
     assert same is bench.model and "64x64: " in report
+
+
+@pytest.mark.comfy
+def test_calls_that_a_cache_leaves_out_are_recorded_by_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of steps spares most of a short sampling, and the first picture would find nothing recorded."""
+    from hotpath.patches.compilation import CompileSettings, recording
+
+    class Replay:
+        def __init__(self, function: Any) -> None:
+            self.replay = function
+
+    bench = tiny("flux")
+    steps: list[Any] = []
+
+    def every_other(executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        steps.append(None)
+        return executor(x, *args, **kwargs) if len(steps) % 2 else x
+
+    cached = bench.model.clone()
+    cached.add_wrapper_with_key("predict_noise", "cache", every_other)
+    model, _ = compile_model(cached, CompileSettings(mode="reduce-overhead"), backend="eager")
+    compiler = compiler_of(model)
+    recording.record_calls(model, compiler, record=Replay)
+    done, _ = warm_up(model, [(64, 64)], positive=bench.text("a", 8))
+    assert done[0].recordings == 1 and not compiler.recorder.on_the_way

@@ -74,7 +74,8 @@ def options_read_by(module: nn.Module) -> frozenset[str]:
     return found
 
 
-def _origin(patch: Any) -> str:
+def origin(patch: Any) -> str:
+    """Where a patch comes from, for a report."""
     made_of = patch if inspect.isfunction(patch) or inspect.isclass(patch) else type(patch)
     return f"{getattr(made_of, '__module__', '?')}.{getattr(made_of, '__qualname__', type(patch).__name__)}"
 
@@ -94,7 +95,7 @@ def check_override(override: Callable[..., Any]) -> None:
     """Raises NotTraceable for an attention override that is neither ComfyUI's nor ours, or that has another pack's inside."""
     home = getattr(override, "__module__", None) or type(override).__module__
     if not home.startswith(("comfy.", "comfy_extras.", OWN)):
-        raise NotTraceable(f"attention is overridden by {_origin(override)}")
+        raise NotTraceable(f"attention is overridden by {origin(override)}")
     # Ours calls what was there before it; ComfyUI's is made around any function that a node has given it.
     inside = [getattr(override, "below", None)]
     if home == "comfy.model_patcher":
@@ -152,7 +153,7 @@ def block_options(options: dict[str, Any], read: frozenset[str]) -> dict[str, An
     made = {key: options[key] for key in read if key in options}
     for name, patches in (options.get("patches") or {}).items():
         if patches and (name in INSIDE or name in read):
-            raise NotTraceable(f"{name} of {_origin(patches[0])} acts inside the block")
+            raise NotTraceable(f"{name} of {origin(patches[0])} acts inside the block")
     if OVERRIDE in options:
         check_override(options[OVERRIDE])
         made[OVERRIDE] = options[OVERRIDE]
@@ -170,7 +171,7 @@ def block_options(options: dict[str, Any], read: frozenset[str]) -> dict[str, An
         if patch is None:
             continue
         if not is_traceable(patch):
-            raise NotTraceable(f"{name} is replaced by {_origin(patch)}")
+            raise NotTraceable(f"{name} is replaced by {origin(patch)}")
         mine[name] = {PLACE: patch}
     if mine:
         made |= {"block": BLOCK, "block_index": 0, "patches_replace": mine}

@@ -5,7 +5,8 @@ A recording launches them all at once. It reads its inputs from buffers of its o
 and its output is copied out, so that no later step overwrites what a sampler still holds.
 
 A recording repeats kernels and not Python, so it is made only where all Python inside the call is known: the model's own
-code, our patches, and nothing of another pack. Where that is not so, the call runs unrecorded and the report says why.
+code, our patches, and nothing of another pack. Where that is not so, the call runs unrecorded and the report says why. Other
+packs' wrappers run around it.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from .call_arguments import Flat, copies, flatten, fresh, rebuild
 from .options import (
     CALL,
     OVERRIDE,
-    OWN,
     NotTraceable,
     attention_that_traces,
     check_override,
     is_traceable,
     options_read_by,
+    origin,
 )
 from .settings import CompilationRefused
+from .wrapping import others_first
 
 if TYPE_CHECKING:
     from .regional import RegionalCompiler, _Plan
@@ -44,9 +46,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("hotpath.compile")
 
 KEY = "hotpath_compile"
-WARM_CALLS = (
-    2  # of a kind before it is recorded: the first compiles, the second finds every kernel and workspace in place
-)
+# Of a kind before it is recorded: the first compiles, the second finds every kernel and workspace in place.
+WARM_CALLS = 2
 FEW_REPLAYS = 4  # a recording that serves no more than that before it has to go was not worth making
 WASTED = 3  # such recordings in a row, and no more are made of that model
 MOST_REASONS = 64
@@ -177,6 +178,11 @@ class CallRecorder:
     def __len__(self) -> int:
         return sum(len(calls.kept) for calls in list(self._calls.values()))
 
+    @property
+    def on_the_way(self) -> dict[Hashable, int]:
+        """How many calls there were of each kind that is not recorded yet."""
+        return {key: held.runs for calls in list(self._calls.values()) for key, held in calls.warm.items()}
+
     def let_go(self, plan: _Plan) -> None:
         """Drop all recordings of a model instance."""
         if plan in self._calls:
@@ -195,6 +201,8 @@ class CallRecorder:
         trim(patcher.load_device)
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        if (outside := others_first(executor, self)) is not None:
+            return outside(*args, **kwargs)
         plan = self.compiler.current()
         calls = self._calls.setdefault(plan, _Calls())
         flat = Flat([], [], [])
@@ -297,10 +305,6 @@ class CallRecorder:
         self, plan: _Plan, calls: _Calls, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with `transformer_options` cut down to what the model's code reads."""
-        for wrapper in executor.wrappers[executor.idx + 1 :]:
-            home = getattr(wrapper, "__module__", "?")
-            if not home.startswith(OWN):
-                raise NotTraceable(f"{home} wraps the model's forward")
         if torch.is_grad_enabled():
             raise NotTraceable("gradients are wanted, and a recording has none")
         check_replaced(executor.class_obj)  # for the length of a step, as caches of steps do
@@ -338,7 +342,7 @@ class CallRecorder:
                 if any(getattr(step, "stats", None) is not None for step in getattr(patch, "steps", ())):
                     raise NotTraceable("telemetry measures every block")
                 if not is_traceable(patch):
-                    raise NotTraceable(f"{name} is replaced by {type(patch).__module__}")
+                    raise NotTraceable(f"{name} is replaced by {origin(patch)}")
         if replaced:
             made["patches_replace"] = replaced
         if OVERRIDE in options:

@@ -29,6 +29,7 @@ from .pictures import Pictures
 from .recording import CallRecorder
 from .regions import Region, find_regions
 from .settings import CompilationRefused, CompileSettings
+from .wrapping import without_core_compiler
 from .written_out import NAMESPACE
 
 log = logging.getLogger("hotpath.compile")
@@ -227,6 +228,7 @@ class RegionalCompiler:
         self._loads = 0
         self._thread = threading.local()
         self.recorder: CallRecorder | None = None
+        self._alone = True  # in the last call no compiler of ComfyUI's came after
 
     def __deepcopy__(self, _: Any) -> RegionalCompiler:
         return self  # packs that copy a model's options whole must not copy the model along
@@ -262,13 +264,15 @@ class RegionalCompiler:
         """An APPLY_MODEL wrapper: the blocks are compiled inside, and as they were outside."""
         options = kwargs.get("transformer_options", args[4] if len(args) > 4 else None)
         share_attention_log(options or {})
+        alone = without_core_compiler(executor)
+        self._alone = alone is None
         before = getattr(self._thread, "plan", None)
         # Triton launches on the current device, and a pack may have put the model on another one.
         with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
             plan = self._thread.plan = self.plan(executor.class_obj, x.device)
             try:
                 with installed(plan.blocks if self.settings.compiles else []):
-                    return executor(x, *args, **kwargs)
+                    return (executor if alone is None else alone)(x, *args, **kwargs)
             finally:
                 self._thread.plan = before
 
@@ -313,6 +317,8 @@ class RegionalCompiler:
         operators = {(name, what) for kind in kinds for name, what in kind.operators.items()}
         lines += [f"  {NAMESPACE}::{name} {what}" for name, what in sorted(operators)]
         lines += [f"  {count} x as it is, {reason}" for reason, count in self.fallbacks().items()]
+        if not self._alone:
+            lines.append("  ComfyUI's own TorchCompileModel came after: left out, blocks cannot be compiled twice")
         for plan in list(self._plans.values()):
             lines += plan.pictures.report() if plan.pictures is not None else []
         if self.recorder is not None:

@@ -1,0 +1,46 @@
+"""The wrappers of other nodes around a model's call, put in the order in which they go together with what is ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .options import OWN
+
+CORE_COMPILER = "comfy_api.torch_helpers"  # of ComfyUI's TorchCompileModel
+
+
+def following(executor: Any) -> list[Callable[..., Any]]:
+    """The wrappers that run inside of the one that was handed `executor`, a WrapperExecutor of ComfyUI's."""
+    return list(executor.wrappers[executor.idx + 1 :])
+
+
+def through(executor: Any, wrappers: list[Callable[..., Any]]) -> Callable[..., Any]:
+    """What `executor` is around, with `wrappers` in the place of those that follow."""
+    made: Callable[..., Any] = type(executor)(executor.original, executor.class_obj, wrappers, 0).execute
+    return made
+
+
+def _is_from(wrapper: Any, homes: str) -> bool:
+    home = getattr(wrapper, "__module__", None) or ""
+    return home.startswith(homes)
+
+
+def others_first(executor: Any, own: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A call in which `own` is inside of all wrappers of other nodes; None where it is already.
+
+    Step caches and their like decide at every call, whether their node comes before ours or after it.
+    """
+    inside = following(executor)
+    ours = [wrapper for wrapper in inside if _is_from(wrapper, OWN)]
+    if len(ours) == len(inside):
+        return None
+    others = [wrapper for wrapper in inside if not _is_from(wrapper, OWN)]
+    return through(executor, [*others, own, *ours])
+
+
+def without_core_compiler(executor: Any) -> Callable[..., Any] | None:
+    """A call without ComfyUI's TorchCompileModel, whose node came after ours; None where there is none."""
+    inside = following(executor)
+    kept = [wrapper for wrapper in inside if not _is_from(wrapper, CORE_COMPILER)]
+    return through(executor, kept) if len(kept) < len(inside) else None
