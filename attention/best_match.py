@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .capabilities import FUSES, float32_products, on_device
+from .capabilities import FUSES, float32_products, on_device, one_line
 
 log = logging.getLogger("hotpath.attention")
 
@@ -170,7 +170,7 @@ class MeasuredMatch:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # Triton is not installed, or does not know this card
-                status = f"tiled float32: the kernel does not run ({type(error).__name__}: {error})"
+                status = f"tiled float32: the kernel does not run ({one_line(error)})"
                 log.warning("match of %s: %s", _size(theta, phi), status)
                 return False, status
             seconds.append(time.perf_counter() - start)

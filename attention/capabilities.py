@@ -54,6 +54,11 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What a library raised, for a reason or a report: compilers write pages."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
 def float32_products(device: torch.device) -> str:
     """How Triton multiplies float32 on `device` to float32's own accuracy: three TF32 products of the halves of each
     number where tensor cores have them (NVIDIA from compute capability 8.0 on), else "ieee"."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .capabilities import FUSES, float32_products, on_device
+from .capabilities import FUSES, float32_products, on_device, one_line
 
 log = logging.getLogger("hotpath.attention")
 
@@ -47,7 +47,7 @@ def local_window_attention(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, a driver too old, a card that Triton does not know
-            _failed[query.device] = f"the fused kernel failed on {query.device} ({_told(error)})"
+            _failed[query.device] = f"the fused kernel failed on {query.device} ({one_line(error)})"
             log.warning("local attention runs banded: %s", _failed[query.device])
         return local_window_banded(query, key, value, bias, window)
     return implementation(query, key, value, bias, window)
@@ -85,13 +85,8 @@ def triton_unavailable(device: torch.device) -> str | None:
     except ImportError:
         return "Triton is not installed"
     except Exception as error:  # a build for another torch
-        return f"Triton cannot be imported ({_told(error)})"
+        return f"Triton cannot be imported ({one_line(error)})"
     return None
-
-
-def _told(error: Exception) -> str:
-    """Compilers write pages; a report has room for a line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def local_window_reference(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int) -> Tensor:
