@@ -9,11 +9,10 @@ from typing import Any
 from ..cpu_products import multiply_as_before, multiply_by_onednn
 from .graphs import Backend, named_backend, start_workers
 from .options import attention_that_traces
-from .recording import KEY as RECORDING_KEY
 from .recording import record_calls, recording_problem
 from .regional import RegionalCompiler, forget_compiled_kinds
 from .regions import describe_regions, find_regions
-from .settings import MODES, REGIONS, CompilationRefused, CompileSettings, compiler_problem
+from .settings import KEY, MODES, REGIONS, CompilationRefused, CompileSettings, compiler_problem
 from .unet_parts import describe_parts
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "uncompiled",
 ]
 
-KEY = "hotpath_compile"
 CORE_KEY = "torch.compile"  # ComfyUI's own TorchCompileModel
 
 # Patchers of what was loaded without DynamicVRAM, by the model under it.
@@ -139,6 +137,6 @@ def uncompiled(model: Any) -> Any:
 
     made = model.clone()
     made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, RECORDING_KEY)
+    made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
     multiply_as_before(made)
     return made
