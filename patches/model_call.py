@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..identity.prepared import COND, UNCOND
+
 log = logging.getLogger("hotpath.attention")
 
 OURS = "hotpath_"  # begins the names of all that our nodes put on a conditioning
@@ -30,7 +32,7 @@ TELEMETRY = "hotpath_telemetry"
 ROLE = "hotpath_role"
 ROLES_BY_INDEX = "hotpath_roles_by_index"
 
-COND, UNCOND = 0, 1
+ALWAYS = (999999999.9, 0.0)  # what percent_to_sigma gives for 0 and 1
 
 CPU = torch.device("cpu")
 
@@ -80,7 +82,7 @@ class ModelCall:
         """The noise level. Read from the device at most once per call, and only if someone asks."""
         if self._sigma is None:
             # Without a sigma (a foreign sampler), everything that is limited to a range counts as the very start.
-            self._sigma = 999999999.9 if self.timestep is None else float(self.timestep.flatten()[0])
+            self._sigma = ALWAYS[0] if self.timestep is None else float(self.timestep.flatten()[0])
         return self._sigma
 
     def rows(self, identities: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..host.letters import counted
 from .profiling import DECODE, ENCODE, ENCODE_IMAGE, PREPARE, STEP, Profile, Row
 
 COLOURS = {
@@ -119,7 +120,7 @@ def _headline(profile: Profile) -> str:
     """How many steps, and how long an ordinary one takes; of samplings apart, as their sizes differ, while there is room."""
     samplings = profile.samplings if len(profile.samplings) <= MOST_APART else (profile.steps,)
     return ", then ".join(
-        f"{len(steps)} step{'s' if len(steps) > 1 else ''}, median {_time(statistics.median(_ordinary(steps)))}"
+        f"{counted(len(steps), 'step')}, median {_time(statistics.median(_ordinary(steps)))}"
         for steps in samplings
         if steps
     )

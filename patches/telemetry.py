@@ -24,12 +24,11 @@ from ..identity.blocks import INDEX, SDXL_BLOCKS, Block
 from ..identity.contribution_profile import UNKNOWN, adapter_key, weights_key
 from ..identity.contributions import Contributions, energies_by_step
 from .identity_attention import IdentityAttention
-from .model_call import note_model_calls
+from .model_call import TELEMETRY, note_model_calls
 from .sdxl_layout import UnsupportedModel, transformer_blocks
 
-TELEMETRY = "hotpath_telemetry"
 IDENTITIES = "hotpath_identities"
-KEY = "hotpath_telemetry"
+KEY = "hotpath_telemetry"  # of the wrapper that announces runs
 KEPT_CALLS = 4096  # as tensors on their devices; older ones are added up on the CPU
 RUNNING = 64  # the newest calls may still be filled by another thread
 KEPT_STEPS = 4096

@@ -19,6 +19,7 @@ from .. import host
 from ..host.device_work import wait_for
 from ..host.errors import kind_and_line
 from ..host.interface import tracked
+from ..host.letters import counted
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of, uncompiled
 from .compilation.recording import WARM_CALLS
@@ -179,7 +180,7 @@ def _enough(model: Any, made_up: bool) -> Iterator[None]:
 
 def describe(done: Sequence[SizeWarmup], compiler: RegionalCompiler | None) -> str:
     """The report of a warm-up."""
-    lines = [f"Warmed up {len(done)} size{'s' if len(done) != 1 else ''} in {sum(size.seconds for size in done):.1f} s"]
+    lines = [f"Warmed up {counted(len(done), 'size')} in {sum(size.seconds for size in done):.1f} s"]
     lines += [size.sentence() for size in done]
     lines.append(compiler.report() if compiler is not None else "The model is not compiled: only kernels were chosen.")
     return "\n".join(lines)

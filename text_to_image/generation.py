@@ -21,6 +21,7 @@ from .. import host
 from ..host.compiling import compiled_call
 from ..host.errors import is_out_of_memory, kind_and_line
 from ..host.fresh_memory import ProcessorTime
+from ..host.letters import counted
 from ..products.rerouting import rerouted
 from . import compilation, decoding, denoising
 from .adapters import Adapter
@@ -313,13 +314,12 @@ class Run:
 
     def _report(self, positive: Prompt, negative: Prompt | None, encoded: int, steps: int) -> str:
         request, model = self.request, self.model
-        count = f"{request.pictures} picture{'s' if request.pictures > 1 else ''}"
+        count = counted(request.pictures, "picture")
         drawn = denoising.seeds(request.seed, request.pictures)
         seeds = f"seed {drawn[0]}" if len(drawn) == 1 else f"seeds {drawn[0]} to {drawn[-1]}"
-        passes = f"{steps} step{'s' if steps > 1 else ''}"
         where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
         lines = [
-            f"{model.checkpoint.name}: {count} of {request.width} x {request.height}, {passes}, {seeds}, {where}",
+            f"{model.checkpoint.name}: {count} of {request.width} x {request.height}, {counted(steps, 'step')}, {seeds}, {where}",
         ]
         asked = [prompt for prompt in (positive, negative) if prompt is not None]
         read = "the text encoder was not needed" if not encoded else f"the text encoder read {encoded}"

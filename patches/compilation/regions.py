@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...host.letters import counted
+
 ENOUGH_INSIDE = 0.5  # a module whose inner blocks hold this part of its weights is their frame, not a block itself
 
 
@@ -92,4 +94,4 @@ def describe_regions(found: list[Region]) -> str:
     have in common to share a graph is for `blocks` to say, when they are run."""
     blocks = Counter(region.title for region in found)
     kinds = Counter(kind.__name__ for kind, _ in {(type(region.module), _shapes(region.module)) for region in found})
-    return ", ".join(f"{n} {title} in {kinds[title]} kind{'s' * (kinds[title] != 1)}" for title, n in blocks.items())
+    return ", ".join(f"{count} {title} in {counted(kinds[title], 'kind')}" for title, count in blocks.items())
