@@ -248,17 +248,18 @@ class Adapters:
     """Which LoRA files one transformer has on it now. Used only while the transformer is resident."""
 
     def __init__(self) -> None:
-        self.applied: tuple[tuple[str, float], ...] = ()
+        self.applied: (
+            tuple[tuple[str, float], ...] | None
+        ) = ()  # None: weights are in between, and the next call begins anew
         self._originals: dict[str, Tensor] = {}
 
     @contextmanager
     def on(self, transformer: nn.Module, stack: Sequence[Adapter], device: torch.device | None = None) -> Iterator[int]:
         """The transformer with exactly the files of `stack` while inside; yields how many layers they change.
 
-        device: where it computes, if some of its layers are streamed; else where its weights are.
-
         Added weights stay afterwards, for the next picture with the same files; another stack, also an empty one,
-        begins with the weights as they were loaded.
+        begins with the weights as they were loaded. device: where to compute them, None for where each weight lies; some layers
+        may be streamed.
         """
         active = [adapter for adapter in stack if adapter.strength != 0.0]
         wanted = tuple(adapter.identity for adapter in active)
@@ -286,8 +287,7 @@ class Adapters:
             self.restore(transformer)
 
     def _merge(self, transformer: nn.Module, products: dict[str, list[Product]], device: torch.device | None) -> None:
-        # Marked before the first change, so that a failure half-way is undone by the next call.
-        self.applied = (("unfinished", 0.0),)
+        self.applied = None
         for name, found in host.each(list(products.items()), "LoRA"):
             weight = transformer.get_submodule(name).weight
             assert isinstance(weight, Tensor)
@@ -302,13 +302,14 @@ class Adapters:
 
     def restore(self, transformer: nn.Module, besides: Container[str] = ()) -> None:
         """Give every changed weight, but those of the layers `besides`, the bits it was loaded with."""
-        self.applied = (("unfinished", 0.0),)
+        self.applied = None
         for name in [name for name in self._originals if name not in besides]:
             weight = transformer.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             weight.data.copy_(self._originals[name])
             del self._originals[name]
-        self.applied = () if not self._originals else self.applied
+        if not self._originals:
+            self.applied = ()
 
 
 def combined(stack: Sequence[Adapter], transformer: nn.Module) -> dict[str, list[Product]]:
