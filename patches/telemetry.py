@@ -118,9 +118,9 @@ class BlockTelemetry:
         with self._lock:
             calls = self._calls
             self._read(calls, len(calls.waiting))
-            records = list(calls.steps.items())
+            steps = dict(calls.steps)
             runs, count = max(calls.runs, 1), calls.count
-        return energies_by_step(records, self.blocks, runs, count)
+        return energies_by_step(steps, self.blocks, runs, count)
 
     @staticmethod
     def _read(calls: _Calls, count: int) -> None:
