@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ..identity.prepared import COND, UNCOND
+from .conditioning_roles import OURS, mark
 from .face_token_link import face_token_link
-from .model_call import OURS, mark
 from .sdxl_layout import check_identity_net
 
 ONLY_IDENTITY_NET = "IdentityNet only"
