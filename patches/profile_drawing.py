@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from ..host.letters import counted
-from .profiling import DECODE, ENCODE, ENCODE_IMAGE, PREPARE, STEP, Profile, Row
+from .profiling import DECODE, ENCODE, ENCODE_IMAGE, FINISH, PREPARE, STEP, Profile, Row
 
 COLOURS = {
     ENCODE: "#5B8DB8",
     PREPARE: "#B9A44C",
     STEP: "#3F7D58",
-    "after the last step": "#B9A44C",
+    FINISH: "#B9A44C",
     DECODE: "#8C5E9B",
     ENCODE_IMAGE: "#B07AA1",
     "gaps": "#D5D8DC",

@@ -29,14 +29,9 @@ from .compilation import RegionalCompiler, compiler_of
 
 KEY = "hotpath_profile"
 MOST_SPANS = 20_000  # a run has a few hundred
-ENCODE, SAMPLE, PREPARE, STEP, DECODE, ENCODE_IMAGE = (
-    "text encode",
-    "sampling",
-    "before the first step",
-    "step",
-    "decode",
-    "image encode",
-)
+# Stages, as tables and charts name them.
+ENCODE, DECODE, ENCODE_IMAGE = "text encode", "decode", "image encode"
+PREPARE, STEP, FINISH = "before the first step", "step", "after the last step"
 CLIP_METHODS = {"encode_from_tokens": ENCODE, "encode_from_tokens_scheduled": ENCODE, "generate": ENCODE}
 VAE_METHODS = {
     "decode": DECODE, "decode_tiled": DECODE, "encode": ENCODE_IMAGE, "encode_tiled": ENCODE_IMAGE
@@ -275,7 +270,7 @@ class _Steps:
 
     def close(self) -> None:
         """What follows the last step; a step that was interrupted counts as that."""
-        self._close("after the last step", Moment.now(self.device))
+        self._close(FINISH, Moment.now(self.device))
 
 
 def resolve(spans: list[Span], notes: tuple[str, ...] = ()) -> Profile:

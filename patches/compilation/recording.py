@@ -360,8 +360,8 @@ def recording_problem(model: Any) -> str | None:
     return None
 
 
-def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> list[str]:
-    """Let `made` (a ModelPatcher that is already our clone) record its calls, if its settings say so; lines for the report."""
+def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> str:
+    """Let `made` (a ModelPatcher that is already our clone) record its calls, if its settings say so; a line for the report."""
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
     made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
@@ -369,13 +369,13 @@ def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> l
         made.remove_callbacks_with_key(moment, KEY)
     compiler.recorder = None
     if not compiler.settings.records:
-        return []
+        return ""
     if record is None:
         if (problem := recording_problem(made)) is not None:
-            return [f"Calls are not recorded: {problem}"]
+            return f"Calls are not recorded: {problem}"
         record = CudaRecording
     compiler.recorder = CallRecorder(compiler, record)
     made.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, compiler.recorder)
     made.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, compiler.recorder.forget)
     made.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, compiler.recorder.rest)
-    return [f"model calls are recorded as CUDA graphs, {compiler.settings.captured_sizes} sizes kept"]
+    return f"model calls are recorded as CUDA graphs, {compiler.settings.captured_sizes} sizes kept"
