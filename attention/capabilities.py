@@ -54,6 +54,11 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def padded(size: int) -> int:
+    """The next power of two, which Triton's blocks must be, and at least what a tensor core multiplies."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def one_line(error: BaseException, most: int = 300) -> str:
     """What a library raised, for a reason or a report: compilers write pages."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:most]
