@@ -20,7 +20,8 @@ from torch import Tensor
 from .. import host
 from ..cache import content_key
 from ..host.whole_files import whole_file
-from .adapters import Adapter, UnusableAdapter, stack_identity
+from .adapter_files import UnusableAdapter
+from .adapters import Adapter, stack_identity
 from .denoising import Guidance
 from .folders import existing
 from .generation import Drawn, Pipeline, generate
