@@ -71,7 +71,7 @@ class Weights:
         self._pin()
 
     def on(self, memory: Tensor) -> list[Tensor]:
-        """The weights as they lie in `memory`, a copy of this one's or this one itself."""
+        """The weights as views of `memory`: this object's own, or a copy of it elsewhere."""
         with torch.inference_mode(False), torch.no_grad():
             made = {id(part): part.read(memory) for part in self._parts.values()}
             return [

@@ -71,7 +71,7 @@ def _memory() -> GraphMemory:
 
 
 def _modes(tensors: list[torch.Tensor]) -> Hashable:
-    """What of the thread's and the process's settings decides which kernels a call runs."""
+    """The settings of the thread and of the process that decide which kernels a call runs."""
     devices = {tensor.device.type for tensor in tensors}
     casts = tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in sorted(devices))
     matmul: Any = torch.backends.cuda.matmul

@@ -145,7 +145,8 @@ def _unload_clones(model: Any) -> None:
 
 
 def _refuse_replaced_modules(model: Any) -> None:
-    """A module that another node put in place of one of the model's own, or puts there at loading, holds the original."""
+    """Raises PrecisionUnavailable where a node put modules in the place of the model's own, or will at loading: they hold the
+    original's weights."""
     if model.injections:
         raise PrecisionUnavailable(
             f"A node before this one changes layers when the model is loaded ({', '.join(map(str, model.injections))}): put "
