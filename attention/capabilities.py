@@ -100,8 +100,13 @@ class AttentionCall:
     def describe(self) -> str:
         heads = str(self.heads) if self.heads == self.key_heads else f"{self.heads} over {self.key_heads}"
         width = str(self.width) if self.width == self.value_width else f"{self.width}, values {self.value_width}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.batch} x {heads} heads x {self.queries} by {self.keys}, width {width}, {dtype}, {self.mask}"
+        sizes = f"{self.batch} x {heads} heads x {self.queries} by {self.keys}, width {width}"
+        return f"{sizes}, {dtype_name(self.dtype)}, {self.mask}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def mask_kind(mask: Tensor | None, dtype: torch.dtype) -> str:
@@ -160,8 +165,8 @@ class Backend:
         if (reason := self.unavailable(device)) is not None:
             return reason
         if call.dtype not in self.dtypes:
-            known = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
-            return f"it computes {known}, this is {str(call.dtype).removeprefix('torch.')}"
+            known = " and ".join(sorted(map(dtype_name, self.dtypes)))
+            return f"it computes {known}, this is {dtype_name(call.dtype)}"
         if self.widths is not None and call.width not in self.widths:
             return f"its head sizes are {', '.join(map(str, self.widths))}, this is {call.width}"
         if self.largest_width is not None and max(call.width, call.value_width) > self.largest_width:

@@ -28,6 +28,7 @@ from .capabilities import (
     Backend,
     DeviceFacts,
     Run,
+    dtype_name,
     one_line,
 )
 from .reference import share_heads
@@ -108,7 +109,7 @@ def _flash_of_torch(call: AttentionCall, device: DeviceFacts) -> str | None:
     if device.type == "cpu":
         return None
     if call.dtype not in HALVES:
-        return f"on CUDA it computes float16 and bfloat16, this is {str(call.dtype).removeprefix('torch.')}"
+        return f"on CUDA it computes float16 and bfloat16, this is {dtype_name(call.dtype)}"
     return None if call.mask == NO_MASK else f"on CUDA it takes no mask, this has a {call.mask}"
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
+from ..attention.capabilities import dtype_name
 from ..host.compiling import compiled_call
 from ..host.errors import is_out_of_memory, kind_and_line
 from ..host.fresh_memory import ProcessorTime
@@ -313,7 +314,7 @@ class Run:
         count = counted(request.pictures, "picture")
         drawn = denoising.seeds(request.seed, request.pictures)
         seeds = f"seed {drawn[0]}" if len(drawn) == 1 else f"seeds {drawn[0]} to {drawn[-1]}"
-        where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
+        where = f"{dtype_name(model.dtype)} on {model.device}"
         lines = [
             f"{model.checkpoint.name}: {count} of {request.width} x {request.height}, {counted(steps, 'step')}, {seeds}, {where}",
         ]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import host
-from ..attention.capabilities import on_device
+from ..attention.capabilities import dtype_name, on_device
 from ..host.errors import kind_and_line
 from ..products import int8
 
@@ -69,7 +69,7 @@ def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | 
         if capability < needed and torch.version.hip is None:
             return f"it needs compute capability {needed[0]}.{needed[1]}, and this device has {capability[0]}.{capability[1]}"
         if method == "float8" and dtype != torch.bfloat16:
-            return f"its products are made for bfloat16, and the dtype is {str(dtype).removeprefix('torch.')}"
+            return f"its products are made for bfloat16, and the dtype is {dtype_name(dtype)}"
     try:
         import torchao.quantization  # noqa: F401 - made for another torch, it fails here
     except Exception as error:
