@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..host.letters import counted
-from .profiling import DECODE, ENCODE, ENCODE_IMAGE, FINISH, PREPARE, STEP, Profile, Row
+from .profile_spans import DECODE, ENCODE, ENCODE_IMAGE, FINISH, PREPARE, STEP, Profile, Row
 
 COLOURS = {
     ENCODE: "#5B8DB8",
