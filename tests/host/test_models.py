@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from hotpath import cli
-from hotpath.host import downloads
 from hotpath.host.downloads import safe_target
 from hotpath.host.known_models import KNOWN_MODELS, HubFile, HubRepository, KnownModel, WebFile, ZipMember, select
 from hotpath.host.model_files import verify
@@ -114,7 +113,6 @@ def small_table(server, monkeypatch):
     )
     monkeypatch.setattr(known_models, "KNOWN_MODELS", table)
     monkeypatch.setattr(models, "KNOWN_MODELS", table)
-    monkeypatch.setattr(downloads, "PAUSE", 0)
     return table
 
 
