@@ -18,7 +18,6 @@ import torch
 from .. import host
 from ..host.device_work import wait_for
 from ..host.errors import kind_and_line
-from ..host.interface import tracked
 from ..host.letters import counted
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of, uncompiled
@@ -141,7 +140,7 @@ def warm_up(
             callback=after_step, disable_pbar=True, seed=0,
         )  # fmt: skip
 
-    with _enough(model, made_up), tracked(host.current(), len(sizes) * steps, "warm-up") as bar:
+    with _enough(model, made_up), host.tracked(host.current(), len(sizes) * steps, "warm-up") as bar:
         for width, height in sizes:
             latent = comfy.sample.fix_empty_latent_channels(model, latent_for(model, width, height, batch))
             before = _made(compiler)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ... import host
-from ...host.interface import tracked
 from .control_lora import KEY, share_weights
 from .dynamic_fp8 import fp8_scale
 from .layers import quantized_operations
@@ -179,7 +178,7 @@ def _quantized_state(
 
     most = max((module.weight.numel() for module in linear.values() if module.weight is not None), default=0)
     host.current().make_room(COPIES * most * torch.float32.itemsize, model.load_device)
-    with tracked(host.current(), len(linear), "quantising") as progress:
+    with host.tracked(host.current(), len(linear), "quantising") as progress:
         for name, module in linear.items():
             progress.update()
             reason = _refusal(name, module, scheme, exclude)
