@@ -188,7 +188,6 @@ def test_a_text_encoder_that_nobody_moves_is_timed_too() -> None:
     assert [row.stage for row in session.take().rows] == [ENCODE]
 
 
-
 def test_what_fails_is_timed_and_still_fails() -> None:
     session = ProfileSession()
     vae = timed_copy(timed_copy(Decoder(), session, VAE_METHODS), session, VAE_METHODS)
