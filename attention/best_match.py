@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .capabilities import FUSES, float32_products, on_device
+from .capabilities import FUSES, float32_products, on_device, one_line, padded
 
 log = logging.getLogger("hotpath.attention")
 
@@ -105,7 +105,7 @@ def _match_rows(theta: Tensor, phi: Tensor, half_theta: Tensor, half_phi: Tensor
 
 def maxima_form(channels: int, shared: int) -> dict[str, int]:
     """What `group_maxima` is compiled for. shared: bytes of shared memory that a program may have."""
-    width = max(16, 1 << (channels - 1).bit_length())
+    width = padded(channels)
     if 2 * width * (128 + 2 * 128) <= shared:
         block, step, warps, stages = 128, 128, 8, 2
     elif 2 * width * (64 + 2 * 64) <= shared:
@@ -119,7 +119,7 @@ def maxima_form(channels: int, shared: int) -> dict[str, int]:
 
 def settle_form(channels: int, precision: str) -> dict[str, Any]:
     """What `settle` is compiled for."""
-    width = max(16, 1 << (channels - 1).bit_length())
+    width = padded(channels)
     return {
         "QUERIES": SETTLED, "GROUP": GROUP, "CHANNELS": width, "CHUNK": min(width, 32), "PRECISION": precision,
         "num_warps": 4, "num_stages": 2,
@@ -170,7 +170,7 @@ class MeasuredMatch:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # Triton is not installed, or does not know this card
-                status = f"tiled float32: the kernel does not run ({type(error).__name__}: {error})"
+                status = f"tiled float32: the kernel does not run ({one_line(error)})"
                 log.warning("match of %s: %s", _size(theta, phi), status)
                 return False, status
             seconds.append(time.perf_counter() - start)

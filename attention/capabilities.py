@@ -54,6 +54,16 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def padded(size: int) -> int:
+    """The next power of two, which Triton's blocks must be, and at least what a tensor core multiplies."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What a library raised, for a reason or a report: compilers write pages."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]
+
+
 def float32_products(device: torch.device) -> str:
     """How Triton multiplies float32 on `device` to float32's own accuracy: three TF32 products of the halves of each
     number where tensor cores have them (NVIDIA from compute capability 8.0 on), else "ieee"."""
@@ -90,8 +100,13 @@ class AttentionCall:
     def describe(self) -> str:
         heads = str(self.heads) if self.heads == self.key_heads else f"{self.heads} over {self.key_heads}"
         width = str(self.width) if self.width == self.value_width else f"{self.width}, values {self.value_width}"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.batch} x {heads} heads x {self.queries} by {self.keys}, width {width}, {dtype}, {self.mask}"
+        sizes = f"{self.batch} x {heads} heads x {self.queries} by {self.keys}, width {width}"
+        return f"{sizes}, {dtype_name(self.dtype)}, {self.mask}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def mask_kind(mask: Tensor | None, dtype: torch.dtype) -> str:
@@ -150,8 +165,8 @@ class Backend:
         if (reason := self.unavailable(device)) is not None:
             return reason
         if call.dtype not in self.dtypes:
-            known = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
-            return f"it computes {known}, this is {str(call.dtype).removeprefix('torch.')}"
+            known = " and ".join(sorted(map(dtype_name, self.dtypes)))
+            return f"it computes {known}, this is {dtype_name(call.dtype)}"
         if self.widths is not None and call.width not in self.widths:
             return f"its head sizes are {', '.join(map(str, self.widths))}, this is {call.width}"
         if self.largest_width is not None and max(call.width, call.value_width) > self.largest_width:

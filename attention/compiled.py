@@ -16,7 +16,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .capabilities import NO_MASK, AttentionCall, mask_kind
+from .capabilities import NO_MASK, AttentionCall, dtype_name, mask_kind
 from .events import AttentionEvent, AttentionLog
 from .torch_backends import TORCH_BACKENDS
 from .torch_backends import sdpa as torch_picks
@@ -80,7 +80,7 @@ def choose(
         return ""
     record = _logs.get(number)
     if record is not None:
-        where = f"width {width}, {str(dtype).removeprefix('torch.')}, {mask}"
+        where = f"width {width}, {dtype_name(dtype)}, {mask}"
         record.note(AttentionEvent(backend, name, reason, where, compiled=True))
     return name
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .capabilities import dtype_name
 from .local_window import sum_values
 
 DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32, torch.float64, torch.float16)}
@@ -23,8 +24,8 @@ def sampler_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type not in DTYPES:
         return f"it computes on cpu and cuda, this is {device.type}"
     if dtype not in DTYPES[device.type]:
-        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES[device.type])
-        return f"on {device.type} it computes {known}, this is {str(dtype).removeprefix('torch.')}"
+        known = ", ".join(map(dtype_name, DTYPES[device.type]))
+        return f"on {device.type} it computes {known}, this is {dtype_name(dtype)}"
     found = _library()
     if isinstance(found, str):
         return found

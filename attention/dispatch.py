@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .capabilities import AttentionCall, Backend, DeviceFacts, device_facts
+from .capabilities import AttentionCall, Backend, DeviceFacts, device_facts, one_line
 from .choice import Choice, MeasuredChoices, fastest, milliseconds
 from .compiled import attend_traced
 from .events import AttentionEvent, AttentionLog
@@ -37,6 +37,10 @@ CHAINS = {"sage": ("sage2", "comfy_kitchen_int8", "sage1")}
 POLICIES = ("auto", "sage", *(backend.name for backend in BACKENDS))
 HND, NHD = "HND", "NHD"  # [B, heads, N, D], as torch has it; [B, N, heads, D], as flash-attn has it
 PLANS = 1024
+
+Given = tuple[Tensor, Tensor, Tensor, "Tensor | None", "float | None"]
+"""q, k, v, mask, scale: what a backend's `run` takes."""
+Measure = Callable[[list[Backend]], "Choice | None"]
 
 
 class AttentionUnavailable(RuntimeError):
@@ -99,17 +103,14 @@ class AttentionDispatcher:
     ) -> Tensor:
         """q [B, H, N, D]; see the function `attend`."""
         call = AttentionCall.of(q, k, v, mask)
-        recording = _recording(q.device)
-        while True:
-            measure = None if recording else lambda able: self._measure(able, q, k, v, mask, scale)
-            plan = self.plan(call, policy, exact, measure)
-            if recording:
-                out = plan.backend.run(q, k, v, mask, scale)
-                break
-            got = self._run(plan, policy, call, exact, q, k, v, mask, scale)
-            if got is not None:
-                out = got
-                break
+        given = (q, k, v, mask, scale)
+        out: Tensor | None = None
+        if _recording(q.device):
+            plan = self.plan(call, policy, exact)
+            out = plan.backend.run(*given)
+        while out is None:  # what failed is switched off, so that the next plan is another one
+            plan = self.plan(call, policy, exact, lambda able: self._measure(able, call, given))
+            out = self._run(plan, (policy, call, exact), given)
         if record is not None:
             record.note(plan.event)
         return out
@@ -119,7 +120,7 @@ class AttentionDispatcher:
         call: AttentionCall,
         policy: AttentionPolicy,
         exact: bool = False,
-        measure: Callable[[list[Backend]], Choice | None] | None = None,
+        measure: Measure | None = None,
     ) -> Plan:
         """What will compute `call` under `policy`. Raises AttentionUnavailable when strict and nothing asked for can.
 
@@ -129,27 +130,17 @@ class AttentionDispatcher:
         with self._lock:
             if (known := self._plans.get(key)) is not None:
                 return known
-            backend, reason, lasting = self._select(call, policy, exact, measure)
+            backend, reason = self._asked_for(call, policy, exact)
+            lasting = True
+            if backend is None:
+                backend, why, lasting = self._fastest_exact(call, measure)
+                reason = "; ".join(filter(None, (reason, why)))
             plan = Plan(backend, AttentionEvent(policy.backend, backend.name, reason, call.describe()), False)
             if lasting:
-                self._keep(key, plan)
+                while len(self._plans) >= PLANS:
+                    del self._plans[next(iter(self._plans))]
+                self._plans[key] = plan
             return plan
-
-    def _keep(self, key: tuple[AttentionPolicy, AttentionCall, bool], plan: Plan) -> None:
-        while len(self._plans) >= PLANS:
-            del self._plans[next(iter(self._plans))]
-        self._plans[key] = plan
-
-    def _select(
-        self,
-        call: AttentionCall,
-        policy: AttentionPolicy,
-        exact: bool,
-        measure: Callable[[list[Backend]], Choice | None] | None,
-    ) -> tuple[Backend, str, bool]:
-        """(backend, reason, whether that stays true)."""
-        backend, because = self._asked_for(call, policy, exact)
-        return (backend, because, True) if backend is not None else self._exact(call, because, measure)
 
     def _asked_for(self, call: AttentionCall, policy: AttentionPolicy, exact: bool) -> tuple[Backend | None, str]:
         """The backend that was named, or the first able one of a chain; None, with the reasons, when it cannot run."""
@@ -172,9 +163,8 @@ class AttentionDispatcher:
             )
         return None, "; ".join(reasons)
 
-    def _exact(
-        self, call: AttentionCall, because: str, measure: Callable[[list[Backend]], Choice | None] | None
-    ) -> tuple[Backend, str, bool]:
+    def _fastest_exact(self, call: AttentionCall, measure: Measure | None) -> tuple[Backend, str, bool]:
+        """(backend, why that one, whether it stays the one for such calls)."""
         facts = self.device(call.device)
         able = [
             self.backends[name]
@@ -183,96 +173,72 @@ class AttentionDispatcher:
             and (name, call) not in self._off
             and self.backends[name].refusal(call, facts) is None
         ]
-
-        def why(reason: str) -> str:
-            return "; ".join(filter(None, (because, reason)))
-
-        if not able:
-            return self._last(call), why("the one candidate here"), True
-        if len(able) == 1:
-            return able[0], why("the one candidate here"), True
+        if len(able) < 2:
+            return (able[0] if able else self._last(call)), "the one candidate here", True
         choice = self.choices.get(call, facts)
-        if choice is not None and choice.backend not in {backend.name for backend in able}:
-            choice = None  # it cannot here, or failed since
-        measured = choice is None and measure is not None
-        if choice is None and measure is not None:
+        if choice is None or self.backends.get(choice.backend) not in able:  # it cannot here, or failed since
+            if measure is None:
+                return able[0], "not measured yet", False
             choice = measure(able)
-            if choice is not None:
-                self.choices.put(call, facts, choice)
-            able = [backend for backend in able if (backend.name, call) not in self._off]
-        if not able:
-            return self._last(call), why("the others were wrong when they were measured"), True
-        chosen = next((backend for backend in able if choice is not None and backend.name == choice.backend), None)
-        if choice is not None and chosen is not None:
-            return chosen, why(choice.describe()), True
-        if measured:  # once: what ran out of memory now would do so at every call
-            return able[0], why("there was no memory to measure with"), True
-        return able[0], why("not measured yet"), False
+            if choice is None:
+                able = [backend for backend in able if (backend.name, call) not in self._off]
+                if not able:
+                    return self._last(call), "the others were wrong when they were measured", True
+                # For good: what ran out of memory now would do so at every call.
+                return able[0], "there was no memory to measure with", True
+            self.choices.put(call, facts, choice)
+        return self.backends[choice.backend], choice.describe(), True
 
     def _last(self, call: AttentionCall) -> Backend:
         """One of those that take everything."""
         return self.backends[next(name for name in LAST if name in self.backends and (name, call) not in self._off)]
 
-    def _measure(
-        self, able: list[Backend], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
-    ) -> Choice | None:
+    def _measure(self, able: list[Backend], call: AttentionCall, given: Given) -> Choice | None:
         """Time `able` on these tensors; those that fail or compute something else are off for this signature."""
-        call = AttentionCall.of(q, k, v, mask)
         times: dict[str, float] = {}
         # The backward pass would time other kernels, and keep what it needs of every run.
         with torch.no_grad():
             for backend in able:
-                run = functools.partial(backend.run, q, k, v, mask, scale)
+                run = functools.partial(backend.run, *given)
                 try:
-                    reason = fault(run(), q, k, v, mask, scale)
+                    reason = fault(run(), *given)
                     if reason is None:
-                        times[backend.name] = self.clock(run, q.device)
+                        times[backend.name] = self.clock(run, call.device)
                 except torch.OutOfMemoryError:
                     log.info("attention: %s was not timed for %s: out of memory", backend.name, call.describe())
                     continue
                 except Exception as error:
-                    reason = _one_line(error)
+                    reason = f"it fails: {one_line(error)}"
                 if reason is not None:
                     self._switch_off(backend, call, reason)
         return fastest(times) if times else None
 
-    def _run(
-        self,
-        plan: Plan,
-        policy: AttentionPolicy,
-        call: AttentionCall,
-        exact: bool,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-    ) -> Tensor | None:
-        """A run of a plan, checked until it is proved. None when it failed, and the next plan will be another one."""
+    def _run(self, plan: Plan, key: tuple[AttentionPolicy, AttentionCall, bool], given: Given) -> Tensor | None:
+        """What the plan for `key` computes, checked until it is proved. None when it failed: it is off then."""
+        backend, call = plan.backend, key[1]
         try:
-            out = plan.backend.run(q, k, v, mask, scale)
-            if plan.proved:
-                return out
+            out = backend.run(*given)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if plan.backend.name in LAST:
+            if backend.name in LAST:
                 raise
-            self._switch_off(plan.backend, call, _one_line(error))
+            self._switch_off(backend, call, f"it fails: {one_line(error)}")
             return None
-        if not plan.backend.exact:
+        if plan.proved:
+            return out
+        if not backend.exact:
             try:
-                reason = fault(out, q, k, v, mask, scale)
+                reason = fault(out, *given)
             except torch.OutOfMemoryError:  # there was memory for the result, and that is what was asked for
-                log.info("attention: %s was not checked for %s: out of memory", plan.backend.name, call.describe())
+                log.info("attention: %s was not checked for %s: out of memory", backend.name, call.describe())
                 return out
             except Exception as error:
-                reason = _one_line(error)
+                reason = f"it fails: {one_line(error)}"
             if reason is not None:
-                self._switch_off(plan.backend, call, reason)
+                self._switch_off(backend, call, reason)
                 return None
         with self._lock:
-            key = (policy, call, exact)
             if key in self._plans:
                 self._plans[key] = replace(plan, proved=True)
         return out
@@ -323,10 +289,6 @@ class AttentionDispatcher:
         """Every backend by name, with the reason why it cannot run on `device`, or None."""
         facts = self.device(device)
         return {name: backend.unavailable(facts) for name, backend in self.backends.items()}
-
-
-def _one_line(error: Exception) -> str:
-    return f"it fails: {' '.join(f'{type(error).__name__}: {error}'.split())[:300]}"
 
 
 def _recording(device: torch.device) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .capabilities import FUSES, float32_products, on_device
+from .capabilities import FUSES, float32_products, on_device, one_line, padded
 
 log = logging.getLogger("hotpath.attention")
 
@@ -47,7 +47,7 @@ def local_window_attention(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, a driver too old, a card that Triton does not know
-            _failed[query.device] = f"the fused kernel failed on {query.device} ({_told(error)})"
+            _failed[query.device] = f"the fused kernel failed on {query.device} ({one_line(error)})"
             log.warning("local attention runs banded: %s", _failed[query.device])
         return local_window_banded(query, key, value, bias, window)
     return implementation(query, key, value, bias, window)
@@ -85,13 +85,8 @@ def triton_unavailable(device: torch.device) -> str | None:
     except ImportError:
         return "Triton is not installed"
     except Exception as error:  # a build for another torch
-        return f"Triton cannot be imported ({_told(error)})"
+        return f"Triton cannot be imported ({one_line(error)})"
     return None
-
-
-def _told(error: Exception) -> str:
-    """Compilers write pages; a report has room for a line."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def local_window_reference(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, window: int) -> Tensor:
@@ -155,6 +150,8 @@ def local_window_triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
     """
     import triton
 
+    from .local_window_kernel import local_window_kernel
+
     frames, channels, height, width = query.shape
     q = query.permute(0, 2, 3, 1).contiguous()
     k = key[0].permute(1, 2, 0).contiguous()
@@ -164,7 +161,7 @@ def local_window_triton(query: Tensor, key: Tensor, value: Tensor, bias: Tensor,
     form = kernel_form(v.element_size(), float32_products(value.device), channels, v.shape[-1], window)
     grid = (triton.cdiv(width, QUERY_TILE), frames * height, triton.cdiv(v.shape[-1], form["SLICE"]))
     with on_device(value.device):
-        _kernel()[grid](q, k, v, b, out, height, width, channels, v.shape[-1], **form, **FUSES)
+        local_window_kernel[grid](q, k, v, b, out, height, width, channels, v.shape[-1], **form, **FUSES)
     return out.permute(0, 3, 1, 2)
 
 
@@ -176,20 +173,10 @@ def kernel_form(value_bytes: int, precision: str, channels: int, value_channels:
     return {
         "WINDOW": window,
         "TILE": QUERY_TILE,
-        "REACH": _power_of_two(QUERY_TILE + window - 1),
-        "CHANNELS": max(16, _power_of_two(channels)),
-        "SLICE": min(slice_, max(16, _power_of_two(value_channels))),
+        "REACH": padded(QUERY_TILE + window - 1),
+        "CHANNELS": padded(channels),
+        "SLICE": min(slice_, padded(value_channels)),
         "PRECISION": precision,
         "num_warps": warps,
         "num_stages": stages,
     }
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
-def _kernel() -> Any:
-    from .local_window_kernel import local_window_kernel
-
-    return local_window_kernel

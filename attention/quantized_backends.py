@@ -27,7 +27,7 @@ from .capabilities import (
     on_device,
 )
 from .reference import share_heads
-from .torch_backends import import_fault
+from .torch_backends import contiguous_rows, import_fault
 
 # A float16 accumulator adds up to 64 or 128 values with weights up to 1 before it is emptied.
 LARGEST_VALUE = 256.0
@@ -53,10 +53,6 @@ def _sage2_library() -> str | None:
     return import_fault("sageattention", cure) or (
         None if _sage_generation() == 2 else f"the installed sageattention is generation 1 ({cure})"
     )
-
-
-def _contiguous_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def within_float16(v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -92,7 +88,7 @@ def sage_attention_1(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     from sageattention import sageattn
 
     k = k - k.mean(dim=2, keepdim=True)
-    q, k, v = _contiguous_rows(q, k, v)
+    q, k, v = contiguous_rows(q, k, v)
     v, factor = within_float16(v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor = sageattn(q, k, v, tensor_layout="HND", is_causal=False, sm_scale=scale, smooth_k=False)
@@ -104,7 +100,7 @@ def sage_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
     """The kernel for the architecture; with a mask the Triton one, the only one that does not ignore it."""
     import sageattention
 
-    q, k, v = _contiguous_rows(q, k, v)
+    q, k, v = contiguous_rows(q, k, v)
     capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None
     factor = None
     if mask is not None or capability in ((8, 0), (8, 6)):
@@ -146,7 +142,7 @@ def sage_attention_3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale
 def kitchen_int8(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     import comfy_kitchen
 
-    q, k, v = _contiguous_rows(q, k, v)
+    q, k, v = contiguous_rows(q, k, v)
     out: Tensor = comfy_kitchen.int8_attention(q, k, v, scale=scale, attn_mask=mask)
     return out
 

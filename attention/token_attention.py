@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .capabilities import one_line
+
 log = logging.getLogger("hotpath.attention")
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -156,7 +158,7 @@ def _run(
 
 
 def _note_failure(device: torch.device, error: Exception) -> None:
-    _failed[device] = f"the kernel failed on {device} ({type(error).__name__}: {error})"
+    _failed[device] = f"the kernel failed on {device} ({one_line(error)})"
     why_not_fused.cache_clear()
     log.warning("token attention runs in plain torch: %s", _failed[device])
 
@@ -171,7 +173,7 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, tokens: int, head_di
     try:
         from .token_attention_kernel import why_not
     except Exception as error:  # not installed, or too old to know what the kernel asks of it
-        return f"Triton does not serve ({type(error).__name__}: {error})"
+        return f"Triton does not serve ({one_line(error)})"
     reason = why_not(dtype, tokens, head_dim)
     log.info("token attention on %s in %s: %s", device, dtype, f"plain torch, {reason}" if reason else "fused kernel")
     return reason

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .capabilities import FUSES, device_facts, float32_products
+from .capabilities import FUSES, device_facts, float32_products, padded
 
 log = logging.getLogger("hotpath.attention")
 
@@ -244,7 +244,7 @@ def _make_plan(
     constants = (
         dim**-0.5, queries, batch, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         0 if mask is None else mask.stride(0), 0 if mask is None or mask.shape[1] == 1 else mask.stride(1),
-        rows.shape[0], tokens, _padded(tokens), token_block(tokens, dim, q.element_size()), dim, _padded(dim), mask is not None,
+        rows.shape[0], tokens, padded(tokens), token_block(tokens, dim, q.element_size()), dim, padded(dim), mask is not None,
         has_stats, TEXT_BLOCK if has_text else 0, INTERPRETED and q.dtype == torch.bfloat16, float32_products(q.device),
     )  # fmt: skip
     configs = configs_for(dim, q.element_size(), float32_products(q.device))
@@ -264,13 +264,13 @@ def _make_plan(
 
 def token_block(tokens: int, head_dim: int, element_size: int) -> int:
     """How many tokens are in registers at a time. element_size: bytes of one element of q."""
-    return min(_padded(tokens), 16 if element_size > 2 else max(16, 8192 // _padded(head_dim)), 64)
+    return min(padded(tokens), 16 if element_size > 2 else max(16, 8192 // padded(head_dim)), 64)
 
 
 def configs_for(head_dim: int, element_size: int, precision: str) -> list[tuple[int, int]]:
     """Those of `CONFIGS` whose queries fill the registers and do not overflow them, which costs more than it saves.
     precision: as `capabilities.float32_products` says."""
-    width = _padded(head_dim)
+    width = padded(head_dim)
     narrow, half = width <= 64, element_size <= 2
     # Elements of q that a thread holds, at most.
     most = (64 if width <= 128 else 32) if half else (32 if narrow and precision != "ieee" else 16)
@@ -278,11 +278,6 @@ def configs_for(head_dim: int, element_size: int, precision: str) -> list[tuple[
     # Products of float32 on a Hopper's matrix units by more than one group of four warps: Triton 3.6 makes code of them that
     # reads past its memory.
     return fitting if half else [(block, warps) for block, warps in fitting if block < 64 or (block, warps) == (64, 4)]
-
-
-def _padded(size: int) -> int:
-    """The next power of two, and at least what a tensor core multiplies."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def _candidates(

@@ -28,6 +28,8 @@ from .capabilities import (
     Backend,
     DeviceFacts,
     Run,
+    dtype_name,
+    one_line,
 )
 from .reference import share_heads
 
@@ -52,9 +54,13 @@ def import_fault(module: str, cure: str) -> str | None:
         needed = (error.name or str(error)).partition(".")[0]
         _broken[module] = f"{module} needs {needed} (pip install {needed})"
     except Exception as error:  # a library built for another torch or CUDA may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        _broken[module] = f"the import of {module} fails: {reason}"
+        _broken[module] = f"the import of {module} fails: {one_line(error)}"
     return _broken[module]
+
+
+def contiguous_rows(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with their last dimension side by side in memory, which most kernels ask for."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -79,7 +85,7 @@ def sdpa_with(kernel: str) -> Run:
     chosen = getattr(SDPBackend, kernel)
 
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+        q, k, v = contiguous_rows(q, k, v)
         if chosen == SDPBackend.EFFICIENT_ATTENTION:
             k, v = share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
         if torch.compiler.is_compiling():
@@ -103,7 +109,7 @@ def _flash_of_torch(call: AttentionCall, device: DeviceFacts) -> str | None:
     if device.type == "cpu":
         return None
     if call.dtype not in HALVES:
-        return f"on CUDA it computes float16 and bfloat16, this is {str(call.dtype).removeprefix('torch.')}"
+        return f"on CUDA it computes float16 and bfloat16, this is {dtype_name(call.dtype)}"
     return None if call.mask == NO_MASK else f"on CUDA it takes no mask, this has a {call.mask}"
 
 
@@ -115,7 +121,7 @@ def _cudnn(call: AttentionCall, device: DeviceFacts) -> str | None:
 def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     from flash_attn import flash_attn_func
 
-    q, k, v = (_rows_contiguous(x.transpose(1, 2)) for x in (q, k, v))
+    q, k, v = contiguous_rows(*(x.transpose(1, 2) for x in (q, k, v)))
     out: Tensor = flash_attn_func(q, k, v, softmax_scale=scale)
     return out.transpose(1, 2)
 
@@ -123,15 +129,11 @@ def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scal
 def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     from flash_attn_interface import flash_attn_func
 
-    q, k, v = (_rows_contiguous(x.transpose(1, 2)) for x in (q, k, v))
+    q, k, v = contiguous_rows(*(x.transpose(1, 2) for x in (q, k, v)))
     out = flash_attn_func(q, k, v, softmax_scale=scale)
     # Releases differ: some return the log-sum-exp beside the result.
     first: Tensor = out[0] if isinstance(out, tuple) else out
     return first.transpose(1, 2)
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def xformers_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:

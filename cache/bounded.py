@@ -126,10 +126,6 @@ class BoundedCache(Generic[Value]):
         with self._lock:
             return len(self._store)
 
-    def drop(self, key: str) -> None:
-        with self._lock:
-            self._store.pop(key, None)
-
     def resize(self, limit: int) -> None:
         """Change the byte limit; what no longer fits goes, oldest use first."""
         with self._lock:

@@ -52,7 +52,7 @@ class DiskCache:
         self.limit = limit
         self.name = name or folder.name
         self._lock = threading.Lock()
-        self.hits = self.misses = self.dropped = self.trimmed = 0
+        self.hits = self.misses = self.trimmed = 0
 
     def _path(self, key: str) -> Path:
         if not key or not all(c.isalnum() or c in "-_" for c in key):
@@ -61,55 +61,17 @@ class DiskCache:
 
     def get(self, key: str, description: str = "") -> DiskEntry | None:
         """The entry, now the most recently used; None when it is missing, damaged or about something else."""
-        from safetensors.torch import load
-
         path = self._path(key)
-        try:
-            # Read once: safe_open opens the file by name a second time for its tensors, and a writer may have put another
-            # entry in its place by then.
-            data = path.read_bytes()
-        except FileNotFoundError:
+        entry = _read(path, key, description)
+        if entry is None:
             self.misses += 1
             return None
-        except (OSError, MemoryError) as error:  # locked by another program, a share that is away: it may be whole
-            self._missed(path, error)
-            return None
-        try:
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            stored = dict(header.get("__metadata__") or {})
-            tensors = load(data)
-        except MemoryError as error:
-            self._missed(path, error)
-            return None
-        except Exception as error:  # safetensors raises its own type
-            self._refuse(path, f"{type(error).__name__}: {error}")
-            return None
-        if stored.get("format") != FORMAT or stored.get("key") != key:
-            self._refuse(path, "it was written for another key")
-            return None
-        if stored.get("checksum") != content_key(tensors):
-            self._refuse(path, "its tensors do not match their checksum")
-            return None
-        if stored.get("description") != description:
-            self.misses += 1
-            log.info("cache: %s holds another content under the same key; it is not used", path.name)
-            return None
+        self.hits += 1
         try:
             os.utime(path)
         except OSError:
             log.debug("cache: the time of %s could not be set", path.name)
-        self.hits += 1
-        return DiskEntry(tensors, json.loads(stored.get("facts", "{}")))
-
-    def _missed(self, path: Path, error: BaseException) -> None:
-        log.warning("cache: %s was not read, because of %s: %s", path.name, type(error).__name__, error)
-        self.misses += 1
-
-    def _refuse(self, path: Path, why: str) -> None:
-        log.warning("cache: %s is dropped, because %s", path.name, why)
-        _remove(path)
-        self.misses += 1
-        self.dropped += 1
+        return entry
 
     def put(
         self,
@@ -214,8 +176,41 @@ class DiskCache:
     def clear(self) -> int:
         """Delete every entry; returns how many went."""
         gone = sum(_remove(path) for path in self.entries())
-        self.hits = self.misses = self.dropped = self.trimmed = 0
+        self.hits = self.misses = self.trimmed = 0
         return gone
+
+
+def _read(path: Path, key: str, description: str) -> DiskEntry | None:
+    """What the file holds, if it is the entry of `key` and `description`; one that is damaged, or of another key, is deleted."""
+    from safetensors.torch import load
+
+    try:
+        # Read once: safe_open opens the file by name a second time for its tensors, and a writer may have put another entry in
+        # its place by then.
+        data = path.read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        stored = dict(header.get("__metadata__") or {})
+        tensors = load(data)
+    except FileNotFoundError:
+        return None
+    except (OSError, MemoryError) as error:  # locked by another program, a share that is away: it may be whole
+        log.warning("cache: %s was not read, because of %s: %s", path.name, type(error).__name__, error)
+        return None
+    except Exception as error:  # safetensors raises its own type
+        why = f"{type(error).__name__}: {error}"
+    else:
+        if stored.get("format") != FORMAT or stored.get("key") != key:
+            why = "it was written for another key"
+        elif stored.get("checksum") != content_key(tensors):
+            why = "its tensors do not match their checksum"
+        elif stored.get("description") != description:
+            log.info("cache: %s holds another content under the same key; it is not used", path.name)
+            return None
+        else:
+            return DiskEntry(tensors, json.loads(stored.get("facts", "{}")))
+    log.warning("cache: %s is dropped, because %s", path.name, why)
+    _remove(path)
+    return None
 
 
 def _remove(path: Path) -> bool:

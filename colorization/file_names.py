@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from ..host.letters import can_be_a_name
-from ..host.windows_names import refuse_on_windows
+from ..host.name_limits import can_be_a_name, refuse_on_windows
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".mxf", ".nut")
 

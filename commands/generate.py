@@ -15,7 +15,7 @@ from ..headless.interrupts import stopped_by_ctrl_c
 from ..host import Interrupted, ModelNotFound
 from ..host.device_work import give_back_cached
 from ..host.errors import first_line
-from ..text_to_image.adapters import UnusableAdapter
+from ..text_to_image.adapter_files import UnusableAdapter
 from ..text_to_image.denoising import seeds
 from ..text_to_image.folders import UnusableCheckpoint
 from ..text_to_image.jobs import Item, Job, forget_models, prepare

@@ -62,7 +62,7 @@ def _verify(host: HeadlessHost, options: argparse.Namespace) -> int:
                 rows.append((model.name, "missing", f"belongs at {host.model_folders(model.kind)[0] / model.file}"))
                 damaged += 1
             continue
-        verdict = verify(path, model.size, model.sha256)
+        verdict = verify(path)
         damaged += verdict.status == "damaged"
         rows.append((model.name, verdict.status, f"{path}: {verdict.detail}"))
     if not rows:

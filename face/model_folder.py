@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..host.letters import can_be_a_name
+from ..host.name_limits import can_be_a_name
 from .faces import FaceError
 from .onnx_outline import Outline, outline
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import host
-from ..host.windows_names import refuse_on_windows
+from ..host.name_limits import refuse_on_windows
 
 FRESH = 2.0  # seconds
 _listed: dict[tuple[str, ...], tuple[Path, int, list[str]]] = {}  # by endings, of which there are two kinds

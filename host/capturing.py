@@ -1,8 +1,8 @@
 """CUDA graphs are captured here, one at a time: cudaMallocAsync, which ComfyUI asks for, allows one capture in a process.
 
-What torch leaves to whoever captures is done here too. Products write into a workspace that cuBLAS keeps for each stream, and
-a graph has its address: under torch's own allocator it is made anew within the capture, in the graph's memory, and lives as
-long as that does. And a capture that breaks off leaves the allocator waiting for its end, which then frees nothing any more.
+Two things that torch leaves to its caller are done here as well. cuBLAS keeps a workspace for each stream, and a graph has its
+address: under torch's own allocator it is made anew within the capture, so that it lies in the graph's memory and lives as long.
+And after a capture that broke off, the allocator would wait for its end for ever and free nothing: it is told of the end.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ _streams: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # o
 
 
 class GraphMemory:
-    """What some graphs work in, all in the same: one of them runs at a time, and what it leaves is copied before the next.
+    """Memory that several graphs share: one of them runs at a time, and its results are copied out before the next one runs.
 
-    torch lets graphs share memory if they were captured on one stream, as long as one of them lives. device: the current one
-    by default.
+    torch allows that to graphs captured on one stream, as long as one of them lives. device: the current one by default.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -44,7 +43,7 @@ class GraphMemory:
         self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def renew_if_left(self) -> None:
-        """Memory that its last graph has left is torch's to free, and cannot be captured into again."""
+        """Take other memory when no graph is left in this: torch frees it then, and cannot capture into it again."""
         if self.stream is None:
             self.stream = torch.cuda.Stream(device=self.device)
         if not self._graphs:
@@ -63,7 +62,7 @@ class GraphMemory:
                 before.wait_stream(self.stream)
 
     def forget(self) -> None:
-        """Nothing more goes where these graphs are: a capture broke off there."""
+        """Let no other graph join these: a capture broke off in their memory."""
         self.stream = self.pool = None
         self._graphs = weakref.WeakSet()
 
@@ -148,7 +147,7 @@ def _workspaces_stay() -> bool:
 
 
 def _spare_stream(device: torch.device | None) -> Any:
-    """For graphs with memory of their own: what a capture leaves on a stream, it leaves once."""
+    """One for all graphs with memory of their own, so that what captures leave behind on a stream is left once."""
     index = _index(device)
     if index not in _spare:
         _spare[index] = torch.cuda.Stream(device=device)

@@ -78,7 +78,7 @@ class ComfyUIManaged:
         with _loading:
             others = [entry for entry in management.current_loaded_models if entry.model is not self.patcher]
             management.free_memory(1e30, self.device, keep_loaded=others)
-            # What `resident` brought along is in nobody's books.
+            # Of what `resident` moved by itself ComfyUI knows nothing.
             self.module.to(OFFLOAD)
 
 

@@ -64,14 +64,13 @@ def fetch(
     size: int | None = None,
     sha256: str | None = None,
     progress: ProgressCallback | None = None,
-    pause: float | None = None,
     model: bool = False,
 ) -> Path:
     """Download `url` to `target`, going on where an earlier attempt stopped.
 
     size: exact bytes, sha256: hex digits, all or the first few; both are checked before the file gets its name.
-    progress: called with bytes so far and bytes in all. pause: seconds before the second attempt. model: without a checksum,
-    it must be built as a model file of its name is, or be no web page at least. Raises DownloadError.
+    progress: called with bytes so far and bytes in all. model: without a checksum, it must be built as a model file of its name
+    is, or be no web page at least. Raises DownloadError.
     """
     _check_address(url)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +91,7 @@ def fetch(
         except http.client.HTTPException as error:
             reason = first_line(error)  # the server's own words
         if attempt + 1 < ATTEMPTS:
-            time.sleep((PAUSE if pause is None else pause) * 2**attempt)
+            time.sleep(PAUSE * 2**attempt)
     else:
         kept = f" {part.stat().st_size} bytes are kept in {part.name};" if part.is_file() else ""
         raise DownloadError(f"{url}: {reason}.{kept} run the same command again to go on.")

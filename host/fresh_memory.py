@@ -33,7 +33,7 @@ def possible() -> bool:
 
 
 def ask() -> None:
-    """For this process, which has no tensor yet, and for those that it starts."""
+    """Ask for huge pages, for this process, which must not have a tensor yet, and for those that it starts."""
     os.environ.update(environment())
 
 

@@ -1,7 +1,6 @@
 """The model files the pack knows: where each belongs, where it comes from, under which licence.
 
-Sizes and checksums stand here only where they are known from the source; None means nobody has published one, and
-such a file is checked by its structure alone.
+Sizes and checksums stand here only where their source has published them.
 """
 
 from __future__ import annotations
@@ -71,8 +70,6 @@ class KnownModel:
     licence: str
     about: str
     non_commercial: bool = False
-    size: int | None = None
-    sha256: str | None = None
 
     @property
     def place(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .interface import ModelNotFound
 from .known_models import KNOWN_MODELS
-from .letters import can_be_a_name
+from .name_limits import can_be_a_name
 
 
 def list_files(folders: Iterable[Path], suffixes: Sequence[str]) -> list[str]:

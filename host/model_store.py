@@ -34,7 +34,7 @@ def belongs(model: KnownModel, host: Host) -> Path:
 
 
 def place_of(model: KnownModel, host: Host) -> Path:
-    """The same to look at: a file may be a link to another disk, which is nothing against one that is here."""
+    """Where it belongs, to be shown: what is there already may well be a link out of the folder, to another disk."""
     return host.model_folders(model.kind)[0] / model.file
 
 

@@ -1,14 +1,13 @@
-"""Graphs and prompts saved with another layout of the same node ids, recognised and rewritten to the present one.
+"""Prompts saved with other inputs of the same node ids, rewritten to the present ones.
 
-Saved widget values have no names: what was inserted or removed since shifts all that follows. A layout is told by the
-number and the types of its values. The tables are files that the browser's half, web/saved_layouts.js, reads as well:
-web/layouts/<pack>.json.
+The tables, web/layouts/<pack>.json, are read by web/saved_layouts.js as well, for graphs: their widget values have no names,
+so that a layout is told by the number and the types of its values.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from .shadowed import shadowed
 
 TABLES = Path(__file__).parent.parent / "web" / "layouts"
 CONTROL = "control_after_generate"  # the browser's own widget after a seed
-CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 
 @lru_cache(maxsize=1)
@@ -33,46 +31,6 @@ def table() -> dict[str, dict[str, Any]]:
         for section, entries in json.loads(path.read_text(encoding="utf-8")).items():
             merged.setdefault(section, {}).update(entries)
     return merged
-
-
-def accepts(widget: Mapping[str, Any], value: Any) -> bool:
-    """Whether `value` can be what `widget` held."""
-    kind = widget["type"]
-    if kind == "BOOLEAN":
-        return isinstance(value, bool)
-    if kind in ("INT", "FLOAT"):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if not isinstance(value, str):
-        return False
-    return "options" not in widget or value in widget["options"]
-
-
-def named(layout: Sequence[Mapping[str, Any]], values: Sequence[Any], forked: bool = False) -> dict[str, Any] | None:
-    """The values by widget name when `layout` explains every one of them, else None.
-
-    A value after the seed may be the browser's own (fixed, randomize, ...). Widgets at the end may be missing. forked: the
-    last values need no explanation, where they stand in place of this pack's own inputs.
-    """
-    found: dict[str, Any] = {}
-    rest = list(values)
-    for index, widget in enumerate(layout):
-        if not rest:
-            return found if all(w.get("optional") for w in layout[index:]) else None
-        if not accepts(widget, rest[0]):
-            return found if forked and widget.get("optional") else None
-        found[widget["name"]] = rest.pop(0)
-        if widget["name"] == "seed" and rest and rest[0] in CONTROLS:
-            found[CONTROL] = rest.pop(0)
-    return None if rest and not forked else found
-
-
-def widget_values(node_id: str, values: Sequence[Any]) -> dict[str, Any] | None:
-    """Inputs by their present names for the saved `widgets_values` of a node; None when no known layout fits."""
-    for forked in (False, True):
-        for layout in table()["layouts"].get(node_id, []):
-            if (found := named(layout, values, forked)) is not None:
-                return present(node_id, found)
-    return None
 
 
 def present(node_id: str, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,7 @@ layer before it computes, so that where computing takes longer than copying, str
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,174 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import current
 from .cards import numbered
+from .layer_weights import Weights
 
-log = logging.getLogger("hotpath.host")
-
-ALIGNMENT = 256  # bytes
-PORTABLE = 1  # cudaHostRegisterPortable: pinned for every card
 PLACES = 2  # layers whose weights are on the device at a time
-
-Held = dict[str, Any]  # the parameters, or the buffers, of one module
-
-
-class Weights:
-    """The weights of one layer in one piece of CPU memory, which is one copy to a device.
-
-    The layer reads them there itself from now on. Tensors of other libraries (torchao's) are taken apart into the plain ones
-    that they hold, where they can be; what cannot be taken apart is copied by itself.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        holders: list[tuple[Held, str, bool]] = [
-            (held, name, is_parameter)
-            for module in layer.modules()
-            for held, is_parameter in ((module._parameters, True), (module._buffers, False))
-            for name, tensor in held.items()
-            if tensor is not None
-        ]
-        with torch.inference_mode(False), torch.no_grad():
-            self._parts: dict[int, _Part] = {}
-            self.nbytes = 0
-            for held, name, _ in holders:
-                if id(held[name]) not in self._parts:
-                    part = self._parts[id(held[name])] = _Part(held[name], self.nbytes)
-                    self.nbytes = _aligned(self.nbytes + part.nbytes)
-            self._holders = [
-                (held, name, is_parameter, self._parts[id(held[name])]) for held, name, is_parameter in holders
-            ]
-            self.memory = torch.empty(self.nbytes, dtype=torch.uint8)
-            for part in self._parts.values():
-                part.write(self.memory)
-            own = self.on(self.memory)
-            self._own = []
-            for (held, name, _, part), made in zip(self._holders, own, strict=True):
-                if part.is_plain:  # the object stays, whoever else holds it
-                    held[name].data = made.detach()
-                else:
-                    held[name] = made
-                self._own.append(held[name])
-            for part in self._parts.values():
-                part.forget()
-        self._pin()
-
-    def on(self, memory: Tensor) -> list[Tensor]:
-        """The weights as they lie in `memory`, a copy of this one's or this one itself."""
-        with torch.inference_mode(False), torch.no_grad():
-            made = {id(part): part.read(memory) for part in self._parts.values()}
-            return [
-                nn.Parameter(made[id(part)], requires_grad=False)
-                if is_parameter and not isinstance(made[id(part)], nn.Parameter)
-                else made[id(part)]
-                for _, _, is_parameter, part in self._holders
-            ]
-
-    def copied(self, device: torch.device) -> list[Tensor]:
-        """The weights on `device`: these themselves if that is where they are."""
-        return self._own if device == self.memory.device else self.on(self.memory.to(device, non_blocking=True))
-
-    @contextmanager
-    def replaced_by(self, lent: Sequence[Tensor]) -> Iterator[None]:
-        """The layer with `lent`, of `on` or `copied`, in the place of its weights."""
-        for (held, name, _, _), tensor in zip(self._holders, lent, strict=True):
-            held[name] = tensor
-        try:
-            yield
-        finally:
-            for (held, name, _, _), tensor in zip(self._holders, self._own, strict=True):
-                held[name] = tensor
-
-    def _pin(self) -> None:
-        """Let the card read this memory by itself. Not torch's pinned memory, which takes up to twice what is asked for."""
-        if not torch.cuda.is_available() or not self.nbytes or not current().pins_memory():
-            return
-        driver: Any = torch.cuda.cudart()
-        address = self.memory.data_ptr()
-        if int(driver.cudaHostRegister(address, self.nbytes, PORTABLE)):
-            _forget_refusal()
-            _tell_of_slow_copies()
-            return
-        weakref.finalize(self.memory, driver.cudaHostUnregister, address).atexit = False
-
-
-@functools.cache  # once for all layers of all networks
-def _tell_of_slow_copies() -> None:
-    log.warning("layers are copied to the card slowly, because the system lets no more memory be pinned")
-
-
-def _forget_refusal() -> None:
-    """The driver keeps a refusal, and torch would take it for a failure of the next kernel."""
-    try:
-        torch.zeros(1, device="cuda").add_(1)
-        torch.cuda.synchronize()
-    except RuntimeError:
-        log.debug("the driver's refusal to pin memory", exc_info=True)
-
-
-class _Part:
-    """One tensor of a layer, and where its bytes lie."""
-
-    def __init__(self, tensor: Tensor, offset: int) -> None:
-        self.is_plain = type(tensor) in (Tensor, nn.Parameter)
-        self._given: Tensor | None = tensor
-        self._kept: Tensor | None = None  # what cannot be taken apart
-        self._inner: list[tuple[str, _Part]] = []
-        self.nbytes = 0
-        if self.is_plain:
-            dense = tensor.detach()
-            if not _is_dense(dense):
-                dense = dense.contiguous()
-            self.offset, self.dtype, self.shape, self.stride = offset, dense.dtype, dense.shape, dense.stride()
-            self._given, self.nbytes = dense, dense.nbytes
-            return
-        if not hasattr(tensor, "__tensor_flatten__"):
-            self._kept = tensor.cpu()
-            return
-        self._kind: Any = type(tensor.data)
-        names, self._context = tensor.data.__tensor_flatten__()  # type: ignore[attr-defined]
-        self.shape, self.stride = tensor.shape, tensor.stride()
-        for name in names:
-            part = _Part(getattr(tensor.data, name), offset + self.nbytes)
-            self._inner.append((name, part))
-            self.nbytes = _aligned(self.nbytes + part.nbytes)
-
-    def write(self, memory: Tensor) -> None:
-        for _, part in self._inner:
-            part.write(memory)
-        if self.is_plain:
-            assert self._given is not None
-            self.read(memory).copy_(self._given)
-
-    def read(self, memory: Tensor) -> Tensor:
-        if self._kept is not None:
-            return self._kept.to(memory.device, non_blocking=True)
-        if not self.is_plain:
-            inner = {name: part.read(memory) for name, part in self._inner}
-            made: Tensor = self._kind.__tensor_unflatten__(inner, self._context, self.shape, self.stride)
-            return made
-        piece = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
-        return piece.as_strided(self.shape, self.stride, piece.storage_offset())
-
-    def forget(self) -> None:
-        """Hold the tensor it was made of no longer."""
-        self._given = None
-        for _, part in self._inner:
-            part.forget()
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor lie side by side, in whatever order."""
-    room = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != room:
-            return False
-        room *= size
-    return True
 
 
 class StreamedLayer(nn.Module):

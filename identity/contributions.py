@@ -7,7 +7,7 @@ several seeds need no weighing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,13 +87,8 @@ class Contributions:
         return self.blocks == SDXL_BLOCKS
 
 
-def energies_by_step(
-    records: Sequence[tuple[float, Floats]], blocks: tuple[Block, ...], runs: int, calls: int
-) -> Contributions:
-    """Contributions of `records`: a noise level and energies [B, 2] (identity, own) each; equal levels add up."""
-    steps: dict[float, Floats] = {}
-    for sigma, energies in records:
-        steps[sigma] = steps[sigma] + energies if sigma in steps else energies
+def energies_by_step(steps: Mapping[float, Floats], blocks: tuple[Block, ...], runs: int, calls: int) -> Contributions:
+    """Contributions of the energies [B, 2] (identity, own) at each noise level."""
     sigmas = sorted(steps, reverse=True)
     stacked = np.stack([steps[s] for s in sigmas]) if sigmas else np.zeros((0, len(blocks), 2))
     return Contributions(blocks, np.array(sigmas), stacked[..., 0], stacked[..., 1], runs, calls)

@@ -45,17 +45,6 @@ class PreparedIdentity:
         return self._master.nbytes + self.cond.nbytes + self.uncond.nbytes
 
     @property
-    def device_bytes(self) -> int:
-        """Bytes held on devices other than the CPU now."""
-        with self._lock:
-            return sum(
-                k.nbytes + v.nbytes
-                for (device, _), pairs in self._copies.items()
-                if device.type != "cpu"
-                for k, v in pairs
-            )
-
-    @property
     def dtype(self) -> torch.dtype:
         """What the keys and values are kept in on the CPU."""
         return self._master.dtype

@@ -8,7 +8,8 @@ from typing import Any
 from .. import host
 from ..patches.profile_drawing import draw, table
 from ..patches.profiling import ProfileSession, profile
-from ..patches.speed_profiles import PROFILES, apply_profile, load_profile, source_fingerprint
+from ..patches.speed_profile_files import load_profile, source_fingerprint
+from ..patches.speed_profiles import PROFILES, apply_profile
 
 CATEGORY = "Hotpath/acceleration"
 HIDDEN = {"unique_id": "UNIQUE_ID"}

@@ -18,7 +18,7 @@ from ..attention.dispatch import POLICIES, AttentionPolicy, attend, dispatcher, 
 from ..attention.events import AttentionEvent, AttentionLog
 
 KEY = "hotpath_attention"
-OPTION = "optimized_attention_override"
+OVERRIDE = "optimized_attention_override"  # ComfyUI's name for attention that a node puts in the place of its own
 MOST_SAMPLES = 1 << 15  # CUDA launches no larger grid; ComfyUI's own attention splits such batches
 
 
@@ -100,7 +100,7 @@ def _by_heads(x: Tensor, heads: int) -> Tensor:
 
 def override_of(model: Any) -> AttentionOverride | None:
     """The override that `set_attention` put on `model`, also under another pack's that wraps it."""
-    found = model.model_options.get("transformer_options", {}).get(OPTION)
+    found = model.model_options.get("transformer_options", {}).get(OVERRIDE)
     return found if isinstance(found, AttentionOverride) else model.get_attachment(KEY)
 
 
@@ -115,13 +115,13 @@ def set_attention(model: Any, backend: str, strict: bool = False, node_id: str |
     policy = AttentionPolicy(backend, strict)
     keep_choices_in(host.current().cache_folder())
     patched = model.clone()
-    held = patched.model_options.get("transformer_options", {}).get(OPTION)
+    held = patched.model_options.get("transformer_options", {}).get(OVERRIDE)
     below, said = _below(held)
     override = AttentionOverride(policy, below, node_id)
     override.log.preface = tuple(filter(None, (said,)))
     patched.model_options["transformer_options"] = {
         **patched.model_options.get("transformer_options", {}),
-        OPTION: override,
+        OVERRIDE: override,
     }
     patched.set_attachments(KEY, override)
     for kind, callback in ((CallbacksMP.ON_PRE_RUN, override.begin), (CallbacksMP.ON_CLEANUP, override.end)):

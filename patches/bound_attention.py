@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..attention.token_attention import attend_text_and_tokens, attend_tokens
-
-OVERRIDE = "optimized_attention_override"  # ComfyUI's name for attention that a node puts in place of its own
+from .attention_override import OVERRIDE
 
 
 class TokenStep:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..face import FaceAnalyser, Faces
+from ..host.letters import counted
 from ..identity import Identity, InstantIDAdapter, PreparedIdentity
-from .identity_attention import PatchSettings, add_identity
 from .identity_conditioning import (
     ALL_NETS,
     ONLY_IDENTITY_NET,
@@ -26,9 +26,17 @@ from .identity_conditioning import (
     mark_roles,
     mask_positive,
 )
-from .instantid import NEVER, AttentionSettings, blocks_for, draw_aligned, draw_pose, find_poses, prepare_identity
+from .instantid import (
+    NEVER,
+    AttentionSettings,
+    add_to_attention,
+    blocks_for,
+    draw_aligned,
+    draw_pose,
+    find_poses,
+    prepare_identity,
+)
 from .sdxl_layout import AdaptiveChoice
-from .telemetry import note_identity
 
 
 @dataclass(frozen=True)
@@ -115,8 +123,8 @@ def _assign(people: Sequence[Person], found: Faces) -> list[int]:
     coverage = [
         (_coverage(person.region, found, face), number, face)
         for number, person in enumerate(people)
-        for face in left_to_right
         if person.region is not None
+        for face in left_to_right
     ]
     for _, number, face in sorted(coverage, key=lambda entry: -entry[0]):
         if number not in chosen and face not in chosen.values():
@@ -125,9 +133,8 @@ def _assign(people: Sequence[Person], found: Faces) -> list[int]:
     return [chosen[number] if number in chosen else rest.pop(0) for number in range(len(people))]
 
 
-def _coverage(region: Tensor | None, found: Faces, face: int) -> float:
+def _coverage(region: Tensor, found: Faces, face: int) -> float:
     """Mean of the region over a face's box."""
-    assert region is not None
     height, width = found.size
     plane = region if region.ndim == 2 else region[0]
     plane = F.interpolate(plane[None, None].float(), size=(height, width), mode="bilinear")[0, 0]
@@ -158,25 +165,11 @@ def apply_people(
         line += f"; {NEVER}"
     lines = [line]
     patched = model.clone()
-    sampling = model.get_model_object("model_sampling")
-    start, end = (sampling.percent_to_sigma(at) for at in (settings.start_at, settings.end_at))
     prepared = [prepare_identity(adapter, p.identity.embeddings, settings.combine, settings.noise) for p in people]
     for person, identity in zip(people, prepared, strict=True):
-        add_identity(patched, identity, PatchSettings(person.weight, start, end), person.region, blocks)
-        if person.weight != 0:
-            note_identity(
-                patched,
-                adapter,
-                weight=person.weight,
-                start_at=settings.start_at,
-                end_at=settings.end_at,
-                patch_mode=settings.patch_mode,
-                region=person.region is not None,
-            )
-        pictures = person.identity.embeddings.shape[0]
-        lines.append(
-            f"{person.identity.name}: weight {person.weight:g}, {pictures} picture{'s' if pictures > 1 else ''}"
-        )
+        add_to_attention(patched, adapter, identity, settings.attention(person.weight), blocks, person.region)
+        pictures = counted(len(person.identity.embeddings), "picture")
+        lines.append(f"{person.identity.name}: weight {person.weight:g}, {pictures}")
 
     if len(people) == 1 and people[0].region is not None:
         positive = mask_positive(positive, people[0].region)

@@ -22,10 +22,9 @@ from ..identity.prepared import PreparedIdentity
 from . import bound_attention
 from .bound_attention import BoundAttention, ForeignStep, TokenStep
 from .mask import AttentionMask, block_length
-from .model_call import ModelCall, current_call, note_model_calls
+from .model_call import ALWAYS, ModelCall, current_call, note_model_calls
 
 CLEANUP_KEY = "hotpath_identity"
-ALWAYS = (999999999.9, 0.0)  # what percent_to_sigma gives for 0 and 1
 MAX_BOUND = 32  # kinds of calls per run: cond and uncond apart or together, positions of a context window
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..identity.prepared import COND, UNCOND
+from .conditioning_roles import OURS, mark
 from .face_token_link import face_token_link
-from .model_call import COND, OURS, UNCOND, mark
 from .sdxl_layout import check_identity_net
 
 ONLY_IDENTITY_NET = "IdentityNet only"
@@ -29,9 +30,9 @@ Conditioning = list[list[Any]]
 class IdentityNet:
     """One IdentityNet on both conditionings.
 
-    hint: [B, H, W, 1, 3 or 4] key point drawings; alpha is dropped. tokens: (cond, uncond) [N, T, C]. percent_range: start
-    and end of the schedule in 0..1. region: [M, H, W] in 0..1, where its output
-    counts (needs seen_by ONLY_IDENTITY_NET), or None.
+    hint: key point drawings [B, H, W, C] of 1, 3 or 4 channels; alpha is dropped. tokens: (cond, uncond), [N, T, C].
+    percent_range: start and end in the schedule, 0..1. seen_by: ALL_NETS or ONLY_IDENTITY_NET. region: [M, H, W] in 0..1, where
+    its output counts (with ONLY_IDENTITY_NET), or None. name: of the tokens, see `free_name`.
     """
 
     control_net: Any

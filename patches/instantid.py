@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..face import FaceAnalyser, FaceChoice, Faces, draw_keypoints
+from ..host.letters import counted
 from ..identity import Identity, InstantIDAdapter, PreparedIdentity, prepare
 from ..identity.blocks import ADAPTIVE, Block
 from ..identity.contribution_profile import UNKNOWN, ContributionProfile, adapter_key
@@ -129,6 +130,31 @@ def _what_differs(model: Any, adapter: InstantIDAdapter, profile: ContributionPr
     return f"; the profile was measured with {' and '.join(other)}, so measure again to be sure" if other else ""
 
 
+def add_to_attention(
+    patched: Any,
+    adapter: InstantIDAdapter,
+    prepared: PreparedIdentity,
+    settings: AttentionSettings,
+    blocks: Sequence[Block],
+    mask: Tensor | None = None,
+) -> None:
+    """Add one identity to `blocks` of `patched`, a ModelPatcher that is already our clone; a weight of 0 adds nothing."""
+    if settings.weight == 0:
+        return
+    sampling = patched.get_model_object("model_sampling")
+    start, end = (sampling.percent_to_sigma(at) for at in (settings.start_at, settings.end_at))
+    add_identity(patched, prepared, PatchSettings(settings.weight, start, end), mask, blocks)
+    note_identity(
+        patched,
+        adapter,
+        weight=settings.weight,
+        start_at=settings.start_at,
+        end_at=settings.end_at,
+        patch_mode=settings.patch_mode,
+        region=mask is not None,
+    )
+
+
 def attach_identity(
     model: Any,
     adapter: InstantIDAdapter,
@@ -139,37 +165,17 @@ def attach_identity(
     """A clone of `model` with the identity in its attention, and a line for the report."""
     blocks, line = blocks_for(model, adapter, settings)
     patched = model.clone()
-    sampling = model.get_model_object("model_sampling")
-    add_identity(
-        patched,
-        prepared,
-        PatchSettings(
-            settings.weight, sampling.percent_to_sigma(settings.start_at), sampling.percent_to_sigma(settings.end_at)
-        ),
-        mask,
-        blocks,
-    )
-    if settings.start_at > settings.end_at:
-        line += f"; {NEVER}"
+    add_to_attention(patched, adapter, prepared, settings, blocks, mask)
     if settings.weight == 0:
         return patched, "weight is 0: the model is unchanged"
-    note_identity(
-        patched,
-        adapter,
-        weight=settings.weight,
-        start_at=settings.start_at,
-        end_at=settings.end_at,
-        patch_mode=settings.patch_mode,
-        region=mask is not None,
-    )
-    return patched, line
+    return patched, f"{line}; {NEVER}" if settings.start_at > settings.end_at else line
 
 
 def describe_faces(reading: FaceReading) -> str:
     """Such as "1 face, 212x280 px"; with the number of pictures that had none."""
     found = [face for face in reading.faces if len(face)]
     x0, y0, x1, y1 = (float(v) for v in found[0].boxes[0])
-    line = f"{len(found)} face{'s' if len(found) > 1 else ''}, the first {x1 - x0:.0f}x{y1 - y0:.0f} px"
+    line = f"{counted(len(found), 'face')}, the first {x1 - x0:.0f}x{y1 - y0:.0f} px"
     if reading.missing:
         line += f"; {reading.missing} of {len(reading.faces)} pictures had no face and were left out"
     return line

@@ -14,23 +14,22 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .conditioning_roles import OURS, ROLE, ROLES_BY_INDEX, index_roles, note_conditionings, note_names
+
 log = logging.getLogger("hotpath.attention")
 
-OURS = "hotpath_"  # begins the names of all that our nodes put on a conditioning
 KEY = "hotpath_model_call"
 BOUND = "hotpath_bound_patches"
 TELEMETRY = "hotpath_telemetry"
-ROLE = "hotpath_role"
-ROLES_BY_INDEX = "hotpath_roles_by_index"
 
-COND, UNCOND = 0, 1
+ALWAYS = (999999999.9, 0.0)  # what percent_to_sigma gives for 0 and 1
 
 CPU = torch.device("cpu")
 
@@ -80,7 +79,7 @@ class ModelCall:
         """The noise level. Read from the device at most once per call, and only if someone asks."""
         if self._sigma is None:
             # Without a sigma (a foreign sampler), everything that is limited to a range counts as the very start.
-            self._sigma = 999999999.9 if self.timestep is None else float(self.timestep.flatten()[0])
+            self._sigma = ALWAYS[0] if self.timestep is None else float(self.timestep.flatten()[0])
         return self._sigma
 
     def rows(self, identities: int) -> Tensor:
@@ -145,11 +144,6 @@ def current_call(extra_options: dict[str, Any]) -> ModelCall:
     batch, *_, height, width = extra_options["original_shape"]
     roles = index_roles(extra_options.get("cond_or_uncond", [0]))
     return ModelCall(roles, height, width, extra_options.get("sigmas"), *frames_of(extra_options), batch=batch)
-
-
-def index_roles(cond_or_uncond: Sequence[int]) -> tuple[int, ...]:
-    """Roles by position in the guider's list: the first conditioning is the positive one. Used when nobody said more."""
-    return tuple(COND if i == 0 else UNCOND for i in cond_or_uncond)
 
 
 def frames_of(options: dict[str, Any]) -> tuple[tuple[int, ...] | None, int | None]:
@@ -270,58 +264,6 @@ def _use_bound(
     return executor(x, timesteps, context, y, control, options, **kwargs)
 
 
-def mark(entry: Mapping[str, Any], role: int) -> dict[str, Any]:
-    """A conditioning's options that say whose rows they are, COND's or UNCOND's; nothing else changes."""
-    mask = entry.get("mask")
-    masks = mask.shape[0] if isinstance(mask, Tensor) and mask.ndim == 3 else 1
-    return {**entry, "model_conds": {**entry.get("model_conds", {}), ROLE: role_condition(role, masks)}}
-
-
-def roles_by_name(conds: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The conditionings of a guider, marked by the names that it gives them: "positive", and those of a negative.
-
-    Marks that stand stay, but for a negative that was made of the marked positive (zeroed out, say). Conditionings of
-    other names are as they were.
-    """
-    positive = {_mark_of(entry) for entry in conds.get("positive") or ()}
-    named: dict[str, Any] = {}
-    for name, entries in conds.items():
-        role = COND if name == "positive" else UNCOND
-        if not entries or (role == UNCOND and "negative" not in name):
-            named[name] = entries
-            continue
-        copied = role == UNCOND and positive <= {COND, None}
-        named[name] = [
-            mark(entry, role) if _mark_of(entry) is None or (copied and _mark_of(entry) == COND) else entry
-            for entry in entries
-        ]
-    return named
-
-
-def _mark_of(entry: Mapping[str, Any]) -> int | None:
-    marked = entry.get("model_conds", {}).get(ROLE)
-    return marked.cond if marked is not None else None
-
-
-def _note_names(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """A sampler starts: its guider has the conditionings under their names, which are lost where they are computed."""
-    guider = executor.class_obj
-    if isinstance(getattr(guider, "conds", None), dict):
-        guider.conds = roles_by_name(guider.conds)
-    return executor(*args, **kwargs)
-
-
-def _note_conditionings(
-    executor: Any, model: Any, conds: Sequence[Any], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
-) -> Any:
-    """A pair of conditionings with the same mark is a positive and a negative that was made of it (zeroed out, say)."""
-    marks = [{_mark_of(entry) for entry in cond or ()} - {None} for cond in conds]
-    if len(marks) == 2 and marks[0] and marks[0] == marks[1]:
-        options = {**model_options.get("transformer_options", {}), ROLES_BY_INDEX: True}
-        model_options = {**model_options, "transformer_options": options}
-    return executor(model, conds, x, timestep, model_options)
-
-
 def note_model_calls(model: Any) -> None:
     """Let patches on `model` (a ModelPatcher that is already our clone) ask for `current_call`."""
     from comfy.patcher_extension import WrappersMP
@@ -329,37 +271,8 @@ def note_model_calls(model: Any) -> None:
     for kind, wrapper in (
         (WrappersMP.APPLY_MODEL, _note_call),
         (WrappersMP.DIFFUSION_MODEL, _use_bound),
-        (WrappersMP.OUTER_SAMPLE, _note_names),
-        (WrappersMP.CALC_COND_BATCH, _note_conditionings),
+        (WrappersMP.OUTER_SAMPLE, note_names),
+        (WrappersMP.CALC_COND_BATCH, note_conditionings),
     ):
         if not model.get_wrappers(kind, KEY):
             model.add_wrapper_with_key(kind, KEY, wrapper)
-
-
-def role_condition(role: int, masks: int = 1) -> Any:
-    """A conditioning entry that tells `ModelCall.roles` whose rows it is, whatever guider orders them how.
-
-    masks: pictures in the mask of the same entry. ComfyUI repeats or cuts them, and for other numbers fails with shapes.
-    """
-    from comfy.conds import CONDRegular
-
-    class CONDRole(CONDRegular):
-        """One role per chunk, joined as a tuple: no tensor, so nothing to copy to a device or to read back."""
-
-        def process_cond(self, batch_size: int, **kwargs: Any) -> Any:
-            if masks < batch_size and batch_size % masks:
-                raise ValueError(
-                    f"The mask has {masks} pictures and the latent batch {batch_size}: use one mask, or one per picture."
-                )
-            return self
-
-        def can_concat(self, other: Any) -> bool:
-            return True
-
-        def concat(self, others: Sequence[Any]) -> tuple[int, ...]:
-            return (self.cond, *(other.cond for other in others))
-
-        def size(self) -> list[int]:
-            return [1]
-
-    return CONDRole(role)

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .profiling import DECODE, ENCODE, ENCODE_IMAGE, PREPARE, STEP, Profile, Row
+from ..host.letters import counted
+from .profile_spans import DECODE, ENCODE, ENCODE_IMAGE, FINISH, PREPARE, STEP, Profile, Row
 
 COLOURS = {
     ENCODE: "#5B8DB8",
     PREPARE: "#B9A44C",
     STEP: "#3F7D58",
-    "after the last step": "#B9A44C",
+    FINISH: "#B9A44C",
     DECODE: "#8C5E9B",
     ENCODE_IMAGE: "#B07AA1",
     "gaps": "#D5D8DC",
@@ -119,7 +120,7 @@ def _headline(profile: Profile) -> str:
     """How many steps, and how long an ordinary one takes; of samplings apart, as their sizes differ, while there is room."""
     samplings = profile.samplings if len(profile.samplings) <= MOST_APART else (profile.steps,)
     return ", then ".join(
-        f"{len(steps)} step{'s' if len(steps) > 1 else ''}, median {_time(statistics.median(_ordinary(steps)))}"
+        f"{counted(len(steps), 'step')}, median {_time(statistics.median(_ordinary(steps)))}"
         for steps in samplings
         if steps
     )

@@ -80,11 +80,11 @@ def check_identity_net(control_net: Any, width: int) -> None:
     Most ControlNets are published under the same file name, and the sampler would tell of sizes of matrices.
     """
     network = getattr(control_net, "control_model", None)
-    if network is None:  # what is made of the MODEL when it samples
+    if network is None:  # a Control-LoRA, which is made of the MODEL when that is sampled
         return
     attentions = [module.attn2 for module in network.modules() if hasattr(module, "attn2")]
     contexts = {getattr(getattr(attention, "to_k", None), "in_features", width) for attention in attentions} - {width}
-    # Without any weight it is what stands before another one.
+    # One with neither attention nor weights only stands in front of another.
     if contexts or (not attentions and any(True for _ in network.parameters())):
         text = f", text {min(contexts)} wide" if contexts else ""
         raise UnsupportedModel(

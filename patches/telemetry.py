@@ -24,12 +24,11 @@ from ..identity.blocks import INDEX, SDXL_BLOCKS, Block
 from ..identity.contribution_profile import UNKNOWN, adapter_key, weights_key
 from ..identity.contributions import Contributions, energies_by_step
 from .identity_attention import IdentityAttention
-from .model_call import note_model_calls
+from .model_call import TELEMETRY, note_model_calls
 from .sdxl_layout import UnsupportedModel, transformer_blocks
 
-TELEMETRY = "hotpath_telemetry"
 IDENTITIES = "hotpath_identities"
-KEY = "hotpath_telemetry"
+KEY = "hotpath_telemetry"  # of the wrapper that announces runs
 KEPT_CALLS = 4096  # as tensors on their devices; older ones are added up on the CPU
 RUNNING = 64  # the newest calls may still be filled by another thread
 KEPT_STEPS = 4096
@@ -119,9 +118,9 @@ class BlockTelemetry:
         with self._lock:
             calls = self._calls
             self._read(calls, len(calls.waiting))
-            records = list(calls.steps.items())
+            steps = dict(calls.steps)
             runs, count = max(calls.runs, 1), calls.count
-        return energies_by_step(records, self.blocks, runs, count)
+        return energies_by_step(steps, self.blocks, runs, count)
 
     @staticmethod
     def _read(calls: _Calls, count: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from .. import host
 from ..host.device_work import wait_for
 from ..host.errors import kind_and_line
-from ..host.interface import tracked
+from ..host.letters import counted
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of, uncompiled
 from .compilation.recording import WARM_CALLS
@@ -38,6 +38,7 @@ PROMPT_LAYERS = (
 )  # fmt: skip
 POOLED_LAYERS = ("pooled_text_embeddings.in_layer", "y_embedder.mlp.0")
 SDXL_POOLED = 1280
+PROMPT_TOKENS = 77  # CLIP's number
 # What a network raises that was not given all it reads.
 INCOMPLETE = (TypeError, AttributeError, KeyError, AssertionError)
 
@@ -89,7 +90,7 @@ def latent_for(model: Any, width: int, height: int, batch: int) -> torch.Tensor:
     return torch.zeros(batch, layout.latent_channels, *frames, max(1, height // shrink), max(1, width // shrink))
 
 
-def empty_prompt(model: Any, tokens: int = 77) -> list[list[Any]]:
+def empty_prompt(model: Any) -> list[list[Any]]:
     """A CONDITIONING of zeros in the widths `model` reads, which its settings tell, or the layer that the prompt goes into."""
     config, network = model.model.model_config.unet_config, model.get_model_object("diffusion_model")
     width = next((config[key] for key in PROMPT_WIDTHS if config.get(key)), None) or _width_into(network, PROMPT_LAYERS)
@@ -101,7 +102,7 @@ def empty_prompt(model: Any, tokens: int = 77) -> list[list[Any]]:
             "conditioning to warm up with."
         )
     pooled = config.get("vec_in_dim") or _width_into(network, POOLED_LAYERS) or SDXL_POOLED
-    return [[torch.zeros(1, tokens, int(width)), {"pooled_output": torch.zeros(1, int(pooled))}]]
+    return [[torch.zeros(1, PROMPT_TOKENS, int(width)), {"pooled_output": torch.zeros(1, int(pooled))}]]
 
 
 def _width_into(network: torch.nn.Module, names: Sequence[str]) -> int | None:
@@ -117,8 +118,6 @@ def warm_up(
     positive: Any = None,
     negative: Any = None,
     cfg: float = 1.0,
-    sampler: str = "euler",
-    scheduler: str = "simple",
 ) -> tuple[list[SizeWarmup], str]:
     """Sample a few steps of `model` at each of `sizes` (width, height in pixels), and say what each took.
 
@@ -134,31 +133,29 @@ def warm_up(
     negative = negative if negative is not None else positive
     done: list[SizeWarmup] = []
     steps = STEPS if compiler is None or compiler.recorder is None else RECORDED_STEPS
-    with _enough(model, made_up), tracked(host.current(), len(sizes) * steps, "warm-up") as bar:
+
+    def sample(sampled: Any, latent: torch.Tensor, steps: int, after_step: Any = None) -> None:
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+        comfy.sample.sample(
+            sampled, noise, steps, cfg, "euler", "simple", positive, negative, latent,
+            callback=after_step, disable_pbar=True, seed=0,
+        )  # fmt: skip
+
+    with _enough(model, made_up), host.tracked(host.current(), len(sizes) * steps, "warm-up") as bar:
         for width, height in sizes:
             latent = comfy.sample.fix_empty_latent_channels(model, latent_for(model, width, height, batch))
-            noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
-
-            def sample(
-                sampled: Any, steps: int, after_step: Any = None, latent: Any = latent, noise: Any = noise
-            ) -> None:
-                comfy.sample.sample(
-                    sampled, noise, steps, cfg, sampler, scheduler, positive, negative, latent,
-                    callback=after_step, disable_pbar=True, seed=0,
-                )  # fmt: skip
-
             before = _made(compiler)
             moments = [_now(model)]
             if compiler is not None and override_of(model) is not None:
                 # A graph keeps the attention that is known to be fastest while it is traced; measured it is only here.
-                sample(uncompiled(model), 1)
+                sample(uncompiled(model), latent, 1)
 
             def after_step(*_: Any, moments: list[float] = moments) -> None:
                 moments.append(_now(model))
                 bar.update()
 
-            sample(model, steps, after_step)
-            _record_the_rest(compiler, functools.partial(sample, model, steps))
+            sample(model, latent, steps, after_step)
+            _record_the_rest(compiler, functools.partial(sample, model, latent, steps))
             graphs, recordings = (now - then for now, then in zip(_made(compiler), before, strict=True))
             step = moments[-1] - moments[-2]
             done.append(SizeWarmup(width, height, _now(model) - moments[0], step, graphs, recordings))
@@ -197,7 +194,7 @@ def _enough(model: Any, made_up: bool) -> Iterator[None]:
 
 def describe(done: Sequence[SizeWarmup], compiler: RegionalCompiler | None) -> str:
     """The report of a warm-up."""
-    lines = [f"Warmed up {len(done)} size{'s' if len(done) != 1 else ''} in {sum(size.seconds for size in done):.1f} s"]
+    lines = [f"Warmed up {counted(len(done), 'size')} in {sum(size.seconds for size in done):.1f} s"]
     lines += [size.sentence() for size in done]
     lines.append(compiler.report() if compiler is not None else "The model is not compiled: only kernels were chosen.")
     return "\n".join(lines)

@@ -91,7 +91,10 @@ def test_a_kernel_that_cannot_be_built_gives_way(monkeypatch: pytest.MonkeyPatch
     assert len(tries) == 2
     chosen, reason = local_window.select_local_window(torch.device("cpu"))
     assert chosen is local_window.local_window_banded
-    assert reason == "banded: the fused kernel failed on cpu (RuntimeError: Failed to find C compiler.)"
+    assert (
+        reason
+        == "banded: the fused kernel failed on cpu (RuntimeError: Failed to find C compiler. Please specify via CC)"
+    )
 
 
 class Unfolded:

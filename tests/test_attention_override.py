@@ -17,7 +17,7 @@ from hotpath.attention.quantized_backends import QUANTIZED_BACKENDS
 from hotpath.attention.torch_backends import TORCH_BACKENDS
 from hotpath.nodes.acceleration import HotpathAttention, HotpathAttentionReport
 from hotpath.patches import attention_override
-from hotpath.patches.attention_override import OPTION, AttentionOverride, attention_report, override_of, set_attention
+from hotpath.patches.attention_override import OVERRIDE, AttentionOverride, attention_report, override_of, set_attention
 from tiny_native_models import Tiny
 from tiny_native_models import tiny as tiny_on
 
@@ -65,7 +65,7 @@ def test_the_same_picture(name, backend):
     torch.testing.assert_close(out, case.sample(with_pytorch(case.model)), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out, untouched, atol=2e-3, rtol=1e-3)
     assert torch.equal(case.sample(), untouched) and everything_global() == before
-    assert OPTION not in case.model.model_options["transformer_options"]
+    assert OVERRIDE not in case.model.model_options["transformer_options"]
 
 
 def test_the_report_says_what_ran_in_the_last_run(monkeypatch):
@@ -217,14 +217,14 @@ def test_another_packs_override_stays_and_uses_ours():
         return 1.05 * func(q, k, v, *args, **kwargs)
 
     theirs = case.model.clone()
-    theirs.model_options["transformer_options"][OPTION] = louder
+    theirs.model_options["transformer_options"][OVERRIDE] = louder
     expected = case.sample(theirs)
     seen.clear()
     both, report = set_attention(theirs, "sdpa_math")
     assert "stays and uses this one" in report
     torch.testing.assert_close(case.sample(both), expected, atol=1e-4, rtol=1e-4)
     assert seen and override_of(both).log.calls == len(seen)
-    assert theirs.model_options["transformer_options"][OPTION] is louder
+    assert theirs.model_options["transformer_options"][OVERRIDE] is louder
 
 
 def test_a_choice_of_comfyui_or_of_ours_is_replaced():
@@ -283,7 +283,7 @@ def test_evicted_and_reloaded():
 
 def test_deep_copies_of_options_keep_one_record():
     patched, _ = set_attention(tiny("flux").model, "auto")
-    copied = copy.deepcopy(patched.model_options)["transformer_options"][OPTION]
+    copied = copy.deepcopy(patched.model_options)["transformer_options"][OVERRIDE]
     assert isinstance(copied, AttentionOverride) and copied is override_of(patched)
 
 

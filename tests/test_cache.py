@@ -138,9 +138,6 @@ def test_against_a_plain_model_of_an_lru(seed: int) -> None:
                 hits += 1
             else:
                 misses += 1
-        elif action < 0.95:
-            cache.drop(key)
-            model.pop(key, None)
         else:
             limit = rng.randrange(1, 16) * KIB
             cache.resize(limit)
@@ -272,7 +269,6 @@ def test_the_store_is_touched_under_the_lock_alone() -> None:
     cache._store = Watched(4 * KIB, getsizeof=lambda entry: entry[1])
     cache.put("a", kib(1))
     assert cache.get("a") is not None and "a" in cache and len(cache) == 1 and cache.statistics().entries == 1
-    cache.drop("a")
     cache.clear()
     cache.resize(KIB)
 

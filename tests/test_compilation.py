@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 from compiled_models import assert_same_picture, compiled, lora, sample
-from hotpath.patches.attention_override import set_attention
+from hotpath.patches.attention_override import OVERRIDE, set_attention
 from hotpath.patches.compilation import (
     CompilationRefused,
     CompileSettings,
@@ -18,7 +18,7 @@ from hotpath.patches.compilation import (
 )
 from hotpath.patches.compilation.blocks import LiveParts, constants_of
 from hotpath.patches.compilation.graphs import CompiledKind, inductor
-from hotpath.patches.compilation.options import OVERRIDE, NotTraceable
+from hotpath.patches.compilation.options import NotTraceable
 from hotpath.patches.compilation.regions import describe_regions, find_regions
 from tiny_native_models import tiny
 

@@ -208,7 +208,7 @@ def test_dynamic_vram_and_compilation_exclude_each_other() -> None:
 def test_a_comfyui_from_before_dynamic_vram_compiles_too() -> None:
     from hotpath.patches.compilation import _static_clone
 
-    assert _static_clone(SimpleNamespace(clone=lambda: "a clone")) == ("a clone", [])
+    assert _static_clone(SimpleNamespace(clone=lambda: "a clone")) == ("a clone", "")
     with pytest.raises(ValueError, match="without --fast dynamic_vram"):  # the first to have it load nothing twice
         _static_clone(SimpleNamespace(is_dynamic=lambda: True, clone=lambda: "a clone"))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from hotpath.attention import best_match, local_window
-from hotpath.attention.capabilities import FUSES
+from hotpath.attention.capabilities import FUSES, padded
 
 triton = pytest.importorskip("triton")
 from hotpath.attention import best_match_kernel, local_window_kernel, token_attention_kernel  # noqa: E402
@@ -101,8 +101,8 @@ def test_token_attention_stays_in_registers(kind: str, dim: int, tokens: int, ta
     configs = kernel.configs_for(dim, BYTES[kind], TARGETS[target][1])
     assert configs
     form = {
-        "IDENTITIES": 2, "TOKENS": tokens, "PADDED_TOKENS": kernel._padded(tokens),
-        "TOKEN_BLOCK": kernel.token_block(tokens, dim, BYTES[kind]), "DIM": dim, "PADDED_DIM": kernel._padded(dim),
+        "IDENTITIES": 2, "TOKENS": tokens, "PADDED_TOKENS": padded(tokens),
+        "TOKEN_BLOCK": kernel.token_block(tokens, dim, BYTES[kind]), "DIM": dim, "PADDED_DIM": padded(dim),
         "HAS_MASK": True, "HAS_STATS": True, "WIDEN": False, "TEXT_BLOCK": kernel.TEXT_BLOCK if text else 0,
         "PRECISION": TARGETS[target][1], "BLOCK": configs[0][0], "num_warps": configs[0][1], "num_stages": 1,
     }  # fmt: skip

@@ -21,14 +21,14 @@ from hotpath.distributed.jobs import Job
 from hotpath.distributed.manifest import Manifest
 from hotpath.distributed.results import ResultStore
 from hotpath.headless import files, launcher, locate
-from hotpath.host import capturing, cards, cores, device_work, user, windows_names
+from hotpath.host import capturing, cards, cores, device_work, name_limits, user
 from hotpath.host.headless import HeadlessHost, best_device
 
 
 @pytest.fixture
 def windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (windows_names, console):
-        monkeypatch.setattr(module, "os", SimpleNamespace(name="nt", environ=os.environ))
+    for module in (name_limits, console):
+        monkeypatch.setattr(module, "os", SimpleNamespace(name="nt", environ=os.environ, fsencode=os.fsencode))
 
 
 @pytest.mark.parametrize("name", ["at 12:30", "a/what?", "NUL.png", "com1", "aux /x.png"])

@@ -13,23 +13,19 @@ from hotpath.host import fresh_memory
 from hotpath.patches import profile_drawing
 from hotpath.patches.compilation import compile_model
 from hotpath.patches.profile_drawing import COMPILING, draw, table
-from hotpath.patches.profiling import (
+from hotpath.patches.profile_spans import (
     DECODE,
     ENCODE,
     PREPARE,
     STEP,
-    VAE_METHODS,
     Moment,
     Profile,
-    ProfileSession,
     Row,
     Span,
-    _Steps,
     cost_of_a_moment,
-    profile,
     resolve,
-    timed_copy,
 )
+from hotpath.patches.profiling import VAE_METHODS, ProfileSession, _Steps, profile, timed_copy
 from tiny_native_models import tiny
 
 
@@ -231,7 +227,7 @@ def made_up(on_gpu: bool) -> Any:
 
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_times_of_the_gpu_stand_beside_those_of_python(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hotpath.patches.profiling.cost_of_a_moment", lambda cuda: 1e-6)
+    monkeypatch.setattr("hotpath.patches.profile_spans.cost_of_a_moment", lambda cuda: 1e-6)
     found = made_up(on_gpu)
     assert found.device == ("CUDA" if on_gpu else "CPU")
     assert found.total == pytest.approx(1.63)
@@ -320,7 +316,7 @@ def test_who_waits_for_whom(
         clock["python"] = max(clock.values())
 
     monkeypatch.setattr(Moment, "now", lambda device: Moment(clock["python"], Event()))
-    monkeypatch.setattr("hotpath.patches.profiling.cost_of_a_moment", lambda cuda: 0.0)
+    monkeypatch.setattr("hotpath.patches.profile_spans.cost_of_a_moment", lambda cuda: 0.0)
     session = ProfileSession()
     steps = _Steps(session, torch.device("cuda"), None)
     for _ in range(6):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hotpath.host import saved_layouts, shadowed
 from hotpath.nodes import NODE_CLASS_MAPPINGS
-from saved_values import SAVED
+from saved_values import SAVED, named, widget_values
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
@@ -58,7 +58,7 @@ def test_every_table_is_read():
 
 @pytest.mark.parametrize(("node_id", "values", "expected", "notes"), SAVED)
 def test_saved_values_find_their_names(node_id, values, expected, notes):
-    found = saved_layouts.widget_values(node_id, values)
+    found = widget_values(node_id, values)
     assert found is not None and expected.items() <= found.items()
     assert set(found) <= set(widgets(node_id))
 
@@ -89,8 +89,8 @@ ADDED = {"name": "added", "type": "BOOLEAN", "optional": True}
     ],
 )
 def test_values_are_named_where_all_of_them_are_explained(layout, values, found, forked):
-    assert saved_layouts.named(layout, values) == found
-    assert saved_layouts.named(layout, values, True) == (found if forked is ... else forked)
+    assert named(layout, values) == found
+    assert named(layout, values, True) == (found if forked is ... else forked)
 
 
 def test_older_names_and_words_become_the_present_ones(monkeypatch):
@@ -184,7 +184,7 @@ def test_the_browsers_half_agrees(tmp_path):
         if not expected:
             assert change is None  # the present layout is left alone
             continue
-        python = saved_layouts.widget_values(node_id, values)
+        python = widget_values(node_id, values)
         browser = {w["name"]: v for w, v in zip(shown, change["values"], strict=True) if v != "as it was"}
         browser.pop(saved_layouts.CONTROL, None)
         assert browser == python

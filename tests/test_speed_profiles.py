@@ -10,21 +10,18 @@ from typing import Any
 import pytest
 import torch
 from hotpath.cache import named_cache
-from hotpath.patches import speed_profiles
+from hotpath.patches import speed_profile_files, speed_profiles
 from hotpath.patches.attention_override import override_of
 from hotpath.patches.compilation import compiler_of
-from hotpath.patches.speed_profiles import (
-    CACHE_NAMES,
-    MIB,
+from hotpath.patches.speed_profile_files import (
     PARTS,
-    PROFILES,
     ProfileError,
-    apply_profile,
     load_profile,
     parse_file,
     parse_section,
     source_fingerprint,
 )
+from hotpath.patches.speed_profiles import CACHE_NAMES, MIB, PROFILES, apply_profile
 from tiny_native_models import tiny
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "hotpath.example.yaml"
@@ -155,7 +152,7 @@ def test_a_file_of_another_kind_is_not_read(headless_host: Any) -> None:
     (folder / "settings.json").write_text('{"key": "secret"}')
     with pytest.raises(ProfileError, match=r"must end in \.yaml or \.yml"):
         load_profile("key", "settings.json")
-    (folder / "film.yaml").write_bytes(bytes(speed_profiles.MAX_BYTES + 1))
+    (folder / "film.yaml").write_bytes(bytes(speed_profile_files.MAX_BYTES + 1))
     with pytest.raises(ProfileError, match="larger than 256 KiB"):
         load_profile("key", "film.yaml")
 
@@ -187,7 +184,7 @@ def test_what_a_merge_brings_along_is_no_key_written_twice(tmp_path: Path) -> No
     import yaml
 
     text = "a: &a {mode: 1, batch: 1}\nb: {c: &c {<<: *a, mode: 2}}\nd: {<<: *c, batch: 3}\n"
-    assert yaml.load(text, speed_profiles._loader())["d"] == {"mode": 2, "batch": 3}
+    assert yaml.load(text, speed_profile_files._loader())["d"] == {"mode": 2, "batch": 3}
     (tmp_path / "hotpath.yaml").write_text(
         "far: &far {compile: {mode: default, strict: true}, warmup: {batch: 2}}\n"
         "middle: &middle {<<: *far, compile: {mode: none}}\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hotpath.host import streamed_layers
+from hotpath.host import layer_weights, streamed_layers
 from hotpath.host.streamed_layers import PLACES, StreamedLayer
 from torch import Tensor, nn
 
@@ -69,12 +69,12 @@ def test_weights_lie_side_by_side_as_they_were() -> None:
     block = Block(0)
     before = {name: tensor.clone() for name, tensor in (*block.named_parameters(), *block.named_buffers())}
     owner, strides = block.one.weight, block.bare.weight.stride()
-    weights = streamed_layers.Weights(block)
+    weights = layer_weights.Weights(block)
     assert block.two.weight is block.one.weight is owner and block.bare.weight.stride() == strides == (1, 8)
     for name, tensor in (*block.named_parameters(), *block.named_buffers()):
         assert torch.equal(tensor, before[name])
         assert tensor.untyped_storage().data_ptr() == weights.memory.untyped_storage().data_ptr()
-    assert weights.nbytes == 5 * streamed_layers.ALIGNMENT  # the shared matrix once
+    assert weights.nbytes == 5 * layer_weights.ALIGNMENT  # the shared matrix once
 
 
 def test_a_layer_runs_where_its_input_is_and_keeps_its_weights_when_it_fails() -> None:
@@ -119,7 +119,7 @@ def test_what_cannot_be_taken_apart_is_copied_by_itself() -> None:
     streamed = StreamedLayer(layer)
     lent = streamed.weights.copied(torch.device("meta"))
     assert [tensor.device.type for tensor in lent] == ["meta"] * 3
-    assert isinstance(layer.strange, Strange) and streamed.weights.nbytes == 2 * streamed_layers.ALIGNMENT
+    assert isinstance(layer.strange, Strange) and streamed.weights.nbytes == 2 * layer_weights.ALIGNMENT
 
 
 def test_as_many_as_must_be() -> None:

@@ -98,8 +98,9 @@ class Component:
         layers, streamed, arriving = self._layers(), self._streamed(), self._arriving()
         waiting = streamed_layers.whole_bytes(self.managed.module) - streamed_layers.nbytes(self.managed.module)
         missing = arriving + extra_bytes - host.current().free_memory(self.managed.device)
-        wanted = streamed_layers.how_many(layers, missing + waiting)
-        # Those that wait join the rest when it is brought, and then not for a layer that is one too many the next time.
+        wanted = streamed_layers.how_many(layers, missing + waiting)  # as if none waited yet
+        # More wait at once; fewer only when the network is brought anyway, and by so many that the next picture, for which a
+        # little less may be free, does not send one back.
         if wanted > streamed or (arriving and wanted <= streamed - streamed_layers.PLACES):
             self._stream(wanted)
 

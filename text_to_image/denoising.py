@@ -45,6 +45,10 @@ class Source:
     noise: Tensor
     mask: Tensor | None = None
 
+    def part(self, pictures: slice) -> Source:
+        """What those of the pictures are drawn over."""
+        return Source(self.latents[pictures], self.noise[pictures], None if self.mask is None else self.mask[pictures])
+
 
 def seeds(first: int, pictures: int) -> list[int]:
     """The seed of each picture: it depends on the first seed and the picture's place alone."""

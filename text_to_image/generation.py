@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
+from ..attention.capabilities import dtype_name
 from ..host.compiling import compiled_call
 from ..host.errors import is_out_of_memory, kind_and_line
 from ..host.fresh_memory import ProcessorTime
+from ..host.letters import counted
 from ..products.rerouting import rerouted
 from . import compilation, decoding, denoising
 from .adapters import Adapter
@@ -66,7 +68,7 @@ class Drawn:
 
 
 class Run:
-    """One request on its way: progress, times and notes."""
+    """One request on its way. seconds: by stage; doing: the stage it is in; notes, ran: lines for the report."""
 
     def __init__(self, pipeline: Pipeline, request: Request, preview: Preview | None) -> None:
         self.model, self.adapters, self.request, self.preview = pipeline.model, pipeline.adapters, request, preview
@@ -80,9 +82,8 @@ class Run:
             self.notes += [line] if line else []
         self.doing = ""
         self.bar: Any = None
-        self._outside: tuple[Tensor, Tensor] | None = (
-            None  # the fitted image, and the mask on it, [1 or B, H, W, 3 and 1]
-        )
+        # The fitted image [1 or B, H, W, 3], and the mask on it [1 or B, H, W, 1].
+        self._masked: tuple[Tensor, Tensor] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -122,13 +123,15 @@ class Run:
         request, model = self.request, self.model
         with self.stage("prompts"):
             positive, negative, encoded = self._prompts()
-        private = [denoising.generator(seed) for seed in denoising.seeds(request.seed, request.pictures)]
+        seeds = denoising.seeds(request.seed, request.pictures)
+        generators = [denoising.generator(seed) for seed in seeds]
         steps = len(self._schedule()[1])
         parts = list(range(0, request.pictures, request.pictures_at_a_time))
         with host.tracked(host.current(), len(parts) * steps + request.pictures, "drawing") as self.bar:
-            source, control = self._source(private), self._control()
+            image, control = self._image(generators), self._control()
             shape = (model.latent_channels, request.height // model.latent_scale, request.width // model.latent_scale)
-            noise = denoising.noise(private, shape)
+            noise = denoising.noise(generators, shape).to(model.device)
+            source = None if image is None else Source(image[0], noise, image[1])
             found: list[Tensor] = []
             longest = max(len(prompt.states) for prompt in (positive, negative) if prompt is not None)
             with self._transformer(self._tokens + longest) as network, self.stage("denoise"):
@@ -136,15 +139,17 @@ class Run:
                 against = None if negative is None else negative.states.to(model.device, model.dtype)
                 for begin in parts:
                     part = slice(begin, begin + request.pictures_at_a_time)
-                    found.append(self._denoise(network, noise[part], source, control, part, states, against))
+                    over = None if source is None else source.part(part)
+                    after = None if control is None else control[part]
+                    found.append(self._denoise(network, noise[part], over, after, states, against))
                 # Copied here, so that the time before is the time it took.
                 latents = torch.cat(found).cpu()
-            whole = self._whole(private, latents)
-            latents = torch.where(whole.view(-1, 1, 1, 1), latents, 0.0)
+            finite = self._finite(seeds, latents)
+            latents = torch.where(finite.view(-1, 1, 1, 1), latents, 0.0)
             with self.stage("decode"):
-                made, how = decoding.decode(model, latents[whole], request.tiling, lambda: self.bar.update(1))
+                made, how = decoding.decode(model, latents[finite], request.tiling, lambda: self.bar.update(1))
                 pictures = made.new_zeros(len(latents), *made.shape[1:])
-                pictures[whole] = self._pasted(made, whole)
+                pictures[finite] = self._pasted(made, finite)
         self.notes.append(f"decoded {how}")
         plain = decoding.unscaled(model, latents)
         with torch.inference_mode(False):
@@ -152,35 +157,32 @@ class Run:
         return Drawn(
             pictures,
             plain,
-            [g.initial_seed() for g in private],
+            seeds,
             self._report(positive, negative, encoded, steps),
             encoded,
             dict(self.seconds),
         )
 
-    def _whole(self, private: list[torch.Generator], latents: Tensor) -> Tensor:
-        """Which pictures are pictures, bool [B]. Raises ValueError when none is; of others, seeds and cure are told."""
-        whole = latents.isfinite().flatten(1).all(dim=1)
-        broken = [g.initial_seed() for g, good in zip(private, whole.tolist(), strict=True) if not good]
+    def _finite(self, seeds: list[int], latents: Tensor) -> Tensor:
+        """Which pictures did not come out as NaN, bool [B]. The others are told with the cure; ValueError when there is none."""
+        finite = latents.isfinite().flatten(1).all(dim=1)
+        broken = [seed for seed, good in zip(seeds, finite.tolist(), strict=True) if not good]
         if broken:
-            which = (
-                f"picture of seed {broken[0]}"
-                if len(broken) == 1
-                else f"pictures of seeds {', '.join(map(str, broken))}"
-            )
+            which = "picture of seed " if len(broken) == 1 else "pictures of seeds "
+            which += ", ".join(map(str, broken))
             cure = "choose dtype float32, attention auto or a lower LoRA strength."
-            if len(broken) == len(private):
+            if len(broken) == len(seeds):
                 raise ValueError(f"The {which} came out as NaN: {cure}")
             note = f"The {which} came out as NaN and {'is' if len(broken) == 1 else 'are'} black here: {cure}"
             log.warning("%s", note)
             self.notes.append(note)
-        return whole
+        return finite
 
     def _pasted(self, pictures: Tensor, which: Tensor) -> Tensor:
         """The pictures [B, H, W, 3], with the image's own pixels outside the mask when that was asked for."""
-        if self._outside is None or not self.request.keep_outside:
+        if self._masked is None or not self.request.keep_outside:
             return pictures
-        image, mask = (part.expand(len(which), -1, -1, -1)[which] for part in self._outside)
+        image, mask = (part.expand(len(which), -1, -1, -1)[which] for part in self._masked)
         return torch.lerp(image.to(pictures), pictures, mask.to(pictures))
 
     @property
@@ -201,21 +203,21 @@ class Run:
         prompts, encoded = encode(self.model, texts, PromptCache(request.prompt_cache), request.max_tokens)
         return prompts[request.prompt], prompts[request.negative] if len(texts) > 1 else None, encoded
 
-    def _source(self, private: list[torch.Generator]) -> tuple[Tensor, Tensor | None] | None:
-        """Scaled latents of the image for every picture, and where to draw; None without an image."""
+    def _image(self, generators: list[torch.Generator]) -> tuple[Tensor, Tensor | None] | None:
+        """Scaled latents of the image for every picture, and where to draw, as in `Source`; None without an image."""
         request, model = self.request, self.model
         if request.image is None:
             return None
         with self.stage("image"):
             fitted = decoding.fit_pictures(request.image[..., :3], request.width, request.height)
-            latents = decoding.encode(model, fitted, private, request.tiling)
+            latents = decoding.encode(model, fitted, generators, request.tiling)
             if request.mask is None:
                 return latents, None
             mask = request.mask[None] if request.mask.ndim == 2 else request.mask
             # It lies on the image, so what is cut off there is cut off here.
             mask = F.interpolate(mask[:, None].float(), size=request.image.shape[1:3], mode="bilinear")
             planes = decoding.fit_pictures(mask.movedim(1, -1), request.width, request.height)
-            self._outside = (fitted, planes.clamp(0, 1))
+            self._masked = (fitted, planes.clamp(0, 1))
             drawn = (planes >= 0.5).float().movedim(-1, 1)
             # All that the mask touches: what is thinner than a latent pixel would else be missed, or not, by where it lies.
             small = F.max_pool2d(drawn, model.latent_scale).bool()
@@ -259,28 +261,24 @@ class Run:
         self,
         network: Any,
         noise: Tensor,
-        image: tuple[Tensor, Tensor | None] | None,
+        source: Source | None,
         control: Tensor | None,
-        part: slice,
         positive: Tensor,
         negative: Tensor | None,
     ) -> Tensor:
-        request, model = self.request, self.model
         scheduler, timesteps = self._schedule()
-        latents = noise.to(model.device)
-        source = None
-        if image is not None:
-            source = Source(image[0][part], latents, None if image[1] is None else image[1][part])
-            latents = scheduler.scale_noise(source.latents, timesteps[:1], latents)
+        latents = noise
+        if source is not None:
+            latents = scheduler.scale_noise(source.latents, timesteps[:1], noise)
         return denoising.denoise(
-            lambda x, t, states: self._forward(network, x, t, states, None if control is None else control[part]),
+            lambda x, t, states: self._forward(network, x, t, states, control),
             scheduler,
             timesteps,
             latents,
             positive,
             negative,
-            request.guidance,
-            model.dtype,
+            self.request.guidance,
+            self.model.dtype,
             self._on_step,
             source,
         )
@@ -313,13 +311,12 @@ class Run:
 
     def _report(self, positive: Prompt, negative: Prompt | None, encoded: int, steps: int) -> str:
         request, model = self.request, self.model
-        count = f"{request.pictures} picture{'s' if request.pictures > 1 else ''}"
+        count = counted(request.pictures, "picture")
         drawn = denoising.seeds(request.seed, request.pictures)
         seeds = f"seed {drawn[0]}" if len(drawn) == 1 else f"seeds {drawn[0]} to {drawn[-1]}"
-        passes = f"{steps} step{'s' if steps > 1 else ''}"
-        where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
+        where = f"{dtype_name(model.dtype)} on {model.device}"
         lines = [
-            f"{model.checkpoint.name}: {count} of {request.width} x {request.height}, {passes}, {seeds}, {where}",
+            f"{model.checkpoint.name}: {count} of {request.width} x {request.height}, {counted(steps, 'step')}, {seeds}, {where}",
         ]
         asked = [prompt for prompt in (positive, negative) if prompt is not None]
         read = "the text encoder was not needed" if not encoded else f"the text encoder read {encoded}"

@@ -20,7 +20,8 @@ from torch import Tensor
 from .. import host
 from ..cache import content_key
 from ..host.whole_files import whole_file
-from .adapters import Adapter, UnusableAdapter, stack_identity
+from .adapter_files import UnusableAdapter
+from .adapters import Adapter, stack_identity
 from .denoising import Guidance
 from .folders import existing
 from .generation import Drawn, Pipeline, generate
@@ -32,7 +33,7 @@ KEY = "hotpath"  # the PNG text that holds a picture's description
 STEM_LENGTH = 40
 KINDS = {str: "text", int: "a whole number", float: "a number", tuple: "a list"}
 
-_kept: dict[str, ZImage] = {}
+_kept: ZImage | None = None
 _lock = threading.Lock()
 
 
@@ -165,19 +166,20 @@ def prepare(item: Item, output_folder: Path) -> Job:
 
 def _model(item: Item) -> ZImage:
     """The item's checkpoint, kept for the next item: a worker draws many pictures with one."""
+    global _kept
     model = MODELS.get(item.model, item.load_options(), anywhere=True)
     with _lock:
-        if _kept.get("model") is not model:
-            if (before := _kept.pop("model", None)) is not None:
-                before.release()
-            _kept["model"] = model
+        if _kept is not None and _kept is not model:
+            _kept.release()
+        _kept = model
     return model
 
 
 def forget_models() -> None:
-    """Let go of the checkpoint that `run_item` kept."""
+    """Let go of the checkpoint that `run_item` kept, and of all others."""
+    global _kept
     with _lock:
-        _kept.clear()
+        _kept = None
     MODELS.clear()
 
 

@@ -18,6 +18,7 @@ from packaging.version import Version
 from torch import nn
 
 from .. import host
+from ..attention.capabilities import dtype_name
 from ..cache import content_key
 from ..host.errors import first_line, install
 from ..host.library_parts import BrokenLibrary, parts
@@ -119,7 +120,7 @@ class ZImage:
     def describe(self) -> str:
         """What will run, for a report before anything has."""
         lines = [
-            f"{self.checkpoint.name}: {self.checkpoint.pipeline}, {str(self.dtype).removeprefix('torch.')} on {self.device}",
+            f"{self.checkpoint.name}: {self.checkpoint.pipeline}, {dtype_name(self.dtype)} on {self.device}",
             f"attention: {self.attention.policy.backend}",
             self.precision.note,
             self.compilation.note,

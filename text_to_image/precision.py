@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .. import host
-from ..attention.capabilities import on_device
+from ..attention.capabilities import dtype_name, on_device
 from ..host.errors import kind_and_line
 from ..products import int8
 
@@ -57,6 +57,9 @@ def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | 
     """Why `method` cannot run on `device` for a network of `dtype`; None when it can."""
     if method == "int8" and not by_torchao(device):
         return int8.why_not() or None
+    # Before the package is looked for: no package would help here.
+    if not by_torchao(device) or device.type not in ("cuda", "cpu"):
+        return f"there are no {method} products on {device.type}"
     if importlib.util.find_spec("torchao") is None:
         return "the torchao package is not installed (pip install torchao)"
     if device.type == "cuda":
@@ -66,9 +69,7 @@ def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | 
         if capability < needed and torch.version.hip is None:
             return f"it needs compute capability {needed[0]}.{needed[1]}, and this device has {capability[0]}.{capability[1]}"
         if method == "float8" and dtype != torch.bfloat16:
-            return f"its products are made for bfloat16, and the dtype is {str(dtype).removeprefix('torch.')}"
-    elif method != "int8" or device.type != "cpu":
-        return f"there are no {method} products on {device.type}"
+            return f"its products are made for bfloat16, and the dtype is {dtype_name(dtype)}"
     try:
         import torchao.quantization  # noqa: F401 - made for another torch, it fails here
     except Exception as error:

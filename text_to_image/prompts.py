@@ -39,12 +39,11 @@ on_disk = disk_tier(
 class Prompt:
     """A prompt's hidden states. states: [tokens, width], on the CPU.
 
-    tokens: how many the whole text has; more than the states have when it was cut. found: the cache tier, or "".
+    tokens: how many the whole text has; more than the states have when it was cut.
     """
 
     states: Tensor
     tokens: int
-    found: str = ""
 
     @property
     def cut(self) -> bool:
@@ -64,13 +63,13 @@ class PromptCache:
     def get(self, key: str, description: str) -> Prompt | None:
         if not self.enabled:
             return None
-        if (kept := self.memory.get(key)) is not None:
-            return Prompt(kept.states, kept.tokens, "memory")
-        entry = self.disk.get(key, description) if self.disk is not None else None
-        if entry is None or "states" not in entry.tensors:
-            return None
-        kept = self.memory.put(key, Prompt(entry.tensors["states"], int(entry.facts.get("tokens", "0"))))
-        return Prompt(kept.states, kept.tokens, "disk")
+        kept: Prompt | None = self.memory.get(key)
+        if kept is None and self.disk is not None:
+            entry = self.disk.get(key, description)
+            if entry is not None and "states" in entry.tensors:
+                read = Prompt(entry.tensors["states"], int(entry.facts.get("tokens", "0")))
+                kept = self.memory.put(key, read)
+        return kept
 
     def put(self, key: str, description: str, prompt: Prompt) -> None:
         if not self.enabled:

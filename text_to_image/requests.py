@@ -19,12 +19,13 @@ NO_GUIDANCE = Guidance()
 class Request:
     """What is drawn. width, height: pixels, multiples of `ZImage.step_of_size`. seed: of the first picture.
 
-    image: [B, H, W, 3] in 0..1 to draw over, with `strength` (over 0 to 1) of the schedule; mask: [B, H, W] or [H, W], 1
-    where it is drawn, stretched to the image when it has another size; keep_outside: elsewhere the image's own pixels are put
-    back, which the VAE changes a little. control: [B, H, W, 3], edges, depth or a pose that a
-    checkpoint with a ControlNet draws after, with the weight `control_strength`. pictures_at_a_time: 1 makes a picture
-    independent of its company to the last bit; more is faster for small pictures. tiling, prompt_cache: one of
-    decoding.TILING, prompts.CACHES.
+    image: [1 or B, H, W, 3] in 0..1 to draw over, with `strength` (over 0 to 1) of the schedule.
+    mask: [1 or B, H, W] or [H, W], 1 where it is drawn, stretched to the image when it has another size.
+    keep_outside: elsewhere the image's own pixels are put back, which the VAE changes a little.
+    control: [1 or B, H, W, 3], edges, depth or a pose that a checkpoint with a ControlNet draws after, with the weight
+    `control_strength`.
+    pictures_at_a_time: 1 makes a picture independent of its company to the last bit; more is faster for small pictures.
+    tiling, prompt_cache: one of decoding.TILING, prompts.CACHES.
     """
 
     prompt: str

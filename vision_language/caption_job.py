@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import host
 from ..host.errors import first_line
-from ..host.letters import can_be_a_name
+from ..host.name_limits import can_be_a_name
 from . import caption_list
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from .. import host
 from ..host.display_matrix import turned
 from ..host.errors import first_line
-from ..host.letters import can_be_a_name
+from ..host.name_limits import can_be_a_name
 from ..host.video_opening import opened
 
 # Four times what any preset shows of a frame: below it pictures stay exact, and 64 frames are under 700 MB.

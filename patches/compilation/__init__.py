@@ -9,11 +9,10 @@ from typing import Any
 from ..cpu_products import multiply_as_before, multiply_by_onednn
 from .graphs import Backend, named_backend, start_workers
 from .options import attention_that_traces
-from .recording import KEY as RECORDING_KEY
 from .recording import record_calls, recording_problem
 from .regional import RegionalCompiler, forget_compiled_kinds
 from .regions import describe_regions, find_regions
-from .settings import MODES, REGIONS, CompilationRefused, CompileSettings, compiler_problem
+from .settings import KEY, MODES, REGIONS, CompilationRefused, CompileSettings, compiler_problem
 from .unet_parts import describe_parts
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "uncompiled",
 ]
 
-KEY = "hotpath_compile"
 CORE_KEY = "torch.compile"  # ComfyUI's own TorchCompileModel
 
 # Patchers of what was loaded without DynamicVRAM, by the model under it.
@@ -52,35 +50,59 @@ def compile_model(
     has no compiler (no CUDA for "cudagraphs"); otherwise the clone's blocks then run as they were, and the report says so.
     On a CPU its linear layers are multiplied by oneDNN where that is faster, compiled or not.
     """
-    from comfy.patcher_extension import CallbacksMP, WrappersMP
-
     chosen = settings or CompileSettings()
-    problem, refused = None, "Not compiled"
-    if not chosen.compiles:
-        refused = "Not recorded"
-        problem = recording_problem(model)
-    elif backend == "inductor":
-        problem = compiler_problem(model.load_device.type)
-    if problem:
+    if (problem := _problem(model, chosen, backend)) is not None:
         if chosen.strict:
-            raise CompilationRefused(f"{refused}: {problem}")
+            raise CompilationRefused(problem)
         made = model.clone()
-        return made, "\n".join(filter(None, (f"{refused}: {problem}", multiply_by_onednn(made))))
+        return made, _lines(problem, multiply_by_onednn(made))
     if chosen.compiles and backend == "inductor" and model.load_device.type == "cuda":
         start_workers()
-    made, lines = _static_clone(model)
-    found = find_regions(made.get_model_object("diffusion_model"), chosen.regions)
+    made, note = _static_clone(model)
+    network = made.get_model_object("diffusion_model")
+    found = find_regions(network, chosen.regions)
     if not found and chosen.compiles:
         raise ValueError(
             f"{type(made.model).__name__} has no repeated {'blocks' if chosen.regions == 'all blocks' else chosen.regions} "
             "to compile."
         )
-    made_of = named_backend(backend, chosen) if isinstance(backend, str) else backend
-    compiler = RegionalCompiler(chosen, made_of, backend if isinstance(backend, str) else "")
-    if made.get_wrappers(WrappersMP.APPLY_MODEL, CORE_KEY):
-        made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, CORE_KEY)
-        lines.append("ComfyUI's own TorchCompileModel came before: taken off, blocks cannot be compiled twice")
-    made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    name = backend if isinstance(backend, str) else ""
+    compiler = RegionalCompiler(chosen, named_backend(backend, chosen) if isinstance(backend, str) else backend, name)
+    replaced = _attach(made, compiler)
+    recorded = record_calls(made, compiler)
+    sizes = "one graph for all sizes" if chosen.dynamic else "one graph per size"
+    what = f"{sizes}: {describe_regions(found)}; compiled at first use" if chosen.compiles else "nothing is compiled"
+    return made, _lines(
+        f"{chosen.mode}, {what}",
+        note,
+        replaced,
+        attention_that_traces()[1] if chosen.compiles else "",
+        recorded,
+        describe_parts(network) if compiler.recorder is not None else "",
+        multiply_by_onednn(made),
+    )
+
+
+def _lines(*lines: str) -> str:
+    return "\n".join(filter(None, lines))
+
+
+def _problem(model: Any, settings: CompileSettings, backend: str | Backend) -> str | None:
+    """Why nothing of `model` can be compiled, or recorded where that is all that was asked for."""
+    if not settings.compiles:
+        problem = recording_problem(model)
+        return f"Not recorded: {problem}" if problem else None
+    problem = compiler_problem(model.load_device.type) if backend == "inductor" else None
+    return f"Not compiled: {problem}" if problem else None
+
+
+def _attach(made: Any, compiler: RegionalCompiler) -> str:
+    """Put `compiler` on `made`, a ModelPatcher that is already our clone, in the place of any other; a line on ComfyUI's own."""
+    from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+    comfyuis = bool(made.get_wrappers(WrappersMP.APPLY_MODEL, CORE_KEY))
+    for key in (CORE_KEY, KEY):
+        made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
     made.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, compiler.apply_model)
     for moment in (
         CallbacksMP.ON_PRE_RUN,
@@ -90,24 +112,14 @@ def compile_model(
     ):
         made.remove_callbacks_with_key(moment, KEY)
         made.add_callback_with_key(moment, KEY, compiler.changed)
-    if chosen.compiles and (note := attention_that_traces()[1]):
-        lines.append(note)
-    lines += record_calls(made, compiler)
-    if compiler.recorder is not None and (parts := describe_parts(made.get_model_object("diffusion_model"))):
-        lines.append(parts)
-    if products := multiply_by_onednn(made):
-        lines.append(products)
     made.set_attachments(KEY, compiler)
-    sizes = "one graph for all sizes" if chosen.dynamic else "one graph per size"
-    what = f"{sizes}: {describe_regions(found)}; compiled at first use" if chosen.compiles else "nothing is compiled"
-    lines.insert(0, f"{chosen.mode}, {what}")
-    return made, "\n".join(lines)
+    return "ComfyUI's own TorchCompileModel came before: taken off, blocks cannot be compiled twice" if comfyuis else ""
 
 
-def _static_clone(model: Any) -> tuple[Any, list[str]]:
-    """A clone whose weights stay where they are while the model runs."""
+def _static_clone(model: Any) -> tuple[Any, str]:
+    """A clone whose weights stay where they are while the model runs, and a line where that costs something."""
     if not hasattr(model, "is_dynamic") or not model.is_dynamic():  # an older ComfyUI has no DynamicVRAM
-        return model.clone(), []
+        return model.clone(), ""
     if not hasattr(model, "get_clone_model_override"):  # the first releases that had it, where it was an option
         raise ValueError(
             "This MODEL is under DynamicVRAM, which moves weights while it runs, and this ComfyUI cannot load it without: "
@@ -128,9 +140,10 @@ def _static_clone(model: Any) -> tuple[Any, list[str]]:
     # To whom ComfyUI's books turn when this clone is gone. The one it was made of has other weights, and these would stay on
     # the card for good.
     made.parent = kept
-    return made, [
-        "DynamicVRAM is off for this model, since compiled graphs need weights that stay: it is loaded a second time"
-    ]
+    return (
+        made,
+        "DynamicVRAM is off for this model, since compiled graphs need weights that stay: it is loaded a second time",
+    )
 
 
 def uncompiled(model: Any) -> Any:
@@ -139,6 +152,6 @@ def uncompiled(model: Any) -> Any:
 
     made = model.clone()
     made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
-    made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, RECORDING_KEY)
+    made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
     multiply_as_before(made)
     return made

@@ -26,6 +26,7 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
 
 
 def _kind(value: Any) -> Any:
+    """The class, as Any: type checkers take a class for something that cannot be hashed."""
     return type(value)
 
 
@@ -82,12 +83,12 @@ def _constant(value: Any) -> Hashable:
 
 LIVE = frozenset({"training", "comfy_cast_weights", "weight_function", "bias_function"})  # read by `LiveParts`
 CASTS = ("comfy_cast_weights", "comfy_force_cast_weights")  # ComfyUI sets them when it loads
-# What `forward` of some modules calls; seamless tiling replaces the second.
+# `forward`, and what that of some modules calls; seamless tiling replaces `_conv_forward`.
 METHODS = ("forward", "_forward", "_conv_forward", "forward_comfy_cast_weights")
 # Where a method of a class may come from, beside the class's own file; ComfyUI's models have layers of einops.
 HOMES = ("torch.", "comfy.", "comfy_extras.", "einops.")
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-ORDINARY = (nn.Parameter, torch.Tensor)
+ORDINARY = (nn.Parameter, torch.Tensor)  # weights that are one tensor; quantised ones hold several
 PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 

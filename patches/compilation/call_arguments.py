@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ..attention_override import OVERRIDE
 from .blocks import attributes_used
-from .options import OVERRIDE, OWN, NotTraceable
+from .options import OWN, NotTraceable
 
 
 @dataclass
@@ -77,14 +78,14 @@ def rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
     return value
 
 
-def copies(output: Any, made_elsewhere: bool = False) -> Any:
-    """made_elsewhere: on another stream than the present one, whose memory it is."""
+def cloned(output: Any, made_elsewhere: bool = False) -> Any:
+    """`output`, a tensor or containers of them, in memory of its own. made_elsewhere: on another stream than the current one."""
     if isinstance(output, torch.Tensor):
         if made_elsewhere and output.is_cuda:
             output.record_stream(torch.cuda.current_stream(output.device))
         return output.clone()
     if isinstance(output, (list, tuple)):
-        return type(output)(copies(part, made_elsewhere) for part in output)
+        return type(output)(cloned(part, made_elsewhere) for part in output)
     return output
 
 

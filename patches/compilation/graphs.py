@@ -22,8 +22,9 @@ from torch import nn
 
 from ...host.compiling import ask_at_each_operation, compiled_call, inductor, stop_asking
 from ...products.rerouting import reroute
+from ..attention_override import OVERRIDE
 from .blocks import attributes_used, tensors_in
-from .options import OVERRIDE, NotTraceable
+from .options import NotTraceable
 from .settings import CompileSettings
 from .written_out import write_out
 

@@ -18,10 +18,12 @@ from typing import Any
 
 from torch import nn
 
+from ...attention.compiled import number_of
+from ..attention_override import OVERRIDE, AttentionOverride
+from ..bound_attention import BoundAttention, TokenStep
+
 BLOCK = ("hotpath", 0)
 PLACE = ("hotpath", 0, 0)
-CALL = "hotpath_call"
-OVERRIDE = "optimized_attention_override"
 
 # Patches that ComfyUI's blocks run inside themselves, beside those that a block's code names.
 INSIDE = frozenset({"attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch"})
@@ -84,8 +86,6 @@ def is_traceable(patch: Any) -> bool:
     """Whether an attention replacement is known to be tensors and arithmetic: identities bound to this call, or one that
     says so of itself (`compilable`).
     """
-    from ..bound_attention import BoundAttention, TokenStep
-
     if isinstance(patch, BoundAttention):
         return patch.base is None and all(isinstance(step, TokenStep) for step in patch.steps)
     return bool(getattr(patch, "compilable", False))
@@ -124,6 +124,16 @@ def attention_that_traces() -> tuple[Callable[..., Any] | None, str]:
     return instead, f"{name} cannot be compiled; compiled blocks use torch's scaled_dot_product_attention"
 
 
+def attention_of_call(options: dict[str, Any]) -> dict[str, Any]:
+    """The override among `options`, or ours where ComfyUI's attention cannot be traced, as an entry for code that is traced
+    or recorded. Raises NotTraceable for another pack's."""
+    if OVERRIDE in options:
+        check_override(options[OVERRIDE])
+        return {OVERRIDE: options[OVERRIDE]}
+    instead, _ = attention_that_traces()
+    return {} if instead is None else {OVERRIDE: instead}
+
+
 _logs: dict[Any, Any] = {}  # the first log of each attention policy
 
 
@@ -133,9 +143,6 @@ def share_attention_log(options: dict[str, Any]) -> None:
     A graph knows a log by a number. All overrides of one policy share theirs, so that none of them needs its own graph;
     the number leads to the one whose model runs.
     """
-    from ...attention.compiled import number_of
-    from ..attention_override import AttentionOverride
-
     override = options.get(OVERRIDE)
     if isinstance(override, AttentionOverride):
         first = _logs.setdefault(override.policy, override.log)
@@ -154,11 +161,7 @@ def block_options(options: dict[str, Any], read: frozenset[str]) -> dict[str, An
     for name, patches in (options.get("patches") or {}).items():
         if patches and (name in INSIDE or name in read):
             raise NotTraceable(f"{name} of {origin(patches[0])} acts inside the block")
-    if OVERRIDE in options:
-        check_override(options[OVERRIDE])
-        made[OVERRIDE] = options[OVERRIDE]
-    elif (instead := attention_that_traces()[0]) is not None:
-        made[OVERRIDE] = instead
+    made |= attention_of_call(options)
     replaced = options.get("patches_replace") or {}
     block = options.get("block")
     place = (*block[:2], options.get("block_index", 0)) if block is not None else None
@@ -175,6 +178,4 @@ def block_options(options: dict[str, Any], read: frozenset[str]) -> dict[str, An
         mine[name] = {PLACE: patch}
     if mine:
         made |= {"block": BLOCK, "block_index": 0, "patches_replace": mine}
-        if CALL in options:
-            made[CALL] = options[CALL]
     return made

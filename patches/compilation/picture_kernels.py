@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...attention.capabilities import dtype_name
 from ...attention.choice import fastest, milliseconds
 from ...host.errors import kind_and_line
 
@@ -83,7 +84,3 @@ def channels_last_is_faster(device: torch.device, dtype: torch.dtype) -> bool:
     choice = fastest(times)
     log.info("convolutions %s on %s: %s", choice.backend, device, choice.describe())
     return choice.backend == "channels last"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -26,18 +26,9 @@ from ...host.errors import kind_and_line
 from ...host.interruption import is_stop
 from ..model_call import BOUND, BoundPatches
 from .blocks import check_replaced, names_used
-from .call_arguments import Flat, copies, flatten, fresh, rebuild
-from .options import (
-    CALL,
-    OVERRIDE,
-    NotTraceable,
-    attention_that_traces,
-    check_override,
-    is_traceable,
-    options_read_by,
-    origin,
-)
-from .settings import CompilationRefused
+from .call_arguments import Flat, cloned, flatten, fresh, rebuild
+from .options import NotTraceable, attention_of_call, is_traceable, options_read_by, origin
+from .settings import KEY, CompilationRefused
 from .wrapping import others_first
 
 if TYPE_CHECKING:
@@ -45,7 +36,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hotpath.compile")
 
-KEY = "hotpath_compile"
 # Of a kind before it is recorded: the first compiles, the second finds every kernel and workspace in place.
 WARM_CALLS = 2
 FEW_REPLAYS = 4  # a recording that serves no more than that before it has to go was not worth making
@@ -83,7 +73,7 @@ def _memory() -> GraphMemory:
 
 
 def _modes(tensors: list[torch.Tensor]) -> Hashable:
-    """What of the thread's and the process's settings decides which kernels a call runs."""
+    """The settings of the thread and of the process that decide which kernels a call runs."""
     devices = {tensor.device.type for tensor in tensors}
     casts = tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in sorted(devices))
     matmul: Any = torch.backends.cuda.matmul
@@ -92,15 +82,16 @@ def _modes(tensors: list[torch.Tensor]) -> Hashable:
     return torch.is_inference_mode_enabled(), casts, precision, half, torch.backends.cudnn.enabled
 
 
-class _Recorded:
-    """A kind of call on its way: first run as it is on buffers of its own, then recorded.
+class _KindOfCall:
+    """Calls that differ only in the numbers of their tensors: run as they are at first, on buffers of their own, then recorded.
 
-    kept: what lives as long, because the key names it or a graph reads it. runs: as it is, then replays.
+    reads: tensors beside the arguments that the recording will read. runs: how many there were as they are; of replays, once
+    it is recorded.
     """
 
-    def __init__(self, flat: Flat, copies: Sequence[torch.Tensor]) -> None:
+    def __init__(self, flat: Flat, reads: Sequence[torch.Tensor]) -> None:
         self.buffers = [tensor.clone() for tensor in flat.tensors]
-        self.kept = [*flat.kept, *copies]
+        self.kept = [*flat.kept, *reads]  # as long as the key names them, or the recording reads them
         self.recording: Recording | None = None
         self.runs = 0
         self._held = [weakref.ref(tensor) for tensor in flat.tensors]
@@ -109,12 +100,12 @@ class _Recorded:
         assert self.recording is not None
         self._fill(flat)
         self.runs += 1
-        return copies(self.recording.replay())
+        return cloned(self.recording.replay())
 
     def warm(self, flat: Flat, run: Callable[[Callable[[], Any]], Any], call: Callable[[], Any]) -> Any:
         self._fill(flat)
         self.runs += 1
-        return copies(run(call), made_elsewhere=True)
+        return cloned(run(call), made_elsewhere=True)
 
     def _fill(self, flat: Flat) -> None:
         """The buffers get what changed: an identity has some 300 tensors, and they stay from step to step."""
@@ -139,8 +130,8 @@ class _Calls:
         self.clear()
 
     def clear(self) -> None:
-        self.kept: OrderedDict[Hashable, _Recorded] = OrderedDict()
-        self.warm: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self.kept: OrderedDict[Hashable, _KindOfCall] = OrderedDict()
+        self.warm: OrderedDict[Hashable, _KindOfCall] = OrderedDict()
         self.failed: OrderedDict[Hashable, str] = OrderedDict()
         self.given_up: str | None = None
         self.short: int | None = None  # the run in which memory was
@@ -208,7 +199,7 @@ class CallRecorder:
         flat = Flat([], [], [])
         try:
             arguments = self._reduced(plan, calls, executor, args, kwargs)
-            key = (flatten(arguments, flat), _modes(flat.tensors), plan.copies())
+            key = (flatten(arguments, flat), _modes(flat.tensors), plan.pictures_key())
         except NotTraceable as error:
             reason: str | None = str(error)
         else:
@@ -221,7 +212,7 @@ class CallRecorder:
                 reason = "memory is short"
         if reason is None:
             try:
-                return self._recorded(plan, calls, key, executor, arguments, flat)
+                return self._prepare_or_play(plan, calls, key, executor, arguments, flat)
             except CompilationRefused:
                 raise
             except Exception as error:  # of compilers, drivers, code that cannot do with less: as it is it may run
@@ -234,35 +225,38 @@ class CallRecorder:
                 trim(flat.tensors[0].device)
         return self._unrecorded(reason, executor, args, kwargs)
 
-    def _recorded(
+    def _prepare_or_play(
         self, plan: _Plan, calls: _Calls, key: Hashable, executor: Any, arguments: tuple[Any, Any], flat: Flat
     ) -> Any:
         held = calls.kept.get(key)
-        if held is None:
-            pictures = plan.pictures
-            held = calls.warm.pop(key, None) or _Recorded(flat, pictures.held if pictures is not None else ())
-            call = _prepared(executor, arguments, held.buffers)
-            devices = [buffer.device for buffer in held.buffers if buffer.device.type == "cuda"]
-            with (
-                torch.cuda.device(devices[0]) if devices else contextlib.nullcontext(),
-                pictures.installed() if pictures is not None else contextlib.nullcontext(),
-            ):
-                if held.runs < WARM_CALLS:
-                    made = held.warm(flat, self._run, call)
-                    calls.warm[key] = held
-                    while len(calls.warm) > self.compiler.settings.captured_sizes:
-                        calls.warm.popitem(last=False)
-                    self.reason = None
-                    return made
-                held.recording = self.record(call)
-            held.runs = 0
-            self.recorded += 1
-            made = held.play(flat)  # the driver may find only now that there is no memory
-            calls.kept[key] = held
-            self._make_room(calls)
-        else:
+        if held is not None:
             calls.kept.move_to_end(key)
-            made = held.play(flat)
+            return self._play(held, flat)
+        pictures = plan.pictures
+        held = calls.warm.pop(key, None) or _KindOfCall(flat, pictures.held if pictures is not None else ())
+        call = _prepared(executor, arguments, held.buffers)
+        devices = [buffer.device for buffer in held.buffers if buffer.device.type == "cuda"]
+        with (
+            torch.cuda.device(devices[0]) if devices else contextlib.nullcontext(),
+            pictures.installed() if pictures is not None else contextlib.nullcontext(),
+        ):
+            if held.runs < WARM_CALLS:
+                made = held.warm(flat, self._run, call)
+                calls.warm[key] = held
+                while len(calls.warm) > self.compiler.settings.captured_sizes:
+                    calls.warm.popitem(last=False)
+                self.reason = None
+                return made
+            held.recording = self.record(call)
+        held.runs = 0
+        self.recorded += 1
+        made = self._play(held, flat)  # before it is kept: the driver may find only now that there is no memory
+        calls.kept[key] = held
+        self._make_room(calls)
+        return made
+
+    def _play(self, held: _KindOfCall, flat: Flat) -> Any:
+        made = held.play(flat)
         self.reason = None
         self.replayed += 1
         return made
@@ -345,14 +339,7 @@ class CallRecorder:
                     raise NotTraceable(f"{name} is replaced by {origin(patch)}")
         if replaced:
             made["patches_replace"] = replaced
-        if OVERRIDE in options:
-            check_override(options[OVERRIDE])
-            made[OVERRIDE] = options[OVERRIDE]
-        elif (instead := attention_that_traces()[0]) is not None:
-            made[OVERRIDE] = instead
-        if CALL in options:
-            made[CALL] = options[CALL]
-        return made
+        return made | attention_of_call(options)
 
     def report(self) -> str:
         kept = f"{self.recorded} recordings ({len(self)} kept), {self.replayed} calls replayed"
@@ -378,8 +365,8 @@ def recording_problem(model: Any) -> str | None:
     return None
 
 
-def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> list[str]:
-    """Let `made` (a ModelPatcher that is already our clone) record its calls, if its settings say so; lines for the report."""
+def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> str:
+    """Let `made` (a ModelPatcher that is already our clone) record its calls, if its settings say so; a line for the report."""
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
     made.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, KEY)
@@ -387,13 +374,13 @@ def record_calls(made: Any, compiler: RegionalCompiler, record: Any = None) -> l
         made.remove_callbacks_with_key(moment, KEY)
     compiler.recorder = None
     if not compiler.settings.records:
-        return []
+        return ""
     if record is None:
         if (problem := recording_problem(made)) is not None:
-            return [f"Calls are not recorded: {problem}"]
+            return f"Calls are not recorded: {problem}"
         record = CudaRecording
     compiler.recorder = CallRecorder(compiler, record)
     made.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, compiler.recorder)
     made.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, compiler.recorder.forget)
     made.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, compiler.recorder.rest)
-    return [f"model calls are recorded as CUDA graphs, {compiler.settings.captured_sizes} sizes kept"]
+    return f"model calls are recorded as CUDA graphs, {compiler.settings.captured_sizes} sizes kept"

@@ -201,7 +201,7 @@ class _Plan:
                     found += [part.data_ptr() for part in parts_of(weight)[0]]
         return tuple(found)
 
-    def copies(self) -> Hashable:
+    def pictures_key(self) -> Hashable:
         """Where copies of weights lie that our own kernels read, and which of those kernels there are."""
         if self.pictures is None:
             return None
@@ -225,7 +225,7 @@ class RegionalCompiler:
         self.kinds: set[CompiledKind] = set()
         self.failed: dict[Hashable, str] = {}  # kinds that could not be compiled, and why
         self._plans: weakref.WeakKeyDictionary[Any, _Plan] = weakref.WeakKeyDictionary()
-        self._loads = 0
+        self.loads = 0  # rises with every run, and whenever weights are loaded or moved
         self._thread = threading.local()
         self.recorder: CallRecorder | None = None
         self._alone = True  # in the last call no compiler of ComfyUI's came after
@@ -233,20 +233,15 @@ class RegionalCompiler:
     def __deepcopy__(self, _: Any) -> RegionalCompiler:
         return self  # packs that copy a model's options whole must not copy the model along
 
-    @property
-    def loads(self) -> int:
-        """Rises with every run, and whenever weights are loaded or moved."""
-        return self._loads
-
     def changed(self, *_: Any, **__: Any) -> None:
         """A callback: weights were loaded or moved, or a run begins."""
-        self._loads += 1
+        self.loads += 1
 
     def plan(self, model: Any, device: torch.device) -> _Plan:
         """The blocks of `model` (a BaseModel), examined for where their weights are now."""
         plan = self._plans.get(model)
         stamp = (
-            self._loads,
+            self.loads,
             device,
             getattr(model, "model_loaded_weight_memory", None),
             getattr(model, "lowvram_patch_counter", None),

@@ -10,20 +10,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import nn
+
+from ...host.letters import counted
 
 ENOUGH_INSIDE = 0.5  # a module whose inner blocks hold this part of its weights is their frame, not a block itself
 
 
 @dataclass(frozen=True)
 class Region:
-    """One block: `name` is its path in the diffusion model, `kind` is equal for blocks that can share a graph."""
+    """One block; `name` is its path in the diffusion model."""
 
     name: str
     module: nn.Module
-    kind: tuple[Any, ...]
 
     @property
     def title(self) -> str:
@@ -60,12 +61,6 @@ def is_transformer(module: nn.Module) -> bool:
     return not any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
 
 
-def kind_of(module: nn.Module) -> tuple[Any, ...]:
-    """What two blocks must have in common to share a graph: class, and the name and shape of every weight."""
-    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
-    return type(module), shapes
-
-
 def find_regions(diffusion_model: nn.Module, regions: str) -> list[Region]:
     """The repeated blocks of `diffusion_model`, in the order of the module tree, none inside another."""
     listed = [(name, module) for name, module in _listed(diffusion_model) if _worth_compiling(module)]
@@ -80,7 +75,7 @@ def find_regions(diffusion_model: nn.Module, regions: str) -> list[Region]:
             continue
         if regions == "transformer blocks" and not is_transformer(module):
             continue
-        chosen.append(Region(name, module, kind_of(module)))
+        chosen.append(Region(name, module))
     return chosen
 
 
@@ -90,8 +85,13 @@ def _outermost(modules: list[nn.Module]) -> list[nn.Module]:
     return [module for module in modules if id(module) not in inside]
 
 
+def _shapes(module: nn.Module) -> tuple[tuple[str, torch.Size], ...]:
+    return tuple((name, parameter.shape) for name, parameter in module.named_parameters())
+
+
 def describe_regions(found: list[Region]) -> str:
-    """ "70 BasicTransformerBlock in 2 kinds, 17 ResBlock in 12 kinds"."""
+    """ "70 BasicTransformerBlock in 2 kinds, 17 ResBlock in 12 kinds": as many as weights have shapes. What else blocks must
+    have in common to share a graph is for `blocks` to say, when they are run."""
     blocks = Counter(region.title for region in found)
-    kinds = Counter(kind[0].__name__ for kind in {region.kind for region in found})
-    return ", ".join(f"{n} {title} in {kinds[title]} kind{'s' * (kinds[title] != 1)}" for title, n in blocks.items())
+    kinds = Counter(kind.__name__ for kind, _ in {(type(region.module), _shapes(region.module)) for region in found})
+    return ", ".join(f"{count} {title} in {counted(kinds[title], 'kind')}" for title, count in blocks.items())

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+KEY = "hotpath_compile"  # of all that is put on a MODEL here
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraphs")
 REGIONS = ("all blocks", "transformer blocks")
 GRAPH_MODES = ("reduce-overhead", "max-autotune", "cudagraphs")

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...attention.capabilities import dtype_name
 from .blocks import LiveParts
 from .options import NotTraceable
-from .picture_kernels import dtype_name, kernels_missing
+from .picture_kernels import kernels_missing
 
 if TYPE_CHECKING:
     from .pictures import Pictures

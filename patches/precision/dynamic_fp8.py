@@ -76,7 +76,7 @@ def _scaled_product(
 def dynamic_fp8_layout() -> str:
     """The layout's name in comfy-kitchen's registry, registered when first asked for."""
     from comfy.quant_ops import QuantizedTensor, TensorCoreFP8E4M3Layout, register_layout_op
-    from comfy_kitchen.tensor.base import register_layout_class
+    from comfy_kitchen.tensor.base import dequantize_args, register_layout_class
 
     class DynamicFP8Layout(TensorCoreFP8E4M3Layout):
         """ComfyUI's e4m3 weights, with another idea of what a product with them is."""
@@ -86,8 +86,8 @@ def dynamic_fp8_layout() -> str:
     def ours(weight: Any, x: Any) -> bool:
         return getattr(weight, "_layout_cls", None) == NAME and not isinstance(x, QuantizedTensor)
 
-    def restored(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return function(*(a.dequantize() if isinstance(a, QuantizedTensor) else a for a in args), **kwargs)
+    def restored(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return operation(*dequantize_args(args), **dequantize_args(kwargs))
 
     aten = torch.ops.aten
 

@@ -48,6 +48,16 @@ def quantized_operations(compute_dtype: torch.dtype, device: torch.device, their
     emulated = emulated_formats(device)
     base = comfy.ops.mixed_precision_ops({}, compute_dtype, full_precision_mm=False, disabled=emulated)
 
+    def layout_of_ours(layer: Any) -> str | None:
+        """What a quantised layer's weight is called for it to be multiplied as we do it; None where ComfyUI's way will do."""
+        if layer.quant_format == "float8_e4m3fn":
+            return dynamic_fp8
+        if layer.quant_format != "int8_tensorwise":
+            return None
+        if layer._full_precision_mm_config:
+            return weight_only_int8
+        return cpu_int8 if device.type == "cpu" else None
+
     def entry(name: str) -> property:
         """Part of the quantised weight under its name in a state dict: who merges models looks for it on the layer."""
 
@@ -77,12 +87,7 @@ def quantized_operations(compute_dtype: torch.dtype, device: torch.device, their
                     if given.dtype.itemsize == 1:  # an fp8 file's weight that stays as it is
                         self.weight = nn.Parameter(given.to(held.device), requires_grad=False)
                     return
-                layout = {"float8_e4m3fn": dynamic_fp8}.get(self.quant_format)
-                if self.quant_format == "int8_tensorwise" and self._full_precision_mm_config:
-                    layout = weight_only_int8
-                elif self.quant_format == "int8_tensorwise" and device.type == "cpu":
-                    layout = cpu_int8
-                if layout is not None:
+                if (layout := layout_of_ours(self)) is not None:
                     self.layout_type = layout
                     weight = QuantizedTensor(held._qdata, layout, held._params)
                     self.weight = nn.Parameter(weight, requires_grad=False)

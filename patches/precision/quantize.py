@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ... import host
-from ...host.interface import tracked
 from .control_lora import KEY, share_weights
 from .dynamic_fp8 import fp8_scale
 from .layers import quantized_operations
@@ -145,7 +144,8 @@ def _unload_clones(model: Any) -> None:
 
 
 def _refuse_replaced_modules(model: Any) -> None:
-    """A module that another node put in place of one of the model's own, or puts there at loading, holds the original."""
+    """Raises PrecisionUnavailable where a node put modules in the place of the model's own, or will at loading: they hold the
+    original's weights."""
     if model.injections:
         raise PrecisionUnavailable(
             f"A node before this one changes layers when the model is loaded ({', '.join(map(str, model.injections))}): put "
@@ -178,7 +178,7 @@ def _quantized_state(
 
     most = max((module.weight.numel() for module in linear.values() if module.weight is not None), default=0)
     host.current().make_room(COPIES * most * torch.float32.itemsize, model.load_device)
-    with tracked(host.current(), len(linear), "quantising") as progress:
+    with host.tracked(host.current(), len(linear), "quantising") as progress:
         for name, module in linear.items():
             progress.update()
             reason = _refusal(name, module, scheme, exclude)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from front_end import FrontEnd, load_faces
-from saved_values import SAVED
+from saved_values import SAVED, widget_values
 
 pytestmark = [pytest.mark.comfy, pytest.mark.xdist_group("browser")]
 
@@ -86,9 +86,7 @@ def test_an_example_opens_and_is_its_api_twin(front_end: FrontEnd, path: Path) -
 
 
 def test_graphs_of_older_layouts(front_end: FrontEnd) -> None:
-    """One graph with a node of every older layout; the server's half of the table says what the values mean."""
-    from hotpath.host import saved_layouts
-
+    """One graph with a node of every older layout; Python's reader of the tables says what the values mean."""
     nodes = [
         {"id": n, "type": kind, "pos": [n % 4 * 420, n // 4 * 520], "size": [380, 300], "widgets_values": values}
         for n, (kind, values, _, _) in enumerate(SAVED, 1)
@@ -96,7 +94,7 @@ def test_graphs_of_older_layouts(front_end: FrontEnd) -> None:
     front_end.load({"last_node_id": len(nodes), "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4})
     for n, (kind, values, _, notes) in enumerate(SAVED, 1):
         node = front_end.node(str(n))
-        meant = saved_layouts.widget_values(kind, values)
+        meant = widget_values(kind, values)
         assert meant is not None and meant.items() <= dict(node["widgets"]).items(), kind
         assert node["text"].count("⚠") == notes, f"{kind} says {node['text']!r}"
     front_end.shot("older_layouts")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hosted import KIND
-from hotpath.host import Host
+from hotpath.host import Host, downloads
 from hotpath.host.headless import HeadlessHost
 from model_server import CONTENT, Handler
 
@@ -38,6 +38,12 @@ def either_host(request: pytest.FixtureRequest, tmp_path: Path) -> Host:
         return HeadlessHost(models=tmp_path / "models", device="cpu", show_progress=False)
     request.getfixturevalue("comfy_folders")
     return request.getfixturevalue("comfy_host")
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two attempts of a download."""
+    monkeypatch.setattr(downloads, "PAUSE", 0)
 
 
 @pytest.fixture

@@ -107,6 +107,7 @@ def test_a_server_that_is_busy_is_asked_again(server, tmp_path, code):
 def test_a_server_that_stays_busy(server, tmp_path, monkeypatch):
     Handler.behaviour["errors"] = 99
     waits: list[float] = []
+    monkeypatch.setattr(downloads, "PAUSE", 1)
     monkeypatch.setattr(downloads.time, "sleep", waits.append)
     with pytest.raises(DownloadError, match="503"):
         fetch(f"{server}/model.bin", tmp_path / "model.bin")
@@ -186,14 +187,14 @@ def test_what_comes_in_one_archive_is_fetched_once(server, tmp_path, monkeypatch
 
 def test_what_is_not_there(server, tmp_path):
     with pytest.raises(DownloadError, match="404"):
-        fetch(f"{server}/other.bin", tmp_path / "other.bin", pause=0)
+        fetch(f"{server}/other.bin", tmp_path / "other.bin")
     assert len(Handler.requests) == 1  # asking again would not help
     assert leftovers(tmp_path) == []
 
 
 def test_nobody_answers(tmp_path):
     with pytest.raises(DownloadError, match="run the same command again"):
-        fetch("http://127.0.0.1:9/x", tmp_path / "x", pause=0)
+        fetch("http://127.0.0.1:9/x", tmp_path / "x")
 
 
 def test_too_little_space_is_seen_before(server, tmp_path, monkeypatch):

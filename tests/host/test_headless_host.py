@@ -12,8 +12,8 @@ from hosted import Network, touch
 from hotpath import host
 from hotpath.host import Interrupted, ModelNotFound, errors
 from hotpath.host.headless import HeadlessHost, best_device
-from hotpath.host.letters import can_be_a_name
 from hotpath.host.model_paths import find_file, list_files
+from hotpath.host.name_limits import can_be_a_name
 
 CPU = torch.device("cpu")
 

@@ -35,7 +35,6 @@ def a_hub(server, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_url", url)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
-    monkeypatch.setattr(downloads, "PAUSE", 0)
     return files
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from hotpath import cli
-from hotpath.host import downloads
 from hotpath.host.downloads import safe_target
 from hotpath.host.known_models import KNOWN_MODELS, HubFile, HubRepository, KnownModel, WebFile, ZipMember, select
 from hotpath.host.model_files import verify
@@ -24,11 +22,6 @@ def test_structures(tmp_path):
     torch.save({"a": torch.zeros(4)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for name in ("good.safetensors", "good.pth", "old.pth"):
         assert verify(tmp_path / name).status == "unverified", name
-        data = (tmp_path / name).read_bytes()
-        assert verify(tmp_path / name, size=len(data)).status == "verified"
-        assert verify(tmp_path / name, sha256=hashlib.sha256(data).hexdigest()[:8]).status == "verified"
-        assert verify(tmp_path / name, sha256="00000000").status == "damaged"
-        assert verify(tmp_path / name, size=len(data) + 1).status == "damaged"
     save_file({}, tmp_path / "empty.safetensors", metadata={"format": "pt"})
     assert verify(tmp_path / "empty.safetensors").status == "unverified"
 
@@ -88,7 +81,6 @@ def test_the_table_is_sound(tmp_path):
         safe_target(tmp_path / model.kind, model.file)
         assert str(model.source).startswith("https://"), model.name
         assert model.licence and model.about
-        assert model.sha256 is None or len(model.sha256) >= 8
         if "non-commercial" in model.licence.lower():
             assert model.non_commercial, f"{model.name} must ask before it is downloaded"
         if isinstance(model.source, HubRepository):
@@ -121,7 +113,6 @@ def small_table(server, monkeypatch):
     )
     monkeypatch.setattr(known_models, "KNOWN_MODELS", table)
     monkeypatch.setattr(models, "KNOWN_MODELS", table)
-    monkeypatch.setattr(downloads, "PAUSE", 0)
     return table
 
 

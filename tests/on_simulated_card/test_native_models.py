@@ -70,7 +70,8 @@ def test_identities_in_a_recorded_model(card: Any, mode: str) -> None:
 
 @pytest.mark.parametrize("masked", [pytest.param(False, marks=pytest.mark.long), True])
 def test_text_and_identity_take_one_launch(card: Any, masked: bool) -> None:
-    from hotpath.patches.bound_attention import OVERRIDE, BoundAttention, TokenStep
+    from hotpath.patches.attention_override import OVERRIDE
+    from hotpath.patches.bound_attention import BoundAttention, TokenStep
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda").half()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hotpath import host
-from hotpath.host import streamed_layers
+from hotpath.host import layer_weights, streamed_layers
 from hotpath.host.streamed_layers import PLACES, StreamedLayer, lending
 
 DEVICE = torch.device("cuda")
@@ -34,7 +34,7 @@ def run(whole: Any, x: torch.Tensor, passes: int) -> torch.Tensor:
 def test_memory_is_not_pinned_where_that_is_not_wanted_or_not_to_be_had(
     card: Any, headless_host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: bool
 ) -> None:
-    streamed_layers._tell_of_slow_copies.cache_clear()
+    layer_weights._tell_of_slow_copies.cache_clear()
     if refused:
         monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", lambda *_: 2)  # of memory there is no more
     else:

@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def get(server: str, folder: Path, **options: Any) -> Path:
-    return fetch(f"{server}/model.bin", folder / "m" / "model.bin", pause=0, **options)
+    return fetch(f"{server}/model.bin", folder / "m" / "model.bin", **options)
 
 
 def stop(done: int, total: int | None) -> None:

@@ -1,8 +1,13 @@
-"""Widget values of older layouts, for the Python and the browser half of the migration."""
+"""Widget values of older layouts, and what they mean: read here once more in Python, to compare the browser's half with."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from hotpath.host import saved_layouts
+
+CONTROLS = ("fixed", "increment", "decrement", "randomize")
 
 # Saved values as published graphs of each time have them, and what they mean today. The last: notes on what is gone.
 SAVED: list[tuple[str, list[Any], dict[str, Any], int]] = [
@@ -112,3 +117,43 @@ SAVED: list[tuple[str, list[Any], dict[str, Any], int]] = [
         1,
     ),
 ]
+
+
+def accepts(widget: Mapping[str, Any], value: Any) -> bool:
+    """Whether `value` can be what `widget` held."""
+    kind = widget["type"]
+    if kind == "BOOLEAN":
+        return isinstance(value, bool)
+    if kind in ("INT", "FLOAT"):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(value, str):
+        return False
+    return "options" not in widget or value in widget["options"]
+
+
+def named(layout: Sequence[Mapping[str, Any]], values: Sequence[Any], forked: bool = False) -> dict[str, Any] | None:
+    """The values by widget name when `layout` explains every one of them, else None.
+
+    A value after the seed may be the browser's own (fixed, randomize, ...). Widgets at the end may be missing. forked: the
+    last values need no explanation, where they stand in place of this pack's own inputs.
+    """
+    found: dict[str, Any] = {}
+    rest = list(values)
+    for index, widget in enumerate(layout):
+        if not rest:
+            return found if all(w.get("optional") for w in layout[index:]) else None
+        if not accepts(widget, rest[0]):
+            return found if forked and widget.get("optional") else None
+        found[widget["name"]] = rest.pop(0)
+        if widget["name"] == "seed" and rest and rest[0] in CONTROLS:
+            found[saved_layouts.CONTROL] = rest.pop(0)
+    return None if rest and not forked else found
+
+
+def widget_values(node_id: str, values: Sequence[Any]) -> dict[str, Any] | None:
+    """Inputs by their present names for the saved `widgets_values` of a node; None when no known layout fits."""
+    for forked in (False, True):
+        for layout in saved_layouts.table()["layouts"].get(node_id, []):
+            if (found := named(layout, values, forked)) is not None:
+                return saved_layouts.present(node_id, found)
+    return None

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from hotpath.text_to_image.adapters import Adapter, UnusableAdapter, read
+from hotpath.text_to_image.adapter_files import UnusableAdapter, read
+from hotpath.text_to_image.adapters import Adapter
 from hotpath.text_to_image.generation import Pipeline
 from safetensors.torch import save_file
 

@@ -145,6 +145,10 @@ def test_float8_says_why_not(load, draw, monkeypatch):
     assert "torchao package is not installed" in str(
         precision.unavailable("int8", torch.device("cuda"), torch.bfloat16)
     )
+    # Where no package helps, none is named.
+    for place, method in (("cpu", "float8"), ("mps", "float8"), ("mps", "int8"), ("xpu", "int8")):
+        said = precision.unavailable(method, torch.device(place), torch.bfloat16)
+        assert said == f"there are no {method} products on {place}"
 
 
 def test_a_gpu_that_torchao_refuses_is_a_line_in_the_report(monkeypatch, load, draw):

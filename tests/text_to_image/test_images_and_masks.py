@@ -81,7 +81,7 @@ def test_a_mask_thinner_than_a_latent_pixel_is_drawn_in(load, draw, row):
     image, mask = torch.full((1, 48, 64, 3), 0.5), torch.zeros(48, 64)
     mask[16 + row] = 1.0
     run = generation.Run(Pipeline(model), Request("x", width=64, height=48, image=image, mask=mask), None)
-    where = run._source([denoising.generator(0)])[1]
+    where = run._image([denoising.generator(0)])[1]
     assert where.shape[-2:] == (48 // model.latent_scale, 64 // model.latent_scale)
     assert where.any(dim=-1).flatten().nonzero().flatten().tolist() == [(16 + row) // model.latent_scale]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hotpath.host import streamed_layers
-from hotpath.host.streamed_layers import Weights
+from hotpath.host.layer_weights import Weights
 from hotpath.text_to_image import precision
 from hotpath.text_to_image.adapters import Adapter
 from hotpath.text_to_image.generation import Pipeline

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from hotpath.host import saved_layouts as migration
+from hotpath.host.saved_layouts import migrate_prompt
 from hotpath.nodes import NODE_CLASS_MAPPINGS
 from node_inputs import IMAGE, declared, is_socket
+from saved_values import widget_values
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +23,7 @@ FIRST = ["ask", "Qwen2.5-VL-7B-Instruct", "8bit", False, 0.7, 512, 7, "randomize
 class TestMigration:
     @pytest.mark.parametrize("node_id", ["QwenVL", "Qwen2.5VL"])
     def test_all_three_vision_layouts(self, node_id):
-        spec, head, first = (migration.widget_values(node_id, values) for values in (SPEC, HEAD, FIRST))
+        spec, head, first = (widget_values(node_id, values) for values in (SPEC, HEAD, FIRST))
         assert spec["image_quality"] == head["image_quality"] == "high"
         assert spec["system"] == head["system"] == "sys" and "system" not in first
         for found in (spec, head, first):
@@ -31,9 +32,9 @@ class TestMigration:
         assert first["quantization"] == "8bit" and first["temperature"] == 0.7
 
     def test_values_without_the_browsers_own_entry_and_without_video(self):
-        assert migration.widget_values("QwenVL", SPEC[:17])["seed"] == 7
-        assert migration.widget_values("QwenVL", [*SPEC, "tokens", True])["strip_thoughts"] is True
-        assert migration.widget_values("QwenVL", FIRST[:-1])["max_new_tokens"] == 512
+        assert widget_values("QwenVL", SPEC[:17])["seed"] == 7
+        assert widget_values("QwenVL", [*SPEC, "tokens", True])["strip_thoughts"] is True
+        assert widget_values("QwenVL", FIRST[:-1])["max_new_tokens"] == 512
 
     def test_both_text_layouts(self):
         old = ["sys", "ask", "Qwen2.5-7B-Instruct", "8bit", False, 0.7, 512, 1158, "randomize"]
@@ -56,20 +57,20 @@ class TestMigration:
             "fixed",
         ]
         for node_id in ("Qwen", "Qwen2.5"):
-            assert migration.widget_values(node_id, old)["seed"] == 1158
-            assert migration.widget_values(node_id, new)["seed"] == 3
+            assert widget_values(node_id, old)["seed"] == 1158
+            assert widget_values(node_id, new)["seed"] == 3
 
     def test_the_later_ailab_layout(self):
         now = ["Qwen3-VL-2B-Instruct", "None (FP16)", "auto", False, "auto", "🖼️ Tags", "", 512, 0.6, 0.9, 1, 1.2, 16, True, 1,
                "randomize"]  # fmt: skip
         later = [*now[:13], "auto", *now[13:]]
-        first, second = (migration.widget_values("AILab_QwenVL_Advanced", values) for values in (now, later))
+        first, second = (widget_values("AILab_QwenVL_Advanced", values) for values in (now, later))
         assert first == second and first["frame_count"] == 16 and first["keep_model_loaded"] is True
 
     def test_what_fits_nothing_is_left_alone(self):
-        assert migration.widget_values("QwenVL", [1, 2, 3]) is None
-        assert migration.widget_values("QwenVL", SPEC[:5]) is None
-        assert migration.widget_values("KSampler", SPEC) is None
+        assert widget_values("QwenVL", [1, 2, 3]) is None
+        assert widget_values("QwenVL", SPEC[:5]) is None
+        assert widget_values("KSampler", SPEC) is None
 
     def test_api_prompts(self):
         prompt = {
@@ -79,22 +80,22 @@ class TestMigration:
             },
             "2": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
         }
-        found = migration.migrate_prompt(prompt)
+        found = migrate_prompt(prompt)
         assert found["1"]["inputs"] == {"text": "x", "image1": ["2", 0], "image_quality": "fast"}
         assert found["2"] == prompt["2"] and "image" in prompt["1"]["inputs"]
         other = {
             "1": {"class_type": "AILab_QwenVL_Advanced", "inputs": {"image": ["2", 0], "video_frame_size": "auto"}}
         }
-        assert migration.migrate_prompt(other)["1"]["inputs"] == {
+        assert migrate_prompt(other)["1"]["inputs"] == {
             "image": ["2", 0], "quantization": "None (FP16)", "attention_mode": "auto", "use_torch_compile": False
         }  # fmt: skip
         forked = {
             "1": {"class_type": "AILab_QwenVL", "inputs": {"quantization": "8-bit (Balanced)", "image2": ["2", 0]}}
         }
-        found = migration.migrate_prompt(forked)["1"]["inputs"]
+        found = migrate_prompt(forked)["1"]["inputs"]
         assert found["video"] == ["2", 0] and found["quantization"] == "8-bit (Balanced)"
         both = {"1": {"class_type": "QwenVL", "inputs": {"image": ["2", 0], "image1": ["3", 0]}}}
-        assert migration.migrate_prompt(both)["1"]["inputs"] == both["1"]["inputs"]
+        assert migrate_prompt(both)["1"]["inputs"] == both["1"]["inputs"]
 
     def test_an_api_prompt_of_the_first_layout_has_all_it_needs(self, llm):
         """Nothing is required that an older layout lacks, and what it lacks has a default in the function."""

@@ -1,4 +1,4 @@
-"""Names that no file can have on Windows, where a workflow from another system, or a person, may ask for one."""
+"""Names that no file can have, anywhere or on Windows: a workflow from another system, or a person, may ask for one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ import os
 import re
 from collections.abc import Iterable
 
+LONGEST = 255  # bytes of a name, on all file systems that people have
 LETTERS = re.compile(r'[<>:"|?*\x00-\x1f]')
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)\s*(\..*)?", re.IGNORECASE | re.ASCII)
+
+
+def can_be_a_name(part: str) -> bool:
+    """Whether a file or folder can be called so, Windows' own rules apart."""
+    try:
+        return "\0" not in part and len(os.fsencode(part)) <= LONGEST
+    except UnicodeEncodeError:  # half a letter
+        return False
 
 
 def refuse_on_windows(parts: Iterable[str]) -> None:
