@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
-import os
 import platform
 import sys
 import time
@@ -32,31 +30,12 @@ from typing import Any
 
 import torch
 from acceleration_families import CPU_FAMILIES, FAMILIES, Contestant, Family
+from checkout import ROOT, use_comfyui
 from quiet import alone
 
-ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
 LEAST_ROUNDS = 3
 OTHER_ROUNDS = 2  # of the second prompt and the second size
-
-
-def prepare_imports(tiny: bool) -> None:
-    """Let the pack and a ComfyUI beside it be imported."""
-    places = [os.environ.get("COMFYUI_PATH"), *ROOT.parents, Path.home() / "ComfyUI"]
-    comfy = next((Path(p) for p in places if p and (Path(p) / "comfy_api").is_dir()), None)
-    if comfy is None:
-        sys.exit("No ComfyUI found: set COMFYUI_PATH.")
-    sys.path.insert(0, str(comfy))
-    from comfy.cli_args import args
-
-    args.cpu = tiny or not torch.cuda.is_available()
-    if importlib.util.find_spec("hotpath") is None:
-        spec = importlib.util.spec_from_file_location(
-            "hotpath", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["hotpath"])
 
 
 def wait() -> None:
@@ -205,7 +184,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU: a test of this script")
     options = parser.parse_args()
     start = time.monotonic()
-    prepare_imports(options.tiny)
+    use_comfyui(on_cpu=options.tiny or not torch.cuda.is_available())
     on_a_card = options.tiny or torch.cuda.is_available()
     chosen = [options.only] if options.only else list(FAMILIES if on_a_card else CPU_FAMILIES)
     file = options.json or options.out / "acceleration.json"

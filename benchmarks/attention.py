@@ -13,7 +13,6 @@ of the two products, and the cosine and largest error against float32 on a slice
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import statistics
@@ -24,19 +23,8 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
+import checkout  # noqa: F401 - before the pack, which it makes importable
 import torch
-from quiet import alone
-
-# `python benchmarks/attention.py` puts benchmarks/ on the path; the pack is installed or found beside it.
-if importlib.util.find_spec("hotpath") is None:
-    root = Path(__file__).resolve().parent.parent
-    spec = importlib.util.spec_from_file_location(
-        "hotpath", root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["hotpath"])
-
 from hotpath.attention import compiled
 from hotpath.attention.capabilities import AttentionCall, device_facts
 from hotpath.attention.choice import MeasuredChoices
@@ -50,6 +38,7 @@ from hotpath.attention.dispatch import (
 from hotpath.attention.events import AttentionLog
 from hotpath.attention.reference import attention_reference, share_heads
 from hotpath.host.errors import kind_and_line
+from quiet import alone
 
 
 @dataclass(frozen=True)

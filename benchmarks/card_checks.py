@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import ROOT
 from quiet import alone
 from torch import Tensor
 from torch.nn import functional
 
-ROOT = Path(__file__).resolve().parent.parent
 ROW = "row: "  # begins the line of a result
 PACKAGES = (
     "torch", "triton", "transformers", "diffusers", "torchao", "numpy", "onnx", "onnxruntime", "insightface", "av",
@@ -133,7 +133,6 @@ def kernels(tiny: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any
 
 def kernel(check: str, tiny: bool) -> None:
     """The rows of one check, printed one by one."""
-    _pack()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = CHECKS[check](device, tiny)
     while True:
@@ -354,17 +353,6 @@ def _failure(case: ElementTree.Element) -> str:
     element = found if found is not None else case.find("error")
     message = (element.get("message") or element.text or "") if element is not None else ""
     return f"{case.get('classname')}::{case.get('name')}: {' '.join(message.split())[:300]}"
-
-
-def _pack() -> None:
-    """This checkout as `hotpath`, installed or not."""
-    if importlib.util.find_spec("hotpath") is None:
-        spec = importlib.util.spec_from_file_location(
-            "hotpath", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["hotpath"])
 
 
 def main() -> int:

@@ -29,7 +29,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from colorization_models import ROOT, Ours, clip, networks, pack, peer_work, trained
+from checkout import ROOT
+from colorization_models import Ours, clip, networks, peer_work, trained
 from quiet import alone
 from torch import Tensor
 
@@ -241,7 +242,6 @@ def main() -> None:
     options = arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    pack()
     from hotpath import host
     from hotpath.host.headless import HeadlessHost
 

@@ -28,10 +28,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from checkout import ROOT
 from quiet import alone
 
-ROOT = Path(__file__).resolve().parent.parent
-THREADS = torch.get_num_threads()  # as ComfyUI has them; the tests' conftest.py, which finds the pack, takes one
 WARM_RUNS = 3  # on a GPU, which records graphs in the second
 
 
@@ -144,14 +143,15 @@ def peak_of(file: Path, side: int, batch: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def peak_memory(root: Path) -> str:
+def peak_memory(root: Path, threads: int) -> str:
     """Activation bytes per picture of the two networks in float32, from two batch sizes, each in its own process."""
     lines = []
     folder = root / "models" / "antelopev2"
     for name, side, batches in (("scrfd_10g_bnkps.onnx", 640, (2, 6)), ("glintr100.onnx", 112, (16, 64))):
         peaks = []
         for batch in batches:
-            command = [sys.executable, __file__, "--peak", str(folder / name), str(side), str(batch)]
+            asked = ["--peak", str(folder / name), str(side), str(batch), "--threads", str(threads)]
+            command = [sys.executable, __file__, *asked]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks.append(int(done.stdout.split()[-1]))
         each = (peaks[1] - peaks[0]) / (batches[1] - batches[0])
@@ -208,10 +208,6 @@ def versions() -> str:
 
 
 def main() -> None:
-    if "hotpath" not in sys.modules:
-        sys.path.insert(0, str(ROOT / "tests"))
-        import conftest  # noqa: F401 - makes `import hotpath` work in a bare checkout
-
     from hotpath.demo.face_networks import random_model_folder
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -230,10 +226,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="append to benchmarks/RESULTS.md")
     parser.add_argument("--peak", nargs=3, metavar=("FILE", "SIDE", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.peak:
         print(peak_of(Path(options.peak[0]), int(options.peak[1]), int(options.peak[2])))
         return
-    torch.set_num_threads(options.threads or THREADS)
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -241,7 +238,7 @@ def main() -> None:
         random_model_folder(root, (shown - 127.5) / 128, width=options.width, depth=options.depth)
         gc.collect()
         if options.memory:
-            print(peak_memory(root))
+            print(peak_memory(root, options.threads))
             return
         cpu = torch.device("cpu")
         made = [

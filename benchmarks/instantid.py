@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import ROOT, load, use_comfyui
 from instantid_models import Contestant, Stage, contestants
 from quiet import alone
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -267,11 +267,9 @@ def main() -> None:
     options.dtypes = options.dtypes or (["fp32"] if options.half else ["fp16", "bf16"])
     if options.threads:
         torch.set_num_threads(options.threads)
-    sys.argv[1:], arguments = [], sys.argv[1:]  # ComfyUI reads them too
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]
-    import conftest  # noqa: F401 - makes `import hotpath` work in a bare checkout and finds ComfyUI
-
-    sys.argv[1:] = arguments
+    use_comfyui(on_cpu=not torch.cuda.is_available())
+    load("hotpath_demo", ROOT / "demo" / "comfy_nodes" / "hotpath_demo")
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     with torch.inference_mode():
         text = run(options)
     print(text)

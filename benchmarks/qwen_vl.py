@@ -29,21 +29,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401 - before the pack, which it makes importable
 import numpy as np
 import torch
-from PIL import Image
-from quiet import alone
-
-# `python benchmarks/qwen_vl.py` puts benchmarks/ on the path; the pack is installed or found beside it.
-if importlib.util.find_spec("hotpath") is None:
-    root = Path(__file__).resolve().parent.parent
-    spec = importlib.util.spec_from_file_location(
-        "hotpath", root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["hotpath"])
-
 from hotpath import host
 from hotpath.cache import clear_all
 from hotpath.demo.captioner_model import configuration, save_weights, write_processors, write_tokenizer
@@ -57,6 +45,8 @@ from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import Picture
 from hotpath.vision_language.prompts import Question, render
 from hotpath.vision_language.sampling import Sampling
+from PIL import Image
+from quiet import alone
 
 SHAPES: dict[str, dict[str, Any]] = {
     # The widths of Qwen3-VL-4B.

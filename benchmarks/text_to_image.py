@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import statistics
@@ -27,19 +26,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401 - before the pack, which it makes importable
 import torch
-from quiet import alone
-
-# `python benchmarks/text_to_image.py` puts benchmarks/ on the path; the pack is installed or found beside it.
-if importlib.util.find_spec("hotpath") is None:
-    root = Path(__file__).resolve().parent.parent
-    spec = importlib.util.spec_from_file_location(
-        "hotpath", root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["hotpath"])
-
 from hotpath import host
 from hotpath.cache import clear_all
 from hotpath.demo.z_image_model import FULL, TINY, write_checkpoint
@@ -48,6 +36,7 @@ from hotpath.text_to_image import decoding
 from hotpath.text_to_image.denoising import Guidance
 from hotpath.text_to_image.generation import Pipeline, Request, generate
 from hotpath.text_to_image.loading import MODELS, LoadOptions
+from quiet import alone
 
 PROMPT = "A red fox in fresh snow at the edge of a birch forest, low morning sun"
 OTHER = "A lighthouse. " * 12
