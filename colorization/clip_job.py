@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import host
-from .film import FULL_SIZE_PIXELS, ColouredFrames, ColouringFrames, FilmSession
+from .film import ColouredFrames, ColouringFrames, FilmSession
 from .film_options import FilmOptions, Reference
 from .film_room import activations, computed_size, full_size_room, memory_room
 from .film_state import FilmState
@@ -100,8 +100,7 @@ def room_for(
     _, needed = activations(options, (height, width), dtype, loaded.managed.device)
     portion = portion_frames(height, width, bytes_per_number) + 1
     portion = portion if frames is None else min(frames, portion)
-    together = max(1, FULL_SIZE_PIXELS // (height * width))
-    held, converting = full_size_room((height, width), portion, together, bytes_per_number)
+    held, converting = full_size_room((height, width), portion, bytes_per_number)
     remembered = 0
     if options.method == "ColorMNet":
         small = computed_size(options, height, width)

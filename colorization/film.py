@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch_size import BatchSize
 from .colormnet.engine import ColorMNetEngine, ColorMNetFunctions
 from .colormnet.session import ColorMNetSession
 from .colormnet.settings import ColorMNetSettings
+from .deep_exemplar.color_net import HALF_SIZE_GAIN
 from .deep_exemplar.engine import DeepExemplarEngine, DeepExemplarFunctions
 from .deep_exemplar.session import DeepExemplarSession
 from .edge_filter import apply_filter
@@ -22,7 +22,7 @@ from .film_options import FilmOptions, Reference
 from .film_references import FilmReferences
 from .film_room import activations, computed_size
 from .film_state import CHECKPOINT, FILES, PICTURES, FilmState, check_state
-from .full_size import frames_of, luminance_of_frames
+from .full_size import conversions, frames_of, luminance_of_frames
 from .networks import LoadedNetwork
 from .pictures import resized
 from .shots import Segment, ShotDetector
@@ -30,9 +30,6 @@ from .smoothing import ChromaSmoother
 from .stage_times import StageTimes
 from .transfers import Copies, Download, Upload, copies_for, download, upload
 
-# Deep Exemplar was trained at half the size of its result, with chroma this much too weak.
-HALF_SIZE_GAIN = 1.25
-FULL_SIZE_PIXELS = 1 << 23  # of frames converted together at full size
 OTHER_REFERENCES = (
     "The references, or the frames they are, differ from those that the state was taken with: the film goes on with the ones "
     "that are connected now, and with what it remembers of its own frames."
@@ -115,7 +112,7 @@ class FilmSession:
         self.detector = ShotDetector(options.shot_threshold) if options.shots != "off" else None
         self.seen: Tensor | None = None  # the last frame as the detector saw it
         self.smoother = ChromaSmoother(options.temporal_smoothing)
-        self.at_full_size = BatchSize(max(1, FULL_SIZE_PIXELS // (height * width)), "full-size frames at a time")
+        self.at_full_size = conversions(height, width)
         self.stills = stills
         self.frame = 0  # index of the next frame
         self.shot = 0
@@ -168,9 +165,7 @@ class FilmSession:
         frames = arriving.tensor[segment.first : segment.stop]
         with self.times.stage("colour space in"):
             luminance = torch.cat(
-                self.at_full_size.map(
-                    range(len(frames)), lambda part: luminance_of_frames(frames[part[0] : part[-1] + 1], self.device)
-                )
+                self.at_full_size.map(len(frames), lambda rows: luminance_of_frames(frames[rows], self.device))
             )
             small = resized(luminance, *self.small)
         known = self._known(self.frame, self.frame + len(frames))
@@ -179,7 +174,7 @@ class FilmSession:
             dtype = torch.uint8 if frames.dtype == torch.uint8 else torch.float32
             pictures = Download(self.copies, (len(frames), *self.size, 3), dtype)
             self.at_full_size.map(
-                range(len(frames)), lambda part: self._finish(luminance, chroma, known, part, pictures, dtype)
+                len(frames), lambda rows: self._finish(luminance, chroma, known, rows, pictures, dtype)
             )
             certain = download(self.copies, confidence)
         self.seen = segment.seen
@@ -228,21 +223,20 @@ class FilmSession:
         luminance: Tensor,
         chroma: Tensor,
         known: Mapping[int, Reference],
-        part: Sequence[int],
+        rows: slice,
         pictures: Download,
         dtype: torch.dtype,
     ) -> None:
         """Put the colours of some frames on their luminance at full size, and that into `pictures`. What is known of them
         at full size neither went through the networks' size nor needs a filter."""
-        rows = slice(part[0], part[-1] + 1)
         enlarged = resized(chroma[rows], *self.size)
         filtered = apply_filter(self.options.edge_filter, luminance[rows], enlarged)
-        given = [index for index in part if index in known]
+        given = [index for index in range(rows.start, rows.stop) if index in known]
         if given:
             filtered = filtered.clone()
             for index in given:
-                place = slice(index - part[0], index - part[0] + 1)
-                filtered[place] = self.references.chroma(known[index], self.copies)
+                place = index - rows.start
+                filtered[place : place + 1] = self.references.chroma(known[index], self.copies)
         pictures.put(rows, frames_of(luminance[rows], filtered * self.options.strength, dtype))
 
     def begin_shot(self) -> None:

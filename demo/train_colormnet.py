@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..attention.topk_memory import similarity
 from ..colorization.checkpoint_file import read_tensors
-from ..colorization.colormnet.decoder import DecoderContext, DecoderWidths
+from ..colorization.colormnet.decoder import DecoderWidths
 from ..colorization.colormnet.feature_fusion import PLANES, FeatureFusion
 from ..colorization.colormnet.key_encoder import CrossChannelAttention, EncoderWidths
 from ..colorization.colormnet.network import ColorMNet, ColorMNetWidths, FrameKeys
@@ -44,10 +44,8 @@ LANES = 2  # channels 0 and 1 carry what is above and what is below zero of a pl
 
 def frames_of(keys: FrameKeys, chosen: slice) -> FrameKeys:
     """Those of some frames alone."""
-    planes = slice(chosen.start * PLANES, chosen.stop * PLANES)
-    c = keys.context
-    context = DecoderContext(c.entry[planes], c.skip[planes], c.skip8[chosen], c.skip4[chosen])
-    return FrameKeys(keys.key[chosen], keys.shrinkage[chosen], keys.selection[chosen], keys.f16[chosen], context)
+    rows = (part[chosen] for part in (keys.key, keys.shrinkage, keys.selection, keys.f16))
+    return FrameKeys(*rows, keys.context.frames(chosen))
 
 
 def loss_of(network: ColorMNet, lab: Tensor, deep: bool) -> Tensor:
