@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import face
-from ..face import Faces
-from ..face.crops import CropPlaces
+from ..face import CropPlaces, Faces
 from .sockets import FACES, PICTURES
 
 CATEGORY = "Hotpath/faces"
