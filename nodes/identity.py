@@ -15,8 +15,9 @@ from ..identity import Identity, adopt_adapter, load_identity, save_identity
 from ..identity.drawing import draw_tokens
 from ..patches.identities import merge_people
 from ..patches.instantid import describe_faces, identity_from, identity_of_faces, prepare_identity, read_faces
+from .identity_sockets import COMBINE_EMBEDS, IDENTITY, NEGATIVE_NOISE
 from .saved_files import ReadsSavedFile
-from .sockets import COMBINE_EMBEDS, HIDDEN, IDENTITY, INSTANTID, NEGATIVE_NOISE
+from .sockets import HIDDEN, INSTANTID
 
 CATEGORY = "Hotpath/InstantID"
 FOLDER = "identities"
