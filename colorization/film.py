@@ -103,7 +103,6 @@ class FilmSession:
         self.size = (height, width)
         self.device: torch.device = network.compute_device
         self.times = StageTimes(self.device)
-        self.halved = options.method == "Deep Exemplar"
         self.small = computed_size(options, height, width)
         self.references = FilmReferences(references, options, self.size, self.small)
         self.checkpoint = loaded.identity, loaded.names
@@ -184,7 +183,7 @@ class FilmSession:
         """Chroma and confidence of frames of one shot."""
         first, end = self.frame, self.frame + len(luminance)
         stops = {end}
-        if self.halved:
+        if self.options.deep_exemplar:
             stops |= {r.frame for r in self.references.all if r.frame is not None and first < r.frame < end}
         chroma: list[Tensor] = []
         confidence: list[Tensor] = []
@@ -199,7 +198,7 @@ class FilmSession:
 
     def _known(self, first: int, end: int) -> dict[int, Reference]:
         """The references that are one of these frames, by its place among them; Deep Exemplar only matches with them."""
-        if self.halved or self.stills:
+        if self.options.deep_exemplar or self.stills:
             return {}
         chosen = self.references.of_shot(self.shot)
         return {r.frame - first: r for r in chosen if r.frame is not None and first <= r.frame < end}
@@ -255,7 +254,7 @@ class FilmSession:
 
     def _new_session(self) -> ColorMNetSession | DeepExemplarSession:
         chosen = self.references.of_shot(self.shot)
-        if self.halved:
+        if self.options.deep_exemplar:
             before = [r for r in chosen if r.frame is not None and r.frame <= self.shot_start]
             examples = [r for r in chosen if r.frame is None]
             latest = sorted(before, key=lambda reference: reference.frame or 0)[-1:]
@@ -285,7 +284,7 @@ class FilmSession:
         options, network = self.options, self.network
         # The host may hand out another copy of the network from one job to the next.
         name = (id(network), options.method, options.compile, options.attention)
-        if options.method == "Deep Exemplar":
+        if options.deep_exemplar:
             matching = loaded.kept(name, lambda: DeepExemplarFunctions(network, options.compile))
             return DeepExemplarEngine(matching)
         functions = loaded.kept(name, lambda: ColorMNetFunctions(network, options.compile, options.attention))
@@ -295,7 +294,7 @@ class FilmSession:
         return self._session.engines()
 
     def notes(self) -> list[str]:
-        unmatched = self.references.unmatched() if self.halved else []
+        unmatched = self.references.unmatched() if self.options.deep_exemplar else []
         return [*self._notes, *self._session.notes(), *self.at_full_size.notes, *unmatched]
 
     def remembered_bytes(self) -> int:
@@ -349,7 +348,7 @@ class FilmSession:
         """What a state must agree with to be continued here, and which references it remembers."""
         options = self.options.deciding()
         kept = [name for name in ("method", "colour_size", "memory_mode", "propagate") if name in options]
-        remembered = {} if self.halved else {"references": len(self.references.all)}
+        remembered = {} if self.options.deep_exemplar else {"references": len(self.references.all)}
         return {
             "height": self.size[0],
             "width": self.size[1],

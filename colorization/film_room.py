@@ -19,7 +19,7 @@ STRIDE = 16  # of the features that ColorMNet remembers
 def computed_size(options: FilmOptions, height: int, width: int) -> tuple[int, int]:
     """Height and width of what the networks see of frames of height x width: of half `colour_size` for Deep Exemplar."""
     small = network_size(height, width, options.colour_size)
-    return (max(1, small[0] // 2), max(1, small[1] // 2)) if options.method == "Deep Exemplar" else small
+    return (max(1, small[0] // 2), max(1, small[1] // 2)) if options.deep_exemplar else small
 
 
 def activations(
@@ -27,7 +27,7 @@ def activations(
 ) -> tuple[int, int]:
     """Frames per batch and bytes of activations for a film whose frames are of `size`, (height, width)."""
     small = computed_size(options, *size)
-    if options.method == "Deep Exemplar":
+    if options.deep_exemplar:
         return deep_exemplar_batch(*small, device)
     return colormnet_batch(*small, dtype, device, options.memory_mode)
 
