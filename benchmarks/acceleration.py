@@ -19,19 +19,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from acceleration_families import CPU_FAMILIES, FAMILIES, Contestant, Family
-from checkout import ROOT, use_comfyui
+from checkout import use_comfyui
 from quiet import alone
+from report import add_to_results, command, setting
 
 GIB = 1 << 30
 LEAST_ROUNDS = 3
@@ -219,18 +218,14 @@ def main() -> None:
 
             comfy.model_management.unload_all_models()
             torch.cuda.empty_cache()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() and not options.tiny else platform.processor()
-    arguments = " ".join(sys.argv[1:])
-    head = (
-        f"{date.today()}, {device or 'CPU'}, torch {torch.__version__}, `python benchmarks/acceleration.py {arguments}`"
-    )
-    text = "\n\n".join(["## Acceleration of native models", f"{head.strip()}", *tables]) + "\n"
-    file.write_text(json.dumps({"where": head, "families": results}, indent=1))
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.tiny else "cpu")
+    where = setting(device)
+    text = "\n\n".join(["## Acceleration of native models", f"{where}.", f"`{command()}`", *tables]) + "\n"
+    file.write_text(json.dumps({"where": where, "command": command(), "families": results}, indent=1))
     (options.out / "acceleration.md").write_text(text)
     print(text)
     if options.write:
-        with (ROOT / "benchmarks" / "RESULTS.md").open("a") as log:
-            log.write("\n" + text)
+        add_to_results(text)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from checkout import ROOT
 from quiet import alone
+from report import processor, versions
 from torch import Tensor
 from torch.nn import functional
 
@@ -60,16 +60,6 @@ def seconds_of(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1000
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
 def copy_rate(numbers: int, device: torch.device) -> float:
     """Bytes per second, read and written."""
     source = torch.randn(numbers, device=device)
@@ -81,8 +71,7 @@ def health(tiny: bool) -> dict[str, Any]:
     """The two rates that bound everything else, on random data: zeros would run faster."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()}
-    found["cores"] = os.cpu_count()
+    found: dict[str, Any] = {"device": processor(device), "cores": os.cpu_count()}
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info()
@@ -106,7 +95,7 @@ def health(tiny: bool) -> dict[str, Any]:
         for _ in range(1000):
             small.add_(1)
         found["launch, us of Python"] = (time.perf_counter() - start) * 1e3
-    return found | versions()
+    return found | versions(*PACKAGES)
 
 
 def kernels(tiny: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -16,14 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import platform
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +39,7 @@ from hotpath.distributed.status import Status
 from hotpath.headless.graph import Graph
 from hotpath.host.headless import HeadlessHost
 from PIL import Image
+from report import setting
 
 COLOUR = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "x.png"}},
@@ -220,9 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             host.use(before)
     files = [run.pop("files") for run in measured]
     assert all(found == files[0] for found in files), "the pictures differ between runs"
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores{load}, torch {torch.__version__}"
-    print(f"{date.today()}  {machine}")
+    where = setting(torch.device("cpu"))
+    print(where)
     print(f"{options.items} pictures; the same bytes from every run\n")
     print("executor  workers  work s  times  with start s  median job s  scheduling ms a job")
     for run in measured:
@@ -252,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chart(options.chart, measured, found, note)
     print(f"\n{options.chart}")
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "measured": measured, "simulated": found}, indent=1))
+        options.json.write_text(json.dumps({"machine": where, "measured": measured, "simulated": found}, indent=1))
     return 0
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,13 +21,13 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 
+import checkout  # noqa: F401 - before the pack, which it makes importable
 import numpy as np
 import torch
-from checkout import ROOT
 from quiet import alone
+from report import add_to_results, command, setting
 
 WARM_RUNS = 3  # on a GPU, which records graphs in the second
 
@@ -187,24 +185,14 @@ def as_rows(contestants: list[Contestant]) -> list[dict[str, object]]:
     ]
 
 
-def machine() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return f"{model}, {os.cpu_count()} cores, no GPU"
-
-
-def versions() -> str:
-    found = [f"torch {torch.__version__}"]
+def versions() -> list[str]:
+    """Of the engines that were there, whichever package brought them."""
+    found = []
     for name in ("onnxruntime", "insightface"):
         module = sys.modules.get(name)
         if module is not None:
             found.append(f"{name} {module.__version__}")
-    return ", ".join(found)
+    return found
 
 
 def main() -> None:
@@ -273,21 +261,18 @@ def main() -> None:
             largest = batches[max(options.pictures)]
             waits = synchronisations(lambda c=contestant, p=largest: c.run(p))
             contestant.waits, contestant.note = waits, f" ({waits} waits for the GPU per call)"
+        where = setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if options.json:
-            options.json.write_text(json.dumps({"machine": machine(), "rows": as_rows(contestants)}, indent=1))
-        load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-        command = f"python benchmarks/faces.py {' '.join(sys.argv[1:])}"
+            options.json.write_text(json.dumps({"machine": where, "rows": as_rows(contestants)}, indent=1))
         text = (
             f"## Faces: detect and embed, pictures of {options.side}x{options.side}\n\n"
-            f"{date.today().isoformat()}, {machine()}{load}, {versions()}. Best of {options.rounds} rounds, warm; CPU is "
-            f"processor time over all threads ({torch.get_num_threads()} per engine).\n\n`{command}`\n\n"
+            f"{', '.join([where, *versions()])}. Best of {options.rounds} rounds, warm; CPU is processor time over all "
+            f"threads.\n\n`{command()}`\n\n"
             f"{table(contestants, options.pictures)}\n"
         )
         print(text)
         if options.write:
-            path = ROOT / "benchmarks" / "RESULTS.md"
-            before = path.read_text() if path.exists() else "# Measured\n"
-            path.write_text(f"{before.rstrip()}\n\n{text}")
+            add_to_results(text)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ import torch
 from checkout import ROOT, load, use_comfyui
 from instantid_models import Contestant, Stage, contestants
 from quiet import alone
+from report import add_to_results, command, setting
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -168,20 +166,6 @@ def as_record(made: list[Contestant], costs: dict[str, float], differences: dict
     return {"steps": steps, "costs": costs, "differences": differences}
 
 
-def keep(record: dict[str, Any], path: Path | None) -> None:
-    """Written whenever more is known: what comes later may fail."""
-    if path is not None:
-        path.write_text(json.dumps({"machine": machine(), "results": record}, indent=1))
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    load = f"load average {os.getloadavg()[0]:.0f}, " if hasattr(os, "getloadavg") else ""
-    where = f"{platform.machine()}, no GPU, {os.cpu_count()} cores, {load}{torch.get_num_threads()} threads"
-    return f"{where}, torch {torch.__version__}"
-
-
 def run(options: argparse.Namespace) -> str:
     import comfy.model_management
 
@@ -189,6 +173,13 @@ def run(options: argparse.Namespace) -> str:
 
     device = comfy.model_management.get_torch_device()
     text, record = [], {}
+
+    def keep() -> None:
+        """Whenever more is known: what comes later may fail."""
+        record[dtype_name] = as_record(made, costs, differences)
+        if options.json:
+            options.json.write_text(json.dumps({"machine": setting(device), "results": record}, indent=1))
+
     for dtype_name in options.dtypes:
         stage = Stage(DTYPES[dtype_name], options.tiny, options.half)
         made = contestants(stage, options.compile, options.half)
@@ -211,12 +202,10 @@ def run(options: argparse.Namespace) -> str:
                         for contestant in made:
                             seconds = clock(partial(stage.sample, contestant.model, size, cfg, options.steps))
                             contestant.seconds.setdefault(case, []).append(seconds / options.steps)
-                record[dtype_name] = as_record(made, costs, differences)
-                keep(record, options.json)
+                keep()
         with alone():
             costs = nodes_and_memory(stage, sizes[0], options.steps)
-        record[dtype_name] = as_record(made, costs, differences)
-        keep(record, options.json)
+        keep()
         text += [f"### {dtype_name}, a sampling step", "", *step_table(made, cases), ""]
         text += [
             f"- Difference from the original's latent, {name}: {value:.2e} of its range"
@@ -230,15 +219,14 @@ def run(options: argparse.Namespace) -> str:
             *kernel(stage.dtype, device),
             "",
         ]
-    command = f"python benchmarks/instantid.py {' '.join(sys.argv[1:])}".strip()
     return "\n".join(
         [
             "## InstantID: what 70 patched blocks cost",
             "",
-            f"{date.today().isoformat()}, {machine()}. Median of {options.rounds} rounds of {options.steps} steps, "
+            f"{setting(device)}. Median of {options.rounds} rounds of {options.steps} steps, "
             "contestants in turn; the factor is against the unpatched model, compiled the same way.",
             "",
-            f"`{command}`",
+            f"`{command()}`",
             "",
             *text,
         ]
@@ -274,9 +262,7 @@ def main() -> None:
         text = run(options)
     print(text)
     if options.write:
-        path = ROOT / "benchmarks" / "RESULTS.md"
-        before = path.read_text() if path.exists() else "# Measured\n"
-        path.write_text(f"{before.rstrip()}\n\n{text}\n")
+        add_to_results(text)
 
 
 if __name__ == "__main__":

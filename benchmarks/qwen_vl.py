@@ -18,9 +18,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -47,6 +45,7 @@ from hotpath.vision_language.prompts import Question, render
 from hotpath.vision_language.sampling import Sampling
 from PIL import Image
 from quiet import alone
+from report import command, processor, versions
 
 SHAPES: dict[str, dict[str, Any]] = {
     # The widths of Qwen3-VL-4B.
@@ -325,20 +324,12 @@ class Benchmark:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    versions = {}
-    for name in ("torch", "transformers", "triton", "vllm", "llama-cpp-python", "bitsandbytes"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "date": date.today().isoformat(),
-        "device": named,
+        "device": processor(device),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions("torch", "transformers", "triton", "vllm", "llama-cpp-python", "bitsandbytes"),
     }
 
 
@@ -377,7 +368,7 @@ def main() -> None:
         facts = machine(model.device) | {
             "model": name,
             "quantization": options.quantization,
-            "command": " ".join(sys.argv),
+            "command": command(),
         }
         print(json.dumps(facts, indent=1))
         run = Benchmark(model, options.tokens, options.pictures, options.side)

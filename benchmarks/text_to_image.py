@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -37,6 +35,7 @@ from hotpath.text_to_image.denoising import Guidance
 from hotpath.text_to_image.generation import Pipeline, Request, generate
 from hotpath.text_to_image.loading import MODELS, LoadOptions
 from quiet import alone
+from report import processor, versions
 
 PROMPT = "A red fox in fresh snow at the edge of a birch forest, low morning sun"
 OTHER = "A lighthouse. " * 12
@@ -216,16 +215,8 @@ def table(results: Sequence[Result]) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    names = ("torch", "diffusers", "transformers", "torchao")
-    found = {"python": platform.python_version(), "device": str(device), "date": str(date.today())}
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    packages = versions("torch", "diffusers", "transformers", "torchao")
+    return {"date": str(date.today()), "device": processor(device), **packages}
 
 
 def keep(options: argparse.Namespace, device: torch.device, results: Sequence[Result], **more: Any) -> None:
