@@ -18,45 +18,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
-import os
-import platform
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from acceleration_families import CPU_FAMILIES, FAMILIES, Contestant, Family
+from checkout import use_comfyui
 from quiet import alone
+from report import add_to_results, command, setting
 
-ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
 LEAST_ROUNDS = 3
 OTHER_ROUNDS = 2  # of the second prompt and the second size
-
-
-def prepare_imports(tiny: bool) -> None:
-    """Let the pack and a ComfyUI beside it be imported."""
-    places = [os.environ.get("COMFYUI_PATH"), *ROOT.parents, Path.home() / "ComfyUI"]
-    comfy = next((Path(p) for p in places if p and (Path(p) / "comfy_api").is_dir()), None)
-    if comfy is None:
-        sys.exit("No ComfyUI found: set COMFYUI_PATH.")
-    sys.path.insert(0, str(comfy))
-    from comfy.cli_args import args
-
-    args.cpu = tiny or not torch.cuda.is_available()
-    if importlib.util.find_spec("hotpath") is None:
-        spec = importlib.util.spec_from_file_location(
-            "hotpath", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["hotpath"])
 
 
 def wait() -> None:
@@ -205,7 +183,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models on the CPU: a test of this script")
     options = parser.parse_args()
     start = time.monotonic()
-    prepare_imports(options.tiny)
+    use_comfyui(on_cpu=options.tiny or not torch.cuda.is_available())
     on_a_card = options.tiny or torch.cuda.is_available()
     chosen = [options.only] if options.only else list(FAMILIES if on_a_card else CPU_FAMILIES)
     file = options.json or options.out / "acceleration.json"
@@ -240,18 +218,14 @@ def main() -> None:
 
             comfy.model_management.unload_all_models()
             torch.cuda.empty_cache()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() and not options.tiny else platform.processor()
-    arguments = " ".join(sys.argv[1:])
-    head = (
-        f"{date.today()}, {device or 'CPU'}, torch {torch.__version__}, `python benchmarks/acceleration.py {arguments}`"
-    )
-    text = "\n\n".join(["## Acceleration of native models", f"{head.strip()}", *tables]) + "\n"
-    file.write_text(json.dumps({"where": head, "families": results}, indent=1))
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.tiny else "cpu")
+    where = setting(device)
+    text = "\n\n".join(["## Acceleration of native models", f"{where}.", f"`{command()}`", *tables]) + "\n"
+    file.write_text(json.dumps({"where": where, "command": command(), "families": results}, indent=1))
     (options.out / "acceleration.md").write_text(text)
     print(text)
     if options.write:
-        with (ROOT / "benchmarks" / "RESULTS.md").open("a") as log:
-            log.write("\n" + text)
+        add_to_results(text)
 
 
 if __name__ == "__main__":

@@ -13,30 +13,16 @@ of the two products, and the cosine and largest error against float32 on a slice
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 
+import checkout  # noqa: F401 - before the pack, which it makes importable
 import torch
-from quiet import alone
-
-# `python benchmarks/attention.py` puts benchmarks/ on the path; the pack is installed or found beside it.
-if importlib.util.find_spec("hotpath") is None:
-    root = Path(__file__).resolve().parent.parent
-    spec = importlib.util.spec_from_file_location(
-        "hotpath", root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["hotpath"])
-
 from hotpath.attention import compiled
 from hotpath.attention.capabilities import AttentionCall, device_facts
 from hotpath.attention.choice import MeasuredChoices
@@ -50,6 +36,8 @@ from hotpath.attention.dispatch import (
 from hotpath.attention.events import AttentionLog
 from hotpath.attention.reference import attention_reference, share_heads
 from hotpath.host.errors import kind_and_line
+from quiet import alone
+from report import add_to_results, command, setting
 
 
 @dataclass(frozen=True)
@@ -276,10 +264,11 @@ def main() -> int:
                     options.json.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
         with alone():
             extra = overhead(device)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
-    versions = ", ".join(f"{name} {number}" for name, number in library_versions().items() if number != "None")
+    versions = [
+        f"{name} {number}" for name, number in library_versions().items() if number != "None" and name != "torch"
+    ]
     heading = (
-        f"{date.today()}, {machine}, {options.dtype}, {versions}. Median (fastest) of {options.repeats} rounds in turn. "
+        f"{', '.join([setting(device), *versions, options.dtype])}. Median (fastest) of {options.repeats} rounds in turn. "
         f"The dispatcher adds {extra:.1f} us per call."
     )
     print(heading)
@@ -287,11 +276,7 @@ def main() -> int:
         options.json.write_text(json.dumps({"about": heading, "rows": [asdict(row) for row in rows]}, indent=1))
     if options.write:
         scaled = "" if device.type == "cuda" else " (shapes scaled down for a CPU)"
-        with Path(__file__).with_name("RESULTS.md").open("a", encoding="utf-8") as file:
-            file.write(
-                f"\n## Attention backends{scaled}\n\n{heading}\n\n"
-                f"`python benchmarks/attention.py {' '.join(sys.argv[1:])}`\n\n{table(rows)}\n"
-            )
+        add_to_results(f"## Attention backends{scaled}\n\n{heading}\n\n`{command()}`\n\n{table(rows)}")
     return 0
 
 

@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import ROOT
 from quiet import alone
+from report import processor, versions
 from torch import Tensor
 from torch.nn import functional
 
-ROOT = Path(__file__).resolve().parent.parent
 ROW = "row: "  # begins the line of a result
 PACKAGES = (
     "torch", "triton", "transformers", "diffusers", "torchao", "numpy", "onnx", "onnxruntime", "insightface", "av",
@@ -60,16 +60,6 @@ def seconds_of(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1000
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
 def copy_rate(numbers: int, device: torch.device) -> float:
     """Bytes per second, read and written."""
     source = torch.randn(numbers, device=device)
@@ -81,8 +71,7 @@ def health(tiny: bool) -> dict[str, Any]:
     """The two rates that bound everything else, on random data: zeros would run faster."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()}
-    found["cores"] = os.cpu_count()
+    found: dict[str, Any] = {"device": processor(device), "cores": os.cpu_count()}
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info()
@@ -106,7 +95,7 @@ def health(tiny: bool) -> dict[str, Any]:
         for _ in range(1000):
             small.add_(1)
         found["launch, us of Python"] = (time.perf_counter() - start) * 1e3
-    return found | versions()
+    return found | versions(*PACKAGES)
 
 
 def kernels(tiny: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -133,7 +122,6 @@ def kernels(tiny: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any
 
 def kernel(check: str, tiny: bool) -> None:
     """The rows of one check, printed one by one."""
-    _pack()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made = CHECKS[check](device, tiny)
     while True:
@@ -152,20 +140,23 @@ def _row(
     error: float,
     allowed: float,
     fused: Callable[[], object],
-    plain: Callable[[], object],
+    plain: Callable[[], object] | None,
     floor_bytes: float,
 ) -> dict[str, Any]:
+    """plain: the same in torch, None where it would need more memory than there is."""
     agrees = error <= allowed  # not so for NaN
     with alone():
-        torch_seconds, seconds = seconds_of(plain, 5), seconds_of(fused, 15)
-    return {
+        torch_seconds = seconds_of(plain, 5) if plain else None
+        seconds = seconds_of(fused, 15)
+    row = {
         "kernel": name,
         "result": f"agrees, error {error:.1e}" if agrees else f"DIFFERS: error {error:.1e}, allowed {allowed:.0e}",
         "us": round(seconds * 1e6, 1),
-        "torch, us": round(torch_seconds * 1e6, 1),
-        "times as fast": round(torch_seconds / seconds, 2),
         "GB/s of the least bytes": round(floor_bytes / seconds / 1e9, 1),
     }
+    if torch_seconds is not None:
+        row |= {"torch, us": round(torch_seconds * 1e6, 1), "times as fast": round(torch_seconds / seconds, 2)}
+    return row
 
 
 def token_attention(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
@@ -262,7 +253,7 @@ def memory_read(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
         wanted = topk_memory.read_top_k_reference(query[few], selection[few], memory, shrinkage, values, 30).readout
         run = lambda q=query, s=selection, m=memory, w=shrinkage, v=values: topk_memory.read_top_k(q, s, m, w, v, 30)  # noqa: E731
         yield _row(
-            f"memory read, {queries} queries, {keys} keys", _error(run().readout[few], wanted), 5e-3, run, run,
+            f"memory read, {queries} queries, {keys} keys", _error(run().readout[few], wanted), 5e-3, run, None,
             (query.nbytes + selection.nbytes + memory.nbytes + values.nbytes),
         )  # fmt: skip
 
@@ -354,17 +345,6 @@ def _failure(case: ElementTree.Element) -> str:
     element = found if found is not None else case.find("error")
     message = (element.get("message") or element.text or "") if element is not None else ""
     return f"{case.get('classname')}::{case.get('name')}: {' '.join(message.split())[:300]}"
-
-
-def _pack() -> None:
-    """This checkout as `hotpath`, installed or not."""
-    if importlib.util.find_spec("hotpath") is None:
-        spec = importlib.util.spec_from_file_location(
-            "hotpath", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["hotpath"])
 
 
 def main() -> int:

@@ -17,20 +17,17 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
-from colorization_models import ROOT, Ours, clip, networks, pack, peer_work, trained
+from colorization_models import Ours, clip, networks, peer_work, trained
 from quiet import alone
+from report import add_to_results, command, setting
 from torch import Tensor
 
 METHODS = ("ColorMNet", "Deep Exemplar")
@@ -198,19 +195,6 @@ def mib(size: float | None) -> str:
     return "-" if size is None else f"{size:.0f}"
 
 
-def machine(device: torch.device) -> str:
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    load = (
-        f", {os.getloadavg()[0]:.0f} programs running on average"
-        if device.type == "cpu" and hasattr(os, "getloadavg")
-        else ""
-    )
-    return (
-        f"{where}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}, Python {platform.python_version()}"
-        + load
-    )
-
-
 def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -241,7 +225,6 @@ def main() -> None:
     options = arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    pack()
     from hotpath import host
     from hotpath.host.headless import HeadlessHost
 
@@ -253,9 +236,7 @@ def main() -> None:
         for method in options.methods:
             contested = contest if device.type == "cuda" else contest_on_cpu
             rows += contested(method, (width, height), options, device)
-    # By the tool's names alone: a path says where it ran, and nothing about what.
-    command = " ".join([Path(sys.argv[0]).name, *("DIR" if "/" in part else part for part in sys.argv[1:])])
-    text = f"\n## Colorization, {date.today()}\n\n{machine(device)}. `{command}`\n\n{table(rows)}\n"
+    text = f"## Colorization\n\n{setting(device)}.\n\n`{command()}`\n\n{table(rows)}\n"
     if options.left_out:
         text += f"\nLeft out after {options.seconds:.0f} seconds: {', '.join(options.left_out)}.\n"
     print(text)
@@ -263,8 +244,7 @@ def main() -> None:
         if row.engines:
             print(f"{row.method} {row.size} {row.contestant}: {row.engines}")
     if options.write:
-        with (ROOT / "benchmarks" / "RESULTS.md").open("a") as file:
-            file.write(text)
+        add_to_results(text)
 
 
 if __name__ == "__main__":

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import ROOT
 from quiet import alone
 from torch import Tensor
 from torch.nn import functional as F
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def pack() -> Any:
-    """This checkout as `hotpath`, installed or not."""
-    if "hotpath" not in sys.modules:
-        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-        spec = importlib.util.spec_from_file_location(
-            "hotpath", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        assert spec is not None and spec.loader is not None
-        sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["hotpath"])
-    return sys.modules["hotpath"]
 
 
 def clip(frames: int, height: int, width: int) -> Tensor:
@@ -45,7 +28,6 @@ def clip(frames: int, height: int, width: int) -> Tensor:
 
 def networks(method: str, tiny: bool = False) -> Any:
     """(state, network) of random weights, the same every time."""
-    pack()
     from hotpath.colorization.colormnet.checkpoint import build
     from hotpath.colorization.colormnet.network import ColorMNet
     from hotpath.colorization.deep_exemplar.color_net import ColorVidNet
@@ -157,7 +139,6 @@ def peer_work(
     method: str, frames: Tensor, options: argparse.Namespace, device: torch.device
 ) -> tuple[str, tuple[Work, Work], str]:
     """The original's name, its network alone and its film, and a note on the frames."""
-    sys.path.insert(0, str(Path(__file__).parent))
     import colorization_peers as peers
 
     state, network = networks(method)

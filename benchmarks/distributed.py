@@ -14,34 +14,19 @@ no measurement of any GPU; the chart says so.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
-import os
-import platform
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-
-# `python benchmarks/distributed.py` puts benchmarks/ on the path; the pack is installed or found beside it.
-if importlib.util.find_spec("hotpath") is None:
-    root = Path(__file__).resolve().parent.parent
-    spec = importlib.util.spec_from_file_location(
-        "hotpath", root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["hotpath"])
-
+from checkout import ROOT
 from hotpath import host
 from hotpath.distributed import ray_cluster
 from hotpath.distributed.items import FolderItems
@@ -53,8 +38,9 @@ from hotpath.distributed.simulation import Cluster, simulate
 from hotpath.distributed.status import Status
 from hotpath.headless.graph import Graph
 from hotpath.host.headless import HeadlessHost
+from PIL import Image
+from report import setting
 
-PACK = Path(__file__).resolve().parent.parent
 COLOUR = {
     "1": {"class_type": "LoadImage", "inputs": {"image": "x.png"}},
     "2": {"class_type": "LoadImage", "inputs": {"image": "colours.png"}},
@@ -218,23 +204,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--json", type=Path, help="write everything there")
-    parser.add_argument("--chart", type=Path, default=PACK / "docs" / "images" / "map_scaling.png")
+    parser.add_argument("--chart", type=Path, default=ROOT / "docs" / "images" / "map_scaling.png")
     options = parser.parse_args(arguments)
     logging.getLogger("hotpath").setLevel(logging.ERROR)  # simulated deaths are many
     executors = ["local"] if options.no_ray or ray_cluster.missing() else ["local", "ray"]
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         pictures(folder / "in", options.items)
-        before = host.use(HeadlessHost(PACK / "demo" / "models", folder, folder / "out", "cpu", show_progress=False))
+        before = host.use(HeadlessHost(ROOT / "demo" / "models", folder, folder / "out", "cpu", show_progress=False))
         try:
             measured = [measure(folder, e, n) for e in executors for n in options.workers]
         finally:
             host.use(before)
     files = [run.pop("files") for run in measured]
     assert all(found == files[0] for found in files), "the pictures differ between runs"
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores{load}, torch {torch.__version__}"
-    print(f"{date.today()}  {machine}")
+    where = setting(torch.device("cpu"))
+    print(where)
     print(f"{options.items} pictures; the same bytes from every run\n")
     print("executor  workers  work s  times  with start s  median job s  scheduling ms a job")
     for run in measured:
@@ -264,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chart(options.chart, measured, found, note)
     print(f"\n{options.chart}")
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "measured": measured, "simulated": found}, indent=1))
+        options.json.write_text(json.dumps({"machine": where, "measured": measured, "simulated": found}, indent=1))
     return 0
 
 

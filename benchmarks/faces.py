@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,15 +21,14 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 
+import checkout  # noqa: F401 - before the pack, which it makes importable
 import numpy as np
 import torch
 from quiet import alone
+from report import add_to_results, command, setting
 
-ROOT = Path(__file__).resolve().parent.parent
-THREADS = torch.get_num_threads()  # as ComfyUI has them; the tests' conftest.py, which finds the pack, takes one
 WARM_RUNS = 3  # on a GPU, which records graphs in the second
 
 
@@ -144,14 +141,15 @@ def peak_of(file: Path, side: int, batch: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def peak_memory(root: Path) -> str:
+def peak_memory(root: Path, threads: int) -> str:
     """Activation bytes per picture of the two networks in float32, from two batch sizes, each in its own process."""
     lines = []
     folder = root / "models" / "antelopev2"
     for name, side, batches in (("scrfd_10g_bnkps.onnx", 640, (2, 6)), ("glintr100.onnx", 112, (16, 64))):
         peaks = []
         for batch in batches:
-            command = [sys.executable, __file__, "--peak", str(folder / name), str(side), str(batch)]
+            asked = ["--peak", str(folder / name), str(side), str(batch), "--threads", str(threads)]
+            command = [sys.executable, __file__, *asked]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks.append(int(done.stdout.split()[-1]))
         each = (peaks[1] - peaks[0]) / (batches[1] - batches[0])
@@ -187,31 +185,17 @@ def as_rows(contestants: list[Contestant]) -> list[dict[str, object]]:
     ]
 
 
-def machine() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    return f"{model}, {os.cpu_count()} cores, no GPU"
-
-
-def versions() -> str:
-    found = [f"torch {torch.__version__}"]
+def versions() -> list[str]:
+    """Of the engines that were there, whichever package brought them."""
+    found = []
     for name in ("onnxruntime", "insightface"):
         module = sys.modules.get(name)
         if module is not None:
             found.append(f"{name} {module.__version__}")
-    return ", ".join(found)
+    return found
 
 
 def main() -> None:
-    if "hotpath" not in sys.modules:
-        sys.path.insert(0, str(ROOT / "tests"))
-        import conftest  # noqa: F401 - makes `import hotpath` work in a bare checkout
-
     from hotpath.demo.face_networks import random_model_folder
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -230,10 +214,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="append to benchmarks/RESULTS.md")
     parser.add_argument("--peak", nargs=3, metavar=("FILE", "SIDE", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.peak:
         print(peak_of(Path(options.peak[0]), int(options.peak[1]), int(options.peak[2])))
         return
-    torch.set_num_threads(options.threads or THREADS)
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -241,7 +226,7 @@ def main() -> None:
         random_model_folder(root, (shown - 127.5) / 128, width=options.width, depth=options.depth)
         gc.collect()
         if options.memory:
-            print(peak_memory(root))
+            print(peak_memory(root, options.threads))
             return
         cpu = torch.device("cpu")
         made = [
@@ -276,21 +261,18 @@ def main() -> None:
             largest = batches[max(options.pictures)]
             waits = synchronisations(lambda c=contestant, p=largest: c.run(p))
             contestant.waits, contestant.note = waits, f" ({waits} waits for the GPU per call)"
+        where = setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if options.json:
-            options.json.write_text(json.dumps({"machine": machine(), "rows": as_rows(contestants)}, indent=1))
-        load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-        command = f"python benchmarks/faces.py {' '.join(sys.argv[1:])}"
+            options.json.write_text(json.dumps({"machine": where, "rows": as_rows(contestants)}, indent=1))
         text = (
             f"## Faces: detect and embed, pictures of {options.side}x{options.side}\n\n"
-            f"{date.today().isoformat()}, {machine()}{load}, {versions()}. Best of {options.rounds} rounds, warm; CPU is "
-            f"processor time over all threads ({torch.get_num_threads()} per engine).\n\n`{command}`\n\n"
+            f"{', '.join([where, *versions()])}. Best of {options.rounds} rounds, warm; CPU is processor time over all "
+            f"threads.\n\n`{command()}`\n\n"
             f"{table(contestants, options.pictures)}\n"
         )
         print(text)
         if options.write:
-            path = ROOT / "benchmarks" / "RESULTS.md"
-            before = path.read_text() if path.exists() else "# Measured\n"
-            path.write_text(f"{before.rstrip()}\n\n{text}")
+            add_to_results(text)
 
 
 if __name__ == "__main__":

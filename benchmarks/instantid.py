@@ -15,22 +15,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from checkout import ROOT, load, use_comfyui
 from instantid_models import Contestant, Stage, contestants
 from quiet import alone
+from report import add_to_results, command, setting
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -49,13 +47,13 @@ def clock(run: Callable[[], Any]) -> float:
 
 
 def compare_first(stage: Stage, made: list[Contestant], size: tuple[int, int], steps: int) -> dict[str, float]:
-    """Largest difference of each latent from the original's, as a part of its range."""
-    latents = {c.name: stage.sample(c.model, size, 4.0, steps) for c in made if "70 blocks" in c.name and "," in c.name}
-    original = latents.get("original pack, 70 blocks")
-    if original is None:
+    """Largest difference of our latent from the original's, as a part of its range; nothing where one of them is missing."""
+    compared = ("Hotpath, 70 blocks", "original pack, 70 blocks")
+    models = {c.name: c.model for c in made if c.name in compared}
+    if len(models) < 2:
         return {}
-    scale = original.abs().max()
-    return {name: float((latents[name] - original).abs().max() / scale) for name in ("Hotpath, 70 blocks",)}
+    ours, original = (stage.sample(models[name], size, 4.0, steps) for name in compared)
+    return {compared[0]: float((ours - original).abs().max() / original.abs().max())}
 
 
 def nodes_and_memory(stage: Stage, size: tuple[int, int], steps: int) -> dict[str, float]:
@@ -168,20 +166,6 @@ def as_record(made: list[Contestant], costs: dict[str, float], differences: dict
     return {"steps": steps, "costs": costs, "differences": differences}
 
 
-def keep(record: dict[str, Any], path: Path | None) -> None:
-    """Written whenever more is known: what comes later may fail."""
-    if path is not None:
-        path.write_text(json.dumps({"machine": machine(), "results": record}, indent=1))
-
-
-def machine() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores, torch {torch.__version__}"
-    load = f"load average {os.getloadavg()[0]:.0f}, " if hasattr(os, "getloadavg") else ""
-    where = f"{platform.machine()}, no GPU, {os.cpu_count()} cores, {load}{torch.get_num_threads()} threads"
-    return f"{where}, torch {torch.__version__}"
-
-
 def run(options: argparse.Namespace) -> str:
     import comfy.model_management
 
@@ -189,6 +173,13 @@ def run(options: argparse.Namespace) -> str:
 
     device = comfy.model_management.get_torch_device()
     text, record = [], {}
+
+    def keep() -> None:
+        """Whenever more is known: what comes later may fail."""
+        record[dtype_name] = as_record(made, costs, differences)
+        if options.json:
+            options.json.write_text(json.dumps({"machine": setting(device), "results": record}, indent=1))
+
     for dtype_name in options.dtypes:
         stage = Stage(DTYPES[dtype_name], options.tiny, options.half)
         made = contestants(stage, options.compile, options.half)
@@ -211,12 +202,10 @@ def run(options: argparse.Namespace) -> str:
                         for contestant in made:
                             seconds = clock(partial(stage.sample, contestant.model, size, cfg, options.steps))
                             contestant.seconds.setdefault(case, []).append(seconds / options.steps)
-                record[dtype_name] = as_record(made, costs, differences)
-                keep(record, options.json)
+                keep()
         with alone():
             costs = nodes_and_memory(stage, sizes[0], options.steps)
-        record[dtype_name] = as_record(made, costs, differences)
-        keep(record, options.json)
+        keep()
         text += [f"### {dtype_name}, a sampling step", "", *step_table(made, cases), ""]
         text += [
             f"- Difference from the original's latent, {name}: {value:.2e} of its range"
@@ -230,15 +219,14 @@ def run(options: argparse.Namespace) -> str:
             *kernel(stage.dtype, device),
             "",
         ]
-    command = f"python benchmarks/instantid.py {' '.join(sys.argv[1:])}".strip()
     return "\n".join(
         [
             "## InstantID: what 70 patched blocks cost",
             "",
-            f"{date.today().isoformat()}, {machine()}. Median of {options.rounds} rounds of {options.steps} steps, "
+            f"{setting(device)}. Median of {options.rounds} rounds of {options.steps} steps, "
             "contestants in turn; the factor is against the unpatched model, compiled the same way.",
             "",
-            f"`{command}`",
+            f"`{command()}`",
             "",
             *text,
         ]
@@ -267,18 +255,14 @@ def main() -> None:
     options.dtypes = options.dtypes or (["fp32"] if options.half else ["fp16", "bf16"])
     if options.threads:
         torch.set_num_threads(options.threads)
-    sys.argv[1:], arguments = [], sys.argv[1:]  # ComfyUI reads them too
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "support")]
-    import conftest  # noqa: F401 - makes `import hotpath` work in a bare checkout and finds ComfyUI
-
-    sys.argv[1:] = arguments
+    use_comfyui(on_cpu=not torch.cuda.is_available())
+    load("hotpath_demo", ROOT / "demo" / "comfy_nodes" / "hotpath_demo")
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     with torch.inference_mode():
         text = run(options)
     print(text)
     if options.write:
-        path = ROOT / "benchmarks" / "RESULTS.md"
-        before = path.read_text() if path.exists() else "# Measured\n"
-        path.write_text(f"{before.rstrip()}\n\n{text}\n")
+        add_to_results(text)
 
 
 if __name__ == "__main__":

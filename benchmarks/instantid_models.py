@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from checkout import load
 
 
 @dataclass
@@ -102,14 +102,8 @@ class Stage:
         except PackMissing as missing:
             print(f"original pack left out: {missing}")
             return None
-        if "reference_pack" not in sys.modules:
-            spec = importlib.util.spec_from_file_location(
-                "reference_pack", folder / "__init__.py", submodule_search_locations=[str(folder)]
-            )
-            assert spec is not None and spec.loader is not None
-            sys.modules["reference_pack"] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules["reference_pack"])
-        pack, module = sys.modules["reference_pack"], sys.modules["reference_pack.InstantID"]
+        pack = load("reference_pack", folder)
+        module = sys.modules["reference_pack.InstantID"]
         adapter = module.InstantID(
             self.state, cross_attention_dim=1280, output_cross_attention_dim=self.context, clip_embeddings_dim=512
         )

@@ -18,9 +18,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,21 +27,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401 - before the pack, which it makes importable
 import numpy as np
 import torch
-from PIL import Image
-from quiet import alone
-
-# `python benchmarks/qwen_vl.py` puts benchmarks/ on the path; the pack is installed or found beside it.
-if importlib.util.find_spec("hotpath") is None:
-    root = Path(__file__).resolve().parent.parent
-    spec = importlib.util.spec_from_file_location(
-        "hotpath", root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["hotpath"])
-
 from hotpath import host
 from hotpath.cache import clear_all
 from hotpath.demo.captioner_model import configuration, save_weights, write_processors, write_tokenizer
@@ -57,6 +43,9 @@ from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.pictures import Picture
 from hotpath.vision_language.prompts import Question, render
 from hotpath.vision_language.sampling import Sampling
+from PIL import Image
+from quiet import alone
+from report import command, processor, versions
 
 SHAPES: dict[str, dict[str, Any]] = {
     # The widths of Qwen3-VL-4B.
@@ -335,20 +324,12 @@ class Benchmark:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    versions = {}
-    for name in ("torch", "transformers", "triton", "vllm", "llama-cpp-python", "bitsandbytes"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "date": date.today().isoformat(),
-        "device": named,
+        "device": processor(device),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "versions": versions,
+        "versions": versions("torch", "transformers", "triton", "vllm", "llama-cpp-python", "bitsandbytes"),
     }
 
 
@@ -387,7 +368,7 @@ def main() -> None:
         facts = machine(model.device) | {
             "model": name,
             "quantization": options.quantization,
-            "command": " ".join(sys.argv),
+            "command": command(),
         }
         print(json.dumps(facts, indent=1))
         run = Benchmark(model, options.tokens, options.pictures, options.side)

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
-import importlib.util
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,19 +24,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401 - before the pack, which it makes importable
 import torch
-from quiet import alone
-
-# `python benchmarks/text_to_image.py` puts benchmarks/ on the path; the pack is installed or found beside it.
-if importlib.util.find_spec("hotpath") is None:
-    root = Path(__file__).resolve().parent.parent
-    spec = importlib.util.spec_from_file_location(
-        "hotpath", root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    assert spec is not None and spec.loader is not None
-    sys.modules["hotpath"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["hotpath"])
-
 from hotpath import host
 from hotpath.cache import clear_all
 from hotpath.demo.z_image_model import FULL, TINY, write_checkpoint
@@ -48,6 +34,8 @@ from hotpath.text_to_image import decoding
 from hotpath.text_to_image.denoising import Guidance
 from hotpath.text_to_image.generation import Pipeline, Request, generate
 from hotpath.text_to_image.loading import MODELS, LoadOptions
+from quiet import alone
+from report import processor, versions
 
 PROMPT = "A red fox in fresh snow at the edge of a birch forest, low morning sun"
 OTHER = "A lighthouse. " * 12
@@ -227,16 +215,8 @@ def table(results: Sequence[Result]) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    names = ("torch", "diffusers", "transformers", "torchao")
-    found = {"python": platform.python_version(), "device": str(device), "date": str(date.today())}
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    packages = versions("torch", "diffusers", "transformers", "torchao")
+    return {"date": str(date.today()), "device": processor(device), **packages}
 
 
 def keep(options: argparse.Namespace, device: torch.device, results: Sequence[Result], **more: Any) -> None:

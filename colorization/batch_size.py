@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from .. import host
@@ -36,21 +36,19 @@ class BatchSize:
             # Outside the handler: the traceback of the error keeps the tensors of its frames alive.
             self._halve()
 
-    def map(self, items: Sequence[int], compute: Callable[[Sequence[int]], Result]) -> list[Result]:
-        """`compute` over consecutive parts of `items`, each of at most `size`; a part that does not fit is halved."""
+    def map(self, count: int, compute: Callable[[slice], Result]) -> list[Result]:
+        """`compute` over `count` items, part by part in their order, each of at most `size`; one that does not fit is halved."""
         results: list[Result] = []
         done = 0
-        while done < len(items):
+        while done < count:
             host.current().check_interrupt()
-            start = done
 
-            def part(size: int, start: int = start) -> tuple[Result, int]:
-                chosen = items[start : start + size]
-                return compute(chosen), len(chosen)
+            def part(size: int, first: int = done) -> tuple[Result, int]:
+                stop = min(first + size, count)
+                return compute(slice(first, stop)), stop
 
-            result, count = self.run(part)
+            result, done = self.run(part)
             results.append(result)
-            done += count
         return results
 
     def _halve(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import host
-from .film import FULL_SIZE_PIXELS, ColouredFrames, ColouringFrames, FilmSession
+from .film import ColouredFrames, ColouringFrames, FilmSession
 from .film_options import FilmOptions, Reference
 from .film_room import activations, computed_size, full_size_room, memory_room
 from .film_state import FilmState
@@ -38,7 +38,7 @@ class ColouredClip:
 
 def load_method(options: FilmOptions, checkpoint: str = AUTOMATIC, precision: str = AUTOMATIC) -> LoadedNetwork:
     """The networks of the options' method."""
-    if options.method == "Deep Exemplar":
+    if options.deep_exemplar:
         return load_deep_exemplar(precision)
     return load_colormnet(checkpoint, precision)
 
@@ -100,10 +100,9 @@ def room_for(
     _, needed = activations(options, (height, width), dtype, loaded.managed.device)
     portion = portion_frames(height, width, bytes_per_number) + 1
     portion = portion if frames is None else min(frames, portion)
-    together = max(1, FULL_SIZE_PIXELS // (height * width))
-    held, converting = full_size_room((height, width), portion, together, bytes_per_number)
+    held, converting = full_size_room((height, width), portion, bytes_per_number)
     remembered = 0
-    if options.method == "ColorMNet":
+    if not options.deep_exemplar:
         small = computed_size(options, height, width)
         remembered = memory_room(options.memory_mode, small, loaded.widths, dtype, references)
     return remembered + held + max(needed, converting)
@@ -115,15 +114,14 @@ def start_report(
     report = JobReport(f"{options.method}, coloured by Hotpath", loaded.managed.device)
     report.fact("checkpoint", loaded.names)
     small = network_size(height, width, options.colour_size)
-    halved = options.method == "Deep Exemplar"
-    seen = ", of which the networks see half" if halved else ""
+    seen = ", of which the networks see half" if options.deep_exemplar else ""
     report.fact("size", f"colours at {small[1]}x{small[0]}{seen}, luminance at {width}x{height}")
-    matching = "matching in float32; " if halved else ""
+    matching = "matching in float32; " if options.deep_exemplar else ""
     report.fact("precision", matching + loaded.precision.reason)
     for index, reference in enumerate(references):
         if is_grey(reference.lab):
             report.note(f"Reference {index + 1} {GREY_REFERENCE}")
-    if options.method == "ColorMNet":
+    if not options.deep_exemplar:
         report.note(COLORMNET_LICENCE)
     return report
 

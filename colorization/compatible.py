@@ -4,26 +4,25 @@ shared workflows expect. Our own nodes' job is `film`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import host
-from .batch_size import BatchSize
 from .clip_job import portion_frames
 from .colormnet.engine import ColorMNetEngine, ColorMNetFunctions
 from .colormnet.session import ColorMNetSession
 from .colormnet.settings import ColorMNetSettings
 from .colour_space import luminance_of, rgb_to_lab, with_luminance
+from .deep_exemplar.color_net import HALF_SIZE_GAIN
 from .deep_exemplar.engine import DeepExemplarEngine, DeepExemplarFunctions
 from .deep_exemplar.framing import cover_and_crop
 from .deep_exemplar.session import DeepExemplarSession
-from .film import FULL_SIZE_PIXELS
 from .film_room import full_size_room, memory_room
 from .frame_budget import colormnet_batch, deep_exemplar_batch
-from .full_size import luminance_of_frames
+from .full_size import conversions, luminance_of_frames
 from .networks import COLORMNET_LICENCE, LoadedNetwork
 from .pictures import as_frames, is_grey, resized, to_channels_first
 from .report import JobReport
@@ -32,8 +31,6 @@ from .strips import by_strips
 from .transfers import Download, copies_for, upload
 
 PORTION = 16  # frames between two looks at the interrupt, fewer where they are large
-# Deep Exemplar's programs enlarge half-size chroma with this factor.
-HALF_SIZE_GAIN = 1.25
 GREY_REFERENCE = "The reference has next to no colour, so the result has none either."
 
 
@@ -65,12 +62,13 @@ def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job
     report.fact("size", f"{job.width}x{job.height} in the network, {width}x{height} out")
     report.fact("precision", loaded.precision.reason)
     times = StageTimes(device)
-    at_full_size = _at_full_size((height, width), (job.height, job.width))
+    largest = _larger((height, width), (job.height, job.width))
+    at_full_size = conversions(*largest)
     batch, needed = colormnet_batch(job.height, job.width, loaded.precision.dtype, device, job.memory_mode)
     remembered = memory_room(
         job.memory_mode, (job.height, job.width), loaded.widths, loaded.precision.dtype, len(references)
     )
-    held, converting = _full_size_room(count, at_full_size, (height, width), (job.height, job.width))
+    held, converting = full_size_room(largest, min(count, _portion(*largest)), 4)
     result = torch.empty(count, height, width, 3)
     with loaded.resident(remembered + held + max(needed, converting)) as network:
         examples = [_lab(r[None], device, job.height, job.width)[0] for r in references]
@@ -91,15 +89,14 @@ def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job
 
         def coloured(portion: slice, arrived: Tensor, pictures: Download) -> None:
             with times.stage("colour space in"):
-                parts = at_full_size.map(range(len(arrived)), lambda part: light(arrived[_rows(part)]))
+                parts = at_full_size.map(len(arrived), lambda rows: light(arrived[rows]))
                 full, luminance = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
             if job.stills:
                 chroma = session.colorize_stills(luminance).chroma
             else:
                 chroma = session.colorize(luminance, last=portion.stop == count).chroma
 
-            def finish(part: Sequence[int]) -> None:
-                rows = _rows(part)
+            def finish(rows: slice) -> None:
                 if job.original_luminance:
                     rgb = with_luminance(full[rows], resized(chroma[rows], height, width, antialias=False))
                 else:
@@ -107,7 +104,7 @@ def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job
                 pictures.put(rows, rgb.permute(0, 2, 3, 1))
 
             with times.stage("colour space out"):
-                at_full_size.map(range(len(arrived)), finish)
+                at_full_size.map(len(arrived), finish)
 
         _through(frames, result, coloured, device, "ColorMNet")
         report.fact("memory", f"{session.memory.nbytes / 2**20:.1f} MiB of remembered frames at the fullest")
@@ -143,10 +140,11 @@ def run_deep_exemplar(
     if len(reference) > 1:
         report.note("Deep Exemplar matches one reference at a time; the first of the batch is used.")
     times = StageTimes(device)
-    at_full_size = _at_full_size((frames.shape[1], frames.shape[2]), (job.height, job.width))
+    largest = _larger((frames.shape[1], frames.shape[2]), (job.height, job.width))
+    at_full_size = conversions(*largest)
     batch, needed = deep_exemplar_batch(*small, device)
     count = len(frames)
-    held, converting = _full_size_room(count, at_full_size, (frames.shape[1], frames.shape[2]), (job.height, job.width))
+    held, converting = full_size_room(largest, min(count, _portion(*largest)), 4)
     result = torch.empty(count, job.height, job.width, 3)
     with loaded.resident(held + max(needed, converting)) as networks:
         example = _halved(rgb_to_lab(_framed(reference[:1], device, job)), small)[0]
@@ -159,48 +157,31 @@ def run_deep_exemplar(
 
         def coloured(portion: slice, arrived: Tensor, pictures: Download) -> None:
             with times.stage("colour space in"):
-                parts = at_full_size.map(
-                    range(len(arrived)), lambda part: luminance_of(_framed(arrived[_rows(part)], device, job))
-                )
+                parts = at_full_size.map(len(arrived), lambda rows: luminance_of(_framed(arrived[rows], device, job)))
                 luminance = torch.cat(parts)
             chroma = session.colorize(_halved(luminance, small)).chroma
 
-            def finish(part: Sequence[int]) -> None:
-                rows = _rows(part)
+            def finish(rows: slice) -> None:
                 colours = chroma[rows]
                 if job.half:
                     colours = resized(colours, job.height, job.width, antialias=False) * HALF_SIZE_GAIN
                 pictures.put(rows, by_strips(_in_steps, luminance[rows], colours, made=-3))
 
             with times.stage("colour space out"):
-                at_full_size.map(range(len(arrived)), finish)
+                at_full_size.map(len(arrived), finish)
 
         _through(frames, result, coloured, device, "Deep Exemplar")
     report.frames = count
     return result, report.text(times, session.engines(), [*session.notes(), *at_full_size.notes, *job.notes])
 
 
-def _at_full_size(*sizes: tuple[int, int]) -> BatchSize:
-    """How many frames are converted together; sizes: of what comes in and goes out, (height, width)."""
-    height, width = _larger(*sizes)
-    return BatchSize(max(1, FULL_SIZE_PIXELS // (height * width)), "full-size frames at a time")
-
-
-def _full_size_room(count: int, at_full_size: BatchSize, *sizes: tuple[int, int]) -> tuple[int, int]:
-    larger = _larger(*sizes)
-    return full_size_room(larger, min(count, _portion(*larger)), at_full_size.size, 4)
-
-
 def _larger(*sizes: tuple[int, int]) -> tuple[int, int]:
+    """Of what comes in and what goes out, (height, width)."""
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def _portion(height: int, width: int) -> int:
     return min(PORTION, portion_frames(height, width, 4))
-
-
-def _rows(part: Sequence[int]) -> slice:
-    return slice(part[0], part[-1] + 1)
 
 
 def _lab(images: Tensor, device: torch.device, height: int, width: int) -> Tensor:

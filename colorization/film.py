@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch_size import BatchSize
 from .colormnet.engine import ColorMNetEngine, ColorMNetFunctions
 from .colormnet.session import ColorMNetSession
 from .colormnet.settings import ColorMNetSettings
+from .deep_exemplar.color_net import HALF_SIZE_GAIN
 from .deep_exemplar.engine import DeepExemplarEngine, DeepExemplarFunctions
 from .deep_exemplar.session import DeepExemplarSession
 from .edge_filter import apply_filter
@@ -22,7 +22,7 @@ from .film_options import FilmOptions, Reference
 from .film_references import FilmReferences
 from .film_room import activations, computed_size
 from .film_state import CHECKPOINT, FILES, PICTURES, FilmState, check_state
-from .full_size import frames_of, luminance_of_frames
+from .full_size import conversions, frames_of, luminance_of_frames
 from .networks import LoadedNetwork
 from .pictures import resized
 from .shots import Segment, ShotDetector
@@ -30,9 +30,6 @@ from .smoothing import ChromaSmoother
 from .stage_times import StageTimes
 from .transfers import Copies, Download, Upload, copies_for, download, upload
 
-# Deep Exemplar was trained at half the size of its result, with chroma this much too weak.
-HALF_SIZE_GAIN = 1.25
-FULL_SIZE_PIXELS = 1 << 23  # of frames converted together at full size
 OTHER_REFERENCES = (
     "The references, or the frames they are, differ from those that the state was taken with: the film goes on with the ones "
     "that are connected now, and with what it remembers of its own frames."
@@ -106,7 +103,6 @@ class FilmSession:
         self.size = (height, width)
         self.device: torch.device = network.compute_device
         self.times = StageTimes(self.device)
-        self.halved = options.method == "Deep Exemplar"
         self.small = computed_size(options, height, width)
         self.references = FilmReferences(references, options, self.size, self.small)
         self.checkpoint = loaded.identity, loaded.names
@@ -115,7 +111,7 @@ class FilmSession:
         self.detector = ShotDetector(options.shot_threshold) if options.shots != "off" else None
         self.seen: Tensor | None = None  # the last frame as the detector saw it
         self.smoother = ChromaSmoother(options.temporal_smoothing)
-        self.at_full_size = BatchSize(max(1, FULL_SIZE_PIXELS // (height * width)), "full-size frames at a time")
+        self.at_full_size = conversions(height, width)
         self.stills = stills
         self.frame = 0  # index of the next frame
         self.shot = 0
@@ -168,9 +164,7 @@ class FilmSession:
         frames = arriving.tensor[segment.first : segment.stop]
         with self.times.stage("colour space in"):
             luminance = torch.cat(
-                self.at_full_size.map(
-                    range(len(frames)), lambda part: luminance_of_frames(frames[part[0] : part[-1] + 1], self.device)
-                )
+                self.at_full_size.map(len(frames), lambda rows: luminance_of_frames(frames[rows], self.device))
             )
             small = resized(luminance, *self.small)
         known = self._known(self.frame, self.frame + len(frames))
@@ -179,7 +173,7 @@ class FilmSession:
             dtype = torch.uint8 if frames.dtype == torch.uint8 else torch.float32
             pictures = Download(self.copies, (len(frames), *self.size, 3), dtype)
             self.at_full_size.map(
-                range(len(frames)), lambda part: self._finish(luminance, chroma, known, part, pictures, dtype)
+                len(frames), lambda rows: self._finish(luminance, chroma, known, rows, pictures, dtype)
             )
             certain = download(self.copies, confidence)
         self.seen = segment.seen
@@ -189,7 +183,7 @@ class FilmSession:
         """Chroma and confidence of frames of one shot."""
         first, end = self.frame, self.frame + len(luminance)
         stops = {end}
-        if self.halved:
+        if self.options.deep_exemplar:
             stops |= {r.frame for r in self.references.all if r.frame is not None and first < r.frame < end}
         chroma: list[Tensor] = []
         confidence: list[Tensor] = []
@@ -204,7 +198,7 @@ class FilmSession:
 
     def _known(self, first: int, end: int) -> dict[int, Reference]:
         """The references that are one of these frames, by its place among them; Deep Exemplar only matches with them."""
-        if self.halved or self.stills:
+        if self.options.deep_exemplar or self.stills:
             return {}
         chosen = self.references.of_shot(self.shot)
         return {r.frame - first: r for r in chosen if r.frame is not None and first <= r.frame < end}
@@ -228,21 +222,20 @@ class FilmSession:
         luminance: Tensor,
         chroma: Tensor,
         known: Mapping[int, Reference],
-        part: Sequence[int],
+        rows: slice,
         pictures: Download,
         dtype: torch.dtype,
     ) -> None:
         """Put the colours of some frames on their luminance at full size, and that into `pictures`. What is known of them
         at full size neither went through the networks' size nor needs a filter."""
-        rows = slice(part[0], part[-1] + 1)
         enlarged = resized(chroma[rows], *self.size)
         filtered = apply_filter(self.options.edge_filter, luminance[rows], enlarged)
-        given = [index for index in part if index in known]
+        given = [index for index in range(rows.start, rows.stop) if index in known]
         if given:
             filtered = filtered.clone()
             for index in given:
-                place = slice(index - part[0], index - part[0] + 1)
-                filtered[place] = self.references.chroma(known[index], self.copies)
+                place = index - rows.start
+                filtered[place : place + 1] = self.references.chroma(known[index], self.copies)
         pictures.put(rows, frames_of(luminance[rows], filtered * self.options.strength, dtype))
 
     def begin_shot(self) -> None:
@@ -261,7 +254,7 @@ class FilmSession:
 
     def _new_session(self) -> ColorMNetSession | DeepExemplarSession:
         chosen = self.references.of_shot(self.shot)
-        if self.halved:
+        if self.options.deep_exemplar:
             before = [r for r in chosen if r.frame is not None and r.frame <= self.shot_start]
             examples = [r for r in chosen if r.frame is None]
             latest = sorted(before, key=lambda reference: reference.frame or 0)[-1:]
@@ -291,7 +284,7 @@ class FilmSession:
         options, network = self.options, self.network
         # The host may hand out another copy of the network from one job to the next.
         name = (id(network), options.method, options.compile, options.attention)
-        if options.method == "Deep Exemplar":
+        if options.deep_exemplar:
             matching = loaded.kept(name, lambda: DeepExemplarFunctions(network, options.compile))
             return DeepExemplarEngine(matching)
         functions = loaded.kept(name, lambda: ColorMNetFunctions(network, options.compile, options.attention))
@@ -301,7 +294,7 @@ class FilmSession:
         return self._session.engines()
 
     def notes(self) -> list[str]:
-        unmatched = self.references.unmatched() if self.halved else []
+        unmatched = self.references.unmatched() if self.options.deep_exemplar else []
         return [*self._notes, *self._session.notes(), *self.at_full_size.notes, *unmatched]
 
     def remembered_bytes(self) -> int:
@@ -355,7 +348,7 @@ class FilmSession:
         """What a state must agree with to be continued here, and which references it remembers."""
         options = self.options.deciding()
         kept = [name for name in ("method", "colour_size", "memory_mode", "propagate") if name in options]
-        remembered = {} if self.halved else {"references": len(self.references.all)}
+        remembered = {} if self.options.deep_exemplar else {"references": len(self.references.all)}
         return {
             "height": self.size[0],
             "width": self.size[1],

@@ -65,6 +65,11 @@ class FilmOptions:
         if not 0 < self.shot_threshold <= 255:
             raise ValueError(f"shot_threshold must be above 0 and at most 255, not {self.shot_threshold}.")
 
+    @property
+    def deep_exemplar(self) -> bool:
+        """Whether it is that one of the two methods."""
+        return self.method == "Deep Exemplar"
+
     def deciding(self) -> dict[str, Any]:
         """The options that decide what the film looks like, by name: not the ways to compute the same, nor those that the
         method does not know."""
@@ -72,7 +77,7 @@ class FilmOptions:
             "compile",
             "attention",
             "local_attention",
-            "memory_mode" if self.method == "Deep Exemplar" else "propagate",
+            "memory_mode" if self.deep_exemplar else "propagate",
         }
         if self.shots == "off":
             idle.add("shot_threshold")

@@ -8,6 +8,7 @@ from .colormnet.network import PATCH, ColorMNetWidths
 from .colormnet.settings import ColorMNetSettings
 from .film_options import FilmOptions
 from .frame_budget import colormnet_batch, deep_exemplar_batch
+from .full_size import conversions
 from .pictures import network_size
 
 # Per pixel, the peak of live tensors between chroma at network size and 8 bits, whatever the filter.
@@ -18,7 +19,7 @@ STRIDE = 16  # of the features that ColorMNet remembers
 def computed_size(options: FilmOptions, height: int, width: int) -> tuple[int, int]:
     """Height and width of what the networks see of frames of height x width: of half `colour_size` for Deep Exemplar."""
     small = network_size(height, width, options.colour_size)
-    return (max(1, small[0] // 2), max(1, small[1] // 2)) if options.method == "Deep Exemplar" else small
+    return (max(1, small[0] // 2), max(1, small[1] // 2)) if options.deep_exemplar else small
 
 
 def activations(
@@ -26,19 +27,18 @@ def activations(
 ) -> tuple[int, int]:
     """Frames per batch and bytes of activations for a film whose frames are of `size`, (height, width)."""
     small = computed_size(options, *size)
-    if options.method == "Deep Exemplar":
+    if options.deep_exemplar:
         return deep_exemplar_batch(*small, device)
     return colormnet_batch(*small, dtype, device, options.memory_mode)
 
 
-def full_size_room(size: tuple[int, int], portion: int, together: int, bytes_per_number: int) -> tuple[int, int]:
+def full_size_room(size: tuple[int, int], portion: int, bytes_per_number: int) -> tuple[int, int]:
     """Bytes of full-size frames, (height, width), that are held while the networks run, and beside them while they are
-    converted. portion: frames on the device at a time, of which the next ones are on their way; together: of them converted.
-    """
+    converted. portion: frames on the device at a time, while as many more are on their way."""
     pixels = size[0] * size[1]
     frames = 2 * 3 * bytes_per_number * portion * pixels
     luminance = 4 * portion * pixels
-    return frames + luminance, CONVERTED_BYTES * min(together, portion) * pixels
+    return frames + luminance, CONVERTED_BYTES * min(conversions(*size).size, portion) * pixels
 
 
 def memory_room(mode: str, size: tuple[int, int], widths: ColorMNetWidths, dtype: torch.dtype, references: int) -> int:

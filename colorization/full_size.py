@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .batch_size import BatchSize
 from .colour_space import luminance_of, with_luminance
 from .pictures import to_channels_first
 from .strips import by_strips
+
+PIXELS_TOGETHER = 1 << 23
+
+
+def conversions(height: int, width: int) -> BatchSize:
+    """How many frames of this size are converted together."""
+    return BatchSize(PIXELS_TOGETHER // (height * width), "full-size frames at a time")
 
 
 def luminance_of_frames(frames: Tensor, device: torch.device) -> Tensor:

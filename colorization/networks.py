@@ -13,9 +13,9 @@ import torch
 
 from .. import host
 from ..attention.capabilities import on_device
-from ..cache import content_key, file_fingerprint, named_cache
+from ..cache import BoundedCache, content_key, file_fingerprint, named_cache
 from ..products.linear import OrderedLinear, large_linears
-from .checkpoint_file import SUFFIXES, WrongCheckpoint, key_names, load_network
+from .checkpoint_file import SUFFIXES, key_names, load_network
 from .colormnet import checkpoint as colormnet_checkpoint
 from .colormnet.network import ColorMNet
 from .deep_exemplar import checkpoint as deep_exemplar_checkpoint
@@ -119,7 +119,7 @@ def load_colormnet(name: str = AUTOMATIC, precision: str = AUTOMATIC) -> LoadedN
     return _networks().get_or_compute(key, load)
 
 
-def read_colormnet(path: Path) -> Any:
+def read_colormnet(path: Path) -> ColorMNet:
     """The network of a file as it is: on the CPU, in the file's dtype."""
     return load_network(path, "a ColorMNet checkpoint", colormnet_checkpoint.build)
 
@@ -151,7 +151,7 @@ def read_deep_exemplar(paths: Mapping[str, Path]) -> DeepExemplar:
     return DeepExemplar(vgg, warp, color_net)
 
 
-def _networks() -> Any:
+def _networks() -> BoundedCache[LoadedNetwork]:
     return named_cache("colorizers", _CACHE_BYTES)
 
 
@@ -218,20 +218,3 @@ def deep_exemplar_paths() -> dict[str, Path]:
             "Hotpath in the sidebar, or `hotpath models download deep-exemplar`, does it for you."
         )
     return found
-
-
-__all__ = [
-    "AUTOMATIC",
-    "COLORMNET_LICENCE",
-    "PRECISIONS",
-    "ColorMNet",
-    "DeepExemplar",
-    "LoadedNetwork",
-    "Precision",
-    "WrongCheckpoint",
-    "choose_precision",
-    "colormnet_files",
-    "laid_out",
-    "load_colormnet",
-    "load_deep_exemplar",
-]

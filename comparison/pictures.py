@@ -41,9 +41,9 @@ def side_by_side(pair: Pair, label_a: str = "A", label_b: str = "B", longest: in
     """
     from PIL import Image, ImageDraw
 
-    panels = [(label_a, _pixels(pair.a)), (label_b, _pixels(pair.b))]
+    panels = [(label_a, as_image(pair.a)), (label_b, as_image(pair.b))]
     if pair.measures is not None:
-        panels.append((f"difference x{GAIN}", _pixels(difference_map(pair.a, pair.b))))
+        panels.append((f"difference x{GAIN}", as_image(difference_map(pair.a, pair.b))))
     if longest is not None:
         for _, panel in panels:
             panel.thumbnail((longest, longest))
@@ -86,10 +86,6 @@ def stacked(pictures: list[Tensor]) -> Tensor:
 
 def as_image(picture: Tensor) -> Image.Image:
     """[H, W, C] in 0..1 as a PIL picture; what is not finite is black."""
-    return _pixels(picture)
-
-
-def _pixels(picture: Tensor) -> Image.Image:
     from PIL import Image
 
     plain = picture.detach().float().cpu()[..., :3].nan_to_num(0, 0, 0).clamp(0, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -11,18 +10,24 @@ from PIL import Image
 from .node_runs import node, photo
 from .picture_rows import card, labelled, shown, stacked
 
+OPTIONS = {"colour_size": 0, "edge_filter": "none"}
 
-def coloured_film(method: str = "ColorMNet") -> tuple[torch.Tensor, torch.Tensor, Any, str, torch.Tensor]:
+
+def held_out(frames: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """The demo's clip in colour and in grey, both [frames, H, W, 3]."""
     from .colorize_scenes import held_out_clip
 
-    truth = held_out_clip(16).permute(0, 2, 3, 1).contiguous()
-    weights = torch.tensor([0.2126, 0.7152, 0.0722])
-    grey = (truth @ weights)[..., None].expand(-1, -1, -1, 3)
-    options = {"colour_size": 0, "edge_filter": "none"}
-    frames, confidence, state, report = node(
-        "HotpathColorizeVideo", frames=grey, reference=truth[:1], method=method, **options
+    truth = held_out_clip(frames).permute(0, 2, 3, 1).contiguous()
+    return truth, (truth @ torch.tensor([0.2126, 0.7152, 0.0722]))[..., None].expand(-1, -1, -1, 3)
+
+
+def coloured_film(method: str = "ColorMNet") -> tuple[torch.Tensor, torch.Tensor, str, torch.Tensor]:
+    """The grey clip, the same coloured, the node's report and its confidence."""
+    truth, grey = held_out()
+    frames, confidence, _, report = node(
+        "HotpathColorizeVideo", frames=grey, reference=truth[:1], method=method, **OPTIONS
     )
-    return grey, frames, state, report, confidence
+    return grey, frames, report, confidence
 
 
 def _strip(film: torch.Tensor, size: int = 148) -> Image.Image:
@@ -35,7 +40,7 @@ def film() -> Image.Image:
 
 
 def film_report() -> Image.Image:
-    _, frames, _, report, confidence = coloured_film()
+    _, frames, report, confidence = coloured_film()
     row = labelled([("frame 15", shown(frames[15:])), ("confidence", shown(confidence[15:]))])
     return stacked(
         [row, card("Colorize Video", "\n".join(line for line in report.splitlines()[:5] if "fps" not in line))]
@@ -43,10 +48,8 @@ def film_report() -> Image.Image:
 
 
 def film_state() -> Image.Image:
-    from .colorize_scenes import held_out_clip
-
-    truth = held_out_clip(16).permute(0, 2, 3, 1).contiguous()
-    options = {"method": "ColorMNet", "colour_size": 0, "edge_filter": "none"}
+    truth, _ = held_out()
+    options = {"method": "ColorMNet", **OPTIONS}
     first, _, state, _ = node("HotpathColorizeVideo", frames=truth[:8], reference=truth[:1], **options)
     path = node("HotpathSaveColorState", state=state, name="film")[0]
     state, frame = node("HotpathLoadColorState", name="film")
@@ -59,21 +62,14 @@ def film_state() -> Image.Image:
 
 
 def images_coloured() -> Image.Image:
-    from .colorize_scenes import held_out_clip
-
-    truth = held_out_clip(16).permute(0, 2, 3, 1).contiguous()
-    grey = (truth @ torch.tensor([0.2126, 0.7152, 0.0722]))[..., None].expand(-1, -1, -1, 3)
-    options = {"method": "ColorMNet", "colour_size": 0, "edge_filter": "none"}
-    coloured = node("HotpathColorizeImage", images=grey[12:13], reference=truth[:1], **options)[0]
+    truth, grey = held_out()
+    coloured = node("HotpathColorizeImage", images=grey[12:13], reference=truth[:1], method="ColorMNet", **OPTIONS)[0]
     return labelled([("reference", shown(truth[:1])), ("picture", shown(grey[12:13])), ("coloured", shown(coloured))])
 
 
 def compatible_film() -> Image.Image:
     """The compatible Deep Exemplar node crops to its target size, as the pack it comes from did."""
-    from .colorize_scenes import held_out_clip
-
-    truth = held_out_clip(8).permute(0, 2, 3, 1).contiguous()
-    grey = (truth @ torch.tensor([0.2126, 0.7152, 0.0722]))[..., None].expand(-1, -1, -1, 3)
+    truth, grey = held_out(8)
     frames = node(
         "DeepExColorVideoNode",
         video_frames=grey,

@@ -127,9 +127,9 @@ def draw_face(
         fall = at(np.array(corners))
         ink.polygon(fall, fill=person.hair)
         shape.polygon(fall, fill=255)
-    for outline, colour in ((ellipse(0, 0, person.half_width, 1.0), person.skin),):
-        ink.polygon(outline, fill=colour)
-        shape.polygon(outline, fill=255)
+    skin = ellipse(0, 0, person.half_width, 1.0)
+    ink.polygon(skin, fill=person.skin)
+    shape.polygon(skin, fill=255)
     fringe = np.linspace(-0.9, 0.9, 20) * person.half_width
     ink.polygon(
         at(
@@ -164,7 +164,7 @@ def draw_face(
     small = patch.resize((side, side), Image.Resampling.BOX)
     soft = mask.resize((side, side), Image.Resampling.BOX)
     picture.paste(small, (left, top), soft)
-    outline = (np.array(ellipse(0, 0, person.half_width, 1.0)) / scale) + [left, top]
+    outline = (np.array(skin) / scale) + [left, top]
     points = (np.array(at(person.keypoints())) / scale) + [left, top]
     # A turned face may have its mouth's corners swap sides; image-left stays first within each pair.
     box = np.concatenate([outline.min(0), outline.max(0)])

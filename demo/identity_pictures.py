@@ -41,9 +41,9 @@ def identity_saved() -> Image.Image:
     path = node("HotpathIdentitySave", identity=who, filename="astronaut")[0]
     loaded = node("HotpathIdentityLoad", file="astronaut.safetensors")[0]
     assert torch.equal(loaded.embeddings, who.embeddings)
-    name = Path(path[0] if isinstance(path, tuple) else path).name
-    size = Path(path).stat().st_size
-    return card("Save Identity, Load Identity", f"{report}\nmodels/identities/{name}, {size} bytes, no picture in it")
+    file = Path(path)
+    said = f"{report}\nmodels/identities/{file.name}, {file.stat().st_size} bytes, no picture in it"
+    return card("Save Identity, Load Identity", said)
 
 
 def apply_instantid() -> Image.Image:

@@ -21,11 +21,10 @@ from torch.nn import functional as F
 
 from ..colorization.checkpoint_file import read_tensors
 from ..colorization.colour_space import lab_to_rgb, rgb_to_lab
-from ..colorization.deep_exemplar.color_net import ColorVidNet
+from ..colorization.deep_exemplar.color_net import HALF_SIZE_GAIN, ColorVidNet
 from ..colorization.deep_exemplar.networks import DeepExemplar
 from ..colorization.deep_exemplar.vgg import VGG19
 from ..colorization.deep_exemplar.warp import WarpNet
-from ..colorization.film import HALF_SIZE_GAIN
 from .colorize_scenes import TRAINING_PHOTOS, camera_move, drawn_scene, photograph
 
 MODELS = Path(__file__).parent / "models"

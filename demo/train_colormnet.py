@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..attention.topk_memory import similarity
 from ..colorization.checkpoint_file import read_tensors
-from ..colorization.colormnet.decoder import DecoderContext, DecoderWidths
+from ..colorization.colormnet.decoder import DecoderWidths
 from ..colorization.colormnet.feature_fusion import PLANES, FeatureFusion
 from ..colorization.colormnet.key_encoder import CrossChannelAttention, EncoderWidths
 from ..colorization.colormnet.network import ColorMNet, ColorMNetWidths, FrameKeys
@@ -44,10 +44,8 @@ LANES = 2  # channels 0 and 1 carry what is above and what is below zero of a pl
 
 def frames_of(keys: FrameKeys, chosen: slice) -> FrameKeys:
     """Those of some frames alone."""
-    planes = slice(chosen.start * PLANES, chosen.stop * PLANES)
-    c = keys.context
-    context = DecoderContext(c.entry[planes], c.skip[planes], c.skip8[chosen], c.skip4[chosen])
-    return FrameKeys(keys.key[chosen], keys.shrinkage[chosen], keys.selection[chosen], keys.f16[chosen], context)
+    rows = (part[chosen] for part in (keys.key, keys.shrinkage, keys.selection, keys.f16))
+    return FrameKeys(*rows, keys.context.frames(chosen))
 
 
 def loss_of(network: ColorMNet, lab: Tensor, deep: bool) -> Tensor:
@@ -101,14 +99,14 @@ def _affinity(keys: list[FrameKeys], remembered: list[int], index: int, clip: in
     return similarity(query, selection, memory, shrinkage).softmax(1)
 
 
+@torch.no_grad()
 def prepare(network: ColorMNet) -> None:
-    """Weights that keep the size of signals, and the lanes: identities for colours from the value encoder's first
-    convolution to the prediction, with nothing else coming in."""
+    """Weights that keep the size of signals, and the lanes."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
             if name.endswith((".conv3", "layer3.0.conv2", "block1.conv2", "block2.conv2", "out_conv.conv2")):
-                module.weight.data *= 0.3
+                module.weight *= 0.3
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, CrossChannelAttention):
@@ -118,27 +116,31 @@ def prepare(network: ColorMNet) -> None:
     nn.init.zeros_(network.short_term_attn.relative_emb_k.weight)
     nn.init.zeros_(network.short_term_attn.projection.weight)
     nn.init.zeros_(network.short_term_attn.projection.bias)
-    values, decoder, with_grad = network.value_encoder, network.decoder, torch.no_grad()
-    with with_grad:
-        network.key_proj.d_proj.weight.mul_(0.1)
-        first = values.conv1.weight
-        first[:LANES] = 0
-        first[0, 3], first[1, 3] = 1 / first[0, 3].numel(), -1 / first[0, 3].numel()
-        for layer in (values.layer1, values.layer2, values.layer3):
-            block = layer[0]
-            block.get_submodule("conv2").get_parameter("weight")[:LANES] = 0
-            if block.downsample is not None:
-                _pass(block.downsample[0])
-        _pass_fusion(values.fuser, values.fuser.picture)
-        _pass_fusion(decoder.fuser, decoder.fuser.picture)
-        for up in (decoder.up_16_8, decoder.up_8_4):
-            up.skip_conv.weight[:LANES] = 0
-            up.out_conv.conv2.weight[:LANES] = 0
-            if up.out_conv.downsample is not None:
-                _pass(up.out_conv.downsample)
-        decoder.pred.weight.zero_()
-        # Each fusion's gates add a quarter.
-        decoder.pred.weight[0, 0, 1, 1], decoder.pred.weight[0, 1, 1, 1] = 0.64, -0.64
+    network.key_proj.d_proj.weight.mul_(0.1)
+    lay_lanes(network)
+
+
+def lay_lanes(network: ColorMNet) -> None:
+    """Identities for colours from the value encoder's first convolution to the prediction, with nothing else coming in."""
+    values, decoder = network.value_encoder, network.decoder
+    first = values.conv1.weight
+    first[:LANES] = 0
+    first[0, 3], first[1, 3] = 1 / first[0, 3].numel(), -1 / first[0, 3].numel()
+    for layer in (values.layer1, values.layer2, values.layer3):
+        block = layer[0]
+        block.get_submodule("conv2").get_parameter("weight")[:LANES] = 0
+        if block.downsample is not None:
+            _pass(block.downsample[0])
+    _pass_fusion(values.fuser, values.fuser.picture)
+    _pass_fusion(decoder.fuser, decoder.fuser.picture)
+    for up in (decoder.up_16_8, decoder.up_8_4):
+        up.skip_conv.weight[:LANES] = 0
+        up.out_conv.conv2.weight[:LANES] = 0
+        if up.out_conv.downsample is not None:
+            _pass(up.out_conv.downsample)
+    decoder.pred.weight.zero_()
+    # Each fusion's gates add a quarter.
+    decoder.pred.weight[0, 0, 1, 1], decoder.pred.weight[0, 1, 1, 1] = 0.64, -0.64
 
 
 def _pass(conv: nn.Module, offset: int = 0) -> None:

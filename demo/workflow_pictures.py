@@ -42,7 +42,7 @@ def _server() -> Any:
 
 @cache
 def made(name: str, *changes: str) -> dict[str, Image.Image]:
-    """The pictures of the example `name` by the beginning of their file's name, and its texts are not kept.
+    """The pictures that the example `name` makes, by the beginning of each file's name; what else it makes is not kept.
 
     changes: "node.input=value" or "Class.input=value", as `hotpath run --set` takes them.
     """

@@ -21,7 +21,6 @@ from .engine_diagnosis import diagnose, why_the_cpu
 from .faces import (
     BEST_MATCH,
     CHOICES,
-    LADDER,
     DetectionOptions,
     FaceAnalyser,
     FaceChoice,
@@ -41,7 +40,6 @@ __all__ = [
     "BEST_MATCH",
     "CHOICES",
     "ENGINES",
-    "LADDER",
     "PRECISIONS",
     "PROVIDERS",
     "SHAPES",

@@ -8,7 +8,8 @@ embeddings. Pictures without a face go through again at the next smaller detecto
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from .. import host
 from .alignment import invert, similarity, template, warp
 from .detection import Candidates, Detector, merge_overlapping
-from .faces import DetectionOptions, FaceChoice, FaceError, Faces, told
+from .faces import DetectionOptions, FaceChoice, FaceError, Faces, call_summary
 from .graphs import MOST_BYTES
 from .model_folder import ModelFolder
 from .pictures import PictureGroup, group_pictures, letterbox
@@ -68,9 +69,11 @@ class PictureAnalyser:
 
     @property
     def embedding_width(self) -> int:
-        file = self.folder.recogniser
-        if self._recogniser is None and file is not None and len(file.outputs[0][1]) == 2 and file.outputs[0][1][1]:
-            return int(file.outputs[0][1][1])
+        """Of the loaded recogniser, else as its file says, which need not be loaded then."""
+        if self._recogniser is None and self.folder.recogniser is not None:
+            shape = self.folder.recogniser.outputs[0].shape
+            if len(shape) == 2 and shape[1] is not None:
+                return shape[1]
         return self.recogniser.width
 
     def analyse(
@@ -145,29 +148,34 @@ class PictureAnalyser:
         found = [Faces.none(group.size, max(sizes[-1])) for group, _ in owners]
         still = list(range(len(owners)))
         # A CPU gains nothing from a batch of pictures of this size and loses its cache, nor from a common copy.
-        on_cpu = self.device.type == "cpu"
-        together = 1 if on_cpu else len(still)
+        together = 1 if self.device.type == "cpu" else len(still)
         for size in sizes:
-            fit = MOST_BYTES // (size[0] * size[1] * DETECTOR_BYTES_PER_PIXEL)
-            step = 1 if on_cpu else max(1, min(PICTURES_AT_A_STEP, fit))
             missed = []
             for start in range(0, len(still), together):
                 asked = still[start : start + together]
-                canvases, scales = [], []
-                for i in range(0, len(asked), step):
-                    canvas, own_scales = _canvas(part, [owners[j] for j in asked[i : i + step]], size)
-                    canvases.append(canvas)
-                    scales += own_scales
-                candidates = self.detector.find(canvases, options.lowest_score)
-                for i, scale, one in zip(asked, scales, candidates, strict=True):
-                    if len(one.scores):
-                        found[i] = _merged(one, scale, options.overlap, owners[i][0].size, max(size))
+                looked = self._candidates(part, [owners[i] for i in asked], size, options.lowest_score)
+                for i, (candidates, scale) in zip(asked, looked, strict=True):
+                    if len(candidates.scores):
+                        found[i] = _merged(candidates, scale, options.overlap, owners[i][0].size, max(size))
                     else:
                         missed.append(i)
             still = missed
             if not still:
                 break
         return found
+
+    def _candidates(
+        self, part: list[PictureGroup], wanted: list[tuple[PictureGroup, int]], size: tuple[int, int], threshold: float
+    ) -> Iterator[tuple[Candidates, float]]:
+        """What the detector finds in pictures (group, row), in the order of `part`, and the scale of each; one wait for all."""
+        fit = MOST_BYTES // (size[0] * size[1] * DETECTOR_BYTES_PER_PIXEL)
+        step = max(1, min(PICTURES_AT_A_STEP, fit))
+        canvases, scales = [], []
+        for start in range(0, len(wanted), step):
+            canvas, own_scales = _canvas(part, wanted[start : start + step], size)
+            canvases.append(canvas)
+            scales += own_scales
+        return zip(self.detector.find(canvases, threshold), scales, strict=True)
 
     def _embed(self, part: list[PictureGroup], faces: list[Faces]) -> list[Faces]:
         counts = [len(one) for one in faces]
@@ -180,7 +188,7 @@ class PictureAnalyser:
             start += len(own)
         vectors = self._vectors(joined(crops)).cpu() if crops else torch.zeros(0, self.embedding_width)
         return [
-            Faces(one.boxes, one.keypoints, one.scores, vector.clone(), one.size, one.detector_size)
+            replace(one, embeddings=vector.clone())
             for one, vector in zip(faces, torch.split(vectors, counts), strict=True)
         ]
 
@@ -194,7 +202,7 @@ class PictureAnalyser:
         return joined(parts)
 
     def aligned(self, pixels: Tensor, rows: Tensor, keypoints: Tensor) -> Tensor:
-        """[F, S, S, 3] float RGB 0..255 crops for the recogniser, of `pixels` [n, H, W, 3] on the device.
+        """[F, S, S, 3] float RGB 0..255 crops for the recogniser, of `pixels` [n, H, W, 3], where these are.
 
         rows: [F] which picture each face is in; keypoints: [F, 5, 2], both on the CPU.
         """
@@ -210,7 +218,7 @@ class PictureAnalyser:
             if len(faces) and faces.detector_size != max(sizes[0]):
                 by_size[faces.detector_size] = by_size.get(faces.detector_size, 0) + 1
         retries = "".join(f", {n} only at {size}" for size, n in sorted(by_size.items(), reverse=True))
-        self._last = told(result, remembered, seconds, f" at {max(sizes[0])}", retries)
+        self._last = call_summary(result, remembered, seconds, f" at {max(sizes[0])}", retries)
 
     def report(self) -> str:
         """Engine, device, precision, the last call, and how the engine was chosen."""

@@ -110,10 +110,6 @@ def cut_faces(
     """
     if when_none == "error":
         require_faces(faces)
-    if len(faces) != pictures.shape[0]:
-        raise FaceError(
-            f"The faces are of {len(faces)} pictures and {pictures.shape[0]} are connected: connect the same batch."
-        )
     places = crop_places([f if len(f) else _nowhere(f) for f in faces], side, margin, upright)
     crops = cut(pictures, places)
     for i, row in enumerate(places.rows):

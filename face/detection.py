@@ -49,7 +49,7 @@ class Detector:
         self.runner = runner
         self.file = file
         self.strides: tuple[int, ...] = (8, 16, 32) if len(file.outputs) == 9 else (8, 16, 32, 64, 128)
-        height, width = file.inputs[0][1][2:]
+        height, width = file.size
         self.fixed_size = (height, width) if height is not None and width is not None else None
         self.anchors = 0
         self.layout = self._probe()
@@ -76,17 +76,16 @@ class Detector:
         except Exception as error:  # each engine raises its own for a graph with a batch of one built in
             log.info("%s takes one picture at a time (%s)", self.file.path.name, error)
             return "one picture at a time"
-        for layout in ("batch inside", "batch outside"):
-            if [o.numel() for o in both] != [2 * o.numel() for o in single[0]]:
-                break
-            arranged = self._arrange(both, 2, (height, width), layout)
+        if [o.numel() for o in both] == [2 * o.numel() for o in single[0]]:
             alone = [self._arrange(s, 1, (height, width), "batch outside") for s in single]
-            if all(
-                torch.allclose(whole[i], part[0], atol=PROBE_TOLERANCE, rtol=PROBE_TOLERANCE)
-                for i in range(2)
-                for whole, part in zip(arranged, alone[i], strict=True)
-            ):
-                return layout
+            for layout in ("batch inside", "batch outside"):
+                arranged = self._arrange(both, 2, (height, width), layout)
+                if all(
+                    torch.allclose(whole[i], part[0], atol=PROBE_TOLERANCE, rtol=PROBE_TOLERANCE)
+                    for i in range(2)
+                    for whole, part in zip(arranged, alone[i], strict=True)
+                ):
+                    return layout
         return "one picture at a time"
 
     def _channels(self) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from ..host.cards import why_no_gpu
 from ..host.errors import kind_and_line
 from ..host.headless import best_device
-from .onnxruntime_engine import PROVIDERS, Provider, long_name
+from .onnxruntime_engine import PROVIDERS, Provider
 
 FLAVOURS = (
     "onnxruntime",
@@ -103,18 +103,18 @@ def can_be_tried(provider: Provider) -> bool:
     import onnxruntime
 
     has_card = provider.memory != "cuda" or torch.cuda.is_available()
-    return has_card and long_name(provider) in onnxruntime.get_available_providers()
+    return has_card and provider.long_name in onnxruntime.get_available_providers()
 
 
 def _not_in_build(provider: Provider) -> str | None:
     import onnxruntime
 
-    if long_name(provider) in onnxruntime.get_available_providers():
+    if provider.long_name in onnxruntime.get_available_providers():
         return None
     flavours = installed_flavours()
     present = ", ".join(flavours) or "this build"
     return (
-        f"{long_name(provider)} is not in {present} {onnxruntime.__version__}: "
+        f"{provider.long_name} is not in {present} {onnxruntime.__version__}: "
         f"pip uninstall -y {' '.join(flavours) or 'onnxruntime'} && pip install {provider.package}"
     )
 

@@ -87,11 +87,17 @@ CHOICES = ("largest", "highest score", "left to right", "centre", "index", BEST_
 
 @dataclass(frozen=True, eq=False)
 class FaceChoice:
-    """Which face of a picture is kept. Make one with the class methods."""
+    """Which face of a picture is kept. Make one with the class methods, or by name with `choose_face`."""
 
     kind: str
     position: int = 0  # of "left to right" and "index"; negative counts from the end
     identity: Tensor | None = None  # [D] of "best match"
+
+    def __post_init__(self) -> None:
+        if self.kind not in CHOICES:
+            raise FaceError(f"{self.kind!r} is no way to choose a face; it is one of: {', '.join(CHOICES)}.")
+        if self.needs_embeddings and self.identity is None:
+            raise FaceError("The best match needs an identity to compare with; connect an embedding.")
 
     @classmethod
     def largest(cls) -> FaceChoice:
@@ -143,8 +149,7 @@ class FaceChoice:
                 range(count), key=lambda i: (centres[i][0] - width / 2) ** 2 + (centres[i][1] - height / 2) ** 2
             )
         if self.kind == BEST_MATCH:
-            if self.identity is None:
-                raise FaceError("The best match needs an identity to compare with; connect an embedding.")
+            assert self.identity is not None
             cosines = faces.similarity(self.identity).tolist()
             return sorted(range(count), key=lambda i: -cosines[i])
         return list(range(count))
@@ -160,10 +165,6 @@ class FaceChoice:
 
 def choose_face(kind: str, position: int = 0, identity: Tensor | None = None) -> FaceChoice:
     """The choice called `kind` (one of CHOICES). Raises FaceError for another name or a missing identity."""
-    if kind not in CHOICES:
-        raise FaceError(f"{kind!r} is no way to choose a face; it is one of: {', '.join(CHOICES)}.")
-    if kind == BEST_MATCH and identity is None:
-        raise FaceError("The best match needs an identity to compare with; connect an embedding.")
     return FaceChoice(kind, position if kind in ("left to right", "index") else 0, identity)
 
 
@@ -186,7 +187,7 @@ class DetectionOptions:
         return LOWEST_SCORE if self.threshold is None else self.threshold
 
 
-def told(result: Sequence[Faces], remembered: int, seconds: float, where: str = "", found: str = "") -> str:
+def call_summary(result: Sequence[Faces], remembered: int, seconds: float, where: str = "", found: str = "") -> str:
     """What a call found, for a report. where: behind the number of pictures; found: behind that of faces."""
     without = sum(not len(faces) for faces in result)
     return (

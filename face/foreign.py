@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..host.interruption import interruptibly
-from .faces import LOWEST_SCORE, DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces, told
+from .faces import LOWEST_SCORE, DetectionOptions, FaceAnalyser, FaceChoice, FaceError, Faces, call_summary
 from .pictures import PictureGroup, group_pictures
 from .remembering import Memory, analyse_in_parts
 
@@ -69,7 +69,7 @@ class ForeignAnalyser:
         memory = Memory(self._fingerprint, groups, choose, embed, options) if self._fingerprint else None
         with self._as_it_was():
             result, remembered = analyse_in_parts(groups, memory, 1, compute)
-        self._last = told(result, remembered, time.perf_counter() - began)
+        self._last = call_summary(result, remembered, time.perf_counter() - began)
         return result
 
     def __getattr__(self, name: str) -> Any:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .alignment import invert, similarity, template, warp
 from .analyser import PictureAnalyser
 from .faces import DetectionOptions, FaceError, Faces
 from .linear_resize import resize
@@ -89,10 +88,9 @@ class RecognitionModel:
 
     def get(self, img: NDArray[np.uint8], face: Any) -> Any:
         """The embedding [D] of `face` (with `kps`) in a BGR picture; also stored as `face.embedding`."""
-        size = self._analyser.recogniser.size
-        inverse = invert(similarity(np.asarray(face["kps"], np.float32)[None], template(size))).astype(np.float32)
+        keypoints = torch.from_numpy(np.asarray(face["kps"], np.float32))[None]
         pixels = torch.from_numpy(np.ascontiguousarray(img[None, :, :, ::-1]))
-        crop = warp(pixels, torch.zeros(1, dtype=torch.long), torch.from_numpy(inverse), size, size).round_()
+        crop = self._analyser.aligned(pixels, torch.zeros(1, dtype=torch.long), keypoints)
         face["embedding"] = self._analyser.recogniser.embed(crop.to(self._analyser.device)).cpu().numpy()[0]
         return face["embedding"]
 

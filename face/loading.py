@@ -26,7 +26,7 @@ from .insightface_api import CompatibleAnalyser
 from .model_folder import ModelFolder, find_model_folder
 from .onnx_graph import OnnxNetwork
 from .onnx_outline import Outline
-from .onnxruntime_engine import PROVIDERS, OnnxRuntimeRunner, Provider, UnverifiedProvider, long_name, provider_for
+from .onnxruntime_engine import PROVIDERS, OnnxRuntimeRunner, Provider, UnverifiedProvider, provider_for
 from .recognition import Recogniser
 from .runner import DETECTOR_BYTES_PER_PIXEL, PRECISIONS, RECOGNISER_BYTES_PER_PIXEL, TorchRunner
 
@@ -153,7 +153,7 @@ def _load_insightface(
         provider = PROVIDERS["CPU"]
     if precision != "fp32":
         said.append(f"{precision} is for the torch engine; insightface computes in fp32.")
-    names = [long_name(provider)] + (["CPUExecutionProvider"] if provider.name != "CPU" else [])
+    names = [provider.long_name] + (["CPUExecutionProvider"] if provider.name != "CPU" else [])
     modules = ["detection"] + (["recognition"] if folder.recogniser is not None else [])
     if provider.memory == "cuda":
         # As for our own sessions: it takes memory that the host does not know of.
@@ -165,7 +165,7 @@ def _load_insightface(
     analysis.prepare(ctx_id=0, det_size=(640, 640))
     if provider.name != "CPU":
         actual = analysis.det_model.session.get_providers()[0]
-        if actual != long_name(provider):
+        if actual != provider.long_name:
             reason = why_not(provider)
             said.append(f"{provider.name} was asked for, but runs on {actual}" + (f": {reason}." if reason else "."))
             log.warning("Faces by insightface: %s", said[-1])
@@ -219,7 +219,7 @@ def fingerprint(folder: ModelFolder, *settings: Any) -> str:
 
 def agreement(network: OnnxNetwork, file: Outline, device: torch.device, dtype: torch.dtype) -> float:
     """The least cosine, over outputs, between the network in float32 and in `dtype` on noise pictures, on `device`."""
-    height, width = (n or 160 for n in file.inputs[0][1][2:])
+    height, width = (n or 160 for n in file.size)
     noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         full: list[Tensor] = [o.float() for o in network.to(device)(noise)]

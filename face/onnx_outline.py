@@ -10,32 +10,46 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .faces import FaceError
 
 # Field numbers of onnx.proto.
 MODEL_GRAPH = 7
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
-NODE_NAME, TENSOR_NAME, VALUE_NAME, VALUE_TYPE = 3, 8, 1, 2
+NODE_NAME, TENSOR_NAME, VALUE_NAME = 3, 8, 1
+VALUE_DIMENSION, DIMENSION_SIZE = (2, 1, 2, 1), 1  # type.tensor_type.shape.dim of ValueInfoProto, and its dim_value
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+
+
+class Value(NamedTuple):
+    """An input or output; None is a dimension the file leaves open."""
+
+    name: str
+    shape: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
 class Outline:
-    """Names and shapes; None is a dimension the file leaves open."""
+    """What is known of a file by its header and the names of its nodes."""
 
     path: Path
-    inputs: tuple[tuple[str, tuple[int | None, ...]], ...]
-    outputs: tuple[tuple[str, tuple[int | None, ...]], ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
     first_nodes: tuple[str, ...]  # names of the first eight
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """Height and width of the pictures that a detector or recogniser takes."""
+        height, width = self.inputs[0].shape[2:]
+        return height, width
 
     @property
     def kind(self) -> str:
         """ "detection", "recognition", or what else is known of it, by the rules every insightface release follows."""
-        shape = self.inputs[0][1] if self.inputs else ()
-        if len(shape) != 4 or len(self.inputs) != 1:
+        if len(self.inputs) != 1 or len(self.inputs[0].shape) != 4:
             return "other"
-        height, width = shape[2:]
+        height, width = self.size
         if len(self.outputs) >= 5:
             return "detection" if len(self.outputs) in (9, 15) else "detection without key points"
         if height == width == 192:
@@ -92,17 +106,23 @@ def _text(data: mmap.mmap, at: int, end: int, wanted: int) -> str:
     return ""
 
 
+def _messages(data: mmap.mmap, at: int, end: int, path: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Start and end of each message at `path`, the numbers of its field and of those around it, the outermost first."""
+    for field, wire, start, stop in _fields(data, at, end):
+        if field == path[0] and wire == BYTES:
+            if len(path) == 1:
+                yield start, stop
+            else:
+                yield from _messages(data, start, stop, path[1:])
+
+
 def _shape(data: mmap.mmap, at: int, end: int) -> tuple[int | None, ...]:
-    """ValueInfoProto.type.tensor_type.shape.dim[].dim_value."""
     sizes: list[int | None] = []
-    for f1, _, a1, e1 in _fields(data, at, end):
-        if f1 != VALUE_TYPE:
-            continue
-        for f2, _, a2, e2 in _fields(data, a1, e1):
-            for f3, w3, a3, e3 in _fields(data, a2, e2) if f2 == 1 else ():
-                for f4, _, a4, e4 in _fields(data, a3, e3) if f3 == 2 and w3 == BYTES else ():
-                    known = [s for f5, w5, s, _ in _fields(data, a4, e4) if f5 == 1 and w5 == VARINT] if f4 == 1 else []
-                    sizes.append(known[0] if known and 0 < known[0] < 1 << 40 else None)
+    for start, stop in _messages(data, at, end, VALUE_DIMENSION):
+        known = [
+            size for field, wire, size, _ in _fields(data, start, stop) if (field, wire) == (DIMENSION_SIZE, VARINT)
+        ]
+        sizes.append(known[0] if known and 0 < known[0] < 1 << 40 else None)
     return tuple(sizes)
 
 
@@ -112,22 +132,20 @@ def outline(path: Path) -> Outline:
         f"{path} is no whole ONNX file ({path.stat().st_size:,} bytes): it is truncated or of another kind; copy or "
         "download it again."
     )
-    inputs: list[tuple[str, tuple[int | None, ...]]] = []
-    outputs: list[tuple[str, tuple[int | None, ...]]] = []
+    inputs: list[Value] = []
+    outputs: list[Value] = []
     nodes: list[str] = []
     stored: set[str] = set()
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for field, wire, start, stop in _fields(data, 0, len(data)):
-                if field != MODEL_GRAPH or wire != BYTES:
-                    continue
+            for start, stop in _messages(data, 0, len(data), (MODEL_GRAPH,)):
                 for part, kind, at, end in _fields(data, start, stop):
                     if kind != BYTES:
                         continue
                     if part == GRAPH_INPUT:
-                        inputs.append((_text(data, at, end, VALUE_NAME), _shape(data, at, end)))
+                        inputs.append(Value(_text(data, at, end, VALUE_NAME), _shape(data, at, end)))
                     elif part == GRAPH_OUTPUT:
-                        outputs.append((_text(data, at, end, VALUE_NAME), _shape(data, at, end)))
+                        outputs.append(Value(_text(data, at, end, VALUE_NAME), _shape(data, at, end)))
                     elif part == GRAPH_INITIALIZER:
                         stored.add(_text(data, at, end, TENSOR_NAME))
                     elif part == GRAPH_NODE and len(nodes) < 8:
@@ -135,7 +153,7 @@ def outline(path: Path) -> Outline:
     except (_Truncated, ValueError) as error:  # mmap refuses an empty file with a ValueError
         raise broken from error
     # Old exporters list the weights among the inputs.
-    inputs = [entry for entry in inputs if entry[0] not in stored]
+    inputs = [value for value in inputs if value.name not in stored]
     if not inputs or not outputs:
         raise broken
     return Outline(path, tuple(inputs), tuple(outputs), tuple(nodes))

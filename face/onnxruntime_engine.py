@@ -33,17 +33,19 @@ SESSIONS_KEPT = 2  # per network, on providers that want fixed sizes
 
 @dataclass(frozen=True)
 class Provider:
-    """An execution provider: its name in onnxruntime, the package that has it, and the memory it reads."""
+    """An execution provider: its name, the package that has it, and the memory it reads."""
 
     name: str
     package: str
     memory: str  # device type of torch tensors it can be bound to
     options: tuple[tuple[str, str], ...] = ()
     systems: tuple[str, ...] = ()  # values of sys.platform for which there are builds; none named: all
+    spelling: str = ""  # of the name in onnxruntime, where it has another
 
     @property
     def long_name(self) -> str:
-        return f"{self.name}ExecutionProvider"
+        """As onnxruntime calls it."""
+        return f"{self.spelling or self.name}ExecutionProvider"
 
 
 PROVIDERS = {
@@ -54,19 +56,13 @@ PROVIDERS = {
         Provider(
             "CUDA", "onnxruntime-gpu", "cuda", (("cudnn_conv_algo_search", "HEURISTIC"),), systems=("linux", "win32")
         ),
-        Provider("TensorRT", "onnxruntime-gpu", "cuda", systems=("linux", "win32")),
+        Provider("TensorRT", "onnxruntime-gpu", "cuda", systems=("linux", "win32"), spelling="Tensorrt"),
         Provider("MIGraphX", "onnxruntime-migraphx", "cuda", systems=("linux",)),
         Provider("CoreML", "onnxruntime", "cpu", systems=("darwin",)),
-        Provider("DirectML", "onnxruntime-directml", "cpu", systems=("win32",)),
+        Provider("DirectML", "onnxruntime-directml", "cpu", systems=("win32",), spelling="Dml"),
         Provider("OpenVINO", "onnxruntime-openvino", "cpu", systems=("linux", "win32")),
     )
 }
-# onnxruntime's own spellings where they are not the name with "ExecutionProvider".
-LONG_NAMES = {"TensorRT": "TensorrtExecutionProvider", "DirectML": "DmlExecutionProvider"}
-
-
-def long_name(provider: Provider) -> str:
-    return LONG_NAMES.get(provider.name, provider.long_name)
 
 
 def provider_for(device: torch.device) -> Provider:
@@ -88,7 +84,7 @@ def heavy_share(session: Any, provider: Provider) -> float | None:
     for group in session.get_provider_graph_assignment_info():
         heavy = sum(node.op_type in HEAVY for node in group.get_nodes())
         total += heavy
-        here += heavy if group.ep_name == long_name(provider) else 0
+        here += heavy if group.ep_name == provider.long_name else 0
     return here / total if total else None
 
 
@@ -130,18 +126,18 @@ class OnnxRuntimeRunner:
         self.file = file
         self.provider = provider
         self.device = device if provider.memory == device.type else torch.device("cpu")
-        self.where = f"{long_name(provider)} fp32"
+        self.where = f"{provider.long_name} fp32"
         read_ahead(file.path)
         self._model = open_batch(file.path)
         self._sessions: dict[tuple[int, int], Any] = {}
         self._seen: set[tuple[int, ...]] = set()  # shapes that the open sessions have run
-        self._open = tuple(n is None for n in file.inputs[0][1][2:])
-        height, width = (n or 640 for n in file.inputs[0][1][2:])
+        self._open = None in file.size
+        height, width = (n or 640 for n in file.size)
         self._check(self._session(height, width))
 
     def _session(self, height: int, width: int) -> Any:
         # Fixed sizes let a provider fold the shape arithmetic away instead of sending it to the CPU; the CPU does not care.
-        fixed = self.provider.name != "CPU" and any(self._open)
+        fixed = self.provider.name != "CPU" and self._open
         key = (height, width) if fixed else (0, 0)
         if key in self._sessions:
             return self._sessions[key]
@@ -164,7 +160,7 @@ class OnnxRuntimeRunner:
             # Its arena is outside of the host's memory, which would otherwise keep its own models there.
             card = torch.device("cuda", self.device.index or 0)
             host.current().make_room(len(self._model) + self._activations(height, width), card)
-        providers: list[Any] = [(long_name(self.provider), settings)]
+        providers: list[Any] = [(self.provider.long_name, settings)]
         if self.provider.name != "CPU":
             providers.append("CPUExecutionProvider")
         try:
@@ -189,15 +185,15 @@ class OnnxRuntimeRunner:
             raise FaceError(f"{self.file.path} takes {first.type} where float pictures are needed; use the fp32 file.")
         if self.provider.name == "CPU":
             return
-        if (actual := session.get_providers()[0]) != long_name(self.provider):
-            raise UnverifiedProvider(f"the session was made on {actual} instead of {long_name(self.provider)}")
+        if (actual := session.get_providers()[0]) != self.provider.long_name:
+            raise UnverifiedProvider(f"the session was made on {actual} instead of {self.provider.long_name}")
         share = heavy_share(session, self.provider)
         if share is None:
             raise UnverifiedProvider(
                 "this onnxruntime cannot say where its nodes run, so the provider cannot be verified (1.24 and later can)"
             )
         if share < 1.0:
-            raise UnverifiedProvider(f"{long_name(self.provider)} runs only {share:.0%} of the convolutions")
+            raise UnverifiedProvider(f"{self.provider.long_name} runs only {share:.0%} of the convolutions")
 
     def run(self, x: Tensor) -> list[Tensor]:
         x = x.contiguous()

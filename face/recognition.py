@@ -19,7 +19,7 @@ class Recogniser:
         """Runs the network once on two crops. Raises FaceError when it does not give one vector per crop."""
         self.runner = runner
         self.file = file
-        self.size = int(file.inputs[0][1][2] or 112)
+        self.size = file.size[0] or 112
         # MXNet exports carry their own normalisation as the first nodes, by name.
         subtracts = any(name.startswith(("Sub", "_minus")) for name in file.first_nodes)
         multiplies = any(name.startswith(("Mul", "_mul")) for name in file.first_nodes)

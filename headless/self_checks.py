@@ -72,7 +72,7 @@ def check_faces(host: Host) -> Iterator[Finding]:
 def _check_face_model(folders: Sequence[Path], name: str, device: torch.device) -> Iterator[Finding]:
     folder = find_model_folder(folders, name)
     for file in filter(None, (folder.detector, folder.recogniser)):
-        height, width = (side or 320 for side in file.inputs[0][1][2:])
+        height, width = (side or 320 for side in file.size)
         noise = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
         network = OnnxNetwork(file.path)
         with torch.no_grad():

@@ -7,10 +7,9 @@ from typing import Any
 from .. import host
 from ..patches.attention_override import POLICIES, attention_report, set_attention
 from ..patches.precision import DEFAULT_EXCLUDE, SCHEMES, set_precision
+from .sockets import HIDDEN, NATIVE_MODEL
 
 CATEGORY = "Hotpath/acceleration"
-HIDDEN = {"unique_id": "UNIQUE_ID"}
-MODEL = ("MODEL", {"tooltip": "Any native model. It is cloned; the one you connect stays as it is."})
 
 
 class HotpathAttention:
@@ -33,7 +32,7 @@ class HotpathAttention:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": MODEL,
+                "model": NATIVE_MODEL,
                 "backend": (
                     list(POLICIES),
                     {
@@ -112,7 +111,7 @@ class HotpathPrecision:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": MODEL,
+                "model": NATIVE_MODEL,
                 "scheme": (
                     list(SCHEMES),
                     {

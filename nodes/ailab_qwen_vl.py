@@ -10,14 +10,15 @@ import torch
 
 from .. import host
 from ..vision_language import presets
-from ..vision_language.answering import AnswerOptions, answer
+from ..vision_language.answering import AnswerOptions
 from ..vision_language.budgets import PRESETS, PROCESSOR, Budget
 from ..vision_language.loaded_model import LoadOptions
-from ..vision_language.loading import MODELS, state_of
+from ..vision_language.loading import state_of
 from ..vision_language.pictures import DEFAULT_FPS, from_frames, from_images
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
-from .vision_sockets import model_choice
+from .sockets import HIDDEN, number
+from .vision_sockets import model_choice, one_answer
 
 CATEGORY = "🧪AILab/QwenVL"
 AS_BEFORE = "as before"
@@ -83,10 +84,6 @@ def tokens(default: int, most: int) -> tuple[str, dict[str, Any]]:
     return ("INT", {"default": default, "min": 1, "max": most, "tooltip": "The longest answer, in tokens."})
 
 
-def number(default: float, least: float, most: float, tooltip: str) -> tuple[str, dict[str, Any]]:
-    return ("FLOAT", {"default": default, "min": least, "max": most, "step": 0.05, "tooltip": tooltip})
-
-
 def budget(name: str) -> Budget:
     return PROCESSOR if name == AS_BEFORE else PRESETS[name]
 
@@ -108,16 +105,6 @@ class _AILabNode:
     @classmethod
     def IS_CHANGED(cls, model_name: str | None = None, **inputs: Any) -> str:
         return state_of(model_name or "")
-
-
-def run(
-    model_name: str, question: Question, load: LoadOptions, sampling: Sampling, options: AnswerOptions
-) -> tuple[str]:
-    needs_sight = bool(question.pictures or question.clips)
-    with MODELS.borrowed(model_name, load, needs_sight) as loaded:
-        made = answer(loaded, [question], sampling, options)[0]
-    host.current().show_text(f"{made.raw}\n\n{made.report}", options.node_id)
-    return (made.raw,)
 
 
 def words(preset: str, known: Mapping[str, str], own: str) -> str:
@@ -172,7 +159,7 @@ class AILabQwenVL(_AILabNode):
                 "video": ("IMAGE", {"tooltip": "Frames of a video; 16 of them, evenly spread, are looked at."}),
                 "token_budget": BUDGET,
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }
 
     def process(
@@ -190,7 +177,7 @@ class AILabQwenVL(_AILabNode):
         token_budget: str = AS_BEFORE,
         unique_id: str | None = None,
     ) -> tuple[str]:
-        return run(
+        return one_answer(
             model_name,
             ask(preset_prompt, custom_prompt, image, video, 16),
             LoadOptions(quantization=quantization, attention=attention_mode),
@@ -222,13 +209,13 @@ class AILabQwenVLAdvanced(_AILabNode):
                 ),
                 "custom_prompt": CUSTOM,
                 "max_tokens": tokens(512, 32768),
-                "temperature": number(0.6, 0.0, 2.0, "Higher is more varied; 0 is always the likeliest token."),
-                "top_p": number(0.9, 0.0, 1.0, "Only the likeliest tokens that together have this probability."),
+                "temperature": number(0.6, 0.0, 2.0, "Higher is more varied; 0 is always the likeliest token.", 0.05),
+                "top_p": number(0.9, 0.0, 1.0, "Only the likeliest tokens that together have this probability.", 0.05),
                 "num_beams": (
                     "INT",
                     {"default": 1, "min": 1, "max": 8, "tooltip": "Over 1: beam search, without sampling; slower."},
                 ),
-                "repetition_penalty": number(1.2, 0.5, 2.0, "Over 1: used tokens become less likely."),
+                "repetition_penalty": number(1.2, 0.5, 2.0, "Over 1: used tokens become less likely.", 0.05),
                 "frame_count": (
                     "INT",
                     {"default": 16, "min": 1, "max": 768, "tooltip": "How many frames of the video are looked at."},
@@ -241,7 +228,7 @@ class AILabQwenVLAdvanced(_AILabNode):
                 "video": ("IMAGE", {"tooltip": "Frames of a video."}),
                 "token_budget": BUDGET,
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }
 
     def process(
@@ -266,7 +253,7 @@ class AILabQwenVLAdvanced(_AILabNode):
         token_budget: str = AS_BEFORE,
         unique_id: str | None = None,
     ) -> tuple[str]:
-        return run(
+        return one_answer(
             model_name,
             ask(preset_prompt, custom_prompt, image, video, frame_count),
             LoadOptions(quantization=quantization, attention=attention_mode, device=device),
@@ -310,13 +297,13 @@ class AILabPromptEnhancer(_AILabNode):
                     {"default": "", "multiline": True, "tooltip": "Your own instruction in place of the style."},
                 ),
                 "max_tokens": tokens(256, 32768),
-                "temperature": number(0.7, 0.0, 2.0, "Higher is more varied; 0 is always the likeliest token."),
-                "top_p": number(0.9, 0.0, 1.0, "Only the likeliest tokens that together have this probability."),
-                "repetition_penalty": number(1.1, 0.5, 2.0, "Over 1: used tokens become less likely."),
+                "temperature": number(0.7, 0.0, 2.0, "Higher is more varied; 0 is always the likeliest token.", 0.05),
+                "top_p": number(0.9, 0.0, 1.0, "Only the likeliest tokens that together have this probability.", 0.05),
+                "repetition_penalty": number(1.1, 0.5, 2.0, "Over 1: used tokens become less likely.", 0.05),
                 "keep_model_loaded": KEEP,
                 "seed": SEED,
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }
 
     def process(
@@ -339,7 +326,7 @@ class AILabPromptEnhancer(_AILabNode):
     ) -> tuple[str]:
         instruction = custom_system_prompt.strip() or words(enhancement_style, presets.STYLES, "custom_system_prompt")
         prompt = f"{instruction}\n\n{prompt_text.strip() or presets.EMPTY_ENHANCEMENT}"
-        return run(
+        return one_answer(
             model_name,
             Question(prompt),
             LoadOptions(quantization=quantization, attention=attention_mode, device=device),

@@ -13,6 +13,7 @@ from ..vision_language.caption_job import FORMATS, MEDIA, CaptionJob, place
 from ..vision_language.captioning import FolderCaptioner
 from ..vision_language.loaded_model import LoadedModel
 from ..vision_language.sampling import Sampling
+from .sockets import HIDDEN
 from .vision_sockets import BUDGET, CACHE, CATEGORY, DECODE, KEEP, MODEL, SEED, SYSTEM, TEMPERATURE, THINKING
 
 
@@ -89,7 +90,7 @@ class HotpathCaptionFolder:
                      "spread."},
                 ),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }  # fmt: skip
 
     @classmethod

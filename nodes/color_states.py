@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from .. import host
@@ -11,7 +12,12 @@ from ..colorization.film_state import FilmState, load_state, save_state
 from .colour_sockets import STATE
 
 CATEGORY = "Hotpath/colorization"
-STATES_FOLDER = "color_states"
+STATES_FOLDER = "color_states"  # in the output folder
+NAME = ("STRING", {"default": "film", "tooltip": "Name of the file, without its ending."})
+
+
+def _file(name: str) -> Path:
+    return inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
 
 
 class HotpathSaveColorState:
@@ -27,11 +33,10 @@ class HotpathSaveColorState:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        name = ("STRING", {"default": "film", "tooltip": "Name of the file, without its ending."})
-        return {"required": {"state": (STATE, {"tooltip": "From Colorize Video."}), "name": name}}
+        return {"required": {"state": (STATE, {"tooltip": "From Colorize Video."}), "name": NAME}}
 
     def save(self, state: FilmState, name: str) -> tuple[str]:
-        path = inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
+        path = _file(name)
         save_state(state, path)
         return (str(path),)
 
@@ -48,18 +53,17 @@ class HotpathLoadColorState:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        name = ("STRING", {"default": "film", "tooltip": "Name of the file, without its ending."})
-        return {"required": {"name": name}}
+        return {"required": {"name": NAME}}
 
     @classmethod
     def IS_CHANGED(cls, name: str | None) -> Any:
         if name is None:
             return float("nan")  # it comes from another node, and ComfyUI does not tell it yet
-        path = inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
+        path = _file(name)
         return file_fingerprint(path) if path.is_file() else ""
 
     def load(self, name: str) -> tuple[FilmState, int]:
-        path = inside(host.current().output_folder() / STATES_FOLDER, f"{name}.safetensors")
+        path = _file(name)
         if not path.is_file():
             raise FileNotFoundError(f"There is no color state {path}; save one first.")
         state = load_state(path)

@@ -23,8 +23,9 @@ from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, PRECISIONS
 from ..colorization.pictures import as_frames
 from ..colorization.shot_job import Shot, colorize_shot
 from .colour_sockets import ALIASES as COLOUR_ALIASES
-from .colour_sockets import FRAMES, HIDDEN, STATE, AnyCheckpoint, attention_inputs, checkpoint_input
+from .colour_sockets import FRAMES, STATE, AnyCheckpoint, attention_inputs, checkpoint_input
 from .kept_workflow import WORKFLOW, workflow_texts
+from .sockets import HIDDEN
 
 PLAYED = (".mp4", ".m4v", ".mov", ".webm")
 CATEGORY = "Hotpath/colorization"

@@ -15,7 +15,6 @@ from ..colorization.compatible import ColorMNetJob, run_colormnet
 from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, load_colormnet
 from .colour_sockets import (
     FRAMES,
-    HIDDEN,
     AnyCheckpoint,
     CompatibleImageNode,
     CompatibleVideoNode,
@@ -23,6 +22,7 @@ from .colour_sockets import (
     compile_input,
     shown,
 )
+from .sockets import HIDDEN, number
 
 ENCODERS = ["resnet50", "vgg19", "dinov2_vits", "dinov2_vitb", "dinov2_vitl", "clip_vitb"]
 ENCODER_NOTE = (
@@ -95,10 +95,7 @@ class ColorMNetVideo(CompatibleVideoNode, AnyCheckpoint):
             },
             "optional": {
                 "text_guidance": ("STRING", {"default": "", "multiline": False, "tooltip": TEXT_NOTE}),
-                "text_guidance_weight": (
-                    "FLOAT",
-                    {"default": 0.3, "min": 0.0, "max": 1.0, "step": 0.05, "tooltip": TEXT_NOTE},
-                ),
+                "text_guidance_weight": number(0.3, 0.0, 1.0, TEXT_NOTE, 0.05),
                 "original_luminance": ORIGINAL_LUMINANCE,
                 "checkpoint": checkpoint_input(CHECKPOINT),
             },

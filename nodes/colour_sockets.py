@@ -12,7 +12,6 @@ from ..attention.local_window import BACKENDS
 from ..colorization.networks import AUTOMATIC, colormnet_files
 
 ALIASES = ["colorize", "colourise", "black and white", "b&w", "grayscale", "recolor"]
-HIDDEN = {"unique_id": "UNIQUE_ID"}
 STATE = "HOTPATH_COLOR_STATE"
 FRAMES = ("IMAGE", {"tooltip": "The frames. Only their luminance is looked at."})
 

@@ -7,10 +7,9 @@ from typing import Any
 from .. import host
 from ..patches.compilation import MODES, REGIONS, CompileSettings, compile_model
 from ..patches.warmup import EXAMPLE, parse_sizes, warm_up
+from .sockets import HIDDEN, NATIVE_MODEL
 
 CATEGORY = "Hotpath/acceleration"
-HIDDEN = {"unique_id": "UNIQUE_ID"}
-MODEL = ("MODEL", {"tooltip": "Any native model. It is cloned; the one you connect stays as it is."})
 
 
 class HotpathCompile:
@@ -33,7 +32,7 @@ class HotpathCompile:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": MODEL,
+                "model": NATIVE_MODEL,
                 "mode": (
                     list(MODES),
                     {

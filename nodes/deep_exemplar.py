@@ -12,7 +12,8 @@ import torch
 
 from ..colorization.compatible import DeepExemplarJob, run_deep_exemplar
 from ..colorization.networks import load_deep_exemplar
-from .colour_sockets import FRAMES, HIDDEN, CompatibleImageNode, CompatibleVideoNode, compile_input, shown
+from .colour_sockets import FRAMES, CompatibleImageNode, CompatibleVideoNode, compile_input, shown
+from .sockets import HIDDEN
 
 SAGE_NOTE = (
     "use_sage_attention does nothing: Deep Exemplar has no attention layer. Its match of frame and reference is an "

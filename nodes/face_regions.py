@@ -10,9 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import face
-from ..face import Faces
-from ..face.crops import CropPlaces
-from .sockets import FACES, PICTURES
+from ..face import CropPlaces, Faces
+from .sockets import FACES, PICTURES, number
 
 CATEGORY = "Hotpath/faces"
 
@@ -70,16 +69,7 @@ class HotpathFaceCrop:
                 "image": PICTURES,
                 "faces": FACES,
                 "size": ("INT", {"default": 512, "min": 64, "max": 4096, "step": 8, "tooltip": "Side of each crop."}),
-                "margin": (
-                    "FLOAT",
-                    {
-                        "default": 0.5,
-                        "min": 0.0,
-                        "max": 3.0,
-                        "step": 0.05,
-                        "tooltip": "Room on each side, in face sizes.",
-                    },
-                ),
+                "margin": number(0.5, 0.0, 3.0, "Room on each side, in face sizes.", 0.05),
                 "align": ("BOOLEAN", {"default": True, "tooltip": "Turn each crop so that the eyes are level."}),
                 "when_none": _when_none("a black crop that is pasted nowhere"),
             }
@@ -138,16 +128,7 @@ class HotpathFaceMask:
             "required": {
                 "faces": FACES,
                 "shape": (list(face.SHAPES), {"default": "oval", "tooltip": "oval follows the tilt of the face."}),
-                "grow": (
-                    "FLOAT",
-                    {
-                        "default": 0.1,
-                        "min": -0.4,
-                        "max": 3.0,
-                        "step": 0.05,
-                        "tooltip": "Added on each side, in face sizes.",
-                    },
-                ),
+                "grow": number(0.1, -0.4, 3.0, "Added on each side, in face sizes.", 0.05),
                 "feather": (
                     "INT",
                     {"default": 16, "min": 0, "max": 1024, "tooltip": "Width of the soft edge, in pixels."},

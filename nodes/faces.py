@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import face, host
 from ..face import FaceAnalyser, Faces
-from .sockets import FACES, HIDDEN, PICTURES
+from .sockets import FACES, HIDDEN, PICTURES, number
 
 CATEGORY = "Hotpath/faces"
 FOLDER = "insightface"
@@ -128,10 +128,7 @@ class HotpathFaces:
                     {"default": ALL, "tooltip": "Which face of each picture to keep; only those are embedded."},
                 ),
                 "index": INDEX,
-                "threshold": (
-                    "FLOAT",
-                    {"default": 0.5, "min": 0.05, "max": 0.99, "step": 0.01, "tooltip": "Lowest score of a face."},
-                ),
+                "threshold": number(0.5, 0.05, 0.99, "Lowest score of a face."),
                 "embeddings": (
                     "BOOLEAN",
                     {

@@ -10,24 +10,20 @@ from typing import Any
 import torch
 
 from .. import face, host
-from ..face import FaceChoice, Faces
+from ..face import Faces
 from ..identity import Identity, adopt_adapter, load_identity, save_identity
 from ..identity.drawing import draw_tokens
 from ..patches.identities import merge_people
 from ..patches.instantid import describe_faces, identity_from, identity_of_faces, prepare_identity, read_faces
+from .identity_sockets import COMBINE_EMBEDS, IDENTITY, NEGATIVE_NOISE
 from .saved_files import ReadsSavedFile
-from .sockets import COMBINE_EMBEDS, HIDDEN, IDENTITY, INSTANTID, NEGATIVE_NOISE
+from .sockets import HIDDEN, INSTANTID
 
 CATEGORY = "Hotpath/InstantID"
 FOLDER = "identities"
 UNNAMED = "identity"
 
-CHOICES = {
-    "largest": FaceChoice.largest,
-    "highest score": FaceChoice.highest_score,
-    "centre": FaceChoice.centre,
-    "left to right": FaceChoice.left_to_right,
-}
+CHOICES = ["largest", "highest score", "centre", "left to right"]
 
 
 class HotpathIdentity:
@@ -57,7 +53,7 @@ class HotpathIdentity:
                 "identity": (IDENTITY, {"tooltip": "More of the same person: joined with what is made here."}),
                 "name": ("STRING", {"default": UNNAMED, "tooltip": "Shown in reports and used as file name."}),
                 "which_face": (
-                    list(CHOICES),
+                    CHOICES,
                     {"default": "largest", "tooltip": "Which face of each picture is the person."},
                 ),
             },
@@ -85,7 +81,7 @@ class HotpathIdentity:
                     "A picture is connected but no face model: connect insightface (InstantID Face Analysis)."
                 )
             analyser = face.adapt(insightface)
-            reading = read_faces(analyser, image, CHOICES[which_face]())
+            reading = read_faces(analyser, image, face.choose_face(which_face))
             made.append(identity_from(reading, name, _recogniser(analyser)))
             lines.append(describe_faces(reading))
         if identity is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import host
+from .sockets import HIDDEN
 
 CATEGORY = "Hotpath/map"
 FOLDER = "workflows"  # in the input folder
@@ -148,7 +149,7 @@ class HotpathMap:
                     },
                 ),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }
 
     @classmethod

@@ -14,22 +14,8 @@ from ..patches.identities import InstantIDSettings, Person, apply_people, pose_o
 from ..patches.identity_conditioning import ALL_NETS, ONLY_IDENTITY_NET
 from ..patches.mask import read_mask
 from ..patches.sdxl_layout import AdaptiveChoice
-from .sockets import (
-    BLOCK_PROFILE,
-    COMBINE_EMBEDS,
-    END_AT,
-    HIDDEN,
-    IDENTITY,
-    INSIGHTFACE,
-    INSTANTID,
-    MODEL,
-    NEGATIVE,
-    NEGATIVE_NOISE,
-    PERSON,
-    POSITIVE,
-    START_AT,
-    number,
-)
+from .identity_sockets import COMBINE_EMBEDS, IDENTITY, NEGATIVE_NOISE, PERSON
+from .sockets import BLOCK_PROFILE, END_AT, HIDDEN, INSIGHTFACE, INSTANTID, MODEL, NEGATIVE, POSITIVE, START_AT, number
 
 CATEGORY = "Hotpath/InstantID"
 PEOPLE = 4
@@ -167,11 +153,11 @@ class HotpathInstantID:
         analyser = face.adapt(insightface) if insightface is not None else None
         wanted = pose and control_net is not None and cn_strength > 0
         poses = [pose_of(person, image_kps, analyser)] if wanted else []
-        *result, report = apply_people(
+        result = apply_people(
             model, positive, negative, adopt_adapter(instantid), [person], settings, control_net, poses
         )
-        host.current().show_text(report, unique_id)
-        return result[0], result[1], result[2], report
+        host.current().show_text(result[-1], unique_id)
+        return result
 
 
 class HotpathIdentities:
@@ -266,11 +252,9 @@ class HotpathIdentities:
                 raise ValueError("image_kps needs insightface here, to find a face for each person: connect it.")
             else:
                 poses = [pose_of(person, None, None) for person in group]
-        *result, report = apply_people(
-            model, positive, negative, adopt_adapter(instantid), group, settings, control_net, poses
-        )
-        host.current().show_text(report, unique_id)
-        return result[0], result[1], result[2], report
+        result = apply_people(model, positive, negative, adopt_adapter(instantid), group, settings, control_net, poses)
+        host.current().show_text(result[-1], unique_id)
+        return result
 
 
 NODES: dict[str, type[Any]] = {

@@ -10,9 +10,9 @@ from ..patches.profile_drawing import draw, table
 from ..patches.profiling import ProfileSession, profile
 from ..patches.speed_profile_files import load_profile, source_fingerprint
 from ..patches.speed_profiles import PROFILES, apply_profile
+from .sockets import HIDDEN, NATIVE_MODEL
 
 CATEGORY = "Hotpath/acceleration"
-HIDDEN = {"unique_id": "UNIQUE_ID"}
 SESSION = "HOTPATH_PROFILE"
 FROM_FILE = "hotpath.yaml"
 
@@ -113,7 +113,7 @@ class HotpathSpeedProfile:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL", {"tooltip": "Any native model. It is cloned; the one you connect stays as it is."}),
+                "model": NATIVE_MODEL,
                 "profile": (
                     [*PROFILES, FROM_FILE],
                     {

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from .. import host
 from ..host.whole_paths import allowed
 from ..vision_language import folders
-from ..vision_language.answering import AnswerOptions, answer
+from ..vision_language.answering import AnswerOptions
 from ..vision_language.budgets import OLD_PRESETS, PRESETS
 from ..vision_language.loaded_model import LoadOptions
-from ..vision_language.loading import MODELS, state_of
+from ..vision_language.loading import state_of
 from ..vision_language.pictures import Clip, from_images, read_clip
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
-from .vision_sockets import model_choice
+from .sockets import HIDDEN, number
+from .vision_sockets import model_choice, one_answer
 
 CATEGORY = "Comfyui_QwenVL"
 SYSTEM = "You are a helpful assistant."
@@ -124,18 +124,6 @@ def file_state(path: str) -> str:
     return "" if facts is None else f"{facts.st_size} {facts.st_mtime_ns}"
 
 
-def run(
-    model: str, question: Question, load: LoadOptions, sampling: Sampling, options: AnswerOptions, strip: bool
-) -> tuple[str]:
-    """One answer as these nodes give it, with the report under the node."""
-    needs_sight = bool(question.pictures or question.clips)
-    with MODELS.borrowed(model, load, needs_sight) as loaded:
-        made = answer(loaded, [question], sampling, options)[0]
-    text = made.text if strip else made.raw
-    host.current().show_text(f"{text}\n\n{made.report}", options.node_id)
-    return (text,)
-
-
 class QwenVLNode(_QwenNode):
     DISPLAY_NAME = "QwenVL (Vision-Language)"
     DESCRIPTION = (
@@ -179,7 +167,7 @@ class QwenVLNode(_QwenNode):
                 ),
                 "strip_thoughts": STRIP,
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }
 
     def inference(
@@ -216,7 +204,7 @@ class QwenVLNode(_QwenNode):
         shown = [image if image1 is None else image1, image2, image3, image4]
         pictures = [picture for batch in shown for picture in from_images(first_picture(batch))]
         clips: list[Clip] = [read_clip(allowed(Path(video_path.strip())))] if video_path.strip() else []
-        return run(
+        return one_answer(
             model,
             Question(text, system, tuple(pictures), tuple(clips)),
             LoadOptions(quantization=quantization, attention=attention_mode),
@@ -256,7 +244,7 @@ class QwenTextNode(_QwenNode):
                 **SAMPLING,
                 "strip_thoughts": STRIP,
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }
 
     def inference(
@@ -281,7 +269,7 @@ class QwenTextNode(_QwenNode):
     ) -> tuple[str]:
         if bypass:
             return (prompt,)
-        return run(
+        return one_answer(
             model,
             Question(prompt, system),
             LoadOptions(quantization=quantization, attention=attention_mode),
@@ -312,10 +300,7 @@ class Qwen2VLNode(_QwenNode):
                 "model": model_choice(folders.OLD_VISION_MODELS, True, "Qwen2-VL-7B-Instruct"),
                 "quantization": QUANTIZATION,
                 "keep_model_loaded": KEEP,
-                "temperature": (
-                    "FLOAT",
-                    {"default": 0.7, "min": 0, "max": 1, "step": 0.1, "tooltip": "0: always the likeliest token."},
-                ),
+                "temperature": number(0.7, 0, 1, "0: always the likeliest token.", 0.1),
                 "max_new_tokens": (
                     "INT",
                     {"default": 512, "min": 1, "max": 32768, "step": 1, "tooltip": "The longest answer, in tokens."},
@@ -323,7 +308,7 @@ class Qwen2VLNode(_QwenNode):
                 "seed": SEED,
             },
             "optional": {"image": ("IMAGE", {"tooltip": "A picture; the first one of a batch."})},
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }
 
     def inference(
@@ -338,7 +323,7 @@ class Qwen2VLNode(_QwenNode):
         image: torch.Tensor | None = None,
         unique_id: str | None = None,
     ) -> tuple[str]:
-        return run(
+        return one_answer(
             model,
             Question(text, "", tuple(from_images(first_picture(image)))),
             LoadOptions(quantization=quantization),
@@ -347,7 +332,6 @@ class Qwen2VLNode(_QwenNode):
             AnswerOptions(
                 max_new_tokens, OLD_PRESETS["ultra"], keep_loaded=keep_model_loaded, node_id=unique_id
             ),
-            False,
         )  # fmt: skip
 
 

@@ -1,13 +1,11 @@
-"""Inputs that several nodes of InstantID and of faces declare alike, and the hidden input of every node that shows a report.
+"""What nodes of several families declare alike: inputs, and the hidden one of every node that shows a report.
 
-A family does not import another one: each must register when the others cannot.
+A family does not import another one: each must register when the others cannot. So nothing of the pack is imported here.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-from ..identity import COMBINE_MODES
 
 INSTANTID = ("INSTANTID", {"tooltip": "The InstantID adapter, from Load InstantID Model."})
 INSIGHTFACE = ("FACEANALYSIS", {"tooltip": "The face models, from InstantID Face Analysis. Other packs' work too."})
@@ -43,20 +41,12 @@ MIDDLE_BLOCK = (
     },
 )
 HIDDEN = {"unique_id": "UNIQUE_ID"}
+NATIVE_MODEL = ("MODEL", {"tooltip": "Any native model. It is cloned; the one you connect stays as it is."})
 FACES = ("FACES", {"tooltip": "The faces of a batch, from Find Faces."})
 PICTURES = ("IMAGE", {"tooltip": "Pictures; grey and with transparency work too."})
-IDENTITY = "HOTPATH_IDENTITY"
 BLOCK_PROFILE = "HOTPATH_BLOCK_PROFILE"
-PERSON = (IDENTITY, {"tooltip": "The person, from Identity from Faces or Load Identity."})
-COMBINE_EMBEDS = (
-    list(COMBINE_MODES),
-    {"default": "average", "tooltip": "How several pictures become one person."},
-)
 
 
 def number(default: float, low: float, high: float, tooltip: str, step: float = 0.01) -> tuple[str, dict[str, Any]]:
     """A FLOAT widget."""
     return "FLOAT", {"default": default, "min": low, "max": high, "step": step, "tooltip": tooltip}
-
-
-NEGATIVE_NOISE = number(0.35, 0.0, 1.0, "Noise instead of zeros as the negative identity.", 0.05)

@@ -15,6 +15,7 @@ from ..text_to_image.denoising import Guidance
 from ..text_to_image.generation import Pipeline, generate
 from ..text_to_image.loading import DTYPES, MODELS, LoadOptions, ZImage
 from ..text_to_image.requests import Request
+from .sockets import HIDDEN, number
 
 CATEGORY = "Hotpath/text to image"
 PIPELINE = "HOTPATH_T2I"
@@ -119,16 +120,7 @@ class HotpathZImageLora:
                     host.current().model_files(LORAS, (".safetensors",)) or [""],
                     {"tooltip": "A safetensors file in models/loras, trained for Z-Image."},
                 ),
-                "strength": (
-                    "FLOAT",
-                    {
-                        "default": 1.0,
-                        "min": -10.0,
-                        "max": 10.0,
-                        "step": 0.05,
-                        "tooltip": "1 is as trained, 0 is without.",
-                    },
-                ),
+                "strength": number(1.0, -10.0, 10.0, "1 is as trained, 0 is without.", 0.05),
             }
         }
 
@@ -179,11 +171,10 @@ class HotpathZImage:
                     "INT",
                     {"default": 8, "min": 1, "max": 200, "tooltip": "8 for Z-Image-Turbo, 28 to 50 for Z-Image."},
                 ),
-                "guidance": (
-                    "FLOAT",
-                    {"default": 0.0, "min": 0.0, "max": 30.0, "step": 0.1,
-                     "tooltip": "As diffusers counts: 0 for Turbo, 3 to 5 for Z-Image. It is the CFG of KSampler less 1, and "
-                     "over 0 doubles the time."},
+                "guidance": number(
+                    0.0, 0.0, 30.0,
+                    "As diffusers counts: 0 for Turbo, 3 to 5 for Z-Image. It is the CFG of KSampler less 1, and "
+                    "over 0 doubles the time.", 0.1,
                 ),
                 "seed": (
                     "INT",
@@ -195,11 +186,7 @@ class HotpathZImage:
             "optional": {
                 "image": ("IMAGE", {"tooltip": "A picture to draw over: one, or one for each. It is cut to width x height."}),
                 "mask": ("MASK", {"tooltip": "Where the image is drawn over; elsewhere it stays, as the VAE gives it."}),
-                "strength": (
-                    "FLOAT",
-                    {"default": 0.6, "min": 0.01, "max": 1.0, "step": 0.01,
-                     "tooltip": "With an image: how much of it is drawn anew. 1 keeps nothing."},
-                ),
+                "strength": number(0.6, 0.01, 1.0, "With an image: how much of it is drawn anew. 1 keeps nothing."),
                 "cfg_normalization": (
                     "FLOAT",
                     {"default": 0.0, "min": 0.0, "max": 10.0, "step": 0.05,
@@ -237,7 +224,7 @@ class HotpathZImage:
                      "tooltip": "With a mask: put the image's own pixels back outside it, which the VAE changes a little."},
                 ),
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }  # fmt: skip
 
     def draw(

@@ -17,6 +17,7 @@ from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS, state_of
 from ..vision_language.pictures import from_frames, from_images
 from ..vision_language.quantization import QUANTIZATIONS
 from ..vision_language.sampling import Sampling
+from .sockets import HIDDEN, number
 from .vision_sockets import BUDGET, CACHE, CATEGORY, DECODE, KEEP, MODEL, SEED, SYSTEM, TEMPERATURE, THINKING
 
 
@@ -178,10 +179,7 @@ class HotpathVLM:
                     {"default": False, "tooltip": "Ask about every picture on its own, several at a time."},
                 ),
                 "batch_size": ("INT", {"default": 8, "min": 1, "max": 256, "tooltip": "Pictures at a time, then."}),
-                "fps": (
-                    "FLOAT",
-                    {"default": 24.0, "min": 0.01, "max": 1000.0, "step": 0.01, "tooltip": "Frames a second of video."},
-                ),
+                "fps": number(24.0, 0.01, 1000.0, "Frames a second of video."),
                 "max_frames": (
                     "INT",
                     {"default": 32, "min": 1, "max": 768, "tooltip": "At most so many frames, evenly spread."},
@@ -194,7 +192,7 @@ class HotpathVLM:
                 "decode": DECODE,
                 "keep_model_loaded": KEEP,
             },
-            "hidden": {"unique_id": "UNIQUE_ID"},
+            "hidden": HIDDEN,
         }  # fmt: skip
 
     def ask(

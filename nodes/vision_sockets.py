@@ -1,12 +1,18 @@
-"""Inputs that our vision-language nodes declare alike; no family imports another one, since each must register alone."""
+"""What several families of vision-language nodes have alike; none imports another one, since each must register alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from .. import host
 from ..vision_language import folders
+from ..vision_language.answering import AnswerOptions, answer
 from ..vision_language.budgets import PRESETS
 from ..vision_language.decode_path import DECODE_PATHS
+from ..vision_language.loaded_model import LoadOptions
+from ..vision_language.loading import MODELS
+from ..vision_language.prompts import Question
+from ..vision_language.sampling import Sampling
 
 CATEGORY = "Hotpath/vision-language"
 THINKING: dict[str, bool | None] = {"as the model does": None, "on": True, "off": False}
@@ -59,3 +65,20 @@ def model_choice(known: tuple[str, ...], sees: bool | None, default: str) -> tup
         folders.choices(known, sees),
         {"default": default, "tooltip": "A folder under models/LLM, or a model that is fetched when it is missing."},
     )
+
+
+def one_answer(
+    model: str,
+    question: Question,
+    load: LoadOptions,
+    sampling: Sampling,
+    options: AnswerOptions,
+    strip_thoughts: bool = False,
+) -> tuple[str]:
+    """What the nodes of shared workflows give, with the report under the node."""
+    needs_sight = bool(question.pictures or question.clips)
+    with MODELS.borrowed(model, load, needs_sight) as loaded:
+        made = answer(loaded, [question], sampling, options)[0]
+    text = made.text if strip_thoughts else made.raw
+    host.current().show_text(f"{text}\n\n{made.report}", options.node_id)
+    return (text,)

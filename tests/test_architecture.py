@@ -214,3 +214,8 @@ def test_a_breach_is_found(path: str, source: str, complaint: str):
 )
 def test_what_is_allowed_passes(path: str, source: str):
     assert violations(source, path) == []
+
+
+def test_what_families_declare_alike_needs_none_of_the_features():
+    """Or the families of faces and caches would be missing where those of identities cannot be imported."""
+    assert not [item for item in imports(ast.parse((ROOT / "nodes" / "sockets.py").read_text("utf-8"))) if item.level]

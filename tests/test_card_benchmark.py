@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ import card
 import card_plan
 from card_plan import Goal, Stage
 
+BENCHMARKS = Path(card.__file__).resolve().parent
 WRITES = (
     "import json, sys; json.dump({'rows': [{'fps': 2.0}]}, open(sys.argv[1], 'w')); print('## Films'); print('| a |')"
 )
@@ -249,7 +252,7 @@ def test_a_stopped_run_leaves_what_it_knows(tmp_path: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
         return torch.ones(1)
 
-    monkeypatch.setattr(acceleration, "prepare_imports", lambda tiny: None)
+    monkeypatch.setattr(acceleration, "use_comfyui", lambda on_cpu: None)
     monkeypatch.setattr(
         acceleration, "FAMILIES", {"z_image": lambda tiny: (Family(), [acceleration.Contestant("a", lambda: run)])}
     )
@@ -259,3 +262,16 @@ def test_a_stopped_run_leaves_what_it_knows(tmp_path: Path, monkeypatch: pytest.
     ((found,),) = (family["contestants"] for family in json.loads(file.read_text())["families"])
     assert [len(times) for times in found["seconds"].values()] == [2, 1, 1]
     assert "a model" in (tmp_path / "acceleration.md").read_text()
+
+
+def test_a_benchmark_measures_the_checkout_it_lies_in(tmp_path: Path) -> None:
+    """Another one that is installed gives way; and what the tests' conftest.py sets, one thread, is for tests alone."""
+    (tmp_path / "hotpath").mkdir()
+    (tmp_path / "hotpath" / "__init__.py").write_text("raise ImportError('the other one')")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(BENCHMARKS)])}
+    command = [sys.executable, "-c", "import checkout, hotpath; print(hotpath.__file__)"]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.strip()
+    assert Path(found) == BENCHMARKS.parent / "__init__.py"
+    texts = {path.name: path.read_text("utf-8") for path in BENCHMARKS.glob("*.py")}
+    own_ways = [name for name, text in texts.items() if "import conftest" in text or 'find_spec("hotpath")' in text]
+    assert not own_ways, f"these find the pack in another way than checkout.py: {own_ways}"

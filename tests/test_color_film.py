@@ -14,7 +14,7 @@ import torch
 from film_files import frames
 from hotpath import host
 from hotpath.attention import local_window
-from hotpath.colorization import clip_job, compatible, film, networks
+from hotpath.colorization import clip_job, compatible, film, full_size, networks
 from hotpath.colorization.colour_space import luminance_of
 from hotpath.colorization.film_options import METHODS, FilmOptions, read_references
 from hotpath.colorization.film_state import FilmState
@@ -251,7 +251,7 @@ def test_one_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_8k_width_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(film, "FULL_SIZE_PIXELS", 1 << 20)
+    monkeypatch.setattr(full_size, "PIXELS_TOGETHER", 1 << 20)
     done = run(frames(1, 620, 7680), frames(1), method="Deep Exemplar", colour_size=64, edge_filter="none")
     assert done.pictures.shape == (1, 620, 7680, 3)
 

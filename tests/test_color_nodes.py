@@ -12,7 +12,7 @@ import pytest
 import torch
 from film_files import frames, read_video, write_film
 from hotpath import host
-from hotpath.colorization import clip_job, compatible, file_job, film, networks, video_file
+from hotpath.colorization import clip_job, compatible, file_job, film, full_size, networks, video_file
 from hotpath.colorization.colour_space import luminance_of
 from hotpath.colorization.film_options import METHODS, FilmOptions
 from hotpath.colorization.shot_job import Shot
@@ -82,7 +82,7 @@ def test_compatible_jobs_are_bounded_at_full_size(monkeypatch: pytest.MonkeyPatc
 
     for name, place in (("upload", 1), ("to_channels_first", 0), ("with_luminance", 0)):
         monkeypatch.setattr(compatible, name, counted(name, place, getattr(compatible, name)))
-    monkeypatch.setattr(compatible, "FULL_SIZE_PIXELS", 2 * 50 * 70)
+    monkeypatch.setattr(full_size, "PIXELS_TOGETHER", 2 * 50 * 70)
     monkeypatch.setattr(clip_job, "PORTION_BYTES", 6 * 50 * 70 * 12)
     found = [compatible.run_colormnet(loaded, images, reference, job)[0] for job in jobs]
     for one, other in zip(found, expected, strict=True):

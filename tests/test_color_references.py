@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from film_files import frames
-from hotpath.colorization import clip_job, film, film_references
+from hotpath.colorization import clip_job, film, film_references, full_size
 from hotpath.colorization.checkpoint_file import WrongCheckpoint
 from hotpath.colorization.colormnet.network import ColorMNet
 from hotpath.colorization.film_options import METHODS, FilmOptions, read_references
@@ -108,7 +108,7 @@ def test_reference_that_is_a_frame_comes_back_as_it_is() -> None:
         )
         torch.testing.assert_close(done.pictures[known], sharp[known], atol=2e-3, rtol=0)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(film, "FULL_SIZE_PIXELS", 2 * 40 * 54)  # the frames 2 and 3 are put together at full size
+        patched.setattr(full_size, "PIXELS_TOGETHER", 2 * 40 * 54)  # the frames 2 and 3 are put together at full size
         done = run(sharp, sharp[3:4], where="3", **options)
         torch.testing.assert_close(done.pictures[3], sharp[3], atol=2e-3, rtol=0)
         assert (done.pictures[2] - sharp[2]).abs().max() > 0.02

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_models import assert_same_picture
 from hotpath.patches.compilation import (
     CompileSettings,
     compile_model,
@@ -21,7 +22,6 @@ from instantid_bench import shallow_bench as bench
 from instantid_scenarios import mask, photo
 
 pytestmark = pytest.mark.comfy
-CLOSE = 2e-5
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +42,6 @@ def bases() -> tuple[Any, Any]:
     forget_compiled_kinds()
     made, _ = compile_model(bench().model, CompileSettings(regions="transformer blocks"), backend="eager")
     return made, compiler_of(made)
-
-
-def assert_same_picture(made: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (made - expected).abs().max() <= CLOSE * expected.abs().max()
 
 
 CHANGES = {

@@ -99,6 +99,20 @@ def test_every_node_is_described(node_classes: dict[str, type[Any]], headless_ho
                 assert rest and rest[0].get("tooltip"), f"{node_id}.{name} has no tooltip"
 
 
+def test_every_node_takes_what_it_declares_and_waits_for_nothing_else(
+    node_classes: dict[str, type[Any]], headless_host: Any
+) -> None:
+    """ComfyUI hands each input over by its name, and leaves an optional one out where nothing is linked to it."""
+    for node_id, node in node_classes.items():
+        inputs = node.INPUT_TYPES()
+        given = {*inputs.get("required", {}), *inputs.get("hidden", {})}
+        taken = [p for p in inspect.signature(getattr(node, node.FUNCTION)).parameters.values() if p.name != "self"]
+        if not any(p.kind is p.VAR_KEYWORD for p in taken):
+            assert {*given, *inputs.get("optional", {})} <= {p.name for p in taken}, node_id
+        waited_for = {p.name for p in taken if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+        assert waited_for <= given, node_id
+
+
 def test_without_any_model_every_list_has_something_to_show(
     node_classes: dict[str, type[Any]], headless_host: Any
 ) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from hotpath import panel
 from hotpath.cache import named_cache
-from hotpath.host import known_models, node_warnings
+from hotpath.host import known_models
 from hotpath.host.downloads import DownloadError
 from hotpath.host.known_models import HubRepository, KnownModel, WebFile, ZipMember
 from hotpath.panel.downloads import DownloadDesk, Refused
 from hotpath.panel.libraries import LibraryReport
-from hotpath.panel.routes import MAX_BODY, THREADS, PanelRoutes, same_origin
+from hotpath.panel.routes import MAX_BODY, THREADS, PanelRoutes
 
 ARCHIVE = WebFile("https://example.com/pack.zip")
 TABLE = (
@@ -76,16 +76,23 @@ def state(desk: DownloadDesk, name: str) -> dict[str, Any]:
     return next(entry for entry in desk.states() if entry["name"] == name)
 
 
+@contextlib.asynccontextmanager
+async def client_of(routes: PanelRoutes) -> AsyncIterator[TestClient]:
+    """Of a real aiohttp server."""
+    found = web.RouteTableDef()
+    routes.add_to(found)
+    app = web.Application()
+    app.add_routes(found)
+    async with TestClient(TestServer(app)) as client:
+        yield client
+
+
 def ask(routes: PanelRoutes, *requests: tuple[str, str, dict[str, Any]]) -> list[tuple[int, Any]]:
-    """Status and JSON of each request, on a real aiohttp server."""
+    """Status and JSON of each request."""
 
     async def run() -> list[tuple[int, Any]]:
-        found = web.RouteTableDef()
-        routes.add_to(found)
-        app = web.Application()
-        app.add_routes(found)
         answers = []
-        async with TestClient(TestServer(app)) as client:
+        async with client_of(routes) as client:
             for method, path, options in requests:
                 async with client.request(method, f"/hotpath/{path}", **options) as answer:
                     answers.append((answer.status, await answer.json()))
@@ -284,11 +291,7 @@ def test_the_server_answers_while_a_disk_is_slow(routes):
     routes.reads["slow"] = lambda _: (begun.set(), {"slept": release.wait(120)})[1]
 
     async def run() -> bool:
-        found = web.RouteTableDef()
-        routes.add_to(found)
-        app = web.Application()
-        app.add_routes(found)
-        async with TestClient(TestServer(app)) as client:
+        async with client_of(routes) as client:
             slow = asyncio.ensure_future(client.get("/hotpath/slow"))
             await asyncio.to_thread(begun.wait, 60)
             async with client.get("/hotpath/caches") as answer:
@@ -349,62 +352,10 @@ def test_what_is_not_such_a_request(routes, request_, status):
 
 def test_changes_are_never_made_by_get(routes):
     async def run() -> list[int]:
-        found = web.RouteTableDef()
-        routes.add_to(found)
-        app = web.Application()
-        app.add_routes(found)
-        async with TestClient(TestServer(app)) as client:
+        async with client_of(routes) as client:
             return [(await client.get(f"/hotpath/{path}")).status for path in routes.changes]
 
     assert set(asyncio.run(run())) == {405}
-
-
-@pytest.mark.parametrize(
-    ("headers", "ours"),
-    [
-        ({"Host": "127.0.0.1:8188"}, True),
-        ({"Host": "127.0.0.1:8188", "Origin": "http://127.0.0.1:8188"}, True),
-        ({"Host": "comfy.local", "Origin": "http://comfy.local:80"}, True),
-        ({"Host": "comfy.local:443", "Origin": "https://comfy.local"}, True),
-        ({"Host": "127.0.0.1:8188", "Origin": "http://127.0.0.1:8189"}, False),
-        ({"Host": "127.0.0.1:8188", "Origin": "http://localhost:8188"}, False),
-        ({"Host": "a.com", "Origin": "http://a.com.evil.com"}, False),
-        ({"Host": "a.com", "Origin": "http://a.com:99999"}, False),
-        ({"Host": "", "Origin": "null"}, False),
-        ({"Origin": "http://a.com"}, False),
-        # A proxy that changes Host; the browser itself says that page and server are the same.
-        ({"Host": "upstream:8188", "Origin": "https://a.com", "Sec-Fetch-Site": "same-origin"}, True),
-        ({"Host": "a.com", "Origin": "https://a.com", "Sec-Fetch-Site": "cross-site"}, False),
-    ],
-)
-def test_same_origin(headers, ours):
-    assert same_origin(headers) is ours
-
-
-def test_libraries_are_looked_at_in_another_process(tmp_path):
-    code = f"import os, pathlib; p = pathlib.Path({str(tmp_path / 'n')!r}); p.open('a').write('x'); "
-    report = LibraryReport((sys.executable, "-c", code + "print('{\"backends\": [%d]}' % os.getpid())"))
-    first = report.read()
-    assert first["backends"] != [__import__("os").getpid()]
-    assert report.read() == first and (tmp_path / "n").read_text() == "x"  # remembered
-    assert report.read(again=True) != first
-
-
-@pytest.mark.parametrize(
-    ("code", "sentence"),
-    [
-        ("import os; os._exit(139)", "ended with code 139"),
-        ("print('[]')", "ended with code 0"),
-        ("import sys; sys.stdout.buffer.write(b'\\xe9')", "ended with code 0"),
-    ],
-)
-def test_a_library_that_kills_its_process(code, sentence):
-    assert sentence in LibraryReport((sys.executable, "-c", code)).read()["error"]
-
-
-def test_a_library_that_never_ends():
-    report = LibraryReport((sys.executable, "-c", "import time; time.sleep(60)"), timeout=1.0)
-    assert "longer than 1 s" in report.read()["error"]
 
 
 def test_attention_backends_say_why_not(routes):
@@ -437,46 +388,3 @@ def test_an_answer_that_fails_is_a_sentence(routes):
     routes.reads["overview"] = fail
     ((status, answer),) = ask(routes, get("overview"))
     assert status == 500 and "OSError" in answer["error"] and "secret" not in answer["error"]
-
-
-def test_warnings_of_the_pack_reach_the_node():
-    shown: list[str] = []
-    handler = node_warnings.install(shown.append)
-    try:
-        node_warnings.install(shown.append)  # the second replaces the first
-        logging.getLogger("hotpath.face").warning("%s is slow", "this")
-        logging.getLogger("hotpath.face").info("not this")
-        logging.getLogger("another").warning("nor this")
-        logging.getLogger("hotpath.nodes").warning("sent already", extra={node_warnings.SHOWN: True})
-        assert shown == ["this is slow"]
-    finally:
-        for h in [h for h in logging.getLogger("hotpath").handlers if isinstance(h, node_warnings.NodeWarnings)]:
-            logging.getLogger("hotpath").removeHandler(h)
-        assert handler not in logging.getLogger("hotpath").handlers
-
-
-def test_without_comfyui_a_warning_is_logged_and_kept(headless_host, caplog):
-    headless_host.warn("slow", "7")
-    assert headless_host.texts == [("7", "Warning: slow")] and "slow" in caplog.text
-
-
-@pytest.mark.comfy
-def test_in_comfyui_a_warning_goes_to_the_browser_that_queued(monkeypatch, caplog):
-    from hotpath.host import comfyui
-
-    sent: list[tuple[str, dict[str, Any], str]] = []
-    server = type("Server", (), {"client_id": "me", "send_sync": lambda self, *message: sent.append(message)})()
-    module = type("Module", (), {"PromptServer": type("PromptServer", (), {"instance": server})})
-    monkeypatch.setitem(sys.modules, "server", module)
-    host = object.__new__(comfyui.ComfyUIHost)
-    handler = node_warnings.install(comfyui.send_warning)
-    try:
-        host.warn("slow", "7")
-        assert sent == [("hotpath.warning", {"node": "7", "text": "slow"}, "me")]  # once, though it is logged, too
-        assert "slow" in caplog.text
-        host.warn("nobody runs")
-        server.client_id = None  # a prompt that a program queued, and nobody looks on
-        host.warn("slow", "7")
-        assert len(sent) == 1
-    finally:
-        logging.getLogger("hotpath").removeHandler(handler)

@@ -40,10 +40,11 @@ class DecoderContext:
     skip4: Tensor
 
     def frame(self, index: int) -> DecoderContext:
-        return self.frames(index, index + 1)
+        return self.frames(slice(index, index + 1))
 
-    def frames(self, first: int, stop: int) -> DecoderContext:
-        planes, rows = slice(first * PLANES, stop * PLANES), slice(first, stop)
+    def frames(self, rows: slice) -> DecoderContext:
+        """Those of some frames alone."""
+        planes = slice(rows.start * PLANES, rows.stop * PLANES)
         return DecoderContext(self.entry[planes], self.skip[planes], self.skip8[rows], self.skip4[rows])
 
 

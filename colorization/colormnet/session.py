@@ -136,19 +136,19 @@ class ColorMNetSession:
                 self._remember_reference(reference)
         normal = F.pad(normalise_luminance(luminance), self.padding)
 
-        def part(chosen: Sequence[int]) -> Coloured:
-            keys = self.engine.encode_keys(normal[chosen[0] : chosen[-1] + 1], self.position)
+        def part(rows: slice) -> Coloured:
+            keys = self.engine.encode_keys(normal[rows], self.position)
             readout, confidence = self._read(keys, local=False)
             context = self.network.decoder.add_readout(keys.context, readout)
             rest = torch.zeros_like(self.sensory.hidden)
             frames = []
-            for index in range(len(chosen)):
+            for index in range(len(keys.key)):
                 host.current().check_interrupt()
                 frames.append(self.engine.decode(context.frame(index), rest, False)[0])
             return Coloured(torch.cat(frames), confidence)
 
         with self.times.stage("stills"):
-            parts = self.frames_together.map(range(len(luminance)), part)
+            parts = self.frames_together.map(len(luminance), part)
         return self._cut_out(parts)
 
     def _cut_out(self, parts: Sequence[Coloured]) -> Coloured:
@@ -201,9 +201,8 @@ class ColorMNetSession:
 
     def _encode(self, luminance: Tensor) -> FrameKeys:
         """The key encoder over all frames of a group, in as many batches as memory asks for."""
-        indices = range(len(luminance))
-        parts = self.frames_together.map(
-            indices, lambda chosen: self.engine.encode_keys(luminance[chosen[0] : chosen[-1] + 1], self.position)
+        parts: list[FrameKeys] = self.frames_together.map(
+            len(luminance), lambda rows: self.engine.encode_keys(luminance[rows], self.position)
         )
         context = DecoderContext(
             *(_joined([getattr(p.context, n) for p in parts]) for n in ("entry", "skip", "skip8", "skip4"))
@@ -225,20 +224,16 @@ class ColorMNetSession:
         confidence = reading.nearest.clamp_max(0).exp().view(frames, 1, rows, columns)
         key, value = self.sensory.last_key, self.sensory.last_value
         if local and key is not None and value is not None:
-            near = self.frames_together.map(
-                range(frames), lambda chosen: self.engine.near(keys.key[chosen[0] : chosen[-1] + 1], key, value)
-            )
+            near = self.frames_together.map(frames, lambda rows: self.engine.near(keys.key[rows], key, value))
             readout = readout + _joined(near).reshape(readout.shape)
         return readout, confidence
 
     def _with_readout(self, context: DecoderContext, readout: Tensor) -> DecoderContext:
-        def part(chosen: Sequence[int]) -> DecoderContext:
-            first, stop = chosen[0], chosen[-1] + 1
-            return self.network.decoder.add_readout(
-                context.frames(first, stop), readout[first * PLANES : stop * PLANES]
-            )
+        def part(rows: slice) -> DecoderContext:
+            planes = slice(rows.start * PLANES, rows.stop * PLANES)
+            return self.network.decoder.add_readout(context.frames(rows), readout[planes])
 
-        parts = self.frames_together.map(range(len(context.skip8)), part)
+        parts = self.frames_together.map(len(context.skip8), part)
         entry, skip = _joined([p.entry for p in parts]), _joined([p.skip for p in parts])
         return DecoderContext(entry, skip, context.skip8, context.skip4)
 

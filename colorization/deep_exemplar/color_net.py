@@ -12,6 +12,9 @@ from ..winograd import Conv3x3
 
 INPUTS = 7  # L, matched a and b, similarity, last frame's L, a and b
 CHROMA_RANGE = 128.0
+HALF_SIZE_GAIN = (
+    1.25  # of chroma at half the size of the result: so the network was trained, and its programs enlarge it
+)
 
 
 def halving(channels: int) -> nn.Conv2d:

@@ -92,9 +92,7 @@ class DeepExemplarSession:
         if tuple(luminance.shape[-2:]) != self.size:
             raise ValueError(f"This session colours {self.size} frames, not {tuple(luminance.shape[-2:])}.")
         padded = _padded(luminance, self.padding)
-        parts = self.frames_together.map(
-            range(len(padded)), lambda chosen: self.match(padded[chosen[0] : chosen[-1] + 1])
-        )
+        parts = self.frames_together.map(len(padded), lambda rows: self.match(padded[rows]))
         matched_chroma = torch.cat([part.chroma for part in parts])
         similarity = torch.cat([part.similarity for part in parts])
         frames: list[Tensor] = []

@@ -99,7 +99,7 @@ def test_onnxruntime_falls_back_with_the_reason_and_the_cure(roots):
 
 def test_a_provider_that_got_only_part_of_the_graph_is_not_believed(roots, monkeypatch):
     from hotpath.face import loading, onnxruntime_engine
-    from hotpath.face.onnxruntime_engine import PROVIDERS, OnnxRuntimeRunner, UnverifiedProvider, heavy_share
+    from hotpath.face.onnxruntime_engine import PROVIDERS, OnnxRuntimeRunner, Provider, UnverifiedProvider, heavy_share
 
     file = face.load_analyser([roots["inside"]], engine="torch", device=CPU).detector.file
     session = OnnxRuntimeRunner(file, PROVIDERS["CPU"], CPU)._session(640, 640)
@@ -108,7 +108,7 @@ def test_a_provider_that_got_only_part_of_the_graph_is_not_believed(roots, monke
     assert heavy_share(session, PROVIDERS["CPU"]) == (1.0 if tells else None)
     assert heavy_share(session, PROVIDERS["CUDA"]) == (0.0 if tells else None)
     # As if onnxruntime listed CoreML first, but had put its nodes elsewhere.
-    monkeypatch.setattr(onnxruntime_engine, "long_name", lambda p: "CPUExecutionProvider")
+    monkeypatch.setattr(Provider, "long_name", "CPUExecutionProvider")
     for share, words in ((0.5, "only 50%"), (None, "cannot be verified")):
         monkeypatch.setattr(onnxruntime_engine, "heavy_share", lambda *a, share=share: share)
         with pytest.raises(UnverifiedProvider, match=words):

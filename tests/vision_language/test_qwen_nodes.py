@@ -190,7 +190,7 @@ SET_AT_AILAB = ["m", "8-bit (Balanced)", "sage", True, "cpu"]
 def test_what_is_set_at_the_ailab_nodes_reaches_the_model(monkeypatch, node_id, order, chosen, asked):
     from hotpath.nodes import ailab_qwen_vl
 
-    monkeypatch.setattr(ailab_qwen_vl, "run", lambda *given: given)
+    monkeypatch.setattr(ailab_qwen_vl, "one_answer", lambda *given: given)
     name, question, load, sampling, answer = NODE_CLASS_MAPPINGS[node_id]().process(*order, unique_id="7")
     assert (name, question.prompt) == ("m", asked)
     assert load == LoadOptions(quantization="8-bit (Balanced)", attention="sage", device="cpu")
@@ -222,14 +222,19 @@ FURTHER = {"do_sample": False, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "repetiti
 def test_what_is_set_at_the_qwen_nodes_reaches_the_model(monkeypatch, node_id, settings, sampling, budget):
     from hotpath.nodes import qwen_vl
 
-    monkeypatch.setattr(qwen_vl, "run", lambda *given: given)
+    monkeypatch.setattr(qwen_vl, "one_answer", lambda *given: given)
     sees = node_id.endswith("VL")
     old = node_id == "Qwen2VL"
     given = SET_AT_QWEN | settings | {"text" if sees else "prompt": "Say it.", "max_new_tokens": 9}
     given |= {} if old else {"system": "Brief.", "attention_mode": "sdpa", "strip_thoughts": True}
     given |= {"enable_image_cache": False} if sees and not old else {}
-    name, question, load, chosen, options, strip = NODE_CLASS_MAPPINGS[node_id]().inference(**given, unique_id="4")
-    assert (name, question.prompt, question.system, strip) == ("m", "Say it.", "" if old else "Brief.", not old)
+    name, question, load, chosen, options, *strip = NODE_CLASS_MAPPINGS[node_id]().inference(**given, unique_id="4")
+    assert (name, question.prompt, question.system, strip) == (
+        "m",
+        "Say it.",
+        "" if old else "Brief.",
+        [] if old else [True],
+    )
     assert load == LoadOptions(quantization="8bit", attention="auto" if old else "sdpa")
     assert chosen == Sampling(*sampling, seed=5)
     assert options == AnswerOptions(9, budget, cache_images=old or not sees, keep_loaded=True, node_id="4")
