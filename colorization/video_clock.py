@@ -177,3 +177,18 @@ def _regular(path: Path, size: int, modified: int, facts: VideoFacts) -> bool:
                     return False
                 recent.append(packet.pts)
     return not found.cut_off
+
+
+def frames_before(path: Path, facts: VideoFacts, time: int) -> int:
+    """How many frames of a regular film are shown before `time`, by its packets: without decoding."""
+    count = 0
+    with open_video(path) as container:
+        stream = video_stream(container, path)
+        clock = FilmClock(container, stream, facts)
+        with closing(demuxed(container, [stream], Irregularities())) as packets:
+            for packet in packets:
+                clock.correct(packet)
+                if packet.dts is not None and packet.dts >= time:
+                    break
+                count += packet.pts is not None and packet.pts < time and not packet.is_discard
+    return count

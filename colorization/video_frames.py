@@ -30,9 +30,15 @@ class FramePortion:
 
 
 def read_portions(
-    path: Path, facts: VideoFacts, size: int, start: int | None = None, found: Irregularities | None = None
+    path: Path,
+    facts: VideoFacts,
+    size: int,
+    start: int | None = None,
+    found: Irregularities | None = None,
+    stop: int | None = None,
 ) -> Generator[FramePortion, None, None]:
-    """`size` frames at a time, the first portion with one more; from the first frame at or after time `start` on.
+    """`size` frames at a time, the first portion with one more; from the first frame at or after time `start` on, and those
+    before time `stop`.
 
     found: gets what was wrong with the file.
     """
@@ -42,7 +48,9 @@ def read_portions(
     target = size + (start is None)
     with closing(timed_frames(path, facts, start, found)) as arriving:
         for time, frame in arriving:
-            frames.append(_to_rgb(frame, facts, found))
+            if stop is not None and time >= stop:
+                break
+            frames.append(to_rgb(frame, facts, found))
             times.append(time)
             if len(frames) == target:
                 yield FramePortion(torch.stack(frames), times)
@@ -114,7 +122,8 @@ def _sought(container: Any, stream: Any, clock: FilmClock, start: int, frames_of
     return chain([first], frames) if first.pts is not None and first.pts <= start else None
 
 
-def _to_rgb(frame: Any, facts: VideoFacts, found: Irregularities) -> Tensor:
+def to_rgb(frame: Any, facts: VideoFacts, found: Irregularities) -> Tensor:
+    """A decoded frame as it is shown, [H, W, 3] uint8."""
     height, width = facts.coded_size
     if (frame.height, frame.width) != (height, width):
         found.scaled += 1
