@@ -75,19 +75,20 @@ def _run(path: Path, facts: VideoFacts, start: int | None, found: Irregularities
     """As `timed_frames`. Returns the last time that there was, and the last one of a packet."""
     with ExitStack() as open_files:
 
-        def begun() -> tuple[Any, Any, FilmClock]:
+        def begun(regular: bool = False) -> tuple[Any, Any, FilmClock]:
             container = open_files.enter_context(open_video(path))
             stream = video_stream(container, path)
             stream.thread_type = threads
-            return container, stream, FilmClock(container, stream, facts)
+            return container, stream, FilmClock(container, stream, facts, regular)
 
         def frames_of(container: Any, stream: Any, clock: FilmClock) -> Any:
             return open_files.enter_context(closing(decoded(container, stream, found, clock)))
 
-        container, stream, clock = begun()
-        frames = None
         # Times that are put right depend on all that comes before, which is then decoded and left out.
-        if start is not None and is_regular(path, facts):
+        regular = start is not None and is_regular(path, facts)
+        container, stream, clock = begun(regular)
+        frames = None
+        if start is not None and regular:
             frames = _sought(container, stream, clock, start, frames_of)
             if frames is None:  # Transport streams may seek too far.
                 container, stream, clock = begun()
