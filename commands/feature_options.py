@@ -109,7 +109,7 @@ def add_caption(commands: Commands) -> None:
         "--prompt",
         default="Detailed Description",
         help="what to ask, or a preset: Tags, Simple Description, Detailed Description (the default), Ultra Detailed "
-        "Description, Cinematic Description or Detailed Analysis",
+        "Description, Cinematic Description, Detailed Analysis, or the name of a text file in models/LLM/prompts",
     )
     caption.add_argument("--system", default="", help="how the model should behave")
     caption.add_argument("--format", choices=("txt", "jsonl", "both"), default="txt", help="what is written")

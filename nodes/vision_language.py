@@ -7,17 +7,28 @@ from typing import Any
 import torch
 
 from .. import host
-from ..vision_language import folders, presets
+from ..vision_language import budgets, folders, own_presets, presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.asking import FORMATS as ANSWER_FORMATS
 from ..vision_language.asking import Request, ask
-from ..vision_language.budgets import preset
 from ..vision_language.loaded_model import LoadedModel, LoadOptions
 from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS, state_of
 from ..vision_language.pictures import from_frames, from_images
 from ..vision_language.quantization import QUANTIZATIONS
 from ..vision_language.sampling import Sampling
-from .vision_sockets import BUDGET, CACHE, CATEGORY, DECODE, KEEP, MODEL, SEED, SYSTEM, TEMPERATURE, THINKING
+from .vision_sockets import (
+    BUDGET,
+    CACHE,
+    CATEGORY,
+    DECODE,
+    KEEP,
+    MODEL,
+    SEED,
+    SYSTEM,
+    TEMPERATURE,
+    THINKING,
+    preset_choice,
+)
 
 
 class HotpathVLMLoader:
@@ -193,9 +204,20 @@ class HotpathVLM:
                 ),
                 "decode": DECODE,
                 "keep_model_loaded": KEEP,
+                "preset": preset_choice(),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }  # fmt: skip
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, preset: Any = own_presets.NONE) -> bool:
+        # One of another machine is looked up when the node runs.
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, preset: Any = None, **inputs: Any) -> str:
+        # Of this node every input is a list.
+        return own_presets.state(preset[0] if isinstance(preset, list) and preset else None)
 
     def ask(
         self,
@@ -210,7 +232,7 @@ class HotpathVLM:
         chosen = {name: spec[1].get("default") for name, spec in declared.items()}
         chosen |= {name: value[0] for name, value in settings.items() if value}
         request = Request(
-            prompt[0],
+            own_presets.in_place_of(prompt[0], chosen["preset"]),
             chosen["system"],
             tuple(picture for batch in images or [] for picture in from_images(batch)),
             tuple(clip for batch in video or [] for clip in from_frames(batch, chosen["fps"], chosen["max_frames"])),
@@ -231,7 +253,7 @@ class HotpathVLM:
         )
         options = AnswerOptions(
             chosen["max_new_tokens"],
-            preset(chosen["token_budget"]),
+            budgets.preset(chosen["token_budget"]),
             answers=chosen["answers"],
             cache_images=chosen["image_cache"] != "off",
             cache_on_disk=chosen["image_cache"] == "memory and disk",

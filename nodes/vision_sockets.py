@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..vision_language import folders
+from ..vision_language import folders, own_presets, presets
 from ..vision_language.budgets import PRESETS
 from ..vision_language.decode_path import DECODE_PATHS
 
@@ -51,6 +51,17 @@ SEED = (
     {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "tooltip": "The same seed gives the same text."},
 )
 MODEL = ("HOTPATH_VLM", {"tooltip": "From Load Vision-Language Model. All nodes that use it share one copy."})
+
+
+def preset_choice() -> tuple[list[str], dict[str, Any]]:
+    """The preset prompts, those of the nodes and one's own."""
+    return (
+        [own_presets.NONE, *own_presets.menu(presets.DESCRIPTIONS)],
+        {
+            "default": own_presets.NONE,
+            "tooltip": "A preset in place of prompt. Text files in models/LLM/prompts are presets of your own.",
+        },
+    )
 
 
 def model_choice(known: tuple[str, ...], sees: bool | None, default: str) -> tuple[list[str], dict[str, Any]]:
