@@ -17,7 +17,7 @@ from ..vision_language.loading import MODELS, state_of
 from ..vision_language.pictures import DEFAULT_FPS, from_frames, from_images
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
-from .vision_sockets import model_choice
+from .vision_sockets import devices, model_choice
 
 CATEGORY = "🧪AILab/QwenVL"
 AS_BEFORE = "as before"
@@ -74,11 +74,6 @@ CUSTOM = (
     "STRING",
     {"default": "", "multiline": True, "tooltip": "Your own prompt; it takes the place of the preset."},
 )
-
-
-def devices() -> list[str]:
-    found = ["auto", "cpu", "mps"]
-    return found + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
 
 
 def tokens(default: int, most: int) -> tuple[str, dict[str, Any]]:

@@ -27,6 +27,7 @@ from .vision_sockets import (
     SYSTEM,
     TEMPERATURE,
     THINKING,
+    devices,
     preset_choice,
 )
 
@@ -86,12 +87,17 @@ class HotpathVLMLoader:
                     {"default": "", "tooltip": "A repository of the hub, as owner/name, in place of model: a fine-tune, say. Its "
                      "folder is fetched when it is missing."},
                 ),
+                "device": (
+                    devices(),
+                    {"default": "auto", "tooltip": "Where it computes. auto is where ComfyUI does; another card keeps that one "
+                     "free for pictures."},
+                ),
             },
         }  # fmt: skip
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model: str = "") -> bool:
-        # A name from another machine is looked up, or fetched, when the node runs.
+    def VALIDATE_INPUTS(cls, model: str = "", device: str = "") -> bool:
+        # What another machine has is looked up, or fetched, when the node runs.
         return True
 
     @classmethod
@@ -109,10 +115,12 @@ class HotpathVLMLoader:
         revision: str = "",
         stream_layers: int = -1,
         repository: str = "",
+        device: str = "auto",
     ) -> tuple[LoadedModel, str]:
-        options = LoadOptions(dtype, quantization, attention, "auto", revision.strip(), stream_layers)
+        options = LoadOptions(dtype, quantization, attention, device, revision.strip(), stream_layers)
         loaded = MODELS.get(repository.strip() or model, options, False)
-        report = "\n".join([f"{loaded.folder.name}: {loaded.model_type}, {loaded.dtype}", *loaded.notes])
+        where = "" if device == "auto" else f", on {loaded.device}"
+        report = "\n".join([f"{loaded.folder.name}: {loaded.model_type}, {loaded.dtype}{where}", *loaded.notes])
         return loaded, report
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..vision_language import folders, own_presets, presets
 from ..vision_language.budgets import PRESETS
 from ..vision_language.decode_path import DECODE_PATHS
@@ -51,6 +53,14 @@ SEED = (
     {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "tooltip": "The same seed gives the same text."},
 )
 MODEL = ("HOTPATH_VLM", {"tooltip": "From Load Vision-Language Model. All nodes that use it share one copy."})
+
+
+def devices() -> list[str]:
+    """Those of this machine, and what other machines have one of."""
+    found = ["auto", "cpu", "mps"]
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        found += [f"{kind}:{index}" for index in range(module.device_count())]
+    return found
 
 
 def preset_choice() -> tuple[list[str], dict[str, Any]]:
