@@ -231,6 +231,12 @@ class ComfyUIHost:
 
         return management.get_torch_device()
 
+    def vae_device(self) -> torch.device:
+        import comfy.model_management as management
+
+        place: torch.device = management.vae_device()  # the CPU with --cpu-vae
+        return place
+
     def offload_device(self) -> torch.device:
         return OFFLOAD
 

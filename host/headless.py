@@ -146,6 +146,9 @@ class HeadlessHost:
     def device(self) -> torch.device:
         return self._device
 
+    def vae_device(self) -> torch.device:
+        return self._device
+
     def offload_device(self) -> torch.device:
         return torch.device("cpu")
 

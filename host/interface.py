@@ -101,6 +101,9 @@ class Host(Protocol):
     def device(self) -> torch.device:
         """Where networks compute."""
 
+    def vae_device(self) -> torch.device:
+        """Where pictures become latents, and latents pictures."""
+
     def offload_device(self) -> torch.device:
         """Where weights wait."""
 

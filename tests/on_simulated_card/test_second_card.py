@@ -1,5 +1,5 @@
-"""A vision-language model on another card than the host's: all that is its own is there, and the host's memory management
-follows it."""
+"""Networks elsewhere than on the host's card: a vision-language model on another one, with all that is its own, and a VAE that
+stays on the CPU. The host's memory management follows them."""
 
 from __future__ import annotations
 
@@ -123,3 +123,45 @@ def test_comfyui_looks_after_a_second_card(card: Any, monkeypatch: pytest.Monkey
     management.unload_all_models()
     assert not one.weight.is_cuda and not other.weight.is_cuda
     assert here.compute_dtype(supported=(torch.bfloat16,), device=SECOND) == torch.bfloat16
+
+
+@pytest.mark.comfy
+def test_a_vae_stays_on_the_cpu_where_comfyui_was_told_so(
+    card: Any, headless_host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By --cpu-vae, for images that are read and pictures that are drawn."""
+    from comfy.cli_args import args
+    from hotpath import host
+    from hotpath.demo.z_image_model import write_checkpoint
+    from hotpath.host.comfyui import ComfyUIHost
+    from hotpath.text_to_image.generation import Pipeline, Request, generate
+    from hotpath.text_to_image.jobs import forget_models
+    from hotpath.text_to_image.loading import MODELS as CHECKPOINTS
+    from hotpath.text_to_image.loading import LoadOptions
+
+    here = ComfyUIHost()
+    monkeypatch.setattr(here, "model_folders", headless_host.model_folders)
+    write_checkpoint(here.model_folders("diffusers")[0] / "tiny")
+    image = torch.rand(1, 32, 32, 3)
+    request = Request("a fox", width=32, height=32, steps=2, strength=0.7, image=image, prompt_cache="off")
+    found = []
+    before = host.use(here)
+    try:
+        with torch.inference_mode():
+            for told in (False, True):
+                monkeypatch.setattr(args, "cpu_vae", told)
+                model = CHECKPOINTS.get("tiny", LoadOptions(dtype="float32"))
+                found.append(generate(Pipeline(model), request))
+                places = [next(part.managed.module.parameters()).device.type for part in model.components()]
+                assert places == ["cuda", "cuda", "cpu" if told else "cuda"]
+                assert ("the VAE computes on cpu in float32, as ComfyUI was started" in found[-1].report) == told
+                model = CHECKPOINTS.get("tiny")
+                kept = model.vae_dtype == model.dtype
+                assert model.dtype == torch.bfloat16 and kept != told
+                forget_models()
+                del model
+                gc.collect()
+    finally:
+        host.use(before)
+    assert (found[0].pictures - found[1].pictures).abs().max() < 1e-4
+    assert found[1].pictures.std() > 0
