@@ -6,6 +6,7 @@ A whole film that was there before stays until the new one is whole.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections import deque
@@ -20,7 +21,8 @@ from .. import host
 from ..cache import content_key, file_fingerprint
 from .clip_job import finish_report, load_method, portion_frames, preview_of, room_for, start_report
 from .film import FilmSession, PreparedFrames, Snapshot
-from .film_options import FilmOptions, Reference, read_references, unreached
+from .film_options import FilmOptions, Reference, outside, read_references, unreached
+from .film_part import Extent, PartStart, find_start
 from .film_state import load_state
 from .manifest import Manifest, read_manifest
 from .networks import AUTOMATIC, LoadedNetwork
@@ -48,6 +50,7 @@ class FileJob:
 
     quality: the encoder's constant rate factor, lower is better. codec: any of PyAV's encoders that knows crf. workflow:
     texts that are put into the film, as `assemble` takes them; they do not decide whether a film may be gone on with.
+    extent: how much of the film; `extent.named` gives an output that is not the whole film's.
     """
 
     source: Path
@@ -59,6 +62,7 @@ class FileJob:
     precision: str = AUTOMATIC
     resume: bool = True
     workflow: Mapping[str, str] = field(default_factory=dict)
+    extent: Extent = field(default_factory=Extent)
 
     def __post_init__(self) -> None:
         if self.codec == "libx264" and not 0 <= self.quality <= 51:
@@ -92,6 +96,7 @@ def colorize_file(
     manifest = _manifest(job, references, loaded, folder)
     try:
         check_container(job.source, job.output, folder, facts, job.codec, job.quality)
+        start = None if job.extent.whole or manifest.parts else _start(job, references, facts, status)
     except VideoError:
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -108,23 +113,33 @@ def colorize_file(
         film = FilmSession(network, loaded, job.options, references, facts.height, facts.width)
         if manifest.parts:
             film.load(load_state(manifest.state_file(folder, len(manifest.parts))))
-            film.cuts = manifest.cuts(film.shot)
+            film.cuts = [film.frame - manifest.frames + cut for cut in manifest.cuts(film.shot)]
+        elif start is not None:
+            film.start_at(start.frame, start.shot, start.detector)
         if begun is not None:
             begun()
-        running = _FileRun(job, facts, film, folder, manifest, status)
+        running = _FileRun(job, facts, film, folder, manifest, status, start)
         try:
             running.run()
         except BaseException:
-            _leave_playable(job, folder, manifest, status)
+            _leave_playable(job, folder, manifest, status, running.end)
             raise
     for note in running.found.notes(job.source.name):
         report.note(note)
-    for lost in assemble(manifest.part_files(folder), job.source, job.output, workflow=job.workflow):
+    for lost in assemble(
+        manifest.part_files(folder), job.source, job.output, workflow=job.workflow, part_end=running.end
+    ):
         report.note(lost)
     drop_left(job.output)
     shutil.rmtree(folder, ignore_errors=True)
     finish_report(report, film, manifest.frames - before)
-    for note in unreached(references, manifest.frames):
+    first = film.frame - manifest.frames
+    if job.extent.whole:
+        left = unreached(references, manifest.frames)
+    else:
+        report.fact("part", f"{job.extent}, frames {first} to {film.frame - 1} of {job.source.name}")
+        left = outside(references, first, film.frame, job.options.method)
+    for note in left:
         report.note(note)
     return report.text(film.times, film.engines(), film.notes())
 
@@ -171,14 +186,25 @@ class _FileRun:
         folder: Path,
         manifest: Manifest,
         status: Callable[[str], None],
+        start: PartStart | None,
     ) -> None:
         self.film, self.status = film, status
-        self.total, self.done = max(facts.frames, manifest.frames), manifest.frames
+        expected, stop = facts.frames, None
+        # In seconds of the film's clock: where the part ends, None for a whole film
+        self.end: float | None = None
+        if not job.extent.whole:
+            begin, stop = job.extent.ticks(job.source, facts)
+            self.end = math.inf if stop is None else float(stop * facts.time_base)
+            left = facts.frames - film.frame + manifest.frames if facts.frames else 0
+            asked = left if stop is None else -(-(stop - begin) // facts.step)
+            expected = min(asked, left) if left > 0 else asked
+        self.total, self.done = max(expected, manifest.frames), manifest.frames
         self.recorder = PartRecorder(folder, manifest, facts, job.codec, job.quality, film.times)
         self.name = job.source.name
         size = portion_frames(facts.height, facts.width, 1)
         self.found = Irregularities()
-        self.portions = read_portions(job.source, facts, size, manifest.next_time, self.found)
+        going_on = manifest.next_time if start is None else start.time
+        self.portions = read_portions(job.source, facts, size, going_on, self.found, stop)
         self.encoding: deque[Future[Any]] = deque()
         self.in_part = 0
         self.part_shot = 0
@@ -299,7 +325,7 @@ def _manifest(job: FileJob, references: Sequence[Reference], loaded: LoadedNetwo
         [(reference.lab, reference.frame) for reference in references],
         [file_fingerprint(path) for path in loaded.files],
         loaded.precision.dtype,
-        [job.quality, job.codec],
+        [job.quality, job.codec, *([] if job.extent.whole else [str(job.extent)])],
     )
     found = read_manifest(folder, key) if job.resume else None
     if found is not None:
@@ -317,7 +343,24 @@ def _manifest(job: FileJob, references: Sequence[Reference], loaded: LoadedNetwo
     return Manifest(key)
 
 
-def _leave_playable(job: FileJob, folder: Path, manifest: Manifest, status: Callable[[str], None]) -> None:
+def _start(
+    job: FileJob, references: Sequence[Reference], facts: VideoFacts, status: Callable[[str], None]
+) -> PartStart:
+    shots = job.options.shots
+    return find_start(
+        job.source,
+        facts,
+        job.extent,
+        numbered=any(reference.frame for reference in references),
+        threshold=None if shots == "off" else job.options.shot_threshold,
+        counted_shots=shots == "reference per shot",
+        status=status,
+    )
+
+
+def _leave_playable(
+    job: FileJob, folder: Path, manifest: Manifest, status: Callable[[str], None], part_end: float | None
+) -> None:
     """What is finished as a video, which never takes the place of a file that was there before."""
     if not manifest.parts:
         return
@@ -325,7 +368,8 @@ def _leave_playable(job: FileJob, folder: Path, manifest: Manifest, status: Call
         place = place_for(job.output)
         if place is None:
             raise VideoError(f"{job.output.name} and the name beside it belong to other files")
-        assemble(manifest.part_files(folder), job.source, place, complete=False, workflow=job.workflow)
+        parts = manifest.part_files(folder)
+        assemble(parts, job.source, place, complete=False, workflow=job.workflow, part_end=part_end)
         note_left(job.output, place, manifest.frames)
         beside = "" if place == job.output else f", because {job.output.name} was there before"
         status(

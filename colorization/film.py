@@ -123,11 +123,12 @@ class FilmSession:
         self._notes: list[str] = []
         self._session = self._new_session()
 
-    def start_at(self, frame: int, shot: int) -> None:
-        """Colour one shot of a film and nothing else: its first frame is `frame`, and it is number `shot`, both from 0."""
+    def start_at(self, frame: int, shot: int, detector: ShotDetector | None = None) -> None:
+        """Colour a film from `frame` on, which is in shot number `shot`, both from 0. detector: that has seen what comes
+        before; without one, that shot and nothing else is coloured."""
         self.frame = self.shot_start = frame
         self.shot = shot
-        self.detector = None
+        self.detector = detector
         self._renew_session()
 
     def colorize(self, frames: Tensor) -> ColouredFrames:

@@ -121,3 +121,14 @@ def unreached(references: Sequence[Reference], frames: int) -> list[str]:
         for number, reference in enumerate(references, start=1)
         if reference.frame is not None and reference.frame >= frames
     ]
+
+
+def outside(references: Sequence[Reference], first: int, stop: int, method: str) -> list[str]:
+    """The same of a part of a film, its frames first..stop-1. Deep Exemplar goes on with the reference of a frame before."""
+    return [
+        f"Reference {number} is frame {reference.frame}, counted from 0, and this part has the frames {first} to {stop - 1}: "
+        "it was an example only."
+        for number, reference in enumerate(references, start=1)
+        if reference.frame is not None
+        and (reference.frame >= stop or (reference.frame < first and method != "Deep Exemplar"))
+    ]

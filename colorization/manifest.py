@@ -20,7 +20,7 @@ FILE = "manifest.json"
 
 @dataclass(frozen=True)
 class FinishedPart:
-    """Frames first..stop-1 of the film, all of shot `shot`. ends_shot: whether that shot ends here."""
+    """Frames first..stop-1 of what is to be coloured, all of shot `shot`. ends_shot: whether that shot ends here."""
 
     first: int
     stop: int

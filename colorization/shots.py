@@ -30,12 +30,13 @@ class Segment:
 
 
 class ShotDetector:
-    """PySceneDetect's content detector over luminance. threshold: mean change of 255 that counts as a cut.
+    """PySceneDetect's content detector over luminance. threshold: mean change of 255 that counts as a cut. first: number of
+    the first frame that it will see.
 
     Raises ImportError with the cure when PySceneDetect is not installed.
     """
 
-    def __init__(self, threshold: float = THRESHOLD) -> None:
+    def __init__(self, threshold: float = THRESHOLD, first: int = 0) -> None:
         try:
             from scenedetect import FrameTimecode
             from scenedetect.detectors import ContentDetector
@@ -52,7 +53,7 @@ class ShotDetector:
         # Up to 0.6 detectors counted in whole numbers, since then in timecodes.
         counted = "frame_num" in inspect.signature(self._detector.process_frame).parameters
         self._stamp: Any = int if counted else lambda frame: FrameTimecode(frame, 25.0)
-        self._next = 0
+        self._next = first
 
     def go_on(self, frame: int, shot_start: int, seen: Tensor) -> None:
         """Look at a film from `frame` on, as if from its beginning: `seen` is the picture before it, of a detector that

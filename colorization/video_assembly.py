@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..host.whole_files import put_in_place
 from .video_clock import beside
@@ -36,6 +37,7 @@ WORKFLOW_TAGS = ("prompt", "workflow")
 QUICKTIME = ("mp4", "mov", "ipod")  # drop a tag they do not know, unless they are told to keep it
 TAGGED = (*QUICKTIME, "matroska", "webm")
 USUAL_LAYOUTS = {1: "mono", 2: "stereo", 3: "2.1", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
+INTERLEAVED = 10  # seconds in which a file has the packets of one time
 CHAPTERED = ("mp4", "mov", "ipod", "matroska", "webm", "nut")
 
 
@@ -76,11 +78,13 @@ def assemble(
     output: Path,
     complete: bool = True,
     workflow: Mapping[str, str] | None = None,
+    part_end: float | None = None,
 ) -> list[str]:
     """Put the parts' packets in a row, with the source's sound and subtitles beside them as they are; of a film that is not
     complete, as much of them as there are pictures.
 
-    workflow: texts by name, such as "prompt" and "workflow", that tell how the film was made.
+    workflow: texts by name, such as "prompt" and "workflow", that tell how the film was made. part_end: of a part of the
+    film, the second of its clock at which it ends; sound and subtitles are those of the part, and its first picture is at 0.
 
     A file called `output` stays whole until the new one is. Returns a sentence for everything of the source that the new
     file lacks.
@@ -89,7 +93,7 @@ def assemble(
     if unfinished.exists() and unfinished.samefile(source):
         unfinished = output.with_name(f"{output.stem}.unfinished-2{output.suffix}")
     try:
-        lost = _written(parts, source, unfinished, output.suffix, complete, workflow or {})
+        lost = _written(parts, source, unfinished, output.suffix, complete, workflow or {}, part_end)
         put_in_place(unfinished, output)
         return lost
     finally:
@@ -97,7 +101,13 @@ def assemble(
 
 
 def _written(
-    parts: Sequence[Path], source: Path, path: Path, suffix: str, complete: bool, workflow: Mapping[str, str]
+    parts: Sequence[Path],
+    source: Path,
+    path: Path,
+    suffix: str,
+    complete: bool,
+    workflow: Mapping[str, str],
+    part_end: float | None,
 ) -> list[str]:
     import av
 
@@ -130,25 +140,42 @@ def _written(
             target.metadata.update(workflow)
         elif workflow:
             lost.append(f"{suffix} cannot hold the workflow, which is left out; choose another ending, such as .mp4.")
-        lost += _chapters(target, original, suffix, complete)
+        lost += _chapters(target, original, suffix, complete and part_end is None)
         target.start_encoding()
         pictures = _Sink(video, strict)
         arriving = files.enter_context(
             closing(beside(original, film, [original.streams[index] for index in sinks], facts, found))
         )
-        waiting = next(arriving, None)
+        earlier, beside_it = Fraction(0), cast(Iterator[tuple[Any, Fraction]], arriving)
+        if part_end is not None:
+            earlier = next((-packet.pts * packet.time_base for packet in _packets(parts[:1])), Fraction(0))
+            beside_it = _of_part(arriving, float(-earlier), part_end)
+        waiting = next(beside_it, None)
         begins = 0.0 if waiting is None else _begins(*waiting)
-        for packet in _packets(parts):
-            now = _begins(packet)
-            while waiting is not None and begins <= now:
-                _pass_on(target, sinks, found, *waiting)
-                waiting = next(arriving, None)
+
+        def pass_on_until(end: float) -> None:
+            nonlocal waiting, begins
+            while waiting is not None and begins <= end:
+                _pass_on(target, sinks, found, waiting[0], waiting[1] + earlier)
+                waiting = next(beside_it, None)
                 begins = 0.0 if waiting is None else _begins(*waiting)
-            pictures.take(target, packet)
-        while complete and waiting is not None:
-            _pass_on(target, sinks, found, *waiting)
-            waiting = next(arriving, None)
+
+        for packet in _packets(parts):
+            pass_on_until(_begins(packet))
+            pictures.take(target, packet, earlier)
+        if complete:
+            pass_on_until(math.inf)
     return lost + found.notes(source.name)
+
+
+def _of_part(arriving: Iterator[tuple[Any, Fraction]], first: float, end: float) -> Iterator[tuple[Any, Fraction]]:
+    """What begins in a part of the film; the rest of the file need not be read."""
+    for packet, shift in arriving:
+        begins = _begins(packet, shift)
+        if begins >= end + INTERLEAVED:
+            return
+        if first <= begins < end:
+            yield packet, shift
 
 
 def _begins(packet: Any, shift: Fraction = Fraction(0)) -> float:

@@ -27,9 +27,10 @@ PROGRAM_STREAM = "mpeg"  # ffmpeg's name for it: DVDs, .mpg, .vob
 
 
 class FilmClock:
-    """Ticks of `facts.time_base` for the packets of `stream`, in the order of the file."""
+    """Ticks of `facts.time_base` for the packets of `stream`, in the order of the file. regular: the film is known to have no
+    breaks. Behind a place that was sought it may look as if there were one, at frames shown before the one that was found."""
 
-    def __init__(self, container: Any, stream: Any, facts: VideoFacts) -> None:
+    def __init__(self, container: Any, stream: Any, facts: VideoFacts, regular: bool = False) -> None:
         self.time_base = facts.time_base
         self.offset = facts.lead  # ticks
         self.breaks = 0
@@ -42,7 +43,7 @@ class FilmClock:
         self._lead = facts.lead
         self._step = facts.step
         self._last: int | None = None
-        self._leaps = leaps_ahead(container)
+        self._leaps, self._regular = leaps_ahead(container), regular
         self._back, self._ahead = int(BACK / facts.time_base), int(AHEAD / facts.time_base)
 
     def correct(self, packet: Any) -> None:
@@ -52,7 +53,7 @@ class FilmClock:
         if dts is not None:
             back = self._last is not None and dts < self._last - self._back
             ahead = self._leaps and self._last is not None and dts > self._last + self._ahead
-            if back or ahead:
+            if (back or ahead) and not self._regular:
                 self.offset = self._end - (dts if pts is None else pts)
                 self.breaks += 1
                 self.broke_at = self.seen
@@ -153,7 +154,8 @@ def beside(
 
 def is_regular(path: Path, facts: VideoFacts) -> bool:
     """Whether every packet of the film has a time of its own and none goes back, so that a place can be sought by time.
-    A program stream's small packets have none; they are counted on from others, which are other ones after a seek.
+    A program stream's small packets have none; they are counted on from others, which are other ones after a seek. An AVI's are
+    counted, and counted otherwise after a seek where frames were dropped.
 
     Reads the file once, without decoding; the answer is remembered.
     """
@@ -170,10 +172,28 @@ def _regular(path: Path, size: int, modified: int, facts: VideoFacts) -> bool:
         stream = video_stream(container, path)
         clock = FilmClock(container, stream, facts)
         recent: deque[int] = deque(maxlen=REORDERED)
+        counted, last = container.format.name == "avi", None
         with closing(demuxed(container, [stream], found)) as packets:
             for packet in packets:
+                dropped = counted and last is not None and packet.dts != last + 1
+                last = packet.dts
                 clock.correct(packet)
-                if clock.breaks or packet.pts is None or packet.pts in recent:
+                if clock.breaks or packet.pts is None or packet.pts in recent or dropped:
                     return False
                 recent.append(packet.pts)
     return not found.cut_off
+
+
+def frames_before(path: Path, facts: VideoFacts, time: int) -> int:
+    """How many frames of a regular film are shown before `time`, by its packets: without decoding."""
+    count = 0
+    with open_video(path) as container:
+        stream = video_stream(container, path)
+        clock = FilmClock(container, stream, facts)
+        with closing(demuxed(container, [stream], Irregularities())) as packets:
+            for packet in packets:
+                clock.correct(packet)
+                if packet.dts is not None and packet.dts >= time:
+                    break
+                count += packet.pts is not None and packet.pts < time and not packet.is_discard
+    return count

@@ -30,9 +30,15 @@ class FramePortion:
 
 
 def read_portions(
-    path: Path, facts: VideoFacts, size: int, start: int | None = None, found: Irregularities | None = None
+    path: Path,
+    facts: VideoFacts,
+    size: int,
+    start: int | None = None,
+    found: Irregularities | None = None,
+    stop: int | None = None,
 ) -> Generator[FramePortion, None, None]:
-    """`size` frames at a time, the first portion with one more; from the first frame at or after time `start` on.
+    """`size` frames at a time, the first portion with one more; from the first frame at or after time `start` on, and those
+    before time `stop`.
 
     found: gets what was wrong with the file.
     """
@@ -42,7 +48,9 @@ def read_portions(
     target = size + (start is None)
     with closing(timed_frames(path, facts, start, found)) as arriving:
         for time, frame in arriving:
-            frames.append(_to_rgb(frame, facts, found))
+            if stop is not None and time >= stop:
+                break
+            frames.append(to_rgb(frame, facts, found))
             times.append(time)
             if len(frames) == target:
                 yield FramePortion(torch.stack(frames), times)
@@ -67,19 +75,20 @@ def _run(path: Path, facts: VideoFacts, start: int | None, found: Irregularities
     """As `timed_frames`. Returns the last time that there was, and the last one of a packet."""
     with ExitStack() as open_files:
 
-        def begun() -> tuple[Any, Any, FilmClock]:
+        def begun(regular: bool = False) -> tuple[Any, Any, FilmClock]:
             container = open_files.enter_context(open_video(path))
             stream = video_stream(container, path)
             stream.thread_type = threads
-            return container, stream, FilmClock(container, stream, facts)
+            return container, stream, FilmClock(container, stream, facts, regular)
 
         def frames_of(container: Any, stream: Any, clock: FilmClock) -> Any:
             return open_files.enter_context(closing(decoded(container, stream, found, clock)))
 
-        container, stream, clock = begun()
-        frames = None
         # Times that are put right depend on all that comes before, which is then decoded and left out.
-        if start is not None and is_regular(path, facts):
+        regular = start is not None and is_regular(path, facts)
+        container, stream, clock = begun(regular)
+        frames = None
+        if start is not None and regular:
             frames = _sought(container, stream, clock, start, frames_of)
             if frames is None:  # Transport streams may seek too far.
                 container, stream, clock = begun()
@@ -114,7 +123,8 @@ def _sought(container: Any, stream: Any, clock: FilmClock, start: int, frames_of
     return chain([first], frames) if first.pts is not None and first.pts <= start else None
 
 
-def _to_rgb(frame: Any, facts: VideoFacts, found: Irregularities) -> Tensor:
+def to_rgb(frame: Any, facts: VideoFacts, found: Irregularities) -> Tensor:
+    """A decoded frame as it is shown, [H, W, 3] uint8."""
     height, width = facts.coded_size
     if (frame.height, frame.width) != (height, width):
         found.scaled += 1

@@ -7,7 +7,7 @@ import argparse
 from .. import host
 from ..headless.interrupts import stopped_by_ctrl_c
 from ..host import Interrupted
-from ..vision_language import presets
+from ..vision_language import own_presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.budgets import preset
 from ..vision_language.caption_job import CaptionJob, begin
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 def _caption(options: argparse.Namespace) -> int:
     job = CaptionJob(
         options.folder,
-        presets.described(options.prompt),
+        own_presets.described(options.prompt),
         options.system,
         options.format,
         options.recursive,

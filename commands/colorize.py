@@ -19,16 +19,20 @@ def run(options: argparse.Namespace) -> int:
     finished is kept in all of them."""
     from ..colorization.file_job import colorize_file_by_path
     from ..colorization.film_options import FilmOptions
+    from ..colorization.film_part import Extent
 
     mine = headless_host(options.models, device=options.device, show_progress=not options.quiet)
     before = host.use(mine)
     has_begun = False
+    output: Path = options.output
 
     def begun() -> None:
         nonlocal has_begun
         has_begun = True
 
     try:
+        extent = Extent(options.start_seconds, options.seconds)
+        output = extent.named(output)
         film = FilmOptions(
             method="Deep Exemplar" if options.method == "deep-exemplar" else "ColorMNet",
             colour_size=options.colour_size,
@@ -46,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         with stopped_by_ctrl_c(mine):
             report = colorize_file_by_path(
                 options.video,
-                options.output,
+                output,
                 options.reference,
                 film,
                 options.reference_frames,
@@ -55,25 +59,26 @@ def run(options: argparse.Namespace) -> int:
                 checkpoint=options.checkpoint,
                 precision=options.precision,
                 resume=not options.restart,
+                extent=extent,
             )
     except (OSError, ValueError, ImportError) as error:  # the last: a library that an option needs
-        complain(_sentence(error, options.output))
+        complain(_sentence(error, output))
         if not has_begun:
             return REFUSED
-        note(_kept(options.output), "yellow")
+        note(_kept(output), "yellow")
         return FAILED
     except KeyboardInterrupt:
-        note(f"Stopped. {_kept(options.output)}", "yellow")
+        note(f"Stopped. {_kept(output)}", "yellow")
         return INTERRUPTED
     except Exception:
         if has_begun:
-            note(_kept(options.output), "yellow")
+            note(_kept(output), "yellow")
         raise
     finally:
         host.use(before)
     if not options.quiet:
         note(report)
-    say(str(options.output))
+    say(str(output))
     return 0
 
 

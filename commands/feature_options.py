@@ -71,6 +71,21 @@ def add_colorize(commands: Commands) -> None:
         default="automatic",
         help="what computes the 15x15 window",
     )
+    colorize.add_argument(
+        "--start-seconds",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="to try settings on a part of the film: where it begins, in seconds from the first frame; its file has the "
+        "seconds in its name",
+    )
+    colorize.add_argument(
+        "--seconds",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="how many seconds are coloured (default: all that follow)",
+    )
     colorize.add_argument("--restart", action="store_true", help="forget what an unfinished run left")
     colorize.add_argument("--device", type=device, help="such as cpu or cuda:1")
     colorize.add_argument("-q", "--quiet", action="store_true", help="say only where the film is")
@@ -94,7 +109,7 @@ def add_caption(commands: Commands) -> None:
         "--prompt",
         default="Detailed Description",
         help="what to ask, or a preset: Tags, Simple Description, Detailed Description (the default), Ultra Detailed "
-        "Description, Cinematic Description or Detailed Analysis",
+        "Description, Cinematic Description, Detailed Analysis, or the name of a text file in models/LLM/prompts",
     )
     caption.add_argument("--system", default="", help="how the model should behave")
     caption.add_argument("--format", choices=("txt", "jsonl", "both"), default="txt", help="what is written")

@@ -50,6 +50,8 @@ def film_node(graph: Graph, catalog: Mapping[str, type[Any]], target: Target) ->
     shots = _constant(node, "shots", "off")
     if shots == "off":
         raise BadMap(f"{node} colours a film as one shot: set shots to reset or reference per shot there.")
+    if any(_constant(node, name, 0) for name in ("start_seconds", "seconds")):
+        raise BadMap(f"{node} colours a part of the film: for its shots set start_seconds and seconds to 0 there.")
     threshold = _constant(node, "shot_threshold", THRESHOLD)
     suffix = Path(str(_constant(node, "output", "film.mp4"))).suffix
     quality = int(_constant(node, "quality", FileJob.quality))

@@ -25,7 +25,7 @@ def why_no_gpu() -> str:
 
 
 def numbered(device: torch.device) -> torch.device:
-    """`device` with the number that "cuda" without one means."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
+    """`device` with the number that "cuda" or "xpu" without one means."""
+    if device.type in ("cuda", "xpu") and device.index is None:
+        return torch.device(device.type, (torch.cuda if device.type == "cuda" else torch.xpu).current_device())
     return device

@@ -22,6 +22,7 @@ from .downloads import is_loopback
 from .interruption import let_layers_ask
 from .letters import readable
 from .own_comfyui import OwnComfyUI, for_another
+from .unloading import before_unloading_all
 
 log = logging.getLogger("hotpath.nodes")
 
@@ -41,12 +42,14 @@ class ComfyUIManaged:
     all of them go.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, device: torch.device | None = None) -> None:
         import comfy.model_management as management
 
         self.module = module
         self._lock = threading.RLock()  # one thread must not send away what another computes with
-        self.device: torch.device = management.get_torch_device()
+        self.device: torch.device = device or management.get_torch_device()
+        if device is not None and not hasattr(management, "get_all_torch_devices"):
+            before_unloading_all(_unload_other_devices)
         module.to(OFFLOAD)
         if self.device.type == "cpu":
             let_layers_ask(module)
@@ -80,6 +83,16 @@ class ComfyUIManaged:
             management.free_memory(1e30, self.device, keep_loaded=others)
             # Of what `resident` moved by itself ComfyUI knows nothing.
             self.module.to(OFFLOAD)
+
+
+def _unload_other_devices() -> None:
+    """ComfyUI before it knew of several cards unloads all models of the one it computes on."""
+    import comfy.model_management as management
+
+    here = management.get_torch_device()
+    with _loading:
+        for device in {entry.device for entry in management.current_loaded_models} - {here, OFFLOAD}:
+            management.free_memory(1e30, device)
 
 
 @cache
@@ -218,6 +231,12 @@ class ComfyUIHost:
 
         return management.get_torch_device()
 
+    def vae_device(self) -> torch.device:
+        import comfy.model_management as management
+
+        place: torch.device = management.vae_device()  # the CPU with --cpu-vae
+        return place
+
     def offload_device(self) -> torch.device:
         return OFFLOAD
 
@@ -230,10 +249,11 @@ class ComfyUIHost:
         self,
         parameters: int = 0,
         supported: Sequence[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+        device: torch.device | None = None,
     ) -> torch.dtype:
         import comfy.model_management as management
 
-        device = management.get_torch_device()
+        device = device or management.get_torch_device()
         if torch.float16 in supported and management.should_use_fp16(device, model_params=parameters):
             return torch.float16
         if torch.bfloat16 in supported and management.should_use_bf16(device, model_params=parameters):
@@ -264,8 +284,8 @@ class ComfyUIHost:
             kept = [entry for entry in management.current_loaded_models if any(entry.model is p for p in _in_use)]
             management.free_memory(nbytes, device, keep_loaded=kept)
 
-    def manage(self, module: nn.Module) -> ComfyUIManaged:
-        return ComfyUIManaged(module)
+    def manage(self, module: nn.Module, device: torch.device | None = None) -> ComfyUIManaged:
+        return ComfyUIManaged(module, device)
 
     def progress(self, total: int, label: str = "") -> ComfyUIProgress:
         return ComfyUIProgress(total)

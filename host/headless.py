@@ -146,6 +146,9 @@ class HeadlessHost:
     def device(self) -> torch.device:
         return self._device
 
+    def vae_device(self) -> torch.device:
+        return self._device
+
     def offload_device(self) -> torch.device:
         return torch.device("cpu")
 
@@ -156,10 +159,12 @@ class HeadlessHost:
         self,
         parameters: int = 0,
         supported: Sequence[torch.dtype] = (torch.float16, torch.bfloat16, torch.float32),
+        device: torch.device | None = None,
     ) -> torch.dtype:
-        if self._device.type in ("cuda", "xpu", "mps"):
+        device = device or self._device
+        if device.type in ("cuda", "xpu", "mps"):
             for dtype in (torch.float16, torch.bfloat16):
-                if dtype in supported and computes_in(self._device, dtype):
+                if dtype in supported and computes_in(device, dtype):
                     return dtype
         return torch.float32
 
@@ -179,8 +184,8 @@ class HeadlessHost:
             gc.collect()
             give_back_cached(device)
 
-    def manage(self, module: nn.Module) -> HeadlessManaged:
-        return HeadlessManaged(module, self._device, self.offload_device())
+    def manage(self, module: nn.Module, device: torch.device | None = None) -> HeadlessManaged:
+        return HeadlessManaged(module, device or self._device, self.offload_device())
 
     def progress(self, total: int, label: str = "") -> TqdmProgress:
         return TqdmProgress(self, total, label)

@@ -101,6 +101,9 @@ class Host(Protocol):
     def device(self) -> torch.device:
         """Where networks compute."""
 
+    def vae_device(self) -> torch.device:
+        """Where pictures become latents, and latents pictures."""
+
     def offload_device(self) -> torch.device:
         """Where weights wait."""
 
@@ -111,8 +114,9 @@ class Host(Protocol):
         self,
         parameters: int = 0,
         supported: Sequence[torch.dtype] = ...,
+        device: torch.device | None = None,
     ) -> torch.dtype:
-        """The dtype the host would compute a network of `parameters` weights in."""
+        """The dtype the host would compute a network of `parameters` weights in. device: another one than `device()`."""
 
     def free_memory(self, device: torch.device) -> int:
         """Bytes that can be allocated on `device` now."""
@@ -124,8 +128,11 @@ class Host(Protocol):
         """Evict what the host can evict until `nbytes` are free on `device`, never what is inside `resident()`. Best
         effort."""
 
-    def manage(self, module: nn.Module) -> Managed:
-        """Put a network of ours under the host's memory management. It starts on the offload device."""
+    def manage(self, module: nn.Module, device: torch.device | None = None) -> Managed:
+        """Put a network of ours under the host's memory management. It starts on the offload device.
+
+        device: where it computes, when that is another one than `device()`; of the same kind, or the CPU.
+        """
 
     # the person in front of it
     def progress(self, total: int, label: str = "") -> Progress: ...

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import host
-from ..vision_language import presets
+from ..vision_language import own_presets, presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.budgets import PRESETS, PROCESSOR, Budget
 from ..vision_language.loaded_model import LoadOptions
@@ -18,7 +18,7 @@ from ..vision_language.pictures import DEFAULT_FPS, from_frames, from_images
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
 from .sockets import HIDDEN, number
-from .vision_sockets import model_choice, one_answer
+from .vision_sockets import devices, model_choice, one_answer
 
 CATEGORY = "🧪AILab/QwenVL"
 AS_BEFORE = "as before"
@@ -69,15 +69,12 @@ BUDGET = (
         "tooltip": "Visual tokens a picture may cost: fast 256, balanced 512, high 768, ultra 1024.",
     },
 )
+PRESET_TOOLTIP = "What to ask for. Text files in models/LLM/prompts are presets of your own."
+STYLE_TOOLTIP = "How to rewrite it. Text files in models/LLM/prompts are styles of your own."
 CUSTOM = (
     "STRING",
     {"default": "", "multiline": True, "tooltip": "Your own prompt; it takes the place of the preset."},
 )
-
-
-def devices() -> list[str]:
-    found = ["auto", "cpu", "mps"]
-    return found + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
 
 
 def tokens(default: int, most: int) -> tuple[str, dict[str, Any]]:
@@ -104,19 +101,28 @@ class _AILabNode:
 
     @classmethod
     def IS_CHANGED(cls, model_name: str | None = None, **inputs: Any) -> str:
-        return state_of(model_name or "")
+        own = own_presets.state(inputs.get("preset_prompt") or inputs.get("enhancement_style"))
+        return state_of(model_name or "") + own
 
 
 def words(preset: str, known: Mapping[str, str], own: str) -> str:
     """What a preset asks for; one of the oldest list is its own text. own: the input for somebody's own words."""
-    preset = presets.EARLIER.get(preset, preset)
-    if (
-        preset not in known and unicodedata.category((preset or " ")[0]) == "So"
-    ):  # a name as this pack's forks give them
+    for name in (preset, presets.EARLIER.get(preset, preset)):
+        if (found := own_presets.words(name, known)) is not None:
+            return found
+    if _is_a_name(preset):
         host.current().warn(
-            f"{preset} is a preset of another pack, whose words are not known here: write them into {own}."
+            f"There is no preset {preset} here, so that this itself is asked: write its words into {own}, or into {preset}.txt "
+            f"in {own_presets.place()}."
         )
-    return known.get(preset, preset)
+    return preset
+
+
+def _is_a_name(preset: str) -> bool:
+    """Whether it is no text as the oldest list has them: it begins with a sign, as forks of that pack have it, or is no
+    sentence."""
+    text = preset.strip()
+    return bool(text) and (unicodedata.category(text[0]) == "So" or unicodedata.category(text[-1]) != "Po")
 
 
 def ask(preset_prompt: str, custom_prompt: str, image: Any, video: Any, frame_count: int) -> Question:
@@ -146,8 +152,8 @@ class AILabQwenVL(_AILabNode):
                 "quantization": QUANTIZATION,
                 "attention_mode": ATTENTION,
                 "preset_prompt": (
-                    list(presets.DESCRIPTIONS),
-                    {"default": presets.DEFAULT_DESCRIPTION, "tooltip": "What to ask for."},
+                    own_presets.menu(presets.DESCRIPTIONS),
+                    {"default": presets.DEFAULT_DESCRIPTION, "tooltip": PRESET_TOOLTIP},
                 ),
                 "custom_prompt": CUSTOM,
                 "max_tokens": tokens(512, 32768),
@@ -204,8 +210,8 @@ class AILabQwenVLAdvanced(_AILabNode):
                 "use_torch_compile": COMPILE,
                 "device": (devices(), {"default": "auto", "tooltip": "auto is where ComfyUI computes."}),
                 "preset_prompt": (
-                    list(presets.DESCRIPTIONS),
-                    {"default": presets.DEFAULT_DESCRIPTION, "tooltip": "What to ask for."},
+                    own_presets.menu(presets.DESCRIPTIONS),
+                    {"default": presets.DEFAULT_DESCRIPTION, "tooltip": PRESET_TOOLTIP},
                 ),
                 "custom_prompt": CUSTOM,
                 "max_tokens": tokens(512, 32768),
@@ -289,8 +295,8 @@ class AILabPromptEnhancer(_AILabNode):
                 "device": (devices(), {"default": "auto", "tooltip": "auto is where ComfyUI computes."}),
                 "prompt_text": ("STRING", {"default": "", "multiline": True, "tooltip": "The prompt to rewrite."}),
                 "enhancement_style": (
-                    list(presets.STYLES),
-                    {"default": presets.DEFAULT_STYLE, "tooltip": "How to rewrite it."},
+                    own_presets.menu(presets.STYLES),
+                    {"default": presets.DEFAULT_STYLE, "tooltip": STYLE_TOOLTIP},
                 ),
                 "custom_system_prompt": (
                     "STRING",

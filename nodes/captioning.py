@@ -6,15 +6,26 @@ from typing import Any
 
 from .. import host
 from ..host.whole_paths import allowed
-from ..vision_language import presets
+from ..vision_language import budgets, own_presets, presets
 from ..vision_language.answering import AnswerOptions
-from ..vision_language.budgets import preset
 from ..vision_language.caption_job import FORMATS, MEDIA, CaptionJob, place
 from ..vision_language.captioning import FolderCaptioner
 from ..vision_language.loaded_model import LoadedModel
 from ..vision_language.sampling import Sampling
 from .sockets import HIDDEN
-from .vision_sockets import BUDGET, CACHE, CATEGORY, DECODE, KEEP, MODEL, SEED, SYSTEM, TEMPERATURE, THINKING
+from .vision_sockets import (
+    BUDGET,
+    CACHE,
+    CATEGORY,
+    DECODE,
+    KEEP,
+    MODEL,
+    SEED,
+    SYSTEM,
+    TEMPERATURE,
+    THINKING,
+    preset_choice,
+)
 
 
 class HotpathCaptionFolder:
@@ -89,9 +100,15 @@ class HotpathCaptionFolder:
                     {"default": 16, "min": 1, "max": 768, "tooltip": "Of a video at most so many frames, two a second, evenly "
                      "spread."},
                 ),
+                "preset": preset_choice(),
             },
             "hidden": HIDDEN,
         }  # fmt: skip
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, preset: Any = own_presets.NONE) -> bool:
+        # One of another machine is looked up when the node runs.
+        return True
 
     @classmethod
     def IS_CHANGED(cls, **inputs: Any) -> float:
@@ -122,12 +139,13 @@ class HotpathCaptionFolder:
         thinking: str = "off",
         media: str = "pictures",
         max_frames: int = 16,
+        preset: str = own_presets.NONE,
         unique_id: str | None = None,
     ) -> dict[str, Any]:
         here = host.current()
         job = CaptionJob(
             allowed(place(here.input_folder(), folder)),
-            prompt,
+            own_presets.in_place_of(prompt, preset),
             system,
             output,
             recursive,
@@ -143,7 +161,7 @@ class HotpathCaptionFolder:
         )
         options = AnswerOptions(
             max_new_tokens,
-            preset(token_budget),
+            budgets.preset(token_budget),
             cache_images=image_cache != "off",
             cache_on_disk=image_cache == "memory and disk",
             decode=decode,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,141 +11,37 @@ from .. import host
 from ..cache import file_fingerprint
 from ..colorization.chroma_transfer import transfer_chroma
 from ..colorization.clip_job import colorize_clip, colorize_stills, load_method
-from ..colorization.colormnet.settings import MODES
-from ..colorization.edge_filter import FILTERS
 from ..colorization.file_job import FileJob, colorize_file
 from ..colorization.file_names import VIDEO_SUFFIXES, inside, videos_in
-from ..colorization.film_options import METHODS, SHOTS, FilmOptions, Reference, read_references
+from ..colorization.film_part import Extent
 from ..colorization.film_state import FilmState
 from ..colorization.made_films import note_made, times_lost
-from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE, PRECISIONS
-from ..colorization.pictures import as_frames
+from ..colorization.networks import AUTOMATIC, COLORMNET_LICENCE
 from ..colorization.shot_job import Shot, colorize_shot
+from .colour_inputs import (
+    CHECKPOINT,
+    COLOUR_SIZE,
+    COMPILE,
+    EDGE_FILTER,
+    METHOD,
+    PRECISION,
+    REFERENCE,
+    STRENGTH,
+    film_inputs,
+    options_of,
+    references_of,
+)
 from .colour_sockets import ALIASES as COLOUR_ALIASES
 from .colour_sockets import FRAMES, STATE, AnyCheckpoint, attention_inputs, checkpoint_input
 from .kept_workflow import WORKFLOW, workflow_texts
 from .sockets import HIDDEN
 
+SECONDS = {"default": 0.0, "min": 0.0, "max": 360000.0, "step": 0.5, "round": 0.001}
 PLAYED = (".mp4", ".m4v", ".mov", ".webm")
 CATEGORY = "Hotpath/colorization"
 ALIASES = [*COLOUR_ALIASES, "ColorMNet", "Deep Exemplar", "restore film"]
 
-METHOD = (
-    list(METHODS),
-    {
-        "default": METHODS[0],
-        "tooltip": "ColorMNet remembers the whole film and is the steadier one; its weights are for non-commercial use. "
-        "Deep Exemplar matches every frame with the reference alone, and is lighter.",
-    },
-)
-REFERENCE = (
-    "IMAGE",
-    {"tooltip": "A picture in the colours you want, any size. A batch counts as several references."},
-)
-COLOUR_SIZE = (
-    "INT",
-    {
-        "default": 432,
-        "min": 0,
-        "max": 2160,
-        "step": 16,
-        "tooltip": "Short side at which colours are computed; they go onto the frames' own luminance at full size. "
-        "0: the frames' size. Larger is slower and seldom better.",
-    },
-)
-STRENGTH = (
-    "FLOAT",
-    {"default": 1.0, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "Factor on the chroma: 0 is grey."},
-)
-EDGE_FILTER = (
-    list(FILTERS),
-    {
-        "default": "guided",
-        "tooltip": "Keeps enlarged colours from spilling over edges of the picture. guided is fast; the fast global "
-        "smoother is what Deep Exemplar's own programs use, and smooths more.",
-    },
-)
-SHOT_THRESHOLD = (
-    "FLOAT",
-    {"default": 27.0, "min": 1.0, "max": 255.0, "step": 0.5, "tooltip": "Change of brightness that counts as a cut."},
-)
-PRECISION = (
-    list(PRECISIONS),
-    {
-        "default": AUTOMATIC,
-        "tooltip": "What the networks compute in. Matching, memory keys and the recurrent state are float32 always.",
-    },
-)
-COMPILE = (
-    "BOOLEAN",
-    {"default": False, "tooltip": "torch.compile: a minute or more at the first run of a size, then faster."},
-)
 REPORT_TOOLTIP = "Frames, speed, time per stage, which engine ran and why, memory."
-
-
-CHECKPOINT = f"ColorMNet's file in models/colormnet; Deep Exemplar finds its three by itself. {COLORMNET_LICENCE}"
-
-
-def _film_inputs() -> dict[str, Any]:
-    """What films in memory and in files have in common."""
-    return {
-        "more_references": ("IMAGE", {"tooltip": "Further references, of another size than the first."}),
-        "reference_frames": (
-            "STRING",
-            {
-                "default": "",
-                "tooltip": "Which frame of the film each reference is, by commas, or - for a mere example. "
-                "0, 250, - : the first is frame 0 in colour, the second frame 250, the third is an example.",
-            },
-        ),
-        "colour_size": COLOUR_SIZE,
-        "memory_mode": (
-            list(MODES),
-            {"default": MODES[0], "tooltip": "How much ColorMNet remembers. The report gives the bytes."},
-        ),
-        "strength": STRENGTH,
-        "edge_filter": EDGE_FILTER,
-        "temporal_smoothing": (
-            "FLOAT",
-            {
-                "default": 0.0,
-                "min": 0.0,
-                "max": 0.95,
-                "step": 0.05,
-                "tooltip": "How much of the last frame's colour stays where the picture does not change.",
-            },
-        ),
-        "shots": (
-            list(SHOTS),
-            {
-                "default": SHOTS[0],
-                "tooltip": "At every cut (found by PySceneDetect) forget what came before; reference per shot also takes "
-                "the next reference there.",
-            },
-        ),
-        "shot_threshold": SHOT_THRESHOLD,
-        "propagate": (
-            "BOOLEAN",
-            {"default": True, "tooltip": "Deep Exemplar: each frame sees the colours of the one before."},
-        ),
-        "precision": PRECISION,
-        "use_torch_compile": COMPILE,
-        "checkpoint": checkpoint_input(CHECKPOINT),
-    }
-
-
-def _references(first: torch.Tensor, more: torch.Tensor | None, frames: str) -> list[Reference]:
-    pictures = [*as_frames(first, "the reference")]
-    if more is not None:
-        pictures += [*as_frames(more, "more_references")]
-    return read_references(pictures, frames)
-
-
-def _options(method: str, settings: dict[str, Any]) -> FilmOptions:
-    """FilmOptions from the widgets that are options; the others are read by the node."""
-    names = {field.name for field in fields(FilmOptions)}
-    chosen = {name: value for name, value in settings.items() if name in names}
-    return FilmOptions(method=method, compile=settings.get("use_torch_compile", False), **chosen)
 
 
 class HotpathColorizeVideo(AnyCheckpoint):
@@ -176,7 +71,7 @@ class HotpathColorizeVideo(AnyCheckpoint):
                 "reference": REFERENCE,
                 "method": METHOD,
             },
-            "optional": {**_film_inputs(), "state": state, **attention_inputs()},
+            "optional": {**film_inputs(), "state": state, **attention_inputs()},
             "hidden": HIDDEN,
         }
 
@@ -193,8 +88,8 @@ class HotpathColorizeVideo(AnyCheckpoint):
         unique_id: str | None = None,
         **settings: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, FilmState, str]:
-        options = _options(method, settings)
-        references = _references(reference, more_references, reference_frames)
+        options = options_of(method, settings)
+        references = references_of(reference, more_references, reference_frames)
         done = colorize_clip(load_method(options, checkpoint, precision), frames, references, options, state)
         host.current().show_text(done.report, unique_id)
         return done.pictures, done.confidence, done.state, done.report
@@ -231,7 +126,7 @@ class HotpathColorizeFile:
                 ),
             },
             "optional": {
-                **_film_inputs(),
+                **film_inputs(),
                 "quality": (
                     "INT",
                     {"default": 16, "min": 0, "max": 51, "tooltip": "x264's rate factor: lower is better and larger."},
@@ -249,6 +144,18 @@ class HotpathColorizeFile:
                     },
                 ),
                 **attention_inputs(),
+                "start_seconds": (
+                    "FLOAT",
+                    {
+                        **SECONDS,
+                        "tooltip": "To try settings on a part of the film: where it begins, in seconds from the first "
+                        "frame. Its file has the seconds in its name, beside the whole film's.",
+                    },
+                ),
+                "seconds": (
+                    "FLOAT",
+                    {**SECONDS, "tooltip": "How many seconds are coloured. 0: all that follow."},
+                ),
             },
             "hidden": {**HIDDEN, **WORKFLOW},
         }
@@ -258,11 +165,20 @@ class HotpathColorizeFile:
         return True
 
     @classmethod
-    def IS_CHANGED(cls, video: str | None = None, output: str | None = None, **settings: Any) -> str:
+    def IS_CHANGED(
+        cls,
+        video: str | None = None,
+        output: str | None = None,
+        start_seconds: float | None = 0.0,
+        seconds: float | None = 0.0,
+        **settings: Any,
+    ) -> str:
         here = host.current()
         # A name that comes from another node is not known yet: ComfyUI gives None.
         source = None if video is None else inside(here.input_folder(), video)
-        target = None if output is None else inside(here.output_folder(), output)
+        target = None
+        if output is not None and start_seconds is not None and seconds is not None:
+            target = Extent(start_seconds, seconds).named(inside(here.output_folder(), output))
         # Also when the result was deleted, but the same before a run as after it.
         return f"{file_fingerprint(source) if source is not None and source.is_file() else ''} {times_lost(target)}"
 
@@ -279,23 +195,30 @@ class HotpathColorizeFile:
         quality: int = 16,
         resume: bool = True,
         shot_frames: str = "",
+        start_seconds: float = 0.0,
+        seconds: float = 0.0,
         unique_id: str | None = None,
         prompt: Any = None,
         extra_pnginfo: Any = None,
         **settings: Any,
     ) -> dict[str, Any]:
-        here = host.current()
+        here, extent = host.current(), Extent(start_seconds, seconds)
+        if shot_frames.strip() and not extent.whole:
+            raise ValueError(
+                "shot_frames is a shot of the whole film: leave it empty, or set start_seconds and seconds to 0."
+            )
         job = FileJob(
             inside(here.input_folder(), video),
-            inside(here.output_folder(), output, VIDEO_SUFFIXES),
-            _options(method, settings),
+            extent.named(inside(here.output_folder(), output, VIDEO_SUFFIXES)),
+            options_of(method, settings),
             quality=quality,
             checkpoint=checkpoint,
             precision=precision,
             resume=resume,
             workflow=workflow_texts(prompt, extra_pnginfo),
+            extent=extent,
         )
-        references = _references(reference, more_references, reference_frames)
+        references = references_of(reference, more_references, reference_frames)
         if shot_frames.strip():
             report = colorize_shot(job, references, Shot.parse(shot_frames))
         else:
@@ -355,8 +278,8 @@ class HotpathColorizeImage(AnyCheckpoint):
         unique_id: str | None = None,
         **settings: Any,
     ) -> tuple[torch.Tensor, str]:
-        options = _options(method, settings)
-        references = _references(reference, more_references, "")
+        options = options_of(method, settings)
+        references = references_of(reference, more_references, "")
         pictures, report = colorize_stills(load_method(options, checkpoint, precision), images, references, options)
         host.current().show_text(report, unique_id)
         return pictures, report

@@ -7,18 +7,30 @@ from typing import Any
 import torch
 
 from .. import host
-from ..vision_language import folders, presets
+from ..vision_language import budgets, folders, own_presets, presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.asking import FORMATS as ANSWER_FORMATS
 from ..vision_language.asking import Request, ask
-from ..vision_language.budgets import preset
 from ..vision_language.loaded_model import LoadedModel, LoadOptions
 from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS, state_of
 from ..vision_language.pictures import from_frames, from_images
 from ..vision_language.quantization import QUANTIZATIONS
 from ..vision_language.sampling import Sampling
 from .sockets import HIDDEN, number
-from .vision_sockets import BUDGET, CACHE, CATEGORY, DECODE, KEEP, MODEL, SEED, SYSTEM, TEMPERATURE, THINKING
+from .vision_sockets import (
+    BUDGET,
+    CACHE,
+    CATEGORY,
+    DECODE,
+    KEEP,
+    MODEL,
+    SEED,
+    SYSTEM,
+    TEMPERATURE,
+    THINKING,
+    devices,
+    preset_choice,
+)
 
 
 class HotpathVLMLoader:
@@ -76,12 +88,17 @@ class HotpathVLMLoader:
                     {"default": "", "tooltip": "A repository of the hub, as owner/name, in place of model: a fine-tune, say. Its "
                      "folder is fetched when it is missing."},
                 ),
+                "device": (
+                    devices(),
+                    {"default": "auto", "tooltip": "Where it computes. auto is where ComfyUI does; another card keeps that one "
+                     "free for pictures."},
+                ),
             },
         }  # fmt: skip
 
     @classmethod
-    def VALIDATE_INPUTS(cls, model: str = "") -> bool:
-        # A name from another machine is looked up, or fetched, when the node runs.
+    def VALIDATE_INPUTS(cls, model: str = "", device: str = "") -> bool:
+        # What another machine has is looked up, or fetched, when the node runs.
         return True
 
     @classmethod
@@ -99,10 +116,12 @@ class HotpathVLMLoader:
         revision: str = "",
         stream_layers: int = -1,
         repository: str = "",
+        device: str = "auto",
     ) -> tuple[LoadedModel, str]:
-        options = LoadOptions(dtype, quantization, attention, "auto", revision.strip(), stream_layers)
+        options = LoadOptions(dtype, quantization, attention, device, revision.strip(), stream_layers)
         loaded = MODELS.get(repository.strip() or model, options, False)
-        report = "\n".join([f"{loaded.folder.name}: {loaded.model_type}, {loaded.dtype}", *loaded.notes])
+        where = "" if device == "auto" else f", on {loaded.device}"
+        report = "\n".join([f"{loaded.folder.name}: {loaded.model_type}, {loaded.dtype}{where}", *loaded.notes])
         return loaded, report
 
 
@@ -191,9 +210,20 @@ class HotpathVLM:
                 ),
                 "decode": DECODE,
                 "keep_model_loaded": KEEP,
+                "preset": preset_choice(),
             },
             "hidden": HIDDEN,
         }  # fmt: skip
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, preset: Any = own_presets.NONE) -> bool:
+        # One of another machine is looked up when the node runs.
+        return True
+
+    @classmethod
+    def IS_CHANGED(cls, preset: Any = None, **inputs: Any) -> str:
+        # Of this node every input is a list.
+        return own_presets.state(preset[0] if isinstance(preset, list) and preset else None)
 
     def ask(
         self,
@@ -208,7 +238,7 @@ class HotpathVLM:
         chosen = {name: spec[1].get("default") for name, spec in declared.items()}
         chosen |= {name: value[0] for name, value in settings.items() if value}
         request = Request(
-            prompt[0],
+            own_presets.in_place_of(prompt[0], chosen["preset"]),
             chosen["system"],
             tuple(picture for batch in images or [] for picture in from_images(batch)),
             tuple(clip for batch in video or [] for clip in from_frames(batch, chosen["fps"], chosen["max_frames"])),
@@ -229,7 +259,7 @@ class HotpathVLM:
         )
         options = AnswerOptions(
             chosen["max_new_tokens"],
-            preset(chosen["token_budget"]),
+            budgets.preset(chosen["token_budget"]),
             answers=chosen["answers"],
             cache_images=chosen["image_cache"] != "off",
             cache_on_disk=chosen["image_cache"] == "memory and disk",

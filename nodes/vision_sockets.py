@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from .. import host
-from ..vision_language import folders
+from ..vision_language import folders, own_presets, presets
 from ..vision_language.answering import AnswerOptions, answer
 from ..vision_language.budgets import PRESETS
 from ..vision_language.decode_path import DECODE_PATHS
@@ -57,6 +59,25 @@ SEED = (
     {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "tooltip": "The same seed gives the same text."},
 )
 MODEL = ("HOTPATH_VLM", {"tooltip": "From Load Vision-Language Model. All nodes that use it share one copy."})
+
+
+def devices() -> list[str]:
+    """Those of this machine, and what other machines have one of."""
+    found = ["auto", "cpu", "mps"]
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        found += [f"{kind}:{index}" for index in range(module.device_count())]
+    return found
+
+
+def preset_choice() -> tuple[list[str], dict[str, Any]]:
+    """The preset prompts, those of the nodes and one's own."""
+    return (
+        [own_presets.NONE, *own_presets.menu(presets.DESCRIPTIONS)],
+        {
+            "default": own_presets.NONE,
+            "tooltip": "A preset in place of prompt. Text files in models/LLM/prompts are presets of your own.",
+        },
+    )
 
 
 def model_choice(known: tuple[str, ...], sees: bool | None, default: str) -> tuple[list[str], dict[str, Any]]:

@@ -15,6 +15,7 @@ from hotpath import host
 from hotpath.colorization import clip_job, compatible, file_job, film, full_size, networks, video_file
 from hotpath.colorization.colour_space import luminance_of
 from hotpath.colorization.film_options import METHODS, FilmOptions
+from hotpath.colorization.film_part import Extent
 from hotpath.colorization.shot_job import Shot
 
 pytestmark = pytest.mark.usefixtures("colour_host")
@@ -211,20 +212,22 @@ def test_the_command_line_has_the_node_s_options(
         "quality": 20,
         "precision": "float32",
         "resume": False,
+        "extent": Extent(60.5, 10.0),
         "video": Path("film.mp4"),
-        "output": tmp_path / "o.mp4",
+        "output": tmp_path / "o.60.5s-70.5s.mp4",
         "references": [Path("r.png")],
     }
     flags += ["--method", "deep-exemplar", "--colour-size", "96", "--memory", "low-memory", "--strength", "0.5"]
     flags += ["--edge-filter", "fast-global-smoother", "--smoothing", "0.25", "--shots", "reference-per-shot"]
     flags += ["--attention", "sdpa", "--local-attention", "spatial-correlation-sampler", "--quality", "20"]
-    flags += ["--precision", "float32", "--restart"]
+    flags += ["--precision", "float32", "--restart", "--start-seconds", "60.5", "--seconds", "10"]
     before = host.current()
     call = ["colorize", "film.mp4", "-r", "r.png", "-o", str(tmp_path / "o.mp4"), "--models", str(tmp_path), "-q"]
     assert cli.main([*call, *flags]) == 0
     called.pop("begun")
     assert called == given | others and host.current() is before
-    assert cli.main(call) == 0
+    assert capsys.readouterr().out.strip() == str(others["output"])
+    assert cli.main(call) == 0 and called["output"] == tmp_path / "o.mp4"
     node = HotpathColorizeFile.INPUT_TYPES()["optional"]
     widgets = {**dict.fromkeys(given, ""), "compile": "use_torch_compile"}
     assert {name: called[name] for name in given} == {
@@ -288,6 +291,12 @@ def test_what_is_set_at_the_node_reaches_the_film(colour_host: Any, monkeypatch:
     shot = Shot(1, 5, 9, 2)
     nodes.HotpathColorizeFile().colorize("f.mp4", frames(1), "ColorMNet", "o.mkv", shot_frames=str(shot))
     assert shots == [shot] and len(jobs) == 1
+    part = {"start_seconds": 2.0, "seconds": 0.5}
+    made = nodes.HotpathColorizeFile().colorize("f.mp4", frames(1), "ColorMNet", "o.mkv", **part)
+    assert (jobs[1].output.name, jobs[1].extent) == ("o.2s-2.5s.mkv", Extent(2.0, 0.5))
+    assert made["result"][0] == str(jobs[1].output)
+    with pytest.raises(ValueError, match="shot_frames is a shot of the whole film: leave it empty"):
+        nodes.HotpathColorizeFile().colorize("f.mp4", frames(1), "ColorMNet", "o.mkv", shot_frames="1:5", **part)
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -299,8 +308,8 @@ def test_the_same_workflow_does_not_colour_its_film_again(colour_host: Any, link
     # ComfyUI asks with None for what another node gives.
     named = {"video": None, "output": None} if linked else {"video": "film.mp4", "output": "o.mp4"}
 
-    def key() -> str:
-        return Node.IS_CHANGED(**named, method="ColorMNet", reference=None)
+    def key(**part: Any) -> str:
+        return Node.IS_CHANGED(**named, **part, method="ColorMNet", reference=None)
 
     def run() -> Path:
         return Path(Node().colorize("film.mp4", frames(1), "ColorMNet", "o.mp4", colour_size=32)["result"][0])
@@ -308,9 +317,11 @@ def test_the_same_workflow_does_not_colour_its_film_again(colour_host: Any, link
     first = key()
     made = run()
     assert key() == first
+    trial = key(start_seconds=0.0, seconds=0.1)
     made.unlink()
     gone = key()
-    assert gone != first and key() == gone
+    assert gone != first and key() == gone and (linked or key(start_seconds=0.0, seconds=0.1) == trial)
+    assert key(start_seconds=None, seconds=2.0) == key(start_seconds=None, seconds=None)
     run()
     assert key() == gone
     write_film(colour_host.input_folder() / "film.mp4", frames(4, seed=1), sound=False)

@@ -117,6 +117,21 @@ def test_a_place_in_a_program_stream_is_found_again(tmp_path: Path) -> None:
     assert later == times[31:] and torch.equal(rest, pictures[31:])
 
 
+@pytest.mark.parametrize(
+    ("ending", "codec", "bframes", "keys"), [(".mkv", "mpeg4", "2", "12"), (".avi", "ffv1", "0", "4")]
+)
+def test_a_place_among_uneven_frames_is_found_again(
+    tmp_path: Path, ending: str, codec: str, bframes: str, keys: str
+) -> None:
+    """Behind a key frame come those that are shown before it, and an AVI counts dropped frames otherwise after a seek."""
+    uneven = [0, 1, 8, 10, 11, 12, 14, 15, 16, 17, 18, 25, 26, 33, 34, 35, 42, 49, 50, 52, 53, 54, 61, 63, 64, 71, 72]
+    source = write(tmp_path / f"in{ending}", 27, codec=codec, times=uneven, bf=bframes, g=keys, rate=12, sound=True)
+    _, pictures, times, _ = read(source)
+    for first in range(12, 26, 2):
+        _, rest, later, _ = read(source, times[first])
+        assert later == times[first:] and torch.equal(rest, pictures[first:])
+
+
 def test_broken_sound_costs_no_film(tmp_path: Path) -> None:
     source = write(tmp_path / "in.ts", sound=True)
     data = bytearray(source.read_bytes())

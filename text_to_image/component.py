@@ -37,11 +37,18 @@ class Component:
 
     One run at a time computes with it, and nobody sends it away meanwhile. load: reads it; others: the checkpoint's
     networks, which leave the device first when there is no room for this one. Both are methods of the checkpoint, and kept
-    weakly: a checkpoint that nobody holds must go at once, with its gigabytes.
+    weakly: a checkpoint that nobody holds must go at once, with its gigabytes. device: where it computes, if not where the
+    host does.
     """
 
-    def __init__(self, name: str, load: Callable[[], nn.Module], others: Callable[[], Iterable[Component]]) -> None:
-        self.name = name
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], nn.Module],
+        others: Callable[[], Iterable[Component]],
+        device: torch.device | None = None,
+    ) -> None:
+        self.name, self.device = name, device
         self._load = weakref.WeakMethod(load)
         self._others = weakref.WeakMethod(others)
         self._lock = threading.RLock()
@@ -62,7 +69,7 @@ class Component:
                 assert load is not None, "a checkpoint's network was used after the checkpoint was gone"
                 with torch.inference_mode(False):
                     network = load().eval().requires_grad_(False)
-                self._managed = host.current().manage(Holder(network))
+                self._managed = host.current().manage(Holder(network), self.device)
                 log.info("%s read in %.1f s", self.name, time.perf_counter() - start)
             return self._managed
 
@@ -111,7 +118,7 @@ class Component:
         log.info("%s: %d of %d layers stay in the machine's memory", self.name, count, len(network.layers))
         streamed_layers.stream(network.layers, count)
         # Anew: a host may have counted the bytes of the old one.
-        self._managed = host.current().manage(Holder(network))
+        self._managed = host.current().manage(Holder(network), self.device)
 
     def _arriving(self) -> int:
         """Bytes that are to be brought to the device; a host may have taken a part of the network off it."""

@@ -46,9 +46,9 @@ def activation_bytes(model: ZImage, width: int, height: int) -> int:
     channels = list(config.get("block_out_channels", (128, 256, 512, 512)))
     # The last upsampling hands the next-to-narrowest width to the full size.
     widest = channels[min(1, len(channels) - 1)]
-    itemsize = model.dtype.itemsize
+    itemsize = model.vae_dtype.itemsize
     maps = LIVE_MAPS * widest * width * height * itemsize
-    if model.device.type == "cuda" or not config.get("mid_block_add_attention", True):
+    if model.vae_device.type == "cuda" or not config.get("mid_block_add_attention", True):
         return maps
     tokens = (width // model.latent_scale) * (height // model.latent_scale)
     return maps + 4 * tokens * channels[-1] * itemsize
@@ -68,10 +68,10 @@ def plan(model: ZImage, tiling: str, width: int, height: int, tile: int) -> Deco
         return DecodePlan(tiling == "always", f"{'in tiles' if tiling == 'always' else 'whole'}, as asked")
     needed = activation_bytes(model, width, height)
     here = host.current()
-    free = here.free_memory(model.device)
+    free = here.free_memory(model.vae_device)
     if free < needed:
-        here.make_room(needed, model.device)
-        free = here.free_memory(model.device)
+        here.make_room(needed, model.vae_device)
+        free = here.free_memory(model.vae_device)
     fits = free >= needed
     compared = f"about {_mib(needed)} are needed and {_mib(free)} are free"
     return DecodePlan(not fits, f"{'whole' if fits else 'in tiles'}: {compared}")
@@ -111,7 +111,7 @@ def _in_room(run: Callable[[bool], Made], chosen: DecodePlan, tiling: str) -> tu
 
 def decode_one(model: ZImage, vae: Any, latents: Tensor, tiled: bool) -> Tensor:
     """RGB [1, 3, H, W] in about -1..1 from scaled latents [1, C, h, w]."""
-    plain = unscaled(model, latents).to(model.device, model.dtype)
+    plain = unscaled(model, latents).to(model.vae_device, model.vae_dtype)
     return _switched(vae, tiled).decode(plain, return_dict=False)[0]
 
 
@@ -141,10 +141,10 @@ def encode(
         for number, private in enumerate(generators):
             if number < len(pictures):
                 host.current().check_interrupt()
-                pixels = pictures[number : number + 1].permute(0, 3, 1, 2).to(model.device, model.dtype) * 2 - 1
+                pixels = pictures[number : number + 1].permute(0, 3, 1, 2).to(model.vae_device, model.vae_dtype) * 2 - 1
                 spread, chosen = _in_room(partial(_spread, vae, pixels), chosen, tiling)
             sample = spread.mode() if private is None else spread.sample(generator=private)
-            found.append((sample.float() - model.shift_factor) * model.scaling_factor)
+            found.append((sample.float().to(model.device) - model.shift_factor) * model.scaling_factor)
     return torch.cat(found)
 
 

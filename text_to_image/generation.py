@@ -37,6 +37,7 @@ log = logging.getLogger("hotpath.text_to_image")
 
 # Activations of a forward pass, in values per token and width: the widest is the feed-forward's two inner products.
 LIVE_ACTIVATIONS = 16
+OF_THE_VAE = ("image", "control", "decode")  # stages
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,9 @@ class Run:
             cures.insert(0, "tiling auto")
         if model.precision.method == "none" and model.device.type == "cuda":
             cures.append("precision float8 or int8")
+        place = model.vae_device if self.doing in OF_THE_VAE else model.device
         return (
-            f"{model.device} ran out of memory at {request.width} x {request.height} ({self.doing}): choose "
+            f"{place} ran out of memory at {request.width} x {request.height} ({self.doing}): choose "
             f"{', '.join(cures[:-1]) + ' or ' if cures[1:] else ''}{cures[-1]}."
         )
 

@@ -66,18 +66,24 @@ class ZImage:
         self.checkpoint, self.options = checkpoint, options
         self.device = host.current().device()
         self.dtype = choose_dtype(options.dtype, self.device)
+        self.vae_device = host.current().vae_device()
+        elsewhere = self.vae_device.type != self.device.type
+        self.vae_dtype = choose_dtype(options.dtype, self.vae_device) if elsewhere else self.dtype
         self.precision = precision.plan(options.precision, self.device, self.dtype)
         self.attention = stream_attention.choose(options.attention)
         self.compilation = compilation.plan(options.compile, self.device)
         versions = (str(self.dtype), self.device.type, transformers.__version__)
         self.text_identity = content_key(checkpoint.identity("text_encoder", "tokenizer"), *versions)
         lossy = () if stream_attention.is_exact(options.attention) else (options.attention,)
-        self.identity = content_key(checkpoint.identity(*COMPONENTS), str(self.dtype), self.precision.method, *lossy)
+        apart = (str(self.vae_dtype), self.vae_device.type) if elsewhere else ()
+        self.identity = content_key(
+            checkpoint.identity(*COMPONENTS), str(self.dtype), self.precision.method, *lossy, *apart
+        )
         self.adapters = Adapters()
         self.preview: Any = None  # previews.LinearPreview, once one was fitted
         self.transformer = Component("transformer", self._load_transformer, self.components)
         self.text_encoder = Component("text encoder", self._load_text_encoder, self.components)
-        self.vae = Component("VAE", self._load_vae, self.components)
+        self.vae = Component("VAE", self._load_vae, self.components, self.vae_device if elsewhere else None)
         vae, transformer = checkpoint.config("vae"), checkpoint.config("transformer")
         self.latent_channels = int(vae.get("latent_channels", 16))
         self.scaling_factor = float(vae.get("scaling_factor") or 1.0)
@@ -114,6 +120,9 @@ class ZImage:
     def notes(self) -> list[str]:
         """What was asked for that runs otherwise, and how the rest runs; one line each."""
         waiting = [component.note() for component in self.components()]
+        if self.vae_device.type != self.device.type:
+            name = str(self.vae_dtype).removeprefix("torch.")
+            waiting.append(f"the VAE computes on {self.vae_device} in {name}, as ComfyUI was started")
         lines = [*self.attention.lines(), self.precision.note, self.compilation.note, *waiting]
         return [line for line in lines if line]
 
@@ -162,7 +171,7 @@ class ZImage:
     def _load_vae(self) -> nn.Module:
         from diffusers import AutoencoderKL
 
-        return _from_pretrained(AutoencoderKL, self.checkpoint, "vae", torch_dtype=self.dtype)
+        return _from_pretrained(AutoencoderKL, self.checkpoint, "vae", torch_dtype=self.vae_dtype)
 
 
 def without_last_layer(encoder: Any) -> Any:

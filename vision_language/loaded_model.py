@@ -95,7 +95,7 @@ class LoadedModel:
         self.weights = list(weights)  # fingerprints of the files, as they were before they were read
         self.processor, self.tokenizer = readers
         self.holder = NetworkHolder(network)
-        self.managed: Managed = manage(self.holder, options.device)
+        self.managed, self.hosted = manage(self.holder, options.device)
         self.holder._owner = weakref.ref(self)
         self.lock = threading.RLock()
         # Filled by the decoder and the prefix cache; both hold memory of the device.
@@ -254,6 +254,14 @@ class LoadedModel:
             self.drop_device_state()
             self.managed.release()
 
+    def leave_unmanaged(self) -> None:
+        """The host takes everything off its devices: so does this model on another one, unless it is being asked."""
+        if not self.hosted and self.lock.acquire(blocking=False):
+            try:
+                self.release()
+            finally:
+                self.lock.release()
+
     @torch.inference_mode(False)
     def discard(self) -> None:
         """Free the weights where they are. Nothing can be asked of this model any more."""
@@ -275,13 +283,17 @@ def graph_memory(model: LoadedModel) -> GraphMemory:
     return memory
 
 
-def manage(holder: NetworkHolder, device: str) -> Managed:
-    """The host's management, unless another device than the host's was asked for."""
-    if numbered(compute_device(device)) == numbered(host.current().device()):
-        return host.current().manage(holder)
+def manage(holder: NetworkHolder, device: str) -> tuple[Managed, bool]:
+    """The network on `device`, and whether that is the host's matter: a host looks after devices of the kind that it computes
+    on, however many there are."""
+    wanted, own = numbered(compute_device(device)), numbered(host.current().device())
+    if wanted == own:
+        return host.current().manage(holder), True
+    if wanted.type == own.type:
+        return host.current().manage(holder, wanted), True
     from ..host.headless import HeadlessManaged
 
-    return HeadlessManaged(holder, compute_device(device), torch.device("cpu"))
+    return HeadlessManaged(holder, wanted, torch.device("cpu")), False
 
 
 def compute_device(asked: str) -> torch.device:
@@ -293,7 +305,7 @@ def compute_device(asked: str) -> torch.device:
         absent = {
             "cuda": not torch.cuda.is_available() or (wanted.index or 0) >= torch.cuda.device_count(),
             "mps": not torch.backends.mps.is_available(),
-            "xpu": not torch.xpu.is_available(),
+            "xpu": not torch.xpu.is_available() or (wanted.index or 0) >= torch.xpu.device_count(),
             "cpu": False,
         }.get(wanted.type, True)
     except (RuntimeError, TypeError):  # no name of a device

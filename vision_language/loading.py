@@ -50,7 +50,7 @@ def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu":
         return torch.float32
     # Not float16: the activations of Qwen decoders run over its range.
-    return host.current().compute_dtype(supported=(torch.bfloat16, torch.float32))
+    return host.current().compute_dtype(supported=(torch.bfloat16, torch.float32), device=device)
 
 
 def choose_attention(asked: str) -> tuple[str, str]:
@@ -358,9 +358,11 @@ class Registry:
             log.info("%s is no longer kept: memory is short", oldest.folder.name)
 
     def let_go(self) -> None:
-        """Keep no model any more; those that somebody holds stay loaded."""
+        """Keep no model any more; those that somebody holds stay loaded, for the host to take off its devices."""
         # No lock: a model that another thread loads must not hold up a user who wants memory back.
         self._kept = {}
+        for model in list(self._models.values()):
+            model.leave_unmanaged()
 
     def loaded(self) -> list[LoadedModel]:
         with self._lock:

@@ -52,16 +52,6 @@ EARLIER: dict[str, str] = {
 }
 
 
-def described(asked: str) -> str:
-    """The words of the preset `asked`, whose name may be given without its picture sign and in any case; of what is no
-    preset's name, `asked` itself."""
-    wanted = asked.strip().casefold()
-    named = (
-        words for name, words in DESCRIPTIONS.items() if wanted in (name.casefold(), name.casefold().partition(" ")[2])
-    )
-    return next(named, asked)
-
-
 STYLES: dict[str, str] = {
     "📝 Enhance": (
         "Improve this image prompt: keep its meaning, add concrete visual detail, and answer with the prompt only."

@@ -258,6 +258,9 @@ def test_a_workflow_that_cannot_do_shots(film, request_for, headless_host):
         "1": {"class_type": "LoadVideo", "inputs": {"file": "film.mp4"}},
         "2": {"class_type": "SaveVideo", "inputs": {"video": ["1", 0], "filename_prefix": "x", "format": "auto"}},
     }
+    part = {**FILM, "2": {**FILM["2"], "inputs": {**FILM["2"]["inputs"], "seconds": 10.0}}}
+    with pytest.raises(BadMap, match="colours a part of the film: for its shots set start_seconds and seconds to 0"):
+        run_map(request_for(source, graph=part, shots=True))
     with pytest.raises(BadMap, match="cannot colour single shots"):
         run_map(request_for(source, graph=other, shots=True))
 

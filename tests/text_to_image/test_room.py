@@ -191,7 +191,8 @@ def test_layers_without_room_wait_in_the_machines_memory(headless_host, monkeypa
             self.embedder = torch.nn.Linear(25, 4, bias=False)
 
     class Managed(Device):
-        def __init__(self, module):
+        def __init__(self, module, device):
+            assert device is None
             self.device, self.module, self.released = torch.device("cuda"), module, 0
 
     class Owner:

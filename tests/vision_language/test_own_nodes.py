@@ -8,7 +8,7 @@ import pytest
 import torch
 from hotpath import cli
 from hotpath.nodes import NODE_CLASS_MAPPINGS
-from hotpath.vision_language import presets
+from hotpath.vision_language import own_presets
 from hotpath.vision_language.answering import AnswerOptions
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.caption_job import CaptionJob
@@ -47,7 +47,7 @@ def test_what_is_set_at_the_folder_node_or_the_command_reaches_the_captions(head
     (folder / "a.png").touch()
     made = NODE_CLASS_MAPPINGS["HotpathCaptionFolder"]().caption(
         "model", "in", "Say it.", "Be brief.", "both", 3, True, True, "a, ", ", b", "high", 9, 0.5, 7,
-        "memory and disk", "graph", False, "a*", "out", "on", "pictures and videos", 5, "4",
+        "memory and disk", "graph", False, "a*", "out", "on", "pictures and videos", 5, "none", "4",
     )  # fmt: skip
     named = (True, "pictures and videos", 5)
     job = CaptionJob(folder, "Say it.", "Be brief.", "both", True, True, 3, "a, ", ", b", target, "a*", *named)
@@ -68,7 +68,7 @@ def test_what_is_set_at_the_folder_node_or_the_command_reaches_the_captions(head
     )
     words = ["caption", str(folder), *flags.split(), "--prompt", "tags", "--before", "a, ", "--after", ", b"]
     assert cli.main([*words, "--captions-to", str(target), "--models", str(tmp_path)]) == 0
-    tags = presets.described("tags")
+    tags = own_presets.described("tags")
     job = CaptionJob(folder, tags, "Brief.", "both", True, True, 3, "a, ", ", b", target, "a*", *named)
     load = LoadOptions(dtype="float32", quantization="int8")
     assert given.pop() == (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hotpath.nodes import FAILED_FAMILIES, NODE_CLASS_MAPPINGS
-from hotpath.vision_language import presets
+from hotpath.vision_language import own_presets, presets
 from hotpath.vision_language.answering import AnswerOptions
 from hotpath.vision_language.budgets import OLD_PRESETS, PRESETS
 from hotpath.vision_language.loaded_model import LoadOptions
@@ -245,13 +245,13 @@ def test_every_preset_has_words_of_its_own():
         assert len(set(words.values())) == len(words) and all(len(text) > 20 for text in words.values())
 
 
-def test_presets_are_found_by_the_names_that_the_command_line_lists():
+def test_presets_are_found_by_the_names_that_the_command_line_lists(headless_host):
     from hotpath.cli import parser
 
     default = parser().parse_args(["caption", "."]).prompt
-    assert presets.described(default) == presets.DESCRIPTIONS[presets.DEFAULT_DESCRIPTION]
-    assert presets.described("tags") == presets.described("🖼️ Tags") == presets.DESCRIPTIONS["🖼️ Tags"]
-    assert presets.described("What is this?") == "What is this?"
+    assert own_presets.described(default) == presets.DESCRIPTIONS[presets.DEFAULT_DESCRIPTION]
+    assert own_presets.described("tags") == own_presets.described("🖼️ Tags") == presets.DESCRIPTIONS["🖼️ Tags"]
+    assert own_presets.described("What is this?") == "What is this?"
 
 
 @pytest.mark.parametrize("name", presets.EARLIER)
@@ -270,5 +270,5 @@ def test_a_preset_of_another_pack_is_told(headless_host):
         and not headless_host.texts
     )
     assert ask("🍿 Wan 2.2 I2V", "", None, None, 16).prompt == "🍿 Wan 2.2 I2V"
-    assert "write them into custom_prompt" in headless_host.texts[-1][1]
+    assert "write its words into custom_prompt, or into 🍿 Wan 2.2 I2V.txt in" in headless_host.texts[-1][1]
     assert ask("🍿 Wan 2.2 I2V", "Describe.", None, None, 16).prompt == "Describe." and len(headless_host.texts) == 1
