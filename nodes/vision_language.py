@@ -12,8 +12,9 @@ from ..vision_language.answering import AnswerOptions
 from ..vision_language.asking import FORMATS as ANSWER_FORMATS
 from ..vision_language.asking import Request, ask
 from ..vision_language.budgets import preset
+from ..vision_language.load_choices import ATTENTIONS, DTYPES
 from ..vision_language.loaded_model import LoadedModel, LoadOptions
-from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS, state_of
+from ..vision_language.loading import MODELS, state_of
 from ..vision_language.pictures import from_frames, from_images
 from ..vision_language.quantization import QUANTIZATIONS
 from ..vision_language.sampling import Sampling
