@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from .. import host
 from ..vision_language import presets
-from ..vision_language.answering import AnswerOptions, answer
-from ..vision_language.budgets import PRESETS, PROCESSOR, Budget
+from ..vision_language.answering import AnswerOptions
 from ..vision_language.loaded_model import LoadOptions
-from ..vision_language.loading import MODELS, state_of
-from ..vision_language.pictures import DEFAULT_FPS, from_frames, from_images
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
+from .ailab_sockets import (
+    AS_BEFORE,
+    BUDGET,
+    CUSTOM,
+    DEVICE_TOOLTIP,
+    IMAGE,
+    KEEP,
+    PENALTY_TOOLTIP,
+    PRESET,
+    SEED,
+    TEMPERATURE_TOOLTIP,
+    TOP_P_TOOLTIP,
+    AILabNode,
+    ask,
+    budget,
+    devices,
+    number,
+    run,
+    tokens,
+    words,
+)
 from .vision_sockets import model_choice
 
-CATEGORY = "🧪AILab/QwenVL"
-AS_BEFORE = "as before"
 VISION_MODELS = (
     *(
         f"Qwen3-VL-{size}-{kind}{suffix}"
@@ -46,14 +59,6 @@ ATTENTION = (
     ["auto", "sage", "flash_attention_2", "sdpa"],
     {"default": "auto", "tooltip": "auto is sdpa. What ran, and why, is told under the node."},
 )
-SEED = (
-    "INT",
-    {"default": 1, "min": 1, "max": 0xFFFFFFFFFFFFFFFF, "tooltip": "The same seed gives the same text."},
-)
-KEEP = (
-    "BOOLEAN",
-    {"default": True, "tooltip": "On: the weights stay on the device until ComfyUI needs the room."},
-)
 COMPILE = (
     "BOOLEAN",
     {
@@ -61,89 +66,9 @@ COMPILE = (
         "tooltip": "Compile the decode step, also on a CPU. Off: what is fastest here; the report says which.",
     },
 )
-BUDGET = (
-    [AS_BEFORE, *PRESETS],
-    {
-        "default": AS_BEFORE,
-        "tooltip": "Visual tokens a picture may cost: fast 256, balanced 512, high 768, ultra 1024.",
-    },
-)
-CUSTOM = (
-    "STRING",
-    {"default": "", "multiline": True, "tooltip": "Your own prompt; it takes the place of the preset."},
-)
 
 
-def devices() -> list[str]:
-    found = ["auto", "cpu", "mps"]
-    return found + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-
-
-def tokens(default: int, most: int) -> tuple[str, dict[str, Any]]:
-    return ("INT", {"default": default, "min": 1, "max": most, "tooltip": "The longest answer, in tokens."})
-
-
-def number(default: float, least: float, most: float, tooltip: str) -> tuple[str, dict[str, Any]]:
-    return ("FLOAT", {"default": default, "min": least, "max": most, "step": 0.05, "tooltip": tooltip})
-
-
-def budget(name: str) -> Budget:
-    return PROCESSOR if name == AS_BEFORE else PRESETS[name]
-
-
-class _AILabNode:
-    CATEGORY = CATEGORY
-    FUNCTION = "process"
-    RETURN_TYPES: tuple[str, ...] = ("STRING",)
-    RETURN_NAMES: tuple[str, ...] = ("RESPONSE",)
-    OUTPUT_TOOLTIPS = ("What the model answered.",)
-
-    @classmethod
-    def VALIDATE_INPUTS(
-        cls, model_name: str = "", device: str = "", preset_prompt: str = "", enhancement_style: str = ""
-    ) -> bool:
-        # Names and devices of other machines are looked up at run time; a preset of an older list is its own text.
-        return True
-
-    @classmethod
-    def IS_CHANGED(cls, model_name: str | None = None, **inputs: Any) -> str:
-        return state_of(model_name or "")
-
-
-def run(
-    model_name: str, question: Question, load: LoadOptions, sampling: Sampling, options: AnswerOptions
-) -> tuple[str]:
-    needs_sight = bool(question.pictures or question.clips)
-    with MODELS.borrowed(model_name, load, needs_sight) as loaded:
-        made = answer(loaded, [question], sampling, options)[0]
-    host.current().show_text(f"{made.raw}\n\n{made.report}", options.node_id)
-    return (made.raw,)
-
-
-def words(preset: str, known: Mapping[str, str], own: str) -> str:
-    """What a preset asks for; one of the oldest list is its own text. own: the input for somebody's own words."""
-    preset = presets.EARLIER.get(preset, preset)
-    if (
-        preset not in known and unicodedata.category((preset or " ")[0]) == "So"
-    ):  # a name as this pack's forks give them
-        host.current().warn(
-            f"{preset} is a preset of another pack, whose words are not known here: write them into {own}."
-        )
-    return known.get(preset, preset)
-
-
-def ask(preset_prompt: str, custom_prompt: str, image: Any, video: Any, frame_count: int) -> Question:
-    prompt = custom_prompt.strip() or words(preset_prompt, presets.DESCRIPTIONS, "custom_prompt")
-    if image is not None and len(image) > 1:
-        host.current().warn(
-            f"image holds {len(image)} pictures, of which this node looks at the first: Ask Vision-Language Model answers each "
-            "with one_answer_each."
-        )
-    pictures = from_images(None if image is None else image[:1])
-    return Question(prompt, "", tuple(pictures), tuple(from_frames(video, DEFAULT_FPS, frame_count)))
-
-
-class AILabQwenVL(_AILabNode):
+class AILabQwenVL(AILabNode):
     DISPLAY_NAME = "QwenVL"
     DESCRIPTION = (
         "Describe a picture or a video with a Qwen vision-language model and a preset prompt. "
@@ -158,17 +83,14 @@ class AILabQwenVL(_AILabNode):
                 "model_name": model_choice(VISION_MODELS, True, VISION_MODELS[0]),
                 "quantization": QUANTIZATION,
                 "attention_mode": ATTENTION,
-                "preset_prompt": (
-                    list(presets.DESCRIPTIONS),
-                    {"default": presets.DEFAULT_DESCRIPTION, "tooltip": "What to ask for."},
-                ),
+                "preset_prompt": PRESET,
                 "custom_prompt": CUSTOM,
                 "max_tokens": tokens(512, 32768),
                 "keep_model_loaded": KEEP,
                 "seed": SEED,
             },
             "optional": {
-                "image": ("IMAGE", {"tooltip": "A picture; the first one of a batch."}),
+                "image": IMAGE,
                 "video": ("IMAGE", {"tooltip": "Frames of a video; 16 of them, evenly spread, are looked at."}),
                 "token_budget": BUDGET,
             },
@@ -199,7 +121,7 @@ class AILabQwenVL(_AILabNode):
         )
 
 
-class AILabQwenVLAdvanced(_AILabNode):
+class AILabQwenVLAdvanced(AILabNode):
     DISPLAY_NAME = "QwenVL (Advanced)"
     DESCRIPTION = (
         "Describe a picture or a video with a Qwen vision-language model, with every setting. "
@@ -215,20 +137,17 @@ class AILabQwenVLAdvanced(_AILabNode):
                 "quantization": QUANTIZATION,
                 "attention_mode": ATTENTION,
                 "use_torch_compile": COMPILE,
-                "device": (devices(), {"default": "auto", "tooltip": "auto is where ComfyUI computes."}),
-                "preset_prompt": (
-                    list(presets.DESCRIPTIONS),
-                    {"default": presets.DEFAULT_DESCRIPTION, "tooltip": "What to ask for."},
-                ),
+                "device": (devices(), {"default": "auto", "tooltip": DEVICE_TOOLTIP}),
+                "preset_prompt": PRESET,
                 "custom_prompt": CUSTOM,
                 "max_tokens": tokens(512, 32768),
-                "temperature": number(0.6, 0.0, 2.0, "Higher is more varied; 0 is always the likeliest token."),
-                "top_p": number(0.9, 0.0, 1.0, "Only the likeliest tokens that together have this probability."),
+                "temperature": number(0.6, 0.0, 2.0, TEMPERATURE_TOOLTIP),
+                "top_p": number(0.9, 0.0, 1.0, TOP_P_TOOLTIP),
                 "num_beams": (
                     "INT",
                     {"default": 1, "min": 1, "max": 8, "tooltip": "Over 1: beam search, without sampling; slower."},
                 ),
-                "repetition_penalty": number(1.2, 0.5, 2.0, "Over 1: used tokens become less likely."),
+                "repetition_penalty": number(1.2, 0.5, 2.0, PENALTY_TOOLTIP),
                 "frame_count": (
                     "INT",
                     {"default": 16, "min": 1, "max": 768, "tooltip": "How many frames of the video are looked at."},
@@ -237,7 +156,7 @@ class AILabQwenVLAdvanced(_AILabNode):
                 "seed": SEED,
             },
             "optional": {
-                "image": ("IMAGE", {"tooltip": "A picture; the first one of a batch."}),
+                "image": IMAGE,
                 "video": ("IMAGE", {"tooltip": "Frames of a video."}),
                 "token_budget": BUDGET,
             },
@@ -281,7 +200,7 @@ class AILabQwenVLAdvanced(_AILabNode):
         )
 
 
-class AILabPromptEnhancer(_AILabNode):
+class AILabPromptEnhancer(AILabNode):
     DISPLAY_NAME = "QwenVL Prompt Enhancer"
     DESCRIPTION = (
         "Rewrite a prompt for an image generator with a Qwen model. "
@@ -299,7 +218,7 @@ class AILabPromptEnhancer(_AILabNode):
                 "quantization": QUANTIZATION,
                 "attention_mode": ATTENTION,
                 "use_torch_compile": COMPILE,
-                "device": (devices(), {"default": "auto", "tooltip": "auto is where ComfyUI computes."}),
+                "device": (devices(), {"default": "auto", "tooltip": DEVICE_TOOLTIP}),
                 "prompt_text": ("STRING", {"default": "", "multiline": True, "tooltip": "The prompt to rewrite."}),
                 "enhancement_style": (
                     list(presets.STYLES),
@@ -310,9 +229,9 @@ class AILabPromptEnhancer(_AILabNode):
                     {"default": "", "multiline": True, "tooltip": "Your own instruction in place of the style."},
                 ),
                 "max_tokens": tokens(256, 32768),
-                "temperature": number(0.7, 0.0, 2.0, "Higher is more varied; 0 is always the likeliest token."),
-                "top_p": number(0.9, 0.0, 1.0, "Only the likeliest tokens that together have this probability."),
-                "repetition_penalty": number(1.1, 0.5, 2.0, "Over 1: used tokens become less likely."),
+                "temperature": number(0.7, 0.0, 2.0, TEMPERATURE_TOOLTIP),
+                "top_p": number(0.9, 0.0, 1.0, TOP_P_TOOLTIP),
+                "repetition_penalty": number(1.1, 0.5, 2.0, PENALTY_TOOLTIP),
                 "keep_model_loaded": KEEP,
                 "seed": SEED,
             },

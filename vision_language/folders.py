@@ -119,11 +119,15 @@ def of_gguf(model: GgufModel, root: Path) -> ModelFolder:
     return ModelFolder(model.files[0], model.files[0].relative_to(root).as_posix(), model.config, model)
 
 
-def choices(known: Iterable[str], sees: bool | None) -> list[str]:
-    """Names for a widget: the known ones, then what lies on the disk (with a vision tower, without one, or both)."""
+def choices(known: Iterable[str], sees: bool | None, files_only: bool = False) -> list[str]:
+    """Names for a widget: the known ones, then what lies on the disk (with a vision tower, without one, or both).
+
+    files_only: no folders, but GGUF files.
+    """
     names = list(known)
     for folder in scan():
-        if (sees is None or folder.sees == sees) and folder.path.name not in names and folder.name not in names:
+        fits = (sees is None or folder.sees == sees) and (folder.gguf is not None or not files_only)
+        if fits and folder.path.name not in names and folder.name not in names:
             names.append(folder.name)
     return names
 
