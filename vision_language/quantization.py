@@ -86,7 +86,8 @@ def plan_for_gguf(asked: str, device: torch.device) -> QuantizationPlan:
     found = plan(f"int{bits}" if bits else asked, device)
     if found.method == "none":
         return found
-    return QuantizationPlan(found.method, f"{asked}: {found.method} for what the file has in other types")
+    named = "" if asked == found.method else f"{asked}: "
+    return QuantizationPlan(found.method, f"{named}{found.method} for what the file has in other types")
 
 
 class ScaledLinear(nn.Module):
