@@ -12,10 +12,10 @@ from ..vision_language.answering import AnswerOptions
 from ..vision_language.budgets import preset
 from ..vision_language.caption_job import CaptionJob, begin
 from ..vision_language.captioning import FolderCaptioner
-from ..vision_language.folders import UnusableModel
 from ..vision_language.loaded_model import LoadOptions
 from ..vision_language.loading import MODELS
 from ..vision_language.sampling import Sampling
+from ..vision_language.unusable import UnusableModel
 from .console import complain, note, say
 from .models_folder import headless_host
 

@@ -31,7 +31,7 @@ ROOM = 128  # tokens after the question: for the answers below and the repeated 
 
 def check_vision_language(host: Host) -> Iterator[Finding]:
     """Every whole folder of a model with a vision tower."""
-    found = [folder for folder in folders.scan() if folder.sees and not folders.missing_weights(folder.path)]
+    found = [folder for folder in folders.scan() if folder.sees and not folders.missing_files(folder)]
     if not found:
         raise Absent(f"there is no vision-language model under {folders.roots()[0]}")
     picture = Picture(np.random.default_rng(0).integers(0, 256, (160, 224, 3), dtype=np.uint8))

@@ -32,6 +32,8 @@ FAMILIES: tuple[str, ...] = (
     "color_states",
     "qwen_vl",
     "ailab_qwen_vl",
+    "ailab_qwen_vl_gguf",
+    "ailab_downloader",
     "vision_language",
     "captioning",
     "map",

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from .. import host
-from ..vision_language import own_presets, presets
+from ..vision_language import presets
 from ..vision_language.answering import AnswerOptions
-from ..vision_language.budgets import PRESETS, PROCESSOR, Budget
 from ..vision_language.loaded_model import LoadOptions
-from ..vision_language.loading import state_of
-from ..vision_language.pictures import DEFAULT_FPS, from_frames, from_images
 from ..vision_language.prompts import Question
 from ..vision_language.sampling import Sampling
-from .sockets import HIDDEN, number
+from .ailab_sockets import (
+    AS_BEFORE,
+    BUDGET,
+    CUSTOM,
+    DEVICE_TOOLTIP,
+    IMAGE,
+    KEEP,
+    PENALTY_TOOLTIP,
+    SEED,
+    TEMPERATURE_TOOLTIP,
+    TOP_P_TOOLTIP,
+    AILabNode,
+    ask,
+    budget,
+    number,
+    preset,
+    style,
+    tokens,
+    words,
+)
+from .sockets import HIDDEN
 from .vision_sockets import devices, model_choice, one_answer
 
-CATEGORY = "🧪AILab/QwenVL"
-AS_BEFORE = "as before"
 VISION_MODELS = (
     *(
         f"Qwen3-VL-{size}-{kind}{suffix}"
@@ -47,14 +59,6 @@ ATTENTION = (
     ["auto", "sage", "flash_attention_2", "sdpa"],
     {"default": "auto", "tooltip": "auto is sdpa. What ran, and why, is told under the node."},
 )
-SEED = (
-    "INT",
-    {"default": 1, "min": 1, "max": 0xFFFFFFFFFFFFFFFF, "tooltip": "The same seed gives the same text."},
-)
-KEEP = (
-    "BOOLEAN",
-    {"default": True, "tooltip": "On: the weights stay on the device until ComfyUI needs the room."},
-)
 COMPILE = (
     "BOOLEAN",
     {
@@ -62,81 +66,9 @@ COMPILE = (
         "tooltip": "Compile the decode step, also on a CPU. Off: what is fastest here; the report says which.",
     },
 )
-BUDGET = (
-    [AS_BEFORE, *PRESETS],
-    {
-        "default": AS_BEFORE,
-        "tooltip": "Visual tokens a picture may cost: fast 256, balanced 512, high 768, ultra 1024.",
-    },
-)
-PRESET_TOOLTIP = "What to ask for. Text files in models/LLM/prompts are presets of your own."
-STYLE_TOOLTIP = "How to rewrite it. Text files in models/LLM/prompts are styles of your own."
-CUSTOM = (
-    "STRING",
-    {"default": "", "multiline": True, "tooltip": "Your own prompt; it takes the place of the preset."},
-)
 
 
-def tokens(default: int, most: int) -> tuple[str, dict[str, Any]]:
-    return ("INT", {"default": default, "min": 1, "max": most, "tooltip": "The longest answer, in tokens."})
-
-
-def budget(name: str) -> Budget:
-    return PROCESSOR if name == AS_BEFORE else PRESETS[name]
-
-
-class _AILabNode:
-    CATEGORY = CATEGORY
-    FUNCTION = "process"
-    RETURN_TYPES: tuple[str, ...] = ("STRING",)
-    RETURN_NAMES: tuple[str, ...] = ("RESPONSE",)
-    OUTPUT_TOOLTIPS = ("What the model answered.",)
-
-    @classmethod
-    def VALIDATE_INPUTS(
-        cls, model_name: str = "", device: str = "", preset_prompt: str = "", enhancement_style: str = ""
-    ) -> bool:
-        # Names and devices of other machines are looked up at run time; a preset of an older list is its own text.
-        return True
-
-    @classmethod
-    def IS_CHANGED(cls, model_name: str | None = None, **inputs: Any) -> str:
-        own = own_presets.state(inputs.get("preset_prompt") or inputs.get("enhancement_style"))
-        return state_of(model_name or "") + own
-
-
-def words(preset: str, known: Mapping[str, str], own: str) -> str:
-    """What a preset asks for; one of the oldest list is its own text. own: the input for somebody's own words."""
-    for name in (preset, presets.EARLIER.get(preset, preset)):
-        if (found := own_presets.words(name, known)) is not None:
-            return found
-    if _is_a_name(preset):
-        host.current().warn(
-            f"There is no preset {preset} here, so that this itself is asked: write its words into {own}, or into {preset}.txt "
-            f"in {own_presets.place()}."
-        )
-    return preset
-
-
-def _is_a_name(preset: str) -> bool:
-    """Whether it is no text as the oldest list has them: it begins with a sign, as forks of that pack have it, or is no
-    sentence."""
-    text = preset.strip()
-    return bool(text) and (unicodedata.category(text[0]) == "So" or unicodedata.category(text[-1]) != "Po")
-
-
-def ask(preset_prompt: str, custom_prompt: str, image: Any, video: Any, frame_count: int) -> Question:
-    prompt = custom_prompt.strip() or words(preset_prompt, presets.DESCRIPTIONS, "custom_prompt")
-    if image is not None and len(image) > 1:
-        host.current().warn(
-            f"image holds {len(image)} pictures, of which this node looks at the first: Ask Vision-Language Model answers each "
-            "with one_answer_each."
-        )
-    pictures = from_images(None if image is None else image[:1])
-    return Question(prompt, "", tuple(pictures), tuple(from_frames(video, DEFAULT_FPS, frame_count)))
-
-
-class AILabQwenVL(_AILabNode):
+class AILabQwenVL(AILabNode):
     DISPLAY_NAME = "QwenVL"
     DESCRIPTION = (
         "Describe a picture or a video with a Qwen vision-language model and a preset prompt. "
@@ -151,17 +83,14 @@ class AILabQwenVL(_AILabNode):
                 "model_name": model_choice(VISION_MODELS, True, VISION_MODELS[0]),
                 "quantization": QUANTIZATION,
                 "attention_mode": ATTENTION,
-                "preset_prompt": (
-                    own_presets.menu(presets.DESCRIPTIONS),
-                    {"default": presets.DEFAULT_DESCRIPTION, "tooltip": PRESET_TOOLTIP},
-                ),
+                "preset_prompt": preset(),
                 "custom_prompt": CUSTOM,
                 "max_tokens": tokens(512, 32768),
                 "keep_model_loaded": KEEP,
                 "seed": SEED,
             },
             "optional": {
-                "image": ("IMAGE", {"tooltip": "A picture; the first one of a batch."}),
+                "image": IMAGE,
                 "video": ("IMAGE", {"tooltip": "Frames of a video; 16 of them, evenly spread, are looked at."}),
                 "token_budget": BUDGET,
             },
@@ -192,7 +121,7 @@ class AILabQwenVL(_AILabNode):
         )
 
 
-class AILabQwenVLAdvanced(_AILabNode):
+class AILabQwenVLAdvanced(AILabNode):
     DISPLAY_NAME = "QwenVL (Advanced)"
     DESCRIPTION = (
         "Describe a picture or a video with a Qwen vision-language model, with every setting. "
@@ -208,20 +137,17 @@ class AILabQwenVLAdvanced(_AILabNode):
                 "quantization": QUANTIZATION,
                 "attention_mode": ATTENTION,
                 "use_torch_compile": COMPILE,
-                "device": (devices(), {"default": "auto", "tooltip": "auto is where ComfyUI computes."}),
-                "preset_prompt": (
-                    own_presets.menu(presets.DESCRIPTIONS),
-                    {"default": presets.DEFAULT_DESCRIPTION, "tooltip": PRESET_TOOLTIP},
-                ),
+                "device": (devices(), {"default": "auto", "tooltip": DEVICE_TOOLTIP}),
+                "preset_prompt": preset(),
                 "custom_prompt": CUSTOM,
                 "max_tokens": tokens(512, 32768),
-                "temperature": number(0.6, 0.0, 2.0, "Higher is more varied; 0 is always the likeliest token.", 0.05),
-                "top_p": number(0.9, 0.0, 1.0, "Only the likeliest tokens that together have this probability.", 0.05),
+                "temperature": number(0.6, 0.0, 2.0, TEMPERATURE_TOOLTIP),
+                "top_p": number(0.9, 0.0, 1.0, TOP_P_TOOLTIP),
                 "num_beams": (
                     "INT",
                     {"default": 1, "min": 1, "max": 8, "tooltip": "Over 1: beam search, without sampling; slower."},
                 ),
-                "repetition_penalty": number(1.2, 0.5, 2.0, "Over 1: used tokens become less likely.", 0.05),
+                "repetition_penalty": number(1.2, 0.5, 2.0, PENALTY_TOOLTIP),
                 "frame_count": (
                     "INT",
                     {"default": 16, "min": 1, "max": 768, "tooltip": "How many frames of the video are looked at."},
@@ -230,7 +156,7 @@ class AILabQwenVLAdvanced(_AILabNode):
                 "seed": SEED,
             },
             "optional": {
-                "image": ("IMAGE", {"tooltip": "A picture; the first one of a batch."}),
+                "image": IMAGE,
                 "video": ("IMAGE", {"tooltip": "Frames of a video."}),
                 "token_budget": BUDGET,
             },
@@ -274,7 +200,7 @@ class AILabQwenVLAdvanced(_AILabNode):
         )
 
 
-class AILabPromptEnhancer(_AILabNode):
+class AILabPromptEnhancer(AILabNode):
     DISPLAY_NAME = "QwenVL Prompt Enhancer"
     DESCRIPTION = (
         "Rewrite a prompt for an image generator with a Qwen model. "
@@ -292,20 +218,17 @@ class AILabPromptEnhancer(_AILabNode):
                 "quantization": QUANTIZATION,
                 "attention_mode": ATTENTION,
                 "use_torch_compile": COMPILE,
-                "device": (devices(), {"default": "auto", "tooltip": "auto is where ComfyUI computes."}),
+                "device": (devices(), {"default": "auto", "tooltip": DEVICE_TOOLTIP}),
                 "prompt_text": ("STRING", {"default": "", "multiline": True, "tooltip": "The prompt to rewrite."}),
-                "enhancement_style": (
-                    own_presets.menu(presets.STYLES),
-                    {"default": presets.DEFAULT_STYLE, "tooltip": STYLE_TOOLTIP},
-                ),
+                "enhancement_style": style(),
                 "custom_system_prompt": (
                     "STRING",
                     {"default": "", "multiline": True, "tooltip": "Your own instruction in place of the style."},
                 ),
                 "max_tokens": tokens(256, 32768),
-                "temperature": number(0.7, 0.0, 2.0, "Higher is more varied; 0 is always the likeliest token.", 0.05),
-                "top_p": number(0.9, 0.0, 1.0, "Only the likeliest tokens that together have this probability.", 0.05),
-                "repetition_penalty": number(1.1, 0.5, 2.0, "Over 1: used tokens become less likely.", 0.05),
+                "temperature": number(0.7, 0.0, 2.0, TEMPERATURE_TOOLTIP),
+                "top_p": number(0.9, 0.0, 1.0, TOP_P_TOOLTIP),
+                "repetition_penalty": number(1.1, 0.5, 2.0, PENALTY_TOOLTIP),
                 "keep_model_loaded": KEEP,
                 "seed": SEED,
             },

@@ -11,8 +11,9 @@ from ..vision_language import budgets, folders, own_presets, presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.asking import FORMATS as ANSWER_FORMATS
 from ..vision_language.asking import Request, ask
+from ..vision_language.load_choices import ATTENTIONS, DTYPES
 from ..vision_language.loaded_model import LoadedModel, LoadOptions
-from ..vision_language.loading import ATTENTIONS, DTYPES, MODELS, state_of
+from ..vision_language.loading import MODELS, state_of
 from ..vision_language.pictures import from_frames, from_images
 from ..vision_language.quantization import QUANTIZATIONS
 from ..vision_language.sampling import Sampling
@@ -36,8 +37,8 @@ from .vision_sockets import (
 class HotpathVLMLoader:
     DISPLAY_NAME = "Load Vision-Language Model"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Loads a Qwen-VL (or Qwen text) model folder once, for every node that uses it."
-    SEARCH_ALIASES = ["qwen vl", "vlm", "llm", "load qwen"]
+    DESCRIPTION = "Loads a Qwen-VL (or Qwen text) model, a folder or a GGUF file, once for every node that uses it."
+    SEARCH_ALIASES = ["qwen vl", "vlm", "llm", "load qwen", "gguf"]
     RETURN_TYPES = ("HOTPATH_VLM", "STRING")
     RETURN_NAMES = ("model", "report")
     OUTPUT_TOOLTIPS = ("The model.", "What was loaded, and how.")
@@ -52,7 +53,7 @@ class HotpathVLMLoader:
                     folders.choices(known, None),
                     {
                         "default": "Qwen3-VL-4B-Instruct",
-                        "tooltip": "Any model folder under models/LLM, or a name that is fetched when it is missing.",
+                        "tooltip": "A folder or a GGUF file under models/LLM, or a model that is fetched when it is missing.",
                     },
                 ),
             },
@@ -65,7 +66,8 @@ class HotpathVLMLoader:
                     list(QUANTIZATIONS),
                     {
                         "default": "none",
-                        "tooltip": "int8, int4 and float8 can be compiled; bitsandbytes saves memory but decodes slower.",
+                        "tooltip": "int8, int4 and float8 can be compiled; bitsandbytes saves memory but decodes slower. "
+                        "none: as stored, also what a GGUF file has packed.",
                     },
                 ),
                 "attention": (list(ATTENTIONS), {"default": "auto", "tooltip": "auto is sdpa."}),
@@ -85,8 +87,8 @@ class HotpathVLMLoader:
                 ),
                 "repository": (
                     "STRING",
-                    {"default": "", "tooltip": "A repository of the hub, as owner/name, in place of model: a fine-tune, say. Its "
-                     "folder is fetched when it is missing."},
+                    {"default": "", "tooltip": "A repository of the hub, as owner/name, or a file of one, as "
+                     "owner/name/file.gguf, in place of model: a fine-tune, say. It is fetched when it is missing."},
                 ),
                 "device": (
                     devices(),

@@ -84,7 +84,10 @@ def model_choice(known: tuple[str, ...], sees: bool | None, default: str) -> tup
     """The folders that are there and the models that are fetched. sees: with a vision tower, without one, or either."""
     return (
         folders.choices(known, sees),
-        {"default": default, "tooltip": "A folder under models/LLM, or a model that is fetched when it is missing."},
+        {
+            "default": default,
+            "tooltip": "A folder or a GGUF file under models/LLM, or a model that is fetched when it is missing.",
+        },
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 THINK, THINK_END = "<think>", "</think>"
 FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+FENCED = re.compile(r"```[\w-]*[ \t]*\n((?:(?!```).)*)\n?```", re.DOTALL)
 BEGINS = re.compile(r"[\[{]")
 OBJECT = re.compile(r"\{\s*[\"'}]")  # where prose has a brace, no name follows
 LIST = re.compile(r"\[\s*(?:[-\[{\"\d]|(?:true|false|null)\s*[,\]])")
@@ -49,6 +50,12 @@ def split_thoughts(text: str, opened: bool = False) -> tuple[str, str]:
         blocks[-1] += thought if end else part
         said, thinking = said + answer * bool(end), not end
     return "\n\n".join(block.strip() for block in blocks if block.strip()), said.strip()
+
+
+def unfenced(text: str) -> str:
+    """`text` without the marks of code around all of it."""
+    found = FENCED.fullmatch(text.strip())
+    return text if found is None else found[1].strip()
 
 
 def _refuse(constant: str) -> Any:

@@ -17,8 +17,10 @@ from ..host import downloads
 from ..host.downloads import safe_target
 from ..host.errors import first_line
 from ..host.interruption import interruptibly, is_stop
-from . import folders
-from .folders import ModelFolder, UnusableModel
+from . import folders, gguf_fetching
+from .folders import ModelFolder, revision_folder
+from .gguf_fetching import Choose
+from .unusable import UnusableModel
 
 log = logging.getLogger("hotpath.vision_language")
 
@@ -135,12 +137,14 @@ def locate(name: str, revision: str = "", must_see: bool = True) -> ModelFolder:
         # Without a network, the library takes a revision for the name of a file of its own, and reads all of that.
         raise UnusableModel(f"{revision[:80]!r} is no revision: give a branch, a tag or a commit, such as main.")
     local = local_folder(name, revision)
-    if local is not None and not folders.missing_files(local):
+    if local is not None and local.gguf is None and not folders.missing_files(local):
         return folders.check(local, must_see)
-    if local is None and ("gguf" in name.lower() or name.strip().lower().endswith(".safetensors")):
+    if (local is not None and local.gguf is not None) or (local is None and gguf_fetching.is_meant(name)):
+        return gguf_fetching.locate(name, local, revision, must_see, fetch)
+    if local is None and name.strip().lower().endswith(".safetensors"):
         raise UnusableModel(
-            f"{name!r} is a single file, and a model is a whole folder here, with config.json (GGUF files are not read): take "
-            "one such as Qwen3-VL-4B-Instruct, with quantization int4 where memory is short."
+            f"{name!r} is a single file, and a model is a whole folder here, with config.json: take one such as "
+            "Qwen3-VL-4B-Instruct, with quantization int4 where memory is short."
         )
     repository = folders.repository(name)
     target = local.path if local is not None else target_folder(name, revision)
@@ -162,12 +166,10 @@ def locate(name: str, revision: str = "", must_see: bool = True) -> ModelFolder:
 
 def local_folder(name: str, revision: str = "") -> ModelFolder | None:
     """The folder for a widget value that is on the disk, whole or not. Raises UnusableModel for a name that is no name."""
-    return folders.find(revision_folder(name, revision) if revision else name)
-
-
-def revision_folder(name: str, revision: str) -> str:
-    safe = "".join(c if c.isalnum() or c in "-._" else "-" for c in revision)
-    return f"{name.strip().rstrip('/')}@{safe}"
+    if not revision:
+        return folders.find(name)
+    file = gguf_fetching.revision_file(name, revision)
+    return folders.find(file or revision_folder(name, revision))
 
 
 def target_folder(name: str, revision: str) -> Path:
@@ -177,13 +179,14 @@ def target_folder(name: str, revision: str) -> Path:
     return folders.roots()[0].joinpath(*parts[-2:])
 
 
-def fetch(repository: str, target: Path, revision: str = "") -> None:
-    """Fetch `repository` into `target`; files that are there are kept, half files are continued.
+def fetch(repository: str, target: Path, revision: str = "", choose: Choose | None = None) -> None:
+    """Fetch `repository`, or the files of it that `choose` wants, into `target`; files that are there are kept, half files are
+    continued.
 
     A stop is heard at once: what still transfers ends at its next move. Raises UnusableModel when the hub cannot be
     reached, does not have the repository, or asks for a licence.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     here = host.current()
@@ -197,8 +200,9 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
 
     def weights() -> None:
         with transfer.moving():
-            if not fetch_weights(repository, target, revision, transfer):
-                snapshot_download(repository, allow_patterns=WANTED, **asked)
+            if not fetch_weights(repository, target, revision, transfer, choose):
+                wanted = WANTED if choose is None else choose(list_repo_files(repository, revision=revision or None))
+                snapshot_download(repository, allow_patterns=wanted, **asked)
 
     log.info("fetching %s into %s", repository, target)
     here.show_text(f"Fetching {repository} ...")
@@ -206,8 +210,9 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
         with host.tracked(here, STEPS, repository) as bar:
             shown = Shown(bar, f"Fetching {repository}")
             try:
-                interruptibly(settings, lambda: shown.update(transfer))
-                if folders.missing_weights(target):
+                if choose is None:
+                    interruptibly(settings, lambda: shown.update(transfer))
+                if choose is not None or folders.missing_weights(target):
                     interruptibly(weights, lambda: shown.update(transfer))
             finally:
                 transfer.stop()
@@ -222,6 +227,8 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
             f"There is no model folder {target.name!r} under {folders.roots()[0]} and no repository {repository}: "
             "check the name (another owner's is owner/name), or put the folder there."
         ) from error
+    except UnusableModel:
+        raise
     except Exception as error:  # of the hub's transports, in all its forms: a connection that stalls is no OSError
         if is_stop(error):
             raise
@@ -232,9 +239,11 @@ def fetch(repository: str, target: Path, revision: str = "") -> None:
         ) from error
 
 
-def fetch_weights(repository: str, target: Path, revision: str, transfer: Transfer) -> bool:
-    """Fetch the weights of `repository` into `target` by the pack's own downloader, which goes on with a half file.
-    Newer releases of the hub's library begin it anew.
+def fetch_weights(
+    repository: str, target: Path, revision: str, transfer: Transfer, choose: Choose | None = None
+) -> bool:
+    """Fetch the weights of `repository`, or the files that `choose` wants, into `target` by the pack's own downloader, which goes
+    on with a half file. Newer releases of the hub's library begin it anew.
 
     False where that does not go and nothing has come: a repository that asks who you are, a mirror that only the library takes.
     Raises DownloadError when it breaks off.
@@ -242,7 +251,9 @@ def fetch_weights(repository: str, target: Path, revision: str, transfer: Transf
     from huggingface_hub import HfApi, hf_hub_url
 
     stated = HfApi().model_info(repository, revision=revision or None, files_metadata=True, timeout=downloads.TIMEOUT)
-    weights = [file for file in stated.siblings or () if file.rfilename.endswith(".safetensors")]
+    files = {file.rfilename: file for file in stated.siblings or ()}
+    wanted = [name for name in files if name.endswith(".safetensors")] if choose is None else choose(list(files))
+    weights = [files[name] for name in wanted]
     if stated.gated or stated.private or not all(file.size and file.lfs for file in weights):
         return False
     total, done = sum(file.size for file in weights), dict[str, int]()

@@ -1,7 +1,8 @@
 """Model folders: what lies under the LLM paths the host knows, which name means which folder, and what it lacks.
 
 A widget value names a folder under any LLM path, else a known repository, else `owner/name`. A folder counts as a model
-when its config.json names a model type; whether its weights are whole is read from the files, before anything loads.
+when its config.json names a model type; whether its weights are whole is read from the files, before anything loads. A GGUF
+file is a model as well, in whatever folder it lies.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,6 +18,10 @@ from typing import Any
 from .. import host
 from ..cache import content_key, file_fingerprint
 from ..host.model_files import MAX_HEADER, MISSHAPEN, impostor
+from .gguf import models as gguf_models
+from .gguf.models import SUFFIX as GGUF
+from .gguf.models import GgufModel
+from .unusable import UnusableModel
 
 KINDS = ("LLM", "llm", "prompt_generator")
 # Packs keep their models one or two folders down: LLM/Qwen-VL/<name>, LLM/<owner>/<name>.
@@ -46,24 +51,18 @@ REPOSITORIES = {
 }
 
 
-NO_GGUF = " (GGUF files are not read)"
-
-
-class UnusableModel(ValueError):
-    """A model folder that cannot be used; the message names the folder, what is wrong and the cure."""
-
-
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local model folder.
+    """A local model folder, or a GGUF file.
 
     name: how a widget calls it, relative to the LLM path it was found under. owner: whose it is, by the folder it is in; "" when
-    that does not say.
+    that does not say. config: config.json; of a GGUF file no more than the first of what it would say.
     """
 
     path: Path
     name: str
     config: dict[str, Any]
+    gguf: GgufModel | None = None
 
     @property
     def model_type(self) -> str:
@@ -107,17 +106,28 @@ def scan() -> list[ModelFolder]:
             path = Path(where)
             depth = len(path.relative_to(root).parts)
             subfolders[:] = [] if depth >= DEPTH else sorted(s for s in subfolders if not s.startswith("."))
+            for model in gguf_models.listed(path, files):
+                found.setdefault(model.files[0].resolve(), of_gguf(model, root))
             if depth and "config.json" in files and (config := read_config(path)) is not None:
-                found.setdefault(path.resolve(), ModelFolder(path, path.relative_to(root).as_posix(), config))
+                if weight_files(path) or not any(name.lower().endswith(GGUF) for name in files):
+                    found.setdefault(path.resolve(), ModelFolder(path, path.relative_to(root).as_posix(), config))
                 subfolders.clear()
     return sorted(found.values(), key=lambda folder: folder.name.lower())
 
 
-def choices(known: Iterable[str], sees: bool | None) -> list[str]:
-    """Names for a widget: the known ones, then what lies on the disk (with a vision tower, without one, or both)."""
+def of_gguf(model: GgufModel, root: Path) -> ModelFolder:
+    return ModelFolder(model.files[0], model.files[0].relative_to(root).as_posix(), model.config, model)
+
+
+def choices(known: Iterable[str], sees: bool | None, files_only: bool = False) -> list[str]:
+    """Names for a widget: the known ones, then what lies on the disk (with a vision tower, without one, or both).
+
+    files_only: no folders, but GGUF files.
+    """
     names = list(known)
     for folder in scan():
-        if (sees is None or folder.sees == sees) and folder.path.name not in names and folder.name not in names:
+        fits = (sees is None or folder.sees == sees) and (folder.gguf is not None or not files_only)
+        if fits and folder.path.name not in names and folder.name not in names:
             names.append(folder.name)
     return names
 
@@ -140,6 +150,8 @@ def find(name: str) -> ModelFolder | None:
         for candidate in (root / wanted, root / "Qwen-VL" / wanted):
             if (config := read_config(candidate)) is not None:
                 return ModelFolder(candidate, candidate.relative_to(root).as_posix(), config)
+            if candidate.suffix.lower() == GGUF and candidate.is_file():
+                return of_gguf(gguf_models.of(candidate), root)
     # A download of `owner/name` by another pack is a folder `name`; a deep folder may be called by its last part.
     owner = owner_of(wanted)
     found = [folder for folder in scan() if folder.path.name.lower() == parts[-1].lower()]
@@ -147,7 +159,30 @@ def find(name: str) -> ModelFolder | None:
     # people keep it in folders of their own.
     usual = not owner or repository(parts[-1]).lower() == wanted.lower()
     fitting = [folder for folder in found if usual or folder.owner in ("", owner)]
-    return min(fitting, key=lambda folder: folder.owner != owner) if fitting else None
+    return min(fitting, key=lambda folder: folder.owner != owner) if fitting else find_gguf(parts)
+
+
+def find_gguf(parts: Sequence[str]) -> ModelFolder | None:
+    """The GGUF file that a name, cut at its slashes, means: of a menu, or the folder that has no other model.
+
+    Raises UnusableModel for a folder with several.
+    """
+    every = [folder for folder in scan() if folder.gguf is not None]
+    file = gguf_models.file_name(parts[-1]).lower()
+    if len(parts) == 1 and (named := [folder for folder in every if folder.path.name.lower() == file]):
+        return named[0]
+    inside = [folder for folder in every if folder.path.parent.name.lower() == parts[-1].lower()]
+    if len(inside) > 1:
+        names = ", ".join(folder.path.name for folder in inside[:4])
+        raise UnusableModel(
+            f"{inside[0].path.parent} holds {len(inside)} models ({names}): choose one of them by its name."
+        )
+    return inside[0] if inside else None
+
+
+def revision_folder(name: str, revision: str) -> str:
+    safe = "".join(c if c.isalnum() or c in "-._" else "-" for c in revision)
+    return f"{name.strip().rstrip('/')}@{safe}"
 
 
 def owner_of(name: str) -> str:
@@ -156,9 +191,13 @@ def owner_of(name: str) -> str:
     return above[0] if above and above[0] not in CONTAINERS else ""
 
 
-def fingerprint(path: Path) -> tuple[list[str], str]:
+def fingerprint(folder: ModelFolder) -> tuple[list[str], str]:
     """(fingerprints of the weights, one of everything that the library reads). Other weights under the same name, or another
     template, are another model."""
+    if folder.gguf is not None:
+        weights = [file_fingerprint(file) for file in folder.gguf.every]
+        return weights, content_key(weights)
+    path = folder.path
     weights = [file_fingerprint(file) for file in weight_files(path)]
     settings = sorted({file for pattern in SETTINGS for file in path.glob(pattern) if file.is_file()})
     return weights, content_key(weights, [[file.name, file_fingerprint(file)] for file in settings])
@@ -193,12 +232,14 @@ def missing_weights(path: Path) -> list[str]:
         present = [path / shard for shard in shards if (path / shard).is_file()]
     else:
         present = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        absent = [] if present else [f"model.safetensors{NO_GGUF * any(path.glob('*.gguf'))}"]
+        absent = [] if present else ["model.safetensors"]
     return absent + [problem for file in present if (problem := truncated(file))]
 
 
 def missing_files(folder: ModelFolder) -> list[str]:
     """`missing_weights`, and what the library needs beside them to show a picture to the model."""
+    if folder.gguf is not None:
+        return [found for file in folder.gguf.every if (found := gguf_models.problem(file))]
     missing = missing_weights(folder.path)
     if folder.sees and not (folder.path / "preprocessor_config.json").is_file():
         try:  # where newer releases of the library write it
@@ -228,6 +269,9 @@ def truncated(file: Path) -> str:
 
 def check(folder: ModelFolder, must_see: bool) -> ModelFolder:
     """`folder` itself when it can be loaded. Raises UnusableModel with the missing files, or for a text-only model."""
+    if folder.gguf is not None:
+        gguf_models.check(folder.gguf, folder.name, must_see)
+        return folder
     if missing := missing_files(folder):
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise UnusableModel(

@@ -27,8 +27,9 @@ from ..host.streamed_layers import lending
 from ..products.linear import PackedLinear
 from . import decoding
 from .budgets import TokenPixels
-from .folders import ModelFolder, UnusableModel
-from .quantization import PACKED
+from .folders import ModelFolder
+from .quantization import OURS
+from .unusable import UnusableModel
 
 PREFILL_BYTES_PER_TOKEN = 1 << 19  # activations of a prefill, generously; the logits are made for one position only
 
@@ -267,7 +268,7 @@ class LoadedModel:
         """Free the weights where they are. Nothing can be asked of this model any more."""
         with self.lock:
             self.drop_device_state()
-            if self.quantization in ("none", *PACKED):  # tensors of other libraries do not lend themselves to it
+            if self.quantization in OURS:  # tensors of other libraries do not lend themselves to it
                 for part in self.network.modules():
                     if isinstance(part, PackedLinear):
                         part.forget()

@@ -12,7 +12,8 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,90 +21,30 @@ import torch
 from .. import host
 from ..cache import content_key
 from ..host import streamed_layers
-from ..host.cards import numbered
 from ..host.errors import first_line, install
 from ..host.interruption import is_stop
 from ..host.library_parts import BrokenLibrary, parts
 from ..host.unloading import before_unloading_all
 from . import decoding, download, folders, projections, stored_fp8
 from .experts import pack_experts, unpacked_experts
-from .folders import ModelFolder, UnusableModel
+from .folders import ModelFolder
+from .gguf.building import build
+from .gguf.file import Gguf
+from .gguf.models import GgufModel
+from .gguf.settings import Source
+from .gguf.settings import write as write_settings
 from .interruption import interruptible_loading
-from .loaded_model import LoadedModel, LoadOptions, compute_device
-from .quantization import PACKED, QuantizationPlan, pack_head, plan, quantize
+from .load_choices import Choices, choices
+from .loaded_model import LoadedModel, LoadOptions
+from .quantization import OURS, PACKED, pack_head, quantize
+from .unusable import UnusableModel
 
 log = logging.getLogger("hotpath.vision_language")
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # A folder runs no code of its own, which the library would ask for at a terminal, and names no other one to be fetched.
 AS_IT_LIES = {"trust_remote_code": False, "local_files_only": True}
 RESERVE = 1 << 30  # bytes left for activations, keys and values, when the host decides what fits
 WITHOUT_A_PACKAGE = "Choose the model as it was published, with quantization int8 or int4, which need no package."
-ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
-
-
-def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
-    if asked in DTYPES:
-        return DTYPES[asked]
-    if asked not in ("auto", ""):
-        raise ValueError(f"{asked!r} is no dtype: choose auto, {', '.join(DTYPES)}.")
-    if device.type == "cpu":
-        return torch.float32
-    # Not float16: the activations of Qwen decoders run over its range.
-    return host.current().compute_dtype(supported=(torch.bfloat16, torch.float32), device=device)
-
-
-def choose_attention(asked: str) -> tuple[str, str]:
-    """(implementation, note). Whatever cannot run here becomes sdpa, and the note says why."""
-    if asked in ("auto", "sdpa", ""):
-        return "sdpa", ""
-    if asked == "eager":
-        return "eager", "attention: eager"
-    if asked == "flash_attention_2":
-        from transformers.utils import is_flash_attn_2_available
-
-        if is_flash_attn_2_available():
-            return asked, "attention: flash_attention_2"
-        return "sdpa", "attention: sdpa, because the flash_attn package is not installed"
-    if asked == "sage":
-        return "sdpa", "attention: sdpa, because SageAttention has no kernel for one query and a cache"
-    raise ValueError(f"{asked!r} is no attention: choose one of {', '.join(ATTENTIONS)}.")
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What `LoadOptions` come to for a folder, on this machine. notes: what was not done as asked, and why.
-
-    Whatever words they are, options that come to the same share one model.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    attention: str
-    packing: QuantizationPlan
-    stream_layers: int
-    notes: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        return content_key(
-            str(numbered(self.device)), str(self.dtype), self.attention, self.packing.method, self.stream_layers
-        )
-
-
-def choices(folder: ModelFolder, options: LoadOptions) -> Choices:
-    """Raises ValueError for a word that is not known, UnusableModel for a device that is not there."""
-    device = compute_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    attention, note = choose_attention(options.attention)
-    packing = plan(options.quantization, device)
-    stored = folder.stored_quantization
-    if stored is not None and packing.method != "none" and not stored_fp8.unpacks(stored, packing.method):
-        packing = QuantizationPlan("none", f"the folder is already quantised ({stored.get('quant_method')})")
-    notes = [note] if note else []
-    if packing.note and options.quantization.lower() not in ("none", "none (fp16)"):
-        notes.append(f"quantization: {packing.note}")
-    return Choices(device, dtype, attention, packing, options.stream_layers, tuple(notes))
 
 
 @torch.inference_mode(False)
@@ -129,19 +70,60 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
             f"it with {install('--upgrade transformers')}."
         )
     chosen = choices(folder, options)
-    device, dtype, attention, packing = chosen.device, chosen.dtype, chosen.attention, chosen.packing
+    start = time.perf_counter()
+    auto = AutoModelForImageTextToText if folder.sees else AutoModelForCausalLM
+    if folder.gguf is None:
+        readers = read_words(folder.path, folder.sees)
+        network, quantization, notes = from_library(folder, chosen, auto)
+    else:
+        readers, network, quantization, notes = from_gguf(folder.gguf, chosen, auto)
+    network.eval().requires_grad_(False)
+    if folder.sees:
+        projections.patches_by_product(getattr(network.model, "visual", None))
+    if chosen.device.type == "cpu" and quantization in OURS:
+        count = projections.pack_products(network)
+        log.debug("%s: %d matrices ordered for oneDNN", folder.name, count)
+    streamed = stream_layers(network, chosen.device, options.stream_layers)
+    notes += [streamed] if streamed else []
+    model = LoadedModel(folder, options, network, notes, quantization, weights, readers)
+    if folder.sees and not model.takes_encoder_outputs:
+        log.debug("deeper levels come %s", "split by picture" if model.deepstack_in_parts else "joined")
+    spent = time.perf_counter() - start
+    log.info("%s loaded in %.1f s (%s, %s)", folder.name, spent, chosen.dtype, chosen.attention)
+    return model
+
+
+def from_gguf(model: GgufModel, chosen: Choices, auto: Any) -> tuple[Any, Any, str, list[str]]:
+    """((processor, tokenizer), the network, what its quantisation is called, notes) of a GGUF file."""
+    source = Source(Gguf(model.files), None if model.tower is None else Gguf([model.tower]))
+    with TemporaryDirectory(prefix="hotpath-") as name:
+        settings = Path(name)
+        write_settings(source, settings)
+        try:
+            readers = read_words(settings, source.tower is not None)
+        except UnusableModel as error:
+            reason = first_line(error.__cause__ or error, 300)
+            raise UnusableModel(
+                f"The words of {model.files[0]} could not be read: {reason}. Fetch it again."
+            ) from error
+        network, quantization, notes = build(source, settings, chosen, auto)
+    if model.tower is not None:
+        notes.append(f"pictures by {model.tower.name}")
+    return readers, network, quantization, notes
+
+
+def from_library(folder: ModelFolder, chosen: Choices, auto: Any) -> tuple[Any, str, list[str]]:
+    """(the network, what its quantisation is called, notes) of a folder: read by the library, then merged and packed."""
+    device, dtype, packing = chosen.device, chosen.dtype, chosen.packing
     stored = folder.stored_quantization
     in_blocks = stored_fp8.serves(stored)
-    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **AS_IT_LIES}
+    settings: dict[str, Any] = {"dtype": dtype, "attn_implementation": chosen.attention, **AS_IT_LIES}
     if packing.method.startswith("bitsandbytes"):
         settings |= {"quantization_config": bitsandbytes_settings(packing.method, dtype), "device_map": {"": device}}
     elif in_blocks:
         settings |= stored_fp8.settings(stored, packing.method)
     elif stored is not None and device.type == "cuda":
         settings["device_map"] = {"": device}
-    start = time.perf_counter()
-    readers = read_words(folder)
-    auto = AutoModelForImageTextToText if folder.sees else AutoModelForCausalLM
     try:
         with interruptible_loading():
             network, found = auto.from_pretrained(folder.path, output_loading_info=True, **settings)
@@ -170,30 +152,19 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
             f"The weights in {folder.path} are packed in a way that is not known here (they come with {codes[0]}). "
             f"{WITHOUT_A_PACKAGE}"
         )
-    network.eval().requires_grad_(False)
+    network.requires_grad_(False)
     plain = stored is None and not packing.method.startswith("bitsandbytes")
     if plain and network.config.model_type in decoding.DENSE_MODELS:
         projections.merge_decoder(decoding.text_decoder(network).layers)
-    if folder.sees:
-        projections.patches_by_product(getattr(network.model, "visual", None))
     if packing.method in PACKED:
         layers = decoding.text_decoder(network).layers
         count = pack_experts(layers, packing.method, device) + quantize(layers, packing.method, device)
         log.info("%s: %d layers packed to %s", folder.name, count, packing.method)
         if pack_head(network, packing.method, device):
             log.info("%s: the output head packed to int8", folder.name)
-    if device.type == "cpu" and stored is None:
-        count = projections.pack_products(network)
-        log.debug("%s: %d matrices ordered for oneDNN", folder.name, count)
     kept = unpacked_experts(decoding.text_decoder(network).layers) if packing.method != "none" else ""
-    streamed = stream_layers(network, device, options.stream_layers)
     quantization = packing.method if stored is None else str(stored.get("quant_method", "stored"))
-    notes = [note for note in (kept, streamed, stored_fp8.NOTE * in_blocks) if note]
-    model = LoadedModel(folder, options, network, notes, quantization, weights, readers)
-    if folder.sees and not model.takes_encoder_outputs:
-        log.debug("deeper levels come %s", "split by picture" if model.deepstack_in_parts else "joined")
-    log.info("%s loaded in %.1f s (%s, %s)", folder.name, time.perf_counter() - start, dtype, attention)
-    return model
+    return network, quantization, [note for note in (kept, stored_fp8.NOTE * in_blocks) if note]
 
 
 def belongs_to_weights(network: Any, key: str) -> bool:
@@ -205,29 +176,30 @@ def belongs_to_weights(network: Any, key: str) -> bool:
         return False
 
 
-def read_words(folder: ModelFolder) -> tuple[Any, Any]:
-    """(processor, tokenizer) of `folder`; no processor for a text-only model. Asked before the weights, which are gigabytes.
+def read_words(folder: Path, sees: bool) -> tuple[Any, Any]:
+    """(processor, tokenizer) of the model in `folder`; no processor for a text-only model. Asked before the weights,
+    which are gigabytes.
 
     Raises UnusableModel for what the library refuses, with its reason.
     """
     from transformers import AutoProcessor, AutoTokenizer
 
     try:
-        if not folder.sees:
-            processor, tokenizer = None, AutoTokenizer.from_pretrained(folder.path, **AS_IT_LIES)
+        if not sees:
+            processor, tokenizer = None, AutoTokenizer.from_pretrained(folder, **AS_IT_LIES)
         else:
-            processor = AutoProcessor.from_pretrained(folder.path, **AS_IT_LIES)
+            processor = AutoProcessor.from_pretrained(folder, **AS_IT_LIES)
             tokenizer = processor.tokenizer
     except Exception as error:  # the library raises anything from KeyError to ImportError
         if is_stop(error):
             raise
         raise UnusableModel(
-            f"The processor or tokenizer in {folder.path} could not be read ({first_line(error, 300)}): fetch its .json files "
+            f"The processor or tokenizer in {folder} could not be read ({first_line(error, 300)}): fetch its .json files "
             "again."
         ) from error
     if not any(getattr(reader, "chat_template", None) for reader in (processor, tokenizer)):
         raise UnusableModel(
-            f"The model folder {folder.path} has no chat template: copy chat_template.jinja or chat_template.json from the model "
+            f"The model folder {folder} has no chat template: copy chat_template.jinja or chat_template.json from the model "
             "that it was made from."
         )
     return processor, tokenizer
@@ -262,7 +234,7 @@ def state_of(name: str, revision: str = "") -> str:
     """What changes when the files of the folder that a widget value means do; "" while there is none."""
     try:
         folder = download.local_folder(name, revision)
-        return "" if folder is None else folders.fingerprint(folder.path)[1]
+        return "" if folder is None else folders.fingerprint(folder)[1]
     except (UnusableModel, OSError):
         return ""
 
@@ -315,7 +287,7 @@ class Registry:
         before_unloading_all(self.let_go)
         chosen = choices(folder, options)
         # Before loading: files that are changed while they load are told from what they were at the next call.
-        weights, files = folders.fingerprint(folder.path)
+        weights, files = folders.fingerprint(folder)
         place = content_key(str(folder.path.resolve()), chosen.key)
         key = f"{place} {files}"
         model = self._models.get(key)

@@ -86,3 +86,13 @@ BOXES_REQUEST = (
 )
 EMPTY_PROMPT = "Describe this image."
 EMPTY_ENHANCEMENT = "Describe a scene vividly."
+
+# For nodes whose answers are wanted bare.
+ANSWER_ALONE = (
+    "You look at pictures and videos. Give the answer alone, without thinking aloud and without words about it."
+)
+PROMPT_ALONE = "Give the finished prompt alone: no preface, no plan, no list, no quotation marks, no markup."
+INTO_ENGLISH = (
+    "Translate this image prompt into English, as one paragraph. Keep every detail that can be seen, and answer with the "
+    "prompt only."
+)

@@ -8,6 +8,7 @@ pass, which prefills, still runs on the same weights. On a CPU each matrix is ke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,12 +56,17 @@ def merge(owner: Any, names: tuple[str, ...], merged_name: str) -> bool:
         merged.weight = nn.Parameter(torch.cat([layer.weight for layer in plain]), requires_grad=False)
         if plain[0].bias is not None:
             merged.bias = nn.Parameter(torch.cat([layer.bias for layer in plain]), requires_grad=False)
+    share(owner, names, outputs, merged_name, merged)
+    return True
+
+
+def share(owner: Any, names: Sequence[str], outputs: Sequence[int], merged_name: str, merged: nn.Module) -> None:
+    """Give `owner` the layer `merged`, and under `names` so many of its outputs each."""
     setattr(owner, merged_name, merged)
     start = 0
     for name, length in zip(names, outputs, strict=True):
         setattr(owner, name, Rows(merged, start, start + length))
         start += length
-    return True
 
 
 def replace(owner: nn.Module, name: str, made: nn.Module) -> None:

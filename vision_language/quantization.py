@@ -28,6 +28,8 @@ NEAR_BYTES, LEAST_ROWS = 4 << 20, 64  # of a matrix that is unpacked on a CPU
 SMALLEST_SCALE = 1e-7  # less would be 0 in float16, and weights over it no number
 
 PACKED = ("int8", "int4", "float8")  # by this module, decoder only
+AS_STORED = "gguf"  # weights as a GGUF file has them
+OURS = ("none", *PACKED, AS_STORED)  # plain tensors all, and the tower in full precision
 QUANTIZATIONS = ("none", *PACKED, "bitsandbytes 8-bit", "bitsandbytes 4-bit")
 
 
@@ -72,6 +74,22 @@ def plan(asked: str, device: torch.device) -> QuantizationPlan:
     return QuantizationPlan(word, notes[word] + cpu_kernels.told(word, device))
 
 
+def plan_for_gguf(asked: str, device: torch.device) -> QuantizationPlan:
+    """The method for weights that a file has in types of its own: what it has in as many bits stays as it is.
+
+    Other packages do not read such files. Raises ValueError for a word that is not known.
+    """
+    word = asked.strip().lower()
+    bits = next(
+        (bits for bits in ("8", "4") if word.startswith((f"{bits}bit", f"{bits}-bit", f"bitsandbytes {bits}"))), ""
+    )
+    found = plan(f"int{bits}" if bits else asked, device)
+    if found.method == "none":
+        return found
+    named = "" if asked == found.method else f"{asked}: "
+    return QuantizationPlan(found.method, f"{named}{found.method} for what the file has in other types")
+
+
 class ScaledLinear(nn.Module):
     """int8 or float8 weights [out, in] with one scale per output: y = (x W^T) * scale + bias."""
 
@@ -100,7 +118,7 @@ class ScaledLinear(nn.Module):
         elif self.weight.dtype == torch.int8 and cpu_kernels.serves_bytes(x):
             y = two_byte_linear(x, self.weight[start:stop], self.scale[start:stop]).to(x.dtype)
         else:
-            y = _in_parts(self._unpacked, x, start, stop, self.in_features)
+            y = in_parts(self._unpacked, x, start, stop, self.in_features)
         return y if self.bias is None else y + self.bias[start:stop]
 
     def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -109,7 +127,7 @@ class ScaledLinear(nn.Module):
             # Weights are a thousandth of their codes, whose products run over its range.
             return F.linear(x, weight * scale.unsqueeze(1))
         # Scaling the outputs instead of the weights keeps the weights' traffic at one byte each once this is compiled.
-        return _product(x, weight) * scale
+        return product(x, weight) * scale
 
 
 class Int4Linear(nn.Module):
@@ -138,7 +156,7 @@ class Int4Linear(nn.Module):
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        y = _in_parts(self._unpacked, x, start, stop, self.in_features)
+        y = in_parts(self._unpacked, x, start, stop, self.in_features)
         return y if self.bias is None else y + self.bias[start:stop]
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -149,9 +167,7 @@ class Int4Linear(nn.Module):
     def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
         codes = self.codes(start, stop).view(stop - start, -1, self.group).to(x.dtype)
         scale, low = self.scale[start:stop].to(x.dtype), self.low[start:stop].to(x.dtype)
-        return _product(
-            x, (codes * scale.unsqueeze(2) + low.unsqueeze(2)).view(stop - start, -1)[:, : self.in_features]
-        )
+        return product(x, (codes * scale.unsqueeze(2) + low.unsqueeze(2)).view(stop - start, -1)[:, : self.in_features])
 
 
 class Int4OnCpu(nn.Module):
@@ -160,7 +176,8 @@ class Int4OnCpu(nn.Module):
     weight: Tensor
     groups: Tensor
 
-    def __init__(self, layer: Int4Linear) -> None:
+    def __init__(self, layer: Any) -> None:
+        """layer: an `Int4Linear`, or one like it."""
         super().__init__()
         self.out_features, self.in_features, self.group = layer.out_features, layer.in_features, layer.group
         codes = layer.codes(0, layer.out_features)
@@ -177,15 +194,15 @@ class Int4OnCpu(nn.Module):
         return y if self.bias is None else y + self.bias[start:stop]
 
 
-def _in_parts(product: Callable[[Tensor, int, int], Tensor], x: Tensor, start: int, stop: int, inputs: int) -> Tensor:
-    """product(x, start, stop), made on a CPU of some rows of the weights at a time: unpacked, they stay in its caches."""
+def in_parts(multiply: Callable[[Tensor, int, int], Tensor], x: Tensor, start: int, stop: int, inputs: int) -> Tensor:
+    """multiply(x, start, stop), made on a CPU of some rows of the weights at a time: unpacked, they stay in its caches."""
     step = max(LEAST_ROWS, NEAR_BYTES // (4 * inputs))
     if x.device.type != "cpu" or torch.compiler.is_compiling() or stop - start <= step:
-        return product(x, start, stop)
-    return torch.cat([product(x, first, min(stop, first + step)) for first in range(start, stop, step)], dim=-1)
+        return multiply(x, start, stop)
+    return torch.cat([multiply(x, first, min(stop, first + step)) for first in range(start, stop, step)], dim=-1)
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor) -> Tensor:
     """x times an unpacked matrix, transposed; of many rows on a CPU by oneDNN, where that is clearly faster."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not why_not(torch.float32, ordered=False):
         return linear(x, weight)

@@ -22,7 +22,7 @@ from . import patches
 from .embeddings import EmbeddingCache, VisualFeatures, VisualItem, to_device
 from .interruption import interruptible
 from .loaded_model import LoadedModel, graph_memory
-from .quantization import PACKED
+from .quantization import OURS
 from .timing import Timing
 
 log = logging.getLogger("hotpath.vision_language")
@@ -236,7 +236,7 @@ def replayed(model: LoadedModel, grid: tuple[int, int, int], shown: Tensor) -> t
     """What the tower makes of `shown`, by the recording of its size; None where there is none, and when it comes first."""
     state = model.device_state
     failed: dict[str, str] = state.setdefault("failed paths", {})
-    full_precision = model.quantization in ("none", *PACKED)
+    full_precision = model.quantization in OURS
     if model.device.type != "cuda" or len(shown) > LARGEST or not full_precision or RECORDED_TOWER in failed:
         return None
     tower = getattr(model.network.model, "visual", None)

@@ -52,6 +52,25 @@ def test_graphs_write_what_the_plain_path_writes(card: Any, model: Any, sampling
     assert waits[0] == waits[1]  # all of them before the first token
 
 
+def test_packed_files_go_to_the_card_as_they_are(card: Any, headless_host: Any, tmp_path: Any) -> None:
+    """A GGUF of Q8_0, whose embedding alone is unpacked: graphs write what the plain path writes."""
+    from gguf_files import Q8_0, of_folder
+    from hotpath.demo.captioner_model import write_folder
+    from hotpath.vision_language.loaded_model import LoadOptions
+    from hotpath.vision_language.loading import MODELS
+
+    source = write_folder(tmp_path / "source", "qwen3_vl", num_hidden_layers=2)
+    of_folder(source, headless_host.model_folders("LLM")[0] / "Tiny.gguf", Q8_0)
+    try:
+        model = MODELS.get("Tiny.gguf", LoadOptions(dtype="float32"))
+        assert asked(model, "graph", Sampling(sample=False), 6) == asked(model, "plain", Sampling(sample=False), 6)
+        packed = model.network.model.language_model.layers[0].mlp.gate_up_proj
+        assert (packed.weight.device.type, str(packed.weight.dtype), packed.group) == ("cuda", "torch.int8", 32)
+        assert any("Q8_0 as stored" in note for note in model.notes)
+    finally:
+        MODELS.clear()
+
+
 def test_what_is_borrowed_leaves_the_card_without_a_copy(card: Any, load_llm: Any) -> None:
     from hotpath.vision_language.loaded_model import LoadOptions
     from hotpath.vision_language.loading import MODELS

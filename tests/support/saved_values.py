@@ -116,6 +116,24 @@ SAVED: list[tuple[str, list[Any], dict[str, Any], int]] = [
         {"quantization": "None (FP16)", "attention_mode": "sdpa", "seed": 1},
         1,
     ),
+    (
+        "AILab_QwenVL_GGUF_Advanced",  # August 2026
+        ["mine", "cpu", "Describe.", "", 512, 0.6, 0.9, 1.2, 9, 8192, 512, -1, 4096, 7, 4194304, True, 3, "fixed"],
+        {},
+        0,
+    ),
+    (
+        "AILab_QwenVL_GGUF_Advanced",  # September 2026
+        ["m", "cpu", "Say.", "", 512, 0.6, 0.9, 1.2, 9, "auto", 8192, 512, -1, 4096, 7, 4194304, True, 3, "fixed"],
+        {"device": "cpu", "frame_count": 9, "gpu_layers": -1, "top_k": 7, "keep_model_loaded": True, "seed": 3},
+        0,
+    ),
+    (
+        "AILab_QwenVL_GGUF_PromptEnhancer",  # QwenVL-Mod
+        ["mine", "a cat", "Describe.", "", 256, 0.7, 0.9, 1.1, False, "auto", True, 4, "fixed", False],
+        {"prompt_text": "a cat", "english_output": False, "device": "auto", "seed": 4},
+        0,
+    ),
 ]
 
 

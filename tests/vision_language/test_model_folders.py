@@ -144,7 +144,7 @@ def test_an_index_names_files_beside_it_alone(tmp_path, name):
 def test_many_missing_files_are_counted(sharded, monkeypatch, count, told):
     monkeypatch.setattr(folders, "missing_files", lambda folder: [str(i) for i in range(count)])
     with pytest.raises(UnusableModel, match=f"missing: 0, 1, 2, 3, 4, 5, 6, {told}"):
-        folders.check(SimpleNamespace(path=sharded), False)
+        folders.check(SimpleNamespace(path=sharded, gguf=None), False)
 
 
 def test_a_completed_download_is_used(sharded, tmp_path, monkeypatch):
@@ -311,7 +311,7 @@ def test_folders_that_lie_about_their_files(llm, tiny_folders, offline):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     assert "git lfs pull" in folders.missing_weights(folder)[0]
     (folder / "model.safetensors").rename(folder / "qwen-q4.gguf")
-    assert folders.missing_weights(folder) == ["model.safetensors (GGUF files are not read)"]
+    assert folders.missing_weights(folder) == ["model.safetensors"]
 
 
 def test_what_people_have_instead_of_a_folder(llm, tiny_folders, offline):
@@ -319,9 +319,8 @@ def test_what_people_have_instead_of_a_folder(llm, tiny_folders, offline):
     (llm / "renamed" / "model.safetensors").rename(llm / "renamed" / "small-fp16.safetensors")
     with pytest.raises(UnusableModel, match=r"are called small-fp16\.safetensors: rename them to model\.safetensors"):
         download.locate("renamed")
-    for name in ("Qwen3VL-4B-Q8_0.gguf", "Qwen/Qwen3-VL-4B-Instruct-GGUF", "Qwen-VL/qwen3-abliterated.safetensors "):
-        with pytest.raises(UnusableModel, match="is a single file, and a model is a whole folder"):
-            download.locate(name)
+    with pytest.raises(UnusableModel, match="is a single file, and a model is a whole folder"):
+        download.locate("Qwen-VL/qwen3-abliterated.safetensors ")
     with pytest.raises(UnusableModel, match=r"or a link to it, into .*LLM, or name the place"):
         download.locate("D:\\models\\LLM\\Qwen3-VL-4B-Instruct")
     assert not offline

@@ -32,7 +32,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(cpu_kernels, "int8_product", of("kernel", cpu_kernels.int8_product))
     monkeypatch.setattr(cpu_kernels, "int4_product", of("int4", cpu_kernels.int4_product))
     monkeypatch.setattr(quantization, "two_byte_linear", of("bytes", quantization.two_byte_linear))
-    monkeypatch.setattr(quantization, "_product", of("unpacked", quantization._product))
+    monkeypatch.setattr(quantization, "product", of("unpacked", quantization.product))
     return made
 
 

@@ -66,6 +66,8 @@ def test_models_of_other_machines_pass_validation(llm):
     for node_id in CONTRACT["nodes"]:
         node_class = NODE_CLASS_MAPPINGS[node_id]
         name = "model_name" if node_id.startswith("AILab") else "model"
+        if name not in node_class.INPUT_TYPES()["required"] | node_class.INPUT_TYPES().get("optional", {}):
+            continue
         assert node_class.VALIDATE_INPUTS(**{name: "somebody/Unknown-9B (Q4)"}) is True
 
 

@@ -1,0 +1,237 @@
+"""GGUF files written for the tests: of a tiny model folder with its true numbers, or of random blocks of any type.
+
+The writer follows ggml's description of the format and shares no code with the reader.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+ALIGNMENT = 32
+F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16 = 0, 1, 2, 8, 12, 14, 30
+PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+# Bytes of a block, and where in it the float16 numbers lie: kept small, so that every block is finite.
+BLOCKS = {
+    2: (32, 18, (0,)), 3: (32, 20, (0, 2)), 6: (32, 22, (0,)), 7: (32, 24, (0, 2)), 8: (32, 34, (0,)),
+    10: (256, 84, (80, 82)), 11: (256, 110, (108,)), 12: (256, 144, (0, 2)), 13: (256, 176, (0, 2)),
+    14: (256, 210, (208,)), 20: (32, 18, (0,)), 23: (256, 136, (0,)),
+}  # fmt: skip
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BLOCK = {
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+TOWER = {
+    "patch_embed.proj": "v.patch_embd", "pos_embed": "v.position_embd", "merger.ln_q": "v.post_ln",
+    "merger.norm": "v.post_ln", "merger.mlp.0": "mm.0", "merger.mlp.2": "mm.2", "merger.linear_fc1": "mm.0",
+    "merger.linear_fc2": "mm.2",
+}  # fmt: skip
+TOWER_BLOCK = {
+    "norm1": "ln1", "norm2": "ln2", "attn.proj": "attn_out", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down",
+    "mlp.linear_fc1": "ffn_up", "mlp.linear_fc2": "ffn_down", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+MERGERS = {"qwen2_vl": "qwen2vl_merger", "qwen2_5_vl": "qwen2.5vl_merger", "qwen3_vl": "qwen3vl_merger"}
+ARCHITECTURES = {"qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl", "qwen3_vl": "qwen3vl"}
+
+Stored = tuple[int, tuple[int, ...], bytes]  # type, shape as torch has it, what is written
+
+
+def random_blocks(kind: int, rows: int, inputs: int, seed: int = 0) -> Tensor:
+    """[blocks, bytes] uint8 of a matrix [rows, inputs] of finite numbers."""
+    values, length, halves = BLOCKS[kind]
+    generator = torch.Generator().manual_seed(seed * 100 + kind)
+    made = torch.randint(256, (rows * inputs // values, length), generator=generator, dtype=torch.uint8)
+    for at in halves:
+        made[:, at + 1] = 0x28 | (made[:, at + 1] & 3)  # between 0.03 and 0.06
+    return made
+
+
+def stored(tensor: Tensor, kind: int = F32) -> Stored:
+    """`tensor` as it is, or rounded to 8 bits as llama.cpp does it (Q8_0)."""
+    if kind in PLAIN:
+        return kind, tuple(tensor.shape), tensor.to(PLAIN[kind]).contiguous().view(torch.uint8).numpy().tobytes()
+    assert kind == Q8_0
+    blocks = tensor.float().reshape(-1, 32)
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    codes = (blocks / scale).nan_to_num().round().to(torch.int8)
+    whole = torch.cat((scale.half().view(torch.uint8), codes.view(torch.uint8)), dim=1)
+    return kind, tuple(tensor.shape), whole.numpy().tobytes()
+
+
+def _value(value: Any) -> bytes:
+    """The kind of a value, and the value."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<Ii", 5, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + _text(value)
+    first = _value(value[0] if value else "")[:4]
+    return struct.pack("<I", 9) + first + struct.pack("<Q", len(value)) + b"".join(_value(part)[4:] for part in value)
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def write(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Stored], version: int = 3) -> Path:
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
+    head += b"".join(_text(name) + _value(value) for name, value in metadata.items())
+    data = b""
+    for name, (kind, shape, raw) in tensors.items():
+        head += _text(name) + struct.pack("<I", len(shape))
+        head += b"".join(struct.pack("<Q", length) for length in reversed(shape))
+        head += struct.pack("<IQ", kind, len(data))
+        data += raw + bytes(-len(raw) % ALIGNMENT)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(head + bytes(-len(head) % ALIGNMENT) + data)
+    return path
+
+
+def use_qwens_words(folder: Path) -> None:
+    """Let the tokenizer of a tiny folder cut texts where Qwen's cuts them."""
+    file = folder / "tokenizer.json"
+    made = json.loads(file.read_text())
+    bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False}
+    made["normalizer"] = {"type": "NFC"}
+    made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytewise]}
+    file.write_text(json.dumps(made))
+
+
+def words(folder: Path) -> dict[str, Any]:
+    """The metadata of a folder's tokenizer and template."""
+    made = json.loads((folder / "tokenizer.json").read_text())
+    size = json.loads((folder / "config.json").read_text())
+    size = size.get("text_config", size)["vocab_size"]
+    tokens, kinds = [f"[PAD{number}]" for number in range(size)], [5] * size
+    for token, number in made["model"]["vocab"].items():
+        tokens[number], kinds[number] = token, 1
+    for added in made["added_tokens"]:
+        tokens[added["id"]], kinds[added["id"]] = added["content"], 3 if added["special"] else 4
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in made["model"]["merges"]]
+    ids = {token: number for number, token in enumerate(tokens)}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": ids["<|endoftext|>"],
+        "tokenizer.ggml.eos_token_id": ids["<|im_end|>"],
+        "tokenizer.ggml.padding_token_id": ids["<|endoftext|>"],
+        "tokenizer.chat_template": (folder / "chat_template.jinja").read_text(),
+    }
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """The metadata of a folder's language model."""
+    config = json.loads((folder / "config.json").read_text())
+    text, kind = config.get("text_config", config), config["model_type"]
+    made = ARCHITECTURES.get(kind, kind)
+    found = {
+        "general.architecture": made,
+        f"{made}.block_count": text["num_hidden_layers"],
+        f"{made}.context_length": text["max_position_embeddings"],
+        f"{made}.embedding_length": text["hidden_size"],
+        f"{made}.feed_forward_length": text["intermediate_size"],
+        f"{made}.attention.head_count": text["num_attention_heads"],
+        f"{made}.attention.head_count_kv": text["num_key_value_heads"],
+        f"{made}.rope.freq_base": text["rope_theta"],
+        f"{made}.attention.layer_norm_rms_epsilon": text["rms_norm_eps"],
+    }
+    if "head_dim" in text:
+        found[f"{made}.attention.key_length"] = text["head_dim"]
+    if "mrope_section" in text.get("rope_scaling", {}):
+        found[f"{made}.rope.dimension_sections"] = [*text["rope_scaling"]["mrope_section"], 0]
+    return found
+
+
+def tower_facts(folder: Path) -> dict[str, Any]:
+    """The metadata of a folder's vision tower."""
+    config = json.loads((folder / "config.json").read_text())
+    text, vision, kind = config.get("text_config", config), config["vision_config"], config["model_type"]
+    shown = json.loads((folder / "preprocessor_config.json").read_text())
+    width = vision.get("embed_dim", vision["hidden_size"])
+    found = {
+        "general.architecture": "clip",
+        "clip.projector_type": MERGERS[kind],
+        "clip.has_vision_encoder": True,
+        "clip.vision.projection_dim": text["hidden_size"],
+        "clip.vision.patch_size": vision["patch_size"],
+        "clip.vision.embedding_length": width,
+        "clip.vision.block_count": vision["depth"],
+        "clip.vision.attention.head_count": vision["num_heads"],
+        "clip.vision.image_mean": shown["image_mean"],
+        "clip.vision.image_std": shown["image_std"],
+        "clip.vision.image_min_pixels": shown["size"]["shortest_edge"],
+        "clip.vision.image_max_pixels": shown["size"]["longest_edge"],
+    }
+    if "fullatt_block_indexes" in vision:
+        found["clip.vision.n_wa_pattern"] = vision["fullatt_block_indexes"][0] + 1
+    return found
+
+
+def weights(folder: Path, kind: int = F32) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    """(tensors of the language model, tensors of the tower) of a folder, by their names in GGUF. Matrices of the language
+    model are of the type `kind`, all else is F32."""
+    config = json.loads((folder / "config.json").read_text())
+    levels = config.get("vision_config", {}).get("deepstack_visual_indexes", [])
+    text: dict[str, Stored] = {}
+    tower: dict[str, Stored] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        layer, _, part = name.rpartition(".")
+        if ".visual." not in name:
+            plain = layer.replace("model.language_model.", "").removeprefix("model.")
+            if plain.startswith("layers."):
+                _, number, rest = plain.split(".", 2)
+                called = f"blk.{number}.{BLOCK[rest]}"
+            else:
+                called = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[plain]
+            text[f"{called}.{part}"] = stored(tensor, kind if tensor.ndim == 2 else F32)
+            continue
+        plain = layer.partition(".visual.")[2]
+        if plain.startswith("blocks."):
+            _, number, rest = plain.split(".", 2)
+            if rest == "attn.qkv" and config["model_type"] != "qwen3_vl":
+                for letter, cut in zip("qkv", tensor.chunk(3), strict=True):
+                    tower[f"v.blk.{number}.attn_{letter}.{part}"] = stored(cut)
+                continue
+            called = f"v.blk.{number}.{ {**TOWER_BLOCK, 'attn.qkv': 'attn_qkv'}[rest] }"
+        elif plain.startswith("deepstack_merger_list."):
+            _, index, rest = plain.split(".", 2)
+            called = f"v.deepstack.{levels[int(index)]}.{rest.replace('linear_', '')}"
+        else:
+            called = TOWER[plain]
+        if called == "v.patch_embd" and part == "weight":
+            tower["v.patch_embd.weight"], tower["v.patch_embd.weight.1"] = (
+                stored(tensor[:, :, frame]) for frame in (0, 1)
+            )
+            continue
+        tower[f"{called}.{part}"] = stored(tensor)
+    return text, tower
+
+
+def of_folder(folder: Path, target: Path, kind: int = F32, tower: str = "mmproj-F32.gguf", **more: Any) -> Path:
+    """A GGUF of a tiny folder at `target`, and beside it, where it sees, its tower. more: further metadata."""
+    text, seeing = weights(folder, kind)
+    write(target, facts(folder) | words(folder) | more, text)
+    if seeing and tower:
+        write(target.with_name(tower), tower_facts(folder), seeing)
+    return target

@@ -1,0 +1,118 @@
+"""What the numbers of GGUF files mean, and the layers that keep them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from gguf_files import BLOCKS, random_blocks
+from hotpath.vision_language import cpu_kernels
+from hotpath.vision_language.gguf import packing
+from hotpath.vision_language.gguf.packing import GROUPED, KERNEL, ROWS, Matrix, Packer
+from hotpath.vision_language.gguf.types import TYPES, dense
+from hotpath.vision_language.quantization import Int4Linear, ScaledLinear
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda")
+NAMES = {kind: TYPES[kind].name for kind in BLOCKS}
+# MD5 of the numbers that the library `gguf` 0.19 (of llama.cpp) reads from the random blocks of 8 rows of 512, as float32.
+BY_LLAMA_CPP = {
+    "Q4_0": "faf9f578da1d248c1fccb7f142314569",
+    "Q4_1": "7dffe68d8ee810acbdd0cfe9fc190fa7",
+    "Q5_0": "52c407a8197ece00308f44c0b60b0aa8",
+    "Q5_1": "a1f7b8c863d5e9244a549345b54fca17",
+    "Q8_0": "45aed4249e2aa18813b721ff0feb8e64",
+    "Q2_K": "1df4f0c693b81ccd1a0b9da0fc28944f",
+    "Q3_K": "ff9fdbe9ca2170005b206a57fc090243",
+    "Q4_K": "9709a09cdd9c308e76770a8d221e6cb1",
+    "Q5_K": "0a76af712d651d1923798ead40c9eea3",
+    "Q6_K": "41e88a674a7f1d55bf91a1e638941353",
+    "IQ4_NL": "ab8958ec5008c2bee8836176169be4c8",
+    "IQ4_XS": "df76cb76d0c2c9e176146d5a102eee25",
+}
+
+
+def matrix(kind: int, outputs: int = 128, inputs: int = 512, seed: int = 0) -> Matrix:
+    return Matrix(TYPES[kind], random_blocks(kind, outputs, inputs, seed), outputs, inputs)
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=NAMES.get)
+def test_numbers_are_those_of_llama_cpp(kind):
+    made = dense(TYPES[kind], random_blocks(kind, 8, 512))
+    assert made.isfinite().all() and made.dtype == torch.float32
+    assert hashlib.md5((made + 0.0).numpy().tobytes()).hexdigest() == BY_LLAMA_CPP[NAMES[kind]]
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=NAMES.get)
+def test_the_library_agrees_where_it_is_installed(kind):
+    quants = pytest.importorskip("gguf.quants")
+    blocks = random_blocks(kind, 64, 512, seed=1)
+    wanted = quants.dequantize(blocks.numpy(), quants.GGMLQuantizationType(kind))
+    assert (dense(TYPES[kind], blocks).numpy().reshape(-1) == wanted.reshape(-1)).all()
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=NAMES.get)
+def test_layers_keep_what_the_file_has(kind):
+    """As any device but a CPU has them: every number is the file's, but for scales of eleven bits."""
+    packer, stored = Packer("none", CARD, torch.float32), matrix(kind)
+    layer = packer.layer([stored], [torch.ones(128)])
+    meant = stored.dense(torch.float32)
+    assert {kept for _, kept in packer.kinds} == {GROUPED} and packer.packs
+    assert packer.deviation.share < 1e-3
+    assert (layer.some(torch.arange(128)) - meant).norm() <= 1e-3 * meant.norm()
+    assert layer.weight.dtype == (torch.uint8 if TYPES[kind].bits <= 4 else torch.int8)
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+    wanted = x @ meant.T + 1
+    assert torch.allclose(layer(x), wanted, rtol=0, atol=2e-3 * float(wanted.abs().max()))
+    assert torch.allclose(layer.rows(x, 5, 77), layer(x)[:, 5:77], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [(2, KERNEL), (3, KERNEL), (12, KERNEL), (8, ROWS), (10, ROWS), (14, ROWS), (20, ROWS)], ids=str
+)
+def test_a_cpu_takes_what_its_kernels_read(kind, kept):
+    if cpu_kernels.why_not("int4") or cpu_kernels.why_not("int8"):
+        pytest.skip("torch has no such kernels here")
+    packer, stored = Packer("none", CPU, torch.float32), matrix(kind)
+    with torch.no_grad():
+        layer = packer.layer([stored])
+        x = torch.randn(1, 512, generator=torch.Generator().manual_seed(1))
+        wanted = x @ stored.dense(torch.float32).T
+        off = float((layer(x) - wanted).norm() / wanted.norm())
+    assert packer.kinds == {(NAMES[kind], kept): stored.blocks.numel()}
+    assert 0 < packer.deviation.share < 0.02 and off < 0.03
+
+
+def test_small_scales_stay_whole():
+    stored = matrix(8)
+    stored.blocks[:, :2] = 0
+    stored.blocks[:, 0] = 1  # the smallest number of float16
+    packer = Packer("none", CARD, torch.float32)
+    assert packer.layer([stored]).scale.dtype == torch.float32 and packer.deviation.share == 0
+
+
+def test_projections_of_several_types_are_one_layer():
+    """Q4_K_M has values in Q6_K beside queries and keys in Q4_K."""
+    parts = [matrix(12, 128), matrix(12, 64, seed=1), matrix(14, 64)]
+    biases = [torch.full((part.outputs,), float(number)) for number, part in enumerate(parts)]
+    layer = Packer("none", CARD, torch.float32).layer(parts, biases)
+    assert (layer.out_features, layer.in_features) == (256, 512)
+    x = torch.randn(2, 512, generator=torch.Generator().manual_seed(1))
+    wanted = x @ torch.cat([part.dense(torch.float32) for part in parts]).T + torch.cat(biases)
+    assert torch.allclose(layer(x), wanted, rtol=0, atol=2e-3 * float(wanted.abs().max()))
+    for start, stop in ((0, 128), (128, 192), (192, 256), (100, 200)):
+        assert torch.allclose(packing.rows_of(layer, x, start, stop), layer(x)[:, start:stop], atol=1e-4)
+    plain = Packer("none", CARD, torch.float32).layer([matrix(12), matrix(12, seed=1)])
+    assert isinstance(plain, packing.GroupedLinear) and plain.out_features == 256
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "becomes"),
+    [
+        ("int8", 8, packing.GroupedLinear), ("int8", 12, ScaledLinear), ("int4", 12, packing.GroupedLinear),
+        ("int4", 14, Int4Linear), ("float8", 8, ScaledLinear), ("none", 12, packing.GroupedLinear),
+    ],
+)  # fmt: skip
+def test_what_is_asked_for_is_packed_anew_unless_the_file_has_it(method, kind, becomes):
+    packer = Packer(method, CARD, torch.bfloat16)
+    assert type(packer.layer([matrix(kind)])) is becomes

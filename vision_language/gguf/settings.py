@@ -1,0 +1,221 @@
+"""What a model folder has beside its weights, made of the metadata of GGUF files: config.json and those of its processors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..unusable import UnusableModel
+from .file import Gguf
+from .tokenizer import Vocabulary
+
+# Architectures by their names in GGUF, as text models, and the vision-language models that a file with a tower makes of them.
+TEXT = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen2vl": "qwen2", "qwen3vl": "qwen3"}
+TOWERS = {
+    "qwen2vl_merger": ("qwen2vl", "qwen2_vl"),
+    "qwen2.5vl_merger": ("qwen2vl", "qwen2_5_vl"),
+    "qwen3vl_merger": ("qwen3vl", "qwen3_vl"),
+}
+PROCESSORS = {
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+}
+# What the published folders say and GGUF files leave out.
+PIXELS = {"qwen2_vl": (3136, 12845056), "qwen2_5_vl": (3136, 12845056), "qwen3_vl": (65536, 16777216)}
+VIDEO_PIXELS = (4096, 25165824)
+WINDOW = 112
+FRAMES = 2  # of a temporal patch
+SCALINGS = ("linear", "yarn")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A language model and, where it sees, the file of its tower (mmproj)."""
+
+    text: Gguf
+    tower: Gguf | None
+
+    @property
+    def architecture(self) -> str:
+        return str(self.text.metadata.get("general.architecture"))
+
+    @property
+    def model_type(self) -> str:
+        return TEXT[self.architecture] if self.tower is None else TOWERS[projector(self.tower.metadata)][1]
+
+    def fact(self, name: str, default: Any = None) -> Any:
+        """Of the language model. Raises UnusableModel where there is neither a value nor a default."""
+        key = f"{self.architecture}.{name}"
+        found = self.text.metadata.get(key, default)
+        if found is None:
+            raise UnusableModel(f"{self.text.path} does not tell {key}: take another GGUF of the model.")
+        return found
+
+    def seen(self, name: str, default: Any = None) -> Any:
+        """The same of the tower."""
+        assert self.tower is not None
+        found = self.tower.metadata.get(f"clip.vision.{name}", default)
+        if found is None:
+            raise UnusableModel(
+                f"{self.tower.path} does not tell clip.vision.{name}: take another mmproj of the model."
+            )
+        return found
+
+
+def projector(metadata: Mapping[str, Any]) -> str:
+    """What kind of tower a file has; "" for one that has none."""
+    return str(metadata.get("clip.vision.projector_type") or metadata.get("clip.projector_type") or "")
+
+
+def as_written(number: Any) -> float:
+    """What somebody wrote who is known to have it kept as a float32 number: 1e-06, not 9.999999974752427e-07."""
+    return float(f"{float(number):.7g}")
+
+
+def widths(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The settings of the language model, as config.json has them."""
+    heads = int(source.fact("attention.head_count"))
+    hidden = int(source.fact("embedding_length"))
+    end = next(iter(vocabulary.stops()), None)
+    made: dict[str, Any] = {
+        "vocab_size": source.text.stored("token_embd.weight").shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": int(source.fact("feed_forward_length")),
+        "num_hidden_layers": int(source.fact("block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(source.fact("attention.head_count_kv", heads)),
+        "hidden_act": "silu",
+        "rms_norm_eps": as_written(source.fact("attention.layer_norm_rms_epsilon")),
+        "max_position_embeddings": int(source.fact("context_length", 32768)),
+        "rope_theta": as_written(source.fact("rope.freq_base", 10000.0)),
+        "tie_word_embeddings": "output.weight" not in source.text,
+        "use_sliding_window": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "bos_token_id": vocabulary.special("bos"),
+        "eos_token_id": end,
+        "pad_token_id": vocabulary.pad(),
+    }
+    if source.architecture.startswith("qwen3"):
+        made["head_dim"] = int(source.fact("attention.key_length", hidden // heads))
+        made["attention_bias"] = "blk.0.attn_q.bias" in source.text
+    scaling = str(source.fact("rope.scaling.type", "none"))
+    if scaling in SCALINGS:
+        made["rope_scaling"] = {"rope_type": scaling, "factor": as_written(source.fact("rope.scaling.factor"))}
+        if scaling == "yarn":
+            made["rope_scaling"]["original_max_position_embeddings"] = int(
+                source.fact("rope.scaling.original_context_length")
+            )
+    elif scaling != "none":
+        raise UnusableModel(f"{source.text.path} scales its positions by {scaling!r}, which is not known here.")
+    return made
+
+
+def configuration(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
+    """config.json."""
+    text, kind = widths(source, vocabulary), source.model_type
+    if source.tower is None:
+        return {"model_type": kind, **text}
+    sections = [int(length) for length in source.fact("rope.dimension_sections")][:3]
+    text["rope_scaling"] = {"rope_type": "default", **text.get("rope_scaling", {}), "mrope_section": sections}
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    found = {name: vocabulary.id_of(f"<|{name}|>") for name in names}
+    if None in found.values():
+        raise UnusableModel(f"{source.text.path} has no tokens for pictures: take a GGUF of a -VL model.")
+    ids = {
+        "image_token_id": found["image_pad"],
+        "video_token_id": found["video_pad"],
+        "vision_start_token_id": found["vision_start"],
+        "vision_end_token_id": found["vision_end"],
+        "tie_word_embeddings": text["tie_word_embeddings"],
+    }
+    vision: dict[str, Any] = {
+        "depth": int(source.seen("block_count")),
+        "num_heads": int(source.seen("attention.head_count")),
+        "in_channels": 3,
+        "patch_size": int(source.seen("patch_size")),
+        "spatial_merge_size": int(source.seen("spatial_merge_size", 2)),
+        "temporal_patch_size": FRAMES,
+    }
+    tower = source.tower
+    width = int(source.seen("embedding_length"))
+    # Of the two matrices of a block that one is the first whose rows are as long as the tower is wide.
+    inner = max(tower.stored("v.blk.0.ffn_up.weight").shape)
+    if kind == "qwen3_vl":
+        text["rope_scaling"]["mrope_interleaved"] = True
+        levels = sorted({int(name.split(".")[2]) for name in tower.tensors if name.startswith("v.deepstack.")})
+        vision |= {
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "out_hidden_size": text["hidden_size"],
+            "num_position_embeddings": tower.stored("v.position_embd.weight").shape[0],
+            "deepstack_visual_indexes": levels,
+            "hidden_act": "gelu_pytorch_tanh",
+        }
+        return {
+            "model_type": kind, **ids, "text_config": text | {"model_type": "qwen3_vl_text"},
+            "vision_config": vision | {"model_type": kind},
+        }  # fmt: skip
+    if kind == "qwen2_5_vl":
+        every = int(source.seen("n_wa_pattern"))
+        vision |= {
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "out_hidden_size": text["hidden_size"],
+            "window_size": int(source.seen("window_size", WINDOW)),
+            "fullatt_block_indexes": list(range(every - 1, vision["depth"], every)),
+            "tokens_per_second": 2,
+            "hidden_act": "silu",
+        }
+    else:
+        vision |= {"embed_dim": width, "hidden_size": text["hidden_size"], "mlp_ratio": inner // width}
+    return {"model_type": kind, **ids, **text, "vision_config": vision}
+
+
+def sampling(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
+    """generation_config.json."""
+    names = {
+        "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
+    }  # fmt: skip
+    found = {
+        name: source.text.metadata[f"general.sampling.{key}"]
+        for key, name in names.items()
+        if f"general.sampling.{key}" in source.text.metadata
+    }
+    return {
+        "do_sample": "temperature" in found, "eos_token_id": vocabulary.stops(), "pad_token_id": vocabulary.pad(), **found,
+    }  # fmt: skip
+
+
+def write(source: Source, folder: Path) -> None:
+    """All of it, into `folder`: what the library reads of a model folder before its weights."""
+    vocabulary = Vocabulary(source.text.metadata, source.text.path)
+    vocabulary.write(folder, seeing=source.tower is not None)
+    config = configuration(source, vocabulary)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps(sampling(source, vocabulary)))
+    if source.tower is None:
+        return
+    kind, vision = source.model_type, config["vision_config"]
+    shared: dict[str, Any] = {
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": FRAMES,
+        "merge_size": vision["spatial_merge_size"],
+        "image_mean": list(source.seen("image_mean")),
+        "image_std": list(source.seen("image_std")),
+        "processor_class": PROCESSORS[kind],
+    }
+    least, most = PIXELS[kind]
+    least, most = int(source.seen("image_min_pixels", least)), int(source.seen("image_max_pixels", most))
+    sizes = {"shortest_edge": least, "longest_edge": most}
+    pictures = shared | {"image_processor_type": "Qwen2VLImageProcessorFast", "size": sizes}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    worker = "Qwen3VLVideoProcessor" if kind == "qwen3_vl" else "Qwen2VLVideoProcessor"
+    if kind == "qwen3_vl":
+        sizes = {"shortest_edge": VIDEO_PIXELS[0], "longest_edge": VIDEO_PIXELS[1]}
+    clips = shared | {"video_processor_type": worker, "size": sizes}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(clips))
