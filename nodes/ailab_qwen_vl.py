@@ -39,12 +39,12 @@ QUANTIZATION = (
     ["4-bit (VRAM-friendly)", "8-bit (Balanced)", "None (FP16)"],
     {
         "default": "None (FP16)",
-        "tooltip": "8-bit: int8 weights. 4-bit: bitsandbytes where it is installed, else int4. Both save memory.",
+        "tooltip": "8-bit: int8 weights. 4-bit: bitsandbytes if it is installed, else int4. Both save memory.",
     },
 )
 ATTENTION = (
     ["auto", "sage", "flash_attention_2", "sdpa"],
-    {"default": "auto", "tooltip": "auto is sdpa. What ran, and why, is told under the node."},
+    {"default": "auto", "tooltip": "auto is sdpa. The node shows what ran, and why."},
 )
 SEED = (
     "INT",
@@ -70,7 +70,7 @@ BUDGET = (
 )
 CUSTOM = (
     "STRING",
-    {"default": "", "multiline": True, "tooltip": "Your own prompt; it takes the place of the preset."},
+    {"default": "", "multiline": True, "tooltip": "Your own prompt, instead of the preset."},
 )
 
 
@@ -146,8 +146,8 @@ def ask(preset_prompt: str, custom_prompt: str, image: Any, video: Any, frame_co
 class AILabQwenVL(_AILabNode):
     DISPLAY_NAME = "QwenVL"
     DESCRIPTION = (
-        "Describe a picture or a video with a Qwen vision-language model and a preset prompt. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Describe a picture or a video with a Qwen vision-language model and a preset prompt. In new workflows, use "
+        "Ask Vision-Language Model (HotpathVLM)."
     )
     SEARCH_ALIASES = ["qwen vl", "caption", "describe image"]
 
@@ -169,7 +169,7 @@ class AILabQwenVL(_AILabNode):
             },
             "optional": {
                 "image": ("IMAGE", {"tooltip": "A picture; the first one of a batch."}),
-                "video": ("IMAGE", {"tooltip": "Frames of a video; 16 of them, evenly spread, are looked at."}),
+                "video": ("IMAGE", {"tooltip": "Frames of a video; the model sees 16 of them, evenly spread."}),
                 "token_budget": BUDGET,
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
@@ -202,8 +202,8 @@ class AILabQwenVL(_AILabNode):
 class AILabQwenVLAdvanced(_AILabNode):
     DISPLAY_NAME = "QwenVL (Advanced)"
     DESCRIPTION = (
-        "Describe a picture or a video with a Qwen vision-language model, with every setting. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Describe a picture or a video with a Qwen vision-language model, with every setting. In new workflows, use "
+        "Ask Vision-Language Model (HotpathVLM)."
     )
     SEARCH_ALIASES = ["qwen vl", "caption", "describe image"]
 
@@ -231,7 +231,7 @@ class AILabQwenVLAdvanced(_AILabNode):
                 "repetition_penalty": number(1.2, 0.5, 2.0, "Over 1: used tokens become less likely."),
                 "frame_count": (
                     "INT",
-                    {"default": 16, "min": 1, "max": 768, "tooltip": "How many frames of the video are looked at."},
+                    {"default": 16, "min": 1, "max": 768, "tooltip": "How many frames of the video the model sees."},
                 ),
                 "keep_model_loaded": KEEP,
                 "seed": SEED,
@@ -284,8 +284,8 @@ class AILabQwenVLAdvanced(_AILabNode):
 class AILabPromptEnhancer(_AILabNode):
     DISPLAY_NAME = "QwenVL Prompt Enhancer"
     DESCRIPTION = (
-        "Rewrite a prompt for an image generator with a Qwen model. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Rewrite a prompt for an image generator with a Qwen model. In new workflows, use Ask Vision-Language Model "
+        "(HotpathVLM)."
     )
     SEARCH_ALIASES = ["prompt enhancer", "llm"]
     RETURN_NAMES = ("ENHANCED_OUTPUT",)
@@ -307,7 +307,7 @@ class AILabPromptEnhancer(_AILabNode):
                 ),
                 "custom_system_prompt": (
                     "STRING",
-                    {"default": "", "multiline": True, "tooltip": "Your own instruction in place of the style."},
+                    {"default": "", "multiline": True, "tooltip": "Your own instruction, instead of the style."},
                 ),
                 "max_tokens": tokens(256, 32768),
                 "temperature": number(0.7, 0.0, 2.0, "Higher is more varied; 0 is always the likeliest token."),

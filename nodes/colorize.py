@@ -34,8 +34,8 @@ METHOD = (
     list(METHODS),
     {
         "default": METHODS[0],
-        "tooltip": "ColorMNet remembers the whole film and is the steadier one; its weights are for non-commercial use. "
-        "Deep Exemplar matches every frame with the reference alone, and is lighter.",
+        "tooltip": "ColorMNet remembers the whole film and is steadier; its weights are for non-commercial use. Deep "
+        "Exemplar matches every frame with the reference alone, and is lighter.",
     },
 )
 REFERENCE = (
@@ -49,8 +49,8 @@ COLOUR_SIZE = (
         "min": 0,
         "max": 2160,
         "step": 16,
-        "tooltip": "Short side at which colours are computed; they go onto the frames' own luminance at full size. "
-        "0: the frames' size. Larger is slower and seldom better.",
+        "tooltip": "Short side at which colours are computed; they are put on the frames' own luminance at full "
+        "size. 0: the frames' size. Larger is slower and seldom better.",
     },
 )
 STRENGTH = (
@@ -73,7 +73,7 @@ PRECISION = (
     list(PRECISIONS),
     {
         "default": AUTOMATIC,
-        "tooltip": "What the networks compute in. Matching, memory keys and the recurrent state are float32 always.",
+        "tooltip": "Number format of the networks. Matching, memory keys and the recurrent state are always float32.",
     },
 )
 COMPILE = (
@@ -94,8 +94,8 @@ def _film_inputs() -> dict[str, Any]:
             "STRING",
             {
                 "default": "",
-                "tooltip": "Which frame of the film each reference is, by commas, or - for a mere example. "
-                "0, 250, - : the first is frame 0 in colour, the second frame 250, the third is an example.",
+                "tooltip": "Which frame of the film each reference is, separated by commas; - is only an example. 0, "
+                "250, - : the first is frame 0 in colour, the second frame 250, the third is an example.",
             },
         ),
         "colour_size": COLOUR_SIZE,
@@ -153,15 +153,15 @@ class HotpathColorizeVideo(AnyCheckpoint):
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Colours a film after reference pictures, at any size and without cropping: colours at network size on the "
-        f"frames' own luminance. Long films go in portions through the state. {COLORMNET_LICENCE}"
+        f"frames' own luminance. Long films can be coloured in portions, through the state. {COLORMNET_LICENCE}"
     )
     SEARCH_ALIASES = ALIASES
     RETURN_TYPES = ("IMAGE", "MASK", STATE, "STRING")
     RETURN_NAMES = ("frames", "confidence", "state", "report")
     OUTPUT_TOOLTIPS = (
         "The frames in colour, of their own size.",
-        "How near every place came to something known: memory for ColorMNet, the reference for Deep Exemplar.",
-        "What the next portion of the film needs to go on.",
+        "How close each place is to something known: memory for ColorMNet, the reference for Deep Exemplar.",
+        "What the next portion of the film needs to continue.",
         REPORT_TOOLTIP,
     )
     FUNCTION = "colorize"
@@ -203,8 +203,8 @@ class HotpathColorizeFile:
     DISPLAY_NAME = "Colorize Video File (Hotpath)"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Colours a video file into a video file: never whole in memory, sound and timing kept. After a crash or an "
-        f"interrupt the same workflow goes on where it stopped. {COLORMNET_LICENCE}"
+        "Colours a video file into a video file: never whole in memory, with sound and timing. After a crash or an "
+        f"interrupt, the same workflow continues where it stopped. {COLORMNET_LICENCE}"
     )
     SEARCH_ALIASES = ALIASES
     RETURN_TYPES = ("STRING", "STRING")
@@ -237,7 +237,7 @@ class HotpathColorizeFile:
                 ),
                 "resume": (
                     "BOOLEAN",
-                    {"default": True, "tooltip": "Go on from the parts an unfinished run left. Off: start anew."},
+                    {"default": True, "tooltip": "Continue from the parts of an unfinished run. Off: start anew."},
                 ),
                 "shot_frames": (
                     "STRING",
@@ -365,8 +365,8 @@ class HotpathColorTransfer:
     DISPLAY_NAME = "Color Transfer (Hotpath)"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "The chroma of one picture on the luminance of another of the same scene: full-size detail under colours that "
-        "were painted or computed small. No model."
+        "Puts the chroma of one picture on the luminance of another of the same scene: full-size detail under "
+        "colours that were painted or computed small. No model."
     )
     SEARCH_ALIASES = ["chroma", "luminance", "Lab", "color match"]
     RETURN_TYPES = ("IMAGE",)

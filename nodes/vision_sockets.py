@@ -19,7 +19,7 @@ TEMPERATURE = (
         "min": 0.0,
         "max": 2.0,
         "step": 0.05,
-        "tooltip": "0: always the likeliest token. More: more varied.",
+        "tooltip": "0: always the likeliest token. Higher: more varied.",
     },
 )
 BUDGET = (
@@ -32,7 +32,10 @@ BUDGET = (
 )
 CACHE = (
     list(CACHES),
-    {"default": "memory", "tooltip": "Keep what the model saw in a picture, so that asking again skips looking."},
+    {
+        "default": "memory",
+        "tooltip": "Keep what the model saw in a picture, so that asking again skips the vision tower.",
+    },
 )
 DECODE = (
     list(DECODE_PATHS),
@@ -44,7 +47,7 @@ DECODE = (
 )
 KEEP = (
     "BOOLEAN",
-    {"default": True, "tooltip": "Off: the weights leave the device when the answer is there."},
+    {"default": True, "tooltip": "Off: the weights leave the device as soon as the answer is there."},
 )
 SEED = (
     "INT",
@@ -57,5 +60,5 @@ def model_choice(known: tuple[str, ...], sees: bool | None, default: str) -> tup
     """The folders that are there and the models that are fetched. sees: with a vision tower, without one, or either."""
     return (
         folders.choices(known, sees),
-        {"default": default, "tooltip": "A folder under models/LLM, or a model that is fetched when it is missing."},
+        {"default": default, "tooltip": "A folder under models/LLM, or a model that is downloaded if it is missing."},
     )
