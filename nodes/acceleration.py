@@ -16,8 +16,8 @@ class HotpathAttention:
     DISPLAY_NAME = "Attention Backend"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Chooses what computes the attention of this model, and shows what ran where after sampling. auto uses exact kernels "
-        "only and takes the one that measures fastest for each size; lossy ones run when named, and are checked first."
+        "Chooses the attention kernel of this model, and shows what ran where after sampling. auto takes the exact "
+        "kernel that measures fastest for each size; lossy ones run only when named, and are checked first."
     )
     SEARCH_ALIASES = ["sage attention", "sageattention", "flash attention", "sdpa", "xformers", "cudnn", "speed"]
     RETURN_TYPES = ("MODEL", "STRING")
@@ -62,7 +62,9 @@ class HotpathAttention:
 class HotpathAttentionReport:
     DISPLAY_NAME = "Attention Report"
     CATEGORY = CATEGORY
-    DESCRIPTION = "What computed the attention of a model in its last sampling: backend, size, calls and reason."
+    DESCRIPTION = (
+        "Reports what computed the attention of a model in its last sampling: backend, size, calls and reason."
+    )
     SEARCH_ALIASES = ["attention backend", "which attention"]
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)

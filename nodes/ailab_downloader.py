@@ -55,8 +55,8 @@ class AILabHuggingFaceDownloader:
     DISPLAY_NAME = "QwenVL HuggingFace Downloader 📥"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Fetches a model file, or a model folder, of the hub into a folder of models. "
-        "For new graphs: the model inputs of Load Vision-Language Model (HotpathVLMLoader), which fetch what is missing."
+        "Fetches a model file, or a model folder, of the hub into a folder of models. In new workflows, use the "
+        "model inputs of Load Vision-Language Model (HotpathVLMLoader), which fetch what is missing."
     )
     SEARCH_ALIASES = ["download", "gguf", "hugging face"]
     RETURN_TYPES = ("STRING",)

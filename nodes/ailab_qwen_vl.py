@@ -52,12 +52,12 @@ QUANTIZATION = (
     ["4-bit (VRAM-friendly)", "8-bit (Balanced)", "None (FP16)"],
     {
         "default": "None (FP16)",
-        "tooltip": "8-bit: int8 weights. 4-bit: bitsandbytes where it is installed, else int4. Both save memory.",
+        "tooltip": "8-bit: int8 weights. 4-bit: bitsandbytes if it is installed, else int4. Both save memory.",
     },
 )
 ATTENTION = (
     ["auto", "sage", "flash_attention_2", "sdpa"],
-    {"default": "auto", "tooltip": "auto is sdpa. What ran, and why, is told under the node."},
+    {"default": "auto", "tooltip": "auto is sdpa. The node shows what ran, and why."},
 )
 COMPILE = (
     "BOOLEAN",
@@ -71,8 +71,8 @@ COMPILE = (
 class AILabQwenVL(AILabNode):
     DISPLAY_NAME = "QwenVL"
     DESCRIPTION = (
-        "Describe a picture or a video with a Qwen vision-language model and a preset prompt. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Describe a picture or a video with a Qwen vision-language model and a preset prompt. In new workflows, use "
+        "Ask Vision-Language Model (HotpathVLM)."
     )
     SEARCH_ALIASES = ["qwen vl", "caption", "describe image"]
 
@@ -91,7 +91,7 @@ class AILabQwenVL(AILabNode):
             },
             "optional": {
                 "image": IMAGE,
-                "video": ("IMAGE", {"tooltip": "Frames of a video; 16 of them, evenly spread, are looked at."}),
+                "video": ("IMAGE", {"tooltip": "Frames of a video; the model sees 16 of them, evenly spread."}),
                 "token_budget": BUDGET,
             },
             "hidden": HIDDEN,
@@ -124,8 +124,8 @@ class AILabQwenVL(AILabNode):
 class AILabQwenVLAdvanced(AILabNode):
     DISPLAY_NAME = "QwenVL (Advanced)"
     DESCRIPTION = (
-        "Describe a picture or a video with a Qwen vision-language model, with every setting. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Describe a picture or a video with a Qwen vision-language model, with every setting. In new workflows, use "
+        "Ask Vision-Language Model (HotpathVLM)."
     )
     SEARCH_ALIASES = ["qwen vl", "caption", "describe image"]
 
@@ -150,7 +150,7 @@ class AILabQwenVLAdvanced(AILabNode):
                 "repetition_penalty": number(1.2, 0.5, 2.0, PENALTY_TOOLTIP),
                 "frame_count": (
                     "INT",
-                    {"default": 16, "min": 1, "max": 768, "tooltip": "How many frames of the video are looked at."},
+                    {"default": 16, "min": 1, "max": 768, "tooltip": "How many frames of the video the model sees."},
                 ),
                 "keep_model_loaded": KEEP,
                 "seed": SEED,
@@ -203,8 +203,8 @@ class AILabQwenVLAdvanced(AILabNode):
 class AILabPromptEnhancer(AILabNode):
     DISPLAY_NAME = "QwenVL Prompt Enhancer"
     DESCRIPTION = (
-        "Rewrite a prompt for an image generator with a Qwen model. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Rewrite a prompt for an image generator with a Qwen model. In new workflows, use Ask Vision-Language Model "
+        "(HotpathVLM)."
     )
     SEARCH_ALIASES = ["prompt enhancer", "llm"]
     RETURN_NAMES = ("ENHANCED_OUTPUT",)
@@ -223,7 +223,7 @@ class AILabPromptEnhancer(AILabNode):
                 "enhancement_style": style(),
                 "custom_system_prompt": (
                     "STRING",
-                    {"default": "", "multiline": True, "tooltip": "Your own instruction in place of the style."},
+                    {"default": "", "multiline": True, "tooltip": "Your own instruction, instead of the style."},
                 ),
                 "max_tokens": tokens(256, 32768),
                 "temperature": number(0.7, 0.0, 2.0, TEMPERATURE_TOOLTIP),

@@ -90,8 +90,8 @@ def on_device(model_name: str, device: str, gpu_layers: int, must_see: bool) -> 
 class AILabQwenVLGGUF(AILabNode):
     DISPLAY_NAME = "QwenVL (GGUF)"
     DESCRIPTION = (
-        "Describe a picture or a video with a Qwen vision-language model in a GGUF file and a preset prompt. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Describe a picture or a video with a Qwen vision-language model in a GGUF file and a preset prompt. In new "
+        "workflows, use Ask Vision-Language Model (HotpathVLM)."
     )
     SEARCH_ALIASES = ["qwen vl", "gguf", "llama.cpp", "caption", "describe image"]
 
@@ -108,7 +108,7 @@ class AILabQwenVLGGUF(AILabNode):
             },
             "optional": {
                 "image": IMAGE,
-                "video": ("IMAGE", {"tooltip": "Frames of a video; 16 of them, evenly spread, are looked at."}),
+                "video": ("IMAGE", {"tooltip": "Frames of a video; the model sees 16 of them, evenly spread."}),
             },
             "hidden": HIDDEN,
         }
@@ -142,8 +142,8 @@ class AILabQwenVLGGUF(AILabNode):
 class AILabQwenVLGGUFAdvanced(AILabNode):
     DISPLAY_NAME = "QwenVL Advanced (GGUF)"
     DESCRIPTION = (
-        "Describe a picture or a video with a Qwen vision-language model in a GGUF file, with every setting. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Describe a picture or a video with a Qwen vision-language model in a GGUF file, with every setting. In new "
+        "workflows, use Ask Vision-Language Model (HotpathVLM)."
     )
     SEARCH_ALIASES = ["qwen vl", "gguf", "llama.cpp", "caption", "describe image"]
 
@@ -161,7 +161,7 @@ class AILabQwenVLGGUFAdvanced(AILabNode):
                 "repetition_penalty": number(1.2, 0.5, 2.0, PENALTY_TOOLTIP),
                 "frame_count": (
                     "INT",
-                    {"default": 16, "min": 1, "max": 768, "tooltip": "How many frames of the video are looked at."},
+                    {"default": 16, "min": 1, "max": 768, "tooltip": "How many frames of the video the model sees."},
                 ),
                 "ctx": whole(
                     8192, 1024, 262144, 512,
@@ -226,8 +226,8 @@ class AILabQwenVLGGUFAdvanced(AILabNode):
 class AILabGGUFPromptEnhancer(AILabNode):
     DISPLAY_NAME = "QwenVL Prompt Enhancer (GGUF)"
     DESCRIPTION = (
-        "Rewrite a prompt for an image generator with a Qwen model in a GGUF file. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Rewrite a prompt for an image generator with a Qwen model in a GGUF file. In new workflows, use Ask "
+        "Vision-Language Model (HotpathVLM)."
     )
     SEARCH_ALIASES = ["prompt enhancer", "llm", "gguf", "llama.cpp"]
     RETURN_NAMES = ("ENHANCED_OUTPUT",)
@@ -242,7 +242,7 @@ class AILabGGUFPromptEnhancer(AILabNode):
                 "preset_system_prompt": style(),
                 "custom_system_prompt": (
                     "STRING",
-                    {"default": "", "multiline": True, "tooltip": "Your own instruction in place of the style."},
+                    {"default": "", "multiline": True, "tooltip": "Your own instruction, instead of the style."},
                 ),
                 "max_tokens": tokens(256, 32768),
                 "temperature": number(0.7, 0.0, 2.0, TEMPERATURE_TOOLTIP),

@@ -38,7 +38,7 @@ BUDGET = (
 )
 CUSTOM = (
     "STRING",
-    {"default": "", "multiline": True, "tooltip": "Your own prompt; it takes the place of the preset."},
+    {"default": "", "multiline": True, "tooltip": "Your own prompt, instead of the preset."},
 )
 
 

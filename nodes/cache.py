@@ -25,7 +25,7 @@ ANY = AnyType("*")
 class HotpathCache:
     DISPLAY_NAME = "Hotpath Cache"
     CATEGORY = "Hotpath"
-    DESCRIPTION = "Shows what Hotpath remembers (faces, identities, image embeddings), and clears it when asked."
+    DESCRIPTION = "Shows Hotpath's caches (faces, identities, image embeddings), and clears them if asked."
     SEARCH_ALIASES = ["memory", "clear cache", "statistics"]
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)
@@ -47,7 +47,7 @@ class HotpathCache:
                         "default": 0,
                         "min": 0,
                         "max": 1 << 20,
-                        "tooltip": "New limit for each cache in MiB; 0 leaves the limits.",
+                        "tooltip": "New limit for each cache in MiB; 0 keeps the limits as they are.",
                     },
                 ),
             },
@@ -75,7 +75,7 @@ class InstantIDCacheManager:
 
     DISPLAY_NAME = "InstantID Cache Manager"
     CATEGORY = "InstantID"
-    DESCRIPTION = "Kept for older graphs; Hotpath Cache shows more."
+    DESCRIPTION = "Kept for older workflows; Hotpath Cache shows more."
     SEARCH_ALIASES = ["clear cache", "memory"]
     DEPRECATED = True
     RETURN_TYPES = ("STRING", ANY)
@@ -88,7 +88,7 @@ class InstantIDCacheManager:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {"clear_cache": (["false", "true"], {"tooltip": "Clear every cache before the report."})},
-            "optional": {"passthrough": (ANY, {"tooltip": "Makes this node run at that point of the graph."})},
+            "optional": {"passthrough": (ANY, {"tooltip": "Makes this node run at that point of the workflow."})},
         }
 
     def manage_cache(self, clear_cache: str, passthrough: Any = None) -> tuple[str, Any]:

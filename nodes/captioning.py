@@ -32,7 +32,8 @@ class HotpathCaptionFolder:
     DISPLAY_NAME = "Caption Folder"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Writes a caption beside every picture or video of a folder, in batches; stops and goes on where it was."
+        "Writes a caption beside every picture or video of a folder, in batches. If it is stopped, it continues "
+        "where it was."
     )
     SEARCH_ALIASES = ["batch caption", "dataset", "lora captions", "tagger", "video captions"]
     RETURN_TYPES = ("STRING", "STRING", "STRING")
@@ -51,7 +52,8 @@ class HotpathCaptionFolder:
         return {
             "required": {
                 "model": MODEL,
-                "folder": ("STRING", {"default": "", "tooltip": "A folder of pictures; a name lies in the input folder."}),
+                "folder": ("STRING", {"default": "", "tooltip": "A folder of pictures: a name in the input folder, "
+                 "or a whole path."}),
                 "prompt": (
                     "STRING",
                     {"default": presets.DESCRIPTIONS["🖼️ Detailed Description"], "multiline": True,
@@ -66,13 +68,13 @@ class HotpathCaptionFolder:
                 ),
                 "batch_size": ("INT", {"default": 8, "min": 1, "max": 256, "tooltip": "Pictures at a time."}),
                 "overwrite": ("BOOLEAN", {"default": False, "tooltip": "Off: pictures with a caption are skipped."}),
-                "recursive": ("BOOLEAN", {"default": False, "tooltip": "Also the folders in the folder."}),
+                "recursive": ("BOOLEAN", {"default": False, "tooltip": "Include subfolders."}),
                 "before": (
                     "STRING",
-                    {"default": "", "tooltip": "Written before every caption as it stands: a trigger word, a comma and a "
-                     "space."},
+                    {"default": "", "tooltip": "Written before every caption exactly as given, such as a trigger "
+                     "word with a comma and a space."},
                 ),
-                "after": ("STRING", {"default": "", "tooltip": "Written after every caption as it stands."}),
+                "after": ("STRING", {"default": "", "tooltip": "Written after every caption exactly as given."}),
                 "token_budget": BUDGET,
                 "max_new_tokens": ("INT", {"default": 256, "min": 1, "max": 32768, "tooltip": "The longest caption."}),
                 "temperature": TEMPERATURE,
@@ -80,15 +82,16 @@ class HotpathCaptionFolder:
                 "image_cache": (CACHE[0], {**CACHE[1], "default": "off"}),
                 "decode": DECODE,
                 "keep_model_loaded": KEEP,
-                "pattern": ("STRING", {"default": "", "tooltip": "Only file names that fit, such as portrait_*."}),
+                "pattern": ("STRING", {"default": "", "tooltip": "Only matching file names, such as portrait_*."}),
                 "captions_to": (
                     "STRING",
-                    {"default": "", "tooltip": "A folder for the captions; a name lies in the output folder. Empty: beside "
-                     "the pictures."},
+                    {"default": "", "tooltip": "A folder for the captions: a name in the output folder, or a whole "
+                     "path. Empty: beside the pictures."},
                 ),
                 "thinking": (
                     list(THINKING),
-                    {"default": "off", "tooltip": "off keeps a thinking model from thinking; thoughts count as tokens, too."},
+                    {"default": "off", "tooltip": "off keeps a thinking model from thinking; thoughts count as "
+                     "tokens too."},
                 ),
                 "media": (
                     list(MEDIA),
@@ -97,8 +100,8 @@ class HotpathCaptionFolder:
                 ),
                 "max_frames": (
                     "INT",
-                    {"default": 16, "min": 1, "max": 768, "tooltip": "Of a video at most so many frames, two a second, evenly "
-                     "spread."},
+                    {"default": 16, "min": 1, "max": 768, "tooltip": "At most this many frames of a video: two per "
+                     "second, evenly spread."},
                 ),
                 "preset": preset_choice(),
             },

@@ -23,7 +23,7 @@ def _file(name: str) -> Path:
 class HotpathSaveColorState:
     DISPLAY_NAME = "Save Color State (Hotpath)"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Keeps the state of an unfinished film as a safetensors file in the output folder."
+    DESCRIPTION = "Saves the state of an unfinished film as a safetensors file in the output folder."
     SEARCH_ALIASES = ["resume", "continue film"]
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("file",)
@@ -44,11 +44,11 @@ class HotpathSaveColorState:
 class HotpathLoadColorState:
     DISPLAY_NAME = "Load Color State (Hotpath)"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Reads what Save Color State wrote, for Colorize Video to go on with the film."
+    DESCRIPTION = "Reads what Save Color State wrote, so that Colorize Video can continue the film."
     SEARCH_ALIASES = ["resume", "continue film"]
     RETURN_TYPES = (STATE, "INT")
     RETURN_NAMES = ("state", "next_frame")
-    OUTPUT_TOOLTIPS = ("For Colorize Video.", "Index of the frame the film goes on with.")
+    OUTPUT_TOOLTIPS = ("For Colorize Video.", "Index of the frame with which the film continues.")
     FUNCTION = "load"
 
     @classmethod

@@ -49,15 +49,15 @@ class HotpathColorizeVideo(AnyCheckpoint):
     CATEGORY = CATEGORY
     DESCRIPTION = (
         "Colours a film after reference pictures, at any size and without cropping: colours at network size on the "
-        f"frames' own luminance. Long films go in portions through the state. {COLORMNET_LICENCE}"
+        f"frames' own luminance. Long films can be coloured in portions, through the state. {COLORMNET_LICENCE}"
     )
     SEARCH_ALIASES = ALIASES
     RETURN_TYPES = ("IMAGE", "MASK", STATE, "STRING")
     RETURN_NAMES = ("frames", "confidence", "state", "report")
     OUTPUT_TOOLTIPS = (
         "The frames in colour, of their own size.",
-        "How near every place came to something known: memory for ColorMNet, the reference for Deep Exemplar.",
-        "What the next portion of the film needs to go on.",
+        "How close each place is to something known: memory for ColorMNet, the reference for Deep Exemplar.",
+        "What the next portion of the film needs to continue.",
         REPORT_TOOLTIP,
     )
     FUNCTION = "colorize"
@@ -99,8 +99,8 @@ class HotpathColorizeFile:
     DISPLAY_NAME = "Colorize Video File (Hotpath)"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Colours a video file into a video file: never whole in memory, sound and timing kept. After a crash or an "
-        f"interrupt the same workflow goes on where it stopped. {COLORMNET_LICENCE}"
+        "Colours a video file into a video file: never whole in memory, with sound and timing. After a crash or an "
+        f"interrupt, the same workflow continues where it stopped. {COLORMNET_LICENCE}"
     )
     SEARCH_ALIASES = ALIASES
     RETURN_TYPES = ("STRING", "STRING")
@@ -133,7 +133,7 @@ class HotpathColorizeFile:
                 ),
                 "resume": (
                     "BOOLEAN",
-                    {"default": True, "tooltip": "Go on from the parts an unfinished run left. Off: start anew."},
+                    {"default": True, "tooltip": "Continue from the parts of an unfinished run. Off: start anew."},
                 ),
                 "shot_frames": (
                     "STRING",
@@ -289,8 +289,8 @@ class HotpathColorTransfer:
     DISPLAY_NAME = "Color Transfer (Hotpath)"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "The chroma of one picture on the luminance of another of the same scene: full-size detail under colours that "
-        "were painted or computed small. No model."
+        "Puts the chroma of one picture on the luminance of another of the same scene: full-size detail under "
+        "colours that were painted or computed small. No model."
     )
     SEARCH_ALIASES = ["chroma", "luminance", "Lab", "color match"]
     RETURN_TYPES = ("IMAGE",)

@@ -38,7 +38,11 @@ REFERENCE = (
 TARGET = {"min": 64, "max": 2048, "step": 32}
 WIDTH = (
     "INT",
-    {"default": 768, **TARGET, "tooltip": "Width the network sees. The frames' own width and height: no resizing."},
+    {
+        "default": 768,
+        **TARGET,
+        "tooltip": "Width that the network sees. At the frames' own width and height, nothing is resized.",
+    },
 )
 HEIGHT = ("INT", {"default": 432, **TARGET, "tooltip": "Height the network sees."})
 USE_FP16 = (
@@ -54,8 +58,8 @@ ORIGINAL_LUMINANCE = (
     "BOOLEAN",
     {
         "default": False,
-        "tooltip": "Put the colours on the frames' own luminance. Off: as ever, the network-sized picture is enlarged "
-        "to the frames' size, which blurs it where the target is smaller.",
+        "tooltip": "Put the colours on the frames' own luminance. Off: as before, the network-sized picture is "
+        "enlarged to the frames' size, which blurs it if the target is smaller.",
     },
 )
 CHECKPOINT = (
@@ -69,7 +73,7 @@ class ColorMNetVideo(CompatibleVideoNode, AnyCheckpoint):
     CATEGORY = "ColorMNet/Video"
     DESCRIPTION = (
         "Colours a film after a reference picture (ColorMNet, ECCV 2024). "
-        f"For new graphs: Colorize Video (Hotpath). {COLORMNET_LICENCE}"
+        f"In new workflows, use Colorize Video (Hotpath). {COLORMNET_LICENCE}"
     )
     OUTPUT_TOOLTIPS = ("The frames in colour, of their own size.", "What ran, how fast, and what was left out and why.")
 
@@ -131,7 +135,7 @@ class ColorMNetImage(CompatibleImageNode, AnyCheckpoint):
     CATEGORY = "ColorMNet/Image"
     DESCRIPTION = (
         "Colours pictures after a reference picture, each on its own (ColorMNet). "
-        f"For new graphs: Colorize Images (Hotpath). {COLORMNET_LICENCE}"
+        f"In new workflows, use Colorize Images (Hotpath). {COLORMNET_LICENCE}"
     )
     OUTPUT_TOOLTIPS = ("The pictures in colour, of their own size.", "What ran, how fast, and why.")
 

@@ -18,8 +18,8 @@ METHOD = (
     list(METHODS),
     {
         "default": METHODS[0],
-        "tooltip": "ColorMNet remembers the whole film and is the steadier one; its weights are for non-commercial use. "
-        "Deep Exemplar matches every frame with the reference alone, and is lighter.",
+        "tooltip": "ColorMNet remembers the whole film and is steadier; its weights are for non-commercial use. Deep "
+        "Exemplar matches every frame with the reference alone, and is lighter.",
     },
 )
 REFERENCE = (
@@ -33,8 +33,8 @@ COLOUR_SIZE = (
         "min": 0,
         "max": 2160,
         "step": 16,
-        "tooltip": "Short side at which colours are computed; they go onto the frames' own luminance at full size. "
-        "0: the frames' size. Larger is slower and seldom better.",
+        "tooltip": "Short side at which colours are computed; they are put on the frames' own luminance at full "
+        "size. 0: the frames' size. Larger is slower and seldom better.",
     },
 )
 STRENGTH = (
@@ -57,7 +57,7 @@ PRECISION = (
     list(PRECISIONS),
     {
         "default": AUTOMATIC,
-        "tooltip": "What the networks compute in. Matching, memory keys and the recurrent state are float32 always.",
+        "tooltip": "Number format of the networks. Matching, memory keys and the recurrent state are always float32.",
     },
 )
 COMPILE = (
@@ -75,8 +75,8 @@ def film_inputs() -> dict[str, Any]:
             "STRING",
             {
                 "default": "",
-                "tooltip": "Which frame of the film each reference is, by commas, or - for a mere example. "
-                "0, 250, - : the first is frame 0 in colour, the second frame 250, the third is an example.",
+                "tooltip": "Which frame of the film each reference is, separated by commas; - is only an example. 0, "
+                "250, - : the first is frame 0 in colour, the second frame 250, the third is an example.",
             },
         ),
         "colour_size": COLOUR_SIZE,

@@ -18,9 +18,9 @@ class HotpathCompare:
     DISPLAY_NAME = "Compare Pictures"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Compares two pictures of the same seed that were made in two settings, say with all attention blocks and with "
-        "fewer: SSIM, PSNR, LPIPS where it is installed, and whether the face is still the same person. Batches are "
-        "compared picture by picture."
+        "Compares two pictures that were made with the same seed in two settings, such as all attention blocks and "
+        "fewer: SSIM, PSNR, LPIPS if it is installed, and whether the face is still the same person. Batches "
+        "are compared picture by picture."
     )
     SEARCH_ALIASES = ["ssim", "psnr", "lpips", "a/b", "difference", "quality", "face similarity"]
     RETURN_TYPES = ("IMAGE", "STRING", "STRING", "FLOAT", "FLOAT", "BOOLEAN")
@@ -41,7 +41,7 @@ class HotpathCompare:
         return {
             "required": {
                 "image_a": ("IMAGE", {"tooltip": "The reference, such as the pictures with all blocks patched."}),
-                "image_b": ("IMAGE", {"tooltip": "The other setting, of the same seeds and size."}),
+                "image_b": ("IMAGE", {"tooltip": "The other setting, with the same seeds and size."}),
                 "min_ssim": number(0.95, -1.0, 1.0, "Lowest SSIM that passes; 1 is the same picture.", 0.005),
                 "min_cosine": number(
                     0.98,
@@ -57,7 +57,7 @@ class HotpathCompare:
                     {"tooltip": "From Load Face Models: also compare who is in the pictures."},
                 ),
                 "max_lpips": number(
-                    1.0, 0.0, 1.0, "Highest LPIPS that passes, where it can be measured; 1 does not judge it.", 0.005
+                    1.0, 0.0, 1.0, "Highest LPIPS that passes, if it can be measured; 1 does not judge it.", 0.005
                 ),
             },
             "hidden": HIDDEN,

@@ -39,8 +39,8 @@ class DeepExColorImageNode(CompatibleImageNode):
     DISPLAY_NAME = "Deep Exemplar Image Colorization (Original)"
     CATEGORY = "DeepExemplar/Image"
     DESCRIPTION = (
-        "Colours pictures after a reference picture, each on its own (Deep Exemplar, CVPR 2019). "
-        "For new graphs: Colorize Images (Hotpath), which does not crop."
+        "Colours pictures after a reference picture, each on its own (Deep Exemplar, CVPR 2019). In new workflows, "
+        "use Colorize Images (Hotpath), which does not crop."
     )
     OUTPUT_TOOLTIPS = ("The pictures in colour, of the target size.", "What ran, how fast, and why.")
 
@@ -78,8 +78,8 @@ class DeepExColorVideoNode(CompatibleVideoNode):
     DISPLAY_NAME = "Deep Exemplar Video Colorization (Original)"
     CATEGORY = "DeepExemplar/Video"
     DESCRIPTION = (
-        "Colours a film after a reference picture (Deep Exemplar, CVPR 2019). "
-        "For new graphs: Colorize Video (Hotpath), which does not crop."
+        "Colours a film after a reference picture (Deep Exemplar, CVPR 2019). In new workflows, use Colorize Video "
+        "(Hotpath), which does not crop."
     )
     OUTPUT_TOOLTIPS = ("The frames in colour, of the target size.", "What ran, how fast, and why.")
 

@@ -39,8 +39,14 @@ class HotpathFaceKeypoints:
         return {
             "required": {
                 "faces": FACES,
-                "width": ("INT", {**size, "tooltip": "Of the drawing, in pixels; 0 is that of the first picture."}),
-                "height": ("INT", {**size, "tooltip": "Of the drawing, in pixels; 0 is that of the first picture."}),
+                "width": (
+                    "INT",
+                    {**size, "tooltip": "Size of the drawing, in pixels; 0 is that of the first picture."},
+                ),
+                "height": (
+                    "INT",
+                    {**size, "tooltip": "Size of the drawing, in pixels; 0 is that of the first picture."},
+                ),
                 "fit": (
                     ["contain", "cover", "stretch"],
                     {"default": "contain", "tooltip": "How a picture of another shape is laid into the drawing."},
@@ -55,7 +61,7 @@ class HotpathFaceKeypoints:
 class HotpathFaceCrop:
     DISPLAY_NAME = "Crop Faces"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Cuts a square around each face, turned upright if wanted, ready to be worked on and pasted back."
+    DESCRIPTION = "Cuts a square around each face, level if you like, ready to be worked on and pasted back."
     SEARCH_ALIASES = ["face detailer", "align face", "face crop", "face swap"]
     RETURN_TYPES = ("IMAGE", "FACE_CROPS", "INT")
     RETURN_NAMES = ("crops", "places", "count")
@@ -95,15 +101,26 @@ class HotpathFacePaste:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "image": ("IMAGE", {"tooltip": "The pictures the crops were cut from, also scaled as a whole."}),
-                "crops": ("IMAGE", {"tooltip": "The crops, worked on; of any size."}),
+                "image": (
+                    "IMAGE",
+                    {"tooltip": "The pictures that the crops were cut from; they may have been scaled as a whole."},
+                ),
+                "crops": ("IMAGE", {"tooltip": "The worked-on crops, of any size."}),
                 "places": ("FACE_CROPS", {"tooltip": "From Crop Faces."}),
                 "feather": (
                     "FLOAT",
-                    {"default": 0.25, "min": 0.0, "max": 1.0, "step": 0.01, "tooltip": "Soft border, in half crops."},
+                    {
+                        "default": 0.25,
+                        "min": 0.0,
+                        "max": 1.0,
+                        "step": 0.01,
+                        "tooltip": "Width of the soft border; 1 is half a crop.",
+                    },
                 ),
             },
-            "optional": {"mask": ("MASK", {"tooltip": "What of each crop counts; one for all, or one per crop."})},
+            "optional": {
+                "mask": ("MASK", {"tooltip": "Which part of each crop is pasted; one mask for all, or one per crop."})
+            },
         }
 
     def paste(
@@ -115,7 +132,7 @@ class HotpathFacePaste:
 class HotpathFaceMask:
     DISPLAY_NAME = "Face Mask"
     CATEGORY = CATEGORY
-    DESCRIPTION = "A mask over the faces of each picture."
+    DESCRIPTION = "Makes a mask over the faces of each picture."
     SEARCH_ALIASES = ["face area", "inpaint face", "segmentation"]
     RETURN_TYPES = ("MASK",)
     OUTPUT_TOOLTIPS = ("One mask per picture, black where there is no face.",)
@@ -133,8 +150,8 @@ class HotpathFaceMask:
                     "INT",
                     {"default": 16, "min": 0, "max": 1024, "tooltip": "Width of the soft edge, in pixels."},
                 ),
-                "width": ("INT", {**size, "tooltip": "Of the mask; 0 is that of the first picture."}),
-                "height": ("INT", {**size, "tooltip": "Of the mask; 0 is that of the first picture."}),
+                "width": ("INT", {**size, "tooltip": "Size of the mask, in pixels; 0 is that of the first picture."}),
+                "height": ("INT", {**size, "tooltip": "Size of the mask, in pixels; 0 is that of the first picture."}),
             }
         }
 

@@ -37,8 +37,8 @@ class HotpathFaceLoader:
     DISPLAY_NAME = "Load Face Models"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Loads a face detector and recogniser. Where it runs, and why, stands under the node; other packs can use the "
-        "output as insightface's FaceAnalysis."
+        "Loads a face detector and recogniser, and shows where they run, and why. Other packs can use the output as "
+        "insightface's FaceAnalysis."
     )
     SEARCH_ALIASES = ["insightface", "antelopev2", "buffalo", "face analysis"]
     RETURN_TYPES = ("FACEANALYSIS", "STRING")
@@ -64,7 +64,8 @@ class HotpathFaceLoader:
                     list(face.PRECISIONS),
                     {
                         "default": "fp32",
-                        "tooltip": "fp16 and bf16 are used where the loaded weights give the same faces in them; torch only.",
+                        "tooltip": "fp16 and bf16 are used if the loaded weights give practically the same output in "
+                        "them; torch only.",
                     },
                 ),
             },
@@ -72,7 +73,7 @@ class HotpathFaceLoader:
                 "device": (["auto", "cpu"], {"default": "auto", "tooltip": "auto: where ComfyUI computes."}),
                 "provider": (
                     ["auto", *face.PROVIDERS],
-                    {"default": "auto", "tooltip": "Of the onnxruntime engine. auto: the one for the device."},
+                    {"default": "auto", "tooltip": "For the engine onnxruntime. auto: the one for the device."},
                 ),
             },
             "hidden": HIDDEN,
@@ -133,7 +134,8 @@ class HotpathFaces:
                     "BOOLEAN",
                     {
                         "default": True,
-                        "tooltip": "Also who it is. Off when only places are needed: the recogniser is not loaded.",
+                        "tooltip": "Also compute who it is. Turn it off if you only need places; then the recogniser "
+                        "is not loaded.",
                     },
                 ),
                 "when_none": (
@@ -250,7 +252,8 @@ class HotpathFaceMatch:
                         "min": -1.0,
                         "max": 1.0,
                         "step": 0.01,
-                        "tooltip": "Least cosine of the same person. It depends on the recogniser; look at your own pairs.",
+                        "tooltip": "Lowest cosine that counts as the same person. It depends on the recogniser; look "
+                        "at your own pairs.",
                     },
                 ),
             },

@@ -30,8 +30,8 @@ class HotpathIdentity:
     DISPLAY_NAME = "Identity from Faces"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "A person as an identity that travels without the photo: from pictures, from faces found before, and from other "
-        "identities of the same person, all of which it keeps."
+        "Makes an identity of a person, which needs no photo any more: from pictures, faces found before, and other "
+        "identities of the same person. It keeps them all."
     )
     SEARCH_ALIASES = ["face embedding", "faceid", "embeds", "person"]
     RETURN_TYPES = (IDENTITY, "STRING")
@@ -50,7 +50,10 @@ class HotpathIdentity:
                     "FACES",
                     {"tooltip": "Faces that were found before, instead of pictures: the first of each picture."},
                 ),
-                "identity": (IDENTITY, {"tooltip": "More of the same person: joined with what is made here."}),
+                "identity": (
+                    IDENTITY,
+                    {"tooltip": "Another identity of the same person, joined with what is made here."},
+                ),
                 "name": ("STRING", {"default": UNNAMED, "tooltip": "Shown in reports and used as file name."}),
                 "which_face": (
                     CHOICES,
@@ -164,8 +167,8 @@ class HotpathIdentityTokens:
     DISPLAY_NAME = "Identity Tokens"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "What the adapter makes of a person: the face tokens, for InstantID Apply ControlNet without a photo, and a picture "
-        "of them. Needs no SDXL model."
+        "Gives what the adapter makes of a person: the face tokens, for InstantID Apply ControlNet without a photo, "
+        "and a picture of them. Needs no SDXL model."
     )
     SEARCH_ALIASES = ["face embeds", "resampler"]
     RETURN_TYPES = ("FACE_EMBEDS", "IMAGE", "STRING")

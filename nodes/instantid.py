@@ -58,7 +58,10 @@ class InstantIDModelLoader:
     DESCRIPTION = "Loads InstantID's ip-adapter (.bin or .safetensors) from models/instantid."
     SEARCH_ALIASES = ["ip-adapter", "identity", "face adapter"]
     RETURN_TYPES = ("INSTANTID",)
-    OUTPUT_TOOLTIPS = ("The adapter. It takes GPU memory only for the moment in which a new face is prepared.",)
+    OUTPUT_TOOLTIPS = (
+        "The adapter. It is in GPU memory while a new face is prepared, and stays there only where "
+        "memory is plentiful.",
+    )
     FUNCTION = "load_model"
 
     @classmethod
@@ -83,8 +86,8 @@ class InstantIDFaceAnalysis:
     DISPLAY_NAME = "InstantID Face Analysis"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Loads the face detector and recogniser (antelopev2) from models/insightface/models/antelopev2. "
-        "Load Face Models also chooses engine and precision."
+        "Loads the face detector and recogniser (antelopev2) from models/insightface/models/antelopev2. To choose "
+        "engine and precision, use Load Face Models."
     )
     SEARCH_ALIASES = ["insightface", "antelopev2", "face detection"]
     RETURN_TYPES = ("FACEANALYSIS",)
@@ -143,8 +146,8 @@ class ApplyInstantID:
     DISPLAY_NAME = "Apply InstantID"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Puts a person's face into an SDXL generation: attention patch and IdentityNet in one node. "
-        "For new graphs: InstantID (HotpathInstantID)."
+        "Puts a person's face into an SDXL generation: attention patch and IdentityNet in one node. In new "
+        "workflows, use InstantID (HotpathInstantID)."
     )
     SEARCH_ALIASES = ["face", "identity", "portrait", "ip-adapter", "likeness"]
     RETURN_TYPES = ("MODEL", "CONDITIONING", "CONDITIONING")
@@ -223,7 +226,7 @@ class ApplyInstantIDAdvanced(ApplyInstantID):
     DISPLAY_NAME = "Apply InstantID Advanced"
     DESCRIPTION = (
         "Apply InstantID with separate strengths for attention and IdentityNet, noise, and ways to combine pictures. "
-        "For new graphs: InstantID (HotpathInstantID)."
+        "In new workflows, use InstantID (HotpathInstantID)."
     )
 
     @classmethod
@@ -246,8 +249,9 @@ class ApplyInstantIDAdvanced(ApplyInstantID):
                     list(COMBINE_MODES),
                     {
                         "default": "average",
-                        "tooltip": "Several pictures of the person: their mean, their mean after weighing each feature by "
-                        "its size in all pictures, or 16 tokens for each picture.",
+                        "tooltip": "How several pictures of the person are combined: by their mean, by their mean "
+                        "after each feature is divided by its norm over the pictures, or as 16 tokens for each "
+                        "picture.",
                     },
                 ),
             },
@@ -260,8 +264,8 @@ class InstantIDAttentionPatch:
     DISPLAY_NAME = "InstantID Patch Attention"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Only the attention half of InstantID, on all 70 blocks of SDXL. "
-        "For new graphs: InstantID (HotpathInstantID) without a ControlNet."
+        "Only the attention half of InstantID, on all 70 blocks of SDXL. In new workflows, use InstantID "
+        "(HotpathInstantID) without a ControlNet."
     )
     SEARCH_ALIASES = ["face", "identity", "ip-adapter"]
     RETURN_TYPES = ("MODEL", "FACE_EMBEDS")
@@ -314,8 +318,8 @@ class ApplyInstantIDControlNet:
     DISPLAY_NAME = "InstantID Apply ControlNet"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Only the IdentityNet half of InstantID, with a key point drawing of your own. "
-        "For new graphs: InstantID (HotpathInstantID), which does both."
+        "Only the IdentityNet half of InstantID, with a key point drawing of your own. In new workflows, use "
+        "InstantID (HotpathInstantID), which does both."
     )
     SEARCH_ALIASES = ["identitynet", "kps", "pose"]
     RETURN_TYPES = ("CONDITIONING", "CONDITIONING")

@@ -26,18 +26,19 @@ class HotpathMap:
     DISPLAY_NAME = "Map Workflow"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Runs a workflow in API format once per picture of a folder, line of a list, or shot of a film, on all GPUs of "
-        "this machine or of a Ray cluster. What is done is kept: after an interrupt or a crash the same node goes on. For "
-        "a workflow with nodes of ComfyUI or other packs, a ComfyUI like this one is started on every GPU."
+        "Runs a workflow in API format once per picture of a folder, line of a list, or shot of a film, on all GPUs "
+        "of this machine or of a Ray cluster. Finished items are kept: after an interrupt or a crash, the same "
+        "node continues. For a workflow with nodes of ComfyUI or other packs, a ComfyUI like this one is "
+        "started on every GPU."
     )
     SEARCH_ALIASES = ["map", "batch", "for each", "multi gpu", "distributed", "ray", "queue", "folder"]
     RETURN_TYPES = ("STRING", "STRING", "STRING")
     RETURN_NAMES = ("results", "folder", "report")
     OUTPUT_IS_LIST = (True, False, False)
     OUTPUT_TOOLTIPS = (
-        "Per item, in order: the text it gave, else the paths of its files; nothing for one that failed.",
+        "For each item, in order: its text, else the paths of its files; empty if it failed.",
         "The folder with the results and results.jsonl.",
-        "How many are done, failed and why, by which workers, in what time.",
+        "How many are done, how many failed and why, by which workers, and in what time.",
     )
     FUNCTION = "map"
     OUTPUT_NODE = True
@@ -59,43 +60,48 @@ class HotpathMap:
                     {
                         "default": "",
                         "multiline": True,
-                        "tooltip": "One item a line; or the name of a folder, film or .jsonl file in the input folder.",
+                        "tooltip": "One item per line, or the name of a folder, film or .jsonl file in the input "
+                        "folder.",
                     },
                 ),
             },
             "optional": {
                 "workflow_text": (
                     "STRING",
-                    {"default": "", "multiline": True, "tooltip": "The workflow itself, where no file is chosen."},
+                    {"default": "", "multiline": True, "tooltip": "The workflow itself, if no file is chosen."},
                 ),
                 "target": (
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "NODE.INPUT that an item goes into, such as LoadImage.image; empty: the only one that fits.",
+                        "tooltip": "The NODE.INPUT that an item goes into, such as LoadImage.image. Empty: the only "
+                        "one that fits.",
                     },
                 ),
                 "folder": (
                     "STRING",
                     {
                         "default": "map",
-                        "tooltip": "Folder for the results, in the output folder; one for each workflow.",
+                        "tooltip": "Folder for the results, in the output folder. Use one for each workflow.",
                     },
                 ),
                 "executor": (
                     ["local", "ray"],
                     {
                         "default": "local",
-                        "tooltip": "local: processes of this machine. ray: actors, of the cluster in HOTPATH_RAY_ADDRESS "
-                        "where the server sets that, else of this machine, for nodes that need no ComfyUI model. The results "
-                        "are the same.",
+                        "tooltip": "local: processes on this machine. ray: actors, in the cluster of "
+                        "HOTPATH_RAY_ADDRESS if the server sets that, else on this machine; only for nodes "
+                        "that need no ComfyUI model. The results are the same.",
                     },
                 ),
                 "workers": (
                     "INT",
                     {"default": 0, "min": 0, "max": 1024, "tooltip": "0: one per GPU, or one on the CPU."},
                 ),
-                "gpus": ("STRING", {"default": "all", "tooltip": "all, none, or numbers by commas, such as 0,1."}),
+                "gpus": (
+                    "STRING",
+                    {"default": "all", "tooltip": "all, none, or numbers separated by commas, such as 0,1."},
+                ),
                 "policy": (
                     ["least_busy", "round_robin", "random"],
                     {"default": "least_busy", "tooltip": "Which worker gets the next item."},
@@ -106,18 +112,19 @@ class HotpathMap:
                         "default": 2,
                         "min": 0,
                         "max": 20,
-                        "tooltip": "New attempts after errors that can pass: a worker that died, memory, a connection.",
+                        "tooltip": "New attempts after errors that may be temporary: a worker that died, memory, a "
+                        "connection.",
                     },
                 ),
                 "seeds": (
                     ["item", "workflow"],
                     {
                         "default": "item",
-                        "tooltip": "item: every item has its own seeds, made of the workflow's and its content, the same on "
-                        "any worker. workflow: the workflow's seeds for all.",
+                        "tooltip": "item: every item has its own seeds, made of the workflow's seeds and its "
+                        "content, the same on any worker. workflow: the workflow's seeds for all.",
                     },
                 ),
-                "recursive": ("BOOLEAN", {"default": False, "tooltip": "Also the folders in the folder."}),
+                "recursive": ("BOOLEAN", {"default": False, "tooltip": "Include subfolders."}),
                 "restart": (
                     "BOOLEAN",
                     {"default": False, "tooltip": "Forget what was done before, and replace it."},
@@ -126,7 +133,7 @@ class HotpathMap:
                     "BOOLEAN",
                     {
                         "default": True,
-                        "tooltip": "Take ComfyUI's models off the GPU first, to make room for the workers'.",
+                        "tooltip": "First take ComfyUI's models off the GPU, to make room for the workers'.",
                     },
                 ),
                 "minutes": (

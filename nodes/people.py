@@ -55,7 +55,8 @@ SETTINGS: dict[str, Any] = {
         "STRING",
         {
             "default": "",
-            "tooltip": "For patch_mode custom: such as output.0, output.1, input.7.0-4, middle, or numbers 0 to 69.",
+            "tooltip": "For patch_mode custom: a list such as output.0, output.1, input.7.0-4, middle, or numbers "
+            "from 0 to 69.",
         },
     ),
 }
@@ -164,8 +165,8 @@ class HotpathIdentities:
     DISPLAY_NAME = "InstantID, Several People"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Up to four people in one pass of the UNet, each inside a mask. Two Apply InstantID nodes with combined conditionings "
-        "run the UNet once per person."
+        "Puts up to four people into one picture, each inside a mask, in one pass of the UNet. Two Apply InstantID "
+        "nodes with combined conditionings run the UNet once per person."
     )
     SEARCH_ALIASES = ["multi id", "two people", "couple", "group", "regional"]
     RETURN_TYPES = ("MODEL", "CONDITIONING", "CONDITIONING", "STRING")
@@ -193,7 +194,7 @@ class HotpathIdentities:
                 "control_net": OPTIONAL_CONTROL_NET,
                 "image_kps": (
                     "IMAGE",
-                    {"tooltip": "One picture with a face for each person: their poses. Needs insightface."},
+                    {"tooltip": "A picture with a face for each person, which sets their poses. Needs insightface."},
                 ),
                 "insightface": INSIGHTFACE,
                 **people,

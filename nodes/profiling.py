@@ -21,8 +21,8 @@ class HotpathProfile:
     DISPLAY_NAME = "Profile"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Measures where the time of a picture goes. Put it behind the loader and use its model, clip and vae; then connect "
-        "the profile and the finished picture to Profile Report. Costs a few microseconds per step."
+        "Measures where the time of a picture goes. Put it after the loader and use its model, clip and vae; then "
+        "connect the profile and the finished picture to Profile Report. Costs a few microseconds per step."
     )
     SEARCH_ALIASES = ["benchmark", "timing", "measure", "seconds per step", "performance"]
     RETURN_TYPES = ("MODEL", "CLIP", "VAE", SESSION)
@@ -53,8 +53,8 @@ class HotpathProfileReport:
     DISPLAY_NAME = "Profile Report"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "What Profile measured since the last report, as chart, table and JSON: every stage, every step, gaps, recompilations, "
-        "fallbacks and their reasons."
+        "Shows what Profile measured since the last report, as chart, table and JSON: every stage, every step, gaps, "
+        "recompilations, fallbacks and their reasons."
     )
     SEARCH_ALIASES = ["benchmark", "timing", "chart", "recompile", "performance"]
     RETURN_TYPES = ("IMAGE", "STRING", "STRING")

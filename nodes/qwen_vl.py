@@ -30,18 +30,18 @@ QUANTIZATION = (
     ["none", "4bit", "8bit"],
     {
         "default": "none",
-        "tooltip": "8bit: int8 weights. 4bit: bitsandbytes where it is installed, else int4. Both save memory; none is "
-        "the fastest where the weights fit.",
+        "tooltip": "8bit: int8 weights. 4bit: bitsandbytes if it is installed, else int4. Both save memory; none is "
+        "the fastest if the weights fit.",
     },
 )
 ATTENTION = (
     ["auto", "flash_attention_2", "sdpa", "eager"],
-    {"default": "auto", "tooltip": "auto is sdpa. What ran, and why, is told under the node."},
+    {"default": "auto", "tooltip": "auto is sdpa. The node shows what ran, and why."},
 )
 KEEP = (
     "BOOLEAN",
-    {"default": False, "tooltip": "Off: the weights leave the device when the answer is there. On: they stay until "
-     "ComfyUI needs the room."},
+    {"default": False, "tooltip": "Off: the weights leave the device as soon as the answer is there. On: they stay "
+     "until ComfyUI needs the room."},
 )  # fmt: skip
 SEED = (
     "INT",
@@ -59,7 +59,8 @@ SAMPLING: dict[str, Any] = {
         {"default": 0.9, "min": 0.0, "max": 1.0, "step": 0.05,
          "tooltip": "Only the likeliest tokens that together have this probability."},
     ),
-    "top_k": ("INT", {"default": 50, "min": 0, "max": 200, "step": 1, "tooltip": "Only so many tokens; 0 is all."}),
+    "top_k": ("INT", {"default": 50, "min": 0, "max": 200, "step": 1, "tooltip": "Only this many of the likeliest "
+     "tokens; 0 is all."}),
     "min_p": (
         "FLOAT",
         {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.05,
@@ -127,8 +128,8 @@ def file_state(path: str) -> str:
 class QwenVLNode(_QwenNode):
     DISPLAY_NAME = "QwenVL (Vision-Language)"
     DESCRIPTION = (
-        "Ask a Qwen vision-language model about up to four pictures and a video. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Ask a Qwen vision-language model about up to four pictures and a video. In new workflows, use Ask "
+        "Vision-Language Model (HotpathVLM)."
     )
     SEARCH_ALIASES = ["qwen vl", "caption", "describe image", "vlm", "image to text"]
 
@@ -149,14 +150,20 @@ class QwenVLNode(_QwenNode):
                 ),
                 "enable_image_cache": (
                     "BOOLEAN",
-                    {"default": True, "tooltip": "Keep what the model saw in a picture: asking again skips looking."},
+                    {
+                        "default": True,
+                        "tooltip": "Keep what the model saw in a picture, so that asking again skips the vision tower.",
+                    },
                 ),
                 "keep_model_loaded": KEEP,
                 "bypass": ("BOOLEAN", {"default": False, "tooltip": "Pass the text on instead of asking the model."}),
                 **SAMPLING,
                 **{f"image{i}": picture for i in (1, 2, 3, 4)},
-                "video_path": ("STRING", {"default": "", "tooltip": "A video file; one frame a second is looked at."}),
-                "image": ("IMAGE", {"tooltip": "The same as image1, as older graphs call it."}),
+                "video_path": (
+                    "STRING",
+                    {"default": "", "tooltip": "A video file; the model sees one frame per second."},
+                ),
+                "image": ("IMAGE", {"tooltip": "The same as image1, as older workflows call it."}),
                 "token_budget": (
                     ["pixels (as before)", "tokens"],
                     {
@@ -226,7 +233,7 @@ class Qwen25VLNode(QwenVLNode):
 
 class QwenTextNode(_QwenNode):
     DISPLAY_NAME = "Qwen (Text)"
-    DESCRIPTION = "Ask a Qwen text model. For new graphs: Ask Vision-Language Model (HotpathVLM)."
+    DESCRIPTION = "Ask a Qwen text model. In new workflows, use Ask Vision-Language Model (HotpathVLM)."
     SEARCH_ALIASES = ["qwen", "llm", "prompt enhancer"]
 
     @classmethod
@@ -286,8 +293,8 @@ class Qwen25TextNode(QwenTextNode):
 class Qwen2VLNode(_QwenNode):
     DISPLAY_NAME = "Qwen2VL"
     DESCRIPTION = (
-        "Ask a Qwen2-VL model about a picture; the first of the Qwen nodes, as its graphs have it. "
-        "For new graphs: Ask Vision-Language Model (HotpathVLM)."
+        "Ask a Qwen2-VL model about a picture: the first of the Qwen nodes, with its inputs. In new workflows, use "
+        "Ask Vision-Language Model (HotpathVLM)."
     )
     SEARCH_ALIASES = ["qwen2 vl", "caption"]
     RETURN_NAMES = ("STRING",)

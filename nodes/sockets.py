@@ -26,18 +26,19 @@ IMAGE_KPS = (
 MASK = ("MASK", {"tooltip": "Where the identity acts. Any size; one mask, or one per picture of the batch."})
 START_AT = (
     "FLOAT",
-    {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "Part of the schedule at which it starts."},
+    {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "Where in the schedule it starts, from 0 to 1."},
 )
 END_AT = (
     "FLOAT",
-    {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "Part of the schedule at which it ends."},
+    {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "Where in the schedule it ends, from 0 to 1."},
 )
 MIDDLE_BLOCK = (
     "BOOLEAN",
     {
         "default": False,
-        "tooltip": "Also patch the ten attention blocks in the middle of the UNet. The pack this node comes from meant to, "
-        "but missed them since September 2024: off gives the pictures of shared workflows, on the stronger identity.",
+        "tooltip": "Also patch the ten attention blocks in the middle of the UNet. The pack this node comes from "
+        "meant to, but has missed them since September 2024. Off gives the pictures of shared workflows, on a "
+        "stronger identity.",
     },
 )
 HIDDEN = {"unique_id": "UNIQUE_ID"}

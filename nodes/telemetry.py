@@ -62,8 +62,8 @@ class HotpathBlockTelemetryReport:
     DISPLAY_NAME = "Block Telemetry Report"
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "What Block Telemetry recorded: a heat map of blocks and steps, a table, and a profile for patch_mode adaptive, "
-        "kept in models/block_profiles."
+        "Shows what Block Telemetry recorded: a heat map of blocks and steps, a table, and a profile for patch_mode "
+        "adaptive, saved in models/block_profiles."
     )
     SEARCH_ALIASES = ["block weights", "heat map", "profile"]
     RETURN_TYPES = ("IMAGE", "STRING", BLOCK_PROFILE)
@@ -86,7 +86,7 @@ class HotpathBlockTelemetryReport:
                     "STRING",
                     {
                         "default": "portrait",
-                        "tooltip": "Of the profile: what it is for, such as portrait, full body or several people. An older "
+                        "tooltip": "What the profile is for, such as portrait, full body or several people. An older "
                         "file of that name is replaced.",
                     },
                 ),
@@ -124,7 +124,7 @@ class HotpathLoadBlockProfile(ReadsSavedFile):
     SAVED_IN = FOLDER
     DISPLAY_NAME = "Load Block Profile"
     CATEGORY = CATEGORY
-    DESCRIPTION = "Reads a profile that Block Telemetry Report kept in models/block_profiles."
+    DESCRIPTION = "Reads a profile that Block Telemetry Report saved in models/block_profiles."
     SEARCH_ALIASES = ["adaptive", "block weights", "preset"]
     RETURN_TYPES = (BLOCK_PROFILE, "STRING")
     RETURN_NAMES = ("profile", "report")

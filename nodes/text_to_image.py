@@ -52,7 +52,10 @@ class HotpathZImageLoader:
                 ),
                 "attention": (
                     list(stream_attention.BACKENDS),
-                    {"default": "auto", "tooltip": "auto: the fastest exact one, measured. Others run where they can."},
+                    {
+                        "default": "auto",
+                        "tooltip": "auto: the exact one that measures fastest. Others run where they can.",
+                    },
                 ),
                 "compile": (
                     list(compilation.MODES),
@@ -163,7 +166,7 @@ class HotpathZImage:
                 "negative": (
                     "STRING",
                     {"default": "", "multiline": True, "dynamicPrompts": True,
-                     "tooltip": "What to keep away from. Only read when guidance is over 0."},
+                     "tooltip": "What to avoid. Only read if guidance is over 0."},
                 ),
                 "width": ("INT", {"default": 1024, **side, "tooltip": "In pixels, a multiple of 16."}),
                 "height": ("INT", {"default": 1024, **side, "tooltip": "In pixels, a multiple of 16."}),
@@ -179,18 +182,19 @@ class HotpathZImage:
                 "seed": (
                     "INT",
                     {"default": 0, "min": 0, "max": 0xFFFFFFFFFFFFFFFF, "control_after_generate": True,
-                     "tooltip": "Of the first picture; the next ones count on."},
+                     "tooltip": "Seed of the first picture; the next ones count up from it."},
                 ),
                 "batch_size": ("INT", {"default": 1, "min": 1, "max": 4096, "tooltip": "How many pictures."}),
             },
             "optional": {
-                "image": ("IMAGE", {"tooltip": "A picture to draw over: one, or one for each. It is cut to width x height."}),
+                "image": ("IMAGE", {"tooltip": "A picture to draw over: one for all, or one for each. It is cropped "
+                 "to width x height."}),
                 "mask": ("MASK", {"tooltip": "Where the image is drawn over; elsewhere it stays, as the VAE gives it."}),
                 "strength": number(0.6, 0.01, 1.0, "With an image: how much of it is drawn anew. 1 keeps nothing."),
                 "cfg_normalization": (
                     "FLOAT",
                     {"default": 0.0, "min": 0.0, "max": 10.0, "step": 0.05,
-                     "tooltip": "Over 0: guidance may lengthen a prediction to that many times its length at most."},
+                     "tooltip": "Over 0: guidance may make a prediction at most this many times as long."},
                 ),
                 "cfg_truncation": (
                     "FLOAT",
@@ -212,11 +216,12 @@ class HotpathZImage:
                 ),
                 "control_image": (
                     "IMAGE",
-                    {"tooltip": "Edges, depth or a pose to draw after, for checkpoints with a ControlNet."},
+                    {"tooltip": "Edges, depth or a pose to follow, for checkpoints with a ControlNet."},
                 ),
                 "control_strength": (
                     "FLOAT",
-                    {"default": 0.75, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "How closely it is followed."},
+                    {"default": 0.75, "min": 0.0, "max": 2.0, "step": 0.05, "tooltip": "How closely the control "
+                     "image is followed."},
                 ),
                 "keep_outside": (
                     "BOOLEAN",

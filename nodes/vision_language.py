@@ -73,7 +73,8 @@ class HotpathVLMLoader:
                 "attention": (list(ATTENTIONS), {"default": "auto", "tooltip": "auto is sdpa."}),
                 "revision": (
                     "STRING",
-                    {"default": "", "tooltip": "A branch, tag or commit to fetch; kept in a folder of its own."},
+                    {"default": "", "tooltip": "A branch, tag or commit to download; it is kept in a folder of its "
+                     "own."},
                 ),
                 "stream_layers": (
                     "INT",
@@ -188,7 +189,8 @@ class HotpathVLM:
                     {"default": 0.9, "min": 0.0, "max": 1.0, "step": 0.05,
                      "tooltip": "Only the likeliest tokens that together have this probability."},
                 ),
-                "top_k": ("INT", {"default": 50, "min": 0, "max": 1000, "tooltip": "Only so many tokens; 0 is all."}),
+                "top_k": ("INT", {"default": 50, "min": 0, "max": 1000, "tooltip": "Only this many of the likeliest "
+                 "tokens; 0 is all."}),
                 "repetition_penalty": (
                     "FLOAT",
                     {"default": 1.0, "min": 0.5, "max": 2.0, "step": 0.05, "tooltip": "Over 1: fewer repetitions."},
@@ -203,7 +205,7 @@ class HotpathVLM:
                 "fps": number(24.0, 0.01, 1000.0, "Frames a second of video."),
                 "max_frames": (
                     "INT",
-                    {"default": 32, "min": 1, "max": 768, "tooltip": "At most so many frames, evenly spread."},
+                    {"default": 32, "min": 1, "max": 768, "tooltip": "At most this many frames, evenly spread."},
                 ),
                 "image_cache": CACHE,
                 "reuse_prefix": (

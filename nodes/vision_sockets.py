@@ -27,7 +27,7 @@ TEMPERATURE = (
         "min": 0.0,
         "max": 2.0,
         "step": 0.05,
-        "tooltip": "0: always the likeliest token. More: more varied.",
+        "tooltip": "0: always the likeliest token. Higher: more varied.",
     },
 )
 BUDGET = (
@@ -40,7 +40,10 @@ BUDGET = (
 )
 CACHE = (
     list(CACHES),
-    {"default": "memory", "tooltip": "Keep what the model saw in a picture, so that asking again skips looking."},
+    {
+        "default": "memory",
+        "tooltip": "Keep what the model saw in a picture, so that asking again skips the vision tower.",
+    },
 )
 DECODE = (
     list(DECODE_PATHS),
@@ -52,7 +55,7 @@ DECODE = (
 )
 KEEP = (
     "BOOLEAN",
-    {"default": True, "tooltip": "Off: the weights leave the device when the answer is there."},
+    {"default": True, "tooltip": "Off: the weights leave the device as soon as the answer is there."},
 )
 SEED = (
     "INT",
