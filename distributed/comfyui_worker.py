@@ -6,6 +6,7 @@ import asyncio
 import logging
 import shutil
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ log = logging.getLogger("hotpath.distributed")
 TOLD_EVERY = 0.2  # seconds between two messages about the progress of a job
 # An input that no node has: what it says makes ComfyUI run a node again whose result it has kept.
 AGAIN = "hotpath_map"
+REMEMBERED = 10_000  # what ran last; of older things only those come again that every job has
 
 
 @dataclass
@@ -43,8 +45,7 @@ class ComfyUIWorker:
     own: Mapping[str, Path] = field(default_factory=dict)
     _run: ServerRun | None = None
     _halted: bool = False
-    _ran: set[str] = field(default_factory=set)
-    _left: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    _ran: OrderedDict[str, None] = field(default_factory=OrderedDict)
 
     def halt(self) -> None:
         """Stop the running job from another thread; `run` raises ServerStopped or ServerLost then."""
@@ -86,29 +87,23 @@ class ComfyUIWorker:
                 ran = content_key([[n.id, n.class_type, str(n.inputs)] for n in needs])
                 if ran in self._ran:
                     node.inputs[AGAIN] = f"{payload['id']}-{payload['attempt']}"
-                self._ran.add(ran)
+                self._ran[ran] = None
+                self._ran.move_to_end(ran)
+        while len(self._ran) > REMEMBERED:
+            self._ran.popitem(last=False)
         return graph
 
     def _take(self, outcome: Outcome, made: Path, graph: Graph) -> list[list[Any]]:
         """Put all that the job made into `made`; returns its texts, each with whether it comes from the workflow's end."""
         asked = {link.node for node in graph.nodes.values() for _, link in node.links()}
         texts = [[node.id not in asked, text] for node, text in outcome.texts]
-        previews = []
-        for file in outcome.files:
-            kind = "temp" if file.temporary else "output"
-            if kind in self.own and file.path.is_relative_to(self.own[kind].resolve()):
-                if file.temporary:
-                    previews.append(file.path)
-                elif file.path.is_file():
-                    _move(file.path, made / file.path.relative_to(self.own[kind].resolve()))
-            elif file.temporary:
-                previews.append(Path(shutil.move(file.path, made.parent / file.path.name)))
-        shutil.rmtree(made / PREVIEWS, ignore_errors=True)
-        # Beside what it shows: captions beside pictures, say. They stay there, too, for nodes that do not run again.
-        for path, stamp in self._unseen().items():
-            (target := made / path.relative_to(self.own["output"].resolve())).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            self._left[path] = stamp
+        previews = [file.path for file in outcome.files if file.temporary]
+        if "temp" not in self.own:  # they were fetched beside the results
+            previews = [Path(shutil.move(path, made.parent / path.name)) for path in previews]
+            shutil.rmtree(made / PREVIEWS, ignore_errors=True)
+        for path, name in self._written():  # also what no node shows: captions beside pictures, say
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, made / name)
         if not any(final for final, _ in texts):
             keep_previews(made, previews)
         for path in previews:
@@ -118,17 +113,15 @@ class ComfyUIWorker:
                 sync(path)
         return texts
 
-    def _unseen(self) -> dict[Path, tuple[int, int]]:
-        """Files in the server's own output folder, with size and time, that no job before has left there so."""
-        if "output" not in self.own:
-            return {}
-        paths = (path for path in sorted(self.own["output"].resolve().rglob("*")) if path.is_file())
-        stamps = {path: ((facts := path.stat()).st_size, facts.st_mtime_ns) for path in paths}
-        return {path: stamp for path, stamp in stamps.items() if self._left.get(path) != stamp}
+    def _written(self) -> list[tuple[Path, Path]]:
+        """What lies in the server's own output folder, and its name there."""
+        if (folder := self.own.get("output")) is None:
+            return []
+        return [(path, path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
 
     def _sweep(self) -> None:
         """Remove what a job left that came to nothing, or the next one would have it among its results."""
-        for path in self._unseen():
+        for path, _ in self._written():
             path.unlink(missing_ok=True)
 
 
@@ -161,8 +154,3 @@ def _kind(error: Exception, payload: Mapping[str, Any]) -> str:
     if isinstance(error, FailedOnServer):
         return told_kind(error.kind, error.reason)
     return failure_kind(error)
-
-
-def _move(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(source, target)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hotpath.commands import map as command
-from hotpath.distributed import comfyui_pool, mapping
+from hotpath.distributed import comfyui_pool, comfyui_worker, mapping
 from hotpath.distributed.comfyui_pool import ComfyUIs, Setting, Started
 from hotpath.distributed.comfyui_worker import AGAIN, ComfyUIWorker
 from hotpath.distributed.devices import VISIBLE, Devices
@@ -177,7 +177,7 @@ def payload(tmp_path: Path, number: int, **inputs: object) -> dict:
     }
 
 
-def test_what_a_comfyui_of_our_own_writes_is_taken_away(stand_in, tmp_path):
+def test_what_a_comfyui_of_our_own_writes_is_taken_away(stand_in, tmp_path, monkeypatch):
     """Also what lies beside the results, and never what a job left that came to nothing."""
     own = {"output": tmp_path / "output", "temp": tmp_path / "temp"}
     for folder in own.values():
@@ -198,7 +198,7 @@ def test_what_a_comfyui_of_our_own_writes_is_taken_away(stand_in, tmp_path):
 
     assert worker.run(payload(tmp_path, 1), told.append)["status"] == "done"
     assert files(1) == {"b.png": b"picture", "b.txt": b"caption 1"} and told and max(told) <= 1
-    assert [p.name for p in own["output"].iterdir()] == ["b.txt"] and not list(own["temp"].iterdir())
+    assert not list(own["output"].iterdir()) and not list(own["temp"].iterdir())
     # The same again would be answered from what was kept, and its file is gone: it is marked.
     worker.run(payload(tmp_path, 2), told.append)
     worker.run(payload(tmp_path, 3, image="y.png"), told.append)
@@ -209,11 +209,12 @@ def test_what_a_comfyui_of_our_own_writes_is_taken_away(stand_in, tmp_path):
     stand_in.behaviour["error once"] = {"exception_type": "OSError", "exception_message": "[Errno 28] No space left"}
     assert worker.run(payload(tmp_path, 4), told.append)["kind"] == DISK
     assert not (own["output"] / "half.png").exists()
+    monkeypatch.setattr(comfyui_worker, "REMEMBERED", 1)
     stand_in.behaviour["records"] = SHOWN
     stand_in.behaviour["makes"] = lambda: (own["temp"] / "t.png").write_bytes(b"preview")
     stand_in.behaviour["texts"] = []
     worker.run(payload(tmp_path, 5), told.append)
-    assert files(5) == {"t.png": b"preview"}
+    assert files(5) == {"t.png": b"preview"} and len(worker._ran) == 1
 
 
 @pytest.mark.parametrize(
