@@ -20,6 +20,7 @@ from hotpath.patches.model_call import ModelCall
 from instantid_bench import sample as sample_in_steps
 from instantid_bench import shallow_bench as bench
 from instantid_scenarios import mask, photo
+from recorded_models import Replay
 
 pytestmark = pytest.mark.comfy
 
@@ -117,18 +118,6 @@ def test_another_packs_callback_runs_as_it_is() -> None:
 def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the first call of a kind; `test_a_kind_of_call_is_recorded_when_it_stays` is about those before it."""
     monkeypatch.setattr(recording, "WARM_CALLS", 0)
-
-
-class Replay:
-    """Stands in for a CUDA graph where there is no GPU: the same buffers in, the same buffers out."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.output = function()
-
-    def replay(self) -> Any:
-        self.output.copy_(self.function())
-        return self.output
 
 
 @pytest.mark.long

@@ -9,6 +9,8 @@ from hotpath.patches.compilation.recording import CallRecorder, record_calls
 
 
 class Replay:
+    """Stands in for a CUDA graph: the same buffers in, the same buffers out."""
+
     def __init__(self, function: Any) -> None:
         self.function = function
         self.output = function()
