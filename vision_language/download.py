@@ -151,13 +151,9 @@ def locate(name: str, revision: str = "", must_see: bool = True) -> ModelFolder:
     try:
         fetch(repository, target, revision)
     except UnusableModel as error:
-        if local is not None:
-            # Say what is missing on the disk and why it could not be completed.
-            try:
-                return folders.check(local, must_see)
-            except UnusableModel as incomplete:
-                raise UnusableModel(f"{incomplete} Fetching them failed: {error}") from error
-        raise
+        if local is None:
+            raise
+        return folders.check_unfetched(local, must_see, error)
     config = folders.read_config(target)
     if config is None:
         raise UnusableModel(f"{repository} was fetched to {target}, but it has no config.json of a model.")

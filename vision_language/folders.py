@@ -291,3 +291,12 @@ def check(folder: ModelFolder, must_see: bool) -> ModelFolder:
             "or use a text node."
         )
     return folder
+
+
+def check_unfetched(folder: ModelFolder, must_see: bool, failure: UnusableModel) -> ModelFolder:
+    """`folder`, which is on the disk, when it can be loaded as it is, though nothing could be fetched for it. Raises
+    UnusableModel with what is missing and why it could not be completed."""
+    try:
+        return check(folder, must_see)
+    except UnusableModel as incomplete:
+        raise UnusableModel(f"{incomplete} Fetching it failed: {failure}") from failure

@@ -63,12 +63,9 @@ def locate(name: str, local: ModelFolder | None, revision: str, must_see: bool, 
     try:
         fetch(came_from.repository, target, revision, wanted(came_from))
     except UnusableModel as error:
-        if local is not None:
-            try:
-                return folders.check(local, must_see)
-            except UnusableModel as incomplete:
-                raise UnusableModel(f"{incomplete} Fetching it failed: {error}") from error
-        raise
+        if local is None:
+            raise
+        return folders.check_unfetched(local, must_see, error)
     found = models.of(target / came_from.file)
     root = next((root for root in folders.roots() if found.files[0].is_relative_to(root)), found.files[0].parent)
     return folders.check(folders.of_gguf(found, root), must_see)
