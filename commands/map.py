@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import host as hosts
-from ..distributed.comfyui_pool import ComfyUIs
+from ..distributed.comfyui_places import ComfyUIs
 from ..distributed.items import PICTURES, VIDEOS, BadItems, FolderItems, ItemSource, ListItems, open_items
 from ..distributed.jobs import BadMap
 from ..distributed.mapping import MapOptions, MapOutcome, MapRequest, run_map
@@ -91,11 +91,16 @@ def _comfyui(options: argparse.Namespace, graph: Graph) -> ComfyUIs | None:
     """What is asked for, else one that is found when the workflow needs it."""
     if options.server:
         return ComfyUIs(servers=tuple(options.server))
-    folder = find_comfyui(options.comfyui) if options.comfyui is not None else None
-    if folder is None and not options.headless and options.executor == "local":
+    wanted = options.comfyui is not None
+    if not wanted and not options.headless:
         known = available_nodes()
-        if any(node.class_type not in known for node in graph.nodes.values()):
-            folder = find_comfyui()
+        wanted = any(node.class_type not in known for node in graph.nodes.values())
+    if not wanted:
+        return None
+    if options.executor == "ray":  # where it is on the machines of the cluster only those know
+        note(f"Starting the ComfyUI in {options.comfyui or 'its place'} for each worker ...", "dim")
+        return ComfyUIs(folder=options.comfyui, models=options.models)
+    folder = find_comfyui(options.comfyui)
     if folder is None:
         return None
     note(f"Starting the ComfyUI in {folder} for each worker ...", "dim")

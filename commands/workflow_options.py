@@ -109,9 +109,9 @@ def add_map(commands: Commands) -> None:
         "map",
         help="run a workflow once per picture, line or shot of a film, on all GPUs or a Ray cluster",
         description="Runs a workflow in API format once per item: without a ComfyUI when all its nodes exist here, else in "
-        "one for each GPU that is found and started for it. Items that are done are skipped, so the same command goes on "
-        "where it was stopped. Exit code 0 when every item has its result, 1 when one has none, 2 when nothing could begin, "
-        "130 after Ctrl-C.",
+        "one that is started for each GPU, here or on its machine of the cluster. Items that are done are skipped, so the same "
+        "command goes on where it was stopped. Exit code 0 when every item has its result, 1 when one has none, 2 when nothing "
+        "could begin, 130 after Ctrl-C.",
     )
     mapped.add_argument("workflow", type=Path, help="the JSON file")
     mapped.add_argument(

@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
-import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ..headless.launcher import LaunchError, LaunchOptions, RunningServer, launched
-from ..headless.server import ServerStopped, server_url
-from ..headless.server_answers import ServerLost, ServerRefused
-from ..headless.server_nodes import ask, offered_nodes
-from ..host.own_comfyui import OwnComfyUI
-from ..host.whole_paths import FOLDERS
+from ..headless.launcher import LaunchError
+from ..headless.server import ServerStopped
+from ..headless.server_answers import ServerLost
+from ..headless.server_nodes import offered_nodes
+from .comfyui_places import Address, Place, Setting, clear_left, lacking, places, work_folder
 from .comfyui_worker import ComfyUIWorker
-from .devices import VISIBLE, Devices
 from .jobs import BadMap
 from .pool import STARTS, Advanced, Died, Event, Finished, Ready
 from .retry import WORKER, WORKFLOW
@@ -33,93 +28,7 @@ from .retry import WORKER, WORKFLOW
 log = logging.getLogger("hotpath.distributed")
 
 LOOK = 0.1  # seconds between two looks at what is waited for
-ASK_EVERY, ASK_SECONDS = 1.0, 10.0
-PATIENCE = 600.0  # seconds that a ComfyUI is waited for which was there: in less a machine starts anew
 ENDS = 30.0  # seconds for one to end
-FOLDER = "comfyui"  # in the folder of the record: what the ComfyUIs write until it is taken away
-
-
-@dataclass(frozen=True)
-class ComfyUIs:
-    """Where the workers are: at the addresses `servers`, or started from the ComfyUI in `folder`, with `models` as a
-    further folder of models. like: they are as this one, in whose process this is. open_folders: as a host has it."""
-
-    servers: tuple[str, ...] = ()
-    folder: Path | None = None
-    models: Path | None = None
-    like: OwnComfyUI | None = None
-    open_folders: tuple[Path, ...] | None = None
-
-
-class Place(Protocol):
-    """Where a worker is. `name` is what it is called in messages."""
-
-    name: str
-
-    def opened(self, unwanted: Callable[[], bool]) -> contextlib.AbstractContextManager[tuple[str, Mapping[str, Path]]]:
-        """The address of a ComfyUI that answers, and its folders when nobody else uses it. unwanted: asked while that is
-        waited for. Raises ServerLost, LaunchError."""
-
-    def ended(self) -> str | None:
-        """How it ended; None while it is there, as far as can be seen."""
-
-    def kill(self) -> None:
-        """End it now, if it is ours."""
-
-
-class Address:
-    """A ComfyUI that runs, here or elsewhere."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.name = url, f"The ComfyUI at {url}"
-        self._was_there = False
-
-    @contextlib.contextmanager
-    def opened(self, unwanted: Callable[[], bool]) -> Iterator[tuple[str, Mapping[str, Path]]]:
-        end = time.monotonic() + (PATIENCE if self._was_there else 0.0)
-        while True:
-            try:
-                ask(self.url, "/system_stats", ASK_SECONDS)
-                if self._was_there:  # its memory ran out, or it was started anew
-                    ask(self.url, "/free", ASK_SECONDS, {"unload_models": True, "free_memory": True})
-                break
-            except ServerLost:
-                if unwanted() or time.monotonic() > end:
-                    raise
-            time.sleep(ASK_EVERY)
-        self._was_there = True
-        yield self.url, {}
-
-    def ended(self) -> str | None:
-        return None
-
-    def kill(self) -> None:
-        """It is not ours."""
-
-
-class Started:
-    """A ComfyUI of our own. folder: its output folder."""
-
-    def __init__(self, comfyui: Path, options: LaunchOptions, folder: Path, name: str) -> None:
-        self.comfyui, self.name = comfyui, name
-        self.folder, self.options = folder, replace(options, output_folder=folder)
-        self._server: RunningServer | None = None
-
-    @contextlib.contextmanager
-    def opened(self, unwanted: Callable[[], bool]) -> Iterator[tuple[str, Mapping[str, Path]]]:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with launched(self.comfyui, replace(self.options, unwanted=unwanted)) as self._server:
-            yield self._server.url, {"output": self.folder, "temp": self._server.temp_folder}
-
-    def ended(self) -> str | None:
-        if self._server is None or (code := self._server.process.poll()) is None:
-            return None
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        return f"{self.name} {how}; its log ends with: {self._server.log_tail().strip().splitlines()[-1].strip()}"
-
-    def kill(self) -> None:
-        if self._server is not None and self._server.process.poll() is None:
-            self._server.kill()
 
 
 class _Life(threading.Thread):
@@ -152,9 +61,8 @@ class _Life(threading.Thread):
     def _work(self, url: str, own: Mapping[str, Path]) -> str | None:
         """Run jobs; returns why it does so no more."""
         nodes = offered_nodes(url)
-        if missing := self.pool.needed - nodes.keys():
-            named = ", ".join(sorted(missing))
-            self._give_up(f"{self.place.name} does not have these nodes: {named}. Install their packs there.")
+        if (why := lacking(self.place.name, nodes, self.pool.needed)) is not None:
+            self._give_up(why)
             return None
         self.pool.nodes = self.pool.nodes or nodes
         outputs = frozenset(name for name, node in nodes.items() if node.OUTPUT_NODE)
@@ -226,9 +134,7 @@ class ComfyUIPool:
 
     def clear(self) -> None:
         """Remove what killed runs have left; none but this one may be at work on the same results."""
-        for left in self.folder.parent.glob("*"):
-            if left != self.folder:
-                shutil.rmtree(left, ignore_errors=True)
+        clear_left(self.folder)
 
     def start(self) -> None:
         for slot, life in enumerate(self._lives):
@@ -287,56 +193,12 @@ class ComfyUIPool:
         self._lives = [None] * self.slots
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What decides where a map's ComfyUIs are and how they are started. work: the folder of the record."""
-
-    where: ComfyUIs
-    devices: Devices
-    workers: int
-    threads: int
-    input_folder: Path
-    work: Path
-
-
 @contextlib.contextmanager
 def comfyui_pool(setting: Setting, needed: frozenset[str]) -> Iterator[ComfyUIPool]:
     """The pool, which is closed at the end. Raises BadMap for an address that is none."""
-    folder = setting.work / FOLDER / secrets.token_hex(4)
-    pool = ComfyUIPool(_places(setting, folder), needed, setting.input_folder, folder)
-    try:
-        yield pool
-    finally:
-        pool.close()
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another run's are in it
-            folder.parent.rmdir()
-
-
-def _places(setting: Setting, folder: Path) -> list[Place]:
-    if setting.where.servers:
+    with work_folder(setting.work) as folder:
+        pool = ComfyUIPool(places(setting, folder), needed, setting.input_folder, folder)
         try:
-            urls = list(dict.fromkeys(server_url(text) for text in setting.where.servers))
-        except ServerRefused as refused:
-            raise BadMap(str(refused)) from None
-        return [Address(urls[slot % len(urls)]) for slot in range(max(setting.workers, len(urls)))]
-    where = setting.where
-    assert where.folder is not None
-    # Who may not have whole paths here may not have them there, which is reached from this machine alone.
-    limits = {} if where.open_folders is None else {FOLDERS: os.pathsep.join(map(str, where.open_folders))}
-    like = where.like.arguments if where.like is not None else ()
-    places: list[Place] = []
-    for slot, gpu in enumerate(setting.devices.per_worker()):
-        environment = limits if setting.devices.other else {**limits, VISIBLE: gpu or ""}
-        if setting.threads:
-            environment = {**environment, "OMP_NUM_THREADS": str(setting.threads)}
-        options = LaunchOptions(
-            input_folder=setting.input_folder.resolve() if setting.input_folder.is_dir() else None,
-            models=where.models,
-            brings_pack=where.like is not None,
-            arguments=like if gpu or setting.devices.other else (*like, "--cpu"),
-            environment=environment,
-        )
-        name = f"The ComfyUI on GPU {gpu}" if gpu else f"The ComfyUI of worker {slot + 1}"
-        places.append(Started(where.folder, options, folder / str(slot), name))
-    return places
+            yield pool
+        finally:
+            pool.close()

@@ -18,7 +18,7 @@ from .. import host
 from ..colorization.file_names import inside
 from ..headless.catalog import available_nodes
 from ..headless.graph import Graph, WorkflowError
-from .comfyui_pool import ComfyUIs
+from .comfyui_places import ComfyUIs
 from .items import PICTURES, VIDEOS, BadItems, FolderItems, ItemSource, JsonLinesItems, ListItems, OneFile
 from .jobs import BadMap
 from .mapping import MapOptions, MapOutcome, MapRequest, run_map
@@ -78,7 +78,7 @@ def map_in_graph(form: MapForm, node_id: str | None) -> tuple[list[str], str, st
         options,
         open_folders,
         here.keeps_workflows(),
-        _comfyuis(graph, here, open_folders) if options.executor == "local" else None,
+        _comfyuis(graph, here, open_folders),
     )
     device = here.device()
     if form.free_memory and device.type != "cpu" and options.gpus != "none" and cluster.address is None:

@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +18,8 @@ from ..cache import content_key
 from ..headless.catalog import available_nodes
 from ..headless.graph import Graph, WorkflowError
 from ..host.errors import is_full
-from . import ray_cluster
-from .comfyui_pool import ComfyUIPool, ComfyUIs, Setting, comfyui_pool
+from .comfyui_places import ComfyUIs, Setting
+from .comfyui_pool import ComfyUIPool, comfyui_pool
 from .devices import Devices, choose_devices, choose_threads
 from .film import Merged, ShotItems, film_node, merge_films, whole_film
 from .items import FolderItems, Item, ItemSource, Repeated
@@ -30,7 +29,7 @@ from .manifest import Manifest
 from .policy import POLICIES, make_policy
 from .pool import InProcessPool, Pool
 from .ray_cluster import ClusterOptions
-from .ray_pool import RayPool
+from .ray_placing import Cluster, RayComfyUIs, ray_comfyuis, ray_pool
 from .results import ResultStore
 from .retry import RetryPlan
 from .scheduler import DEPTH, DiskFull, NoWorkers, Scheduler
@@ -166,24 +165,34 @@ def _run_map(request: MapRequest, observer: Observer | None, interrupted: Callab
     refuse_nested(request.graph)
     if request.comfyui is None:
         return _mapped(request, devices, available_nodes(), None, observer, interrupted)
-    if options.executor != "local":
-        raise BadMap(
-            "A cluster runs nodes that need no ComfyUI; name ComfyUIs on other machines with --server instead."
-        )
+    if options.executor == "ray" and request.comfyui.servers:
+        raise BadMap("ComfyUIs that run are queued on from here: leave --executor ray out with --server.")
     _first(request)  # before anything is started for nothing
-    threads = choose_threads(options.threads) if options.threads or not devices.gpus else 0
-    work = ResultStore.manifest_path(request.output_folder).parent
-    setting = Setting(request.comfyui, devices, options.workers, threads, request.input_folder, work)
     needed = frozenset(node.class_type for node in request.graph.nodes.values())
-    with comfyui_pool(setting, needed) as pool:
+    with _comfyuis(request, request.comfyui, devices, needed) as pool:
         return _mapped(request, devices, pool.known_nodes(interrupted), pool, observer, interrupted)
+
+
+@contextmanager
+def _comfyuis(
+    request: MapRequest, where: ComfyUIs, devices: Devices, needed: frozenset[str]
+) -> Iterator[ComfyUIPool | RayComfyUIs]:
+    options = request.options
+    work = ResultStore.manifest_path(request.output_folder).parent
+    setting = Setting(where, devices, options.workers, options.threads, request.input_folder, work)
+    if options.executor == "ray":
+        with ray_comfyuis(_cluster(request, devices), setting, needed) as on_cluster:
+            yield on_cluster
+    else:
+        with comfyui_pool(setting, needed) as here:
+            yield here
 
 
 def _mapped(
     request: MapRequest,
     devices: Devices,
     catalog: Mapping[str, type[Any]],
-    ready: ComfyUIPool | None,
+    ready: ComfyUIPool | RayComfyUIs | None,
     observer: Observer | None,
     interrupted: Callable[[], None],
 ) -> MapOutcome:
@@ -316,7 +325,11 @@ def _beacon(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _workers(
-    request: MapRequest, devices: Devices, ready: ComfyUIPool | None, work: Path, interrupted: Callable[[], None]
+    request: MapRequest,
+    devices: Devices,
+    ready: ComfyUIPool | RayComfyUIs | None,
+    work: Path,
+    interrupted: Callable[[], None],
 ) -> Iterator[Pool]:
     if ready is not None:
         ready.clear()
@@ -347,21 +360,10 @@ def _pool(request: MapRequest, devices: Devices, beacon: Path, interrupted: Call
         else:
             yield LocalPool(settings, devices.per_worker())
         return
-    cluster = options.cluster
-    if cluster.address is None:
-        cores = max(os.cpu_count() or 1, devices.workers)
-        cluster = replace(cluster, cpus=cluster.cpus or cores, gpus=len(devices.gpus))
-    elif options.gpus.strip().lower() not in ("all", "none"):
-        raise BadMap("A cluster places its workers itself: give --workers, and all or none for --gpus.")
-    with ray_cluster.connected(cluster, request.cache_folder, devices.gpus) as ray:
-        gpus = float(len(devices.gpus))
-        if cluster.address is not None and options.gpus.strip().lower() == "all":
-            gpus = float(ray.cluster_resources().get("GPU", 0))
-        workers = options.workers or max(1, int(gpus))
-        # Rounded down, so that the shares of a GPU fit into it.
-        share = 1.0 if gpus >= workers else int(gpus / workers * 1000) / 1000
-        if gpus:
-            settings = replace(settings, device=None)
-        elif cluster.address is not None:
-            settings = replace(settings, device="cpu")
-        yield RayPool(ray, settings, workers, share if gpus else 0.0, 0.0 if gpus else 1.0)
+    with ray_pool(_cluster(request, devices), settings) as pool:
+        yield pool
+
+
+def _cluster(request: MapRequest, devices: Devices) -> Cluster:
+    options = request.options
+    return Cluster(options.cluster, devices, options.gpus, options.workers, request.cache_folder)

@@ -181,6 +181,7 @@ def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = (
     with _environment(settings):
         import ray
 
+        _read_environment()
         try:
             _connect(ray, options)
             listens = str(ray.get_runtime_context().gcs_address)
@@ -190,6 +191,17 @@ def connected(options: ClusterOptions, own_folder: Path, gpus: Sequence[str] = (
         finally:
             # Also after a second Ctrl-C in the middle of the start, which has processes running by then.
             ray.shutdown()
+    _read_environment()  # what it says is what the program around has set
+
+
+def _read_environment() -> None:
+    """Ray reads once for a process whether a token is asked for, and which: another's import of it, or a cluster before."""
+    raylet = importlib.import_module("ray._raylet")
+    # Neither is of Ray's public side, which has nothing for it; both are what Ray itself calls after it has made a token.
+    if (config := getattr(raylet, "Config", None)) is not None:
+        config.initialize("")
+    if (loader := getattr(raylet, "AuthenticationTokenLoader", None)) is not None:
+        loader.instance().reset_cache()
 
 
 def _standing() -> Any:

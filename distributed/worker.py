@@ -138,12 +138,7 @@ class WorkflowWorker:
         self.settings = settings
         if settings.threads and torch.get_num_threads() != settings.threads:
             torch.set_num_threads(settings.threads)
-        for path in settings.sees:
-            if not Path(path).exists():
-                raise NotShared(
-                    f"The worker on {socket.gethostname()} does not see {path}. Workers of other machines need the input "
-                    "and the output folder on shared storage, at the same paths."
-                )
+        must_see(settings.sees)
         self.host = WorkerHost(settings, tell, interrupted)
         self.executor = Executor(self.host, observer=self.host)
 
@@ -154,10 +149,8 @@ class WorkflowWorker:
         {"status": "failed", "kind": as in `retry`, "error": a sentence, "seconds"}.
         """
         started = time.perf_counter()
-        unseen = next((path for path in payload.get("reads", ()) if not Path(path).is_file()), None)
-        if unseen is not None:
-            where = f"The worker on {socket.gethostname()} does not see {unseen}"
-            return failed(CONNECTION, f"{where}: it needs shared storage, at the same path.", started)
+        if (unseen := unseen_by(payload)) is not None:
+            return failed(CONNECTION, unseen, started)
         staging = Path(payload["staging"])
         try:
             (staging / OUTPUT).mkdir(parents=True, exist_ok=True)
@@ -201,6 +194,25 @@ class WorkflowWorker:
 
     def _is_output(self, node: Node) -> bool:
         return bool(getattr(self.executor.catalog[node.class_type], "OUTPUT_NODE", False))
+
+
+def must_see(paths: Sequence[str]) -> None:
+    """Raises NotShared when this machine does not see one of the paths."""
+    for path in paths:
+        if not Path(path).exists():
+            raise NotShared(
+                f"The worker on {socket.gethostname()} does not see {path}. Workers of other machines need the input "
+                "and the output folder on shared storage, at the same paths."
+            )
+
+
+def unseen_by(payload: Mapping[str, Any]) -> str | None:
+    """The file of a job that this machine does not see, in a sentence; None when it sees them all."""
+    unseen = next((path for path in payload.get("reads", ()) if not Path(path).is_file()), None)
+    if unseen is None:
+        return None
+    where = f"The worker on {socket.gethostname()} does not see {unseen}"
+    return f"{where}: it needs shared storage, at the same path."
 
 
 def failed(kind: str, error: str, started: float) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from ..host import fresh_memory
 from ..host.headless import best_device
 from ..host.whole_files import told_when_full
 from .locate import PACK, carries_pack, python_for
-from .orphans import STARTED_BY
+from .orphans import STARTED_BY, STARTED_IN
 
 PACK_FOLDER = "comfyui-hotpath"
 LOG_TAIL = 25  # lines shown when it does not start
@@ -104,7 +104,7 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
             with told_when_full(log):
                 arguments = _arguments(comfyui, options, work, port, output, python)
             command = [str(python), str(comfyui / "main.py"), *arguments]
-            started_by = {STARTED_BY: str(os.getpid())}
+            started_by = {STARTED_BY: str(os.getpid()), STARTED_IN: str(work)}
             # Into a file Windows writes a letter that its code page lacks as an error in whichever node printed it.
             printed = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
             inherited = {**fresh_memory.environment(), **os.environ}
@@ -163,7 +163,7 @@ def _arguments(comfyui: Path, options: LaunchOptions, work: Path, port: int, out
     paths = work / "paths.yaml"
     paths.write_text(yaml.safe_dump(_search_paths(work / "custom_nodes", options.models)), encoding="utf-8")
     arguments += ["--extra-model-paths-config", str(paths)]
-    if not _has_accelerator(python):
+    if "--cpu" not in options.arguments and not _has_accelerator(python):
         arguments.append("--cpu")
     return [*arguments, *options.arguments]
 

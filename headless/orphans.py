@@ -8,28 +8,33 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 
 log = logging.getLogger("hotpath.headless")
 
 STARTED_BY = "HOTPATH_STARTED_BY"  # the process id of who started this ComfyUI
+STARTED_IN = "HOTPATH_STARTED_IN"  # the folder that was made for it
 EVERY = 2.0  # seconds between two looks
 GRACE = 10.0  # seconds for it to end by itself
 
 
 def end_with_starter(every: float = EVERY, grace: float = GRACE) -> bool:
     """Watch whoever started this process, if the environment says that it was started for one run; whether it did."""
-    starter = os.environ.get(STARTED_BY, "")
-    # What this process starts inherits the variable, and has another parent.
-    if os.name != "posix" or starter != str(os.getppid()):
+    starter, folder = os.environ.get(STARTED_BY, ""), os.environ.get(STARTED_IN, "")
+    # What this process starts inherits the variables; only its own arguments lead into the folder. Who started it is no proof:
+    # it may be gone before this process has come so far.
+    if os.name != "posix" or not folder or not any(word.startswith(folder) for word in sys.argv):
         return False
 
     def watch() -> None:
         while str(os.getppid()) == starter:
             time.sleep(every)
         log.warning("The run that this ComfyUI was started for is gone: it ends too.")
+        shutil.rmtree(folder, ignore_errors=True)
         for number in (signal.SIGTERM, signal.SIGKILL):
             # The group is ours alone: `launcher` gives each ComfyUI a session.
             if os.getpgrp() == os.getpid():

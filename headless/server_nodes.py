@@ -14,8 +14,18 @@ ANSWER_SECONDS = 120.0  # every pack lists the model folders for it
 
 
 def offered_nodes(url: str) -> dict[str, type[Any]]:
-    """Classes by id with INPUT_TYPES, RETURN_TYPES and OUTPUT_NODE; they cannot be run. Raises ServerLost."""
-    return {name: _declared(entry) for name, entry in ask(url, "/object_info", ANSWER_SECONDS).items()}
+    """The nodes of the server at `url`, as `as_classes` gives them. Raises ServerLost."""
+    return as_classes(declarations(url))
+
+
+def declarations(url: str) -> dict[str, Any]:
+    """How the server at `url` declares its nodes, by id, as JSON. Raises ServerLost."""
+    return dict(ask(url, "/object_info", ANSWER_SECONDS))
+
+
+def as_classes(declared: Mapping[str, Any]) -> dict[str, type[Any]]:
+    """Classes by id with INPUT_TYPES, RETURN_TYPES and OUTPUT_NODE; they cannot be run."""
+    return {name: _declared(entry) for name, entry in declared.items()}
 
 
 def ask(url: str, path: str, timeout: float, body: Any = None) -> Any:

@@ -90,8 +90,7 @@ class HotpathMap:
                     {
                         "default": "local",
                         "tooltip": "local: processes on this machine. ray: actors, in the cluster of "
-                        "HOTPATH_RAY_ADDRESS if the server sets that, else on this machine; only for nodes "
-                        "that need no ComfyUI model. The results are the same.",
+                        "HOTPATH_RAY_ADDRESS if the server sets that, else on this machine. The results are the same.",
                     },
                 ),
                 "workers": (

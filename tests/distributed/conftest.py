@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hotpath.distributed.items import FolderItems
 from hotpath.distributed.mapping import MapOptions, MapRequest
+from hotpath.distributed.ray_cluster import ClusterOptions, connected
 from hotpath.headless.graph import Graph
 from map_workflows import COPY, picture
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A cluster of this machine's own, as `hotpath map --executor ray` starts it. Runs use the connection that stands."""
+    with connected(ClusterOptions(cpus=2, gpus=0), tmp_path_factory.mktemp("token")) as module:
+        yield module
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from hotpath.commands import map as command
-from hotpath.distributed import comfyui_pool, comfyui_worker, mapping
-from hotpath.distributed.comfyui_pool import ComfyUIs, Setting, Started
+from hotpath.distributed import comfyui_places, comfyui_worker, mapping
+from hotpath.distributed.comfyui_places import ComfyUIs, Setting, Started
 from hotpath.distributed.comfyui_worker import AGAIN, ComfyUIWorker
 from hotpath.distributed.devices import VISIBLE, Devices
 from hotpath.distributed.in_graph import INLINE
@@ -44,7 +44,7 @@ def stand_in():
 @pytest.fixture
 def quick_retries(monkeypatch):
     monkeypatch.setattr(mapping, "RetryPlan", partial(RetryPlan, base=0.01))
-    monkeypatch.setattr(comfyui_pool, "ASK_EVERY", 0.05)
+    monkeypatch.setattr(comfyui_places, "ASK_EVERY", 0.05)
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_servers_without_the_nodes_or_without_an_answer_are_told(stand_in, pictu
         run_map(at(pictures, f"127.0.0.1:{free_port()}"))
     with pytest.raises(BadMap, match="is not the address of a server"):
         run_map(at(pictures, "ftp://here"))
-    with pytest.raises(BadMap, match="name ComfyUIs on other machines with --server"):
+    with pytest.raises(BadMap, match="leave --executor ray out with --server"):
         run_map(at(pictures, stand_in.url, executor="ray"))
     outcome = run_map(at(pictures, f"127.0.0.1:{free_port()}", stand_in.url))
     assert outcome.whole, "one that answers is enough"
@@ -256,7 +256,7 @@ def test_declarations_of_any_shape_are_read(stand_in, monkeypatch):
 
 def test_what_is_no_comfyui_is_told(stand_in):
     with pytest.raises(ServerLost, match="is no ComfyUI"):
-        comfyui_pool.ask(stand_in.url, "/view?type=a&filename=b", 5)
+        comfyui_places.ask(stand_in.url, "/view?type=a&filename=b", 5)
 
 
 def options(**given: object):
@@ -289,12 +289,12 @@ def test_others_like_this_one_are_started_with_its_folders_and_limits(tmp_path):
     like = OwnComfyUI(tmp_path, ("--lowvram",))
     for open_folders, limit in ((None, {}), ((), {FOLDERS: ""}), ((tmp_path,), {FOLDERS: str(tmp_path)})):
         where = ComfyUIs(folder=tmp_path, like=like, open_folders=open_folders)
-        one, other = comfyui_pool._places(
+        one, other = comfyui_places.places(
             Setting(where, Devices(("0", "3"), (0, 3), 2), 0, 0, tmp_path, tmp_path), tmp_path
         )
         assert one.options.environment == {**limit, VISIBLE: "0"} and other.options.environment[VISIBLE] == "3"
         assert one.options.arguments == ("--lowvram",) and one.options.brings_pack
-    (alone,) = comfyui_pool._places(
+    (alone,) = comfyui_places.places(
         Setting(ComfyUIs(folder=tmp_path), Devices((), (), 1), 1, 4, tmp_path, tmp_path), tmp_path
     )
     assert alone.options.arguments == ("--cpu",) and alone.options.environment["OMP_NUM_THREADS"] == "4"
@@ -350,4 +350,4 @@ def test_a_started_comfyui_that_is_killed_is_started_again(
     assert outcome.whole and len(servers) == 2
     names = ["copy_00001_.png", "same_00001_.png", "sub/inverted_00001_.png"]
     assert list(made(outcome.folder)) == [f"p{i}/{name}" for i in range(5) for name in names]
-    assert not (outcome.folder / ".hotpath-map" / comfyui_pool.FOLDER).exists()
+    assert not (outcome.folder / ".hotpath-map" / comfyui_places.FOLDER).exists()

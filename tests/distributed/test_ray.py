@@ -12,12 +12,11 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hotpath.distributed import mapping, ray_cluster, ray_pool
+from fake_ray import FakeRay
+from hotpath.distributed import ray_cluster, ray_pool
 from hotpath.distributed.jobs import BadMap
 from hotpath.distributed.mapping import run_map
 from hotpath.distributed.pool import Advanced, Died, Finished, Ready
@@ -29,13 +28,6 @@ from map_workflows import listed, made, picture
 
 pytestmark = pytest.mark.xdist_group("ray")
 needs_ray = pytest.mark.skipif(ray_cluster.missing() is not None, reason="Ray is not installed")
-
-
-@pytest.fixture(scope="module")
-def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A cluster of this machine's own, as `hotpath map --executor ray` starts it. Runs use the connection that stands."""
-    with connected(ClusterOptions(cpus=2, gpus=0), tmp_path_factory.mktemp("token")) as module:
-        yield module
 
 
 @pytest.fixture
@@ -142,47 +134,6 @@ def test_an_actor_that_does_not_see_the_files_says_so(ray, tmp_path):
     assert events[0].reason.startswith("The worker on ") and "shared storage" in events[0].reason
 
 
-class FakeRay:
-    """Ray's calls, answered at once: for what a real cluster does only when something breaks."""
-
-    class Call:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def remote(self, *_: Any) -> tuple[str, int]:
-            FakeRay.count += 1
-            return self.name, FakeRay.count
-
-    count = 0
-
-    def __init__(self, answers: dict[str, Any]) -> None:
-        self.answers, self.killed = answers, 0
-
-    def remote(self, **_: Any):
-        fake = self
-
-        class Actor:
-            pid, run, fraction = (fake.Call(name) for name in ("pid", "run", "fraction"))
-
-        class Handle:
-            remote = staticmethod(lambda *_: Actor())
-
-        return lambda _: Handle
-
-    def wait(self, references, num_returns, timeout):
-        there = [r for r in references if self.answers.get(r[0]) is not None]
-        return there[:num_returns], []
-
-    def get(self, reference):
-        answer = self.answers[reference[0]]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def kill(self, actor, no_restart):
-        self.killed += 1
-
-
 @needs_ray
 def test_a_cluster_without_room_or_with_failing_actors():
     settings = WorkerSettings(".")
@@ -193,15 +144,15 @@ def test_a_cluster_without_room_or_with_failing_actors():
     broken.start()
     ends = [broken.wait(0)[0] for _ in range(ray_pool.STARTS)]
     assert [e.final for e in ends] == [False, False, True] and "before it was ready" in ends[-1].reason
-    fine = RayPool(FakeRay({"pid": 1, "run": {"status": "done"}, "fraction": 0.5}), settings, 1, 0.0, 1.0)
+    fine = RayPool(FakeRay({"pid": 1, "begin": {}, "run": {"status": "done"}, "fraction": 0.5}), settings, 1, 0.0, 1.0)
     fine.start()
-    assert fine.wait(0) == [Ready(0)]
+    assert fine.wait(0) == [] and fine.wait(0) == [Ready(0)]
     fine.submit(0, {"id": "j"})
     fine._asked_at[0] = -10.0
     assert fine.wait(0) == [Finished(0, "j", {"status": "done"})]
-    working = RayPool(FakeRay({"pid": 1, "fraction": 0.5}), settings, 1, 0.0, 1.0)
+    working = RayPool(FakeRay({"pid": 1, "begin": {}, "fraction": 0.5}), settings, 1, 0.0, 1.0)
     working.start()
-    working.wait(0)
+    assert [*working.wait(0), *working.wait(0)] == [Ready(0)]
     working.submit(0, {"id": "j"})
     working._asked_at[0] = -10.0
     assert working.wait(0) == [Advanced(0, 0.5)]
@@ -243,6 +194,22 @@ def test_a_wrong_token_is_one_sentence_at_once(ray, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=stranger, capture_output=True, text=True, timeout=120)
     assert f"The cluster at {address} refuses the token" in done.stderr
     assert done.stderr.count("InvalidAuthToken") <= 1  # of Ray's own log; it would try twenty times
+
+
+@pytest.mark.long
+@needs_ray
+def test_clusters_one_after_the_other_have_their_own_tokens(tmp_path):
+    """Also where another has imported Ray before, as another pack in ComfyUI may have."""
+    code = (
+        "import ray; from pathlib import Path\n"
+        "from hotpath.distributed.ray_cluster import ClusterOptions, connected\n"
+        f"for name in ('a', 'b'):\n    with connected(ClusterOptions(cpus=1, gpus=0), Path({str(tmp_path)!r}, name)) as there:\n"
+        "        print(sorted(there.cluster_resources()))\n"
+    )
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", code], env=alone, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("CPU") == 2, done.stderr
+    assert len({path.read_text() for path in tmp_path.glob("*/*token*")}) == 2
 
 
 @pytest.mark.parametrize(
@@ -349,6 +316,6 @@ def test_a_ray_that_knows_no_tokens_is_refused(tmp_path, monkeypatch, unconnecte
 
 
 def test_without_ray_one_sentence(pictures, request_for, monkeypatch, unconnected):
-    monkeypatch.setattr(mapping.ray_cluster.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadMap, match=r"Ray is not installed: .pip install 'ray"):
         run_map(request_for(pictures, executor="ray"))

@@ -127,32 +127,38 @@ assert end_with_starter(every=0.05, grace=0.2)
 print("watches", flush=True)
 time.sleep(300)
 '''
-environment = {**os.environ, "HOTPATH_STARTED_BY": str(os.getpid())}
-started = subprocess.Popen([sys.executable, "-c", child], env=environment, start_new_session=True, stdout=subprocess.PIPE)
-print(started.pid, started.stdout.readline(), flush=True)
+environment = {**os.environ, "HOTPATH_STARTED_BY": str(os.getpid()), "HOTPATH_STARTED_IN": sys.argv[1]}
+if len(sys.argv) > 2:  # it is gone before its child has come so far
+    child = "import sys; sys.stdin.read(); sys.stdout = sys.stderr" + child
+pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+started = subprocess.Popen([sys.executable, "-c", child, sys.argv[1] + "/user"], env=environment, start_new_session=True, **pipes)
+print(started.pid, started.stdout.readline() if len(sys.argv) == 2 else b"", flush=True)
 time.sleep(300)
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a process is told of its parent's end on POSIX only")
-def test_a_comfyui_ends_with_who_started_it_however_that_ended(monkeypatch):
+@pytest.mark.parametrize("early", [(), ("early",)])
+def test_a_comfyui_ends_with_who_started_it_however_that_ended(monkeypatch, tmp_path, early):
     import psutil
-    from hotpath.headless.orphans import STARTED_BY, end_with_starter
+    from hotpath.headless.orphans import STARTED_BY, STARTED_IN, end_with_starter
 
-    starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE, text=True)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(folder), *early], stdout=subprocess.PIPE, text=True)
     assert starter.stdout is not None
     number, said = starter.stdout.readline().split()
-    assert "watches" in said
+    assert early or "watches" in said
     child = psutil.Process(int(number))
     starter.kill()
     starter.wait()
     with contextlib.suppress(psutil.NoSuchProcess):
         child.wait(10)
-    # What such a ComfyUI starts has the variable too, and another parent.
-    monkeypatch.setenv(STARTED_BY, "1")
-    assert os.getppid() == 1 or not end_with_starter()
-    monkeypatch.delenv(STARTED_BY)
-    assert not end_with_starter()
+    assert not folder.exists()
+    # What such a ComfyUI starts has the variables, too.
+    for variable, value in ((STARTED_BY, "1"), (STARTED_IN, str(folder))):
+        monkeypatch.setenv(variable, value)
+        assert not end_with_starter()
 
 
 def processes_with(text: str) -> list[str]:
