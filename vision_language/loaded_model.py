@@ -94,6 +94,7 @@ class LoadedModel:
         self.notes_of_loading, self.notes_of_choices = tuple(notes), tuple[str, ...]()
         self.quantization = quantization
         self.weights = list(weights)  # fingerprints of the files, as they were before they were read
+        self.kept_in = -1  # the prompt in which it was last asked to be kept, by its number
         self.processor, self.tokenizer = readers
         self.holder = NetworkHolder(network)
         self.managed, self.hosted = manage(self.holder, options.device)

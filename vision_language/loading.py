@@ -24,7 +24,7 @@ from ..host import streamed_layers
 from ..host.errors import first_line, install
 from ..host.interruption import is_stop
 from ..host.library_parts import BrokenLibrary, parts
-from ..host.unloading import before_unloading_all
+from ..host.unloading import before_unloading_all, prompts_begun, when_memory_is_short
 from . import decoding, download, folders, projections, stored_fp8
 from .experts import pack_experts, unpacked_experts
 from .folders import ModelFolder
@@ -239,11 +239,17 @@ def state_of(name: str, revision: str = "") -> str:
         return ""
 
 
+def cpu_bytes(network: torch.nn.Module) -> int:
+    """Bytes of the weights that are in CPU memory."""
+    return sum(t.nbytes for t in (*network.parameters(), *network.buffers()) if t.device.type == "cpu")
+
+
 class Registry:
     """The loaded models of the process. A model stays while somebody holds it or it was asked to be kept.
 
-    Models that nobody but the registry holds are let go when ComfyUI unloads every model, and the least recently used of them
-    when their weights would not fit once more into the memory that is free; the last one stays.
+    Models that nobody but the registry holds are let go when ComfyUI unloads every model, or when it runs short of CPU memory
+    in which they wait; and the least recently used of them when their weights would not fit once more into the memory that is
+    free, where the last one stays.
     """
 
     def __init__(self) -> None:
@@ -285,6 +291,7 @@ class Registry:
 
     def _find(self, folder: ModelFolder, options: LoadOptions) -> LoadedModel:
         before_unloading_all(self.let_go)
+        when_memory_is_short(self.give_back)
         chosen = choices(folder, options)
         # Before loading: files that are changed while they load are told from what they were at the next call.
         weights, files = folders.fingerprint(folder)
@@ -318,6 +325,7 @@ class Registry:
             elif key is not None:
                 self._kept.pop(key, None)
                 self._kept[key] = model
+                model.kept_in = prompts_begun()
                 self._let_go_of_old_ones()
 
     def _let_go_of_old_ones(self) -> None:
@@ -328,6 +336,23 @@ class Registry:
                 return
             oldest = kept.pop(next(iter(kept)))
             log.info("%s is no longer kept: memory is short", oldest.folder.name)
+
+    def give_back(self, missing: int) -> int:
+        """Free models that only wait in CPU memory, the least recently used first, until `missing` bytes are free again;
+        returns how many are. Not those of the running prompt, which may ask once more."""
+        given = 0
+        with self._lock:
+            for key, model in list(self._kept.items()):
+                waiting = cpu_bytes(model.network)
+                used = model in self._held or self._borrowers[model] or model.kept_in == prompts_begun()
+                if given >= missing or used or not waiting:
+                    continue
+                log.info("%s is no longer kept: memory is short", model.folder.name)
+                del self._kept[key]
+                self._forget(model)
+                model.discard()
+                given += waiting
+        return given
 
     def let_go(self) -> None:
         """Keep no model any more; those that somebody holds stay loaded, for the host to take off its devices."""

@@ -14,7 +14,7 @@ import torch
 from hotpath import host
 from hotpath.demo.captioner_model import write_folder
 from hotpath.host.streamed_layers import whole_bytes
-from hotpath.vision_language import decoding
+from hotpath.vision_language import decoding, loading
 from hotpath.vision_language.folders import UnusableModel
 from hotpath.vision_language.loaded_model import PREFILL_BYTES_PER_TOKEN, LoadOptions, compute_device
 from hotpath.vision_language.loading import MODELS
@@ -272,6 +272,22 @@ def test_kept_models_are_let_go_when_memory_is_short(load, ask, headless_host):
     assert sorted(kept(sum(sizes))) == sorted(kinds)
     assert sorted(kept(sum(sizes[1:]))) == ["qwen3", "qwen3_vl"]
     assert kept(0) == ["qwen3_vl"]
+
+
+def test_kept_models_of_earlier_prompts_are_given_back_when_the_host_is_short(load, ask, monkeypatch):
+    prompt = [1]
+    monkeypatch.setattr(loading, "prompts_begun", lambda: prompt[0])
+    first, second = (load(kind) for kind in ("qwen2", "qwen3"))
+    for model in (first, second):
+        ask(model, Question("x"))
+    sizes = [whole_bytes(model.network) for model in (first, second)]
+    assert MODELS.give_back(1 << 40) == 0, "the running prompt may ask once more"
+    MODELS._held.clear()  # as of nodes that borrow
+    prompt[0] = 2
+    with MODELS.borrowed("qwen3", LoadOptions(), False):
+        assert MODELS.give_back(1) == sizes[0] and MODELS.loaded() == [second]
+        assert MODELS.give_back(1 << 40) == 0, "it is being asked"
+    assert MODELS.give_back(1 << 40) == sizes[1] and MODELS.loaded() == []
 
 
 def test_the_size_of_a_model_has_its_streamed_layers_in_it(load):
