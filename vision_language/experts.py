@@ -5,6 +5,7 @@ of such a model's bytes, and few of them serve a token.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import host
 from ..host.streamed_layers import nbytes
+from .projections import rows_of
 from .quantization import Int4Linear, Int4OnCpu, ScaledLinear, pack
 
 GIVEN = ["self", "hidden_states", "top_k_index", "top_k_weights"]
@@ -20,13 +22,13 @@ GIVEN = ["self", "hidden_states", "top_k_index", "top_k_weights"]
 class PackedExperts(nn.Module):
     """In the place of a layer's experts: act(gate) * up, then down, by the experts that a router chose for each row."""
 
-    def __init__(self, experts: Any, method: str, device: torch.device) -> None:
-        """experts: of a kind that `packable` knows; its weights are released."""
+    def __init__(self, shape: Sequence[int], act_fn: Any, gate_up: Sequence[nn.Module], down: nn.Module) -> None:
+        """shape: (experts, hidden, inner). gate_up: a layer of every expert's gate and up rows, or one of the gates and one
+        of the ups. In each layer, the outputs of an expert are some of its rows."""
         super().__init__()
-        self.count, self.hidden, self.inner = experts.down_proj.shape
-        self.act_fn = experts.act_fn
-        self.gate_up = _packed(experts, "gate_up_proj", method, device)
-        self.down = _packed(experts, "down_proj", method, device)
+        self.count, self.hidden, self.inner = shape
+        self.act_fn = act_fn
+        self.gate_up, self.down = nn.ModuleList(gate_up), down
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: [rows, hidden]; top_k_index, top_k_weights: [rows, chosen]. An index past the last expert is none."""
@@ -35,10 +37,11 @@ class PackedExperts(nn.Module):
             if expert >= self.count:
                 continue
             rows, places = torch.where(top_k_index == expert)
-            made = self.gate_up.rows(hidden_states[rows], 2 * self.inner * expert, 2 * self.inner * (expert + 1))
-            gate, up = made.chunk(2, dim=-1)
-            made = self.down.rows(self.act_fn(gate) * up, self.hidden * expert, self.hidden * (expert + 1))
-            result.index_add_(0, rows, (made * top_k_weights[rows, places, None]).to(result.dtype))
+            given, width = hidden_states[rows], 2 * self.inner // len(self.gate_up)
+            made = [rows_of(layer, given, width * expert, width * (expert + 1)) for layer in self.gate_up]
+            gate, up = made if len(made) == 2 else made[0].chunk(2, dim=-1)
+            outputs = rows_of(self.down, self.act_fn(gate) * up, self.hidden * expert, self.hidden * (expert + 1))
+            result.index_add_(0, rows, (outputs * top_k_weights[rows, places, None]).to(result.dtype))
         return result
 
 
@@ -65,7 +68,10 @@ def pack_experts(decoder: nn.Module, method: str, device: torch.device) -> int:
     """Replace all experts below `decoder` that are `packable` by their packed form for `device`, in place; how many layers."""
     found = [(owner, name) for owner in decoder.modules() for name, part in owner.named_children() if packable(part)]
     for owner, name in host.each(found, f"experts, {method}") if found else ():
-        setattr(owner, name, PackedExperts(getattr(owner, name), method, device))
+        experts: Any = getattr(owner, name)
+        shape = tuple(experts.down_proj.shape)
+        gate_up, down = (_packed(experts, part, method, device) for part in ("gate_up_proj", "down_proj"))
+        setattr(owner, name, PackedExperts(shape, experts.act_fn, [gate_up], down))
     return len(found)
 
 

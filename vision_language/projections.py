@@ -37,11 +37,15 @@ class Rows(nn.Module):
         self._merged = (merged,)
 
     def forward(self, x: Tensor) -> Tensor:
-        merged = self.merged
-        if isinstance(merged, nn.Linear):
-            bias = None if merged.bias is None else merged.bias[self.start : self.stop]
-            return F.linear(x, merged.weight[self.start : self.stop], bias)
-        return merged.rows(x, self.start, self.stop)
+        return rows_of(self.merged, x, self.start, self.stop)
+
+
+def rows_of(layer: Any, x: Tensor, start: int, stop: int) -> Tensor:
+    """The outputs start to stop of `layer`, a linear or a packed one."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, layer.weight[start:stop], None if layer.bias is None else layer.bias[start:stop])
+    made: Tensor = layer.rows(x, start, stop)
+    return made
 
 
 def merge(owner: Any, names: tuple[str, ...], merged_name: str) -> bool:
