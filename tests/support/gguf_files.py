@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf_layers import layer_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,12 +28,6 @@ BLOCKS = {
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-BLOCK = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 TOWER = {
     "patch_embed.proj": "v.patch_embd", "pos_embed": "v.position_embd", "merger.ln_q": "v.post_ln",
     "merger.norm": "v.post_ln", "merger.mlp.0": "mm.0", "merger.mlp.2": "mm.2", "merger.linear_fc1": "mm.0",
@@ -43,8 +38,13 @@ TOWER_BLOCK = {
     "mlp.linear_fc1": "ffn_up", "mlp.linear_fc2": "ffn_down", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-MERGERS = {"qwen2_vl": "qwen2vl_merger", "qwen2_5_vl": "qwen2.5vl_merger", "qwen3_vl": "qwen3vl_merger"}
-ARCHITECTURES = {"qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl", "qwen3_vl": "qwen3vl"}
+MERGERS = {"qwen2_vl": "qwen2vl_merger", "qwen2_5_vl": "qwen2.5vl_merger"}
+ARCHITECTURES = {
+    "qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl", "qwen3_vl": "qwen3vl", "qwen3_vl_moe": "qwen3vlmoe",
+    "qwen3_5": "qwen35", "qwen3_5_moe": "qwen35moe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe",
+}  # fmt: skip
+
+QWEN35_WORDS = QWEN_WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 
 Stored = tuple[int, tuple[int, ...], bytes]  # type, shape as torch has it, what is written
 
@@ -104,12 +104,12 @@ def write(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Stored]
     return path
 
 
-def use_qwens_words(folder: Path) -> None:
+def use_qwens_words(folder: Path, pattern: str = QWEN_WORDS) -> None:
     """Let the tokenizer of a tiny folder cut texts where Qwen's cuts them."""
     file = folder / "tokenizer.json"
     made = json.loads(file.read_text())
     bytewise = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": QWEN_WORDS}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     made["normalizer"] = {"type": "NFC"}
     made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytewise]}
     file.write_text(json.dumps(made))
@@ -129,7 +129,7 @@ def words(folder: Path) -> dict[str, Any]:
     ids = {token: number for number, token in enumerate(tokens)}
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.pre": "qwen35" if r"\\p{M}" in json.dumps(made["pre_tokenizer"]) else "qwen2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": merges,
@@ -153,13 +153,31 @@ def facts(folder: Path) -> dict[str, Any]:
         f"{made}.feed_forward_length": text["intermediate_size"],
         f"{made}.attention.head_count": text["num_attention_heads"],
         f"{made}.attention.head_count_kv": text["num_key_value_heads"],
-        f"{made}.rope.freq_base": text["rope_theta"],
+        f"{made}.rope.freq_base": text.get("rope_parameters", text)["rope_theta"],
         f"{made}.attention.layer_norm_rms_epsilon": text["rms_norm_eps"],
     }
     if "head_dim" in text:
         found[f"{made}.attention.key_length"] = text["head_dim"]
-    if "mrope_section" in text.get("rope_scaling", {}):
-        found[f"{made}.rope.dimension_sections"] = [*text["rope_scaling"]["mrope_section"], 0]
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    if "mrope_section" in rope:
+        found[f"{made}.rope.dimension_sections"] = [*rope["mrope_section"], 0]
+    if "num_experts" in text:
+        found[f"{made}.expert_count"], found[f"{made}.expert_used_count"] = (
+            text["num_experts"],
+            text["num_experts_per_tok"],
+        )
+    if kind == "qwen3_5_moe":
+        del found[f"{made}.feed_forward_length"]
+    if "linear_key_head_dim" in text:
+        values = text["linear_num_value_heads"]
+        found |= {
+            f"{made}.ssm.conv_kernel": text["linear_conv_kernel_dim"],
+            f"{made}.ssm.state_size": text["linear_key_head_dim"],
+            f"{made}.ssm.group_count": text["linear_num_key_heads"],
+            f"{made}.ssm.time_step_rank": values,
+            f"{made}.ssm.inner_size": values * text["linear_value_head_dim"],
+            f"{made}.rope.dimension_count": int(text["head_dim"] * rope["partial_rotary_factor"]),
+        }
     return found
 
 
@@ -171,7 +189,7 @@ def tower_facts(folder: Path) -> dict[str, Any]:
     width = vision.get("embed_dim", vision["hidden_size"])
     found = {
         "general.architecture": "clip",
-        "clip.projector_type": MERGERS[kind],
+        "clip.projector_type": MERGERS.get(kind, "qwen3vl_merger"),
         "clip.has_vision_encoder": True,
         "clip.vision.projection_dim": text["hidden_size"],
         "clip.vision.patch_size": vision["patch_size"],
@@ -183,6 +201,9 @@ def tower_facts(folder: Path) -> dict[str, Any]:
         "clip.vision.image_min_pixels": shown["size"]["shortest_edge"],
         "clip.vision.image_max_pixels": shown["size"]["longest_edge"],
     }
+    if kind not in MERGERS:
+        deep = vision.get("deepstack_visual_indexes", [])
+        found["clip.vision.is_deepstack_layers"] = [number in deep for number in range(vision["depth"])]
     if "fullatt_block_indexes" in vision:
         found["clip.vision.n_wa_pattern"] = vision["fullatt_block_indexes"][0] + 1
     return found
@@ -192,6 +213,7 @@ def weights(folder: Path, kind: int = F32) -> tuple[dict[str, Stored], dict[str,
     """(tensors of the language model, tensors of the tower) of a folder, by their names in GGUF. Matrices of the language
     model are of the type `kind`, all else is F32."""
     config = json.loads((folder / "config.json").read_text())
+    settings = config.get("text_config", config)
     levels = config.get("vision_config", {}).get("deepstack_visual_indexes", [])
     text: dict[str, Stored] = {}
     tower: dict[str, Stored] = {}
@@ -199,17 +221,20 @@ def weights(folder: Path, kind: int = F32) -> tuple[dict[str, Stored], dict[str,
         layer, _, part = name.rpartition(".")
         if ".visual." not in name:
             plain = layer.replace("model.language_model.", "").removeprefix("model.")
-            if plain.startswith("layers."):
-                _, number, rest = plain.split(".", 2)
-                called = f"blk.{number}.{BLOCK[rest]}"
-            else:
+            if not plain.startswith("layers."):
                 called = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[plain]
-            text[f"{called}.{part}"] = stored(tensor, kind if tensor.ndim == 2 else F32)
+                raised = tensor + 1 if plain == "norm" and "linear_key_head_dim" in settings else tensor
+                text[f"{called}.{part}"] = stored(raised, kind if tensor.ndim == 2 else F32)
+                continue
+            _, number, rest = plain.split(".", 2)
+            for called, made in layer_tensors(rest, part, tensor, settings):
+                packed = made.ndim > 1 and not called.startswith(("ssm_conv1d", "ffn_gate_inp"))
+                text[f"blk.{number}.{called}"] = stored(made, kind if packed else F32)
             continue
         plain = layer.partition(".visual.")[2]
         if plain.startswith("blocks."):
             _, number, rest = plain.split(".", 2)
-            if rest == "attn.qkv" and config["model_type"] != "qwen3_vl":
+            if rest == "attn.qkv" and config["model_type"] in MERGERS:
                 for letter, cut in zip("qkv", tensor.chunk(3), strict=True):
                     tower[f"v.blk.{number}.attn_{letter}.{part}"] = stored(cut)
                 continue

@@ -99,9 +99,7 @@ def test_a_tower_of_another_model_does_not_fit(llm, place, tiny_folders):
     tensors = dict(weights(tiny_folders["qwen3_vl"])[1])
     del tensors["v.blk.1.attn_qkv.bias"]
     write(file.with_name("mmproj.gguf"), tower_facts(tiny_folders["qwen3_vl"]), tensors)
-    with pytest.raises(
-        UnusableModel, match=r"mmproj\.gguf does not fit a qwen3_vl tower: .*blocks\.1\.attn\.qkv\.bias"
-    ):
+    with pytest.raises(UnusableModel, match=r"mmproj\.gguf does not fit its model: .*blocks\.1\.attn\.qkv\.bias"):
         MODELS.get("wrong.gguf", LoadOptions())
 
 
@@ -171,7 +169,7 @@ def test_what_a_header_may_say(tmp_path):
     ("metadata", "said"),
     [
         ({"general.architecture": "llama"}, "is of the architecture 'llama', whose GGUF files are not read here"),
-        ({"general.architecture": "qwen3moe"}, "is of Qwen3 with experts, whose GGUF files are not read here"),
+        ({"general.architecture": "qwen3next"}, "is of Qwen3-Next, whose GGUF files are not read here"),
         ({"general.architecture": "clip"}, r"is the tower of a model \(mmproj\), without its language model"),
         ({"general.architecture": "qwen3"}, r"is a text-only model \(qwen3\), which cannot look at pictures"),
     ],
@@ -188,7 +186,10 @@ def test_other_models_are_refused_by_name(llm, metadata, said):
         ("Absent-Q4_K_M.gguf", r"There is no GGUF file 'Absent-Q4_K_M\.gguf' .* as owner/repository/file\.gguf"),
         ("Qwen/Some-GGUF", "There is no GGUF file .* as owner/repository/file"),
         ("Qwen3-4B-abliterated-iq2_xs.gguf", "quantised in a way that is not read here"),
-        ("Qwen3.6-27B-UD-Q3_K_XL.gguf", r"is of Qwen3\.6, whose GGUF files are not read here .* unsloth/Qwen3\.5-4B"),
+        (
+            "Qwen3.8-27B-UD-Q3_K_XL.gguf",
+            r"is of Qwen3\.8, whose GGUF files are not read here .* Qwen3\.5-4B-UD-Q4_K_XL",
+        ),
         ("../x.gguf", "is not opened"),
         ("a/../../x.gguf", "is not opened"),
     ],
@@ -245,7 +246,7 @@ def test_a_file_is_fetched_with_its_tower(llm, hub):
 
 
 def test_menus_of_the_old_pack_mean_repositories(llm):
-    assert len(VISION_MODELS) == 12 and len(TEXT_MODELS) == 23
+    assert len(VISION_MODELS) == 14 and len(TEXT_MODELS) == 23
     known = origin("Qwen3VL-4B-Instruct-Q4_K_M.gguf")
     assert (known.repository, known.tower) == ("Qwen/Qwen3-VL-4B-Instruct-GGUF", "mmproj-Qwen3VL-4B-Instruct-F16.gguf")
     assert known.folder == "GGUF/Qwen/Qwen3-VL-4B-Instruct-GGUF"

@@ -83,6 +83,23 @@ def test_a_cpu_takes_what_its_kernels_read(kind, kept):
     assert 0 < packer.deviation.share < 0.02 and off < 0.03
 
 
+@pytest.mark.parametrize(("kind", "runs"), [(1, 8), (8, 8), (12, 8), (14, 16), (8, 32)])
+def test_outputs_and_inputs_in_another_order(kind, runs):
+    """Runs of 64 and 32 inputs, and of 16, in which a group of 32 does not fit."""
+    halves = torch.randn(64, 512).half().view(torch.uint8).view(-1, 2)
+    stored = Matrix(TYPES[1], halves, 64, 512) if kind == 1 else matrix(kind, 64)
+    outputs, order = torch.randperm(64), torch.randperm(runs)
+    columns = (order.unsqueeze(1) * (512 // runs) + torch.arange(512 // runs)).flatten()
+    moved = stored.rows(outputs).columns(order)
+    wanted = stored.dense(torch.float32)[outputs][:, columns]
+    assert torch.equal(moved.dense(torch.float32), wanted)
+    assert (moved.kind is stored.kind) == (runs < 32)
+    assert torch.equal(moved.dense(torch.float32, 3, None, 7), wanted[3::7])
+    layer = Packer("none", CARD, torch.float32).layer([moved])
+    kept = layer.weight if moved.kind.plain else layer.some(torch.arange(64))
+    assert (kept - wanted).norm() < 1e-3 * wanted.norm()
+
+
 def test_small_scales_stay_whole():
     stored = matrix(8)
     stored.blocks[:, :2] = 0

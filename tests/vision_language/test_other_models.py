@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from hotpath.demo.captioner_model import (
-    configuration,
-    new_model,
-    save_weights,
-    write_folder,
-    write_processors,
-    write_tokenizer,
-)
+from hotpath.demo.captioner_model import write_folder
 from hotpath.vision_language import decoding
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
@@ -22,50 +13,8 @@ from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.sampling import Sampling
+from newer_models import newer_folder
 from torch import nn
-
-MOE = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
-HYBRID = {
-    "layer_types": ["linear_attention", "full_attention"] * 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_conv_kernel_dim": 4, "partial_rotary_factor": 0.5,
-}  # fmt: skip
-
-
-def other_folder(folder, kind):
-    tokens = write_tokenizer(folder)
-    config = configuration("qwen3_vl", tokens)
-    config["model_type"] = kind
-    text, vision = config["text_config"], config["vision_config"]
-    text["model_type"], vision["model_type"] = f"{kind}_text", kind
-    if kind == "qwen3_vl_moe":
-        config["architectures"] = ["Qwen3VLMoeForConditionalGeneration"]
-        text.update(MOE)
-    else:
-        config["architectures"] = ["Qwen3_5ForConditionalGeneration"]
-        text.update(HYBRID)
-        del vision["deepstack_visual_indexes"], text["rope_scaling"]
-        text["rope_parameters"] = {
-            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
-            "partial_rotary_factor": 0.5,
-        }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens["<|im_end|>"]}))
-    write_processors(folder, "qwen3_vl")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = new_model(folder)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.ndim > 1 and "conv1d" not in name:
-                    parameter.normal_(0, 0.3)
-    save_weights(model, folder)
-    return folder
 
 
 def library_experts(count=5, hidden=64, inner=48):
@@ -120,7 +69,7 @@ def test_packed_experts_are_the_librarys(method, near, device, inner):
 
 @pytest.mark.parametrize("method", ["int8", "int4", "float8"])
 def test_a_mixture_of_experts_answers_packed(llm, ask, pictures, method):
-    other_folder(llm / "mixture", "qwen3_vl_moe")
+    newer_folder(llm / "mixture", "qwen3_vl_moe")
     model = MODELS.get("mixture", LoadOptions(quantization=method))
     layers = decoding.text_decoder(model.network).layers
     if not any(isinstance(part, PackedExperts) for part in layers.modules()):
@@ -139,7 +88,7 @@ def test_they_answer_on_the_plain_path_from_the_cache(llm, ask, counter, picture
 
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
-    folder = other_folder(llm / kind, kind)
+    folder = newer_folder(llm / kind, kind)
     model = MODELS.get(kind, LoadOptions())
     question = Question("Describe.", "Be brief.", (pictures.a, pictures.b))
     first = ask(model, question, decode="static")

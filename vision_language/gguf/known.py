@@ -8,7 +8,7 @@ from ..unusable import UnusableModel
 from .models import READ, SUFFIX, file_name
 
 UNREAD = ("iq1", "iq2", "iq3", "tq1", "tq2", "mxfp4", "nvfp4")
-UNREAD_FAMILIES = ("qwen3.5", "qwen3.6", "qwen3.8", "qwen3-next")
+UNREAD_FAMILIES = ("qwen3.8", "qwen3-next")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,11 @@ _TEXT = [
     ),
     *(Origin("Mungert/Qwen3-4B-abliterated-GGUF", f"Qwen3-4B-abliterated-{form}{SUFFIX}") for form in _ABLITERATED),
 ]
-VISION_MODELS: dict[str, Origin] = {origin.file: origin for origin in _VISION}
+_NEWER = [
+    Origin(f"unsloth/{name}-GGUF", f"{name}-UD-{form}{SUFFIX}", f"mmproj-BF16{SUFFIX}")
+    for name, form in (("Qwen3.5-4B", "Q4_K_XL"), ("Qwen3.6-27B", "Q3_K_XL"))
+]
+VISION_MODELS: dict[str, Origin] = {origin.file: origin for origin in (*_VISION, *_NEWER)}
 TEXT_MODELS: dict[str, Origin] = {origin.file: origin for origin in _TEXT}
 
 
@@ -64,8 +68,8 @@ def origin(name: str) -> Origin | None:
     if low.startswith(UNREAD_FAMILIES):
         family = file.split("-")[0]
         raise UnusableModel(
-            f"{file} is of {family}, whose GGUF files are not read here ({READ} are): take the model's folder, such as "
-            "unsloth/Qwen3.5-4B, with quantization int4 or int8 where memory is short."
+            f"{file} is of {family}, whose GGUF files are not read here ({READ} are): take another model, such as "
+            "Qwen3.5-4B-UD-Q4_K_XL.gguf."
         )
     known = {**VISION_MODELS, **TEXT_MODELS}
     found = next((known[key] for key in known if key.lower() == low), None)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..unusable import UnusableModel
 from .file import GgufFile, cut_off, parts_of
-from .settings import TEXT, TOWERS, projector
+from .settings import HYBRID, SEEING, TEXT, TOWERS, projector
 
 SUFFIX = ".gguf"
 TOWER = "mmproj"
@@ -20,11 +20,8 @@ REMEMBERED = 512  # headers
 # Of older releases of the pack that the nodes come from: "file (publisher)", "publisher / file".
 ADDED = re.compile(r"\s*\([^()]*\)\s*$")
 # Architectures that are refused by the name of the family, with what serves instead.
-FAMILIES = {
-    "qwen35": "Qwen3.5", "qwen35moe": "Qwen3.5 with experts", "qwen3next": "Qwen3-Next", "qwen2moe": "Qwen2 with experts",
-    "qwen3moe": "Qwen3 with experts", "qwen3vlmoe": "Qwen3-VL with experts",
-}  # fmt: skip
-READ = "Qwen2, Qwen2.5, Qwen3, Qwen2-VL, Qwen2.5-VL and Qwen3-VL"
+FAMILIES = {"qwen3next": "Qwen3-Next", "qwen4exp": "Qwen3.8"}
+READ = "Qwen2, Qwen2.5, Qwen3, Qwen3.5, Qwen2-VL, Qwen2.5-VL and Qwen3-VL"
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,11 @@ class GgufModel:
         """What config.json would say first of all."""
         facts = head(self.files[0])
         kind = str(facts.get("general.architecture"))
-        layers = {"num_hidden_layers": int(facts.get(f"{kind}.block_count") or 0)}
+        more = int(facts.get(f"{kind}.nextn_predict_layers") or 0)
+        layers = {"num_hidden_layers": max(0, int(facts.get(f"{kind}.block_count") or 0) - more)}
         if self.tower is None:
             return {"model_type": TEXT.get(kind, kind), **layers}
-        return {"model_type": TOWERS[projector(head(self.tower))][1], **layers, "vision_config": {}}
+        return {"model_type": TOWERS[projector(head(self.tower))][kind], **layers, "vision_config": {}}
 
 
 def head(path: Path) -> dict[str, Any]:
@@ -119,8 +117,14 @@ def rank(tower: str, model: str) -> tuple[int, int, str]:
 
 def fits(model: dict[str, Any], tower: dict[str, Any]) -> bool:
     """Whether a tower is one of the model's kind and width."""
-    kind, made_for = str(model.get("general.architecture")), TOWERS.get(projector(tower), ("", ""))[0]
-    return kind == made_for and tower.get("clip.vision.projection_dim") == model.get(f"{kind}.embedding_length")
+    kind = str(model.get("general.architecture"))
+    if kind not in TOWERS.get(projector(tower), ()):
+        return False
+    # Of two families whose towers are called the same only one has outputs of deeper levels.
+    deep = tower.get("clip.vision.is_deepstack_layers")
+    if isinstance(deep, list) and any(deep) == (kind in HYBRID):
+        return False
+    return bool(tower.get("clip.vision.projection_dim") == model.get(f"{kind}.embedding_length"))
 
 
 def check(model: GgufModel, name: str, must_see: bool) -> None:
@@ -146,7 +150,7 @@ def check(model: GgufModel, name: str, must_see: bool) -> None:
         )
     if not must_see or model.tower is not None:
         return
-    if kind not in {architecture for architecture, _ in TOWERS.values()}:
+    if kind not in SEEING:
         raise UnusableModel(
             f"{name} is a text-only model ({kind}), which cannot look at pictures: choose a -VL one, or use a text node."
         )

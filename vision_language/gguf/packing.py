@@ -8,15 +8,15 @@ bits as they are, and other types as int8 with one scale a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import cpu_kernels
+from ..projections import rows_of
 from ..quantization import PACKED, Int4OnCpu, ScaledLinear, in_parts, pack, product
-from .types import BlockType, Codes, dense
+from .types import TYPES, BlockType, Codes, dense
 
 KERNEL_GROUP = 32  # of torch's int4 kernel for CPUs
 LARGEST_HALF, SMALLEST_HALF = 60000.0, 6e-5  # of scales that are kept in float16
@@ -28,19 +28,43 @@ GROUPED, KERNEL, ROWS, PLAIN, ANEW = "groups", "int4 kernel", "int8 rows", "plai
 
 @dataclass(frozen=True)
 class Matrix:
-    """Some outputs of a layer as a file stores them. blocks: [blocks, bytes] uint8, row after row."""
+    """Some outputs of a layer as a file stores them. blocks: [blocks, bytes] uint8, row after row.
+
+    groups: the order in which the inputs are meant, by the groups that share a scale; None for that of the file.
+    """
 
     kind: BlockType
     blocks: Tensor
     outputs: int
     inputs: int
+    groups: Tensor | None = None
+
+    def rows(self, order: Tensor) -> Matrix:
+        """Its outputs in another order."""
+        blocks = self.blocks.view(self.outputs, -1)[order].view(-1, self.kind.nbytes)
+        return replace(self, blocks=blocks)
+
+    def columns(self, order: Tensor) -> Matrix:
+        """Its inputs in another order: that of as many runs of one length. Unpacked where a group lies in two of them."""
+        runs, kind = len(order), self.kind
+        if kind.plain is None and (self.inputs // runs) % kind.group == 0:
+            each = self.inputs // runs // kind.group
+            return replace(self, groups=(order.unsqueeze(1) * each + torch.arange(each)).flatten())
+        if kind.plain is None:
+            plain = self.dense(torch.float32).view(torch.uint8).view(-1, 4)
+            return Matrix(TYPES[0], plain, self.outputs, self.inputs).columns(order)
+        blocks = self.blocks.reshape(self.outputs, runs, -1)[:, order].reshape(-1, kind.nbytes)
+        return replace(self, blocks=blocks)
 
     def dense(self, dtype: torch.dtype, first: int = 0, last: int | None = None, step: int = 1) -> Tensor:
         """The weights of rows first to last, every `step`th of them, [rows, inputs]."""
         rows = self.blocks.view(self.outputs, -1, self.kind.nbytes)[first:last:step]
         made = torch.empty(len(rows), self.inputs, dtype=dtype)
         for part, into in zip(_parts(rows, self.inputs), _parts(made, self.inputs), strict=True):
-            into.copy_(dense(self.kind, part.reshape(-1, self.kind.nbytes)).view(into.shape))
+            numbers = dense(self.kind, part.reshape(-1, self.kind.nbytes))
+            if self.groups is not None:
+                numbers = numbers.view(len(part), len(self.groups), -1)[:, self.groups]
+            into.copy_(numbers.reshape(into.shape))
         return made
 
 
@@ -64,7 +88,7 @@ class GroupedLinear(nn.Module):
         weights, scales, lows = [], [], []
         for matrix in matrices:
             for rows in _parts(matrix.blocks.view(matrix.outputs, -1, kind.nbytes), self.in_features):
-                codes = _codes(kind, rows)
+                codes = _codes(matrix, rows)
                 weights.append(self._narrow(codes.values))
                 scales.append(codes.scale)
                 if codes.low is not None:
@@ -144,21 +168,17 @@ class StackedLinear(nn.Module):
         return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
 
-def rows_of(layer: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
-    """The outputs start to stop of `layer`."""
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, layer.weight[start:stop], None if layer.bias is None else layer.bias[start:stop])
-    made: Tensor = layer.rows(x, start, stop)  # type: ignore[operator]
-    return made
-
-
-def _codes(kind: BlockType, rows: Tensor) -> Codes:
+def _codes(matrix: Matrix, rows: Tensor) -> Codes:
     """The codes of rows [n, blocks of a row, bytes]; values: [n, groups of a row, weights of a group]."""
+    kind, order = matrix.kind, matrix.groups
     assert kind.codes is not None
     found = kind.codes(rows.reshape(-1, kind.nbytes))
     length, count = found.values.shape[-1], len(rows)
+    values, scale = found.values.reshape(count, -1, length), found.scale.reshape(count, -1)
     low = None if found.low is None else found.low.reshape(count, -1)
-    return Codes(found.values.reshape(count, -1, length), found.scale.reshape(count, -1), low)
+    if order is None:
+        return Codes(values, scale, low)
+    return Codes(values[:, order], scale[:, order], None if low is None else low[:, order])
 
 
 def _half_serves(scale: Tensor) -> bool:
@@ -222,6 +242,10 @@ class Packer:
         self.deviation.off += other.deviation.off
         self.deviation.whole += other.deviation.whole
 
+    def plain(self, matrices: Sequence[Matrix]) -> bool:
+        """Whether their weights are kept as plain numbers."""
+        return all(layout(matrix.kind, matrix.outputs, self.method, self.device) == PLAIN for matrix in matrices)
+
     def layer(self, matrices: Sequence[Matrix], biases: Sequence[Tensor] | None = None) -> nn.Module:
         """A layer with the outputs of `matrices` one after the other, and their biases."""
         kinds = {matrix.kind for matrix in matrices}
@@ -257,7 +281,8 @@ class Packer:
             groups = packed.groups.transpose(0, 1).float()
             self._measure(matrices, lambda rows: _by_kernel(made.codes_of(rows), groups[rows]))
             return packed
-        layer = plain_linear(torch.cat([matrix.dense(self.dtype) for matrix in matrices]), bias)
+        whole = [matrix.dense(self.dtype) for matrix in matrices]
+        layer = plain_linear(whole.pop() if len(whole) == 1 else torch.cat(whole), bias)
         if kept == PLAIN:
             return layer
         anew = pack(layer, self.method if kept == ANEW else "int8", self.device)

@@ -13,23 +13,30 @@ from .file import Gguf
 from .tokenizer import Vocabulary
 
 # Architectures by their names in GGUF, as text models, and the vision-language models that a file with a tower makes of them.
-TEXT = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen2vl": "qwen2", "qwen3vl": "qwen3"}
+TEXT = {
+    "qwen2": "qwen2", "qwen3": "qwen3", "qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe", "qwen3vlmoe": "qwen3_moe", "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text",
+}  # fmt: skip
+NEWER = "qwen3vl_merger"
 TOWERS = {
-    "qwen2vl_merger": ("qwen2vl", "qwen2_vl"),
-    "qwen2.5vl_merger": ("qwen2vl", "qwen2_5_vl"),
-    "qwen3vl_merger": ("qwen3vl", "qwen3_vl"),
+    "qwen2vl_merger": {"qwen2vl": "qwen2_vl"},
+    "qwen2.5vl_merger": {"qwen2vl": "qwen2_5_vl"},
+    NEWER: {"qwen3vl": "qwen3_vl", "qwen3vlmoe": "qwen3_vl_moe", "qwen35": "qwen3_5", "qwen35moe": "qwen3_5_moe"},
 }
+SEEING = {architecture for made_for in TOWERS.values() for architecture in made_for}
+HYBRID = ("qwen35", "qwen35moe")  # with layers of linear attention
 PROCESSORS = {
-    "qwen2_vl": "Qwen2VLProcessor",
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
-    "qwen3_vl": "Qwen3VLProcessor",
+    "qwen2vl_merger": "Qwen2VLProcessor",
+    "qwen2.5vl_merger": "Qwen2_5_VLProcessor",
+    NEWER: "Qwen3VLProcessor",
 }
 # What the published folders say and GGUF files leave out.
-PIXELS = {"qwen2_vl": (3136, 12845056), "qwen2_5_vl": (3136, 12845056), "qwen3_vl": (65536, 16777216)}
+PIXELS = {"qwen2vl_merger": (3136, 12845056), "qwen2.5vl_merger": (3136, 12845056), NEWER: (65536, 16777216)}
 VIDEO_PIXELS = (4096, 25165824)
 WINDOW = 112
 FRAMES = 2  # of a temporal patch
 SCALINGS = ("linear", "yarn")
+EXPERTS = "blk.0.ffn_down_exps.weight"
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,25 @@ class Source:
 
     @property
     def model_type(self) -> str:
-        return TEXT[self.architecture] if self.tower is None else TOWERS[projector(self.tower.metadata)][1]
+        return TEXT[self.architecture] if self.tower is None else TOWERS[self.projector][self.architecture]
+
+    @property
+    def projector(self) -> str:
+        """What kind of tower it has; "" without one."""
+        return "" if self.tower is None else projector(self.tower.metadata)
+
+    @property
+    def hybrid(self) -> bool:
+        return self.architecture in HYBRID
+
+    @property
+    def guessing_layers(self) -> int:
+        """Layers behind the last one that guess later tokens, which nobody asks here."""
+        return int(self.fact("nextn_predict_layers", 0))
+
+    @property
+    def layers(self) -> int:
+        return int(self.fact("block_count")) - self.guessing_layers
 
     def fact(self, name: str, default: Any = None) -> Any:
         """Of the language model. Raises UnusableModel where there is neither a value nor a default."""
@@ -84,8 +109,8 @@ def widths(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     made: dict[str, Any] = {
         "vocab_size": source.text.stored("token_embd.weight").shape[0],
         "hidden_size": hidden,
-        "intermediate_size": int(source.fact("feed_forward_length")),
-        "num_hidden_layers": int(source.fact("block_count")),
+        "intermediate_size": int(source.fact("feed_forward_length", 0 if EXPERTS in source.text else None)),
+        "num_hidden_layers": source.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": int(source.fact("attention.head_count_kv", heads)),
         "hidden_act": "silu",
@@ -103,6 +128,10 @@ def widths(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     if source.architecture.startswith("qwen3"):
         made["head_dim"] = int(source.fact("attention.key_length", hidden // heads))
         made["attention_bias"] = "blk.0.attn_q.bias" in source.text
+    if EXPERTS in source.text:
+        made |= mixture(source)
+    if source.hybrid:
+        made |= linear_attention(source)
     scaling = str(source.fact("rope.scaling.type", "none"))
     if scaling in SCALINGS:
         made["rope_scaling"] = {"rope_type": scaling, "factor": as_written(source.fact("rope.scaling.factor"))}
@@ -113,6 +142,37 @@ def widths(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     elif scaling != "none":
         raise UnusableModel(f"{source.text.path} scales its positions by {scaling!r}, which is not known here.")
     return made
+
+
+def mixture(source: Source) -> dict[str, Any]:
+    """The settings of experts."""
+    beside = "blk.0.ffn_down_shexp.weight"
+    made = {
+        "num_experts": int(source.fact("expert_count")),
+        "num_experts_per_tok": int(source.fact("expert_used_count")),
+        "moe_intermediate_size": source.text.stored(EXPERTS).shape[-1],
+        "norm_topk_prob": source.architecture != "qwen2moe",
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    if beside in source.text:
+        made["shared_expert_intermediate_size"] = source.text.stored(beside).shape[-1]
+    return made
+
+
+def linear_attention(source: Source) -> dict[str, Any]:
+    """The settings of the layers that keep a state instead of keys and values, and which those are."""
+    values, width = int(source.fact("ssm.time_step_rank")), int(source.fact("attention.key_length"))
+    kinds = {True: "linear_attention", False: "full_attention"}
+    return {
+        "layer_types": [kinds[f"blk.{number}.ssm_a" in source.text] for number in range(source.layers)],
+        "linear_conv_kernel_dim": int(source.fact("ssm.conv_kernel")),
+        "linear_key_head_dim": int(source.fact("ssm.state_size")),
+        "linear_value_head_dim": int(source.fact("ssm.inner_size")) // values,
+        "linear_num_key_heads": int(source.fact("ssm.group_count")),
+        "linear_num_value_heads": values,
+        "partial_rotary_factor": int(source.fact("rope.dimension_count", width)) / width,
+    }
 
 
 def configuration(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -145,7 +205,7 @@ def configuration(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     width = int(source.seen("embedding_length"))
     # Of the two matrices of a block that one is the first whose rows are as long as the tower is wide.
     inner = max(tower.stored("v.blk.0.ffn_up.weight").shape)
-    if kind == "qwen3_vl":
+    if source.projector == NEWER:
         text["rope_scaling"]["mrope_interleaved"] = True
         levels = sorted({int(name.split(".")[2]) for name in tower.tensors if name.startswith("v.deepstack.")})
         vision |= {
@@ -153,11 +213,10 @@ def configuration(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
             "intermediate_size": inner,
             "out_hidden_size": text["hidden_size"],
             "num_position_embeddings": tower.stored("v.position_embd.weight").shape[0],
-            "deepstack_visual_indexes": levels,
             "hidden_act": "gelu_pytorch_tanh",
-        }
+        } | ({} if source.hybrid else {"deepstack_visual_indexes": levels})
         return {
-            "model_type": kind, **ids, "text_config": text | {"model_type": "qwen3_vl_text"},
+            "model_type": kind, **ids, "text_config": text | {"model_type": f"{kind}_text"},
             "vision_config": vision | {"model_type": kind},
         }  # fmt: skip
     if kind == "qwen2_5_vl":
@@ -200,7 +259,7 @@ def write(source: Source, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(sampling(source, vocabulary)))
     if source.tower is None:
         return
-    kind, vision = source.model_type, config["vision_config"]
+    kind, vision = source.projector, config["vision_config"]
     shared: dict[str, Any] = {
         "patch_size": vision["patch_size"],
         "temporal_patch_size": FRAMES,
@@ -214,8 +273,8 @@ def write(source: Source, folder: Path) -> None:
     sizes = {"shortest_edge": least, "longest_edge": most}
     pictures = shared | {"image_processor_type": "Qwen2VLImageProcessorFast", "size": sizes}
     (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
-    worker = "Qwen3VLVideoProcessor" if kind == "qwen3_vl" else "Qwen2VLVideoProcessor"
-    if kind == "qwen3_vl":
+    worker = "Qwen3VLVideoProcessor" if kind == NEWER else "Qwen2VLVideoProcessor"
+    if kind == NEWER:
         sizes = {"shortest_edge": VIDEO_PIXELS[0], "longest_edge": VIDEO_PIXELS[1]}
     clips = shared | {"video_processor_type": worker, "size": sizes}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(clips))

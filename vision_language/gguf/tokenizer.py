@@ -11,7 +11,9 @@ from ..unusable import UnusableModel
 
 # Where words end, by the name that the file has for it: the regular expression of Qwen's tokenizer.json.
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-WORDS = {"qwen2": QWEN, "deepseek-r1-qwen": QWEN}
+# Letters with the marks that belong to them.
+QWEN_WITH_MARKS = QWEN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+WORDS = {"qwen2": QWEN, "deepseek-r1-qwen": QWEN, "qwen35": QWEN_WITH_MARKS}
 CONTROL, OWN, UNUSED = 3, 4, 5  # kinds of tokens that are no pieces of words
 STOPS = ("<|im_end|>", "<|endoftext|>")
 PICTURE = "<|image_pad|>"
