@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hotpath.colorization import file_names, manifest, playable_part
-from hotpath.commands import console, doctor
+from hotpath.commands import backends, console, doctor
 from hotpath.distributed import ray_cluster, results
 from hotpath.distributed.items import Item
 from hotpath.distributed.jobs import Job
@@ -133,6 +133,13 @@ def test_what_windows_lacks_to_compile_is_told_with_its_cure(monkeypatch: pytest
     for there, told in (("clang++", True), ("cl", False)):
         monkeypatch.setattr(settings.shutil, "which", lambda name, there=there: name if name == there else None)
         assert ("no C++ compiler (cl) on the PATH: install the Build Tools" in (problem("cpu") or "")) == told
+
+
+def test_triton_has_another_name_for_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace())
+    monkeypatch.setattr(backends, "_installed", lambda names: dict.fromkeys(names, "3.5"))
+    triton = backends._look(next(library for library in backends.LIBRARIES if library.module == "triton"))
+    assert triton.detail.startswith("triton and triton-windows share one folder and overwrite each other")
 
 
 def test_a_comfyui_prints_letters_that_the_code_page_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

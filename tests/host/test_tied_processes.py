@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hotpath.distributed import local_pool
+from hotpath.distributed.worker import WorkerSettings
 from hotpath.headless import launcher
 from hotpath.host import tied_processes
 
@@ -96,6 +99,34 @@ def test_a_job_that_does_not_end_leaves_its_process_to_be_killed(on_windows) -> 
     tied_processes.tie(process := Process())
     tied_processes.end(process)
     assert process.killed == 1
+
+
+def test_what_a_run_starts_is_tied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tied: list[object] = []
+
+    class Started(Process):
+        stdin, stdout, returncode = io.BytesIO(), io.BytesIO(), 1
+
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def wait(self, timeout: float | None = None) -> int:
+            return 1
+
+        poll = wait
+
+    monkeypatch.setattr(tied_processes, "tie", tied.append)
+    monkeypatch.setattr(launcher, "python_for", lambda comfyui: (Path("python"), None))
+    monkeypatch.setattr(launcher, "_has_accelerator", lambda python: False)
+    for module in (launcher, local_pool):
+        monkeypatch.setattr(module, "_kill", lambda *_: None)
+        monkeypatch.setattr(module.subprocess, "Popen", Started)
+    with pytest.raises(launcher.LaunchError), launcher.launched(tmp_path):
+        pass
+    pool = local_pool.LocalPool(WorkerSettings(str(tmp_path)), [None])
+    pool._start(0)
+    pool.close()
+    assert len(tied) == 2
 
 
 def test_other_systems_are_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
