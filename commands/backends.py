@@ -57,6 +57,7 @@ LIBRARIES = (
         "triton",
         "fused kernels on NVIDIA and AMD",
         "it comes with torch on Linux; on Windows `pip install triton-windows`",
+        ("triton", "triton-windows"),
     ),
     _Library("onnx", "reads face models", "pip install onnx"),
     _Library(

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..host import fresh_memory
+from ..host import fresh_memory, tied_processes
 from .devices import VISIBLE
 from .pool import STARTS, Advanced, Died, Event, Finished, Ready
 from .worker import WorkerSettings
@@ -74,6 +74,7 @@ class LocalPool:
             creationflags=flags,
             start_new_session=os.name == "posix",
         )
+        tied_processes.tie(process)
         self._processes[slot] = process
         self._send(slot, self.settings.plain())
         reader = threading.Thread(
@@ -173,7 +174,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         if os.name == "posix":
             os.killpg(process.pid, signal.SIGKILL)
         else:
-            process.kill()
+            tied_processes.end(process)
     except (ProcessLookupError, PermissionError):
         process.kill()
 

@@ -26,6 +26,7 @@ PASSING_ERRNOS = frozenset(
     )
     if hasattr(errno, name)
 )  # fmt: skip
+HELD = (32, 33)  # Windows' numbers for a file that another program, such as a virus scanner, has open for a moment
 # After these a process computes nothing more on that GPU; of others `worker.answers` finds it out.
 BROKEN = re.compile(
     "(CUDA|HIP) error: .*(an illegal memory access|device-side assert|unspecified launch failure|misaligned address"
@@ -45,7 +46,7 @@ def failure_kind(error: BaseException) -> str:
             return DISK
         if isinstance(cause, ConnectionError | TimeoutError):
             return CONNECTION
-        if isinstance(cause, OSError) and cause.errno in PASSING_ERRNOS:
+        if isinstance(cause, OSError) and (cause.errno in PASSING_ERRNOS or getattr(cause, "winerror", None) in HELD):
             return CONNECTION
     return ITEM
 
@@ -59,6 +60,8 @@ def told_kind(kind: str, reason: str) -> str:
         return WORKER
     if any(f"[Errno {number}]" in reason for number in FULL) or is_full(said):
         return DISK
+    if any(f"[WinError {number}]" in reason for number in HELD):
+        return CONNECTION
     return ITEM
 
 

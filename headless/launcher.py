@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from ..host import fresh_memory
+from ..host import fresh_memory, tied_processes
 from ..host.headless import best_device
 from ..host.whole_files import told_when_full
 from .locate import PACK, carries_pack, python_for
@@ -122,6 +122,7 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
                     start_new_session=os.name != "nt",
                     creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
                 )
+                tied_processes.tie(process)
             server = RunningServer(f"http://127.0.0.1:{port}", process, log, output, work / "temp" / "temp")
             _wait_until_ready(server, options)
             yield server
@@ -259,7 +260,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _kill(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if os.name == "nt":
-            process.kill()
+            tied_processes.end(process)
         else:
             os.killpg(process.pid, number)
 

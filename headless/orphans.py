@@ -1,7 +1,7 @@
 """In a ComfyUI that was started for one run: it ends when whoever started it is gone, also where that was killed.
 
-`launcher` stops its ComfyUI on every way out that Python knows of; `kill -9` and a crash are none. Not on Windows, where a
-process is not told that its parent has ended.
+`launcher` stops its ComfyUI on every way out that Python knows of; `kill -9` and a crash are none. On Windows, where a process
+is not told that its parent has ended, `host.tied_processes` sees to it.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ WINDOWS_FULL = (39, 112)  # its numbers, which are others than C's
 EXPLAINED = re.compile(
     r"^\s*Explanation: (?P<dynamo>.+)$|^Output:$(?s:.*?)\berror(?: C\d+)?: (?P<compiler>.+)$", re.MULTILINE
 )
+LACKING = re.compile(r"Compiler: (?P<name>.+?) is not found")  # what Inductor says of it on Windows
 NAMED_OTHERWISE = {"PIL": "pillow", "yaml": "pyyaml"}  # modules whose distribution has another name
 
 
@@ -42,10 +43,18 @@ def kind_and_line(error: BaseException, most: int = 160) -> str:
     if inner is not None and (told := sentence(inner, _compilers_folder())):
         return told.removesuffix(".")
     error = inner or error
+    if lacking := LACKING.search(str(error)):
+        return no_compiler(lacking["name"])
     kind, said = type(error).__name__, first_line(error, most)
     if explained := EXPLAINED.search(str(error)):
         said = f"{said}: {explained['dynamo'] or explained['compiler']}"[:most]
     return kind if said == kind else f"{kind}: {said}"
+
+
+def no_compiler(name: str) -> str:
+    """That there is no C++ compiler called `name`, and the cure."""
+    from_prompt = "the Build Tools of Visual Studio, and start ComfyUI from their x64 Native Tools Command Prompt"
+    return f"there is no C++ compiler ({name}) on the PATH: install {from_prompt if os.name == 'nt' else 'one, such as g++'}"
 
 
 def _compilers_folder() -> Path:

@@ -6,6 +6,7 @@ import getpass
 import io
 import os
 import sys
+import tempfile
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,15 +15,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hotpath.colorization import file_names, manifest, playable_part
-from hotpath.commands import console, doctor
+from hotpath.commands import backends, console, doctor
 from hotpath.distributed import ray_cluster, results
 from hotpath.distributed.items import Item
 from hotpath.distributed.jobs import Job
 from hotpath.distributed.manifest import Manifest
 from hotpath.distributed.results import ResultStore
 from hotpath.headless import files, launcher, locate
-from hotpath.host import capturing, cards, cores, device_work, name_limits, user
+from hotpath.host import capturing, cards, cores, device_work, errors, name_limits, user
 from hotpath.host.headless import HeadlessHost, best_device
+from hotpath.patches.compilation import settings
+from hotpath.vision_language.caption_job import CaptionJob
 
 
 @pytest.fixture
@@ -97,6 +100,46 @@ def test_a_path_that_is_too_long_for_windows_fails_alone(tmp_path: Path, monkeyp
         (made / "1.png").touch()
         with pytest.raises(results.CannotKeep, match=r"The result a cannot be put into .*: its path is too long"):
             store.keep(job, store.staging(job, 1), [], 1.0, 1)
+
+
+def test_a_folder_that_is_guarded_on_windows_is_told_of_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There Python's own temporary files take a refusal for a name that is taken, two thousand million times."""
+    asked: list[object] = []
+
+    def guarded(path: object, *_: object, **__: object) -> None:
+        asked.append(path)
+        assert len(asked) < 10
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(tempfile, "_os", SimpleNamespace(**{**vars(os), "name": "nt", "open": guarded}))
+    monkeypatch.setattr(tempfile, "TemporaryFile", tempfile.NamedTemporaryFile)
+    monkeypatch.setattr(os, "open", guarded)
+    with pytest.raises(ValueError, match="No caption can be written into"):
+        CaptionJob(tmp_path, "Caption this picture.").check_target()
+
+
+def test_what_windows_lacks_to_compile_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> bool:
+        raise RuntimeError("Failed to find Python libs.")
+
+    problem = settings.compiler_problem.__wrapped__
+    monkeypatch.setattr("torch.utils._triton.has_triton", broken)
+    assert problem("cuda").startswith("Triton cannot be used (RuntimeError: Failed to find Python libs.); install it")
+    monkeypatch.delenv("CXX", raising=False)
+    for module in (settings, errors):
+        monkeypatch.setattr(module, "os", SimpleNamespace(name="nt", environ=os.environ))
+    for there, told in (("clang++", True), ("cl", False)):
+        monkeypatch.setattr(settings.shutil, "which", lambda name, there=there: name if name == there else None)
+        assert ("no C++ compiler (cl) on the PATH: install the Build Tools" in (problem("cpu") or "")) == told
+
+
+def test_triton_has_another_name_for_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace())
+    monkeypatch.setattr(backends, "_installed", lambda names: dict.fromkeys(names, "3.5"))
+    triton = backends._look(next(library for library in backends.LIBRARIES if library.module == "triton"))
+    assert triton.detail.startswith("triton and triton-windows share one folder and overwrite each other")
 
 
 def test_a_comfyui_prints_letters_that_the_code_page_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,7 @@ def test_cache_keys_limit_their_cache(key: str, same_cache_limits: None) -> None
 @pytest.mark.comfy
 def test_cache_names_are_those_the_families_use() -> None:
     root = Path(__file__).resolve().parent.parent
-    used = "".join(path.read_text() for folder in ("text_to_image", "vision_language", "identity", "face", "colorization")
+    used = "".join(path.read_text("utf-8") for folder in ("text_to_image", "vision_language", "identity", "face", "colorization")
                    for path in (root / folder).rglob("*.py"))  # fmt: skip
     assert all(f'named_cache("{name}"' in used for name in CACHE_NAMES.values())
 

@@ -37,8 +37,9 @@ def test_a_script_keeps_the_rules(path):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_parses(path):
     done = subprocess.run(
-        ["node", "--check", "--input-type=module", "-"], input=path.read_text("utf-8"), capture_output=True, text=True
-    )
+        ["node", "--check", "--input-type=module", "-"], input=path.read_text("utf-8"), capture_output=True,
+        encoding="utf-8",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

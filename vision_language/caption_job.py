@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from uuid import uuid4
 
 from .. import host
 from ..host.errors import first_line
@@ -80,8 +80,10 @@ class CaptionJob:
         """Raises ValueError when no caption can be written. Captions are dear, so this is asked before the first."""
         try:
             self.captions.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.captions):
-                pass
+            # Not one of `tempfile`: where Windows or a guard of it refuses, older Pythons try names for hours.
+            probe = self.captions / f".writing-{uuid4().hex}"
+            probe.touch()
+            probe.unlink()
         except OSError as error:
             raise ValueError(
                 f"No caption can be written into {self.captions} ({first_line(error)}): choose another folder for them."

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ...host.errors import kind_and_line, no_compiler
+
 KEY = "hotpath_compile"  # of all that is put on a MODEL here
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "cudagraphs")
 REGIONS = ("all blocks", "transformer blocks")
@@ -84,7 +86,11 @@ def compiler_problem(device_type: str) -> str | None:
             from torch.utils._triton import has_triton
         except ImportError:
             return "this torch has no Inductor; update torch."
-        if not has_triton():
+        try:
+            usable = has_triton()
+        except Exception as error:  # what a Triton for another torch, driver or system raises when it is imported
+            return f"Triton cannot be used ({kind_and_line(error)}); install it in the version your torch asks for."
+        if not usable:
             return (
                 "Triton is missing or does not know this GPU; install `triton` (on Windows `triton-windows`) in the "
                 "version your torch asks for."
@@ -92,7 +98,7 @@ def compiler_problem(device_type: str) -> str | None:
         return None
     if device_type == "cpu":
         compiler = os.environ.get("CXX", "cl" if os.name == "nt" else "g++")
-        if shutil.which(compiler) is None and shutil.which("clang++") is None:
-            return f"there is no C++ compiler ({compiler}) on the PATH; Inductor needs one for the CPU."
+        if shutil.which(compiler) is None and (os.name == "nt" or shutil.which("clang++") is None):
+            return f"{no_compiler(compiler)}."
         return None
     return f"compilation is set up for CUDA and CPU, and this model runs on {device_type}."

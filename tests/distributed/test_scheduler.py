@@ -12,7 +12,7 @@ from hotpath.distributed.items import Item
 from hotpath.distributed.jobs import Job
 from hotpath.distributed.policy import POLICIES, LeastBusy, Random, RoundRobin, make_policy
 from hotpath.distributed.pool import Died, Finished, Ready
-from hotpath.distributed.retry import CONNECTION, DISK, ITEM, MEMORY, WORKER, RetryPlan, failure_kind
+from hotpath.distributed.retry import CONNECTION, DISK, ITEM, MEMORY, WORKER, RetryPlan, failure_kind, told_kind
 from hotpath.distributed.scheduler import WITHOUT_ROOM, DiskFull, NoWorkers, Scheduler
 from hotpath.distributed.second_opinions import IN_A_ROW
 from hotpath.distributed.simulation import Cluster, CountingStore, SimulatedPool, simulate
@@ -404,6 +404,10 @@ def test_which_errors_can_pass():
     assert failure_kind(OSError(116, "Stale file handle")) == CONNECTION
     assert failure_kind(wrapped(ValueError("x.png is not a picture"))) == ITEM
     assert failure_kind(FileNotFoundError(2, "none")) == ITEM
+    held = PermissionError(13, "used by another process", "a.png")
+    held.winerror = 32  # type: ignore[misc,attr-defined,unused-ignore]
+    assert failure_kind(wrapped(held)) == CONNECTION and failure_kind(PermissionError(13, "closed", "a.png")) == ITEM
+    assert told_kind("PermissionError", "[WinError 32] The process cannot access the file: 'a.png'") == CONNECTION
     assert RetryPlan(2).again(WORKER, 2) and not RetryPlan(2).again(WORKER, 3) and not RetryPlan(2).again(ITEM, 1)
 
 

@@ -124,6 +124,10 @@ def test_names_that_a_file_can_have(name: str, can: bool) -> None:
             ValueError("C++ compile error\n\nOutput:\nb.h(1): fatal error C1083: Cannot open 'omp.h'"),
             "ValueError: C++ compile error: Cannot open 'omp.h'",
         ),
+        (
+            ValueError("RuntimeError: Compiler: cl is not found.\n\nSet TORCHDYNAMO_VERBOSE=1"),
+            "there is no C++ compiler (cl) on the PATH: install one, such as g++",
+        ),
     ],
 )
 def test_what_is_told_of_an_error(error: Exception, told: str) -> None:

@@ -117,7 +117,7 @@ def use_qwens_words(folder: Path, pattern: str = QWEN_WORDS) -> None:
 
 def words(folder: Path) -> dict[str, Any]:
     """The metadata of a folder's tokenizer and template."""
-    made = json.loads((folder / "tokenizer.json").read_text())
+    made = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     size = json.loads((folder / "config.json").read_text())
     size = size.get("text_config", size)["vocab_size"]
     tokens, kinds = [f"[PAD{number}]" for number in range(size)], [5] * size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 from gguf_files import F32, facts, of_folder, stored, tower_facts, weights, words, write
 from hotpath.host import downloads
 from hotpath.vision_language import download, folders
@@ -153,7 +155,7 @@ def test_damage_is_named(llm, place):
 
 def test_what_a_header_may_say(tmp_path):
     made = {"a": 5, "b": 0.5, "c": True, "d": "ä", "e": [1, 2], "f": ["x", ""], "g": [], "h": [True, False]}
-    one = {"t": stored(__import__("torch").arange(6.0).view(2, 3), F32)}
+    one = {"t": stored(torch.arange(6.0).view(2, 3), F32)}
     for version in (2, 3):
         file = Gguf([write(tmp_path / "a.gguf", made, one, version)])
         assert file.metadata == made and file.stored("t").shape == (2, 3) and file.nbytes == 24
@@ -163,6 +165,16 @@ def test_what_a_header_may_say(tmp_path):
     with pytest.raises(UnusableModel, match=r"of a type that is not known here \(t: 99\): take another quantization"):
         Gguf([odd])
     assert [part.name for part in parts_of(odd)] == ["b.gguf"]
+
+
+def test_a_file_is_mapped_to_be_read_alone(tmp_path, recwarn):
+    file = GgufFile(write(tmp_path / "a.gguf", {}, {"t": stored(torch.arange(6.0), F32)}))
+    with pytest.raises(TypeError, match="readonly"):
+        file._data[0] = 0  # Windows sets memory aside for pages that could be written to
+    found = file.bytes_of(file.tensors[0])
+    del file
+    gc.collect()
+    assert found.view(torch.float32).tolist() == [0, 1, 2, 3, 4, 5] and not recwarn.list
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ the first has the metadata. Nothing that a file says is believed before it is co
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import re
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -105,8 +107,9 @@ class GgufFile:
             if opened.read(len(MAGIC)) != MAGIC:
                 reason = impostor(path) or "it is no GGUF file; download it again."
                 raise UnusableModel(f"{path} cannot be read: {reason}")
-            # Copies on write, which never happens: torch takes no memory that nobody may write to.
-            self._data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            # Not ACCESS_COPY: for pages that could be written to, Windows sets memory aside, as much as the file is long.
+            self._data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        self._address = numpy.frombuffer(self._data, numpy.uint8).ctypes.data
         try:
             self._read(_Header(self._data), head, number)
         except (_Damaged, struct.error, RecursionError, MemoryError, OverflowError):
@@ -157,10 +160,13 @@ class GgufFile:
         return max((tensor.start + tensor.nbytes for tensor in self.tensors), default=0)
 
     def bytes_of(self, tensor: StoredTensor) -> Tensor:
-        """What is stored of `tensor`, uint8, as it lies in the file."""
+        """What is stored of `tensor`, uint8, as it lies in the file: only to be read."""
         if tensor.start + tensor.nbytes > self.size:
             raise UnusableModel(cut_off(self.path, self.size, self.end))
-        return torch.frombuffer(self._data, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.start)
+        # Of memory that may only be read, torch warns at every call.
+        lent: Any = (ctypes.c_uint8 * tensor.nbytes).from_address(self._address + tensor.start)
+        lent.mapped = self._data  # which stays as long as the tensor does
+        return torch.frombuffer(lent, dtype=torch.uint8)
 
 
 class Gguf:
