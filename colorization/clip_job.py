@@ -100,7 +100,7 @@ def room_for(
     _, needed = activations(options, (height, width), dtype, loaded.managed.device)
     portion = portion_frames(height, width, bytes_per_number) + 1
     portion = portion if frames is None else min(frames, portion)
-    held, converting = full_size_room((height, width), portion, bytes_per_number)
+    held, converting = full_size_room((height, width), portion, bytes_per_number, loaded.managed.device)
     remembered = 0
     if not options.deep_exemplar:
         small = computed_size(options, height, width)

@@ -38,7 +38,8 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
 
 
 def luminance_of(rgb: Tensor) -> Tensor:
-    """L of `rgb_to_lab` alone: [..., 3, H, W] in 0..1 to [..., 1, H, W] in 0..100."""
+    """L of `rgb_to_lab` alone: [..., 3, H, W] in 0..1, or [..., 1, H, W] where all three are the same, to [..., 1, H, W] in
+    0..100."""
     return by_strips(_luminance_of, rgb)
 
 
@@ -67,7 +68,7 @@ def _rgb_to_lab(rgb: Tensor) -> Tensor:
 
 def _luminance_of(rgb: Tensor) -> Tensor:
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).clamp_min(0) ** 2.4, rgb / 12.92)
-    y = _mix(linear, XYZ_FROM_RGB[1:2])
+    y = _mix(linear.expand(*rgb.shape[:-3], 3, -1, -1), XYZ_FROM_RGB[1:2])
     return 116 * torch.where(y > 0.008856, y.clamp_min(0) ** (1 / 3), 7.787 * y + 16 / 116) - 16
 
 
@@ -80,7 +81,8 @@ def _lab_to_rgb(lab: Tensor) -> Tensor:
     xyz = _scaled(torch.where(f > 0.2068966, f**3, (f - 16 / 116) / 7.787), WHITE)
     linear = _mix(xyz, RGB_FROM_XYZ)
     gamma = 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055
-    return torch.where(linear > 0.0031308, gamma, linear * 12.92).clamp(0, 1)
+    # The straight piece is the lower one below 0.0031308, and the higher one above, where it ends.
+    return torch.minimum(gamma, linear * 12.92).clamp(0, 1)
 
 
 def _mix(channels: Tensor, rows: tuple[tuple[float, ...], ...]) -> Tensor:

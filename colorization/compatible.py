@@ -63,12 +63,12 @@ def run_colormnet(loaded: LoadedNetwork, images: Tensor, references: Tensor, job
     report.fact("precision", loaded.precision.reason)
     times = StageTimes(device)
     largest = _larger((height, width), (job.height, job.width))
-    at_full_size = conversions(*largest)
+    at_full_size = conversions(*largest, device)
     batch, needed = colormnet_batch(job.height, job.width, loaded.precision.dtype, device, job.memory_mode)
     remembered = memory_room(
         job.memory_mode, (job.height, job.width), loaded.widths, loaded.precision.dtype, len(references)
     )
-    held, converting = full_size_room(largest, min(count, _portion(*largest)), 4)
+    held, converting = full_size_room(largest, min(count, _portion(*largest)), 4, device)
     result = torch.empty(count, height, width, 3)
     with loaded.resident(remembered + held + max(needed, converting)) as network:
         examples = [_lab(r[None], device, job.height, job.width)[0] for r in references]
@@ -141,10 +141,10 @@ def run_deep_exemplar(
         report.note("Deep Exemplar matches one reference at a time; the first of the batch is used.")
     times = StageTimes(device)
     largest = _larger((frames.shape[1], frames.shape[2]), (job.height, job.width))
-    at_full_size = conversions(*largest)
+    at_full_size = conversions(*largest, device)
     batch, needed = deep_exemplar_batch(*small, device)
     count = len(frames)
-    held, converting = full_size_room(largest, min(count, _portion(*largest)), 4)
+    held, converting = full_size_room(largest, min(count, _portion(*largest)), 4, device)
     result = torch.empty(count, job.height, job.width, 3)
     with loaded.resident(held + max(needed, converting)) as networks:
         example = _halved(rgb_to_lab(_framed(reference[:1], device, job)), small)[0]

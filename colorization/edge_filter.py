@@ -7,13 +7,16 @@ fits the chroma to the luminance in every window.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 FILTERS = ("none", "guided", "fast_global_smoother")
-# Numbers that a CPU makes sums of together: their memory is used again, and caches hold a part of it.
-TOGETHER = 1 << 20
+# Pixels that a CPU filters together: their memory is used again, and caches hold it.
+TOGETHER = 1 << 19
 
 
 def apply_filter(name: str, guide: Tensor, chroma: Tensor) -> Tensor:
@@ -40,47 +43,68 @@ def fast_global_smoother(
     Neighbours are tied by smoothness * exp(-difference / sigma); every pass is four times weaker than the one before,
     as in OpenCV.
     """
-    across = torch.exp(-(guide[..., :, 1:] - guide[..., :, :-1]).abs() / sigma)
-    down = torch.exp(-(guide[..., 1:, :] - guide[..., :-1, :]).abs() / sigma).transpose(-1, -2)
+    strengths = [smoothness * 0.25**index for index in range(passes)]
+    if guide.device.type == "cpu":
+        return torch.stack([_eliminated(*pair, strengths, sigma) for pair in zip(guide, chroma, strict=True)])
+    across = _ties(guide, -1, sigma)
+    down = _ties(guide, -2, sigma).transpose(-1, -2)
     result = chroma
-    for index in range(passes):
-        strength = smoothness * 0.25**index
-        result = _solve_rows(strength * across, result)
-        result = _solve_rows(strength * down, result.transpose(-1, -2)).transpose(-1, -2)
+    for strength in strengths:
+        result = _reduced(strength * across, result)
+        result = _reduced(strength * down, result.transpose(-1, -2)).transpose(-1, -2)
     return result
 
 
-def _solve_rows(ties: Tensor, values: Tensor) -> Tensor:
-    """Solve (1 + sum of ties) u - ties * neighbours = values along the last dimension.
+def _ties(guide: Tensor, dimension: int, sigma: float) -> Tensor:
+    return torch.exp(-guide.diff(dim=dimension).abs() / sigma)
 
-    ties: [T, 1, H, W - 1] between neighbours; values: [T, C, H, W]. The system is diagonally dominant, which keeps both ways
-    stable: what a CPU does least work with, and what keeps a graphics card busy.
+
+def _eliminated(guide: Tensor, chroma: Tensor, strengths: list[float], sigma: float) -> Tensor:
+    """One frame, [1, H, W] and [C, H, W]. The line that is solved along comes first, so that a step is over numbers that lie
+    next to one another."""
+    across = _ties(guide.permute(2, 0, 1).contiguous(), 0, sigma)
+    down = _ties(guide.permute(1, 0, 2).contiguous(), 0, sigma)
+    for strength in strengths:
+        lines = chroma.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        _eliminate((strength * across).numpy(), lines.numpy())
+        lines = lines.permute(2, 1, 0).clone(memory_format=torch.contiguous_format)
+        _eliminate((strength * down).numpy(), lines.numpy())
+        chroma = lines.permute(1, 0, 2)
+    return chroma
+
+
+def _eliminate(ties: Any, values: Any) -> None:
+    """Solve (1 + sum of ties) u - ties * neighbours = values along the first dimension, by Thomas's algorithm; u is put in
+    the place of values, [N, C, M]. ties: [N - 1, 1, M] between neighbours.
+
+    NumPy, as 2 N steps over a few thousand numbers each are mostly calls, which take torch several times as long.
     """
-    return _column_by_column(ties, values) if values.device.type == "cpu" else _reduced(ties, values)
-
-
-def _column_by_column(ties: Tensor, values: Tensor) -> Tensor:
-    """Elimination (Thomas's algorithm): 2 W steps, each over one column of all rows, which lie next to one another."""
-    tie = ties.permute(3, 0, 1, 2).contiguous()  # [W - 1, T, 1, H]
-    result = values.permute(3, 0, 1, 2).contiguous()
-    diagonal = 1 + F.pad(ties, (1, 0)) + F.pad(ties, (0, 1))
-    diagonal = diagonal.permute(3, 0, 1, 2).contiguous()
-    share = torch.empty_like(tie)  # of the next column in this one, once those before are eliminated
-    inverse = diagonal[0].reciprocal()
-    result[0].mul_(inverse)
-    for index in range(1, len(result)):
-        left = tie[index - 1]
-        torch.mul(left, inverse, out=share[index - 1])
-        inverse = (diagonal[index] - left * share[index - 1]).reciprocal()
-        result[index].addcmul_(left.expand_as(result[index]), result[index - 1]).mul_(inverse)
-    for index in range(len(result) - 2, -1, -1):
-        result[index].addcmul_(share[index].expand_as(result[index]), result[index + 1])
-    return result.permute(1, 2, 3, 0)
+    diagonal = np.ones((len(values), *ties.shape[1:]), ties.dtype)
+    diagonal[1:] += ties
+    diagonal[:-1] += ties
+    shares = np.empty_like(ties)  # of the next line in this one, once those before are eliminated
+    inverse, product, before = 1 / diagonal[0], np.empty_like(values[0]), values[0]
+    before *= inverse
+    for tie, share, own, line in zip(ties, shares, diagonal[1:], values[1:], strict=True):
+        np.multiply(tie, inverse, out=share)
+        np.multiply(tie, share, out=inverse)
+        np.subtract(own, inverse, out=inverse)
+        np.reciprocal(inverse, out=inverse)
+        np.multiply(tie, before, out=product)
+        line += product
+        line *= inverse
+        before = line
+    for share, line, after in zip(shares[::-1], values[-2::-1], values[:0:-1], strict=True):
+        np.multiply(share, after, out=product)
+        line += product
 
 
 def _reduced(ties: Tensor, values: Tensor) -> Tensor:
-    """Cyclic reduction: every step doubles the distance to the neighbours an equation still contains, so log2(W) steps over
-    whole pictures replace 2 W steps over columns."""
+    """The solution of the same along the last dimension, for a graphics card, which log2(W) steps over whole pictures keep
+    busy: cyclic reduction, in which every step doubles the distance to the neighbours that an equation still contains.
+
+    ties: [T, 1, H, W - 1]; values: [T, C, H, W]. The system is diagonally dominant, which keeps both ways stable.
+    """
     width = values.shape[-1]
     left = -F.pad(ties, (1, 0))  # coefficient of the neighbour before
     right = -F.pad(ties, (0, 1))
@@ -105,6 +129,21 @@ def _shifted(x: Tensor, distance: int, outside: float) -> Tensor:
 
 def guided_filter(guide: Tensor, chroma: Tensor, radius: int, epsilon: float) -> Tensor:
     """guide: [T, 1, H, W] in 0..1; chroma: [T, C, H, W]; epsilon: variance of the guide that counts as an edge."""
+    if guide.device.type != "cpu":
+        return _guided(guide, chroma, radius, epsilon)
+    height, width = guide.shape[-2:]
+    step, seen = max(TOGETHER // width, 8 * radius), 2 * radius  # two windows, one over the other
+    filtered = torch.empty_like(chroma)
+    for frame, light, ab in zip(filtered.split(1), guide.split(1), chroma.split(1), strict=True):
+        for first in range(0, height, step):
+            stop = min(first + step, height)
+            rows = slice(max(0, first - seen), stop + seen)
+            part = _guided(light[..., rows, :], ab[..., rows, :], radius, epsilon)
+            frame[..., first:stop, :] = part[..., first - rows.start : stop - rows.start, :]
+    return filtered
+
+
+def _guided(guide: Tensor, chroma: Tensor, radius: int, epsilon: float) -> Tensor:
     mean_guide = _box(guide, radius)
     mean_chroma = _box(chroma, radius)
     variance = _box(guide * guide, radius) - mean_guide**2
@@ -129,21 +168,15 @@ def _doubled_means(x: Tensor, radius: int, axis: int) -> Tensor:
     length, size = x.shape[axis], 2 * radius + 1
     place = torch.arange(length)
     inside = (place + radius).clamp_max(length - 1) - (place - radius).clamp_min(0) + 1
-    means = torch.empty_like(x)
-    other = -3 - axis
-    lines = max(1, TOGETHER * x.shape[other] // x.numel())
-    for given, total in zip(x.split(lines, other), means.split(lines, other), strict=True):
-        sums = F.pad(given, (radius, radius) if axis == -1 else (0, 0, radius, radius))
-        total.zero_()
-        begin, width = 0, 1
-        while True:
-            if size & width:
-                total += sums.narrow(axis, begin, length)
-                begin += width
-            if 2 * width > size:
-                break
-            left = sums.shape[axis] - width
-            sums = sums.narrow(axis, 0, left) + sums.narrow(axis, width, left)
-            width *= 2
-        total /= inside if axis == -1 else inside[:, None]
-    return means
+    sums = F.pad(x, (radius, radius) if axis == -1 else (0, 0, radius, radius))
+    total = torch.zeros_like(x)
+    begin, width = 0, 1
+    while True:
+        if size & width:
+            total += sums.narrow(axis, begin, length)
+            begin += width
+        if 2 * width > size:
+            return total.div_(inside if axis == -1 else inside[:, None])
+        left = sums.shape[axis] - width
+        sums = sums.narrow(axis, 0, left) + sums.narrow(axis, width, left)
+        width *= 2

@@ -111,7 +111,7 @@ class FilmSession:
         self.detector = ShotDetector(options.shot_threshold) if options.shots != "off" else None
         self.seen: Tensor | None = None  # the last frame as the detector saw it
         self.smoother = ChromaSmoother(options.temporal_smoothing)
-        self.at_full_size = conversions(height, width)
+        self.at_full_size = conversions(height, width, self.device)
         self.stills = stills
         self.frame = 0  # index of the next frame
         self.shot = 0

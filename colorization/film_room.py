@@ -32,13 +32,13 @@ def activations(
     return colormnet_batch(*small, dtype, device, options.memory_mode)
 
 
-def full_size_room(size: tuple[int, int], portion: int, bytes_per_number: int) -> tuple[int, int]:
+def full_size_room(size: tuple[int, int], portion: int, bytes_per_number: int, device: torch.device) -> tuple[int, int]:
     """Bytes of full-size frames, (height, width), that are held while the networks run, and beside them while they are
     converted. portion: frames on the device at a time, while as many more are on their way."""
     pixels = size[0] * size[1]
     frames = 2 * 3 * bytes_per_number * portion * pixels
     luminance = 4 * portion * pixels
-    return frames + luminance, CONVERTED_BYTES * min(conversions(*size).size, portion) * pixels
+    return frames + luminance, CONVERTED_BYTES * min(conversions(*size, device).size, portion) * pixels
 
 
 def memory_room(mode: str, size: tuple[int, int], widths: ColorMNetWidths, dtype: torch.dtype, references: int) -> int:

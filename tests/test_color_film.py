@@ -251,7 +251,7 @@ def test_one_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_8k_width_goes_through_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(full_size, "PIXELS_TOGETHER", 1 << 20)
+    monkeypatch.setattr(full_size, "CPU_PIXELS_TOGETHER", 1 << 20)
     done = run(frames(1, 620, 7680), frames(1), method="Deep Exemplar", colour_size=64, edge_filter="none")
     assert done.pictures.shape == (1, 620, 7680, 3)
 

@@ -83,7 +83,7 @@ def test_compatible_jobs_are_bounded_at_full_size(monkeypatch: pytest.MonkeyPatc
 
     for name, place in (("upload", 1), ("to_channels_first", 0), ("with_luminance", 0)):
         monkeypatch.setattr(compatible, name, counted(name, place, getattr(compatible, name)))
-    monkeypatch.setattr(full_size, "PIXELS_TOGETHER", 2 * 50 * 70)
+    monkeypatch.setattr(full_size, "CPU_PIXELS_TOGETHER", 2 * 50 * 70)
     monkeypatch.setattr(clip_job, "PORTION_BYTES", 6 * 50 * 70 * 12)
     found = [compatible.run_colormnet(loaded, images, reference, job)[0] for job in jobs]
     for one, other in zip(found, expected, strict=True):

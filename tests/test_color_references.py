@@ -108,7 +108,9 @@ def test_reference_that_is_a_frame_comes_back_as_it_is() -> None:
         )
         torch.testing.assert_close(done.pictures[known], sharp[known], atol=2e-3, rtol=0)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(full_size, "PIXELS_TOGETHER", 2 * 40 * 54)  # the frames 2 and 3 are put together at full size
+        patched.setattr(
+            full_size, "CPU_PIXELS_TOGETHER", 2 * 40 * 54
+        )  # the frames 2 and 3 are put together at full size
         done = run(sharp, sharp[3:4], where="3", **options)
         torch.testing.assert_close(done.pictures[3], sharp[3], atol=2e-3, rtol=0)
         assert (done.pictures[2] - sharp[2]).abs().max() > 0.02

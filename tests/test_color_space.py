@@ -39,6 +39,20 @@ def test_there_and_back_is_the_same_eight_bits() -> None:
     assert torch.equal((back * 255).round().long(), rgb)
 
 
+@pytest.mark.parametrize("floating", [True, False])
+def test_luminance_of_black_and_white_frames_is_that_of_frames_in_colour(floating: bool) -> None:
+    grey = torch.randint(0, 256, (3, 5, 24, 1), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    frames = grey.repeat(1, 1, 1, 3)
+    for place in range(3):
+        frames[place, 2, 7, place] ^= 128  # in each channel, so that none of them may be left out
+    cpu = torch.device("cpu")
+    for given in (frames, grey.expand(-1, -1, -1, 3)):
+        given = given.float() / 255 if floating else given
+        wanted = colour_space.luminance_of((given if floating else given.float() / 255).permute(0, 3, 1, 2))
+        for frame, expected in zip(given.split(1), wanted.split(1), strict=True):
+            torch.testing.assert_close(luminance_of_frames(frame, cpu), expected, atol=1e-5, rtol=0)
+
+
 def test_fast_global_smoother_equals_opencv() -> None:
     golden = np.load(DATA / "fast_global_smoother.npz")
     guide, chroma = torch.from_numpy(golden["guide"]).float()[None, None], torch.from_numpy(golden["chroma"])[None]
@@ -68,15 +82,21 @@ def test_what_a_cpu_does_equals_what_a_card_does(size: tuple[int, int], monkeypa
     values = torch.randn(2, 3, height, width, generator=random) * 20
     ties = 500 * torch.exp(-8 * torch.rand(2, 1, height, width - 1, generator=random))
     exact = edge_filter._reduced(ties.double(), values.double()).float()
-    torch.testing.assert_close(edge_filter._solve_rows(ties, values), exact, atol=1e-3, rtol=0)
-    for radius, together in ((1, 1 << 20), (3, 1), (10, 200)):
-        monkeypatch.setattr(edge_filter, "TOGETHER", together)
+    for frame, tie, expected in zip(values, ties, exact, strict=True):
+        lines = frame.permute(2, 0, 1).numpy().copy()
+        edge_filter._eliminate(tie.permute(2, 0, 1).numpy(), lines)
+        torch.testing.assert_close(torch.from_numpy(lines).permute(1, 2, 0), expected, atol=1e-3, rtol=0)
+    guide = torch.rand(2, 1, height, width, generator=random)
+    for radius in (1, 3, 10):
         side = 2 * radius + 1
         expected = F.avg_pool2d(values, side, 1, radius, count_include_pad=False) if radius <= min(size) else None
         found = edge_filter._box(values, radius)
         if expected is not None:
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
         assert found.isfinite().all() and found.abs().max() <= values.abs().max() + 1e-4
+        whole = edge_filter._guided(guide, values, radius, 1e-4)
+        monkeypatch.setattr(edge_filter, "TOGETHER", 1)  # strips of 8 radii
+        assert torch.equal(edge_filter.guided_filter(guide, values, radius, 1e-4), whole)
 
 
 def test_a_device_that_cannot_antialias_leaves_it_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
