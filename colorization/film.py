@@ -116,6 +116,7 @@ class FilmSession:
         self.frame = 0  # index of the next frame
         self.shot = 0
         self.shot_start = 0
+        self.last_cut = 0  # that a detector found: a part of a film may begin behind it
         self.cuts: list[int] = []
         # One per film: what was recorded for one shot serves the next.
         self._engine = self._new_engine(loaded)
@@ -129,6 +130,7 @@ class FilmSession:
         self.frame = self.shot_start = frame
         self.shot = shot
         self.detector = detector
+        self.last_cut = frame if detector is None else detector.last_cut
         self._renew_session()
 
     def colorize(self, frames: Tensor) -> ColouredFrames:
@@ -243,7 +245,7 @@ class FilmSession:
         """A new shot starts at the next frame."""
         self._notes += self._session.notes()
         self.shot += 1
-        self.shot_start = self.frame
+        self.shot_start = self.last_cut = self.frame
         self.cuts.append(self.frame)
         self.smoother.forget()
         self._renew_session()
@@ -309,6 +311,7 @@ class FilmSession:
         tensors["film"] = torch.tensor([self.frame, self.shot, self.shot_start])
         if self.seen is not None:
             tensors["shots.seen"] = self.seen
+            tensors["shots.last_cut"] = torch.tensor([self.last_cut])
         return Snapshot(tensors, self.description(), self.copies, self.copies.mark())
 
     def state(self) -> FilmState:
@@ -340,10 +343,12 @@ class FilmSession:
             if passed:
                 latest = max(passed, key=lambda reference: reference.frame or 0)
                 self._session.change_reference(self.references.for_matching(latest))
-        seen = state.part("shots.").get("seen")
-        if self.detector is not None and seen is not None:
-            self.seen = seen
-            self.detector.go_on(self.frame, self.shot_start, seen)
+        shots = state.part("shots.")
+        # A state of an older version says nothing of the cut, which was where its shot began.
+        self.last_cut = int(shots["last_cut"][0]) if "last_cut" in shots else self.shot_start
+        if self.detector is not None and "seen" in shots:
+            self.seen = shots["seen"]
+            self.detector.go_on(self.frame, self.last_cut, self.seen)
 
     def description(self) -> dict[str, Any]:
         """What a state must agree with to be continued here, and which references it remembers."""

@@ -54,13 +54,14 @@ class ShotDetector:
         counted = "frame_num" in inspect.signature(self._detector.process_frame).parameters
         self._stamp: Any = int if counted else lambda frame: FrameTimecode(frame, 25.0)
         self._next = first
+        self.last_cut = first  # that it found, or the first frame that it saw
 
-    def go_on(self, frame: int, shot_start: int, seen: Tensor) -> None:
-        """Look at a film from `frame` on, as if from its beginning: `seen` is the picture before it, of a detector that
-        went there, and `shot_start` the first frame of that shot. Only for a detector that has seen nothing yet."""
-        # All it remembers is the last picture, and when it last found a cut.
-        self._detector.process_frame(self._stamp(shot_start), _in_colour(seen))
-        self._next = frame
+    def go_on(self, frame: int, last_cut: int, seen: Tensor) -> None:
+        """Look at a film from `frame` on, as if from its beginning: `seen` is the picture before it and `last_cut` the last
+        cut, of a detector that went there. Only for a detector that has seen nothing yet."""
+        # That is all it remembers.
+        self._detector.process_frame(self._stamp(last_cut), _in_colour(seen))
+        self._next, self.last_cut = frame, last_cut
 
     def cuts(self, frames: Tensor) -> list[int]:
         """Which of the next frames start a new shot, counted from the first frame of these. frames: [T, H, W, 3],
@@ -77,6 +78,7 @@ class ShotDetector:
             cuts = self._detector.process_frame(self._stamp(self._next), _in_colour(pictures[-1]))
             found += [self._number(cut) for cut in cuts]
             self._next += 1
+        self.last_cut = found[-1] if found else self.last_cut
         inner = [cut - start for cut in found if cut >= start and cut > 0]
         stops = [*(cut for cut in inner if cut > 0), len(frames)]
         return [Segment(first, stop, first in inner, pictures[stop - 1]) for first, stop in pairwise([0, *stops])]

@@ -150,6 +150,25 @@ def test_cuts_and_shots_of_a_part_are_those_of_the_film(tmp_path: Path) -> None:
             assert [first + cut for cut in start.detector.cuts(portion.frames)] == cuts
 
 
+def test_a_part_that_was_stopped_right_behind_its_beginning_finds_the_cuts_of_the_film(tmp_path: Path) -> None:
+    pytest.importorskip("scenedetect")
+    shots_film(tmp_path / "in.mp4")
+    facts = read_facts(tmp_path / "in.mp4")
+    start = film_part.find_start(tmp_path / "in.mp4", facts, Extent(3.5), False, 27.0, False, quiet)
+    (portion,) = read_portions(tmp_path / "in.mp4", facts, 99, start.time)
+    options = FilmOptions(colour_size=16, shots="reset")
+    loaded = clip_job.load_method(options)
+    with loaded.resident() as network:
+        stopped, again = (
+            FilmSession(network, loaded, options, read_references([*counted(1)]), 40, 56) for _ in range(2)
+        )
+        stopped.start_at(start.frame, start.shot, start.detector)
+        stopped.colorize(portion.frames[:2])
+        again.load(stopped.state())
+        again.colorize(portion.frames[2:])
+    assert again.cuts == [47, 72]
+
+
 def test_references_of_a_part_are_frames_of_the_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("scenedetect")
     shots_film(tmp_path / "in.mp4")
