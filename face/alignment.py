@@ -73,7 +73,7 @@ def warp(pixels: Tensor, rows: Tensor, inverse: Tensor, height: int, width: int,
 
 def _strip(pixels: Tensor, rows: Tensor, inverse: Tensor, lines: range, width: int, repeat_edge: bool) -> Tensor:
     """The `lines` of what `warp` gives."""
-    count, source_height, source_width, channels = pixels.shape
+    source_height, source_width, channels = pixels.shape[1:]
     y = torch.arange(lines.start, lines.stop, device=pixels.device, dtype=torch.float32)[:, None]
     x = torch.arange(width, device=pixels.device, dtype=torch.float32)
     a = inverse[:, :, :, None, None]
@@ -88,7 +88,8 @@ def _strip(pixels: Tensor, rows: Tensor, inverse: Tensor, lines: range, width: i
     inside = (inside_y == ys)[:, None] & (inside_x == xs)
     base = (rows * (source_height * source_width))[:, None, None]
     index = inside_y.mul_(source_width).add_(base)[:, None] + inside_x  # [2, 2, F, lines, width]
-    values = pixels.reshape(count * source_height * source_width, channels)[index].float()
+    # By `index_select`, which copies pixels whole where indexing takes each of their numbers by itself.
+    values = pixels.view(-1, channels).index_select(0, index.view(-1)).view(*index.shape, channels).float()
     if not repeat_edge:
         values.mul_(inside[..., None])
     upper, lower = torch.lerp(values[:, 0], values[:, 1], part_x)
