@@ -45,7 +45,9 @@ def fast_global_smoother(
     """
     strengths = [smoothness * 0.25**index for index in range(passes)]
     if guide.device.type == "cpu":
-        return torch.stack([_eliminated(*pair, strengths, sigma) for pair in zip(guide, chroma, strict=True)])
+        frames = max(1, 2 * TOGETHER // guide[0].numel())
+        portions = zip(guide.split(frames), chroma.split(frames), strict=True)
+        return torch.cat([_eliminated(*portion, strengths, sigma) for portion in portions])
     across = _ties(guide, -1, sigma)
     down = _ties(guide, -2, sigma).transpose(-1, -2)
     result = chroma
@@ -60,22 +62,22 @@ def _ties(guide: Tensor, dimension: int, sigma: float) -> Tensor:
 
 
 def _eliminated(guide: Tensor, chroma: Tensor, strengths: list[float], sigma: float) -> Tensor:
-    """One frame, [1, H, W] and [C, H, W]. The line that is solved along comes first, so that a step is over numbers that lie
-    next to one another."""
-    across = _ties(guide.permute(2, 0, 1).contiguous(), 0, sigma)
-    down = _ties(guide.permute(1, 0, 2).contiguous(), 0, sigma)
+    """[T, 1, H, W] and [T, C, H, W]. The line that is solved along comes first, so that a step is over numbers that lie next
+    to one another."""
+    across = _ties(guide.permute(3, 0, 1, 2).contiguous(), 0, sigma)
+    down = _ties(guide.permute(2, 0, 1, 3).contiguous(), 0, sigma)
     for strength in strengths:
-        lines = chroma.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        lines = chroma.permute(3, 0, 1, 2).clone(memory_format=torch.contiguous_format)
         _eliminate((strength * across).numpy(), lines.numpy())
-        lines = lines.permute(2, 1, 0).clone(memory_format=torch.contiguous_format)
+        lines = lines.permute(3, 1, 2, 0).clone(memory_format=torch.contiguous_format)
         _eliminate((strength * down).numpy(), lines.numpy())
-        chroma = lines.permute(1, 0, 2)
+        chroma = lines.permute(1, 2, 0, 3)
     return chroma
 
 
 def _eliminate(ties: Any, values: Any) -> None:
     """Solve (1 + sum of ties) u - ties * neighbours = values along the first dimension, by Thomas's algorithm; u is put in
-    the place of values, [N, C, M]. ties: [N - 1, 1, M] between neighbours.
+    the place of values, [N, T, C, M]. ties: [N - 1, T, 1, M] between neighbours.
 
     NumPy, as 2 N steps over a few thousand numbers each are mostly calls, which take torch several times as long.
     """

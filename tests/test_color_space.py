@@ -82,10 +82,9 @@ def test_what_a_cpu_does_equals_what_a_card_does(size: tuple[int, int], monkeypa
     values = torch.randn(2, 3, height, width, generator=random) * 20
     ties = 500 * torch.exp(-8 * torch.rand(2, 1, height, width - 1, generator=random))
     exact = edge_filter._reduced(ties.double(), values.double()).float()
-    for frame, tie, expected in zip(values, ties, exact, strict=True):
-        lines = frame.permute(2, 0, 1).numpy().copy()
-        edge_filter._eliminate(tie.permute(2, 0, 1).numpy(), lines)
-        torch.testing.assert_close(torch.from_numpy(lines).permute(1, 2, 0), expected, atol=1e-3, rtol=0)
+    lines = values.permute(3, 0, 1, 2).numpy().copy()
+    edge_filter._eliminate(ties.permute(3, 0, 1, 2).numpy(), lines)
+    torch.testing.assert_close(torch.from_numpy(lines).permute(1, 2, 3, 0), exact, atol=1e-3, rtol=0)
     guide = torch.rand(2, 1, height, width, generator=random)
     for radius in (1, 3, 10):
         side = 2 * radius + 1
@@ -95,8 +94,10 @@ def test_what_a_cpu_does_equals_what_a_card_does(size: tuple[int, int], monkeypa
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
         assert found.isfinite().all() and found.abs().max() <= values.abs().max() + 1e-4
         whole = edge_filter._guided(guide, values, radius, 1e-4)
-        monkeypatch.setattr(edge_filter, "TOGETHER", 1)  # strips of 8 radii
+        smoothed = edge_filter.fast_global_smoother(255 * guide, values)
+        monkeypatch.setattr(edge_filter, "TOGETHER", 1)  # strips of 8 radii, single frames
         assert torch.equal(edge_filter.guided_filter(guide, values, radius, 1e-4), whole)
+        assert torch.equal(edge_filter.fast_global_smoother(255 * guide, values), smoothed)
 
 
 def test_a_device_that_cannot_antialias_leaves_it_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
