@@ -30,8 +30,9 @@ def transfer_chroma(
     with torch.inference_mode():
         for index in host.each(range(len(pictures)), "colours"):
             light = luminance_of_frames(pictures[index : index + 1], device)
-            source = painted[min(index, len(painted) - 1)][None]
-            chroma = resized(rgb_to_lab(to_channels_first(source, device))[:, 1:], height, width)
-            chroma = apply_filter(edge_filter, light, chroma) * strength
-            result[index] = frames_of(light, chroma, torch.float32)[0].cpu()
+            if index < len(painted):
+                source = to_channels_first(painted[index : index + 1], device)
+                chroma = resized(rgb_to_lab(source)[:, 1:], height, width)
+            filtered = apply_filter(edge_filter, light, chroma) * strength
+            result[index] = frames_of(light, filtered, torch.float32)[0].cpu()
     return result

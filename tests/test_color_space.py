@@ -132,6 +132,10 @@ def test_transfer_keeps_luminance_and_takes_chroma() -> None:
     inside = ((out > 0.001) & (out < 0.999)).all(-1)
     torch.testing.assert_close(lab[:, 0][inside], grey[:, 0][inside], atol=0.02, rtol=0)
     torch.testing.assert_close(lab[:, 1][inside], wanted[:, 1, :1, :1].expand(2, 30, 40)[inside], atol=0.02, rtol=0)
+    shared = [
+        transfer_chroma(light, c, 0.5, "guided", torch.device("cpu")) for c in (colours, colours.repeat(2, 1, 1, 1))
+    ]
+    torch.testing.assert_close(*shared, atol=1e-5, rtol=0)
     both = torch.cat([colours, torch.tensor([0.4, 0.4, 0.7]).expand(1, 15, 20, 3)])
     each = transfer_chroma(light, both, 1.0, "none", torch.device("cpu"))
     for i in range(2):
