@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from compiled_models import assert_same_picture, sample
-from hotpath.patches.compilation import CompileSettings, call_arguments, compile_model, recording
+from hotpath.patches.compilation import call_arguments, recording
 from hotpath.patches.compilation.blocks import foreign_class
-from hotpath.patches.compilation.recording import recording_problem
+from hotpath.patches.compilation.settings import KEY
 from recorded_models import recorded
 from tiny_native_models import tiny
 
@@ -148,13 +148,25 @@ def test_objects_whose_content_is_not_known_are_not_recorded() -> None:
     assert sizes[0] == sizes[1] != sizes[2]
 
 
-def test_models_whose_calls_have_no_wrapper_are_told() -> None:
-    """ComfyUI's Stable Diffusion 3, PixArt, HunyuanDiT and OmniGen2 among them."""
+def test_models_that_run_no_wrappers_are_recorded_around_their_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI's Stable Diffusion 3, PixArt, OmniGen2 and Stable Cascade are such."""
     from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+    from hotpath.patches.compilation import regional, wrapping
 
-    model = tiny("flux").model.clone()
-    model.load_device = torch.device("cuda")
-    assert recording_problem(model) is None
-    model.add_object_patch("diffusion_model", object.__new__(OpenAISignatureMMDITWrapper))
-    _, report = compile_model(model, CompileSettings(mode="cudagraphs"))
-    assert report.startswith("Not recorded") and "OpenAISignatureMMDITWrapper runs none" in report
+    bench = tiny("flux")
+    network: Any = bench.model.model.diffusion_model
+    assert wrapping.runs_wrappers(network) and not wrapping.runs_wrappers(
+        object.__new__(OpenAISignatureMMDITWrapper)
+    )
+    monkeypatch.setattr(regional, "runs_wrappers", lambda _: False)
+    model, recorder = recorded(bench.model)
+    model.remove_wrappers_with_key("diffusion_model", KEY)  # a network like those would not run it
+    assert_same_picture(sample(bench, model, steps=3), sample(bench, steps=3))
+    assert recorder.recorded == 1 and recorder.replayed == 3 and recorder.reason is None
+    assert "forward" not in vars(network)
+    network.forward = type(network).forward.__get__(network)
+    try:
+        assert_same_picture(sample(bench, model), sample(bench))
+        assert recorder.reason == "a pack replaced the forward of Flux" and recorder.recorded == 1
+    finally:
+        del network.forward

@@ -229,5 +229,16 @@ def _looks(value: Any) -> Iterator[Hashable]:
         yield (type(value), value if isinstance(value, (bool, int, str)) else None)
 
 
+def usual_order(value: Any) -> Any:
+    """`value` with its channels side by side if it is tokens [..., tokens, channels] in the order of the picture they are of.
+
+    So the first block of a model gets them that makes tokens of a picture by turning it (Wan). They are copied once in a step;
+    otherwise that block alone would need a graph.
+    """
+    if not isinstance(value, torch.Tensor) or value.dim() < 3 or value.shape[-1] == 1 or value.stride(-1) <= 1:
+        return value
+    return value.contiguous()
+
+
 def _sizes(arguments: Any) -> Any:
     return tuple((tensor.dtype, tensor.shape) for tensor in tensors_in(arguments))

@@ -25,7 +25,7 @@ from ...host.capturing import GraphMemory, captured, trim
 from ...host.errors import kind_and_line
 from ...host.interruption import is_stop
 from ..model_call import BOUND, BoundPatches
-from .blocks import check_replaced, names_used
+from .blocks import check_replaced
 from .call_arguments import Flat, cloned, flatten, fresh, rebuild
 from .options import NotTraceable, attention_of_call, is_traceable, options_read_by, origin
 from .settings import KEY, CompilationRefused
@@ -289,11 +289,15 @@ class CallRecorder:
         return reason
 
     def _unrecorded(self, reason: str, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.leave_out(reason)
+        return executor(*args, **kwargs)
+
+    def leave_out(self, reason: str) -> None:
+        """A call runs as it is. Raises CompilationRefused where that is not wanted."""
         self.reason = reason
         settings = self.compiler.settings
         if settings.strict and not settings.compiles:
             raise CompilationRefused(f"The model's call cannot be recorded: {reason}.")
-        return executor(*args, **kwargs)
 
     def _reduced(
         self, plan: _Plan, calls: _Calls, executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -359,9 +363,6 @@ def recording_problem(model: Any) -> str | None:
     """Why calls of `model` (a ModelPatcher) cannot be recorded at all, or None."""
     if model.load_device.type != "cuda":
         return f"CUDA graphs need a CUDA device, and this model runs on {model.load_device.type}."
-    kind: Any = type(model.get_model_object("diffusion_model"))
-    if "DIFFUSION_MODEL" not in names_used(kind):
-        return f"CUDA graphs need a wrapper around the model's calls, and {kind.__name__} runs none."
     return None
 
 

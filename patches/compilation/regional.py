@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,13 +23,13 @@ from ...host.errors import kind_and_line
 from ...products.rerouting import aside
 from ..model_call import dtype_inside
 from .blocks import ORDINARY, LiveParts, constants_of, foreign_class, parts_of
-from .graphs import Backend, CompiledKind, compile_errors
+from .graphs import Backend, CompiledKind, compile_errors, usual_order
 from .options import NotTraceable, block_options, options_read_by, share_attention_log
 from .pictures import Pictures
 from .recording import CallRecorder
-from .regions import Region, find_regions
+from .regions import Region, find_regions, is_transformer
 from .settings import CompilationRefused, CompileSettings
-from .wrapping import without_core_compiler
+from .wrapping import WrappedForward, runs_wrappers, without_core_compiler
 from .written_out import NAMESPACE
 
 log = logging.getLogger("hotpath.compile")
@@ -76,6 +76,7 @@ class BlockForward:
         self.owner = owner
         self.original: Callable[..., Any] = type(region.module).forward
         self._live = LiveParts(region.module)
+        self._on_tokens = is_transformer(region.module)
         self.kind: CompiledKind | None = None
         self.reason: str | None = None  # why this block ran as it is, the last time
         self.key: Hashable = None
@@ -117,6 +118,9 @@ class BlockForward:
             return self._as_it_is(kind.reason if kind is not None else self.reason, args, kwargs)
         try:
             reduced, changed = self._reduce(args, kwargs)
+            if self._on_tokens:
+                reduced = tuple(usual_order(value) for value in reduced)
+                changed = {name: usual_order(value) for name, value in changed.items()}
             with aside():
                 out = kind(self.module, reduced, changed)
         except NotTraceable as error:
@@ -154,6 +158,9 @@ class _Plan:
         found = find_regions(model.diffusion_model, owner.settings.regions)
         self.blocks = [BlockForward(region, owner) for region in found]
         self.pictures = Pictures(model.diffusion_model) if owner.recorder is not None else None
+        self.whole: WrappedForward | None = None
+        if owner.recorder is not None and not runs_wrappers(model.diffusion_model):
+            self.whole = WrappedForward(model.diffusion_model, owner.recorder)
         self.stamp: Any = None
         self.problem: str | None = None  # why the model as a whole cannot be recorded
         inside = frozenset(part for block in self.blocks for part in block.module.modules())
@@ -266,10 +273,18 @@ class RegionalCompiler:
         with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
             plan = self._thread.plan = self.plan(executor.class_obj, x.device)
             try:
-                with installed(plan.blocks if self.settings.compiles else []):
+                with installed(self._forwards(plan)):
                     return (executor if alone is None else alone)(x, *args, **kwargs)
             finally:
                 self._thread.plan = before
+
+    def _forwards(self, plan: _Plan) -> list[BlockForward | WrappedForward]:
+        found: list[BlockForward | WrappedForward] = [*plan.blocks] if self.settings.compiles else []
+        if plan.whole is not None:
+            if self.recorder is not None and "forward" in vars(plan.whole.module):
+                self.recorder.leave_out(f"a pack replaced the forward of {type(plan.whole.module).__name__}")
+            found.append(plan.whole)
+        return found
 
     def release(self, model: Any) -> _Plan | None:
         """The weights of `model` (a BaseModel) leave the device. Returns its blocks, if they are known."""
@@ -322,15 +337,15 @@ class RegionalCompiler:
 
 
 @contextmanager
-def installed(blocks: list[BlockForward]) -> Iterator[None]:
-    """Our `forward` on the blocks that have none of another pack."""
+def installed(forwards: Sequence[BlockForward | WrappedForward]) -> Iterator[None]:
+    """Our `forward` on the modules that have none of another pack."""
     done: list[nn.Module] = []
     try:
-        for block in blocks:
-            own = vars(block.module)
+        for forward in forwards:
+            own = vars(forward.module)
             if "forward" not in own:
-                own["forward"] = block
-                done.append(block.module)
+                own["forward"] = forward
+                done.append(forward.module)
         yield
     finally:
         for module in done:

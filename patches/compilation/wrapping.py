@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from .blocks import names_used
 from .options import OWN
 
 CORE_COMPILER = "comfy_api.torch_helpers"  # of ComfyUI's TorchCompileModel
@@ -44,3 +47,31 @@ def without_core_compiler(executor: Any) -> Callable[..., Any] | None:
     inside = following(executor)
     kept = [wrapper for wrapper in inside if not _is_from(wrapper, CORE_COMPILER)]
     return through(executor, kept) if len(kept) < len(inside) else None
+
+
+def runs_wrappers(network: nn.Module) -> bool:
+    """Whether a diffusion model runs the wrappers that ComfyUI has for its calls; Stable Diffusion 3, PixArt and others do not."""
+    kind: Any = type(network)
+    return "DIFFUSION_MODEL" in names_used(kind)
+
+
+class WrappedForward:
+    """The `forward` during a model call of a network that runs no wrappers: `wrapper`, around what the class has.
+
+    While that runs, the network is as it was.
+    """
+
+    def __init__(self, module: nn.Module, wrapper: Callable[..., Any]) -> None:
+        self.module = module
+        self._wrapper = wrapper
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from comfy.patcher_extension import WrapperExecutor
+
+        own = vars(self.module)
+        del own["forward"]
+        try:
+            around = WrapperExecutor.new_class_executor(self.module.forward, self.module, [self._wrapper])
+            return around.execute(*args, **kwargs)
+        finally:
+            own["forward"] = self
