@@ -17,7 +17,7 @@ from hotpath.patches.compilation import (
     settings,
 )
 from hotpath.patches.compilation.blocks import LiveParts, constants_of
-from hotpath.patches.compilation.graphs import CompiledKind, inductor, usual_order
+from hotpath.patches.compilation.graphs import CompiledKind, inductor
 from hotpath.patches.compilation.options import NotTraceable
 from hotpath.patches.compilation.regions import describe_regions, find_regions
 from tiny_native_models import tiny
@@ -305,15 +305,6 @@ def test_a_kind_that_nobody_holds_is_freed_with_its_graphs() -> None:
     del kind
     gc.collect()
     assert held() is None
-
-
-def test_tokens_that_are_a_turned_picture_are_put_in_order() -> None:
-    picture = torch.rand(2, 8, 12)
-    tokens = picture.transpose(1, 2)
-    assert usual_order(tokens).is_contiguous() and torch.equal(usual_order(tokens), tokens)
-    heads = torch.rand(2, 12, 4, 8).transpose(1, 2)
-    for kept in (picture, heads, picture[0].T, torch.rand(2, 1, 1).expand(2, 5, 8), None):
-        assert usual_order(kept) is kept
 
 
 def test_a_graph_for_another_order_or_attention_serves_every_size() -> None:

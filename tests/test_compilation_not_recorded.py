@@ -155,9 +155,7 @@ def test_models_that_run_no_wrappers_are_recorded_around_their_forward(monkeypat
 
     bench = tiny("flux")
     network: Any = bench.model.model.diffusion_model
-    assert wrapping.runs_wrappers(network) and not wrapping.runs_wrappers(
-        object.__new__(OpenAISignatureMMDITWrapper)
-    )
+    assert wrapping.runs_wrappers(network) and not wrapping.runs_wrappers(object.__new__(OpenAISignatureMMDITWrapper))
     monkeypatch.setattr(regional, "runs_wrappers", lambda _: False)
     model, recorder = recorded(bench.model)
     model.remove_wrappers_with_key("diffusion_model", KEY)  # a network like those would not run it

@@ -101,6 +101,21 @@ def parts_of(weight: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
     return [part for parts, _ in inside for part in parts], (meaning, [more for _, more in inside])
 
 
+def class_of(kind: Any) -> Hashable:
+    """A class, or what is equal for all classes that one function makes: Stable Cascade has a class of norms for every block."""
+    if "<locals>" not in kind.__qualname__:
+        return kind
+    own: list[Hashable] = []
+    for name, member in vars(kind).items():
+        if isinstance(member, types.FunctionType):
+            given = [cell.cell_contents for cell in member.__closure__ or ()]
+            # `super` keeps the class itself.
+            own.append((name, member.__code__, tuple(id(value) for value in given if value is not kind)))
+        elif not name.startswith("__"):
+            return kind
+    return kind.__module__, kind.__qualname__, tuple(class_of(base) for base in kind.__bases__), tuple(own)
+
+
 def constants_of(block: nn.Module) -> Hashable:
     """The part of a block's kind that stays: classes, names, and attributes that its code uses."""
     found: list[Hashable] = []
@@ -115,7 +130,7 @@ def constants_of(block: nn.Module) -> Hashable:
             # What a layer keeps for itself may be an object that only it has.
             and (not name.startswith("_") or isinstance(value, PLAIN))
         )
-        found.append((path, type(part), attributes))
+        found.append((path, class_of(type(part)), attributes))
     return tuple(found)
 
 

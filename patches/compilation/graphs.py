@@ -230,14 +230,16 @@ def _looks(value: Any) -> Iterator[Hashable]:
 
 
 def usual_order(value: Any) -> Any:
-    """`value` with its channels side by side if it is tokens [..., tokens, channels] in the order of the picture they are of.
+    """`value` as a block's own output would lie, if it is tokens [B, N, C] turned from a picture or cut out of more.
 
-    So the first block of a model gets them that makes tokens of a picture by turning it (Wan). They are copied once in a step;
-    otherwise that block alone would need a graph.
+    So the first block of a model gets them (Wan, CogVideoX). They are copied once in a step; otherwise that block alone would need
+    a graph.
     """
-    if not isinstance(value, torch.Tensor) or value.dim() < 3 or value.shape[-1] == 1 or value.stride(-1) <= 1:
+    if not isinstance(value, torch.Tensor) or value.dim() != 3 or 1 in value.shape[1:]:
         return value
-    return value.contiguous()
+    turned = value.stride(2) > 1
+    cut = value.stride()[1:] == (value.shape[2], 1) and value.stride(0) > 0
+    return value.contiguous() if turned or cut else value
 
 
 def _sizes(arguments: Any) -> Any:
