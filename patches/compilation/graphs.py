@@ -232,8 +232,8 @@ def _looks(value: Any) -> Iterator[Hashable]:
 def usual_order(value: Any) -> Any:
     """`value` as a block's own output would lie, if it is tokens [B, N, C] turned from a picture or cut out of more.
 
-    So the first block of a model gets them (Wan, CogVideoX). They are copied once in a step; otherwise that block alone would need
-    a graph.
+    So the first block of a model gets them (Wan, CogVideoX). They are copied once in a step; otherwise that block alone would
+    need a graph.
     """
     if not isinstance(value, torch.Tensor) or value.dim() != 3 or 1 in value.shape[1:]:
         return value

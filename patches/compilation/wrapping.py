@@ -50,7 +50,7 @@ def without_core_compiler(executor: Any) -> Callable[..., Any] | None:
 
 
 def runs_wrappers(network: nn.Module) -> bool:
-    """Whether a diffusion model runs the wrappers that ComfyUI has for its calls; Stable Diffusion 3, PixArt and others do not."""
+    """Whether a diffusion model runs the wrappers that ComfyUI has for its calls; Stable Diffusion 3 and others do not."""
     kind: Any = type(network)
     return "DIFFUSION_MODEL" in names_used(kind)
 

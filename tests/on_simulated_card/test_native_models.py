@@ -41,6 +41,37 @@ def test_recorded_calls(card: Any, mode: str) -> None:
     assert bool(compiler_of(model).kinds) == (mode == "reduce-overhead")
 
 
+@pytest.mark.long
+def test_a_model_that_runs_no_wrappers(card: Any) -> None:
+    import comfy.sample
+    import comfy.supported_models
+    from tiny_native_models import _patcher, encode
+
+    config = comfy.supported_models.SD3(
+        {
+            "in_channels": 16, "patch_size": 2, "depth": 2, "input_size": None, "num_patches": 4096,
+            "pos_embed_max_size": 64, "pos_embed_scaling_factor": None, "adm_in_channels": 64, "dtype": torch.float32,
+            "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
+        }
+    )  # fmt: skip
+    config.set_inference_dtype(torch.float32, None)
+    plain = _patcher(config, 0)
+    model, _ = compile_model(plain, CompileSettings(mode="cudagraphs", strict=True))
+    recorder = compiler_of(model).recorder
+    latent = torch.zeros(1, 16, 16, 16)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
+    for count, prompt in enumerate(("one", "another"), 1):
+        text = encode(prompt, 20, 64, 64)
+        expected, made = (
+            comfy.sample.sample(
+                m, noise, 2, 4.0, "euler", "simple", text, text, latent, disable_pbar=True, seed=1
+            )
+            for m in (plain, model)
+        )  # fmt: skip
+        assert (made - expected).abs().max() <= 2e-5 * expected.abs().max()
+        assert recorder.recorded == 1 and recorder.replayed == 2 * count and recorder.reason is None
+
+
 def test_the_first_calls_run_where_the_next_is_recorded(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "WARM_CALLS", 2)
     bench = tiny("z_image")
