@@ -116,8 +116,11 @@ def _capture(function: Callable[[], Made], graph: Any, stream: Any, pool: Any, d
         # thread_local: what another thread does with the card meanwhile, such as decoding a preview, is its own affair.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             return function()
-    except BaseException:
+    except BaseException as error:
         _end(device, pool)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, Exception):
+            # Of a capture that broke off torch only says so; this is why.
+            raise error.__context__ from None
         raise
     finally:
         if own:
