@@ -331,6 +331,12 @@ def _patcher_over(model: Any, made: Any, baked: set[str]) -> Any:
     # Not a clone of the original any more: other weights, another identity.
     patched.patches_uuid, patched.clone_base_uuid = uuid.uuid4(), uuid.uuid4()
     patched.cached_patcher_init = (_patcher_again, (made, patched.load_device, patched.offload_device))
+    # ComfyUI's multi-GPU split has the original on its other devices, and LoRAs that are in our weights would miss there.
+    if others := patched.get_additional_models_with_key("multigpu"):
+        copies = [patched.deepclone_multigpu(other.load_device) for other in others]
+        for copied in copies:
+            copied.is_multigpu_base_clone = True
+        patched.set_additional_models("multigpu", copies)
     return patched
 
 
