@@ -30,7 +30,8 @@ class Contributions:
     """Energies by step and block. Raises ValueError for values that are not finite.
 
     sigmas: [S], falling. identity, own: [S, B], sums of squares of the identities' contributions and of the blocks' own
-    outputs; own is 0 where nothing was measured. runs, calls: how many sampling runs and model calls are in it.
+    outputs; own is 0 where nothing was measured. runs, calls: how many sampling runs are in it, and model calls that
+    measured something.
     """
 
     blocks: tuple[Block, ...]

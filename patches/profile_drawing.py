@@ -52,6 +52,9 @@ def table(profile: Profile) -> str:
             lines.append(f"  step {number:<3}{1000 * step.seconds:>9.1f} ms{_remark(step)}")
     if ENCODE not in _stages(profile):
         lines.append("text encode did not run: its result was remembered, or another CLIP was used")
+    skipped = sum(step.skipped for step in profile.steps)
+    if skipped:
+        lines.append(f"a step cache skipped {skipped} of {len(profile.steps)} steps")
     waiting = sum(step.waits_for_python for step in profile.steps)
     if waiting:
         lines.append(f"in {waiting} of {len(profile.steps)} steps the GPU waits for Python: CUDA graphs would help")
@@ -74,7 +77,9 @@ def _share(seconds: float, profile: Profile) -> str:
 def _remark(step: Row) -> str:
     remarks = []
     if step.calls > 1:
-        remarks.append(f"{step.calls} evaluations")
+        remarks.append(f"{step.calls} evaluations" + (f", {step.spared} of them skipped" if step.spared else ""))
+    elif step.skipped:
+        remarks.append("skipped by a step cache")
     if step.graphs:
         remarks.append(f"{step.graphs} graphs compiled")
     if step.waits_for_python:
@@ -120,15 +125,21 @@ def _headline(profile: Profile) -> str:
     """How many steps, and how long an ordinary one takes; of samplings apart, as their sizes differ, while there is room."""
     samplings = profile.samplings if len(profile.samplings) <= MOST_APART else (profile.steps,)
     return ", then ".join(
-        f"{counted(len(steps), 'step')}, median {_time(statistics.median(_ordinary(steps)))}"
+        f"{counted(len(steps), 'step')}{_skipped(steps)}, median {_time(statistics.median(_ordinary(steps)))}"
         for steps in samplings
         if steps
     )
 
 
+def _skipped(steps: Sequence[Row]) -> str:
+    skipped = sum(step.skipped for step in steps)
+    return f" ({skipped} skipped)" if skipped else ""
+
+
 def _ordinary(steps: Sequence[Row]) -> list[float]:
-    """Seconds of the steps that compiled nothing, or of all."""
-    return [step.seconds for step in steps if not step.graphs] or [step.seconds for step in steps]
+    """Seconds of the steps that ran the model and compiled nothing, or of those that ran it, or of all."""
+    ran = [step for step in steps if not step.skipped] or steps
+    return [step.seconds for step in ran if not step.graphs] or [step.seconds for step in ran]
 
 
 def _draw_run(axes: Any, profile: Profile) -> None:
@@ -181,6 +192,11 @@ def _draw_steps(axes: Any, profile: Profile) -> None:
     if any(step.graphs for step in steps):
         handles.append(axes.bar(0, 0, color=COMPILING))
         labels.append("compiling")
+    skipped = [(place, step.seconds) for place, step in zip(positions, steps, strict=True) if step.skipped]
+    if skipped:
+        above = [(place, shown * (seconds + 0.04 * highest)) for place, seconds in skipped]
+        handles += axes.plot(*zip(*above, strict=True), "x", color=FAINT, markersize=5)
+        labels.append("skipped")
     top = 1.35 * highest
     axes.set_ylim(0, shown * top)
     for position, step in zip(positions, steps, strict=True):
@@ -194,7 +210,7 @@ def _draw_steps(axes: Any, profile: Profile) -> None:
     axes.set_xlim(0.4, len(steps) + 0.6)
     axes.set_title(f"step, {unit}", loc="left", fontsize=9.5, color=INK, pad=6)
     axes.legend(
-        handles, labels, loc="lower right", bbox_to_anchor=(1.005, 0.985), ncol=4, frameon=False, fontsize=8.5,
+        handles, labels, loc="lower right", bbox_to_anchor=(1.005, 0.985), ncol=len(labels), frameon=False, fontsize=8.5,
         labelcolor=INK, handlelength=1.0, columnspacing=1.6,
     )  # fmt: skip
     axes.tick_params(colors=FAINT, labelsize=8, length=2)
@@ -208,7 +224,7 @@ def _draw_steps(axes: Any, profile: Profile) -> None:
 
 def _highest(profile: Profile) -> float:
     """Seconds of the longest step that is like others of its sampling. In a few, a compilation may have failed or kernels
-    may have been tried; where many are longer, it is the others that a cache spared the work."""
+    may have been tried; where many are longer, it is the others that another pack's cache spared the work."""
     highest = 0.0
     for steps in profile.samplings:
         longest = sorted(_ordinary(steps), reverse=True)

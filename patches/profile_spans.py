@@ -39,13 +39,17 @@ class Moment:
 
 @dataclass
 class Span:
-    """From `start` to `end`, something of `stage`. model: the part of it inside the model, as (start, end) pairs."""
+    """From `start` to `end`, something of `stage`.
+
+    model: the part of it inside the model, as (start, end) pairs. spared: how many of those a step cache answered.
+    """
 
     stage: str
     start: Moment
     end: Moment
     graphs: int = 0  # compiled meanwhile
     model: list[tuple[Moment, Moment]] = field(default_factory=list)
+    spared: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Row:
     """One line of the table. seconds: what it took; host_seconds: what Python needed for it, where a GPU ran beside.
 
     start: seconds after the run began. model_seconds: of `seconds`, inside the model. model_host_seconds: of `host_seconds`.
-    behind: in one of its calls the GPU still had older work to do.
+    behind: in one of its calls the GPU still had older work to do. spared: of `calls`, those that a step cache answered.
     """
 
     stage: str
@@ -65,10 +69,16 @@ class Row:
     graphs: int
     model_host_seconds: float | None = None
     behind: bool = False
+    spared: int = 0
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a step cache answered instead of the model."""
+        return self.spared >= self.calls
 
     @property
     def waits_for_python(self) -> bool:
-        if self.host_seconds is None or not self.model_host_seconds or self.behind:
+        if self.host_seconds is None or not self.model_host_seconds or self.behind or self.skipped:
             return False
         return self.host_seconds > 0.95 * self.seconds and self.model_host_seconds > 0.95 * self.model_seconds
 
@@ -138,6 +148,7 @@ def resolve(spans: list[Span], notes: tuple[str, ...] = ()) -> Profile:
                 span.graphs,
                 sum(end.host - start.host for start, end in span.model) if on_gpu else None,
                 any(start.behind for start, _ in span.model),
+                span.spared,
             )
         )
     moments = sum(2 + 2 * len(span.model) for span in spans)

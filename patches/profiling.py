@@ -35,6 +35,7 @@ from .profile_spans import (
     Span,
     resolve,
 )
+from .step_caches import spared
 
 KEY = "hotpath_profile"
 MOST_SPANS = 20_000  # a run has a few hundred
@@ -90,6 +91,7 @@ class ProfileSession:
         the step before.
         """
         device = executor.class_obj.model_patcher.load_device
+        _evaluations_first(executor.class_obj.model_options)
         mask, callback, *rest = (
             args if len(args) >= 2 else (kwargs.pop("denoise_mask", None), kwargs.pop("callback", None))
         )
@@ -115,11 +117,11 @@ class ProfileSession:
         run = getattr(self._local, "run", None)
         if run is None:
             return executor(*args, **kwargs)
-        start = run.model_starts()
+        start, before = run.model_starts(), spared(executor.class_obj)
         try:
             return executor(*args, **kwargs)
         finally:
-            run.model_ends(start)
+            run.model_ends(start, spared(executor.class_obj) > before)
 
     def take(self) -> Profile:
         """The run since the last report, as numbers. Waits for the GPU, and forgets the run."""
@@ -150,6 +152,7 @@ class _Steps:
         self.last = Moment.now(device)
         self.graphs = self._graphs()
         self.model: list[tuple[Moment, Moment]] = []
+        self.spared = 0
         self.started = False
         self.ended: Moment | None = None  # the last call of the model
 
@@ -164,21 +167,32 @@ class _Steps:
             self._close(PREPARE, moment)
         return moment
 
-    def model_ends(self, start: Moment) -> None:
+    def model_ends(self, start: Moment, spared: bool = False) -> None:
         self.ended = Moment.now(self.device)
         self.model.append((start, self.ended))
+        self.spared += spared
 
     def step_done(self) -> None:
         self._close(STEP, Moment.now(self.device))
 
     def _close(self, stage: str, moment: Moment) -> None:
         graphs = self._graphs()
-        self.session.add(Span(stage, self.last, moment, graphs - self.graphs, self.model))
-        self.last, self.graphs, self.model = moment, graphs, []
+        self.session.add(Span(stage, self.last, moment, graphs - self.graphs, self.model, self.spared))
+        self.last, self.graphs, self.model, self.spared = moment, graphs, [], 0
 
     def close(self) -> None:
         """What follows the last step; a step that was interrupted counts as that."""
         self._close(FINISH, Moment.now(self.device))
+
+
+def _evaluations_first(options: dict[str, Any]) -> None:
+    """Put our PREDICT_NOISE wrapper outside of all others in the options of one sampling: a step cache does not call what is
+    inside of it."""
+    from comfy.patcher_extension import WrappersMP
+
+    wrappers = options["transformer_options"]["wrappers"]
+    ours = wrappers[WrappersMP.PREDICT_NOISE]
+    wrappers[WrappersMP.PREDICT_NOISE] = {KEY: ours[KEY], **ours}
 
 
 def dynamo_counts() -> dict[str, int]:

@@ -39,7 +39,7 @@ Energies = NDArray[np.float64]
 
 @dataclass
 class _Calls:
-    """Calls not yet read, and by noise level the sum of those that were."""
+    """Calls not yet read, and by noise level the sum of those that were; count: of these, those with something in them."""
 
     waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     steps: dict[float, Energies] = field(default_factory=dict)
@@ -96,7 +96,6 @@ class BlockTelemetry:
         with self._lock:
             calls = self._calls
             calls.waiting.append((level, energies))
-            calls.count += 1
             if len(calls.waiting) > KEPT_CALLS:
                 self._read(calls, len(calls.waiting) - RUNNING)
         self._thread.energies, self._thread.owned = energies, set()
@@ -131,7 +130,8 @@ class BlockTelemetry:
             energies = torch.stack([pair[1] for pair in here]).cpu().double().numpy()
             levels = torch.cat([pair[0].to(device) for pair in here]).cpu().tolist()
             for level, energy in zip(levels, energies, strict=True):
-                if energy.any():
+                if energy.any():  # a step cache may have answered in the model's place
+                    calls.count += 1
                     calls.steps[level] = calls.steps[level] + energy if level in calls.steps else energy
         while len(calls.steps) > KEPT_STEPS:
             _halve(calls.steps)

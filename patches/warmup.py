@@ -23,9 +23,11 @@ from ..host.letters import counted
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of, uncompiled
 from .compilation.recording import WARM_CALLS
+from .step_caches import spared
 
 STEPS = 2  # the first compiles, the second runs what was compiled
 RECORDED_STEPS = WARM_CALLS + 2  # after those before it one is recorded, and the last is a replay
+KEY = "hotpath_warmup"
 MOST_SIZES = 32
 EXAMPLE = "1024x1024, 832x1216"
 PROMPT_WIDTHS = (
@@ -45,7 +47,7 @@ INCOMPLETE = (TypeError, AttributeError, KeyError, AssertionError)
 
 @dataclass(frozen=True)
 class SizeWarmup:
-    """What one size took. graphs, recordings: made for it. step_seconds: of the last step, with everything in place."""
+    """What one size took. graphs, recordings: made for it. step_seconds: of the last step that ran the model, all in place."""
 
     width: int
     height: int
@@ -132,6 +134,8 @@ def warm_up(
     positive = empty_prompt(model) if made_up else positive
     negative = negative if negative is not None else positive
     done: list[SizeWarmup] = []
+    seconds: list[float] = []
+    timed = _timed(model, seconds)
     steps = STEPS if compiler is None or compiler.recorder is None else RECORDED_STEPS
 
     def sample(sampled: Any, latent: torch.Tensor, steps: int, after_step: Any = None) -> None:
@@ -145,21 +149,31 @@ def warm_up(
         for width, height in sizes:
             latent = comfy.sample.fix_empty_latent_channels(model, latent_for(model, width, height, batch))
             before = _made(compiler)
-            moments = [_now(model)]
+            start = _now(model)
             if compiler is not None and override_of(model) is not None:
                 # A graph keeps the attention that is known to be fastest while it is traced; measured it is only here.
                 sample(uncompiled(model), latent, 1)
-
-            def after_step(*_: Any, moments: list[float] = moments) -> None:
-                moments.append(_now(model))
-                bar.update()
-
-            sample(model, latent, steps, after_step)
-            _record_the_rest(compiler, functools.partial(sample, model, latent, steps))
+            sample(timed, latent, steps, lambda *_: bar.update())
+            _record_the_rest(compiler, functools.partial(sample, timed, latent, steps))
             graphs, recordings = (now - then for now, then in zip(_made(compiler), before, strict=True))
-            step = moments[-1] - moments[-2]
-            done.append(SizeWarmup(width, height, _now(model) - moments[0], step, graphs, recordings))
+            done.append(SizeWarmup(width, height, _now(model) - start, seconds[-1], graphs, recordings))
     return done, describe(done, compiler)
+
+
+def _timed(model: Any, seconds: list[float]) -> Any:
+    """A clone of `model` that adds to `seconds` what each step takes, without those that a step cache answers."""
+    from comfy.patcher_extension import WrappersMP
+
+    def step(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        start, before = _now(model), spared(executor.class_obj)
+        made = executor(*args, **kwargs)
+        if spared(executor.class_obj) == before:
+            seconds.append(_now(model) - start)
+        return made
+
+    timed = model.clone()
+    timed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, step)
+    return timed
 
 
 def _record_the_rest(compiler: RegionalCompiler | None, sample: Callable[[], None]) -> None:

@@ -89,7 +89,7 @@ def test_energies_are_those_of_plain_hooks(bench: Bench, changes: dict[str, Any]
         sample(hooked_model, positive, negative, steps=3)
     found = telemetry.contributions()
     patched = [INDEX[block] for block in attention_patches(model)]
-    assert found.calls >= 3 and found.runs == 1
+    assert found.calls >= len(found.sigmas) > 0 and found.runs == 1
     by_sigma = dict(zip(found.sigmas, range(len(found.sigmas)), strict=True))
     for sigma, energies in expected.items():
         acted = energies[:, 0] > 1e-6 * energies[:, 1]

@@ -202,6 +202,10 @@ def test_refusals_name_the_cure(monkeypatch):
     bypassed.set_injections("bypass_lora", [])
     with pytest.raises(PrecisionUnavailable, match=r"\(bypass_lora\): put Hotpath Precision before that node"):
         set_precision(bypassed, "fp8")
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    with pytest.raises(PrecisionUnavailable, match=r"TorchCompileModel .* put Hotpath Precision before that node"):
+        set_precision(TorchCompileModel.execute(case.model, "inductor").args[0], "fp8")
     import comfy.model_patcher
     import comfy.ops
 

@@ -233,6 +233,21 @@ def test_another_copy_can_be_made_of_it():
     assert torch.equal(case.sample(again), case.sample(quantised))
 
 
+def test_other_devices_of_a_multi_gpu_split_get_the_quantised_model_too():
+    original = make_z_image()
+    original.cached_patcher_init = (make_z_image, ())
+    device = torch.device("cpu", 0)
+    split = original.clone()
+    split.set_additional_models("multigpu", [original.deepclone_multigpu(device)])
+    split.add_patches(lora(), 0.8)
+    quantised, _ = set_precision(split, "int8_weights")
+    [other] = quantised.get_additional_models_with_key("multigpu")
+    assert other.load_device == device and other.is_multigpu_base_clone and other.model is not quantised.model
+    for name in (LAYER, "x_embedder"):  # one whose LoRA is in its 8 bit weight, and one with a LoRA of its own
+        assert torch.equal(layer(other, name).weight.float(), layer(quantised, name).weight.float())
+    assert not hasattr(layer(split.get_additional_models_with_key("multigpu")[0]).weight, "_layout_cls")
+
+
 def test_a_saved_model_is_what_comfyui_reads():
     case = tiny("z_image")
     quantised, _ = set_precision(case.model, "int8_rotated")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import host
+from ..compilation import CORE_KEY
 from .control_lora import KEY, share_weights
 from .dynamic_fp8 import fp8_scale
 from .layers import quantized_operations
@@ -146,6 +147,8 @@ def _unload_clones(model: Any) -> None:
 def _refuse_replaced_modules(model: Any) -> None:
     """Raises PrecisionUnavailable where a node put modules in the place of the model's own, or will at loading: they hold the
     original's weights."""
+    from comfy.patcher_extension import WrappersMP
+
     if model.injections:
         raise PrecisionUnavailable(
             f"A node before this one changes layers when the model is loaded ({', '.join(map(str, model.injections))}): put "
@@ -157,6 +160,8 @@ def _refuse_replaced_modules(model: Any) -> None:
             raise PrecisionUnavailable(
                 f"A node before this one replaced {key} (compiled it, say): put Hotpath Precision before that node."
             )
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, CORE_KEY):
+        raise PrecisionUnavailable("A TorchCompileModel compiled the original: put Hotpath Precision before that node.")
 
 
 def _quantized_state(
@@ -326,6 +331,12 @@ def _patcher_over(model: Any, made: Any, baked: set[str]) -> Any:
     # Not a clone of the original any more: other weights, another identity.
     patched.patches_uuid, patched.clone_base_uuid = uuid.uuid4(), uuid.uuid4()
     patched.cached_patcher_init = (_patcher_again, (made, patched.load_device, patched.offload_device))
+    # ComfyUI's multi-GPU split has the original on its other devices, and LoRAs that are in our weights would miss there.
+    if others := patched.get_additional_models_with_key("multigpu"):
+        copies = [patched.deepclone_multigpu(other.load_device) for other in others]
+        for copied in copies:
+            copied.is_multigpu_base_clone = True
+        patched.set_additional_models("multigpu", copies)
     return patched
 
 
