@@ -6,6 +6,7 @@ import pytest
 import torch
 from hotpath.patches.precision import DEFAULT_EXCLUDE, PrecisionUnavailable, quantize_model, set_precision
 from hotpath.patches.precision.dynamic_fp8 import fp8_scale
+from hotpath.patches.precision.layers import quantized_operations
 from hotpath.patches.precision.schemes import excluded_by, patterns
 from quantised_models import LAYER, layer, relative, tiny
 from tiny_native_models import make_z_image
@@ -203,3 +204,12 @@ def test_layers_that_do_not_fit_are_left_with_the_reason():
     assert report.left["cap_embedder.1"] == "its sides are no multiples of 16"
     with pytest.raises(PrecisionUnavailable, match=r"excluded by \*"):
         set_precision(narrow, "fp8", "*")
+
+
+def test_models_that_are_alike_have_layers_of_one_class():
+    """A compiler has code of its own for every class, and keeps it: with another class each a model was compiled anew."""
+    cpu, dtype = torch.device("cpu"), torch.float32
+    first = quantized_operations(dtype, cpu).Linear
+    assert quantized_operations(dtype, cpu, ()).Linear is first
+    for other in ((torch.bfloat16, cpu), (dtype, cpu, ("a",))):
+        assert quantized_operations(*other).Linear is not first

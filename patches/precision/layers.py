@@ -7,7 +7,8 @@ activations, torch compiles both without a break in the graph, and int8 products
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from .weight_only_int8 import weight_only_int8_layout
 
 # What a quantised weight is called in a state dict beside `weight`, in one format or another.
 ENTRIES = ("comfy_quant", "weight_scale", "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook")
+
+REMEMBERED = 16  # classes, each small
 
 
 def emulated_formats(device: torch.device) -> set[str]:
@@ -40,13 +43,28 @@ def quantized_operations(compute_dtype: torch.dtype, device: torch.device, their
     theirs: names of layers that their checkpoint brought quantised. What `device` has no products for is emulated in them,
     as ComfyUI does; the others were quantised here, where the device was asked before.
     """
+    on_cpu = cpu_int8_layout() if device.type == "cpu" else None
+    layouts = _Layouts(dynamic_fp8_layout(), weight_only_int8_layout(), on_cpu)
+    return _operations(compute_dtype, layouts, frozenset(theirs), frozenset(emulated_formats(device)))
+
+
+class _Layouts(NamedTuple):
+    """What the weights are called that we multiply ourselves; None where ComfyUI's way will do."""
+
+    dynamic_fp8: str | None
+    weight_only_int8: str | None
+    int8: str | None
+
+
+# One class for all models that are alike: a compiler has code of its own for every class, and keeps it.
+@lru_cache(maxsize=REMEMBERED)
+def _operations(compute_dtype: torch.dtype, layouts: _Layouts, theirs: frozenset[str], emulated: frozenset[str]) -> Any:
     import comfy.float
     import comfy.ops
     from comfy.quant_ops import QuantizedTensor
 
-    dynamic_fp8, weight_only_int8, cpu_int8 = dynamic_fp8_layout(), weight_only_int8_layout(), cpu_int8_layout()
-    emulated = emulated_formats(device)
-    base = comfy.ops.mixed_precision_ops({}, compute_dtype, full_precision_mm=False, disabled=emulated)
+    dynamic_fp8 = layouts.dynamic_fp8
+    base = comfy.ops.mixed_precision_ops({}, compute_dtype, full_precision_mm=False, disabled=set(emulated))
 
     def layout_of_ours(layer: Any) -> str | None:
         """What a quantised layer's weight is called for it to be multiplied as we do it; None where ComfyUI's way will do."""
@@ -54,9 +72,7 @@ def quantized_operations(compute_dtype: torch.dtype, device: torch.device, their
             return dynamic_fp8
         if layer.quant_format != "int8_tensorwise":
             return None
-        if layer._full_precision_mm_config:
-            return weight_only_int8
-        return cpu_int8 if device.type == "cpu" else None
+        return layouts.weight_only_int8 if layer._full_precision_mm_config else layouts.int8
 
     def entry(name: str) -> property:
         """Part of the quantised weight under its name in a state dict: who merges models looks for it on the layer."""
@@ -78,7 +94,7 @@ def quantized_operations(compute_dtype: torch.dtype, device: torch.device, their
                 given: Any = state.get(f"{prefix}weight")
                 plain = f"{prefix}comfy_quant" not in state
                 self.came_quantized = prefix.rstrip(".") in theirs
-                self._disabled_formats = emulated if self.came_quantized else set()
+                self._disabled_formats = set(emulated) if self.came_quantized else set()
                 super()._load_from_state_dict(state, prefix, *args)
                 held: Any = self._parameters.get("weight")
                 if held is None:
