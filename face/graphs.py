@@ -138,9 +138,7 @@ class Graphs:
         except RuntimeError as error:
             self.forget()
             self._failed = True
-            # What ends a capture that went wrong says no more than that.
-            cause = error.__context__ or error
-            self.status = f"none: {first_line(cause, 160)}"
+            self.status = f"none: {first_line(error, 160)}"
             log.warning("no CUDA graph of a face network: %s", self.status)
             return
         graph.used = self._calls
