@@ -24,7 +24,7 @@ from hotpath.colorization.shots import ShotDetector
 from hotpath.colorization.video_parts import PartWriter
 from torch import Tensor
 
-# A film in another process, with short parts, slow enough to be killed in the middle.
+# A film in another process, with short parts, which waits in the middle to be killed.
 KILLED = """
 import sys, time
 from pathlib import Path
@@ -38,6 +38,8 @@ host.use(HeadlessHost(models=Path(sys.argv[1]), device="cpu", show_progress=Fals
 file_job.PART_FRAMES = 20
 colour = film.FilmSession.colour
 def slowly(self, *parts):
+    while len(list(folder.glob("*/*.nut"))) > 4:
+        time.sleep(0.1)
     time.sleep(0.3)
     return colour(self, *parts)
 film.FilmSession.colour = slowly
