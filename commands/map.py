@@ -98,8 +98,11 @@ def _comfyui(options: argparse.Namespace, graph: Graph) -> ComfyUIs | None:
     if not wanted:
         return None
     if options.executor == "ray":  # where it is on the machines of the cluster only those know
-        note(f"Starting the ComfyUI in {options.comfyui or 'its place'} for each worker ...", "dim")
-        return ComfyUIs(folder=options.comfyui, models=options.models)
+        folder = options.comfyui
+        if folder is not None and not str(folder).startswith("~"):  # whose home that is, each machine says
+            folder = folder.absolute()
+        note(f"Starting the ComfyUI in {folder or 'its place'} for each worker ...", "dim")
+        return ComfyUIs(folder=folder, models=options.models)
     folder = find_comfyui(options.comfyui)
     if folder is None:
         return None

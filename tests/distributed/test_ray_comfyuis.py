@@ -162,7 +162,9 @@ def test_on_a_cluster_every_machine_knows_its_own_comfyui(monkeypatch):
     monkeypatch.setattr(command, "find_comfyui", lambda explicit=None: pytest.fail("it is not looked for here"))
     sampler = {"1": {"class_type": "KSampler", "inputs": {}}}
     assert wanted(COPY) is None and wanted(sampler, "--headless") is None
-    assert wanted(sampler) == ComfyUIs() and wanted(COPY, "--comfyui", "there") == ComfyUIs(folder=Path("there"))
+    assert wanted(sampler) == ComfyUIs()
+    for named, meant in (("there", Path.cwd() / "there"), ("~/ComfyUI", Path("~/ComfyUI"))):
+        assert wanted(COPY, "--comfyui", named) == ComfyUIs(folder=meant)
 
 
 @pytest.mark.comfy
