@@ -112,19 +112,30 @@ def _capture(function: Callable[[], Made], graph: Any, stream: Any, pool: Any, d
     own = _own_allocator()
     if own:
         torch._C._cuda_clearCublasWorkspaces()
+    reason: RuntimeError | None = None
     try:
         # thread_local: what another thread does with the card meanwhile, such as decoding a preview, is its own affair.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            return function()
+            try:
+                return function()
+            except RuntimeError as error:
+                reason = error
+                raise
     except BaseException as error:
         _end(device, pool)
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, Exception):
-            # Of a capture that broke off torch only says so; this is why.
-            raise error.__context__ from None
-        raise
+        if reason is None or error is reason or not isinstance(error, RuntimeError):
+            reason = None
+            raise
     finally:
         if own:
             torch._C._cuda_clearCublasWorkspaces()
+    try:
+        # Of a capture that broke off torch only says so. Not from within the handler, where the two would lead to each other,
+        # and to all that the function had in memory.
+        assert reason is not None
+        raise reason
+    finally:
+        reason = None
 
 
 def _end(device: torch.device | None, pool: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from typing import Any
 
 import pytest
@@ -60,8 +61,12 @@ def test_a_capture_that_breaks_off_costs_the_next_ones_nothing(
 
     first, _ = captured(step, 1, memory=memory)
     stream = torch.cuda.current_stream()
-    with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing"):
+    with pytest.raises(RuntimeError, match=r"not permitted when stream is capturing") as raised:
         captured(waits, 1, memory=memory)
+    error = weakref.ref(raised.value)
+    raised.value.__traceback__ = None
+    del raised
+    assert error() is None, "nothing but a collector of garbage would free what the failed call had in memory"
     assert torch.cuda.current_stream() is stream
     assert memory.stream is memory.pool is None, "nothing more goes where it broke off"
     second, _ = captured(step, 1, memory=memory)
@@ -70,6 +75,19 @@ def test_a_capture_that_breaks_off_costs_the_next_ones_nothing(
         x.add_(1)
         graph.replay()
         assert torch.equal(out.cpu(), x.cpu() + 1)
+
+
+def test_an_error_that_has_a_cause_of_its_own_is_told_as_it_is(card: Any) -> None:
+    def fails() -> None:
+        torch.zeros(3, device="cuda").add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            try:
+                raise KeyError("inner")
+            except KeyError:
+                raise RuntimeError("outer") from None
+
+    with pytest.raises(RuntimeError, match="outer"):
+        captured(fails, 1)
 
 
 def test_an_error_of_the_function_ends_the_capture(card: Any) -> None:
