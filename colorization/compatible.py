@@ -223,9 +223,8 @@ def _through(
         for first in range(0, len(frames), size):
             portion = slice(first, min(first + size, len(frames)))
             arriving = upload(copies, frames[portion])
-            copies.computing_waits(arriving.tensor, arriving.mark)
             leaving = Download(copies, result[portion].shape, result.dtype)
-            coloured(portion, arriving.tensor, leaving)
+            coloured(portion, copies.arrived(arriving.tensor, arriving.mark), leaving)
             if waiting is not None:
                 result[waiting[0]] = waiting[1].wait()
             waiting = portion, leaving

@@ -272,7 +272,8 @@ class _FileRun:
 
     def _end_part(self, encoder: ThreadPoolExecutor, ends_shot: bool) -> None:
         if self.in_part and self.reached is not None:
-            job = encoder.submit(self.recorder.finish, *self.reached, self.part_shot, ends_shot)
+            snapshot, time = self.reached
+            job = encoder.submit(self.recorder.finish, snapshot.for_any_thread(), time, self.part_shot, ends_shot)
             self.encoding.append(job)
             self.in_part = 0
 

@@ -5,7 +5,7 @@ references, shots, filters, and a state that lets a film be done in portions and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,8 +74,14 @@ class Snapshot:
     copies: Copies
     mark: Any
 
+    def for_any_thread(self) -> Snapshot:
+        """Itself, with its tensors on the CPU where only the thread that computes may use the device."""
+        if self.copies.from_any_thread:
+            return self
+        return replace(self, tensors={name: tensor.cpu() for name, tensor in self.tensors.items()})
+
     def state(self) -> FilmState:
-        """The state on the CPU. From any thread; waits for the device."""
+        """The state on the CPU; waits for the device. From any thread, of a snapshot that is for it."""
         self.copies.host_waits(self.mark)
         return FilmState({name: tensor.cpu() for name, tensor in self.tensors.items()}, self.description)
 
@@ -162,9 +168,7 @@ class FilmSession:
 
     def colour(self, prepared: PreparedFrames, segment: Segment) -> ColouringFrames:
         """Queue the colouring of one segment, the next one of the film."""
-        arriving = prepared.upload
-        self.copies.computing_waits(arriving.tensor, arriving.mark)
-        frames = arriving.tensor[segment.first : segment.stop]
+        frames = self.copies.arrived(prepared.upload.tensor, prepared.upload.mark)[segment.first : segment.stop]
         with self.times.stage("colour space in"):
             luminance = torch.cat(
                 self.at_full_size.map(len(frames), lambda rows: luminance_of_frames(frames[rows], self.device))

@@ -69,8 +69,7 @@ class FilmReferences:
     def chroma(self, reference: Reference, copies: Copies) -> Tensor:
         """[1, 2, H, W] of the frames' size on the device."""
         arriving = upload(copies, reference.lab[None, 1:])
-        copies.computing_waits(arriving.tensor, arriving.mark)
-        return resized(arriving.tensor, *self._size)
+        return resized(copies.arrived(arriving.tensor, arriving.mark), *self._size)
 
     @functools.cached_property
     def keys(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Time per stage of a job, without stopping the device to read the clock."""
+"""Time per stage of a job, on CUDA without stopping the device to read the clock."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from ..host.device_work import wait_for
+
 
 class StageTimes:
-    """Seconds by stage name. On CUDA pairs of events are recorded and read when asked, so nothing waits for them."""
+    """Seconds by stage name. On CUDA pairs of events are recorded and read when asked, so nothing waits for them. Elsewhere a
+    stage lasts until the device has done it."""
 
     MOST_PENDING = 4096  # event pairs; older ones have long happened and are summed up then
 
@@ -35,8 +38,10 @@ class StageTimes:
             if len(self._pending) > self.MOST_PENDING:
                 self._settle()
             return
+        wait_for(self._device)  # for what is not this stage's
         before = time.perf_counter()
         yield
+        wait_for(self._device)
         self._add(name, time.perf_counter() - before)
 
     @contextmanager

@@ -19,16 +19,21 @@ log = logging.getLogger("hotpath.colorization")
 
 
 class Copies(Protocol):
-    """How tensors move between host and device. Marks are places in a queue that can be waited for."""
+    """How tensors move between host and device. Marks are places in a queue that can be waited for.
+
+    from_any_thread: others than the thread that computes may use the device meanwhile.
+    """
+
+    from_any_thread: bool
 
     def host_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory that can be copied from and to while others compute."""
 
     def to_device(self, host: Tensor) -> tuple[Tensor, Any]:
-        """Begin a copy; the tensor may be used once `computing_waits` was called with the mark."""
+        """Begin a copy. From any thread."""
 
-    def computing_waits(self, tensor: Tensor, mark: Any) -> None:
-        """What is queued from now on comes after the copy of `tensor`."""
+    def arrived(self, tensor: Tensor, mark: Any) -> Tensor:
+        """What `to_device` began, on the device and complete for what is queued from now on."""
 
     def to_host(self, host: Tensor, tensor: Tensor) -> Any:
         """Begin a copy of `tensor`, as what is queued so far leaves it."""
@@ -44,15 +49,17 @@ class DirectCopies:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # Metal ends the process where two threads give it work (pytorch issue 197805).
+        self.from_any_thread = device.type != "mps"
 
     def host_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
 
     def to_device(self, host: Tensor) -> tuple[Tensor, None]:
-        return host.to(self.device), None
+        return host.to(self.device) if self.from_any_thread else host, None
 
-    def computing_waits(self, tensor: Tensor, mark: None) -> None:
-        return
+    def arrived(self, tensor: Tensor, mark: None) -> Tensor:
+        return tensor.to(self.device)
 
     def to_host(self, host: Tensor, tensor: Tensor) -> None:
         host.copy_(tensor)
@@ -66,6 +73,8 @@ class DirectCopies:
 
 class CudaCopies:
     """A stream in each direction: on a common one, frames would wait behind pictures that wait for the computing."""
+
+    from_any_thread = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -88,10 +97,11 @@ class CudaCopies:
             tensor = host.to(self.device, non_blocking=True)
         return tensor, self._after(self.inward)
 
-    def computing_waits(self, tensor: Tensor, mark: Any) -> None:
+    def arrived(self, tensor: Tensor, mark: Any) -> Tensor:
         computing: Any = torch.cuda.current_stream(self.device)
         computing.wait_event(mark)
         tensor.record_stream(computing)
+        return tensor
 
     def to_host(self, host: Tensor, tensor: Tensor) -> Any:
         self.outward.wait_stream(torch.cuda.current_stream(self.device))
@@ -119,7 +129,7 @@ def copies_for(device: torch.device) -> Copies:
 
 @dataclass(frozen=True)
 class Upload:
-    """Frames on their way: `tensor` on the device, complete behind `mark`."""
+    """Frames on their way; `Copies.arrived` gives them."""
 
     tensor: Tensor
     mark: Any

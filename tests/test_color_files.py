@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from film_files import frames, read_video, write_film
 from hotpath.colorization import file_job, film, pictures, video_file, video_parts
 from hotpath.colorization.film_options import FilmOptions, Reference, read_references
+from hotpath.colorization.transfers import DirectCopies
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("colour_host")
@@ -34,6 +36,42 @@ def test_file_keeps_frames_times_and_sound(tmp_path: Path) -> None:
     assert colours > 2
     assert "frames: 30 in" in report and lines and "left" in lines[-1]
     assert not (tmp_path / "out.mp4.parts").exists()
+
+
+class OnDevice(Tensor):
+    """Notes who uses it, and what comes of it, until it is copied to the host."""
+
+    users: set[threading.Thread] = set()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.users.add(threading.current_thread())
+        made = super().__torch_function__(func, types, args, kwargs or {})
+        return made.as_subclass(Tensor) if func is Tensor.cpu else made
+
+
+class OneThread(DirectCopies):
+    """To and from a device that only the thread that computes may use."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(torch.device("mps"))
+        assert not self.from_any_thread
+
+    def arrived(self, tensor: Tensor, mark: None) -> Tensor:
+        return tensor.as_subclass(OnDevice)
+
+
+def test_a_device_that_two_threads_would_crash_is_used_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_film(tmp_path / "in.mp4", frames(30))
+    job, references = file_task(tmp_path)
+    file_job.colorize_file(job, references)
+    expected = read_video(job.output)[0]
+    job.output.unlink()
+    monkeypatch.setattr(film, "copies_for", OneThread)
+    monkeypatch.setattr(OnDevice, "users", set())
+    file_job.colorize_file(job, references)
+    assert OnDevice.users == {threading.current_thread()}
+    assert torch.equal(read_video(job.output)[0], expected)
 
 
 def test_full_disk_is_raised_and_the_old_file_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ class LateCopies:
     holds nonsense, so whoever does not wait is found out. Counts what is under way."""
 
     made: list[LateCopies] = []
+    from_any_thread = True
 
     def __init__(self, device: torch.device) -> None:
         self.inward: deque[Callable[[], object]] = deque()
@@ -69,8 +70,9 @@ class LateCopies:
         tensor = torch.full_like(host, 33)
         return tensor, self._queue(self.inward, functools.partial(tensor.copy_, host))
 
-    def computing_waits(self, tensor: Tensor, mark: Any) -> None:
+    def arrived(self, tensor: Tensor, mark: Any) -> Tensor:
         self._run_to(self.inward, mark)
+        return tensor
 
     def to_host(self, host: Tensor, tensor: Tensor) -> Any:
         return self._queue(self.outward, functools.partial(host.copy_, tensor))

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hotpath.colorization import file_names, manifest, playable_part
+from hotpath.colorization.stage_times import StageTimes
 from hotpath.commands import backends, console, doctor
 from hotpath.distributed import ray_cluster, results
 from hotpath.distributed.items import Item
@@ -26,6 +27,7 @@ from hotpath.host import capturing, cards, cores, device_work, errors, name_limi
 from hotpath.host.headless import HeadlessHost, best_device
 from hotpath.patches.compilation import settings
 from hotpath.vision_language.caption_job import CaptionJob
+from hotpath.vision_language.timing import Timing
 
 
 @pytest.fixture
@@ -328,6 +330,27 @@ def test_what_torch_keeps_is_given_back(kind: str, monkeypatch: pytest.MonkeyPat
     device_work.give_back_cached(torch.device(kind))
     device_work.give_back_cached(torch.device("cpu"))
     assert given == [kind]
+
+
+def test_a_stage_lasts_until_the_device_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    queued = [0.2]  # seconds of what came before
+
+    def synchronize() -> None:
+        now[0] += sum(queued)
+        queued.clear()
+
+    now = [0.0]
+    monkeypatch.setattr(torch.mps, "synchronize", synchronize)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    times, timing = StageTimes(torch.device("mps")), Timing(torch.device("mps"))
+    with times.stage("match"):
+        queued.append(1.0)
+    queued.append(0.4)
+    with timing.stage("tower", on_device=True):
+        queued.append(2.0)
+    with timing.stage("processor"):
+        queued.append(4.0)
+    assert times.seconds() == {"match": 1.0} and timing.seconds() == {"tower": 2.0, "processor": 0.0}
 
 
 def test_a_torch_for_the_cpu_beside_a_card_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,15 +239,15 @@ def state_of(name: str, revision: str = "") -> str:
         return ""
 
 
-def cpu_bytes(network: torch.nn.Module) -> int:
-    """Bytes of the weights that are in CPU memory."""
-    return sum(t.nbytes for t in (*network.parameters(), *network.buffers()) if t.device.type == "cpu")
+def host_bytes(network: torch.nn.Module) -> int:
+    """Bytes of the weights that are in the computer's own memory, in which Metal computes too."""
+    return sum(t.nbytes for t in (*network.parameters(), *network.buffers()) if t.device.type in ("cpu", "mps"))
 
 
 class Registry:
     """The loaded models of the process. A model stays while somebody holds it or it was asked to be kept.
 
-    Models that nobody but the registry holds are let go when ComfyUI unloads every model, or when it runs short of CPU memory
+    Models that nobody but the registry holds are let go when ComfyUI unloads every model, or when it runs short of the memory
     in which they wait; and the least recently used of them when their weights would not fit once more into the memory that is
     free, where the last one stays.
     """
@@ -338,12 +338,12 @@ class Registry:
             log.info("%s is no longer kept: memory is short", oldest.folder.name)
 
     def give_back(self, missing: int) -> int:
-        """Free models that only wait in CPU memory, the least recently used first, until `missing` bytes are free again;
-        returns how many are. Not those of the running prompt, which may ask once more."""
+        """Free models that only wait in the computer's memory, the least recently used first, until `missing` bytes are free
+        again; returns how many are. Not those of the running prompt, which may ask once more."""
         given = 0
         with self._lock:
             for key, model in list(self._kept.items()):
-                waiting = cpu_bytes(model.network)
+                waiting = host_bytes(model.network)
                 used = model in self._held or self._borrowers[model] or model.kept_in == prompts_begun()
                 if given >= missing or used or not waiting:
                     continue

@@ -1,7 +1,7 @@
 """Where the time of an answer went: processor, transfer, tower, prefill and decode, each on its own clock.
 
-On CUDA a stage is timed by events on the stream that ran it, so nothing waits in order to be measured; elsewhere, and
-for work of the host, by the wall clock.
+On CUDA a stage is timed by events on the stream that ran it, so nothing waits in order to be measured. Work of the host is timed
+by the wall clock, and so are other devices, which are waited for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ..host.device_work import wait_for
 
 STAGES = ("processor", "transfer", "tower", "compile", "prefill", "decode")
 
@@ -38,9 +40,13 @@ class Timing:
                 end.record(torch.cuda.current_stream(self.device))
                 self._events.append((name, start, end))
             return
+        if on_device:
+            wait_for(self.device)
         began = time.perf_counter()
         try:
             yield
+            if on_device:
+                wait_for(self.device)
         finally:
             self._wall[name] = self._wall.get(name, 0.0) + time.perf_counter() - began
 

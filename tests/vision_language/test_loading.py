@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,6 +289,13 @@ def test_kept_models_of_earlier_prompts_are_given_back_when_the_host_is_short(lo
         assert MODELS.give_back(1) == sizes[0] and MODELS.loaded() == [second]
         assert MODELS.give_back(1 << 40) == 0, "it is being asked"
     assert MODELS.give_back(1 << 40) == sizes[1] and MODELS.loaded() == []
+
+
+@pytest.mark.parametrize(("device", "counts"), [("cpu", True), ("mps", True), ("cuda", False)])
+def test_weights_on_metal_are_in_the_computers_memory(device, counts):
+    weight = SimpleNamespace(nbytes=7, device=torch.device(device))
+    network = SimpleNamespace(parameters=lambda: [weight], buffers=list)
+    assert loading.host_bytes(network) == (7 if counts else 0)
 
 
 def test_the_size_of_a_model_has_its_streamed_layers_in_it(load):
