@@ -31,6 +31,7 @@ from .capabilities import (
     dtype_name,
     one_line,
 )
+from .metal import readable_mask
 from .reference import share_heads
 
 _kernel_flags = threading.Lock()
@@ -68,6 +69,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | No
     beside = q.dtype if q.dtype == torch.float64 else torch.float32  # a CPU's kernel misreads a float32 mask of float64
     if mask is not None and mask.is_floating_point() and mask.dtype not in (q.dtype, beside):
         mask = mask.to(q.dtype)  # torch takes no others
+    if q.device.type == "mps":
+        # Shared heads: torch 2.8 to 2.10 read past its memory there (pytorch 174861).
+        mask, k, v = readable_mask(q, mask), share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
     if q.shape[1] == k.shape[1]:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if mask is not None:

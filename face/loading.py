@@ -24,7 +24,7 @@ from .faces import FaceError
 from .foreign import ForeignAnalyser
 from .insightface_api import CompatibleAnalyser
 from .model_folder import ModelFolder, find_model_folder
-from .onnx_graph import OnnxNetwork
+from .onnx_graph import OnnxNetwork, order_on
 from .onnx_outline import Outline
 from .onnxruntime_engine import PROVIDERS, OnnxRuntimeRunner, Provider, UnverifiedProvider, provider_for
 from .recognition import Recogniser
@@ -199,7 +199,7 @@ def _load_torch(
 def _torch_runner(file: Outline, device: torch.device, manage: Manage, precision: str, said: list[str]) -> TorchRunner:
     """The network of `file` in torch; where it does not stand `precision`, in fp32, and `said` gets a sentence."""
     read_ahead(file.path)
-    network = interruptibly(lambda: OnnxNetwork(file.path))
+    network = interruptibly(lambda: OnnxNetwork(file.path, order_on(device)))
     kept = precision
     if precision != "fp32":
         cosine = agreement(network, file, device, PRECISIONS[precision])

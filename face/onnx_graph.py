@@ -64,15 +64,26 @@ def _attribute(value: Any) -> Any:
     return found
 
 
+def order_on(device: torch.device) -> torch.memory_format:
+    """How the pictures and weights of a network lie in memory where it computes on `device`."""
+    # Torch's convolutions on Metal read weights as if they lay in its plain order, whatever theirs is: from macOS 15 on, until
+    # pytorch 192303 (August 2026).
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 class OnnxNetwork(nn.Module):
     """The network in an ONNX file with one input.
 
     forward(x) returns the outputs in the file's order. Weights are parameters without gradient.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises FaceError for a broken file and UnsupportedOperator for a graph this module cannot run."""
+    def __init__(self, path: Path, order: torch.memory_format = torch.channels_last) -> None:
+        """order: of pictures and of the weights of convolutions in memory.
+
+        Raises FaceError for a broken file and UnsupportedOperator for a graph this module cannot run.
+        """
         super().__init__()
+        self._order = order
         try:
             self._read(path)
         except (FaceError, UnsupportedOperator):
@@ -200,7 +211,7 @@ class OnnxNetwork(nn.Module):
             elif value.is_floating_point() and value.dim() > 0 and value.numel() > 0 and name not in numbers:
                 own = f"w{len(self._parameter_of)}"
                 if value.dim() == 4:
-                    value = value.contiguous(memory_format=torch.channels_last)
+                    value = value.contiguous(memory_format=self._order)
                 self.register_parameter(own, nn.Parameter(value, requires_grad=False))
                 self._parameter_of[name] = own
                 del self._constants[name]
@@ -227,7 +238,7 @@ class OnnxNetwork(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """x: the network's input, of the dtype and on the device of its weights."""
         if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=self._order)
         values: dict[str, Tensor] = {self.input_name: x}
         weights, parameter_of, constants = self._parameters, self._parameter_of, self._constants
         packed = self._packed_for(x)

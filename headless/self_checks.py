@@ -12,7 +12,7 @@ import torch
 from .. import face, identity
 from ..face.engine_diagnosis import why_not
 from ..face.model_folder import find_model_folder
-from ..face.onnx_graph import OnnxNetwork
+from ..face.onnx_graph import OnnxNetwork, order_on
 from ..host import Host
 from ..host.errors import kind_and_line
 from .colorization_check import check_colorization
@@ -74,7 +74,7 @@ def _check_face_model(folders: Sequence[Path], name: str, device: torch.device) 
     for file in filter(None, (folder.detector, folder.recogniser)):
         height, width = (side or 320 for side in file.size)
         noise = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        network = OnnxNetwork(file.path)
+        network = OnnxNetwork(file.path, order_on(device))
         with torch.no_grad():
             plain = [output.float() for output in network(noise)]
             network.to(device)

@@ -10,7 +10,7 @@ from hotpath import cache, face
 from hotpath.face import DetectionOptions, FaceChoice
 from hotpath.face.detection import Detector
 from hotpath.face.loading import Stationary, agreement
-from hotpath.face.onnx_graph import OnnxNetwork
+from hotpath.face.onnx_graph import OnnxNetwork, order_on
 
 pytestmark = pytest.mark.xdist_group("face_engine")
 pytest.importorskip("insightface")
@@ -81,9 +81,13 @@ def test_equal_tensors_give_equal_outputs(roots, layout):
     for name, given in (("scrfd_10g_bnkps.onnx", x), ("glintr100.onnx", x[:, :, :112, :112].contiguous())):
         session = onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
         wanted = session.run(None, {"input.1": given.numpy()})
-        for got, want in zip(OnnxNetwork(folder / name)(given), wanted, strict=True):
-            scale = max(1.0, float(np.abs(want).max()))
-            assert np.abs(got.numpy() - want).max() / scale < 1e-4
+        for device in ("cpu", "mps"):
+            network = OnnxNetwork(folder / name, order_on(torch.device(device)))
+            # Torch on Metal takes weights for what they would be in its plain order.
+            assert all(weight.is_contiguous() for weight in network.parameters()) == (device == "mps")
+            for got, want in zip(network(given), wanted, strict=True):
+                scale = max(1.0, float(np.abs(want).max()))
+                assert np.abs(got.numpy() - want).max() / scale < 1e-4
 
 
 def test_the_layout_is_found_out_and_the_other_one_would_be_wrong(analysers):
