@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..products.convolution import PackedConvolution, available, can_pack
+from ..products.metal import readable
 
 # Input channels times output channels from which the products outweigh what is added around them.
 WIDE = 128 * 128
@@ -58,7 +59,7 @@ class Conv3x3(nn.Conv2d):
         if self.packs and can_pack(x):
             return self._packed_for(x, channels)(x, bias)
         if self.transformed is None or x.dtype != torch.float32 or torch.compiler.is_compiling():
-            return F.conv2d(x, self.weight[:, channels], bias, 1, padding, dilation)
+            return F.conv2d(x, readable(self.weight[:, channels]), bias, 1, padding, dilation)
         return winograd(x, self.transformed[:, channels], bias, padding, dilation)
 
     def _packed_for(self, x: Tensor, channels: slice) -> PackedConvolution:

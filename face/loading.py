@@ -18,13 +18,14 @@ from ..cache import file_fingerprint
 from ..host import Managed
 from ..host.errors import kind_and_line
 from ..host.interruption import interruptibly, is_stop, read_ahead
+from ..products.metal import order_on
 from .detection import Detector
 from .engine_diagnosis import can_be_tried, why_no_insightface, why_not
 from .faces import FaceError
 from .foreign import ForeignAnalyser
 from .insightface_api import CompatibleAnalyser
 from .model_folder import ModelFolder, find_model_folder
-from .onnx_graph import OnnxNetwork, order_on
+from .onnx_graph import OnnxNetwork
 from .onnx_outline import Outline
 from .onnxruntime_engine import PROVIDERS, OnnxRuntimeRunner, Provider, UnverifiedProvider, provider_for
 from .recognition import Recogniser

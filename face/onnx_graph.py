@@ -64,13 +64,6 @@ def _attribute(value: Any) -> Any:
     return found
 
 
-def order_on(device: torch.device) -> torch.memory_format:
-    """How the pictures and weights of a network lie in memory where it computes on `device`."""
-    # Torch's convolutions on Metal read weights as if they lay in its plain order, whatever theirs is: from macOS 15 on, until
-    # pytorch 192303 (August 2026).
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
-
 class OnnxNetwork(nn.Module):
     """The network in an ONNX file with one input.
 

@@ -12,9 +12,10 @@ import torch
 from .. import face, identity
 from ..face.engine_diagnosis import why_not
 from ..face.model_folder import find_model_folder
-from ..face.onnx_graph import OnnxNetwork, order_on
+from ..face.onnx_graph import OnnxNetwork
 from ..host import Host
 from ..host.errors import kind_and_line
+from ..products.metal import order_on
 from .colorization_check import check_colorization
 from .selftest import Absent, Check, Finding, relative_difference, timed
 from .vision_language_check import check_vision_language

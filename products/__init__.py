@@ -1,1 +1,1 @@
-"""Matrix products and convolutions on a CPU with their weights in oneDNN's order; torch only."""
+"""Matrix products and convolutions with their weights in the order that a device wants: oneDNN on a CPU, Metal; torch only."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.choice import fastest
+from ..attention.metal import readable_mask
 from ..host.capturing import captured
 
 log = logging.getLogger("hotpath.vision_language")
@@ -31,6 +32,8 @@ def attend_reference(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot
     q: [B, H, G, D], the G queries that share key head H; keys, values: [B, H, length, D]; bias: [B, 1, 1, length], -inf
     where nothing is seen. slot: [1], the last place that is filled; everything after it has a bias of -inf.
     """
+    if q.device.type == "mps":
+        bias = readable_mask(q, bias)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...products.metal import readable
 from ..winograd import Conv3x3
 from .dinov2 import Attention, VisionTransformer
 from .resnet import Bottleneck, grey_convolution, stage
@@ -111,7 +112,7 @@ def convolve_enlarged(x: Tensor, conv: Conv3x3, scale: int) -> Tensor:
     total: Tensor | None = None
     for row in range(3):
         for column in range(3):
-            tap = F.conv2d(x, conv.weight[:, :, row : row + 1, column : column + 1])
+            tap = F.conv2d(x, readable(conv.weight[:, :, row : row + 1, column : column + 1]))
             tap = F.interpolate(tap, scale_factor=scale, mode="bilinear", align_corners=False)
             if total is None:
                 total = tap.new_zeros(tap.shape) if conv.bias is None else conv.bias.view(1, -1, 1, 1).expand_as(tap)

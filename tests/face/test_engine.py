@@ -10,7 +10,8 @@ from hotpath import cache, face
 from hotpath.face import DetectionOptions, FaceChoice
 from hotpath.face.detection import Detector
 from hotpath.face.loading import Stationary, agreement
-from hotpath.face.onnx_graph import OnnxNetwork, order_on
+from hotpath.face.onnx_graph import OnnxNetwork
+from hotpath.products.metal import order_on
 
 pytestmark = pytest.mark.xdist_group("face_engine")
 pytest.importorskip("insightface")
