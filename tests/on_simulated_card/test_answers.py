@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.pictures import Picture
@@ -69,6 +70,30 @@ def test_packed_files_go_to_the_card_as_they_are(card: Any, headless_host: Any, 
         assert any("Q8_0 as stored" in note for note in model.notes)
     finally:
         MODELS.clear()
+
+
+def test_blocks_are_unpacked_where_they_are(card: Any) -> None:
+    """Those of every type, while a graph is recorded: nothing comes from the host, and the graph computes the same again."""
+    from gguf_files import BLOCKS, random_blocks
+    from hotpath.vision_language.gguf.matrix import Matrix
+    from hotpath.vision_language.gguf.packing import Packer
+    from hotpath.vision_language.gguf.types import TYPES
+
+    with torch.no_grad():
+        packer = Packer("none", torch.device("cuda"), torch.float32)
+        stored = [Matrix(TYPES[kind], random_blocks(kind, 8, 256), 8, 256) for kind in BLOCKS if not TYPES[kind].bits]
+        layers = [packer.layer([matrix]).to("cuda") for matrix in stored]
+        x = torch.linspace(-1, 1, 256).cuda().view(1, -1)
+        before = [layer(x).cpu() for layer in layers]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            made = [layer(x) for layer in layers]
+        torch.cuda.current_stream().wait_stream(stream)
+        x.neg_()
+        graph.replay()
+        for again, first in zip(made, before, strict=True):
+            assert torch.equal(again.cpu(), -first)
 
 
 def test_what_is_borrowed_leaves_the_card_without_a_copy(card: Any, load_llm: Any) -> None:

@@ -17,14 +17,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ALIGNMENT = 32
-F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16 = 0, 1, 2, 8, 12, 14, 30
+F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16, NVFP4 = 0, 1, 2, 8, 12, 14, 30, 40
 PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 # Bytes of a block, and where in it the float16 numbers lie: kept small, so that every block is finite.
 BLOCKS = {
     2: (32, 18, (0,)), 3: (32, 20, (0, 2)), 6: (32, 22, (0,)), 7: (32, 24, (0, 2)), 8: (32, 34, (0,)),
     10: (256, 84, (80, 82)), 11: (256, 110, (108,)), 12: (256, 144, (0, 2)), 13: (256, 176, (0, 2)),
-    14: (256, 210, (208,)), 20: (32, 18, (0,)), 23: (256, 136, (0,)),
+    14: (256, 210, (208,)), 16: (256, 66, (0,)), 17: (256, 74, (0,)), 18: (256, 98, (0,)), 19: (256, 50, (0,)),
+    20: (32, 18, (0,)), 21: (256, 110, (0,)), 22: (256, 82, (0,)), 23: (256, 136, (0,)), 29: (256, 56, ()),
+    34: (256, 54, (52,)), 35: (256, 66, (64,)), 39: (32, 17, ()), 40: (64, 36, ()), 41: (128, 18, (0,)), 42: (64, 18, (0,)),
 }  # fmt: skip
+# (byte, bits that stay as they are, bits that are set) where scales are kept in another way: IQ1_M in parts, MXFP4, NVFP4.
+SCALES = {29: ((53, 0x3F, 0x80), (55, 0x0F, 0x20)), 39: ((0, 7, 0x78),), 40: tuple((at, 0x3F, 0) for at in range(4))}
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -56,6 +60,8 @@ def random_blocks(kind: int, rows: int, inputs: int, seed: int = 0) -> Tensor:
     made = torch.randint(256, (rows * inputs // values, length), generator=generator, dtype=torch.uint8)
     for at in halves:
         made[:, at + 1] = 0x28 | (made[:, at + 1] & 3)  # between 0.03 and 0.06
+    for at, kept, set_bits in SCALES.get(kind, ()):
+        made[:, at] = made[:, at] & kept | set_bits
     return made
 
 

@@ -180,9 +180,9 @@ def test_what_a_file_lacks_or_has_too_much(llm, sources):
         load("e.gguf", head | {"tokenizer.ggml.pre": "llama-bpe"}, tensors)
     with pytest.raises(UnusableModel, match="scales its positions by 'longrope'"):
         load("f.gguf", head | {"qwen3.rope.scaling.type": "longrope"}, tensors)
-    with pytest.raises(UnusableModel, match=r"is quantised as IQ3_S .* such as Q4_K_M, Q5_K_M or Q8_0"):
+    with pytest.raises(UnusableModel, match=r"is quantised as Q8_K .* such as Q4_K_M, Q5_K_M or Q8_0"):
         shape = (64, 256)
-        load("g.gguf", head, tensors | {"blk.0.attn_q.weight": (21, shape, bytes(64 * 110))})
+        load("g.gguf", head, tensors | {"blk.0.attn_q.weight": (15, shape, bytes(64 * 292))})
 
 
 def test_a_file_that_changes_is_another_model(llm, sources):

@@ -13,13 +13,14 @@ from .. import decoding
 from ..quantization import AS_STORED, PACKED, pack_head
 from ..unusable import UnusableModel
 from .layers import fill_layer
-from .packing import ANEW, GROUPED, KERNEL, PLAIN, ROWS, Packer
+from .packing import ANEW, BLOCKS, GROUPED, KERNEL, PLAIN, ROWS, Packer
 from .settings import Source
 from .taking import Taken, fitting, put
 from .tower import fill_tower
 
 HOW = {
     GROUPED: "as stored",
+    BLOCKS: "as stored",
     KERNEL: "as stored, by torch's int4 kernel",
     ROWS: "as int8 with one scale a row",
     PLAIN: "as stored",

@@ -16,7 +16,8 @@ from ...host.errors import install
 from ..experts import PackedExperts, packable
 from ..projections import share
 from ..unusable import UnusableModel
-from .packing import Matrix, Packer
+from .matrix import Matrix
+from .packing import Packer
 from .taking import Taken, fitting, put
 
 
