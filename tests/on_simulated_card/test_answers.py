@@ -54,7 +54,7 @@ def test_graphs_write_what_the_plain_path_writes(card: Any, model: Any, sampling
 
 
 def test_packed_files_go_to_the_card_as_they_are(card: Any, headless_host: Any, tmp_path: Any) -> None:
-    """A GGUF of Q8_0, whose embedding alone is unpacked: graphs write what the plain path writes."""
+    """A GGUF of Q8_0, its embedding, which is its head, too: graphs write what the plain path writes."""
     from gguf_files import Q8_0, of_folder
     from hotpath.demo.captioner_model import write_folder
     from hotpath.vision_language.loaded_model import LoadOptions
@@ -66,7 +66,9 @@ def test_packed_files_go_to_the_card_as_they_are(card: Any, headless_host: Any, 
         model = MODELS.get("Tiny.gguf", LoadOptions(dtype="float32"))
         assert asked(model, "graph", Sampling(sample=False), 6) == asked(model, "plain", Sampling(sample=False), 6)
         packed = model.network.model.language_model.layers[0].mlp.gate_up_proj
-        assert (packed.weight.device.type, str(packed.weight.dtype), packed.group) == ("cuda", "torch.int8", 32)
+        for layer in (packed, model.network.lm_head):
+            assert (layer.weight.device.type, str(layer.weight.dtype), layer.group) == ("cuda", "torch.int8", 32)
+        assert model.network.get_input_embeddings()(torch.zeros(1, dtype=torch.int64, device="cuda")).is_cuda
         assert any("Q8_0 as stored" in note for note in model.notes)
     finally:
         MODELS.clear()

@@ -13,6 +13,7 @@ from .. import decoding
 from ..quantization import AS_STORED, PACKED, pack_head
 from ..unusable import UnusableModel
 from .layers import fill_layer
+from .linears import BlockLinear, GroupedLinear, PackedEmbedding
 from .packing import ANEW, BLOCKS, GROUPED, KERNEL, PLAIN, ROWS, Packer
 from .settings import Source
 from .taking import Taken, fitting, put
@@ -53,20 +54,13 @@ def build(source: Source, settings: Path, chosen: Any, auto: Any) -> tuple[Any, 
     # Where the library adds one to the weights of norms, the converter did.
     text = Taken(source.text, chosen.dtype, raised=1.0 if source.hybrid else 0.0)
     decoder = decoding.text_decoder(network)
-    put(decoder.embed_tokens, "weight", text.tensor("token_embd.weight"), "token_embd.weight")
+    fill_ends(network, decoder, text, packer, chosen)
     put(decoder.norm, "weight", text.norm("output_norm.weight"), "output_norm.weight")
     layers = list(enumerate(decoder.layers))
     for number, layer in host.each(layers, source.text.path.name):
         fill_layer(layer, text, f"blk.{number}.", packer)
     for number in range(len(layers), len(layers) + source.guessing_layers):
         text.pass_over(f"blk.{number}.")
-    if "output.weight" in source.text:
-        # Of what the last matrix is packed anew to, answers would suffer most.
-        head = Packer("none", chosen.device, chosen.dtype)
-        network.lm_head = head.layer([fitting(network.lm_head, text.matrix("output.weight"), "output.weight")])
-        packer.add(head)
-    else:
-        network.lm_head.weight = decoder.embed_tokens.weight
     text.close()
     if source.tower is not None:
         tower = Taken(source.tower, chosen.dtype)
@@ -79,6 +73,26 @@ def build(source: Source, settings: Path, chosen: Any, auto: Any) -> tuple[Any, 
         method = AS_STORED
         pack_head(network, "int8", chosen.device)
     return network, method, notes(source, network, packer)
+
+
+def fill_ends(network: Any, decoder: Any, text: Taken, packer: Packer, chosen: Any) -> None:
+    """The embedding and the output head, which may be one matrix. Packed anew, of all layers these would harm answers most."""
+    ends = Packer("none", chosen.device, chosen.dtype)
+    words = fitting(decoder.embed_tokens, text.matrix("token_embd.weight"), "token_embd.weight")
+    tied = "output.weight" not in text.file
+    if not tied:
+        network.lm_head = ends.layer([fitting(network.lm_head, text.matrix("output.weight"), "output.weight")])
+    if ends.plain([words]):
+        put(decoder.embed_tokens, "weight", words.dense(chosen.dtype), "token_embd.weight")
+        if tied:
+            network.lm_head.weight = decoder.embed_tokens.weight
+    else:
+        if tied:
+            network.lm_head = ends.layer([words])
+        shared = tied and isinstance(network.lm_head, GroupedLinear | BlockLinear)
+        rows = network.lm_head if shared else BlockLinear([words], None)
+        decoder.embed_tokens = PackedEmbedding(rows, chosen.dtype, shared)
+    packer.add(ends)
 
 
 def notes(source: Source, network: Any, packer: Packer) -> list[str]:

@@ -136,6 +136,26 @@ class BlockLinear(nn.Module):
         return product(x, self._dense(self.weight[start:stop], factor).to(x.dtype))
 
 
+class PackedEmbedding(nn.Module):
+    """Rows of a packed layer by their numbers: only those that are asked for are unpacked."""
+
+    def __init__(self, layer: GroupedLinear | BlockLinear, dtype: torch.dtype, shared: bool) -> None:
+        """shared: the layer is the network's output head, too, and moves with it."""
+        super().__init__()
+        self.layer = None if shared else layer
+        # In a tuple, or its weights would be in the state dict twice.
+        self._shared = (layer,)
+        self.dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._shared[0].weight.device
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        rows = self._shared[0].some(numbers.flatten())
+        return rows.view(*numbers.shape, rows.shape[1]).to(self.dtype)
+
+
 class StackedLinear(nn.Module):
     """The outputs of several layers one after the other: what a file stores in different types."""
 
