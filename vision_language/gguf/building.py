@@ -9,13 +9,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ... import host
+from ...host.errors import first_line
 from .. import decoding
 from ..quantization import AS_STORED, PACKED, pack_head
 from ..unusable import UnusableModel
 from .layers import fill_layer
 from .linears import BlockLinear, GroupedLinear, PackedEmbedding
 from .packing import ANEW, BLOCKS, GROUPED, KERNEL, PLAIN, ROWS, Packer
-from .settings import Source
+from .source import Source
 from .taking import Taken, fitting, put
 from .tower import fill_tower
 
@@ -46,8 +47,14 @@ def build(source: Source, settings: Path, chosen: Any, auto: Any) -> tuple[Any, 
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(settings, local_files_only=True, trust_remote_code=False)
-    with WeightsToCome():
-        network = auto.from_config(config, dtype=chosen.dtype, attn_implementation=chosen.attention)
+    try:
+        with WeightsToCome():
+            network = auto.from_config(config, dtype=chosen.dtype, attn_implementation=chosen.attention)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UnusableModel(
+            f"The sizes that {source.text.path} tells make no network ({first_line(error, 200)}): fetch it again, or take "
+            "another GGUF of the model."
+        ) from error
     network.config._name_or_path = str(source.text.path)
     network.generation_config = GenerationConfig.from_pretrained(settings)
     packer = Packer(chosen.packing.method, chosen.device, chosen.dtype)

@@ -59,7 +59,10 @@ class Taken:
 
     def tensor(self, name: str, order: Tensor | None = None) -> Tensor:
         """The numbers of `name` in the dtype of the network. order: of its rows, where the library has another."""
-        if len(self.file.stored(name).shape) == 2:
+        shape = self.file.stored(name).shape
+        if order is not None and len(order) != shape[0]:
+            raise UnusableModel(f"{name} has the shape {shape}, and should have {len(order)} rows.")
+        if len(shape) == 2:
             rows = self.matrix(name)
             return (rows if order is None else rows.rows(order)).dense(self.dtype)
         found = self.numbers(name)
