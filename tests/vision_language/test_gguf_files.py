@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from gguf_files import F32, facts, of_folder, stored, tower_facts, weights, words, write
+from hotpath.demo import captioner_gguf
 from hotpath.host import downloads
 from hotpath.vision_language import download, folders
 from hotpath.vision_language.folders import UnusableModel
@@ -269,3 +270,12 @@ def test_menus_of_the_old_pack_mean_repositories(llm):
     assert origin("nothing.gguf") is None
     for form in ("UD-IQ2_M", "UD-Q2_K_XL", "IQ4_XS", "i1-IQ3_XXS", "TQ1_0", "MXFP4_MOE", "NVFP4", "Q1_0"):
         assert origin(f"someone/else/Qwen3-4B-{form}.gguf").file == f"Qwen3-4B-{form}.gguf"
+
+
+def test_the_demo_has_its_captioner_as_a_file(tmp_path):
+    captioner_gguf.main(target=tmp_path)
+    for name in (captioner_gguf.MODEL, captioner_gguf.TOWER):
+        kept = captioner_gguf.TARGET / name
+        assert kept.read_bytes() == (tmp_path / name).read_bytes(), "run python -m hotpath.demo.captioner_gguf"
+    files = Gguf([captioner_gguf.TARGET / captioner_gguf.MODEL]), Gguf([kept])
+    assert sum(file.nbytes for file in files) < 1e6

@@ -33,7 +33,8 @@ def widths(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     made: dict[str, Any] = {
         "vocab_size": source.text.stored("token_embd.weight").shape[0],
         "hidden_size": hidden,
-        "intermediate_size": source.whole("feed_forward_length", 0 if EXPERTS in source.text else None),
+        # Of a model with experts in every layer no tensor is so long.
+        "intermediate_size": source.whole("feed_forward_length", *((0, LONGEST) if EXPERTS in source.text else ())),
         "num_hidden_layers": source.layers,
         "num_attention_heads": heads,
         "num_key_value_heads": source.whole("attention.head_count_kv", heads),
