@@ -147,6 +147,14 @@ def test_an_embedding_stays_packed(llm, sources, ask, monkeypatch, tied, kernels
     large = [name for name, part in model.network.state_dict().items() if part.nbytes >= shape[0] * shape[1]]
     assert len(large) == (1 if tied and not kernels else 2) and large[-1] == "lm_head.weight", large
     assert ask(model, Question("Hi"), decode="static").raw == ask(model, Question("Hi"), decode="plain").raw
+    if tied:
+        write(
+            llm / "plain.gguf",
+            facts(source) | words(source),
+            weights(source)[0] | {"token_embd.weight": text["token_embd.weight"]},
+        )
+        plain = MODELS.get("plain.gguf", LoadOptions(dtype="float32"), must_see=False).network
+        assert plain.lm_head.weight is plain.get_input_embeddings().weight, "as all the other layers are plain"
 
 
 @pytest.mark.parametrize("method", ["int8", "int4", "float8", "bitsandbytes 4-bit", "8-bit (Balanced)"])

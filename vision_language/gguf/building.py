@@ -61,13 +61,13 @@ def build(source: Source, settings: Path, chosen: Any, auto: Any) -> tuple[Any, 
     # Where the library adds one to the weights of norms, the converter did.
     text = Taken(source.text, chosen.dtype, raised=1.0 if source.hybrid else 0.0)
     decoder = decoding.text_decoder(network)
-    fill_ends(network, decoder, text, packer, chosen)
     put(decoder.norm, "weight", text.norm("output_norm.weight"), "output_norm.weight")
     layers = list(enumerate(decoder.layers))
     for number, layer in host.each(layers, source.text.path.name):
         fill_layer(layer, text, f"blk.{number}.", packer)
     for number in range(len(layers), len(layers) + source.guessing_layers):
         text.pass_over(f"blk.{number}.")
+    fill_ends(network, decoder, text, packer, chosen)
     text.close()
     if source.tower is not None:
         tower = Taken(source.tower, chosen.dtype)
@@ -83,13 +83,16 @@ def build(source: Source, settings: Path, chosen: Any, auto: Any) -> tuple[Any, 
 
 
 def fill_ends(network: Any, decoder: Any, text: Taken, packer: Packer, chosen: Any) -> None:
-    """The embedding and the output head, which may be one matrix. Packed anew, of all layers these would harm answers most."""
+    """The embedding and the output head, which may be one matrix. Packed anew, of all layers these would harm answers most.
+
+    packer: what packed the other layers. Where those are plain, a matrix of both is too: kernels of our own read plain ones.
+    """
     ends = Packer("none", chosen.device, chosen.dtype)
     words = fitting(decoder.embed_tokens, text.matrix("token_embd.weight"), "token_embd.weight")
     tied = "output.weight" not in text.file
     if not tied:
         network.lm_head = ends.layer([fitting(network.lm_head, text.matrix("output.weight"), "output.weight")])
-    if ends.plain([words]):
+    if ends.plain([words]) or (tied and not packer.packs):
         put(decoder.embed_tokens, "weight", words.dense(chosen.dtype), "token_embd.weight")
         if tied:
             network.lm_head.weight = decoder.embed_tokens.weight
