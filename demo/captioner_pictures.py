@@ -12,18 +12,20 @@ from PIL import Image
 from .node_runs import HERE, node, photo
 from .picture_rows import card, labelled, shown, stacked
 
+FOLDER = "hotpath-captioner"
 
-def captioner() -> tuple[Any, str]:
-    return node("HotpathVLMLoader", model="hotpath-captioner")
+
+def captioner(name: str = FOLDER) -> tuple[Any, str]:
+    return node("HotpathVLMLoader", model=name)
 
 
 def vlm_loader() -> Image.Image:
     return card("Load Vision-Language Model", captioner()[1])
 
 
-def captions_of(pictures: list[torch.Tensor]) -> tuple[list[str], str]:
-    """The small captioner's words for each, and the node's report."""
-    model, _ = captioner()
+def captions_of(pictures: list[torch.Tensor], name: str = FOLDER) -> tuple[list[str], str]:
+    """The small captioner's words for each, and the node's report. name: of its folder or its GGUF file."""
+    model, _ = captioner(name)
     result = node(
         "HotpathVLM",
         model=[model],

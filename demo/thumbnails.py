@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from . import captioner_pictures, colorize_pictures, face_pictures, help_pictures, identity_pictures, node_runs
+from . import (
+    captioner_gguf,
+    captioner_pictures,
+    colorize_pictures,
+    face_pictures,
+    help_pictures,
+    identity_pictures,
+    node_runs,
+)
 from .picture_rows import PAPER, card, labelled, shown
 from .workflow_pictures import given, sampled
 
@@ -133,6 +141,12 @@ def one_caption() -> Image.Image:
     return tiles(picture, text("QwenVL", said))
 
 
+def caption_of_a_file() -> Image.Image:
+    picture = node_runs.photo("captioner_shapes_1.png")
+    (said,), _ = captioner_pictures.captions_of([picture], captioner_gguf.MODEL)
+    return tiles(shown(picture, 200), text("QwenVL (GGUF)", said))
+
+
 def mapped() -> Image.Image:
     """The pictures of a folder, and what becomes of them."""
     return tiles(row_of_shapes(), text("Map Workflow", "one workflow, every picture,\nall GPUs; goes on where it was"))
@@ -185,6 +199,7 @@ def prompt_and_report() -> Image.Image:
 THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
     "ab_compare": comparison,
     "block_telemetry": lambda: tiles(heat_map()),
+    "caption_gguf": caption_of_a_file,
     "caption_pictures": shapes,
     "caption_qwenvl": one_caption,
     "captions_of_a_folder": captions,

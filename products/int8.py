@@ -79,7 +79,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 def two_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows [M, K] as whole numbers of two bytes, int8 [2 M, K], all the lower ones first: row m is
     (made[m] + 256 * made[M + m]) * scale[m], with a float32 scale, [M, 1]."""
-    rows = rows.float()
+    rows = rows.float().contiguous()
     scale = rows.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-30).div_(LARGEST_OF_TWO)
     # Both bytes are read with a sign. Half of the lower one's range more, and that half turned over, carries it up.
     whole = (rows / scale).round_().to(torch.int16).add_(128).bitwise_xor_(128)

@@ -188,6 +188,7 @@ def test_two_bytes_are_the_number_to_its_fifteenth_bit() -> None:
     assert made.dtype == torch.int8 and made.shape == (18, 64)
     off = ((low + 256 * high) * scale.double() - x.double()).abs().amax(dim=1)
     assert bool((off <= x.abs().amax(dim=1) / 65000).all()) and not made[[3, 12]].any()
+    assert torch.equal(int8.two_bytes(x.T.contiguous().T)[0], made)
 
 
 @torch.inference_mode()

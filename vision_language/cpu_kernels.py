@@ -73,7 +73,7 @@ def _may(x: Tensor) -> bool:
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K] times weight [N, K] int8, transposed, without a scale; [..., N] float32."""
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
     ones = torch.ones(len(weight), dtype=torch.bfloat16)
     return torch._weight_int8pack_mm(rows, weight, ones).float().view(*x.shape[:-1], len(weight))
 
@@ -94,6 +94,6 @@ def int4_product(
     if first % STEP == 0 and last % STEP == 0 and (first, last) != (0, groups.shape[1]):
         packed, groups = packed[first:last], groups[:, first:last].contiguous()
         first, last = 0, last - first
-    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+    rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
     made = torch._weight_int4pack_mm_for_cpu(rows, packed, group, groups)[:, first:last]
     return made.float().view(*x.shape[:-1], last - first)

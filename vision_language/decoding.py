@@ -168,7 +168,7 @@ class DecodeStep(nn.Module):
     ) -> Tensor:
         """tokens, positions: [B]; slot: [1]; returns logits [B, vocabulary]."""
         embed, rotary = self._shared
-        x = F.embedding(tokens, embed.weight)
+        x = embed(tokens)
         angles = positions.float().unsqueeze(-1) * rotary.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)[:, None, None, :]
         cos = (angles.cos() * rotary.attention_scaling).to(x.dtype)

@@ -90,7 +90,7 @@ class FusedStep(DecodeStep):
         from .prefill_kernels import place_rows
 
         embed, rotary = self._shared
-        x = F.embedding(tokens, embed.weight)[0]
+        x = embed(tokens)[0]
         angles = positions.float() * rotary.inv_freq.float()
         angles = torch.cat((angles, angles))
         cos = (angles.cos() * rotary.attention_scaling).to(x.dtype)

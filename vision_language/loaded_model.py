@@ -28,6 +28,7 @@ from ..products.linear import PackedLinear
 from . import decoding
 from .budgets import TokenPixels
 from .folders import ModelFolder
+from .gguf.linears import PackedEmbedding
 from .quantization import OURS
 from .unusable import UnusableModel
 
@@ -114,8 +115,15 @@ class LoadedModel:
         return self.managed.device
 
     @property
+    def words(self) -> Any:
+        """What has the dtype and the device of the network's embedding."""
+        embedding = self.network.get_input_embeddings()
+        return embedding if isinstance(embedding, PackedEmbedding) else embedding.weight
+
+    @property
     def dtype(self) -> torch.dtype:
-        return self.network.get_input_embeddings().weight.dtype
+        found: torch.dtype = self.words.dtype
+        return found
 
     @property
     def config(self) -> Any:
@@ -170,7 +178,7 @@ class LoadedModel:
         side = int(vision.spatial_merge_size)
         width = int(getattr(vision, "in_channels", 3)) * int(vision.temporal_patch_size) * int(vision.patch_size) ** 2
         with torch.no_grad():
-            here = self.network.get_input_embeddings().weight.device
+            here = self.words.device
             pixels = torch.zeros(side * side, width, device=here, dtype=self.dtype)
             made = self.network.model.get_image_features(pixels, torch.tensor([[1, side, side]], device=here))
         levels = getattr(made, "deepstack_features", None)

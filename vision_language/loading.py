@@ -31,8 +31,8 @@ from .folders import ModelFolder
 from .gguf.building import build
 from .gguf.file import Gguf
 from .gguf.models import GgufModel
-from .gguf.settings import Source
 from .gguf.settings import write as write_settings
+from .gguf.source import Source
 from .interruption import interruptible_loading
 from .load_choices import Choices, choices
 from .loaded_model import LoadedModel, LoadOptions

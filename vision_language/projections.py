@@ -99,8 +99,9 @@ def pack_products(network: Any) -> int:
 
     A head that is also the embedding's matrix becomes a copy, where memory is plenty.
     """
-    embedding = network.get_input_embeddings().weight
-    plenty = 4 * embedding.nbytes < host.current().free_memory(embedding.device)
+    # None of an embedding that is packed, which no plain head shares.
+    embedding = getattr(network.get_input_embeddings(), "weight", None)
+    plenty = embedding is None or 4 * embedding.nbytes < host.current().free_memory(embedding.device)
     found = [
         (owner, name)
         for owner, name in large_linears(network)

@@ -194,10 +194,16 @@ class Int4OnCpu(nn.Module):
         return y if self.bias is None else y + self.bias[start:stop]
 
 
-def in_parts(multiply: Callable[[Tensor, int, int], Tensor], x: Tensor, start: int, stop: int, inputs: int) -> Tensor:
-    """multiply(x, start, stop), made on a CPU of some rows of the weights at a time: unpacked, they stay in its caches."""
-    step = max(LEAST_ROWS, NEAR_BYTES // (4 * inputs))
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or stop - start <= step:
+def in_parts(
+    multiply: Callable[[Tensor, int, int], Tensor], x: Tensor, start: int, stop: int, inputs: int, most: int = 0
+) -> Tensor:
+    """multiply(x, start, stop), made on a CPU of some rows of the weights at a time: unpacked, they stay in its caches.
+
+    most: how many weights are unpacked at a time on other devices; 0 for all.
+    """
+    near = NEAR_BYTES // 4 if x.device.type == "cpu" else most
+    step = max(LEAST_ROWS, near // inputs) if near else stop - start
+    if torch.compiler.is_compiling() or stop - start <= step:
         return multiply(x, start, stop)
     return torch.cat([multiply(x, first, min(stop, first + step)) for first in range(start, stop, step)], dim=-1)
 

@@ -110,7 +110,7 @@ class PrefillRecording:
         ids, rows = self.given[:n], self.given[n : 2 * n]
         start, last, filled, following = self.given[(2 + self.axes) * n :].split(1)
         positions = self.given[2 * n : (2 + self.axes) * n].view(self.axes, 1, n)
-        x = F.embedding(ids, embed.weight)
+        x = embed(ids)
         deep: Tensor | None = None
         if self.features is not None:
             seen = self.features.index_select(1, rows)

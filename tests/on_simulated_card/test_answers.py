@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.pictures import Picture
@@ -53,7 +54,7 @@ def test_graphs_write_what_the_plain_path_writes(card: Any, model: Any, sampling
 
 
 def test_packed_files_go_to_the_card_as_they_are(card: Any, headless_host: Any, tmp_path: Any) -> None:
-    """A GGUF of Q8_0, whose embedding alone is unpacked: graphs write what the plain path writes."""
+    """A GGUF of Q8_0, its embedding, which is its head, too: graphs write what the plain path writes."""
     from gguf_files import Q8_0, of_folder
     from hotpath.demo.captioner_model import write_folder
     from hotpath.vision_language.loaded_model import LoadOptions
@@ -65,10 +66,36 @@ def test_packed_files_go_to_the_card_as_they_are(card: Any, headless_host: Any, 
         model = MODELS.get("Tiny.gguf", LoadOptions(dtype="float32"))
         assert asked(model, "graph", Sampling(sample=False), 6) == asked(model, "plain", Sampling(sample=False), 6)
         packed = model.network.model.language_model.layers[0].mlp.gate_up_proj
-        assert (packed.weight.device.type, str(packed.weight.dtype), packed.group) == ("cuda", "torch.int8", 32)
+        for layer in (packed, model.network.lm_head):
+            assert (layer.weight.device.type, str(layer.weight.dtype), layer.group) == ("cuda", "torch.int8", 32)
+        assert model.network.get_input_embeddings()(torch.zeros(1, dtype=torch.int64, device="cuda")).is_cuda
         assert any("Q8_0 as stored" in note for note in model.notes)
     finally:
         MODELS.clear()
+
+
+def test_blocks_are_unpacked_where_they_are(card: Any) -> None:
+    """Those of every type, while a graph is recorded: nothing comes from the host, and the graph computes the same again."""
+    from gguf_files import BLOCKS, random_blocks
+    from hotpath.vision_language.gguf.matrix import Matrix
+    from hotpath.vision_language.gguf.packing import Packer
+    from hotpath.vision_language.gguf.types import TYPES
+
+    with torch.no_grad():
+        packer = Packer("none", torch.device("cuda"), torch.float32)
+        stored = [Matrix(TYPES[kind], random_blocks(kind, 8, 256), 8, 256) for kind in BLOCKS if not TYPES[kind].bits]
+        layers = [packer.layer([matrix]).to("cuda") for matrix in stored]
+        x = torch.linspace(-1, 1, 256).cuda().view(1, -1)
+        before = [layer(x).cpu() for layer in layers]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
+            made = [layer(x) for layer in layers]
+        torch.cuda.current_stream().wait_stream(stream)
+        x.neg_()
+        graph.replay()
+        for again, first in zip(made, before, strict=True):
+            assert torch.equal(again.cpu(), -first)
 
 
 def test_what_is_borrowed_leaves_the_card_without_a_copy(card: Any, load_llm: Any) -> None:

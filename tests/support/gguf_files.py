@@ -1,30 +1,29 @@
-"""GGUF files written for the tests: of a tiny model folder with its true numbers, or of random blocks of any type.
-
-The writer follows ggml's description of the format and shares no code with the reader.
-"""
+"""GGUF files written for the tests: of a tiny model folder with its true numbers, or of random blocks of any type."""
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf_layers import layer_tensors
+from hotpath.demo.gguf_writer import Stored, write
 from safetensors.torch import load_file
 from torch import Tensor
 
-ALIGNMENT = 32
-F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16 = 0, 1, 2, 8, 12, 14, 30
+F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16, NVFP4 = 0, 1, 2, 8, 12, 14, 30, 40
 PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 # Bytes of a block, and where in it the float16 numbers lie: kept small, so that every block is finite.
 BLOCKS = {
     2: (32, 18, (0,)), 3: (32, 20, (0, 2)), 6: (32, 22, (0,)), 7: (32, 24, (0, 2)), 8: (32, 34, (0,)),
     10: (256, 84, (80, 82)), 11: (256, 110, (108,)), 12: (256, 144, (0, 2)), 13: (256, 176, (0, 2)),
-    14: (256, 210, (208,)), 20: (32, 18, (0,)), 23: (256, 136, (0,)),
+    14: (256, 210, (208,)), 16: (256, 66, (0,)), 17: (256, 74, (0,)), 18: (256, 98, (0,)), 19: (256, 50, (0,)),
+    20: (32, 18, (0,)), 21: (256, 110, (0,)), 22: (256, 82, (0,)), 23: (256, 136, (0,)), 29: (256, 56, ()),
+    34: (256, 54, (52,)), 35: (256, 66, (64,)), 39: (32, 17, ()), 40: (64, 36, ()), 41: (128, 18, (0,)), 42: (64, 18, (0,)),
 }  # fmt: skip
+# (byte, bits that stay as they are, bits that are set) where scales are kept in another way: IQ1_M in parts, MXFP4, NVFP4.
+SCALES = {29: ((53, 0x3F, 0x80), (55, 0x0F, 0x20)), 39: ((0, 7, 0x78),), 40: tuple((at, 0x3F, 0) for at in range(4))}
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -46,8 +45,6 @@ ARCHITECTURES = {
 
 QWEN35_WORDS = QWEN_WORDS.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 
-Stored = tuple[int, tuple[int, ...], bytes]  # type, shape as torch has it, what is written
-
 
 def random_blocks(kind: int, rows: int, inputs: int, seed: int = 0) -> Tensor:
     """[blocks, bytes] uint8 of a matrix [rows, inputs] of finite numbers."""
@@ -56,6 +53,8 @@ def random_blocks(kind: int, rows: int, inputs: int, seed: int = 0) -> Tensor:
     made = torch.randint(256, (rows * inputs // values, length), generator=generator, dtype=torch.uint8)
     for at in halves:
         made[:, at + 1] = 0x28 | (made[:, at + 1] & 3)  # between 0.03 and 0.06
+    for at, kept, set_bits in SCALES.get(kind, ()):
+        made[:, at] = made[:, at] & kept | set_bits
     return made
 
 
@@ -69,39 +68,6 @@ def stored(tensor: Tensor, kind: int = F32) -> Stored:
     codes = (blocks / scale).nan_to_num().round().to(torch.int8)
     whole = torch.cat((scale.half().view(torch.uint8), codes.view(torch.uint8)), dim=1)
     return kind, tuple(tensor.shape), whole.numpy().tobytes()
-
-
-def _value(value: Any) -> bytes:
-    """The kind of a value, and the value."""
-    if isinstance(value, bool):
-        return struct.pack("<I?", 7, value)
-    if isinstance(value, int):
-        return struct.pack("<Ii", 5, value)
-    if isinstance(value, float):
-        return struct.pack("<If", 6, value)
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + _text(value)
-    first = _value(value[0] if value else "")[:4]
-    return struct.pack("<I", 9) + first + struct.pack("<Q", len(value)) + b"".join(_value(part)[4:] for part in value)
-
-
-def _text(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def write(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Stored], version: int = 3) -> Path:
-    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
-    head += b"".join(_text(name) + _value(value) for name, value in metadata.items())
-    data = b""
-    for name, (kind, shape, raw) in tensors.items():
-        head += _text(name) + struct.pack("<I", len(shape))
-        head += b"".join(struct.pack("<Q", length) for length in reversed(shape))
-        head += struct.pack("<IQ", kind, len(data))
-        data += raw + bytes(-len(raw) % ALIGNMENT)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(head + bytes(-len(head) % ALIGNMENT) + data)
-    return path
 
 
 def use_qwens_words(folder: Path, pattern: str = QWEN_WORDS) -> None:

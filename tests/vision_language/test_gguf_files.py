@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from gguf_files import F32, facts, of_folder, stored, tower_facts, weights, words, write
+from hotpath.demo import captioner_gguf
 from hotpath.host import downloads
 from hotpath.vision_language import download, folders
 from hotpath.vision_language.folders import UnusableModel
@@ -197,7 +198,8 @@ def test_other_models_are_refused_by_name(llm, metadata, said):
     [
         ("Absent-Q4_K_M.gguf", r"There is no GGUF file 'Absent-Q4_K_M\.gguf' .* as owner/repository/file\.gguf"),
         ("Qwen/Some-GGUF", "There is no GGUF file .* as owner/repository/file"),
-        ("Qwen3-4B-abliterated-iq2_xs.gguf", "quantised in a way that is not read here"),
+        ("me/some/Qwen3-4B-IQ4_KSS-00001-of-00002.gguf", "is quantised as IQ4_KSS, which is not read here"),
+        ("Qwen2.5-7B-Q4_0_4_8", "is quantised as Q4_0_4_8, which is not read here: take another file"),
         (
             "Qwen3.8-27B-UD-Q3_K_XL.gguf",
             r"is of Qwen3\.8, whose GGUF files are not read here .* Qwen3\.5-4B-UD-Q4_K_XL",
@@ -266,3 +268,14 @@ def test_menus_of_the_old_pack_mean_repositories(llm):
     other = origin("someone/else/Qwen3-4B-Q8_0.gguf")
     assert (other.repository, other.file) == ("someone/else", "Qwen3-4B-Q8_0.gguf"), "another owner's is another file"
     assert origin("nothing.gguf") is None
+    for form in ("UD-IQ2_M", "UD-Q2_K_XL", "IQ4_XS", "i1-IQ3_XXS", "TQ1_0", "MXFP4_MOE", "NVFP4", "Q1_0"):
+        assert origin(f"someone/else/Qwen3-4B-{form}.gguf").file == f"Qwen3-4B-{form}.gguf"
+
+
+def test_the_demo_has_its_captioner_as_a_file(tmp_path):
+    captioner_gguf.main(target=tmp_path)
+    for name in (captioner_gguf.MODEL, captioner_gguf.TOWER):
+        kept = captioner_gguf.TARGET / name
+        assert kept.read_bytes() == (tmp_path / name).read_bytes(), "run python -m hotpath.demo.captioner_gguf"
+    files = Gguf([captioner_gguf.TARGET / captioner_gguf.MODEL]), Gguf([kept])
+    assert sum(file.nbytes for file in files) < 1e6

@@ -8,6 +8,7 @@ from gguf_files import F16, Q8_0, of_folder, use_qwens_words
 from hotpath.demo.captioner_model import TEXT_KINDS, VISION_KINDS, write_folder
 from hotpath.vision_language import cpu_kernels, folders
 from hotpath.vision_language.folders import UnusableModel
+from hotpath.vision_language.gguf.types import TYPES, dense
 from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
@@ -105,7 +106,6 @@ def test_packed_files_answer_as_their_numbers_do(gguf, sources, llm, ask, monkey
     """The Q8_0 file against one with the numbers that it stands for."""
     from gguf_files import facts, stored, weights, words, write
     from hotpath.vision_language.gguf.file import Gguf
-    from hotpath.vision_language.gguf.types import dense
 
     monkeypatch.setattr(cpu_kernels, "why_not", lambda method: "asked for")
     packed = gguf("qwen2", Q8_0)
@@ -122,6 +122,39 @@ def test_packed_files_answer_as_their_numbers_do(gguf, sources, llm, ask, monkey
         mine, theirs = packed.network(input_ids=ids).logits, plain.network(input_ids=ids).logits
     assert (mine - theirs).norm() < 1e-3 * theirs.norm()
     assert ask(packed, Question("Hello")).raw == ask(plain, Question("Hello")).raw
+
+
+@pytest.mark.parametrize(("tied", "kernels"), [(True, False), (False, False), (True, True)])
+def test_an_embedding_stays_packed(llm, sources, ask, monkeypatch, tied, kernels):
+    """One matrix for it and the head, where both read the same; rows of it are unpacked when they are asked for."""
+    from gguf_files import facts, stored, weights, words, write
+
+    if not kernels:
+        monkeypatch.setattr(cpu_kernels, "why_not", lambda method: "asked for")
+    source, text = sources["qwen3"], weights(sources["qwen3"], Q8_0)[0]
+    shape = text["token_embd.weight"][1]
+    if not tied:
+        text["output.weight"] = stored(torch.randn(shape), Q8_0)
+    write(llm / "ends.gguf", facts(source) | words(source), text)
+    device = "cpu" if kernels else "auto"
+    model = MODELS.get("ends.gguf", LoadOptions(dtype="float32", device=device), must_see=False)
+    embedding = model.network.get_input_embeddings()
+    ids = torch.arange(7, device=embedding.device).view(1, 7)
+    rows = dense(TYPES[Q8_0], torch.frombuffer(bytearray(text["token_embd.weight"][2]), dtype=torch.uint8).view(-1, 34))
+    assert (
+        torch.equal(embedding(ids)[0].cpu(), rows.view(shape)[:7]) and model.dtype == embedding.dtype == torch.float32
+    )
+    large = [name for name, part in model.network.state_dict().items() if part.nbytes >= shape[0] * shape[1]]
+    assert len(large) == (1 if tied and not kernels else 2) and large[-1] == "lm_head.weight", large
+    assert ask(model, Question("Hi"), decode="static").raw == ask(model, Question("Hi"), decode="plain").raw
+    if tied:
+        write(
+            llm / "plain.gguf",
+            facts(source) | words(source),
+            weights(source)[0] | {"token_embd.weight": text["token_embd.weight"]},
+        )
+        plain = MODELS.get("plain.gguf", LoadOptions(dtype="float32"), must_see=False).network
+        assert plain.lm_head.weight is plain.get_input_embeddings().weight, "as all the other layers are plain"
 
 
 @pytest.mark.parametrize("method", ["int8", "int4", "float8", "bitsandbytes 4-bit", "8-bit (Balanced)"])
@@ -180,9 +213,9 @@ def test_what_a_file_lacks_or_has_too_much(llm, sources):
         load("e.gguf", head | {"tokenizer.ggml.pre": "llama-bpe"}, tensors)
     with pytest.raises(UnusableModel, match="scales its positions by 'longrope'"):
         load("f.gguf", head | {"qwen3.rope.scaling.type": "longrope"}, tensors)
-    with pytest.raises(UnusableModel, match=r"is quantised as IQ3_S .* such as Q4_K_M, Q5_K_M or Q8_0"):
+    with pytest.raises(UnusableModel, match=r"is quantised as Q8_K .* such as Q4_K_M, Q5_K_M or Q8_0"):
         shape = (64, 256)
-        load("g.gguf", head, tensors | {"blk.0.attn_q.weight": (21, shape, bytes(64 * 110))})
+        load("g.gguf", head, tensors | {"blk.0.attn_q.weight": (15, shape, bytes(64 * 292))})
 
 
 def test_a_file_that_changes_is_another_model(llm, sources):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from gguf_files import (
     F32,
+    NVFP4,
     Q8_0,
     QWEN35_WORDS,
     QWEN_WORDS,
     facts,
     of_folder,
+    random_blocks,
     stored,
     tower_facts,
     use_qwens_words,
@@ -25,7 +29,7 @@ from hotpath.vision_language.experts import PackedExperts
 from hotpath.vision_language.gguf import models
 from hotpath.vision_language.gguf.file import Gguf
 from hotpath.vision_language.gguf.tokenizer import Vocabulary
-from hotpath.vision_language.gguf.types import dense
+from hotpath.vision_language.gguf.types import TYPES, dense
 from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
@@ -125,6 +129,29 @@ def test_experts_whose_gates_are_stored_in_another_type_or_with_the_ups(llm, sou
         made.append(logits(MODELS.get(f"{name}.gguf", PRECISE, must_see=False)))
     assert torch.equal(made[0], made[1])
     assert 0 < (made[2] - made[0]).norm() < 0.3 * made[0].norm()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_moe"])
+def test_files_of_four_bits_with_a_number_for_each_matrix_or_expert(llm, sources, monkeypatch, kind):
+    """NVFP4 has a scale beside a matrix, and one of its inputs, which nothing here needs."""
+    monkeypatch.setattr(cpu_kernels, "why_not", lambda method: "asked for")
+    head, (text, _) = facts(sources[kind]) | words(sources[kind]), weights(sources[kind])
+    packed, numbers = dict(text), dict(text)
+    for seed, (name, (_, shape, _)) in enumerate(text.items()):
+        if len(shape) < 2 or shape[-1] % 64 or name.startswith(("token_embd", "output")):
+            continue
+        blocks = random_blocks(NVFP4, math.prod(shape[:-1]), shape[-1], seed)
+        scale = torch.linspace(0.01, 0.02, shape[0] if len(shape) == 3 else 1)
+        base = name.removesuffix("weight")
+        packed |= {name: (NVFP4, shape, blocks.numpy().tobytes()), f"{base}scale": stored(scale)}
+        packed[f"{base}input_scale"] = stored(torch.ones(1))
+        numbers[name] = stored(dense(TYPES[NVFP4], blocks).view(shape) * scale.view(-1, *[1] * (len(shape) - 1)))
+    made = []
+    for name, tensors in (("packed", packed), ("numbers", numbers)):
+        write(llm / f"{name}.gguf", head, tensors)
+        made.append(MODELS.get(f"{name}.gguf", PRECISE, must_see=False))
+    assert any("NVFP4 as stored" in note for note in made[0].notes), made[0].notes
+    assert torch.allclose(logits(made[0]), logits(made[1]), rtol=0, atol=1e-4 * float(logits(made[1]).abs().max()))
 
 
 def test_layers_that_guess_later_tokens_are_passed_over(llm, sources, both):

@@ -126,7 +126,7 @@ def test_the_first_shared_workflow(llm):
             assert node["inputs"][0]["name"] == "image"
 
 
-@pytest.mark.parametrize("name", ["caption_pictures", "caption_qwenvl", "captions_of_a_folder"])
+@pytest.mark.parametrize("name", ["caption_gguf", "caption_pictures", "caption_qwenvl", "captions_of_a_folder"])
 def test_the_example_graphs_hold_what_the_nodes_declare(llm, name):
     """The graph of the browser and its API twin: the same nodes, links and values, every widget in its place."""
     folder = ROOT / "example_workflows"

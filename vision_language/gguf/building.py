@@ -9,17 +9,20 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ... import host
+from ...host.errors import first_line
 from .. import decoding
 from ..quantization import AS_STORED, PACKED, pack_head
 from ..unusable import UnusableModel
 from .layers import fill_layer
-from .packing import ANEW, GROUPED, KERNEL, PLAIN, ROWS, Packer
-from .settings import Source
+from .linears import BlockLinear, GroupedLinear, PackedEmbedding
+from .packing import ANEW, BLOCKS, GROUPED, KERNEL, PLAIN, ROWS, Packer
+from .source import Source
 from .taking import Taken, fitting, put
 from .tower import fill_tower
 
 HOW = {
     GROUPED: "as stored",
+    BLOCKS: "as stored",
     KERNEL: "as stored, by torch's int4 kernel",
     ROWS: "as int8 with one scale a row",
     PLAIN: "as stored",
@@ -44,28 +47,27 @@ def build(source: Source, settings: Path, chosen: Any, auto: Any) -> tuple[Any, 
     from transformers import AutoConfig, GenerationConfig
 
     config = AutoConfig.from_pretrained(settings, local_files_only=True, trust_remote_code=False)
-    with WeightsToCome():
-        network = auto.from_config(config, dtype=chosen.dtype, attn_implementation=chosen.attention)
+    try:
+        with WeightsToCome():
+            network = auto.from_config(config, dtype=chosen.dtype, attn_implementation=chosen.attention)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UnusableModel(
+            f"The sizes that {source.text.path} tells make no network ({first_line(error, 200)}): fetch it again, or take "
+            "another GGUF of the model."
+        ) from error
     network.config._name_or_path = str(source.text.path)
     network.generation_config = GenerationConfig.from_pretrained(settings)
     packer = Packer(chosen.packing.method, chosen.device, chosen.dtype)
     # Where the library adds one to the weights of norms, the converter did.
     text = Taken(source.text, chosen.dtype, raised=1.0 if source.hybrid else 0.0)
     decoder = decoding.text_decoder(network)
-    put(decoder.embed_tokens, "weight", text.tensor("token_embd.weight"), "token_embd.weight")
     put(decoder.norm, "weight", text.norm("output_norm.weight"), "output_norm.weight")
     layers = list(enumerate(decoder.layers))
     for number, layer in host.each(layers, source.text.path.name):
         fill_layer(layer, text, f"blk.{number}.", packer)
     for number in range(len(layers), len(layers) + source.guessing_layers):
         text.pass_over(f"blk.{number}.")
-    if "output.weight" in source.text:
-        # Of what the last matrix is packed anew to, answers would suffer most.
-        head = Packer("none", chosen.device, chosen.dtype)
-        network.lm_head = head.layer([fitting(network.lm_head, text.matrix("output.weight"), "output.weight")])
-        packer.add(head)
-    else:
-        network.lm_head.weight = decoder.embed_tokens.weight
+    fill_ends(network, decoder, text, packer, chosen)
     text.close()
     if source.tower is not None:
         tower = Taken(source.tower, chosen.dtype)
@@ -78,6 +80,29 @@ def build(source: Source, settings: Path, chosen: Any, auto: Any) -> tuple[Any, 
         method = AS_STORED
         pack_head(network, "int8", chosen.device)
     return network, method, notes(source, network, packer)
+
+
+def fill_ends(network: Any, decoder: Any, text: Taken, packer: Packer, chosen: Any) -> None:
+    """The embedding and the output head, which may be one matrix. Packed anew, of all layers these would harm answers most.
+
+    packer: what packed the other layers. Where those are plain, a matrix of both is too: kernels of our own read plain ones.
+    """
+    ends = Packer("none", chosen.device, chosen.dtype)
+    words = fitting(decoder.embed_tokens, text.matrix("token_embd.weight"), "token_embd.weight")
+    tied = "output.weight" not in text.file
+    if not tied:
+        network.lm_head = ends.layer([fitting(network.lm_head, text.matrix("output.weight"), "output.weight")])
+    if ends.plain([words]) or (tied and not packer.packs):
+        put(decoder.embed_tokens, "weight", words.dense(chosen.dtype), "token_embd.weight")
+        if tied:
+            network.lm_head.weight = decoder.embed_tokens.weight
+    else:
+        if tied:
+            network.lm_head = ends.layer([words])
+        shared = tied and isinstance(network.lm_head, GroupedLinear | BlockLinear)
+        rows = network.lm_head if shared else BlockLinear([words], None)
+        decoder.embed_tokens = PackedEmbedding(rows, chosen.dtype, shared)
+    packer.add(ends)
 
 
 def notes(source: Source, network: Any, packer: Packer) -> list[str]:

@@ -150,7 +150,7 @@ class GgufFile:
                     "of the model, such as Q4_K_M."
                 )
             made = StoredTensor(name, shape, TYPES[kind], number, first + offset)
-            if not shape or shape[-1] % made.kind.values:
+            if not shape or not all(shape) or shape[-1] % made.kind.values or offset % alignment:
                 raise _Damaged
             self.tensors.append(made)
 
@@ -175,7 +175,15 @@ class Gguf:
     def __init__(self, paths: Sequence[Path]) -> None:
         self.files = [GgufFile(path, number=number) for number, path in enumerate(paths)]
         self.path, self.metadata = paths[0], self.files[0].metadata
-        self.tensors: Mapping[str, StoredTensor] = {part.name: part for file in self.files for part in file.tensors}
+        every = [part for file in self.files for part in file.tensors]
+        self.tensors: Mapping[str, StoredTensor] = {part.name: part for part in every}
+        if len(self.tensors) < len(every):
+            twice = next(part.name for part in every if self.tensors[part.name] is not part)
+            raise UnusableModel(
+                f"{self.path} has two tensors that are called {twice}: fetch it again, or take another GGUF."
+            )
+        # No size of a network is larger, nor has it more layers.
+        self.largest = max([len(every), *(length for part in every for length in part.shape)])
         for file in self.files:
             if file.size < file.end:
                 raise UnusableModel(cut_off(file.path, file.size, file.end))

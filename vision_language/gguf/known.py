@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ..unusable import UnusableModel
 from .models import READ, SUFFIX, file_name
 
-UNREAD = ("iq1", "iq2", "iq3", "tq1", "tq2", "mxfp4", "nvfp4")
+# Types of forks of llama.cpp, and old ones for some processors.
+UNREAD = re.compile(
+    r"(?:^|[-._])(iq[1-6]_k(?:s|ss|t|l)?|iq[12]_bn|i2_s|(?:q4_0|iq4_nl)_[48]_[48])(?=[-._]|$)", re.IGNORECASE
+)
 UNREAD_FAMILIES = ("qwen3.8", "qwen3-next")
 
 
@@ -59,11 +63,10 @@ def origin(name: str) -> Origin | None:
     wanted = name.strip().replace("\\", "/").strip("/")
     file = file_name(wanted)
     low = file.lower()
-    form = low.removesuffix(SUFFIX).replace("-", ".").replace("_", ".").split(".")
-    if form and any(part.startswith(UNREAD) for part in form):
+    if form := UNREAD.search(file):
         raise UnusableModel(
-            f"{file} is quantised in a way that is not read here: take another file of the model, such as Q4_K_M, Q5_K_M "
-            "or Q8_0."
+            f"{file} is quantised as {form[1].upper()}, which is not read here: take another file of the model, such as "
+            "Q4_K_M, Q5_K_M or Q8_0."
         )
     if low.startswith(UNREAD_FAMILIES):
         family = file.split("-")[0]

@@ -16,7 +16,8 @@ from ...host.errors import install
 from ..experts import PackedExperts, packable
 from ..projections import share
 from ..unusable import UnusableModel
-from .packing import Matrix, Packer
+from .matrix import Matrix
+from .packing import Packer
 from .taking import Taken, fitting, put
 
 
@@ -79,6 +80,8 @@ def fill_linear_attention(linear: Any, text: Taken, prefix: str, packer: Packer)
     put(linear, "dt_bias", text.tensor(f"{prefix}ssm_dt.bias", heads), f"{prefix}ssm_dt")
     # Stored as the rate itself, which is negative.
     rate = text.numbers(f"{prefix}ssm_a")
+    if len(rate) != values:
+        raise UnusableModel(f"{prefix}ssm_a has {len(rate)} numbers for {values} value heads, which does not fit.")
     put(linear, "A_log", (-rate).log()[heads].to(text.dtype), f"{prefix}ssm_a")
     put(linear.norm, "weight", text.tensor(f"{prefix}ssm_norm.weight"), f"{prefix}ssm_norm")
 
@@ -139,6 +142,6 @@ def merge(
             f"{stored[0]} has the shape {(matrices[0].outputs, matrices[0].inputs)}, which does not fit."
         )
     biases = None if layers[0].bias is None else [text.tensor(f"{name}.bias") for name in stored]
-    if biases is not None and sum(len(bias) for bias in biases) != sum(outputs):
+    if biases is not None and (any(bias.ndim != 1 for bias in biases) or sum(map(len, biases)) != sum(outputs)):
         raise UnusableModel(f"The biases of {stored[0]} and its neighbours do not fit their matrices.")
     share(owner, names, outputs, merged_name, packer.layer(matrices, biases))

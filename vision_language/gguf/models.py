@@ -11,7 +11,7 @@ from typing import Any
 
 from ..unusable import UnusableModel
 from .file import GgufFile, cut_off, parts_of
-from .settings import HYBRID, SEEING, TEXT, TOWERS, projector
+from .source import HYBRID, SEEING, TEXT, TOWERS, architecture, projector
 
 SUFFIX = ".gguf"
 TOWER = "mmproj"
@@ -39,9 +39,11 @@ class GgufModel:
     def config(self) -> dict[str, Any]:
         """What config.json would say first of all."""
         facts = head(self.files[0])
-        kind = str(facts.get("general.architecture"))
-        more = int(facts.get(f"{kind}.nextn_predict_layers") or 0)
-        layers = {"num_hidden_layers": max(0, int(facts.get(f"{kind}.block_count") or 0) - more)}
+        kind = architecture(facts)
+        every, more = (facts.get(f"{kind}.{name}") for name in ("block_count", "nextn_predict_layers"))
+        # What a file may say as well is told when it is loaded.
+        every, more = (number if isinstance(number, int) else 0 for number in (every, more))
+        layers = {"num_hidden_layers": max(0, every - more)}
         if self.tower is None:
             return {"model_type": TEXT.get(kind, kind), **layers}
         return {"model_type": TOWERS[projector(head(self.tower))][kind], **layers, "vision_config": {}}
@@ -79,7 +81,7 @@ def _problem(path: Path, size: int, time: int) -> str:
 
 
 def is_tower(path: Path) -> bool:
-    return TOWER in path.name.lower() or head(path).get("general.architecture") == "clip"
+    return TOWER in path.name.lower() or architecture(head(path)) == "clip"
 
 
 def of(path: Path) -> GgufModel:
@@ -97,7 +99,7 @@ def listed(folder: Path, names: Iterable[str]) -> list[GgufModel]:
     files = [folder / name for name in sorted(names) if name.lower().endswith(SUFFIX)]
     towers = [file for file in files if is_tower(file)]
     first = [file for file in files if file not in towers and next(parts_of(file)) == file]
-    readable = [file for file in first if head(file).get("general.architecture") in TEXT]
+    readable = [file for file in first if architecture(head(file)) in TEXT]
     return [GgufModel(tuple(parts_of(file)), tower_of(file, towers)) for file in readable]
 
 
@@ -117,7 +119,7 @@ def rank(tower: str, model: str) -> tuple[int, int, str]:
 
 def fits(model: dict[str, Any], tower: dict[str, Any]) -> bool:
     """Whether a tower is one of the model's kind and width."""
-    kind = str(model.get("general.architecture"))
+    kind = architecture(model)
     if kind not in TOWERS.get(projector(tower), ()):
         return False
     # Of two families whose towers are called the same only one has outputs of deeper levels.
@@ -137,13 +139,13 @@ def check(model: GgufModel, name: str, must_see: bool) -> None:
     for file in model.every:
         if found := problem(file):
             raise UnusableModel(found)
-    kind = str(head(model.files[0]).get("general.architecture"))
+    kind = architecture(head(model.files[0]))
     if kind == "clip":
         raise UnusableModel(
             f"{name} is the tower of a model (mmproj), without its language model: choose the other file beside it."
         )
     if kind not in TEXT:
-        whose = FAMILIES.get(kind, f"the architecture {kind!r}")
+        whose = FAMILIES.get(kind, f"the architecture {kind!r:.40}")
         raise UnusableModel(
             f"{name} is of {whose}, whose GGUF files are not read here ({READ} are): take the model's folder, with "
             "quantization int4 or int8 where memory is short."

@@ -1,190 +1,28 @@
-"""Layers with the weights of a file as it stores them: its whole numbers and their scales, in an order that torch can multiply.
+"""How the weights of a file are kept in layers, by their type and the device, and how far from the file's numbers that is.
 
-The numbers of all types fit into 4 or 8 bits, so what a file holds is kept to the last bit, but for scales that are rounded
-to float16. On a CPU, where unpacking for each product is slow, torch's kernels take what they can read: groups of 32 of 4
-bits as they are, and other types as int8 with one scale a row.
+Codes of 4 bits and more are taken over as whole numbers of 4 or 8, with their scales, rounded to float16; of types with less, and
+of those that look numbers up in a table, the blocks are kept as they are. On a CPU, where unpacking for each product is slow,
+torch's kernels take what they can read: groups of 32 of 4 bits as they are, and other types as int8 with one scale a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .. import cpu_kernels
-from ..projections import rows_of
-from ..quantization import PACKED, Int4OnCpu, ScaledLinear, in_parts, pack, product
-from .types import TYPES, BlockType, Codes, dense
+from ..quantization import PACKED, Int4OnCpu, ScaledLinear, pack
+from .linears import BlockLinear, GroupedLinear, StackedLinear
+from .matrix import Matrix
+from .types import BlockType
 
 KERNEL_GROUP = 32  # of torch's int4 kernel for CPUs
-LARGEST_HALF, SMALLEST_HALF = 60000.0, 6e-5  # of scales that are kept in float16
-STEP = 1 << 22  # weights that are read at a time
 SAMPLE = 64  # rows by which the error is measured
 
-GROUPED, KERNEL, ROWS, PLAIN, ANEW = "groups", "int4 kernel", "int8 rows", "plain", "anew"
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Some outputs of a layer as a file stores them. blocks: [blocks, bytes] uint8, row after row.
-
-    groups: the order in which the inputs are meant, by the groups that share a scale; None for that of the file.
-    """
-
-    kind: BlockType
-    blocks: Tensor
-    outputs: int
-    inputs: int
-    groups: Tensor | None = None
-
-    def rows(self, order: Tensor) -> Matrix:
-        """Its outputs in another order."""
-        blocks = self.blocks.view(self.outputs, -1)[order].view(-1, self.kind.nbytes)
-        return replace(self, blocks=blocks)
-
-    def columns(self, order: Tensor) -> Matrix:
-        """Its inputs in another order: that of as many runs of one length. Unpacked where a group lies in two of them."""
-        runs, kind = len(order), self.kind
-        if kind.plain is None and (self.inputs // runs) % kind.group == 0:
-            each = self.inputs // runs // kind.group
-            return replace(self, groups=(order.unsqueeze(1) * each + torch.arange(each)).flatten())
-        if kind.plain is None:
-            plain = self.dense(torch.float32).view(torch.uint8).view(-1, 4)
-            return Matrix(TYPES[0], plain, self.outputs, self.inputs).columns(order)
-        blocks = self.blocks.reshape(self.outputs, runs, -1)[:, order].reshape(-1, kind.nbytes)
-        return replace(self, blocks=blocks)
-
-    def dense(self, dtype: torch.dtype, first: int = 0, last: int | None = None, step: int = 1) -> Tensor:
-        """The weights of rows first to last, every `step`th of them, [rows, inputs]."""
-        rows = self.blocks.view(self.outputs, -1, self.kind.nbytes)[first:last:step]
-        made = torch.empty(len(rows), self.inputs, dtype=dtype)
-        for part, into in zip(_parts(rows, self.inputs), _parts(made, self.inputs), strict=True):
-            numbers = dense(self.kind, part.reshape(-1, self.kind.nbytes))
-            if self.groups is not None:
-                numbers = numbers.view(len(part), len(self.groups), -1)[:, self.groups]
-            into.copy_(numbers.reshape(into.shape))
-        return made
-
-
-def _parts(rows: Tensor, inputs: int) -> Sequence[Tensor]:
-    return rows.split(max(1, STEP // max(1, inputs)))
-
-
-class GroupedLinear(nn.Module):
-    """Whole numbers of 4 or 8 bits, with a scale and maybe a low for each group of inputs of each output."""
-
-    weight: Tensor  # [out, in / 2] uint8, or [out, in] int8
-    scale: Tensor  # [out, groups]
-    low: Tensor | None
-
-    def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
-        """matrices: all of one type, the outputs of the layer one after the other."""
-        super().__init__()
-        kind = matrices[0].kind
-        self.out_features, self.in_features = sum(matrix.outputs for matrix in matrices), matrices[0].inputs
-        self.bits, self.first = 4 if kind.bits <= 4 else 8, kind.first
-        weights, scales, lows = [], [], []
-        for matrix in matrices:
-            for rows in _parts(matrix.blocks.view(matrix.outputs, -1, kind.nbytes), self.in_features):
-                codes = _codes(matrix, rows)
-                weights.append(self._narrow(codes.values))
-                scales.append(codes.scale)
-                if codes.low is not None:
-                    lows.append(codes.low)
-        scale = torch.cat(scales)
-        self.group = self.in_features // scale.shape[1]
-        low = torch.cat(lows) if lows else None
-        dtype = torch.float16 if _half_serves(scale) and (low is None or _half_serves(low)) else torch.float32
-        self.register_buffer("weight", torch.cat(weights))
-        self.register_buffer("scale", scale.to(dtype))
-        self.register_buffer("low", None if low is None else low.to(dtype))
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def _narrow(self, values: Tensor) -> Tensor:
-        """[rows, groups, weights of a group] as they are kept. 4 bits: two to a byte, counted from the smallest."""
-        flat = values.flatten(1)
-        if self.bits == 8:
-            # Numbers without a sign are of 5 bits here.
-            return flat.to(torch.int8)
-        counted = (flat - self.first).to(torch.uint8) if self.first else flat
-        return counted[:, 0::2] | (counted[:, 1::2] << 4)
-
-    def codes(self, start: int, stop: int) -> Tensor:
-        """[stop - start, inputs]: 4 bits uint8 from 0 on, 8 bits int8."""
-        return self._spread(self.weight[start:stop])
-
-    def codes_of(self, rows: Tensor) -> Tensor:
-        return self._spread(self.weight[rows])
-
-    def _spread(self, packed: Tensor) -> Tensor:
-        return packed if self.bits == 8 else torch.stack((packed & 15, packed >> 4), dim=2).view(len(packed), -1)
-
-    def _dense(self, codes: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:
-        counted = codes.view(*scale.shape, self.group).float()
-        if self.bits == 4 and self.first:
-            counted = counted + self.first
-        made = counted * scale.float().unsqueeze(2)
-        if low is not None:
-            made = made + low.float().unsqueeze(2)
-        return made.flatten(1)
-
-    def some(self, rows: Tensor) -> Tensor:
-        """The weights of `rows`, float32."""
-        return self._dense(self.codes_of(rows), self.scale[rows], None if self.low is None else self.low[rows])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rows(x, 0, self.out_features)
-
-    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        y = in_parts(self._unpacked, x, start, stop, self.in_features)
-        return y if self.bias is None else y + self.bias[start:stop]
-
-    def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
-        low = None if self.low is None else self.low[start:stop]
-        return product(x, self._dense(self.codes(start, stop), self.scale[start:stop], low).to(x.dtype))
-
-
-class StackedLinear(nn.Module):
-    """The outputs of several layers one after the other: what a file stores in different types."""
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
-        self.out_features, self.in_features = sum(self.sizes), layers[0].in_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([layer(x) for layer in self.layers], dim=-1)
-
-    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        made, begins = [], 0
-        for layer, size in zip(self.layers, self.sizes, strict=True):
-            first, last = max(start - begins, 0), min(stop - begins, size)
-            if first < last:
-                made.append(rows_of(layer, x, first, last))
-            begins += size
-        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
-
-
-def _codes(matrix: Matrix, rows: Tensor) -> Codes:
-    """The codes of rows [n, blocks of a row, bytes]; values: [n, groups of a row, weights of a group]."""
-    kind, order = matrix.kind, matrix.groups
-    assert kind.codes is not None
-    found = kind.codes(rows.reshape(-1, kind.nbytes))
-    length, count = found.values.shape[-1], len(rows)
-    values, scale = found.values.reshape(count, -1, length), found.scale.reshape(count, -1)
-    low = None if found.low is None else found.low.reshape(count, -1)
-    if order is None:
-        return Codes(values, scale, low)
-    return Codes(values[:, order], scale[:, order], None if low is None else low[:, order])
-
-
-def _half_serves(scale: Tensor) -> bool:
-    """Whether float16 holds `scale` as well as the products need: its largest numbers to eleven bits."""
-    largest = float(scale.abs().max())
-    return largest == 0 or SMALLEST_HALF < largest < LARGEST_HALF
+GROUPED, BLOCKS, KERNEL, ROWS, PLAIN, ANEW = "groups", "blocks", "int4 kernel", "int8 rows", "plain", "anew"
 
 
 def layout(kind: BlockType, outputs: int, method: str, device: torch.device) -> str:
@@ -195,12 +33,13 @@ def layout(kind: BlockType, outputs: int, method: str, device: torch.device) -> 
             return ANEW
     if kind.plain is not None:
         return PLAIN
+    unpacked = GROUPED if kind.bits else BLOCKS
     if device.type != "cpu":
-        return GROUPED
+        return unpacked
     affine = kind.bits == 4 and kind.group % KERNEL_GROUP == 0
     if affine and outputs % cpu_kernels.STEP == 0 and not cpu_kernels.why_not("int4"):
         return KERNEL
-    return GROUPED if cpu_kernels.why_not("int8") else ROWS
+    return unpacked if cpu_kernels.why_not("int8") else ROWS
 
 
 @dataclass
@@ -252,7 +91,7 @@ class Packer:
         outputs = sum(matrix.outputs for matrix in matrices)
         kept = [layout(kind, outputs, self.method, self.device) for kind in kinds]
         bias = None if biases is None else torch.cat([part.to(self.dtype) for part in biases])
-        if len(kinds) == 1 or set(kept) <= {PLAIN} or set(kept) <= {ANEW}:
+        if len(kinds) == 1 or (len(set(kept)) == 1 and kept[0] in (PLAIN, ANEW, ROWS)):
             return self._made(matrices, kept[0], bias)
         parts = None if bias is None else bias.split([matrix.outputs for matrix in matrices])
         return StackedLinear(
@@ -270,6 +109,10 @@ class Packer:
         for matrix in matrices:
             key = (matrix.kind.name, kept)
             self.kinds[key] = self.kinds.get(key, 0) + matrix.blocks.numel()
+        if kept == BLOCKS:
+            blocks = BlockLinear(matrices, bias)
+            self._measure(matrices, blocks.some)
+            return blocks
         if kept in (GROUPED, KERNEL):
             made = GroupedLinear(matrices, bias)
             if kept == GROUPED:

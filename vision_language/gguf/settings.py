@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..unusable import UnusableModel
-from .file import Gguf
+from .source import NEWER, Source, absurd, deeper_levels, is_real
 from .tokenizer import Vocabulary
 
-# Architectures by their names in GGUF, as text models, and the vision-language models that a file with a tower makes of them.
-TEXT = {
-    "qwen2": "qwen2", "qwen3": "qwen3", "qwen2vl": "qwen2", "qwen3vl": "qwen3", "qwen2moe": "qwen2_moe",
-    "qwen3moe": "qwen3_moe", "qwen3vlmoe": "qwen3_moe", "qwen35": "qwen3_5_text", "qwen35moe": "qwen3_5_moe_text",
-}  # fmt: skip
-NEWER = "qwen3vl_merger"
-TOWERS = {
-    "qwen2vl_merger": {"qwen2vl": "qwen2_vl"},
-    "qwen2.5vl_merger": {"qwen2vl": "qwen2_5_vl"},
-    NEWER: {"qwen3vl": "qwen3_vl", "qwen3vlmoe": "qwen3_vl_moe", "qwen35": "qwen3_5", "qwen35moe": "qwen3_5_moe"},
-}
-SEEING = {architecture for made_for in TOWERS.values() for architecture in made_for}
-HYBRID = ("qwen35", "qwen35moe")  # with layers of linear attention
 PROCESSORS = {
     "qwen2vl_merger": "Qwen2VLProcessor",
     "qwen2.5vl_merger": "Qwen2_5_VLProcessor",
@@ -35,88 +20,28 @@ PIXELS = {"qwen2vl_merger": (3136, 12845056), "qwen2.5vl_merger": (3136, 1284505
 VIDEO_PIXELS = (4096, 25165824)
 WINDOW = 112
 FRAMES = 2  # of a temporal patch
+LONGEST = 1 << 40
 SCALINGS = ("linear", "yarn")
 EXPERTS = "blk.0.ffn_down_exps.weight"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A language model and, where it sees, the file of its tower (mmproj)."""
-
-    text: Gguf
-    tower: Gguf | None
-
-    @property
-    def architecture(self) -> str:
-        return str(self.text.metadata.get("general.architecture"))
-
-    @property
-    def model_type(self) -> str:
-        return TEXT[self.architecture] if self.tower is None else TOWERS[self.projector][self.architecture]
-
-    @property
-    def projector(self) -> str:
-        """What kind of tower it has; "" without one."""
-        return "" if self.tower is None else projector(self.tower.metadata)
-
-    @property
-    def hybrid(self) -> bool:
-        return self.architecture in HYBRID
-
-    @property
-    def guessing_layers(self) -> int:
-        """Layers behind the last one that guess later tokens, which nobody asks here."""
-        return int(self.fact("nextn_predict_layers", 0))
-
-    @property
-    def layers(self) -> int:
-        return int(self.fact("block_count")) - self.guessing_layers
-
-    def fact(self, name: str, default: Any = None) -> Any:
-        """Of the language model. Raises UnusableModel where there is neither a value nor a default."""
-        key = f"{self.architecture}.{name}"
-        found = self.text.metadata.get(key, default)
-        if found is None:
-            raise UnusableModel(f"{self.text.path} does not tell {key}: take another GGUF of the model.")
-        return found
-
-    def seen(self, name: str, default: Any = None) -> Any:
-        """The same of the tower."""
-        assert self.tower is not None
-        found = self.tower.metadata.get(f"clip.vision.{name}", default)
-        if found is None:
-            raise UnusableModel(
-                f"{self.tower.path} does not tell clip.vision.{name}: take another mmproj of the model."
-            )
-        return found
-
-
-def projector(metadata: Mapping[str, Any]) -> str:
-    """What kind of tower a file has; "" for one that has none."""
-    return str(metadata.get("clip.vision.projector_type") or metadata.get("clip.projector_type") or "")
-
-
-def as_written(number: Any) -> float:
-    """What somebody wrote who is known to have it kept as a float32 number: 1e-06, not 9.999999974752427e-07."""
-    return float(f"{float(number):.7g}")
-
-
 def widths(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     """The settings of the language model, as config.json has them."""
-    heads = int(source.fact("attention.head_count"))
-    hidden = int(source.fact("embedding_length"))
+    heads = source.whole("attention.head_count")
+    hidden = source.whole("embedding_length")
     end = next(iter(vocabulary.stops()), None)
     made: dict[str, Any] = {
         "vocab_size": source.text.stored("token_embd.weight").shape[0],
         "hidden_size": hidden,
-        "intermediate_size": int(source.fact("feed_forward_length", 0 if EXPERTS in source.text else None)),
+        # Of a model with experts in every layer no tensor is so long.
+        "intermediate_size": source.whole("feed_forward_length", *((0, LONGEST) if EXPERTS in source.text else ())),
         "num_hidden_layers": source.layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": int(source.fact("attention.head_count_kv", heads)),
+        "num_key_value_heads": source.whole("attention.head_count_kv", heads),
         "hidden_act": "silu",
-        "rms_norm_eps": as_written(source.fact("attention.layer_norm_rms_epsilon")),
-        "max_position_embeddings": int(source.fact("context_length", 32768)),
-        "rope_theta": as_written(source.fact("rope.freq_base", 10000.0)),
+        "rms_norm_eps": source.real("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": source.whole("context_length", 32768, LONGEST),
+        "rope_theta": source.real("rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in source.text,
         "use_sliding_window": False,
         "attention_dropout": 0.0,
@@ -126,7 +51,7 @@ def widths(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
         "pad_token_id": vocabulary.pad(),
     }
     if source.architecture.startswith("qwen3"):
-        made["head_dim"] = int(source.fact("attention.key_length", hidden // heads))
+        made["head_dim"] = source.whole("attention.key_length", hidden // heads)
         made["attention_bias"] = "blk.0.attn_q.bias" in source.text
     if EXPERTS in source.text:
         made |= mixture(source)
@@ -134,22 +59,22 @@ def widths(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
         made |= linear_attention(source)
     scaling = str(source.fact("rope.scaling.type", "none"))
     if scaling in SCALINGS:
-        made["rope_scaling"] = {"rope_type": scaling, "factor": as_written(source.fact("rope.scaling.factor"))}
+        made["rope_scaling"] = {"rope_type": scaling, "factor": source.real("rope.scaling.factor")}
         if scaling == "yarn":
-            made["rope_scaling"]["original_max_position_embeddings"] = int(
-                source.fact("rope.scaling.original_context_length")
+            made["rope_scaling"]["original_max_position_embeddings"] = source.whole(
+                "rope.scaling.original_context_length", most=LONGEST
             )
     elif scaling != "none":
-        raise UnusableModel(f"{source.text.path} scales its positions by {scaling!r}, which is not known here.")
+        raise UnusableModel(f"{source.text.path} scales its positions by {scaling!r:.40}, which is not known here.")
     return made
 
 
 def mixture(source: Source) -> dict[str, Any]:
     """The settings of experts."""
-    beside = "blk.0.ffn_down_shexp.weight"
+    beside, count = "blk.0.ffn_down_shexp.weight", source.whole("expert_count")
     made = {
-        "num_experts": int(source.fact("expert_count")),
-        "num_experts_per_tok": int(source.fact("expert_used_count")),
+        "num_experts": count,
+        "num_experts_per_tok": source.whole("expert_used_count", most=count),
         "moe_intermediate_size": source.text.stored(EXPERTS).shape[-1],
         "norm_topk_prob": source.architecture != "qwen2moe",
         "decoder_sparse_step": 1,
@@ -162,16 +87,19 @@ def mixture(source: Source) -> dict[str, Any]:
 
 def linear_attention(source: Source) -> dict[str, Any]:
     """The settings of the layers that keep a state instead of keys and values, and which those are."""
-    values, width = int(source.fact("ssm.time_step_rank")), int(source.fact("attention.key_length"))
+    values, width = source.whole("ssm.time_step_rank"), source.whole("attention.key_length")
+    rotary = source.whole("rope.dimension_count", width, width)
+    if rotary % 2:
+        raise absurd(source.text, f"{source.architecture}.rope.dimension_count", rotary)
     kinds = {True: "linear_attention", False: "full_attention"}
     return {
         "layer_types": [kinds[f"blk.{number}.ssm_a" in source.text] for number in range(source.layers)],
-        "linear_conv_kernel_dim": int(source.fact("ssm.conv_kernel")),
-        "linear_key_head_dim": int(source.fact("ssm.state_size")),
-        "linear_value_head_dim": int(source.fact("ssm.inner_size")) // values,
-        "linear_num_key_heads": int(source.fact("ssm.group_count")),
+        "linear_conv_kernel_dim": source.whole("ssm.conv_kernel"),
+        "linear_key_head_dim": source.whole("ssm.state_size"),
+        "linear_value_head_dim": source.whole("ssm.inner_size") // values,
+        "linear_num_key_heads": source.whole("ssm.group_count"),
         "linear_num_value_heads": values,
-        "partial_rotary_factor": int(source.fact("rope.dimension_count", width)) / width,
+        "partial_rotary_factor": rotary / width,
     }
 
 
@@ -180,8 +108,14 @@ def configuration(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     text, kind = widths(source, vocabulary), source.model_type
     if source.tower is None:
         return {"model_type": kind, **text}
-    sections = [int(length) for length in source.fact("rope.dimension_sections")][:3]
-    text["rope_scaling"] = {"rope_type": "default", **text.get("rope_scaling", {}), "mrope_section": sections}
+    sections = source.fact("rope.dimension_sections")
+    fit = isinstance(sections, list) and len(sections) in (3, 4) and all(map(is_real, sections))
+    # Where they do not alternate they are cut out of half a head.
+    fit = fit and (source.projector == NEWER or 2 * sum(sections) == text["hidden_size"] // text["num_attention_heads"])
+    if not fit or min(sections) < 0 or max(sections) > source.text.largest:
+        raise absurd(source.text, f"{source.architecture}.rope.dimension_sections", sections)
+    rope = {"rope_type": "default", **text.get("rope_scaling", {}), "mrope_section": [int(n) for n in sections[:3]]}
+    text["rope_scaling"] = rope
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     found = {name: vocabulary.id_of(f"<|{name}|>") for name in names}
     if None in found.values():
@@ -194,20 +128,20 @@ def configuration(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
         "tie_word_embeddings": text["tie_word_embeddings"],
     }
     vision: dict[str, Any] = {
-        "depth": int(source.seen("block_count")),
-        "num_heads": int(source.seen("attention.head_count")),
+        "depth": source.seen("block_count"),
+        "num_heads": source.seen("attention.head_count"),
         "in_channels": 3,
-        "patch_size": int(source.seen("patch_size")),
-        "spatial_merge_size": int(source.seen("spatial_merge_size", 2)),
+        "patch_size": source.seen("patch_size"),
+        "spatial_merge_size": source.seen("spatial_merge_size", 2),
         "temporal_patch_size": FRAMES,
     }
     tower = source.tower
-    width = int(source.seen("embedding_length"))
+    width = source.seen("embedding_length")
     # Of the two matrices of a block that one is the first whose rows are as long as the tower is wide.
     inner = max(tower.stored("v.blk.0.ffn_up.weight").shape)
     if source.projector == NEWER:
         text["rope_scaling"]["mrope_interleaved"] = True
-        levels = sorted({int(name.split(".")[2]) for name in tower.tensors if name.startswith("v.deepstack.")})
+        levels = deeper_levels(tower)
         vision |= {
             "hidden_size": width,
             "intermediate_size": inner,
@@ -220,12 +154,12 @@ def configuration(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
             "vision_config": vision | {"model_type": kind},
         }  # fmt: skip
     if kind == "qwen2_5_vl":
-        every = int(source.seen("n_wa_pattern"))
+        every = source.seen("n_wa_pattern")
         vision |= {
             "hidden_size": width,
             "intermediate_size": inner,
             "out_hidden_size": text["hidden_size"],
-            "window_size": int(source.seen("window_size", WINDOW)),
+            "window_size": source.seen("window_size", WINDOW, LONGEST),
             "fullatt_block_indexes": list(range(every - 1, vision["depth"], every)),
             "tokens_per_second": 2,
             "hidden_act": "silu",
@@ -243,7 +177,7 @@ def sampling(source: Source, vocabulary: Vocabulary) -> dict[str, Any]:
     found = {
         name: source.text.metadata[f"general.sampling.{key}"]
         for key, name in names.items()
-        if f"general.sampling.{key}" in source.text.metadata
+        if is_real(source.text.metadata.get(f"general.sampling.{key}"))
     }
     return {
         "do_sample": "temperature" in found, "eos_token_id": vocabulary.stops(), "pad_token_id": vocabulary.pad(), **found,
@@ -264,12 +198,12 @@ def write(source: Source, folder: Path) -> None:
         "patch_size": vision["patch_size"],
         "temporal_patch_size": FRAMES,
         "merge_size": vision["spatial_merge_size"],
-        "image_mean": list(source.seen("image_mean")),
-        "image_std": list(source.seen("image_std")),
+        "image_mean": source.colours("image_mean"),
+        "image_std": source.colours("image_std"),
         "processor_class": PROCESSORS[kind],
     }
     least, most = PIXELS[kind]
-    least, most = int(source.seen("image_min_pixels", least)), int(source.seen("image_max_pixels", most))
+    least, most = source.seen("image_min_pixels", least, LONGEST), source.seen("image_max_pixels", most, LONGEST)
     sizes = {"shortest_edge": least, "longest_edge": most}
     pictures = shared | {"image_processor_type": "Qwen2VLImageProcessorFast", "size": sizes}
     (folder / "preprocessor_config.json").write_text(json.dumps(pictures))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..unusable import UnusableModel
 from .file import Gguf
-from .packing import Matrix
+from .matrix import Matrix
 from .types import dense
 
 
@@ -34,7 +34,22 @@ class Taken:
             )
         if len(stored.shape) < 2:
             raise UnusableModel(f"{self.file.path}: {name} has the shape {stored.shape} and should be a matrix.")
-        return Matrix(stored.kind, self.file.blocks(name), math.prod(stored.shape[:-1]), stored.shape[-1])
+        outputs = math.prod(stored.shape[:-1])
+        return Matrix(
+            stored.kind, self.file.blocks(name), outputs, stored.shape[-1], factor=self._factor(name, outputs)
+        )
+
+    def _factor(self, name: str, outputs: int) -> Tensor | None:
+        """By what the numbers of a matrix are to be multiplied, for each output, where a tensor beside it says so (NVFP4)."""
+        scale = f"{name.removesuffix('weight')}scale"
+        if scale not in self.file:
+            return None
+        # What the inputs are rounded by, where products are made of them in as few bits.
+        self.pass_over(f"{name.removesuffix('weight')}input_scale")
+        found = self.numbers(scale).flatten()
+        if outputs % len(found):
+            raise UnusableModel(f"{scale} has {len(found)} numbers for {outputs} outputs, which does not fit.")
+        return found.repeat_interleave(outputs // len(found))
 
     def experts(self, name: str, shape: tuple[int, ...]) -> Matrix:
         """A matrix for each expert, their rows one after the other. Raises UnusableModel for another shape."""
@@ -44,8 +59,12 @@ class Taken:
 
     def tensor(self, name: str, order: Tensor | None = None) -> Tensor:
         """The numbers of `name` in the dtype of the network. order: of its rows, where the library has another."""
-        if len(self.file.stored(name).shape) == 2 and order is None:
-            return self.matrix(name).dense(self.dtype)
+        shape = self.file.stored(name).shape
+        if order is not None and len(order) != shape[0]:
+            raise UnusableModel(f"{name} has the shape {shape}, and should have {len(order)} rows.")
+        if len(shape) == 2:
+            rows = self.matrix(name)
+            return (rows if order is None else rows.rows(order)).dense(self.dtype)
         found = self.numbers(name)
         return (found if order is None else found[order]).to(self.dtype)
 

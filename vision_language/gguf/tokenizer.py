@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..unusable import UnusableModel
 
@@ -37,6 +37,10 @@ CHAT_TEMPLATE = """\
 {% endif -%}"""
 
 
+def _words(found: Any) -> TypeGuard[list[str]]:
+    return isinstance(found, list) and all(isinstance(word, str) for word in found)
+
+
 class Vocabulary:
     """The tokens of a file. Raises UnusableModel for a tokenizer of another kind."""
 
@@ -44,9 +48,10 @@ class Vocabulary:
         kind, words = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "qwen2")
         self.words = WORDS.get(str(words), "")
         tokens, merges = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.merges")
-        if kind != "gpt2" or not self.words or not isinstance(tokens, list) or not isinstance(merges, list):
+        if kind != "gpt2" or not self.words or not _words(tokens) or not _words(merges):
             raise UnusableModel(
-                f"{path} has a tokenizer that is not known here ({kind}, {words}): take a GGUF of one of Qwen's models."
+                f"{path} has a tokenizer that is not known here ({kind!s:.40}, {words!s:.40}): take a GGUF of one of Qwen's "
+                "models."
             )
         self.tokens, self.merges = tokens, merges
         kinds = metadata.get("tokenizer.ggml.token_type")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..unusable import UnusableModel
+from .source import deeper_levels
 from .taking import Taken
 
 BLOCK = (("norm1", "ln1"), ("norm2", "ln2"), ("attn.proj", "attn_out"))
@@ -27,6 +28,16 @@ DEEP = (("norm", "norm"), ("linear_fc1", "fc1"), ("linear_fc2", "fc2"))
 
 def fill_tower(visual: Any, tower: Taken, kind: str) -> None:
     """The weights of the vision tower, all in the dtype of the network. kind: what the file calls it."""
+    try:
+        visual.load_state_dict(weights(visual, tower, kind), strict=True, assign=True)
+    except (RuntimeError, IndexError) as error:
+        said = str(error)
+        reason = (said.partition("\n")[2] or said).strip().partition("\n")[0][:200]
+        raise UnusableModel(f"{tower.file.path} does not fit its model: {reason}") from None
+
+
+def weights(visual: Any, tower: Taken, kind: str) -> dict[str, Tensor]:
+    """By the names that the library has for them."""
     state: dict[str, Tensor] = {}
 
     def both(target: str, name: str) -> None:
@@ -60,12 +71,7 @@ def fill_tower(visual: Any, tower: Taken, kind: str) -> None:
                 state[f"{mine}attn.qkv.{part}"] = torch.cat(cut)
     for target, name in MERGER[kind]:
         both(f"merger.{target}", name)
-    levels = sorted({int(name.split(".")[2]) for name in tower.file.tensors if name.startswith("v.deepstack.")})
-    for index, level in enumerate(levels):
+    for index, level in enumerate(deeper_levels(tower.file)):
         for target, name in DEEP:
             both(f"deepstack_merger_list.{index}.{target}", f"v.deepstack.{level}.{name}")
-    try:
-        visual.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[2].strip().partition("\n")[0]
-        raise UnusableModel(f"{tower.file.path} does not fit its model: {reason}") from None
+    return state

@@ -1,0 +1,73 @@
+"""What blocks of packed weights come to: whole numbers with their scales; and how bits are taken out of bytes.
+
+Nothing here makes a tensor out of numbers of the host, so all of it runs where the blocks are, also while a graph is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Some weights as they are stored. values: [blocks, groups, weights of a group], whole numbers of 8 bits.
+
+    scale, low: [blocks, groups] float32; no low where it is 0 for all.
+    """
+
+    values: Tensor
+    scale: Tensor
+    low: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """[blocks, weights of a block] float32."""
+        made = self.values * self.scale.unsqueeze(-1)
+        if self.low is not None:
+            made += self.low.unsqueeze(-1)
+        return made.flatten(1)
+
+
+Reader = Callable[
+    ..., Codes
+]  # of blocks [n, bytes] uint8, and of the table that their type looks numbers up in, if any
+
+
+def half(part: Tensor) -> Tensor:
+    """Two bytes of each block, as a float16 number: [n, 1] float32."""
+    return part.contiguous().view(torch.float16).float()
+
+
+def nibbles(part: Tensor, run: int) -> Tensor:
+    """Of every `run` bytes the lower halves, then the upper ones: [n, 2 x bytes] uint8."""
+    cut = part.reshape(len(part), -1, 1, run)
+    return torch.cat((cut & 15, cut >> 4), dim=2).reshape(len(part), -1)
+
+
+def pairs(part: Tensor, run: int) -> Tensor:
+    """Of every `run` bytes the lowest two bits, then the next two, and so on: [n, 4 x bytes] uint8."""
+    cut = part.reshape(len(part), -1, 1, run)
+    return torch.cat([(cut >> shift) & 3 for shift in (0, 2, 4, 6)], dim=2).reshape(len(part), -1)
+
+
+def bits(part: Tensor, run: int) -> Tensor:
+    """Of every `run` bytes the lowest bit, then the next one, and so on: [n, 8 x bytes] uint8."""
+    cut = part.reshape(len(part), -1, 1, run)
+    return torch.cat([(cut >> shift) & 1 for shift in range(8)], dim=2).reshape(len(part), -1)
+
+
+def one_by_one(part: Tensor) -> Tensor:
+    """The bits of each byte, the lowest first: [n, 8 x bytes] uint8."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=part.device)
+    return ((part.unsqueeze(-1) >> shifts) & 1).reshape(len(part), -1)
+
+
+def signed(codes: Tensor, middle: int) -> Tensor:
+    return codes.to(torch.int8) - middle
+
+
+def groups(values: Tensor, length: int) -> Tensor:
+    return values.reshape(len(values), -1, length)

@@ -1,0 +1,196 @@
+"""Layers with the weights of a file: as whole numbers and their scales in an order that torch can multiply, or as its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..projections import rows_of
+from ..quantization import in_parts, product
+from .blocks import Codes
+from .matrix import Matrix, parts
+
+LARGEST_HALF, SMALLEST_HALF = 60000.0, 6e-5  # of scales that are kept in float16
+AT_ONCE = 1 << 24  # weights that are unpacked at a time on a device
+
+
+class GroupedLinear(nn.Module):
+    """Whole numbers of 4 or 8 bits, with a scale and maybe a low for each group of inputs of each output."""
+
+    weight: Tensor  # [out, in / 2] uint8, or [out, in] int8
+    scale: Tensor  # [out, groups]
+    low: Tensor | None
+
+    def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
+        """matrices: all of one type, the outputs of the layer one after the other."""
+        super().__init__()
+        kind = matrices[0].kind
+        self.out_features, self.in_features = sum(matrix.outputs for matrix in matrices), matrices[0].inputs
+        self.bits, self.first = 4 if kind.bits <= 4 else 8, kind.first
+        weights, scales, lows = [], [], []
+        for matrix in matrices:
+            for rows in parts(matrix.blocks.view(matrix.outputs, -1, kind.nbytes), self.in_features):
+                codes = _codes(matrix, rows)
+                weights.append(self._narrow(codes.values))
+                scales.append(codes.scale)
+                if codes.low is not None:
+                    lows.append(codes.low)
+        scale = torch.cat(scales)
+        self.group = self.in_features // scale.shape[1]
+        low = torch.cat(lows) if lows else None
+        dtype = torch.float16 if _half_serves(scale) and (low is None or _half_serves(low)) else torch.float32
+        self.register_buffer("weight", torch.cat(weights))
+        self.register_buffer("scale", scale.to(dtype))
+        self.register_buffer("low", None if low is None else low.to(dtype))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _narrow(self, values: Tensor) -> Tensor:
+        """[rows, groups, weights of a group] as they are kept. 4 bits: two to a byte, counted from the smallest."""
+        flat = values.flatten(1)
+        if self.bits == 8:
+            # Numbers without a sign are of 5 bits here.
+            return flat.to(torch.int8)
+        counted = (flat - self.first).to(torch.uint8) if self.first else flat
+        return counted[:, 0::2] | (counted[:, 1::2] << 4)
+
+    def codes(self, start: int, stop: int) -> Tensor:
+        """[stop - start, inputs]: 4 bits uint8 from 0 on, 8 bits int8."""
+        return self._spread(self.weight[start:stop])
+
+    def codes_of(self, rows: Tensor) -> Tensor:
+        return self._spread(self.weight[rows])
+
+    def _spread(self, packed: Tensor) -> Tensor:
+        return packed if self.bits == 8 else torch.stack((packed & 15, packed >> 4), dim=2).view(len(packed), -1)
+
+    def _dense(self, codes: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:
+        counted = codes.view(*scale.shape, self.group).float()
+        if self.bits == 4 and self.first:
+            counted = counted + self.first
+        made = counted * scale.float().unsqueeze(2)
+        if low is not None:
+            made = made + low.float().unsqueeze(2)
+        return made.flatten(1)
+
+    def some(self, rows: Tensor) -> Tensor:
+        """The weights of `rows`, float32."""
+        return self._dense(self.codes_of(rows), self.scale[rows], None if self.low is None else self.low[rows])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x, 0, self.out_features)
+
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        y = in_parts(self._unpacked, x, start, stop, self.in_features, AT_ONCE)
+        return y if self.bias is None else y + self.bias[start:stop]
+
+    def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
+        low = None if self.low is None else self.low[start:stop]
+        return product(x, self._dense(self.codes(start, stop), self.scale[start:stop], low).to(x.dtype))
+
+
+class BlockLinear(nn.Module):
+    """The blocks of a file as they are, unpacked for every product: no more memory than the file has."""
+
+    weight: Tensor  # [out, bytes of a row] uint8
+    table: Tensor | None  # what its type looks numbers up in
+    order: Tensor | None  # of the groups of inputs
+    factor: Tensor | None  # [out]
+
+    def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
+        """matrices: all of one type and order, the outputs of the layer one after the other."""
+        super().__init__()
+        first = matrices[0]
+        self.kind = first.kind
+        self.out_features, self.in_features = sum(matrix.outputs for matrix in matrices), first.inputs
+        # Copies: a file that stays mapped cannot be deleted everywhere.
+        self.register_buffer("weight", torch.cat([matrix.blocks.view(matrix.outputs, -1) for matrix in matrices]))
+        self.register_buffer("table", None if self.kind.table is None else self.kind.table.clone())
+        self.register_buffer("order", None if first.groups is None else first.groups.clone())
+        factors = [torch.ones(m.outputs) if m.factor is None else m.factor for m in matrices]
+        scaled = any(matrix.factor is not None for matrix in matrices)
+        self.register_buffer("factor", torch.cat(factors) if scaled else None)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _dense(self, rows: Tensor, factor: Tensor | None) -> Tensor:
+        found = self.kind.read(rows.reshape(-1, self.kind.nbytes), self.table).dense()
+        if self.order is not None:
+            found = found.view(len(rows), len(self.order), -1)[:, self.order]
+        found = found.reshape(len(rows), self.in_features)
+        return found if factor is None else found * factor.unsqueeze(1)
+
+    def some(self, rows: Tensor) -> Tensor:
+        """The weights of `rows`, float32."""
+        return self._dense(self.weight[rows], None if self.factor is None else self.factor[rows])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x, 0, self.out_features)
+
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        y = in_parts(self._unpacked, x, start, stop, self.in_features, AT_ONCE)
+        return y if self.bias is None else y + self.bias[start:stop]
+
+    def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
+        factor = None if self.factor is None else self.factor[start:stop]
+        return product(x, self._dense(self.weight[start:stop], factor).to(x.dtype))
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of a packed layer by their numbers: only those that are asked for are unpacked."""
+
+    def __init__(self, layer: GroupedLinear | BlockLinear, dtype: torch.dtype, shared: bool) -> None:
+        """shared: the layer is the network's output head, too, and moves with it."""
+        super().__init__()
+        self.layer = None if shared else layer
+        # In a tuple, or its weights would be in the state dict twice.
+        self._shared = (layer,)
+        self.dtype = dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._shared[0].weight.device
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        rows = self._shared[0].some(numbers.flatten())
+        return rows.view(*numbers.shape, rows.shape[1]).to(self.dtype)
+
+
+class StackedLinear(nn.Module):
+    """The outputs of several layers one after the other: what a file stores in different types."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.sizes = [int(layer.out_features) for layer in layers]  # type: ignore[arg-type]
+        self.out_features, self.in_features = sum(self.sizes), layers[0].in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        made, begins = [], 0
+        for layer, size in zip(self.layers, self.sizes, strict=True):
+            first, last = max(start - begins, 0), min(stop - begins, size)
+            if first < last:
+                made.append(rows_of(layer, x, first, last))
+            begins += size
+        return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+
+
+def _codes(matrix: Matrix, rows: Tensor) -> Codes:
+    """The codes of rows [n, blocks of a row, bytes]; values: [n, groups of a row, weights of a group]."""
+    kind, order = matrix.kind, matrix.groups
+    found = kind.read(rows.reshape(-1, kind.nbytes), kind.table)
+    length, count = found.values.shape[-1], len(rows)
+    values, scale = found.values.reshape(count, -1, length), found.scale.reshape(count, -1)
+    low = None if found.low is None else found.low.reshape(count, -1)
+    if order is None:
+        return Codes(values, scale, low)
+    return Codes(values[:, order], scale[:, order], None if low is None else low[:, order])
+
+
+def _half_serves(scale: Tensor) -> bool:
+    """Whether float16 holds `scale` as well as the products need: its largest numbers to eleven bits."""
+    largest = float(scale.abs().max())
+    return largest == 0 or SMALLEST_HALF < largest < LARGEST_HALF
