@@ -32,9 +32,8 @@ def attend_reference(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot
     q: [B, H, G, D], the G queries that share key head H; keys, values: [B, H, length, D]; bias: [B, 1, 1, length], -inf
     where nothing is seen. slot: [1], the last place that is filled; everything after it has a bias of -inf.
     """
-    if q.device.type == "mps":
-        bias = readable_mask(q, bias)
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
+    mask = readable_mask(q, bias) if q.device.type == "mps" else bias
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
 def attend_in_parts(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot: Tensor) -> Tensor:
