@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .capabilities import one_line
+from .reference import attention_reference
 
 log = logging.getLogger("hotpath.attention")
 
@@ -36,6 +37,13 @@ def scaled_dot_product(q: Tensor, key: Tensor, value: Tensor, heads: int) -> Ten
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     return F.scaled_dot_product_attention(split(q), split(key), split(value)).transpose(1, 2).flatten(2)
+
+
+def by_products(q: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """`scaled_dot_product` of few keys in float32, for Intel's cards: the kernel that torch takes there leaves some of its output
+    unwritten (torch-xpu-ops 5179)."""
+    parts = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, key, value))
+    return attention_reference(*parts).transpose(1, 2).flatten(2).to(q.dtype)
 
 
 def attend_tokens(
@@ -116,6 +124,8 @@ def attend_tokens_reference(
     attention: Attention = scaled_dot_product,
 ) -> Tensor:
     """`attend_tokens` in plain torch, summed in float32; contiguous, as the kernel's result is."""
+    if q.device.type == "xpu":
+        attention = by_products
     total = out.float()
     for identity, identity_rows in enumerate(rows):
         attended = attention(q, keys[identity_rows], values[identity_rows], heads) * weights[identity, :, None, None]

@@ -6,11 +6,13 @@ threads must not interleave theirs: the later one to leave would restore what it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ from .metal import readable_mask
 from .reference import share_heads
 
 _kernel_flags = threading.Lock()
+SINGLE_QUERIES = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # kernels that are right for them everywhere
 EVERYWHERE = ("cuda", "hip", "cpu", "mps", "xpu")
 ANY_MASK = (NO_MASK, BOOL_MASK, FLOAT_MASK, OTHER_FLOAT_MASK)
 
@@ -66,9 +69,9 @@ def contiguous_rows(*tensors: Tensor) -> list[Tensor]:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """torch's scaled dot product attention, with the kernel torch picks."""
-    beside = q.dtype if q.dtype == torch.float64 else torch.float32  # a CPU's kernel misreads a float32 mask of float64
-    if mask is not None and mask.is_floating_point() and mask.dtype not in (q.dtype, beside):
-        mask = mask.to(q.dtype)  # torch takes no others
+    if mask is not None and mask.is_floating_point() and mask.dtype != q.dtype:
+        # Torch takes float32 as well, and kernels of it misread that: a CPU's in float64, cuDNN's in half (pytorch 191612).
+        mask = mask.to(q.dtype)
     if q.device.type == "mps":
         # Shared heads: torch 2.8 to 2.10 read past its memory there (pytorch 174861).
         mask, k, v = readable_mask(q, mask), share_heads(k, q.shape[1]), share_heads(v, q.shape[1])
@@ -80,6 +83,22 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | No
             q, share_heads(k, q.shape[1]), share_heads(v, q.shape[1]), attn_mask=mask, scale=scale
         )
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+
+
+@contextlib.contextmanager
+def kernels_allowed(*names: str) -> Iterator[None]:
+    """torch's scaled dot product attention takes one of these kernels, names of torch.nn.attention.SDPBackend. Not for what is
+    compiled."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with _kernel_flags, sdpa_kernel([getattr(SDPBackend, name) for name in names]):
+        yield
+
+
+@functools.cache
+def misled_by_cudnn(device: torch.device) -> bool:
+    """Whether torch takes cuDNN on `device` for single queries and is given wrong numbers (pytorch 193893)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 10
 
 
 def sdpa_with(kernel: str) -> Run:

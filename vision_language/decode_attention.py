@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..attention.choice import fastest
 from ..attention.metal import readable_mask
+from ..attention.torch_backends import misled_by_cudnn, sdpa_with
 from ..host.capturing import captured
 
 log = logging.getLogger("hotpath.vision_language")
 
-TORCH, PARTS = "torch", "in parts"
+TORCH, EFFICIENT, PARTS = "torch", "torch's memory-efficient", "in parts"
 CALLS, REPLAYS = 16, 5
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -36,14 +37,21 @@ def attend_reference(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
 
 
+def attend_efficient(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot: Tensor) -> Tensor:
+    """`attend_reference` by one kernel of torch's, on cards where the one that torch picks is wrong."""
+    return _efficient(q, keys, values, bias, None)
+
+
 def attend_in_parts(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot: Tensor) -> Tensor:
     """`attend_reference` by the kernel, on CUDA. One opaque operator to a compiler."""
     made: Tensor = torch.ops.hotpath.attend_filled(q, keys, values, bias, slot)
     return made
 
 
+_efficient = sdpa_with("EFFICIENT_ATTENTION")
 ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     TORCH: attend_reference,
+    EFFICIENT: attend_efficient,
     PARTS: attend_in_parts,
 }
 
@@ -65,8 +73,9 @@ def choose(shape: tuple[int, int, int, int], length: int, device: torch.device, 
     """(a name in ATTEND, why). shape: [B, H, G, D] of the queries; length: of the cache. Waits for the device."""
     if device.type != "cuda":
         return TORCH, ""
+    plain = EFFICIENT if misled_by_cudnn(device) else TORCH
     if reason := why_not(dtype, shape[2], shape[3]):
-        return TORCH, reason
+        return plain, reason
     generator = torch.Generator(device=device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -79,16 +88,16 @@ def choose(shape: tuple[int, int, int, int], length: int, device: torch.device, 
     bias[..., length * 3 // 4 + 1 :] = float("-inf")
     tensors = (random(*shape), random(*kept), random(*kept), bias, slot)
     try:
-        wanted, found = attend_reference(*tensors), attend_in_parts(*tensors)
+        wanted, found = ATTEND[plain](*tensors), attend_in_parts(*tensors)
         if not torch.allclose(found, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]):
             worst = float((found - wanted).abs().max())
-            return TORCH, f"the kernel that cuts the cache into parts is off by {worst:.2g} on this card"
-        times = {name: milliseconds(functools.partial(run, *tensors), device) for name, run in ATTEND.items()}
+            return plain, f"the kernel that cuts the cache into parts is off by {worst:.2g} on this card"
+        times = {name: milliseconds(functools.partial(ATTEND[name], *tensors), device) for name in (plain, PARTS)}
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, a driver too old, a card that Triton does not know
         log.warning("decode attention is torch's, because the kernel failed", exc_info=True)
-        return TORCH, f"the kernel failed ({type(error).__name__})"
+        return plain, f"the kernel failed ({type(error).__name__})"
     choice = fastest(times)
     log.info("decode attention, %s over %d: %s", list(shape), length, choice.describe())
     return choice.backend, choice.describe()

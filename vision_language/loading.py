@@ -25,7 +25,7 @@ from ..host.errors import first_line, install
 from ..host.interruption import is_stop
 from ..host.library_parts import BrokenLibrary, parts
 from ..host.unloading import before_unloading_all, prompts_begun, when_memory_is_short
-from . import decoding, download, folders, metal_attention, projections, stored_fp8
+from . import decoding, download, folders, guarded_attention, projections, stored_fp8
 from .experts import pack_experts, unpacked_experts
 from .folders import ModelFolder
 from .gguf.building import build
@@ -80,8 +80,8 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     network.eval().requires_grad_(False)
     if folder.sees:
         projections.patches_by_product(getattr(network.model, "visual", None))
-    if chosen.device.type == "mps" and chosen.attention == "sdpa":
-        metal_attention.take_over(network)
+    if chosen.attention == "sdpa" and (attend := guarded_attention.guard(chosen.device)) is not None:
+        guarded_attention.take_over(network, attend)
     if chosen.device.type == "cpu" and quantization in OURS:
         count = projections.pack_products(network)
         log.debug("%s: %d matrices ordered for oneDNN", folder.name, count)

@@ -132,7 +132,7 @@ def test_the_step_keeps_one_graph_whichever_attention_it_has(load, monkeypatch):
     network = load("qwen3_vl").network
     steps = [
         decoding.DecodeStep(network, lambda part: torch.compile(part, backend=backend, fullgraph=True), name)
-        for name in decode_attention.ATTEND
+        for name in (decode_attention.TORCH, decode_attention.PARTS)
     ]
     logits = []
     for step in steps:
