@@ -40,6 +40,8 @@ PROMPT_LAYERS = (
 )  # fmt: skip
 POOLED_LAYERS = ("pooled_text_embeddings.in_layer", "y_embedder.mlp.0")
 SDXL_POOLED = 1280
+# ComfyUI's latent formats of two dimensions that are no picture's: sound by pitch and time, and 3D models.
+NO_PICTURES = frozenset({"ACEAudio", "TripoSplat", "Trellis2"})
 PROMPT_TOKENS = 77  # CLIP's number
 # What a network raises that was not given all it reads.
 INCOMPLETE = (TypeError, AttributeError, KeyError, AssertionError)
@@ -84,6 +86,15 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     return sizes
 
 
+def check_makes_pictures(model: Any) -> None:
+    """Raises ValueError for a model of sound or of 3D bodies."""
+    layout = model.get_model_object("latent_format")
+    if getattr(layout, "latent_dimensions", 2) == 1 or NO_PICTURES & {kind.__name__ for kind in type(layout).__mro__}:
+        raise ValueError(
+            f"{type(model.model).__name__} makes no pictures, so no size in pixels warms it up; its first run does."
+        )
+
+
 def latent_for(model: Any, width: int, height: int, batch: int) -> torch.Tensor:
     """An empty latent [batch, channels, height / f, width / f] in the format of `model` (f its compression)."""
     layout = model.get_model_object("latent_format")
@@ -125,11 +136,12 @@ def warm_up(
 
     positive, negative: CONDITIONINGs as the pictures will have; without, empty prompts. cfg: 1 leaves the negative out,
     as samplers do. Shows progress by size and can be interrupted between steps; the model stays usable then. Raises
-    ValueError where `model` needs a positive conditioning.
+    ValueError where `model` needs a positive conditioning, or makes no pictures.
     """
     import comfy.sample
 
     compiler = compiler_of(model)
+    check_makes_pictures(model)
     made_up = positive is None
     positive = empty_prompt(model) if made_up else positive
     negative = negative if negative is not None else positive
@@ -138,10 +150,9 @@ def warm_up(
     timed = _timed(model, seconds)
     steps = STEPS if compiler is None or compiler.recorder is None else RECORDED_STEPS
 
-    def sample(sampled: Any, latent: torch.Tensor, steps: int, after_step: Any = None) -> None:
-        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    def sample(sampled: Any, latent: Any, steps: int, after_step: Any = None) -> None:
         comfy.sample.sample(
-            sampled, noise, steps, cfg, "euler", "simple", positive, negative, latent,
+            sampled, _noise(latent), steps, cfg, "euler", "simple", positive, negative, latent,
             callback=after_step, disable_pbar=True, seed=0,
         )  # fmt: skip
 
@@ -158,6 +169,13 @@ def warm_up(
             graphs, recordings = (now - then for now, then in zip(_made(compiler), before, strict=True))
             done.append(SizeWarmup(width, height, _now(model) - start, seconds[-1], graphs, recordings))
     return done, describe(done, compiler)
+
+
+def _noise(latent: Any) -> Any:
+    """Noise like `latent`, a tensor or several that are sampled as one (the film and the sound of MiniMax H3)."""
+    if getattr(latent, "is_nested", False):
+        return type(latent)([_noise(part) for part in latent.unbind()])
+    return torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
 
 
 def _timed(model: Any, seconds: list[float]) -> Any:

@@ -12,6 +12,7 @@ from hotpath.patches.warmup import (
     POOLED_LAYERS,
     PROMPT_LAYERS,
     STEPS,
+    _noise,
     _width_into,
     empty_prompt,
     parse_sizes,
@@ -85,6 +86,28 @@ def test_a_model_that_reads_more_than_a_prompt_is_named(monkeypatch: pytest.Monk
         warm_up(bench.model, [(64, 64)])
     with pytest.raises(TypeError):
         warm_up(bench.model, [(64, 64)], positive=bench.text("a fox", 8))
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("name", ["StableAudio3", "ACEAudio", "Hunyuan3Dv2", "TripoSplat", "Trellis2ShapeSLAT"])
+def test_models_that_make_no_pictures_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.latent_formats
+
+    if not hasattr(comfy.latent_formats, name):
+        pytest.skip(f"this ComfyUI has no {name}")
+    bench = tiny("flux")
+    monkeypatch.setattr(bench.model.model, "latent_format", getattr(comfy.latent_formats, name)())
+    with pytest.raises(ValueError, match="Flux makes no pictures, so no size in pixels warms it up"):
+        warm_up(bench.model, [(64, 64)], positive=bench.text("a fox", 8))
+
+
+@pytest.mark.comfy
+def test_a_film_and_its_sound_are_sampled_as_one() -> None:
+    nested_tensor = pytest.importorskip("comfy.nested_tensor")
+    film, sound = torch.zeros(1, 4, 2, 3, 3), torch.zeros(1, 8, 2, 5)
+    noise = _noise(nested_tensor.NestedTensor((film, sound)))
+    assert [part.shape for part in noise.unbind()] == [film.shape, sound.shape]
+    assert torch.equal(noise.unbind()[0], _noise(film)) and noise.unbind()[1].abs().min() > 0
 
 
 @pytest.mark.comfy
