@@ -32,14 +32,16 @@ MOST_SIZES = 32
 EXAMPLE = "1024x1024, 832x1216"
 PROMPT_WIDTHS = (
     "context_dim", "context_in_dim", "cap_feat_dim", "text_dim", "crossattn_emb_channels", "cond_seq_dim", "text_embed_dim",
+    "llm_features_dim",
 )  # fmt: skip
-# Of Wan, Qwen-Image, Stable Diffusion 3, Ernie-Image, CogVideoX, Kandinsky 5 and PixArt, whose settings say nothing of it.
+# Of Wan, Qwen-Image, Stable Diffusion 3, Ernie-Image, CogVideoX, Kandinsky 5, PixArt and PixelDiT, whose settings do not say.
 PROMPT_LAYERS = (
     "text_embedding.0", "txt_in", "context_embedder", "text_proj", "patch_embed.text_proj", "text_embeddings.in_layer",
-    "y_embedder.y_proj.fc1",
+    "y_embedder.y_proj.fc1", "y_embedder.proj",
 )  # fmt: skip
 POOLED_LAYERS = ("pooled_text_embeddings.in_layer", "y_embedder.mlp.0")
 SDXL_POOLED = 1280
+MOMENT = 8  # in steps of a latent of sound; any number but 1, which torch makes a case of its own
 # ComfyUI's latent formats of two dimensions that are no picture's: sound by pitch and time, and 3D models.
 NO_PICTURES = frozenset({"ACEAudio", "TripoSplat", "Trellis2"})
 PROMPT_TOKENS = 77  # CLIP's number
@@ -103,6 +105,17 @@ def latent_for(model: Any, width: int, height: int, batch: int) -> torch.Tensor:
     return torch.zeros(batch, layout.latent_channels, *frames, max(1, height // shrink), max(1, width // shrink))
 
 
+def _with_sound(model: Any, latent: Any) -> Any:
+    """`latent` and a moment of sound beside it for LTX-2, whose films without sound need other graphs."""
+    network = model.get_model_object("diffusion_model")
+    channels, pitches = (getattr(network, name, None) for name in ("num_audio_channels", "audio_frequency_bins"))
+    if channels is None or pitches is None:
+        return latent
+    from comfy.nested_tensor import NestedTensor
+
+    return NestedTensor((latent, torch.zeros(latent.shape[0], channels, MOMENT, pitches)))
+
+
 def empty_prompt(model: Any) -> list[list[Any]]:
     """A CONDITIONING of zeros in the widths `model` reads, which its settings tell, or the layer that the prompt goes into."""
     config, network = model.model.model_config.unet_config, model.get_model_object("diffusion_model")
@@ -158,7 +171,8 @@ def warm_up(
 
     with _enough(model, made_up), host.tracked(host.current(), len(sizes) * steps, "warm-up") as bar:
         for width, height in sizes:
-            latent = comfy.sample.fix_empty_latent_channels(model, latent_for(model, width, height, batch))
+            latent = latent_for(model, width, height, batch)
+            latent = _with_sound(model, comfy.sample.fix_empty_latent_channels(model, latent))
             before = _made(compiler)
             start = _now(model)
             if compiler is not None and override_of(model) is not None:

@@ -14,6 +14,7 @@ from hotpath.patches.warmup import (
     STEPS,
     _noise,
     _width_into,
+    _with_sound,
     empty_prompt,
     parse_sizes,
     warm_up,
@@ -70,6 +71,8 @@ def test_the_width_of_a_prompt_is_read_from_the_layer_it_goes_into(monkeypatch: 
     monkeypatch.setattr(config, "unet_config", widths)
     [[tokens, extra]] = empty_prompt(model)
     assert tokens.shape == (1, 77, 64) and extra["pooled_output"].shape == (1, 1280)
+    monkeypatch.setattr(config, "unet_config", {"llm_features_dim": 52})  # as Ideogram 4 calls it
+    assert empty_prompt(model)[0][0].shape == (1, 77, 52)
     wan = torch.nn.ModuleDict({"text_embedding": torch.nn.Sequential(torch.nn.Linear(48, 8))})
     assert _width_into(wan, PROMPT_LAYERS) == 48 and _width_into(wan, POOLED_LAYERS) is None
 
@@ -102,12 +105,18 @@ def test_models_that_make_no_pictures_are_refused(name: str, monkeypatch: pytest
 
 
 @pytest.mark.comfy
-def test_a_film_and_its_sound_are_sampled_as_one() -> None:
+def test_a_film_and_its_sound_are_sampled_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     nested_tensor = pytest.importorskip("comfy.nested_tensor")
     film, sound = torch.zeros(1, 4, 2, 3, 3), torch.zeros(1, 8, 2, 5)
     noise = _noise(nested_tensor.NestedTensor((film, sound)))
     assert [part.shape for part in noise.unbind()] == [film.shape, sound.shape]
     assert torch.equal(noise.unbind()[0], _noise(film)) and noise.unbind()[1].abs().min() > 0
+    bench = tiny("flux")
+    assert _with_sound(bench.model, film) is film
+    network = bench.model.model.diffusion_model  # as LTX-2's
+    for name, size in (("num_audio_channels", 8), ("audio_frequency_bins", 16)):
+        monkeypatch.setattr(network, name, size, raising=False)
+    assert [part.shape for part in _with_sound(bench.model, film).unbind()] == [film.shape, (1, 8, 8, 16)]
 
 
 @pytest.mark.comfy
