@@ -338,9 +338,9 @@ class RegionalCompiler:
         operators = {(name, what) for kind in kinds for name, what in kind.operators.items()}
         lines += [f"  {NAMESPACE}::{name} {what}" for name, what in sorted(operators)]
         lines += [f"  {count} x as it is, {reason}" for reason, count in self.fallbacks().items()]
-        if self.settings.compiles:
-            passed_by = [item for plan in list(self._plans.values()) for item in plan.passed_by().items()]
-            lines += [f"  {count} {title}: no call of the model went through their forward" for title, count in passed_by]
+        for plan in list(self._plans.values()) if self.settings.compiles else ():
+            for title, count in plan.passed_by().items():
+                lines.append(f"  {count} {title}: no call of the model went through their forward")
         if not self._alone:
             lines.append("  ComfyUI's own TorchCompileModel came after: left out, blocks cannot be compiled twice")
         for plan in list(self._plans.values()):
