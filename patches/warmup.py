@@ -23,6 +23,7 @@ from ..host.letters import counted
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of, uncompiled
 from .compilation.recording import WARM_CALLS
+from .model_call import is_sampled
 from .step_caches import spared
 
 STEPS = 2  # the first compiles, the second runs what was compiled
@@ -89,9 +90,11 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
 
 
 def check_makes_pictures(model: Any) -> None:
-    """Raises ValueError for a model of sound or of 3D bodies."""
+    """Raises ValueError for a model of sound or of 3D bodies, and for one that no sampler calls."""
     layout = model.get_model_object("latent_format")
-    if getattr(layout, "latent_dimensions", 2) == 1 or NO_PICTURES & {kind.__name__ for kind in type(layout).__mro__}:
+    kinds = {kind.__name__ for kind in type(layout).__mro__}
+    pictures = getattr(layout, "latent_dimensions", 2) > 1 and NO_PICTURES.isdisjoint(kinds)
+    if not (pictures and is_sampled(model.get_model_object("diffusion_model"))):
         raise ValueError(
             f"{type(model.model).__name__} makes no pictures, so no size in pixels warms it up; its first run does."
         )

@@ -84,7 +84,7 @@ def test_a_model_that_reads_more_than_a_prompt_is_named(monkeypatch: pytest.Monk
     def needs_more(*_: Any, **__: Any) -> None:
         raise TypeError("missing 'attention_mask'")
 
-    monkeypatch.setattr(bench.model.model.diffusion_model, "forward", needs_more)
+    monkeypatch.setitem(vars(bench.model.model.diffusion_model), "forward", needs_more)
     with pytest.raises(ValueError, match=r"Flux needs more than an empty prompt \(TypeError: missing 'attention_mask'"):
         warm_up(bench.model, [(64, 64)])
     with pytest.raises(TypeError):
@@ -102,6 +102,23 @@ def test_models_that_make_no_pictures_are_refused(name: str, monkeypatch: pytest
     monkeypatch.setattr(bench.model.model, "latent_format", getattr(comfy.latent_formats, name)())
     with pytest.raises(ValueError, match="Flux makes no pictures, so no size in pixels warms it up"):
         warm_up(bench.model, [(64, 64)], positive=bench.text("a fox", 8))
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [("sam3.detector", "SAM3Model"), ("rt_detr.rtdetr_v4", "RTv4"), ("depth_anything_3.model", "DepthAnything3Net")],
+)
+def test_models_that_no_sampler_calls_are_refused(home: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = getattr(pytest.importorskip(f"comfy.ldm.{home}"), name)
+    network = kind.__new__(kind)
+    torch.nn.Module.__init__(network)
+    bench = tiny("flux")
+    monkeypatch.setattr(bench.model.model, "diffusion_model", network)
+    with pytest.raises(ValueError, match="Flux makes no pictures"):
+        warm_up(bench.model, [(64, 64)])
+    with pytest.raises(ValueError, match="Flux is not called by a sampler but by nodes of its own"):
+        compile_model(bench.model, backend="eager")
 
 
 @pytest.mark.comfy
