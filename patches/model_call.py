@@ -32,6 +32,7 @@ TELEMETRY = "hotpath_telemetry"
 ALWAYS = (999999999.9, 0.0)  # what percent_to_sigma gives for 0 and 1
 
 CPU = torch.device("cpu")
+NOISE_LEVELS = frozenset({"timestep", "timesteps", "t", "r"})  # as ComfyUI's networks call what samplers give them
 
 _thread = threading.local()
 _closed: weakref.WeakSet[Any] = weakref.WeakSet()  # forwards that take no argument of ours
@@ -206,6 +207,13 @@ def _note_call(
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     finally:
         _thread.call = before
+
+
+def is_sampled(network: Any) -> bool:
+    """Whether samplers call a diffusion model. SAM 3, RT-DETR and Depth Anything are MODELs too, for nodes of their own."""
+    kind = type(network)
+    takes = inspect.signature(kind.forward).parameters
+    return not kind.__module__.startswith("comfy.") or not NOISE_LEVELS.isdisjoint(takes)
 
 
 def dtype_inside(model: Any, otherwise: torch.dtype) -> torch.dtype:

@@ -23,6 +23,7 @@ from ..host.letters import counted
 from .attention_override import override_of
 from .compilation import RegionalCompiler, compiler_of, uncompiled
 from .compilation.recording import WARM_CALLS
+from .model_call import is_sampled
 from .step_caches import spared
 
 STEPS = 2  # the first compiles, the second runs what was compiled
@@ -32,14 +33,18 @@ MOST_SIZES = 32
 EXAMPLE = "1024x1024, 832x1216"
 PROMPT_WIDTHS = (
     "context_dim", "context_in_dim", "cap_feat_dim", "text_dim", "crossattn_emb_channels", "cond_seq_dim", "text_embed_dim",
+    "llm_features_dim",
 )  # fmt: skip
-# Of Wan, Qwen-Image, Stable Diffusion 3, Ernie-Image, CogVideoX, Kandinsky 5 and PixArt, whose settings say nothing of it.
+# Of Wan, Qwen-Image, Stable Diffusion 3, Ernie-Image, CogVideoX, Kandinsky 5, PixArt and PixelDiT, whose settings do not say.
 PROMPT_LAYERS = (
     "text_embedding.0", "txt_in", "context_embedder", "text_proj", "patch_embed.text_proj", "text_embeddings.in_layer",
-    "y_embedder.y_proj.fc1",
+    "y_embedder.y_proj.fc1", "y_embedder.proj",
 )  # fmt: skip
 POOLED_LAYERS = ("pooled_text_embeddings.in_layer", "y_embedder.mlp.0")
 SDXL_POOLED = 1280
+MOMENT = 8  # in steps of a latent of sound; any number but 1, which torch makes a case of its own
+# ComfyUI's latent formats of two dimensions that are no picture's: sound by pitch and time, and 3D models.
+NO_PICTURES = frozenset({"ACEAudio", "TripoSplat", "Trellis2"})
 PROMPT_TOKENS = 77  # CLIP's number
 # What a network raises that was not given all it reads.
 INCOMPLETE = (TypeError, AttributeError, KeyError, AssertionError)
@@ -84,12 +89,34 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     return sizes
 
 
+def check_makes_pictures(model: Any) -> None:
+    """Raises ValueError for a model of sound or of 3D bodies, and for one that no sampler calls."""
+    layout = model.get_model_object("latent_format")
+    kinds = {kind.__name__ for kind in type(layout).__mro__}
+    pictures = getattr(layout, "latent_dimensions", 2) > 1 and NO_PICTURES.isdisjoint(kinds)
+    if not (pictures and is_sampled(model.get_model_object("diffusion_model"))):
+        raise ValueError(
+            f"{type(model.model).__name__} makes no pictures, so no size in pixels warms it up; its first run does."
+        )
+
+
 def latent_for(model: Any, width: int, height: int, batch: int) -> torch.Tensor:
     """An empty latent [batch, channels, height / f, width / f] in the format of `model` (f its compression)."""
     layout = model.get_model_object("latent_format")
     shrink = int(getattr(layout, "spacial_downscale_ratio", 8) or 8)
     frames = [1] if getattr(layout, "latent_dimensions", 2) == 3 else []
     return torch.zeros(batch, layout.latent_channels, *frames, max(1, height // shrink), max(1, width // shrink))
+
+
+def _with_sound(model: Any, latent: Any) -> Any:
+    """`latent` and a moment of sound beside it for LTX-2, whose films without sound need other graphs."""
+    network = model.get_model_object("diffusion_model")
+    channels, pitches = (getattr(network, name, None) for name in ("num_audio_channels", "audio_frequency_bins"))
+    if channels is None or pitches is None:
+        return latent
+    from comfy.nested_tensor import NestedTensor
+
+    return NestedTensor((latent, torch.zeros(latent.shape[0], channels, MOMENT, pitches)))
 
 
 def empty_prompt(model: Any) -> list[list[Any]]:
@@ -125,11 +152,12 @@ def warm_up(
 
     positive, negative: CONDITIONINGs as the pictures will have; without, empty prompts. cfg: 1 leaves the negative out,
     as samplers do. Shows progress by size and can be interrupted between steps; the model stays usable then. Raises
-    ValueError where `model` needs a positive conditioning.
+    ValueError where `model` needs a positive conditioning, or makes no pictures.
     """
     import comfy.sample
 
     compiler = compiler_of(model)
+    check_makes_pictures(model)
     made_up = positive is None
     positive = empty_prompt(model) if made_up else positive
     negative = negative if negative is not None else positive
@@ -138,16 +166,16 @@ def warm_up(
     timed = _timed(model, seconds)
     steps = STEPS if compiler is None or compiler.recorder is None else RECORDED_STEPS
 
-    def sample(sampled: Any, latent: torch.Tensor, steps: int, after_step: Any = None) -> None:
-        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    def sample(sampled: Any, latent: Any, steps: int, after_step: Any = None) -> None:
         comfy.sample.sample(
-            sampled, noise, steps, cfg, "euler", "simple", positive, negative, latent,
+            sampled, _noise(latent), steps, cfg, "euler", "simple", positive, negative, latent,
             callback=after_step, disable_pbar=True, seed=0,
         )  # fmt: skip
 
     with _enough(model, made_up), host.tracked(host.current(), len(sizes) * steps, "warm-up") as bar:
         for width, height in sizes:
-            latent = comfy.sample.fix_empty_latent_channels(model, latent_for(model, width, height, batch))
+            latent = latent_for(model, width, height, batch)
+            latent = _with_sound(model, comfy.sample.fix_empty_latent_channels(model, latent))
             before = _made(compiler)
             start = _now(model)
             if compiler is not None and override_of(model) is not None:
@@ -158,6 +186,13 @@ def warm_up(
             graphs, recordings = (now - then for now, then in zip(_made(compiler), before, strict=True))
             done.append(SizeWarmup(width, height, _now(model) - start, seconds[-1], graphs, recordings))
     return done, describe(done, compiler)
+
+
+def _noise(latent: Any) -> Any:
+    """Noise like `latent`, a tensor or several that are sampled as one (the film and the sound of MiniMax H3)."""
+    if getattr(latent, "is_nested", False):
+        return type(latent)([_noise(part) for part in latent.unbind()])
+    return torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
 
 
 def _timed(model: Any, seconds: list[float]) -> Any:

@@ -176,6 +176,40 @@ def test_a_block_that_does_not_compile_runs_as_it_is() -> None:
         sample(bench, strict)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_blocks_that_a_model_does_not_call_by_their_forward_are_named(strict: bool) -> None:
+    """Wan-Animate 2 calls other methods of its blocks."""
+    import comfy.sample
+    import comfy.supported_models
+    from tiny_native_models import _patcher, encode
+
+    if not hasattr(comfy.supported_models, "WAN_Animate2"):
+        pytest.skip("this ComfyUI has no Wan-Animate 2")
+    config = comfy.supported_models.WAN_Animate2(
+        {
+            "image_model": "wan2.1", "model_type": "animate2", "in_dim": 36, "dim": 64, "num_heads": 1, "ffn_dim": 64,
+            "freq_dim": 32, "text_dim": 32, "num_layers": 2, "dtype": torch.float32,
+        }
+    )  # fmt: skip
+    config.set_inference_dtype(torch.float32, None)
+    plain = _patcher(config, 0)
+    latent, text = torch.zeros(1, 16, 2, 4, 4), encode("a fox", 4, 32)
+
+    def made(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                model, torch.ones_like(latent), 1, 1.0, "euler", "simple", text, text, latent, disable_pbar=True, seed=1
+            )
+
+    model, compiler = compiled(plain, strict=strict)
+    if strict:
+        with pytest.raises(CompilationRefused, match="no call of the model went through the forward of its blocks"):
+            made(model)
+        return
+    assert torch.equal(made(model), made(plain)) and compiler.graphs == 0
+    assert "  2 WanAnimate2Block: no call of the model went through their forward" in compiler.report().splitlines()
+
+
 def test_dynamic_vram_and_compilation_exclude_each_other() -> None:
     import comfy.model_management as management
 

@@ -20,6 +20,20 @@ def test_classes_that_a_function_makes_are_one_kind() -> None:
     assert constants_of(first) != constants_of(second)
 
 
+def test_a_class_may_name_what_is_not_set_yet() -> None:
+    def made(sets: bool) -> type[torch.nn.Module]:
+        class Block(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return later(x)
+
+        if sets:
+            later = torch.relu
+        return Block
+
+    unset, again, whole = (constants_of(made(sets)()) for sets in (False, False, True))
+    assert unset == again != whole
+
+
 def test_tokens_that_are_a_turned_picture_are_put_in_order() -> None:
     picture = torch.rand(2, 8, 12)
     tokens = picture.transpose(1, 2)

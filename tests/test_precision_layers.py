@@ -177,6 +177,40 @@ def test_compiled_rounding_can_be_fused_with_what_comes_before():
         ("img_emb.proj.1", True),  # Wan
         ("blocks.0.cross_attn.k_img", False),
         ("vision_in.proj.1", True),  # HunyuanVideo
+        ("first", True),  # Krea 2
+        ("tproj.1", True),
+        ("last.linear", True),
+        ("blocks.0.mlp.gate", False),
+        ("input_proj", True),  # Ideogram 4
+        ("adaln_proj", True),
+        ("llm_cond_proj", True),
+        ("layers.0.feed_forward.w1", False),
+        ("final_layer2.linear", True),  # HiDream-O1
+        ("language_model.layers.0.self_attn.q_proj", False),
+        ("blocks.0.norm1.linear", True),  # CogVideoX, OmniGen2, Boogu
+        ("double_stream_layers.0.img_norm2.linear", True),
+        ("double_stream_layers.0.img_feed_forward.linear_1", False),
+        ("transformer.project_in", True),  # Stable Audio, MiniMax Music
+        ("diffusion_transformer.transformer.project_out", True),
+        ("transformer.layers.0.ff.ff.2", False),
+        ("video_patch_proj", True),  # MiniMax H3
+        ("blocks.0.adaln_proj.linear", True),
+        ("blocks.0.attn.out_proj", False),
+        ("vid_in.proj", True),  # SeedVR2
+        ("emb_in.proj_out", True),
+        ("vid_out.proj", True),
+        ("blocks.0.attn.proj_out.vid", False),
+        ("img2shape_512.out_layer", True),  # Trellis 2
+        ("structure_model.input_layer", True),
+        ("repo_layers.0.final_map", True),  # TripoSplat
+        ("transformer_blocks.0.attn1.to_gate_logits", True),  # LTX 2.3
+        ("visual_transformer_blocks.0.feed_forward.out_layer", False),  # Kandinsky 5
+        ("out_layer.out_layer", True),
+        ("text_proj", True),  # Ernie-Image
+        ("detokenizer.proj_out", True),  # ACE-Step 1.5
+        ("decoder.layers.0.mlp.gate_proj", False),
+        ("audio_injector.injector_adain_layers.0.linear", True),  # Wan S2V
+        ("audio_injector.injector.0.q", False),
     ],
 )
 def test_what_is_left_alone_by_default(name, left):

@@ -233,6 +233,32 @@ def test_another_copy_can_be_made_of_it():
     assert torch.equal(case.sample(again), case.sample(quantised))
 
 
+def test_what_a_model_keeps_in_float32_stays_so():
+    """As MiniMax H3 does its first and last layers, whatever it computes in."""
+    model = make_z_image(dtype=torch.bfloat16)
+    first = model.model.diffusion_model.x_embedder.float()
+    with torch.no_grad():
+        first.weight.normal_(), first.bias.normal_()
+    patched, report = quantize_model(model, "int8_weights")
+    kept = patched.model.diffusion_model.x_embedder
+    assert "x_embedder" in report.left and kept.bias_comfy_model_dtype == torch.float32
+    for name, given in first.named_parameters():
+        held = kept.get_parameter(name)
+        assert torch.equal(held, given) and held.dtype == torch.float32 and held.data_ptr() != given.data_ptr()
+
+
+def test_a_model_with_layers_beside_its_network_is_built_anew(monkeypatch):
+    """Stable Audio's come from the checkpoint, which is not there any more."""
+    model = make_z_image()
+
+    def needs_the_checkpoint(*_, **__):
+        raise RuntimeError("missing seconds_total_embedder")
+
+    monkeypatch.setattr(type(model.model.model_config), "get_model", needs_the_checkpoint)
+    patched, report = quantize_model(model, "int8_weights")
+    assert report.layers and type(patched.model.diffusion_model) is type(model.model.diffusion_model)
+
+
 def test_other_devices_of_a_multi_gpu_split_get_the_quantised_model_too():
     original = make_z_image()
     original.cached_patcher_init = (make_z_image, ())

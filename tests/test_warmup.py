@@ -12,7 +12,9 @@ from hotpath.patches.warmup import (
     POOLED_LAYERS,
     PROMPT_LAYERS,
     STEPS,
+    _noise,
     _width_into,
+    _with_sound,
     empty_prompt,
     parse_sizes,
     warm_up,
@@ -69,6 +71,8 @@ def test_the_width_of_a_prompt_is_read_from_the_layer_it_goes_into(monkeypatch: 
     monkeypatch.setattr(config, "unet_config", widths)
     [[tokens, extra]] = empty_prompt(model)
     assert tokens.shape == (1, 77, 64) and extra["pooled_output"].shape == (1, 1280)
+    monkeypatch.setattr(config, "unet_config", {"llm_features_dim": 52})  # as Ideogram 4 calls it
+    assert empty_prompt(model)[0][0].shape == (1, 77, 52)
     wan = torch.nn.ModuleDict({"text_embedding": torch.nn.Sequential(torch.nn.Linear(48, 8))})
     assert _width_into(wan, PROMPT_LAYERS) == 48 and _width_into(wan, POOLED_LAYERS) is None
 
@@ -80,11 +84,56 @@ def test_a_model_that_reads_more_than_a_prompt_is_named(monkeypatch: pytest.Monk
     def needs_more(*_: Any, **__: Any) -> None:
         raise TypeError("missing 'attention_mask'")
 
-    monkeypatch.setattr(bench.model.model.diffusion_model, "forward", needs_more)
+    monkeypatch.setitem(vars(bench.model.model.diffusion_model), "forward", needs_more)
     with pytest.raises(ValueError, match=r"Flux needs more than an empty prompt \(TypeError: missing 'attention_mask'"):
         warm_up(bench.model, [(64, 64)])
     with pytest.raises(TypeError):
         warm_up(bench.model, [(64, 64)], positive=bench.text("a fox", 8))
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize("name", ["StableAudio3", "ACEAudio", "Hunyuan3Dv2", "TripoSplat", "Trellis2ShapeSLAT"])
+def test_models_that_make_no_pictures_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.latent_formats
+
+    if not hasattr(comfy.latent_formats, name):
+        pytest.skip(f"this ComfyUI has no {name}")
+    bench = tiny("flux")
+    monkeypatch.setattr(bench.model.model, "latent_format", getattr(comfy.latent_formats, name)())
+    with pytest.raises(ValueError, match="Flux makes no pictures, so no size in pixels warms it up"):
+        warm_up(bench.model, [(64, 64)], positive=bench.text("a fox", 8))
+
+
+@pytest.mark.comfy
+@pytest.mark.parametrize(
+    ("home", "name"),
+    [("sam3.detector", "SAM3Model"), ("rt_detr.rtdetr_v4", "RTv4"), ("depth_anything_3.model", "DepthAnything3Net")],
+)
+def test_models_that_no_sampler_calls_are_refused(home: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = getattr(pytest.importorskip(f"comfy.ldm.{home}"), name)
+    network = kind.__new__(kind)
+    torch.nn.Module.__init__(network)
+    bench = tiny("flux")
+    monkeypatch.setattr(bench.model.model, "diffusion_model", network)
+    with pytest.raises(ValueError, match="Flux makes no pictures"):
+        warm_up(bench.model, [(64, 64)])
+    with pytest.raises(ValueError, match="Flux is not called by a sampler but by nodes of its own"):
+        compile_model(bench.model, backend="eager")
+
+
+@pytest.mark.comfy
+def test_a_film_and_its_sound_are_sampled_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    nested_tensor = pytest.importorskip("comfy.nested_tensor")
+    film, sound = torch.zeros(1, 4, 2, 3, 3), torch.zeros(1, 8, 2, 5)
+    noise = _noise(nested_tensor.NestedTensor((film, sound)))
+    assert [part.shape for part in noise.unbind()] == [film.shape, sound.shape]
+    assert torch.equal(noise.unbind()[0], _noise(film)) and noise.unbind()[1].abs().min() > 0
+    bench = tiny("flux")
+    assert _with_sound(bench.model, film) is film
+    network = bench.model.model.diffusion_model  # as LTX-2's
+    for name, size in (("num_audio_channels", 8), ("audio_frequency_bins", 16)):
+        monkeypatch.setattr(network, name, size, raising=False)
+    assert [part.shape for part in _with_sound(bench.model, film).unbind()] == [film.shape, (1, 8, 8, 16)]
 
 
 @pytest.mark.comfy

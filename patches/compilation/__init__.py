@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 from ..cpu_products import multiply_as_before, multiply_by_onednn
+from ..model_call import is_sampled
 from .graphs import Backend, named_backend, start_workers
 from .options import attention_that_traces
 from .recording import record_calls, recording_problem
@@ -46,11 +47,17 @@ def compile_model(
 
     Nothing is compiled yet: that happens in the first call of the model with each kind of block, or in a warm-up.
     backend: a Dynamo backend by name or as a function; everything but "inductor" is for tests and comparisons.
-    Raises ValueError for a model without repeated blocks, and CompilationRefused in strict mode when this machine
-    has no compiler (no CUDA for "cudagraphs"); otherwise the clone's blocks then run as they were, and the report says so.
+    Raises ValueError for a model without repeated blocks or that no sampler calls, and CompilationRefused in strict mode
+    when this machine has no compiler (no CUDA for "cudagraphs"); otherwise the clone's blocks then run as they were, and the
+    report says so.
     On a CPU its linear layers are multiplied by oneDNN where that is faster, compiled or not.
     """
     chosen = settings or CompileSettings()
+    if not is_sampled(model.get_model_object("diffusion_model")):
+        raise ValueError(
+            f"{type(model.model).__name__} is not called by a sampler but by nodes of its own, which Compile Model does not "
+            "reach; leave it out."
+        )
     if (problem := _problem(model, chosen, backend)) is not None:
         if chosen.strict:
             raise CompilationRefused(problem)

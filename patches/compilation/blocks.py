@@ -101,6 +101,14 @@ def parts_of(weight: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
     return [part for parts, _ in inside for part in parts], (meaning, [more for _, more in inside])
 
 
+def _content(cell: types.CellType) -> Any:
+    """What a function has from the one around it; the cell's own class where that was never set, or is deleted."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return types.CellType
+
+
 def class_of(kind: Any) -> Hashable:
     """A class, or what is equal for all classes that one function makes: Stable Cascade has a class of norms for every block."""
     if "<locals>" not in kind.__qualname__:
@@ -108,7 +116,7 @@ def class_of(kind: Any) -> Hashable:
     own: list[Hashable] = []
     for name, member in vars(kind).items():
         if isinstance(member, types.FunctionType):
-            given = [cell.cell_contents for cell in member.__closure__ or ()]
+            given = [_content(cell) for cell in member.__closure__ or ()]
             # `super` keeps the class itself.
             own.append((name, member.__code__, tuple(id(value) for value in given if value is not kind)))
         elif not name.startswith("__"):

@@ -121,7 +121,10 @@ def attention_that_traces() -> tuple[Callable[..., Any] | None, str]:
     def instead(_: Any, *args: Any, **kwargs: Any) -> Any:
         return torch_attention(*args, **kwargs)
 
-    return instead, f"{name} cannot be compiled; compiled blocks use torch's scaled_dot_product_attention"
+    return instead, (
+        f"{name} cannot be compiled; compiled blocks use torch's scaled_dot_product_attention. In models that let no node "
+        "choose their attention that takes starting ComfyUI with --use-pytorch-cross-attention"
+    )
 
 
 def attention_of_call(options: dict[str, Any]) -> dict[str, Any]:

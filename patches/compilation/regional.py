@@ -34,6 +34,7 @@ from .written_out import NAMESPACE
 
 log = logging.getLogger("hotpath.compile")
 
+NOT_CALLED = "no call of the model went through the forward of its blocks"
 KEPT_KINDS = 128  # an SDXL UNet has 14
 
 _kinds: OrderedDict[Hashable, CompiledKind] = OrderedDict()
@@ -78,6 +79,7 @@ class BlockForward:
         self._live = LiveParts(region.module)
         self._on_tokens = is_transformer(region.module)
         self.kind: CompiledKind | None = None
+        self.called = False
         self.reason: str | None = None  # why this block ran as it is, the last time
         self.key: Hashable = None
         names = list(inspect.signature(self.original).parameters)[1:]
@@ -113,7 +115,7 @@ class BlockForward:
         self.kind.blocks.add(self.name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kind = self.kind
+        kind, self.called = self.kind, True
         if kind is None or kind.reason is not None:
             return self._as_it_is(kind.reason if kind is not None else self.reason, args, kwargs)
         try:
@@ -162,6 +164,7 @@ class _Plan:
         if owner.recorder is not None and not runs_wrappers(model.diffusion_model):
             self.whole = WrappedForward(model.diffusion_model, owner.recorder)
         self.stamp: Any = None
+        self.ran = False  # at least one call of the model has come to its end
         self.problem: str | None = None  # why the model as a whole cannot be recorded
         inside = frozenset(part for block in self.blocks for part in block.module.modules())
         self._around = LiveParts(model.diffusion_model, without=inside)
@@ -213,6 +216,10 @@ class _Plan:
         if self.pictures is None:
             return None
         return tuple(copy.data_ptr() for copy in self.pictures.held), self.pictures.key
+
+    def passed_by(self) -> dict[str, int]:
+        """Blocks that no call so far has gone through, by their title: Wan-Animate 2 calls other methods of its own."""
+        return dict(Counter(block.title for block in self.blocks if self.ran and not block.called))
 
     def fits(self, diffusion_model: nn.Module) -> bool:
         """Whether the blocks are still the ones in the model; an object patch can have replaced some."""
@@ -274,9 +281,13 @@ class RegionalCompiler:
             plan = self._thread.plan = self.plan(executor.class_obj, x.device)
             try:
                 with installed(self._forwards(plan)):
-                    return (executor if alone is None else alone)(x, *args, **kwargs)
+                    made = (executor if alone is None else alone)(x, *args, **kwargs)
             finally:
                 self._thread.plan = before
+        plan.ran = True
+        if self.settings.compiles and self.settings.strict and not any(block.called for block in plan.blocks):
+            raise CompilationRefused(f"Nothing of this model runs compiled: {NOT_CALLED}.")
+        return made
 
     def _forwards(self, plan: _Plan) -> list[BlockForward | WrappedForward]:
         found: list[BlockForward | WrappedForward] = [*plan.blocks] if self.settings.compiles else []
@@ -327,6 +338,9 @@ class RegionalCompiler:
         operators = {(name, what) for kind in kinds for name, what in kind.operators.items()}
         lines += [f"  {NAMESPACE}::{name} {what}" for name, what in sorted(operators)]
         lines += [f"  {count} x as it is, {reason}" for reason, count in self.fallbacks().items()]
+        for plan in list(self._plans.values()) if self.settings.compiles else ():
+            for title, count in plan.passed_by().items():
+                lines.append(f"  {count} {title}: no call of the model went through their forward")
         if not self._alone:
             lines.append("  ComfyUI's own TorchCompileModel came after: left out, blocks cannot be compiled twice")
         for plan in list(self._plans.values()):

@@ -92,6 +92,7 @@ def _operations(compute_dtype: torch.dtype, layouts: _Layouts, theirs: frozenset
 
             def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
                 given: Any = state.get(f"{prefix}weight")
+                bias: Any = state.get(f"{prefix}bias")
                 plain = f"{prefix}comfy_quant" not in state
                 self.came_quantized = prefix.rstrip(".") in theirs
                 self._disabled_formats = set(emulated) if self.came_quantized else set()
@@ -100,8 +101,12 @@ def _operations(compute_dtype: torch.dtype, layouts: _Layouts, theirs: frozenset
                 if held is None:
                     return
                 if plain:
-                    if given.dtype.itemsize == 1:  # an fp8 file's weight that stays as it is
+                    # What stays does so in its own type: the weights of an fp8 file, and float32 where a model insists on it.
+                    if given.dtype.itemsize == 1 or given.dtype.itemsize > held.dtype.itemsize:
                         self.weight = nn.Parameter(given.to(held.device), requires_grad=False)
+                    if bias is not None and bias.dtype.itemsize > self._parameters["bias"].dtype.itemsize:
+                        self.bias = nn.Parameter(bias.to(held.device, copy=True), requires_grad=False)
+                        self.bias_comfy_model_dtype = bias.dtype
                     return
                 if (layout := layout_of_ours(self)) is not None:
                     self.layout_type = layout

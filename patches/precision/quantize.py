@@ -275,13 +275,17 @@ def _built(
     theirs: Collection[str],
 ) -> nn.Module:
     """The diffusion model of `source` (a BaseModel) anew, with `state` in it. theirs: layers that came quantised."""
+    from comfy.model_base import BaseModel
+
     configuration = object.__new__(
         type(source.model_config)
     )  # its __getattr__ answers everything, copy's questions too
     configuration.__dict__.update(source.model_config.__dict__)
     configuration.custom_operations = quantized_operations(dtype, load_device, theirs)
     try:
-        network: nn.Module = configuration.get_model(dict(state), "", device=offload_device).diffusion_model
+        # Not by the configuration's `get_model`: for Stable Audio that wants layers of the checkpoint that are not the network's.
+        alike = BaseModel(configuration, source.model_type, offload_device, unet_model=type(source.diffusion_model))
+        network: nn.Module = alike.diffusion_model
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # layers that its loader made otherwise
