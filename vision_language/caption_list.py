@@ -7,9 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..host.whole_files import told_when_full, whole_file
+from ..host.held import opened_alone
+from ..host.whole_files import refusal_told, whole_file
 
 LIST_NAME = "captions.jsonl"
+BEGINNING = '{"file": "'  # of each line of ours
 
 
 def entry_of(line: str) -> dict[str, Any] | None:
@@ -40,9 +42,8 @@ def listed(folder: Path) -> dict[str, str]:
 
 def append(folder: Path, entry: dict[str, Any]) -> None:
     """Add a line to the list in `folder`; one that was cut off before it stays a line of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LIST_NAME
-    with told_when_full(path), path.open("a+b") as file:
+    with refusal_told(path), opened_alone(path) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -51,7 +52,15 @@ def append(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def compact(path: Path) -> None:
-    """Leave one line of ours for each picture: its last caption, or its last error when it has none."""
+    """Leave one line of ours for each picture: its last caption, or its last error when it has none. Lines of ours that were
+    cut off go."""
+    if not path.is_file():
+        return
+    with opened_alone(path):  # what another run adds meanwhile would be lost
+        _compact(path)
+
+
+def _compact(path: Path) -> None:
     lines = lines_of(path)
     last: dict[str, int] = {}
     captioned: set[str] = set()
@@ -59,6 +68,8 @@ def compact(path: Path) -> None:
     for index, line in enumerate(lines):
         entry = entry_of(line)
         if entry is None:
+            if line.startswith(BEGINNING) and not line.rstrip().endswith("}"):
+                ours.add(index)
             continue
         ours.add(index)
         name = entry["file"]
