@@ -39,15 +39,16 @@ def refusal_told(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
     """Where to write what becomes `path` when the block ends well. Otherwise it goes, and what was at `path` stays.
 
-    The name is this writer's own and has no ending by which a list of files would take it. The folder is made. What writers
-    that were killed left in it goes, when a process writes there for the first time.
+    The name is this writer's own. ending: of it, for a library that goes by that; without one, no list of files takes it for
+    what it is not yet. The folder is made. What writers that were killed left in it goes, when a process writes there for the
+    first time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not mkstemp, whose files are readable by their maker alone: who may read what is written is for the umask to say.
-    unfinished = path.with_name(f"{WRITING}{uuid4().hex}")
+    unfinished = path.with_name(f"{WRITING}{uuid4().hex}{ending}")
     try:
         with refusal_told(path):
             yield unfinished
