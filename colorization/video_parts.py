@@ -108,7 +108,7 @@ def check_container(source: Path, output: Path, folder: Path, facts: VideoFacts,
         if stated and not facts.rate / 2 < stated < facts.rate * 2:
             raise VideoError(f"{float(facts.rate):g} frames a second became {float(stated):g} in a trial")
     except (OSError, ValueError, av.error.FFmpegError) as error:
-        if sentence(error):  # it is the disk that refuses
+        if sentence(error) or sentence(error.__cause__ or error):  # it is the disk that refuses
             raise
         ending = f"A {output.suffix} file" if output.suffix else "A file without an ending"
         raise VideoError(

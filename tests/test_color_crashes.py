@@ -25,7 +25,7 @@ from counted_films import (
     sound_packets,
 )
 from film_files import write_film
-from hotpath.colorization import file_job, shot_job
+from hotpath.colorization import file_job, shot_job, video_file
 from hotpath.colorization.film_options import FilmOptions
 from hotpath.colorization.playable_part import finished_so_far
 from hotpath.colorization.video_file import VideoError
@@ -272,10 +272,16 @@ def test_a_disk_that_fails_is_not_taken_for_a_container_that_does(
     write_film(tmp_path / "in.mp4", counted(4), rate=RATE, sound=False)
     job, references = file_task(tmp_path)
 
-    def fail(*_: Any) -> None:
+    opened = video_file.opened
+
+    def fail(path: Any, *_: Any) -> Any:
+        if isinstance(path, Path) and path.name == "in.mp4":
+            return opened(path)
         raise OSError(errno.EIO, "Input/output error", str(tmp_path))
 
-    monkeypatch.setattr(PartWriter, "write", fail)
-    with pytest.raises(OSError, match="Input/output error"):
-        file_job.colorize_file(job, references)
+    for place, name in ((PartWriter, "write"), (video_file, "opened")):
+        with monkeypatch.context() as patched, pytest.raises((OSError, VideoError), match="Input/output error") as told:
+            patched.setattr(place, name, fail)
+            file_job.colorize_file(job, references)
+        assert "another ending" not in str(told.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
