@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -27,11 +28,15 @@ def refusal_told(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if path.name.startswith(WRITING):  # whoever gives it its name tells of that
+            raise
         if is_full(error):
             told = f"The disk with {path.parent} is full, so {path.name} was not written: free some space and run it again."
             raise SystemRefused(errno.ENOSPC, told) from error
         # Of what is open, the system's error names nothing; a name that is there for a moment says nothing to people.
-        if not isinstance(error, OSError) or (error.filename is not None and WRITING not in str(error.filename)):
+        if not isinstance(error, OSError) or isinstance(error, SystemRefused):
+            raise
+        if error.filename is not None and WRITING not in str(error.filename):
             raise
         if told := sentence(OSError(error.errno, error.strerror, str(path))):
             raise SystemRefused(error.errno, told) from error
@@ -46,13 +51,47 @@ def whole_file(path: Path, ending: str = "") -> Iterator[Path]:
     what it is not yet. The folder is made. What writers that were killed left in it goes, when a process writes there for the
     first time.
     """
+    with unfinished_file(path, ending) as unfinished:
+        yield unfinished
+        put_in_place(unfinished, path)
+
+
+def new_file(names: Iterator[Path], write: Callable[[Path], object], ending: str = "") -> Path:
+    """Have `write` make a file, as in a block of `whole_file`, and give it the first of `names` that is free then. Returns the
+    name. The names are of one folder."""
+    first = next(names)
+    with unfinished_file(first, ending) as unfinished:
+        write(unfinished)
+        return named(unfinished, itertools.chain((first,), names))
+
+
+def named(source: Path, names: Iterator[Path]) -> Path:
+    """The first of `names` that nobody has, also no other process that takes such names at this moment: `source` has it now."""
+    return next(path for path in names if _is_named(source, path))
+
+
+def _is_named(source: Path, target: Path) -> bool:
+    """Whether `source` has the name `target` now, which nobody had."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a disk on which a file has one name
+        if target.exists():
+            return False
+        put_in_place(source, target)
+    return True
+
+
+@contextmanager
+def unfinished_file(path: Path, ending: str = "") -> Iterator[Path]:
+    """As `whole_file`, but who uses it has to give the file its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not mkstemp, whose files are readable by their maker alone: who may read what is written is for the umask to say.
     unfinished = path.with_name(f"{WRITING}{uuid4().hex}{ending}")
     try:
         with refusal_told(path):
             yield unfinished
-            put_in_place(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
     if path.parent not in _swept:

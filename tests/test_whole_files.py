@@ -84,6 +84,30 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: p
     assert steps == ["on the disk", "a"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_takes_nobodys_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """Two runs into one folder number their pictures at the same time; the later one replaced the other's."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for text in ("first", "second"):
+
+        def write(path: Path, text: str = text) -> None:
+            path.write_text(text)
+            (tmp_path / "1.png").write_text("another's")
+
+        path = whole_files.new_file((tmp_path / f"{n}.png" for n in range(1, 9)), write, ".png")
+        assert path.read_text() == text
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "1.png": "another's",
+        "2.png": "first",
+        "3.png": "second",
+    }
+
+
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     with whole_file(path) as first, whole_file(path) as second:
