@@ -52,7 +52,7 @@ def held(path: Path) -> Iterator[int | None]:
 @contextmanager
 def opened_alone(path: Path) -> Iterator[BinaryIO]:
     """The file at `path`, which is made with its folder, open to be read and added to, by one at a time of all who open it so:
-    the others wait. Not on Windows, where it could not be replaced meanwhile."""
+    the others wait. On Windows all at once do: others could not even read it."""
     end = time.monotonic() + PATIENCE
     while True:
         with _opened(path) as file:

@@ -114,14 +114,18 @@ def _sweep(written: Path) -> None:
 def put_in_place(source: Path, target: Path) -> None:
     """As Path.replace, of a file when all of it is on the disk: after a power cut there would be a name with nothing behind it.
     On Windows a viewer or a virus scanner may hold a file for a moment."""
-    if source.is_file():
-        sync(source)
     for wait in HELD if os.name == "nt" else ():
         try:
-            source.replace(target)
+            _move(source, target)
             return
         except PermissionError:
             time.sleep(wait)
+    _move(source, target)
+
+
+def _move(source: Path, target: Path) -> None:
+    if source.is_file():
+        sync(source)
     source.replace(target)
 
 

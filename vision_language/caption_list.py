@@ -25,18 +25,17 @@ def entry_of(line: str) -> dict[str, Any] | None:
     return entry if "caption" in entry or "error" in entry else None
 
 
-def lines_of(path: Path) -> list[str]:
-    """The lines of a list, each to be written back as it was; none where there is no list."""
-    if not path.is_file():
-        return []
+def lines_in(content: bytes) -> list[str]:
+    """The lines of a list, each to be written back as it was."""
     # Not splitlines: a caption may hold a separator that JSON does not escape.
-    lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+    lines = content.decode("utf-8", "surrogateescape").split("\n")
     return lines if lines[-1] else lines[:-1]
 
 
 def listed(folder: Path) -> dict[str, str]:
     """The last caption of every picture that the list in `folder` has one for."""
-    entries = (entry_of(line) for line in lines_of(folder / LIST_NAME))
+    path = folder / LIST_NAME
+    entries = (entry_of(line) for line in lines_in(path.read_bytes() if path.is_file() else b""))
     return {entry["file"]: str(entry["caption"]) for entry in entries if entry is not None and entry.get("caption")}
 
 
@@ -56,12 +55,18 @@ def compact(path: Path) -> None:
     cut off go."""
     if not path.is_file():
         return
-    with opened_alone(path):  # what another run adds meanwhile would be lost
-        _compact(path)
+    with opened_alone(path) as file:  # what another run adds meanwhile would be lost
+        file.seek(0)
+        lines = lines_in(file.read())
+        if (left := _left(lines)) == lines:
+            return
+        if os.name == "nt":  # where nobody replaces a file that is open
+            file.close()
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes("".join(f"{line}\n" for line in left).encode("utf-8", "surrogateescape"))
 
 
-def _compact(path: Path) -> None:
-    lines = lines_of(path)
+def _left(lines: list[str]) -> list[str]:
     last: dict[str, int] = {}
     captioned: set[str] = set()
     ours: set[int] = set()
@@ -78,8 +83,4 @@ def _compact(path: Path) -> None:
         if "caption" in entry:
             captioned.add(name)
     kept = set(last.values())
-    if len(kept) == len(ours):
-        return
-    with whole_file(path) as unfinished:
-        left = [line for index, line in enumerate(lines) if index not in ours or index in kept]
-        unfinished.write_bytes("".join(f"{line}\n" for line in left).encode("utf-8", "surrogateescape"))
+    return [line for index, line in enumerate(lines) if index not in ours or index in kept]

@@ -107,7 +107,10 @@ class FolderCaptioner:
                 summary.seconds = time.perf_counter() - start
                 host.current().show_text(summary.report(), self.options.node_id)
         if self.job.output != "txt":
-            caption_list.compact(self.job.captions / caption_list.LIST_NAME)
+            try:
+                caption_list.compact(self.job.captions / caption_list.LIST_NAME)
+            except OSError as error:  # it is only longer than it need be
+                summary.remarks.append(f"{caption_list.LIST_NAME} keeps older lines too ({first_line(error)})")
         summary.seconds = time.perf_counter() - start
         return summary
 

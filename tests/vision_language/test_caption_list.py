@@ -8,7 +8,12 @@ import threading
 
 import pytest
 from hotpath.vision_language import caption_list
+from hotpath.vision_language.answering import AnswerOptions
+from hotpath.vision_language.budgets import PRESETS
+from hotpath.vision_language.caption_job import CaptionJob
 from hotpath.vision_language.caption_list import append, compact, listed
+from hotpath.vision_language.captioning import FolderCaptioner
+from hotpath.vision_language.sampling import Sampling
 
 
 def test_a_list_holds_each_picture_once(tmp_path):
@@ -40,22 +45,21 @@ def test_a_list_holds_each_picture_once(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
 def test_what_another_run_adds_while_a_list_is_compacted_stays(tmp_path, monkeypatch):
-    path, read = tmp_path / "captions.jsonl", caption_list.lines_of
+    path, write = tmp_path / "captions.jsonl", caption_list.whole_file
     for _ in range(2):
         append(tmp_path, {"file": "a.png", "caption": "a"})
     adding = threading.Thread(target=append, args=(tmp_path, {"file": "b.png", "caption": "b"}))
 
     def meanwhile(path):
-        lines = read(path)
         adding.start()
         adding.join(0.05)
-        return lines
+        return write(path)
 
-    monkeypatch.setattr(caption_list, "lines_of", meanwhile)
+    monkeypatch.setattr(caption_list, "whole_file", meanwhile)
     compact(path)
     adding.join()
     monkeypatch.undo()
-    assert listed(tmp_path) == {"a.png": "a", "b.png": "b"} and len(read(path)) == 2
+    assert listed(tmp_path) == {"a.png": "a", "b.png": "b"} and path.read_bytes().count(b"\n") == 2
 
 
 def test_a_line_after_one_that_was_cut_off_is_a_line(tmp_path):
@@ -64,3 +68,18 @@ def test_a_line_after_one_that_was_cut_off_is_a_line(tmp_path):
     append(tmp_path, {"file": "c.png", "caption": "x"})
     assert listed(tmp_path) == {"b.png": "one\u2028line", "c.png": "x"}
     assert (tmp_path / "captions.jsonl").read_bytes().count(b"\n") == 3
+
+
+def test_a_list_that_cannot_be_made_shorter_loses_nothing(tmp_path, headless_host, monkeypatch):
+    (tmp_path / "a.png").touch()
+    for text in ("old", "new"):
+        append(tmp_path, {"file": "a.png", "caption": text})
+
+    def refuse(path):
+        raise PermissionError(13, "it is used by another process", str(path))
+
+    monkeypatch.setattr(caption_list, "whole_file", refuse)
+    job = CaptionJob(tmp_path, "Describe.", output="jsonl")
+    summary = FolderCaptioner(None, job, Sampling(), AnswerOptions(16, PRESETS["fast"])).run()
+    assert summary.skipped == 1 and "captions.jsonl keeps older lines too" in summary.report()
+    assert listed(tmp_path) == {"a.png": "new"}
