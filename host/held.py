@@ -58,7 +58,10 @@ def opened_alone(path: Path) -> Iterator[BinaryIO]:
         with _opened(path) as file:
             waits = sys.platform != "win32" and time.monotonic() < end
             if not waits or (_lock(file) and _is_at(path, file)):
-                yield file
+                try:
+                    yield file
+                finally:
+                    _unlock(file)
                 return
         time.sleep(EVERY)
 
@@ -78,6 +81,14 @@ def _lock(file: BinaryIO) -> bool:
     except OSError as error:
         return error.errno not in TAKEN
     return True
+
+
+def _unlock(file: BinaryIO) -> None:
+    """Also for processes that were forked meanwhile, which would hold it as long as they live."""
+    if sys.platform != "win32" and not file.closed:
+        file.flush()
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _is_at(path: Path, file: BinaryIO) -> bool:

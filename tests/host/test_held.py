@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -71,7 +72,13 @@ def test_who_waits_gets_the_file_that_is_there_then(tmp_path: Path, monkeypatch:
         (tmp_path / "new").replace(path)
     thread.join()
     assert path.read_bytes() == b"new added"
+    with opened_alone(path) as file:
+        forked = os.dup(file.fileno())  # as a process has it that is forked meanwhile
+    begun = time.monotonic()
+    add()
+    os.close(forked)
+    assert time.monotonic() - begun < module.PATIENCE / 2
     monkeypatch.setattr(module, "PATIENCE", 0.02)
     with opened_alone(path):  # by one that was halted
         add()
-    assert path.read_bytes() == b"new addedadded"
+    assert path.read_bytes() == b"new addedaddedadded"
