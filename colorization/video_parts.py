@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..host.system_errors import sentence
+from ..host.whole_files import remove
 from .video_assembly import assemble
 from .video_file import VideoError, VideoFacts, open_video, read_facts, video_stream
 from .video_frames import timed_frames
@@ -115,5 +116,5 @@ def check_container(source: Path, output: Path, folder: Path, facts: VideoFacts,
             f"{ending} cannot hold this film as {codec} ({error}). Choose another ending, such as .mp4 or .mkv."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
-        made.unlink(missing_ok=True)
+        remove(part)
+        remove(made)

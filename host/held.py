@@ -30,7 +30,8 @@ def held(path: Path) -> Iterator[int | None]:
     somebody else holds it. Where a disk knows no locks, as some shares, everybody does."""
     try:
         while True:
-            with _opened(path) as file:
+            file = _opened(path)
+            try:
                 if not _lock(file):
                     yield None
                     return
@@ -43,6 +44,9 @@ def held(path: Path) -> Iterator[int | None]:
                     if sys.platform != "win32":
                         with suppress(OSError):
                             path.unlink()
+            finally:
+                with suppress(OSError):  # a disk that fails must not hide what it has broken off
+                    file.close()
     finally:
         if sys.platform == "win32":  # which deletes nothing that is open, by whomever
             with suppress(OSError):

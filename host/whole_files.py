@@ -93,7 +93,7 @@ def unfinished_file(path: Path, ending: str = "") -> Iterator[Path]:
         with refusal_told(path):
             yield unfinished
     finally:
-        unfinished.unlink(missing_ok=True)
+        remove(unfinished)
     if path.parent not in _swept:
         if len(_swept) >= MANY:
             _swept.clear()
@@ -109,6 +109,12 @@ def _sweep(written: Path) -> None:
         with suppress(OSError):
             if now - left.stat().st_mtime > ABANDONED:
                 left.unlink()
+
+
+def remove(path: Path) -> None:
+    """Delete what came to nothing, if that goes: where a disk fails, why it came to nothing must not be hidden."""
+    with suppress(OSError):
+        path.unlink()
 
 
 def put_in_place(source: Path, target: Path) -> None:

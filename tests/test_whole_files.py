@@ -60,6 +60,19 @@ def test_what_the_disk_refuses_is_told_of_the_file_that_was_to_be(tmp_path: Path
         raise OSError(errno.EIO, "Input/output error", "other")
 
 
+def test_a_disk_on_which_nothing_goes_any_more_hides_no_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "another")
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    with (
+        pytest.raises(SystemRefused, match=r"a\.txt does not work as it should"),
+        whole_file(tmp_path / "a.txt") as path,
+    ):
+        path.touch()
+        raise OSError(errno.EIO, "Input/output error")
+
+
 def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
     names = [tmp_path / f"{whole_files.WRITING}{name}" for name in ("old", "young", "ahead")]
     for name, hours in zip(names, (-25, -1, 25), strict=True):

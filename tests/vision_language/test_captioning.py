@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import shutil
@@ -343,10 +344,16 @@ def test_one_caption_that_cannot_be_written_stops_no_other(captioner, drawings, 
     with pytest.raises(ValueError, match="No caption can be written into"):
         FolderCaptioner(captioner, replace(job, target=tmp_path / "file"), GREEDY, OPTIONS).run()
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     work = FolderCaptioner(captioner, replace(job, overwrite=True), GREEDY, OPTIONS)
-    monkeypatch.setattr(work, "_write", full)
-    with pytest.raises(OSError, match="No space left"):
-        work.run()
+    for number in (
+        errno.ENOSPC,
+        errno.EIO,
+        errno.ESTALE,
+    ):  # a disk that is full, fails, or went away takes none of the others
+
+        def refuse(*_, number=number):
+            raise OSError(number, "refused")
+
+        monkeypatch.setattr(work, "_write", refuse)
+        with pytest.raises(OSError, match="refused"):
+            work.run()
