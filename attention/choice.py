@@ -28,6 +28,8 @@ log = logging.getLogger("hotpath.attention")
 FORMAT = 1
 LARGEST = 512  # choices kept per device, the least recently measured go first
 REPEATS = 3
+WRITING = ".writing-"  # begins the name of what is not whole yet
+ABANDONED = 3600.0  # seconds after which nobody writes to it any more
 MARGIN = 0.97  # a kernel further down the list must win by 3 %, or noise would decide
 
 
@@ -152,7 +154,10 @@ class MeasuredChoices:
         temporary: str | None = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+            for left in path.parent.glob(f"{WRITING}*"):
+                if time.time() - left.stat().st_mtime > ABANDONED:  # by who was killed
+                    left.unlink(missing_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=WRITING)
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump(payload, file, indent=1)
             Path(temporary).replace(path)

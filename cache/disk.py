@@ -109,7 +109,10 @@ class DiskCache:
                 _remove(temporary)
             return False
         self.trim()
-        return path.is_file()
+        try:
+            return path.is_file()
+        except OSError:  # a share that went away
+            return False
 
     def entries(self) -> list[Path]:
         """The files, least recently used first."""

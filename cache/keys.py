@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def _feed_tensor(digest: Any, tensor: torch.Tensor) -> None:
 
 
 REMEMBERED = 1 << 16  # fingerprints at most; a list may name a million files
-_fingerprints: dict[tuple[str, int, int, bool], str] = {}
+FRESH = 2.5  # seconds in which a file may be written once more without another time: some disks tell every second one
+_fingerprints: dict[tuple[str, int, int, int, int, bool], str] = {}
 
 
 def file_fingerprint(path: Path, dated: bool = True) -> str:
@@ -86,10 +88,11 @@ def file_fingerprint(path: Path, dated: bool = True) -> str:
 
     Reading a 1.7 GB file whole takes seconds on a cold disk, so files over 16 MiB are sampled in 16 slices of 1 MiB
     including both ends, and the modification time is part of the key unless `dated` is off, for what has to be the same on
-    another machine. Remembered per (path, size, time).
+    another machine. Remembered per (path, size, times), once the file has been there for a moment.
     """
     stat = path.stat()
-    known = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, dated)
+    # The last time changes with the content whatever becomes of the others (on Windows it is that of creation).
+    known = (str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns, dated)
     if (remembered := _fingerprints.get(known)) is not None:
         return remembered
     digest = hashlib.md5(struct.pack("<Q", stat.st_size), usedforsecurity=False)
@@ -103,7 +106,9 @@ def file_fingerprint(path: Path, dated: bool = True) -> str:
             for i in range(slices):
                 file.seek((stat.st_size - length) * i // (slices - 1))
                 digest.update(file.read(length))
-    if len(_fingerprints) >= REMEMBERED:
-        _fingerprints.clear()
-    found = _fingerprints[known] = digest.hexdigest()
+    found = digest.hexdigest()
+    if abs(time.time() - max(stat.st_mtime, stat.st_ctime)) > FRESH:
+        if len(_fingerprints) >= REMEMBERED:
+            _fingerprints.clear()
+        _fingerprints[known] = found
     return found

@@ -27,8 +27,8 @@ from .film_state import load_state
 from .manifest import Manifest, read_manifest
 from .networks import AUTOMATIC, LoadedNetwork
 from .part_recorder import PartRecorder
+from .playable_part import AT_WORK, drop_left, finished_frames, note_left, parts_held, place_for
 from .playable_part import FILE as PLAYABLE
-from .playable_part import drop_left, finished_frames, note_left, parts_folder, place_for
 from .shots import Segment
 from .video_assembly import assemble
 from .video_file import Irregularities, VideoError, VideoFacts, read_facts
@@ -88,19 +88,24 @@ def colorize_file(
     Raises what stopped it: the host's interrupt, OSError for a full disk. The output, or a file beside it where there was
     one before, then holds all finished frames, and the same call goes on after them.
     """
-    status = status or _unheard
     facts = read_facts(job.source)
     loaded = load_method(job.options, job.checkpoint, job.precision)
-    folder = parts_folder(job.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    with parts_held(job.output) as folder:
+        return _colorize(job, references, facts, loaded, folder, status or _unheard, begun)
+
+
+def _colorize(
+    job: FileJob,
+    references: Sequence[Reference],
+    facts: VideoFacts,
+    loaded: LoadedNetwork,
+    folder: Path,
+    status: Callable[[str], None],
+    begun: Callable[[], None] | None,
+) -> str:
     manifest = _manifest(job, references, loaded, folder)
-    try:
-        check_container(job.source, job.output, folder, facts, job.codec, job.quality)
-        start = None if job.extent.whole or manifest.parts else _start(job, references, facts, status)
-    except VideoError:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    check_container(job.source, job.output, folder, facts, job.codec, job.quality)
+    start = None if job.extent.whole or manifest.parts else _start(job, references, facts, status)
     report = start_report(loaded, references, job.options, facts.height, facts.width)
     report.fact("file", f"{job.source.name} to {job.output.name}, {job.codec} crf {job.quality}")
     for note in facts.notes(job.source.name, job.codec):
@@ -331,16 +336,16 @@ def _manifest(job: FileJob, references: Sequence[Reference], loaded: LoadedNetwo
     found = read_manifest(folder, key) if job.resume else None
     if found is not None:
         return found
-    # What a stop left as a playable file may be replaced by this job's, too.
-    old = [file for file in folder.iterdir() if file.name != PLAYABLE]
     if job.resume and (lost := finished_frames(folder)):
         log.warning(
             "%s holds %d frames of another film, reference, option or checkpoint, or not all of its files: the film starts anew.",
             folder.name,
             lost,
         )
-    for file in old:
-        file.unlink()
+    for file in folder.iterdir():
+        # What a stop left as a playable file may be replaced by this job's, too.
+        if file.name not in (PLAYABLE, AT_WORK):
+            file.unlink()
     return Manifest(key)
 
 

@@ -53,11 +53,12 @@ def check_state(state: FilmState, expected: Mapping[str, Any]) -> None:
 
 def save_state(state: FilmState, path: Path) -> None:
     """Write a .safetensors file; a file that is there stays whole until the new one is."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
     with whole_file(path) as unfinished:
-        tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
-        save_file(tensors, unfinished, metadata={MARK: json.dumps(dict(state.description))})
+        # Not save_file, which writes into a file of a name that it chooses itself, and leaves that when it is killed.
+        unfinished.write_bytes(save(tensors, metadata={MARK: json.dumps(dict(state.description))}))
 
 
 def load_state(path: Path) -> FilmState:

@@ -7,13 +7,12 @@ moment the manifest names it: everything else in the folder is what a crash left
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from ..host.whole_files import put_in_place
+from ..host.whole_files import put_in_place, sync
 
 FILE = "manifest.json"
 
@@ -61,11 +60,10 @@ class Manifest:
         """Name a part whose file and state are written. The state before it is not needed any more."""
         number = len(self.parts) + 1
         for file in (self.part_file(folder, number), self.state_file(folder, number)):
-            _settle_on_disk(file)
+            sync(file)
         longer = Manifest(self.key, [*self.parts, part], next_time)
         unfinished = folder / f"{FILE}.part"
         unfinished.write_text(json.dumps(asdict(longer), indent=1), encoding="utf-8")
-        _settle_on_disk(unfinished)
         put_in_place(unfinished, folder / FILE)
         self.parts, self.next_time = longer.parts, next_time
         with suppress(OSError):  # a program that holds it does not stop the film: it goes with the folder
@@ -83,9 +81,3 @@ def read_manifest(folder: Path, key: str) -> Manifest | None:
     if manifest.key != key or not all(file.is_file() for file in needed):
         return None
     return manifest
-
-
-def _settle_on_disk(path: Path) -> None:
-    """Return when the file would survive a loss of power."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -7,17 +7,40 @@ replaced by a part: then it is `<name>.partial.<ending>` beside it, which goes w
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..host.held import held
 from .manifest import FILE as MANIFEST
+from .video_file import VideoError
 
 FILE = "playable.json"  # in the folder of the parts
+AT_WORK = "at-work"  # there, too: held by the run that works in it
 
 
 def parts_folder(output: Path) -> Path:
     """Where the work on `output` lies until it is whole."""
     return output.with_name(output.name + ".parts")
+
+
+@contextmanager
+def parts_held(output: Path) -> Iterator[Path]:
+    """The folder of the parts, which is made, for one run alone; with nothing in it, it goes at the end.
+
+    Raises VideoError where another run works on `output`: either would write over the other's parts, or delete them.
+    """
+    folder = parts_folder(output)
+    try:
+        with held(folder / AT_WORK) as ours:
+            if ours is None:
+                raise VideoError(
+                    f"Another run works on {output.name} at this moment: wait for it, stop it, or choose another output name."
+                )
+            yield folder
+    finally:
+        with suppress(OSError):  # there is work in it
+            folder.rmdir()
 
 
 def place_for(output: Path) -> Path | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import host
-from ..host.whole_files import put_in_place
+from ..host.whole_files import put_in_place, remove
 from .clip_job import finish_report, load_method, portion_frames, preview_of, room_for, start_report
 from .file_job import FileJob
 from .film import FilmSession
@@ -113,7 +113,7 @@ def colorize_shot(job: FileJob, references: Sequence[Reference], shot: Shot) -> 
                 # On a full disk this fails, too, and must neither hide why nor leave the file there.
                 with suppress(Exception):
                     writer.close()
-            unfinished.unlink(missing_ok=True)
+            remove(unfinished)
             raise
     put_in_place(unfinished, job.output)
     for note in found.notes(job.source.name):

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
-from ..host.whole_files import put_in_place
+from ..host.whole_files import put_in_place, remove
 from .video_clock import beside
 from .video_file import (
     Irregularities,
@@ -97,7 +97,7 @@ def assemble(
         put_in_place(unfinished, output)
         return lost
     finally:
-        unfinished.unlink(missing_ok=True)
+        remove(unfinished)
 
 
 def _written(

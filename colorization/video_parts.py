@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..host.errors import is_full
+from ..host.system_errors import sentence
+from ..host.whole_files import remove
 from .video_assembly import assemble
 from .video_file import VideoError, VideoFacts, open_video, read_facts, video_stream
 from .video_frames import timed_frames
@@ -109,12 +109,12 @@ def check_container(source: Path, output: Path, folder: Path, facts: VideoFacts,
         if stated and not facts.rate / 2 < stated < facts.rate * 2:
             raise VideoError(f"{float(facts.rate):g} frames a second became {float(stated):g} in a trial")
     except (OSError, ValueError, av.error.FFmpegError) as error:
-        if is_full(error) or (isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS)):
+        if sentence(error) or sentence(error.__cause__ or error):  # it is the disk that refuses
             raise
         ending = f"A {output.suffix} file" if output.suffix else "A file without an ending"
         raise VideoError(
             f"{ending} cannot hold this film as {codec} ({error}). Choose another ending, such as .mp4 or .mkv."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
-        made.unlink(missing_ok=True)
+        remove(part)
+        remove(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import shutil
@@ -32,6 +33,7 @@ from ..headless.outcome import OutputFile
 from ..headless.server_answers import ServerError
 from ..host import Host
 from ..host.errors import kind_and_line
+from ..host.held import held
 from ..host.system_errors import sentence
 from .console import complain, note, say
 from .models_folder import headless_host
@@ -43,7 +45,9 @@ log = logging.getLogger("hotpath.compare")
 PASSED, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 MARK = ".hotpath-comparison"  # in a folder that this command made and may empty again
 UNFINISHED = ".unfinished"  # in it, while a comparison is made
+AT_WORK = ".at-work"  # in it: held by the run that makes one
 PARTIAL = "partial"  # in it, what was done of one that was stopped while an earlier one was there
+RESULTS = "results.json"
 MIN_COSINE = 0.98
 
 
@@ -79,14 +83,11 @@ def run(options: argparse.Namespace) -> int:
         sides = _sides(options)
         judges = _judges(options)
         needed = [path for path in (options.a, options.b, options.input_folder, options.models) if path is not None]
-        work = _prepared(options.output_folder.resolve(), needed)
-        try:
+        with _prepared(options.output_folder.resolve(), needed) as work:
             writer = ComparisonFolder(work, sides[0].label, sides[1].label)
             unfinished = _fill(writer, sides, judges, options)
             made = writer.finish(judges.thresholds, judges.notes, {"Hotpath": __version__})
             place = _put_in_place(work, whole=unfinished is None)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     except REFUSALS as error:
         complain(str(error))
         return REFUSED
@@ -205,9 +206,11 @@ def _face_models(here: Host, folders: Sequence[Path], name: str) -> Any:
     return analyser
 
 
-def _prepared(output: Path, needed: Sequence[Path]) -> Path:
+@contextlib.contextmanager
+def _prepared(output: Path, needed: Sequence[Path]) -> Iterator[Path]:
     """An empty folder in `output`, which is one that this command made or nobody, and never one that holds what is `needed`:
-    the comparison that is there goes when the new one is whole."""
+    the comparison that is there goes when the new one is whole. For one run at a time; it is gone at the end, unless there is
+    a whole comparison in it."""
     for path in needed:
         if path.resolve().is_relative_to(output):
             raise Refused(f"{path} lies in the output folder, which is emptied; choose another --output-folder.")
@@ -218,20 +221,37 @@ def _prepared(output: Path, needed: Sequence[Path]) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     (output / MARK).write_text("Made by `hotpath compare`, which empties this folder when it has run again.\n")
     work = output / UNFINISHED
-    _empty(work)
-    return work
+    with held(output / AT_WORK) as ours:
+        if ours is None:
+            raise Refused(
+                f"Another comparison is made in {output} at this moment: wait for it, or choose another --output-folder."
+            )
+        _empty(work)
+        try:
+            yield work
+        finally:
+            if not (work / RESULTS).is_file():
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _put_in_place(work: Path, whole: bool) -> Path:
     """Where the comparison in `work` now is: in the output folder in place of what was there, or in a folder of that when it
     is not whole and an earlier comparison is there."""
     place = work.parent
-    if not whole and (place / "results.json").is_file():
+    if not whole and (place / RESULTS).is_file():
         place = place / PARTIAL
         note(f"The earlier comparison in {work.parent} stays; what was done of this one is in {place}.", "yellow")
-    _empty(place, but=(MARK, UNFINISHED))
-    for entry in work.iterdir():
-        entry.rename(place / entry.name)
+    try:
+        _empty(place, but=(MARK, UNFINISHED, AT_WORK))
+        # What says that the comparison is there comes last.
+        for entry in sorted(work.iterdir(), key=lambda entry: entry.name == RESULTS):
+            entry.rename(place / entry.name)
+    except OSError as error:  # such as Windows' where somebody looks at it
+        said = (sentence(error) or kind_and_line(error)).removesuffix(".")
+        note(
+            f"The earlier comparison was not replaced ({said}): the new one is in {work}, until the next run.", "yellow"
+        )
+        return work
     return place
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..host.whole_files import told_when_full
+from ..host.whole_files import refusal_told
 from .page import Files, page
 from .pair import FAILED, PASSED, REFUSED, Comparison, Pair, Thresholds
 from .pictures import as_image, difference_map, side_by_side, stacked
@@ -90,7 +90,7 @@ class ComparisonFolder:
     def add(self, pair: Pair) -> None:
         """Write the pictures of a pair."""
         rows = [side_by_side(pair, *self.labels, longest=OVERVIEW_SIDE)] if len(self._overview) < OVERVIEW_ROWS else []
-        with told_when_full(self.page):
+        with refusal_told(self.page):
             files = _write_pair(pair, self.folder, f"{len(self._pairs) + 1:03d}_{file_name(pair.name)}")
         # Together: what fails before is no half of a pair.
         self._files.append(files)
@@ -103,7 +103,7 @@ class ComparisonFolder:
         facts = {**facts, "date": time.strftime("%Y-%m-%d %H:%M")}
         data = _data(made, self._files, facts)
         text = json.dumps(data, indent=1, allow_nan=False)
-        with told_when_full(self.page):
+        with refusal_told(self.page):
             if self._overview:
                 as_image(stacked(self._overview)).save(self.folder / "side_by_side.png")
             (self.folder / "results.json").write_text(text + "\n", encoding="utf-8")

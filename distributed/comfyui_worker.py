@@ -18,7 +18,8 @@ from ..headless.outcome import Outcome
 from ..headless.server import ServerRun, ServerStopped
 from ..headless.server_answers import FailedOnServer, ServerError, ServerLost, ServerRefused
 from ..headless.server_files import PREVIEWS
-from .results import OUTPUT, sync
+from ..host.whole_files import sync
+from .results import OUTPUT
 from .retry import ITEM, WORKFLOW, failure_kind, told_kind
 from .worker import failed, keep_previews
 

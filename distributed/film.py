@@ -137,7 +137,9 @@ def merge_films(
         interrupted()
         if film.file is None or film.problem is not None:
             continue
+        done_with = store.work / "parts" / film.label
         if (finished := whole_film(film, store)) is not None:
+            shutil.rmtree(done_with, ignore_errors=True)  # by a run that was killed before it could
             yield Merged(film.label, finished)
             continue
         parts: list[Path] = []
@@ -172,7 +174,7 @@ def merge_films(
             yield Merged(film.label, path, why)
             continue
         manifest.record(_whole_mark(film), file_fingerprint(path))
-        shutil.rmtree(store.work / "parts" / film.label, ignore_errors=True)
+        shutil.rmtree(done_with, ignore_errors=True)
         yield Merged(film.label, path, notes=tuple(notes))
 
 

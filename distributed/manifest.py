@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from ..host.errors import first_line, is_full
+from ..host.system_errors import SystemRefused
+from ..host.whole_files import sync
 from .jobs import BadMap
 
 FORMAT = "1"
 DONE, FAILED, COMMITTING = "done", "failed", "committing"
 RUNNING = "running"  # in the run's own process, which may die of it
 FORGOTTEN = "forgotten"  # known for the files it left, which a new result replaces
-REFUSED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # to make the names in a folder durable
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS jobs (
@@ -305,8 +306,14 @@ def _damage_told(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+        if is_full(error):
             raise
+        if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+            raise SystemRefused(
+                errno.EIO,
+                f"The record of the work, {path}, cannot be written ({first_line(error)}): see whether its disk is connected and "
+                "sound, and run the same again; what is finished is kept.",
+            ) from error
         raise BadMap(
             f"The record of the work, {path}, is damaged ({first_line(error)}); delete it to start anew."
         ) from None
@@ -326,13 +333,5 @@ def _record(row: Sequence[Any]) -> JobRecord:
 
 def sync_folder(folder: Path) -> None:
     """Make names in a folder durable. Windows does it by itself and cannot be asked; some network file systems refuse."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-    finally:
-        os.close(handle)
+    if os.name == "posix":
+        sync(folder)

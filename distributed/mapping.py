@@ -316,8 +316,8 @@ def _labelled_apart(job: Job, store: ResultStore, manifest: Manifest) -> Job:
 def _beacon(folder: Path) -> Iterator[Path]:
     """A file that a worker must see beside the results; else it is on a machine without the shared storage."""
     path = folder / f"beacon-{secrets.token_hex(4)}"
-    path.write_text("Workers look for this file.\n", encoding="ascii")
     try:
+        path.write_text("Workers look for this file.\n", encoding="ascii")
         yield path
     finally:
         path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..cache import content_key
 from ..host.errors import is_full
-from ..host.whole_files import put_in_place
+from ..host.whole_files import put_in_place, sync
 from .jobs import BadMap, Job
 from .manifest import COMMITTING, DONE, FAILED, RUNNING, ItemRecord, JobRecord, Manifest, sync_folder
 
@@ -169,12 +169,13 @@ class ResultStore:
         """Write results.jsonl, a line per item of this run in their order; whole or not at all."""
         target = self.folder / LIST
         unfinished = target.with_name(f".{LIST}.part")
-        with unfinished.open("w", encoding="utf-8") as file:
-            for item in self.manifest.items():
-                file.write(json.dumps(_line(item), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        put_in_place(unfinished, target)
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                for item in self.manifest.items():
+                    file.write(json.dumps(_line(item), ensure_ascii=False) + "\n")
+            put_in_place(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
         return target
 
     def full(self) -> bool:
@@ -310,12 +311,3 @@ def leads_inside(folder: Path, name: str) -> bool:
         return False
     path = (folder / name).resolve()
     return path != folder and path.is_relative_to(folder)
-
-
-def sync(path: Path) -> None:
-    """Make the content of a file durable."""
-    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,7 +20,8 @@ from ..headless.graph import Graph, Node
 from ..headless.outcome import outcome_of
 from ..host.device_work import give_back_cached
 from ..host.headless import HeadlessHost
-from .results import OUTPUT, TEMP, sync
+from ..host.whole_files import sync
+from .results import OUTPUT, TEMP
 from .retry import CONNECTION, DISK, ITEM, MEMORY, WORKER, failure_kind
 
 log = logging.getLogger("hotpath.distributed")

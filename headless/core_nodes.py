@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..host.whole_files import whole_file
+from ..host.whole_files import new_file
 from . import files
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -283,11 +284,9 @@ def write_images(images: Tensor, prefix: str, kind: str, prompt: Any, extra: Any
     shown = []
     for i, image in enumerate(images):
         pixels = (image.detach().float().cpu() * 255.0).clamp(0, 255).to(torch.uint8).numpy()
-        path = name.path(".png", i)
-        with whole_file(path) as unfinished:
-            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(
-                unfinished, "PNG", pnginfo=metadata, compress_level=4 if kind == "output" else 1
-            )
+        picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        save = partial(picture.save, format="PNG", pnginfo=metadata, compress_level=4 if kind == "output" else 1)
+        path = new_file(name.paths(".png", i), save)
         shown.append({"filename": path.name, "subfolder": name.subfolder, "type": kind})
     return shown
 

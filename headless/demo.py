@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..host.headless import HeadlessHost
-from ..host.whole_files import told_when_full
+from ..host.whole_files import refusal_told
 from .contact_sheet import Sheet, write_sheet
 from .executor import Executor, NodeFailed
 from .graph import Graph, Node, WorkflowError
@@ -99,7 +99,7 @@ def run_demo(
             # What Windows does not let go at once is no reason to fail at the end.
             stack.callback(shutil.rmtree, copies, ignore_errors=True)
             inputs = copies / "input"
-            with told_when_full(inputs):
+            with refusal_told(inputs):
                 # Not copytree, which makes of what the disk says a list of texts.
                 for file in filter(Path.is_file, files.inputs.rglob("*")):
                     target = inputs / file.relative_to(files.inputs)
@@ -156,7 +156,7 @@ def _prepare(output: Path) -> None:
         for entry in output.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     output.mkdir(parents=True, exist_ok=True)
-    with told_when_full(output / MARK):
+    with refusal_told(output / MARK):
         (output / MARK).write_text("Made by `hotpath demo`, which empties this folder when it runs again.\n")
 
 

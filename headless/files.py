@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,9 +81,11 @@ class OutputName:
     stem: str
     counter: int
 
-    def path(self, suffix: str, offset: int = 0) -> Path:
+    def paths(self, suffix: str, offset: int = 0) -> Iterator[Path]:
+        """The name that is free, as far as is known, of the picture `offset` of a batch, and those after it."""
         stem = self.stem.replace("%batch_num%", str(offset))
-        return self.folder / f"{stem}_{self.counter + offset:05}_{suffix}"
+        for number in itertools.count(self.counter + offset):
+            yield self.folder / f"{stem}_{number:05}_{suffix}"
 
 
 def output_name(root: Path, prefix: str, width: int, height: int) -> OutputName:

@@ -29,9 +29,10 @@ import yaml
 
 from ..host import fresh_memory, tied_processes
 from ..host.headless import best_device
-from ..host.whole_files import told_when_full
+from ..host.held import held
+from ..host.whole_files import refusal_told
 from .locate import PACK, carries_pack, python_for
-from .orphans import STARTED_BY, STARTED_IN
+from .orphans import AT_WORK, STARTED_BY, STARTED_IN, WORK, sweep
 
 PACK_FOLDER = "comfyui-hotpath"
 LOG_TAIL = 25  # lines shown when it does not start
@@ -94,14 +95,15 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
             f"The ComfyUI in {comfyui} cannot be started with {python}: {missing} are missing. Install its "
             f"requirements (pip install -r {comfyui / 'requirements.txt'}) or name its Python in COMFYUI_PYTHON."
         )
-    work = Path(tempfile.mkdtemp(prefix="hotpath-comfyui-"))
+    sweep()
+    work = Path(tempfile.mkdtemp(prefix=WORK))
     process: subprocess.Popen[bytes] | None = None
     try:
-        with ended_by_signal() as waiting:
+        with ended_by_signal() as waiting, held(work / AT_WORK) as mark:
             port = free_port()
             output = options.output_folder or work / "output"
             log = work / "comfyui.log"
-            with told_when_full(log):
+            with refusal_told(log):
                 arguments = _arguments(comfyui, options, work, port, output, python)
             command = [str(python), str(comfyui / "main.py"), *arguments]
             started_by = {STARTED_BY: str(os.getpid()), STARTED_IN: str(work)}
@@ -120,6 +122,8 @@ def launched(comfyui: Path, options: LaunchOptions | None = None) -> Iterator[Ru
                     stderr=subprocess.STDOUT,
                     # Ctrl-C is for us: we tell it to stop in its own way.
                     start_new_session=os.name != "nt",
+                    # It holds the folder, too: should we be killed, it is in use until it has ended.
+                    pass_fds=() if os.name == "nt" or mark is None else (mark,),
                     creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
                 )
                 tied_processes.tie(process)

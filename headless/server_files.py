@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..host.whole_files import put_in_place
+from ..host.whole_files import named, unfinished_file
 from .files import inside
 from .graph import Graph
 from .server_answers import ServerError
@@ -89,17 +90,11 @@ class ServerFiles:
         async with self.session.get(f"{self.url}/view", params=params) as response:
             if response.status != 200:
                 raise ServerError(f"The result {name} could not be fetched: {response.status} {response.reason}.")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target = _free_name(target)
-            part = target.with_name(target.name + ".part")
-            try:
+            with unfinished_file(target) as part:
                 with part.open("wb") as file:
                     async for chunk in response.content.iter_chunked(BLOCK):
                         file.write(chunk)
-                put_in_place(part, target)
-            finally:
-                part.unlink(missing_ok=True)
-        return target
+                return named(part, _names(target))
 
 
 def _local(folder: Path, value: str) -> Path | None:
@@ -119,10 +114,8 @@ def _md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _free_name(path: Path) -> Path:
-    """`path`, or name-2, name-3 and so on: a result that is already here is not overwritten."""
-    number, free = 2, path
-    while free.exists():
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-        number += 1
-    return free
+def _names(path: Path) -> Iterator[Path]:
+    """`path`, then name-2, name-3 and so on."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")

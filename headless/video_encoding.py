@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import host
 from ..host.video_opening import opened
+from ..host.whole_files import whole_file
 from . import video_sound
 from .video_sound import Sound
 from .video_streams import bit_depth, decoded, frame_rate, video_stream
@@ -314,17 +315,16 @@ def _sound_facts(source: Path, track: Any) -> tuple[int, int] | None:
 
 @contextmanager
 def written(path: Path, old: dict[str, str] | None, new: dict[str, Any] | None, format: str = "auto") -> Iterator[Any]:
-    """The file, open for writing, with what is said of it; gone again when that is not brought to an end."""
+    """The file, open for writing, with what is said of it; it has its name when that is brought to an end."""
     import av
 
     # MP4 drops keys it does not know, such as "prompt", unless it is told to keep them.
     ending = SUFFIXES[format] if format in MUXERS else path.suffix.lower()
     options = {"movflags": "use_metadata_tags+faststart"} if ending in (".mp4", ".mov") else {}
-    try:
-        with av.open(str(path), "w", format=MUXERS.get(format), options=options) as out:
-            for key, value in {**(old or {}), **(new or {})}.items():
-                out.metadata[key] = value if isinstance(value, str) else json.dumps(value)
-            yield out
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
+    with (
+        whole_file(path, path.suffix) as unfinished,
+        av.open(str(unfinished), "w", format=MUXERS.get(format), options=options) as out,
+    ):
+        for key, value in {**(old or {}), **(new or {})}.items():
+            out.metadata[key] = value if isinstance(value, str) else json.dumps(value)
+        yield out

@@ -7,11 +7,13 @@ declared here as they arrive.
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from .. import host
+from ..host.whole_files import new_file
 from . import files
 from .video import VideoComponents, VideoFile, VideoFrames
 from .video_encoding import SUFFIXES
@@ -144,10 +146,10 @@ class SaveVideo:
         crf = nested.get(f"{prefix}.encoding.crf")
         width, height = video.get_dimensions()
         name = files.output_name(host.current().output_folder(), filename_prefix, width, height)
-        path = name.path(SUFFIXES[format])
         told = {**({} if prompt is None else {"prompt": prompt}), **(extra_pnginfo or {})}
         metadata = told if host.current().keeps_workflows() else {}
-        video.save_to(path, format=format, codec=codec, metadata=metadata, crf=crf)
+        save = partial(video.save_to, format=format, codec=codec, metadata=metadata, crf=crf)
+        path = new_file(name.paths(SUFFIXES[format]), save, SUFFIXES[format])
         # ComfyUI shows a video under "images", with a mark that it moves.
         shown = {"filename": path.name, "subfolder": name.subfolder, "type": "output"}
         return {"ui": {"images": [shown], "animated": [True]}, "result": (video,)}

@@ -13,12 +13,14 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
 from .errors import first_line, is_full
+from .held import held
 from .model_files import sha256_of, structure_problem
 from .whole_files import put_in_place, whole_file
 
@@ -70,11 +72,36 @@ def fetch(
 
     size: exact bytes, sha256: hex digits, all or the first few; both are checked before the file gets its name.
     progress: called with bytes so far and bytes in all. model: without a checksum, it must be built as a model file of its name
-    is, or be no web page at least. Raises DownloadError.
+    is, or be no web page at least. Where another process fetches the same, that is waited for. Raises DownloadError.
     """
     _check_address(url)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
+    with alone(target, progress) as waited:
+        if waited and target.is_file() and size in (None, target.stat().st_size):
+            return target
+        return _fetch(url, target, size, sha256, progress, model)
+
+
+@contextmanager
+def alone(target: Path, progress: ProgressCallback | None = None) -> Iterator[bool]:
+    """Whether another process was waited for that fetched `target`, which is likely there now: into one half file both would
+    write. progress: called meanwhile."""
+    part = _part_of(target)
+    waited = False
+    while True:
+        with held(part.with_name(part.name + ".held")) as ours:
+            if ours is not None:
+                yield waited
+                return
+        waited = True
+        if progress is not None:
+            progress(part.stat().st_size if part.is_file() else 0, None)
+        time.sleep(PAUSE)
+
+
+def _fetch(
+    url: str, target: Path, size: int | None, sha256: str | None, progress: ProgressCallback | None, model: bool
+) -> Path:
+    part = _part_of(target)
     for attempt in range(ATTEMPTS):
         try:
             if _receive(url, part, size, progress):
@@ -170,6 +197,10 @@ def _receive(url: str, part: Path, size: int | None, progress: ProgressCallback 
 
 def _starts_at(headers: Mapping[str, str], offset: int) -> bool:
     return (headers.get("Content-Range") or "").startswith(f"bytes {offset}-")
+
+
+def _part_of(target: Path) -> Path:
+    return target.with_name(target.name + ".part")
 
 
 def _tag_of(part: Path) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .downloads import STAGING, TIMEOUT, DownloadError, ProgressCallback, check_space, fetch, safe_target
+from .downloads import STAGING, TIMEOUT, DownloadError, ProgressCallback, alone, check_space, fetch, safe_target
 from .errors import first_line
 from .whole_files import put_in_place
 
@@ -37,8 +37,16 @@ def fetch_repository(
 ) -> Path:
     """Download a model repository into the folder `target`, which gets its name only when all of it is there.
 
-    progress: told the bytes of all files together. Raises DownloadError.
+    progress: told the bytes of all files together. Where another process fetches the same, that is waited for. Raises
+    DownloadError.
     """
+    with alone(target, progress) as waited:
+        if not (waited and target.is_dir()):
+            _fetch_repository(repo, target, patterns, progress)
+    return target
+
+
+def _fetch_repository(repo: str, target: Path, patterns: Iterable[str], progress: ProgressCallback | None) -> None:
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.utils import filter_repo_objects
 
@@ -76,7 +84,6 @@ def fetch_repository(
     (target / REVISION).unlink(missing_ok=True)
     if not any(staging.parent.iterdir()):
         staging.parent.rmdir()
-    return target
 
 
 @contextmanager

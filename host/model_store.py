@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from . import known_models
-from .downloads import STAGING, DownloadError, ProgressCallback, fetch, safe_target, unpack
+from .downloads import STAGING, DownloadError, ProgressCallback, alone, fetch, safe_target, unpack
 from .hub import fetch_from_hub, fetch_repository
 from .interface import Host
 from .known_models import HubFile, HubRepository, KnownModel, WebFile, ZipMember
@@ -116,16 +117,12 @@ def _from_archive(
             raise DownloadError(f"{model.name} is not in the archive {archive.url}.")
         wanted[model.source.name] = belongs(model, host)
     staging = host.model_folders(models[0].kind)[0] / STAGING
-    packed = fetch(
-        archive.url,
-        safe_target(staging, archive.url.rpartition("/")[2]),
-        archive.size,
-        archive.sha256,
-        progress,
-        model=True,
-    )
-    paths = unpack(packed, wanted)
-    packed.unlink()
-    if not any(staging.iterdir()):
+    packed = safe_target(staging, archive.url.rpartition("/")[2])
+    with alone(staging / "archive", progress) as waited:
+        if not (waited and all(path.is_file() for path in wanted.values())):
+            fetch(archive.url, packed, archive.size, archive.sha256, progress, model=True)
+            unpack(packed, wanted)
+            packed.unlink()
+    with suppress(OSError):  # it holds the half file of another one
         staging.rmdir()
-    return paths
+    return list(wanted.values())

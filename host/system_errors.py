@@ -8,6 +8,7 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CLOSED = (errno.EACCES, errno.EPERM)
+FAILING = (errno.EIO, errno.ESTALE)
 NO_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 
 
@@ -34,6 +35,11 @@ def sentence(error: BaseException, place: Path | None = None) -> str:
         path = None  # a number, of a file that is open
     if error.errno in FULL:
         return f"The disk {f'with {path} ' if path else ''}is full: free some space on it and run it again."
+    if error.errno in FAILING:
+        return (
+            f"The disk {f'with {path} ' if path else ''}does not work as it should ({error.strerror}): see whether it is "
+            "connected and sound, and run it again."
+        )
     if error.errno == errno.EMFILE:
         return "This process may open no more files: start it with a higher limit, such as `ulimit -n 4096`."
     if path is None:

@@ -37,7 +37,10 @@ class HotpathCache:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "clear": ([KEEP, ALL], {"default": KEEP, "tooltip": "Clear every cache before the report."}),
+                "clear": (
+                    [KEEP, ALL],
+                    {"default": KEEP, "tooltip": "Clear every cache before the report, also those on the disk."},
+                ),
             },
             "optional": {
                 "after": (ANY, {"tooltip": "Runs once this is there."}),
@@ -59,15 +62,20 @@ class HotpathCache:
         return float("nan")  # statistics are never up to date
 
     def manage(self, clear: str, after: Any = None, limit_mib: int = 0, unique_id: str | None = None) -> tuple[str]:
-        gone = clear_all(disk=True) if clear == ALL else 0
+        gone = clear_all(disk=True) if clear == ALL else None
+        return (self.report(gone, limit_mib, unique_id),)
+
+    @staticmethod
+    def report(gone: int | None, limit_mib: int = 0, unique_id: str | None = None) -> str:
+        """What is remembered, after `gone` entries were cleared if any were to be."""
         if limit_mib:
             limit_all(limit_mib << 20)
         lines = [str(cache.statistics()) for cache in all_tiers()] or ["nothing is remembered yet"]
-        if clear == ALL:
+        if gone is not None:
             lines.insert(0, f"{gone} entries cleared")
         report = "\n".join(lines)
         host.current().show_text(report, unique_id)
-        return (report,)
+        return report
 
 
 class InstantIDCacheManager:
@@ -87,12 +95,15 @@ class InstantIDCacheManager:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
-            "required": {"clear_cache": (["false", "true"], {"tooltip": "Clear every cache before the report."})},
+            "required": {
+                "clear_cache": (["false", "true"], {"tooltip": "Clear every cache in memory before the report."})
+            },
             "optional": {"passthrough": (ANY, {"tooltip": "Makes this node run at that point of the workflow."})},
         }
 
     def manage_cache(self, clear_cache: str, passthrough: Any = None) -> tuple[str, Any]:
-        return *HotpathCache().manage(ALL if clear_cache == "true" else KEEP), passthrough
+        # What it stands in for had nothing on the disk: a workflow saved with "true" would delete that with every run.
+        return HotpathCache.report(clear_all() if clear_cache == "true" else None), passthrough
 
 
 NODES: dict[str, type[Any]] = {"HotpathCache": HotpathCache, "InstantIDCacheManager": InstantIDCacheManager}

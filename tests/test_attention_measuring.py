@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import types
@@ -260,3 +261,13 @@ def test_many_threads_measure_once_and_count_every_call():
     for thread in threads:
         thread.join()
     assert len(clock.timed) == 3 and log.calls == 80
+
+
+def test_what_a_killed_process_had_begun_to_write_goes(tmp_path):
+    left = [tmp_path / f"{choice.WRITING}{name}" for name in ("old", "young")]
+    for path in left:
+        path.write_text("half")
+    os.utime(left[0], (1, 1))
+    dispatcher, _ = measured(tmp_path)
+    dispatcher.attend(*qkv(), policy=AUTO)
+    assert [path.exists() for path in left] == [False, True]

@@ -240,3 +240,10 @@ def test_a_file_that_cannot_be_deleted_stops_nobody(cache: DiskCache, monkeypatc
     assert [path.name for path in cache.entries()] == ["l.safetensors"]
     monkeypatch.setattr("safetensors.torch.save", refuse(MemoryError()))
     assert not cache.put("n", {"a": torch.ones(2)})
+
+
+def test_a_share_that_goes_away_while_an_entry_is_put_is_a_miss(
+    cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_file", refuse(OSError(116, "Stale file handle")))
+    assert not cache.put("k", {"a": torch.ones(2)})

@@ -235,6 +235,7 @@ def test_a_large_file_without_its_date_is_known_by_samples_from_end_to_end(tmp_p
 def test_fingerprints_are_remembered_up_to_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "REMEMBERED", 4)
     monkeypatch.setattr(keys, "_fingerprints", {})
+    monkeypatch.setattr(keys, "FRESH", -1.0)
     for number in range(10):
         (tmp_path / str(number)).write_bytes(b"x" * number)
         known = len(keys._fingerprints)
@@ -243,6 +244,18 @@ def test_fingerprints_are_remembered_up_to_a_number(tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patched:
         patched.setattr(Path, "open", None)  # it is not read again
         assert file_fingerprint(tmp_path / "9") in keys._fingerprints.values()
+
+
+def test_a_file_that_was_just_written_may_be_written_again_within_the_tick_of_its_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, stat = tmp_path / "a.bin", Path.stat
+    path.write_bytes(b"first")
+    at_once = path.stat()
+    monkeypatch.setattr(Path, "stat", lambda self, **options: at_once if self == path else stat(self, **options))
+    before = file_fingerprint(path)
+    path.write_bytes(b"other")
+    assert file_fingerprint(path) != before
 
 
 def test_fingerprint_of_a_missing_file(tmp_path: Path) -> None:

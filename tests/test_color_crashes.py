@@ -25,9 +25,10 @@ from counted_films import (
     sound_packets,
 )
 from film_files import write_film
-from hotpath.colorization import file_job, shot_job
+from hotpath.colorization import file_job, shot_job, video_file
 from hotpath.colorization.film_options import FilmOptions
 from hotpath.colorization.playable_part import finished_so_far
+from hotpath.colorization.video_file import VideoError
 from hotpath.colorization.video_parts import PartWriter
 
 pytestmark = pytest.mark.usefixtures("colour_host")
@@ -240,3 +241,47 @@ def test_a_crash_while_the_film_is_put_together_costs_nothing(tmp_path: Path, mo
     monkeypatch.setattr(file_job, "assemble", assemble)
     assert "continued: after 30 frames that were finished before" in file_job.colorize_file(job, references)
     assert numbers(read_film(job.output)[0]) == list(range(30))
+
+
+def test_two_runs_do_not_work_on_one_film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second would write over the parts of the first, or take them for another job's and delete them."""
+    write_film(tmp_path / "in.mp4", counted(4), rate=RATE, sound=False)
+    job, references = file_task(tmp_path)
+    second = file_task(tmp_path, strength=0.5)[0]
+    refused: list[str] = []
+
+    def begun() -> None:
+        with pytest.raises(VideoError) as told:
+            file_job.colorize_file(second, references)
+        refused.append(str(told.value))
+
+    parts = tmp_path / "out.mp4.parts"
+    parts.mkdir()
+    (parts / "at-work").touch()  # of a run that was killed
+    file_job.colorize_file(job, references, begun=begun)
+    assert refused == [
+        "Another run works on out.mp4 at this moment: wait for it, stop it, or choose another output name."
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
+    file_job.colorize_file(second, references)
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_container_that_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_film(tmp_path / "in.mp4", counted(4), rate=RATE, sound=False)
+    job, references = file_task(tmp_path)
+
+    opened = video_file.opened
+
+    def fail(path: Any, *_: Any) -> Any:
+        if isinstance(path, Path) and path.name == "in.mp4":
+            return opened(path)
+        raise OSError(errno.EIO, "Input/output error", str(tmp_path))
+
+    for place, name in ((PartWriter, "write"), (video_file, "opened")):
+        with monkeypatch.context() as patched, pytest.raises((OSError, VideoError), match="Input/output error") as told:
+            patched.setattr(place, name, fail)
+            file_job.colorize_file(job, references)
+        assert "another ending" not in str(told.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]

@@ -226,3 +226,12 @@ def test_shots_reset_and_take_the_next_reference() -> None:
     torch.testing.assert_close(done.pictures[16:], alone.pictures, atol=2e-3, rtol=0)
     never = run(images, references[:1], shots="off", colour_size=32)
     assert (never.pictures[16:] - done.pictures[16:]).abs().max() > 1e-3
+
+
+def test_of_a_state_that_is_not_whole_nothing_has_a_name_that_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors' own writer makes one up, and leaves it when it is killed."""
+    monkeypatch.setattr("safetensors.torch.save_file", None)
+    save_state(FilmState({"film": torch.tensor([3, 0, 0])}, {}), tmp_path / "a.safetensors")
+    assert load_state(tmp_path / "a.safetensors").frame == 3

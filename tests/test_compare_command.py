@@ -13,6 +13,7 @@ from hotpath.commands import compare as commands
 from hotpath.commands.render_grid import Grid, Point, inputs_of
 from hotpath.headless import executor
 from hotpath.headless.graph import Graph, WorkflowError
+from hotpath.host.held import held
 from PIL import Image
 
 
@@ -329,6 +330,31 @@ def test_an_earlier_comparison_stays_until_the_new_one_is_whole(
     assert (
         not {"partial", ".unfinished"} & {path.name for path in out.iterdir()} and len(list((out / "a").iterdir())) == 1
     )
+
+
+def test_a_comparison_is_not_lost_to_one_beside_it_nor_to_an_earlier_one_that_stays(
+    tmp_path: Path, out: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    for side in "ab":
+        picture(tmp_path / side / "x.png")
+    (out / ".unfinished").mkdir(parents=True)
+    sides = (tmp_path / "a", tmp_path / "b")
+    with held(out / ".at-work"):
+        (out / ".hotpath-comparison").touch()
+        assert compare(*sides, out=out, code=2) is None
+        assert "Another comparison is made in" in capsys.readouterr().err and (out / ".unfinished").exists()
+    compare(*sides, out=out, code=0)
+    old, unlink = out / "index.html", Path.unlink
+
+    def opened_elsewhere(path: Path, *arguments: Any, **options: Any) -> None:
+        if path == old:
+            raise PermissionError(13, "it is used by another process", str(path))
+        unlink(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "unlink", opened_elsewhere)
+    compare(*sides, out=out, code=0)
+    assert "The earlier comparison was not replaced (" in capsys.readouterr().err
+    assert json.loads((out / ".unfinished" / "results.json").read_text())["passed"]
 
 
 class TestGrid:

@@ -12,6 +12,7 @@ from uuid import uuid4
 from .. import host
 from ..host.errors import first_line
 from ..host.name_limits import can_be_a_name
+from ..host.whole_files import WRITING
 from . import caption_list
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
@@ -81,7 +82,7 @@ class CaptionJob:
         try:
             self.captions.mkdir(parents=True, exist_ok=True)
             # Not one of `tempfile`: where Windows or a guard of it refuses, older Pythons try names for hours.
-            probe = self.captions / f".writing-{uuid4().hex}"
+            probe = self.captions / f"{WRITING}{uuid4().hex}"
             probe.touch()
             probe.unlink()
         except OSError as error:

@@ -19,6 +19,7 @@ from .. import host
 from ..host.errors import first_line, is_full
 from ..host.interruption import is_stop
 from ..host.letters import readable
+from ..host.system_errors import FAILING
 from ..host.whole_files import whole_file
 from . import caption_list
 from .answering import Answer, AnswerOptions, BatchSize, answer
@@ -97,7 +98,7 @@ class FolderCaptioner:
                     try:
                         self._write(path, found, summary)
                     except OSError as error:
-                        if is_full(error) or error.errno == errno.EROFS:  # what one meets, all others will
+                        if is_full(error) or error.errno in (errno.EROFS, *FAILING):  # what one meets, all others will
                             raise
                         summary.failed[path] = f"its caption could not be written: {first_line(error)}"
                         self._record_failure(path, summary.failed[path])
@@ -107,7 +108,10 @@ class FolderCaptioner:
                 summary.seconds = time.perf_counter() - start
                 host.current().show_text(summary.report(), self.options.node_id)
         if self.job.output != "txt":
-            caption_list.compact(self.job.captions / caption_list.LIST_NAME)
+            try:
+                caption_list.compact(self.job.captions / caption_list.LIST_NAME)
+            except OSError as error:  # it is only longer than it need be
+                summary.remarks.append(f"{caption_list.LIST_NAME} keeps older lines too ({first_line(error)})")
         summary.seconds = time.perf_counter() - start
         return summary
 

@@ -225,7 +225,7 @@ class HotpathPanel {
       "caches",
       say("Caches"),
       rows.length ? rows : element("p", { class: "hp-quiet" }, say("Nothing is remembered yet.")),
-      rows.length > 1 && this.button("clear all", say("Clear all"), () => clear(null)),
+      rows.length > 1 && this.button("clear all", say("Clear all"), () => clear(null), { title: say("Also those on the disk") }),
     );
   }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hotpath.distributed import results, scheduler, worker
+from hotpath.distributed import mapping, results, scheduler, worker
 from hotpath.distributed.items import Item
 from hotpath.distributed.jobs import Job
 from hotpath.distributed.manifest import Manifest
@@ -131,6 +131,33 @@ def test_what_was_half_kept_is_not_left_behind(tmp_path, monkeypatch):
             else:
                 store.keep(job, store.staging(job, 2), [], 1.0, 2)
         assert made(folder) == {"a/1.png": b"1.png 2", "a/2.png": b"2.png 2"}
+
+
+def test_a_record_that_cannot_be_written_any_more_is_told(pictures, request_for, monkeypatch):
+    def fail(*_):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(Manifest, "begin_commit", fail)
+    with pytest.raises(OSError, match=r"manifest\.sqlite, cannot be written \(disk I/O error\): see whether its disk"):
+        run_map(request_for(pictures))
+
+
+def test_no_half_list_and_no_beacon_is_left(monkeypatch, tmp_path):
+    def half(self, *_, **__):
+        self.touch()
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", half)
+        with pytest.raises(OSError, match="Input/output"), mapping._beacon(tmp_path):
+            pass
+        assert not list(tmp_path.glob("beacon-*"))
+    monkeypatch.setattr(results.json, "dumps", lambda *_, **__: 1 / 0)
+    with Manifest.open(ResultStore.manifest_path(tmp_path), "w") as manifest:
+        manifest.list_item(0, "a", "a", "j")
+        with pytest.raises(ZeroDivisionError):
+            ResultStore(tmp_path, manifest).export()
+    assert made(tmp_path) == {}
 
 
 class DiesError(BaseException):

@@ -244,7 +244,10 @@ def test_a_file_of_the_films_name_that_this_did_not_make_is_left_alone(headless_
                 assert merged().failed.startswith("film: 1 of 2 shots are missing")
             store.keep(job, store.staging(job, 1), [(True, "a text")], 1.0, 1)
         for times, then in ((1, b"ours"), (1, b"cut off"), (2, b"ours")):
+            parts = store.work / "parts" / "film"
+            parts.mkdir(parents=True, exist_ok=True)  # of a run that was killed when the film was whole
             assert merged() == Merged("film", out / "film-2.mp4") and merges == [out / "film-2.mp4"] * times
+            assert not parts.exists()
             (out / "film-2.mp4").write_bytes(then)
     assert (out / "film.mp4").read_bytes() == b"theirs"
 

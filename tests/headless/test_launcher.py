@@ -161,6 +161,24 @@ def test_a_comfyui_ends_with_who_started_it_however_that_ended(monkeypatch, tmp_
         assert not end_with_starter()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="times and locks as POSIX has them")
+def test_what_runs_left_that_were_killed_with_their_comfyui_goes(tmp_path, monkeypatch):
+    from hotpath.headless import orphans
+    from hotpath.host.held import held
+
+    monkeypatch.setattr(orphans.tempfile, "gettempdir", lambda: str(tmp_path))
+    marks = [tmp_path / f"{orphans.WORK}{name}" / orphans.AT_WORK for name in ("old", "young", "at work")]
+    with held(marks[2]):
+        for mark in marks:
+            mark.parent.mkdir(exist_ok=True)
+            mark.touch()
+            (mark.parent / "comfyui.log").write_text("log")
+            if "young" not in mark.parent.name:
+                os.utime(mark, (1, 1))
+        orphans.sweep()
+    assert [mark.parent.exists() for mark in marks] == [False, True, True]
+
+
 def processes_with(text: str) -> list[str]:
     found = []
     for folder in Path("/proc").iterdir():

@@ -206,4 +206,14 @@ def test_what_cannot_be_finished_is_not_left_behind(tmp_path, here):
         here.stop()
         with pytest.raises(KeyboardInterrupt):
             VideoFile(path).save_to(tmp_path / "b.mp4", crf=crf)
-        assert not (tmp_path / "b.mp4").exists()
+        assert [file.name for file in tmp_path.iterdir()] == ["a.mkv"]
+
+
+def test_a_film_has_its_name_when_it_is_whole(tmp_path, here, monkeypatch):
+    """Also where the process is killed meanwhile: half an MP4 cannot be opened, and nothing tells it from a whole one."""
+    path, seen = film(tmp_path / "a.mkv"), []
+    monkeypatch.setattr(here, "check_interrupt", lambda: seen.append((tmp_path / "b.mp4").exists()))
+    for crf in (20.0, None):
+        VideoFile(path).save_to(tmp_path / "b.mp4", crf=crf)
+        (tmp_path / "b.mp4").unlink()
+    assert seen and not any(seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -336,3 +337,23 @@ def test_a_download_can_be_stopped_and_goes_on(server, tmp_path):
         get(server, tmp_path, progress=stop)
     assert leftovers(tmp_path) == ["model.bin.part", "model.bin.part.etag"]
     assert get(server, tmp_path, sha256=SHA).read_bytes() == CONTENT
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
+def test_two_processes_fetch_one_file_once(server, tmp_path, monkeypatch):
+    """Both would write into one half file, which then is neither's."""
+    monkeypatch.setattr(downloads, "PAUSE", 0.01)
+    begun, waits = threading.Event(), threading.Event()
+
+    def slowly(done: int, total: int | None) -> None:
+        begun.set()
+        assert waits.wait(5)
+
+    first = threading.Thread(target=get, args=(server, tmp_path), kwargs={"size": len(CONTENT), "progress": slowly})
+    first.start()
+    assert begun.wait(5)
+    with pytest.raises(DownloadStopped):
+        get(server, tmp_path, size=len(CONTENT), progress=stop)
+    path = get(server, tmp_path, size=len(CONTENT), progress=lambda *_: waits.set())
+    first.join()
+    assert path.read_bytes() == CONTENT and leftovers(tmp_path) == ["model.bin"] and len(Handler.requests) == 1

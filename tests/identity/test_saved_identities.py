@@ -104,7 +104,7 @@ def test_a_failing_rename_leaves_the_older_file(tmp_path: Path, monkeypatch: pyt
         raise PermissionError(errno.EACCES, "in use by another program")
 
     monkeypatch.setattr(Path, "replace", refuses)
-    with pytest.raises(PermissionError):
+    with pytest.raises(OSError, match=r"ann\.safetensors is closed to the user"):
         save_identity(person(name="Bob"), path)
     monkeypatch.undo()
     assert path.read_bytes() == older

@@ -1,0 +1,105 @@
+"""Files that are held while somebody works on what they stand for. The system lets go of them, however their process ends.
+
+Process ids would not do: in another container, or on another machine with the same folder, they are somebody else's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+TAKEN = (errno.EACCES, errno.EAGAIN)  # what the system says where another one holds a file
+PATIENCE = 30.0  # seconds for another one to add to a file; one that takes longer was halted
+EVERY = 0.01  # seconds between two looks
+
+
+@contextmanager
+def held(path: Path) -> Iterator[int | None]:
+    """Hold `path`, which is there until the block ends; its folder is made. Gives the number of the open file, or None where
+    somebody else holds it. Where a disk knows no locks, as some shares, everybody does."""
+    try:
+        while True:
+            file = _opened(path)
+            try:
+                if not _lock(file):
+                    yield None
+                    return
+                if not _is_at(path, file):  # it was another one's until now, who has deleted it
+                    continue
+                try:
+                    yield file.fileno()
+                    return
+                finally:
+                    if sys.platform != "win32":
+                        with suppress(OSError):
+                            path.unlink()
+            finally:
+                with suppress(OSError):  # a disk that fails must not hide what it has broken off
+                    file.close()
+    finally:
+        if sys.platform == "win32":  # which deletes nothing that is open, by whomever
+            with suppress(OSError):
+                path.unlink()
+
+
+@contextmanager
+def opened_alone(path: Path) -> Iterator[BinaryIO]:
+    """The file at `path`, which is made with its folder, open to be read and added to, by one at a time of all who open it so:
+    the others wait. On Windows all at once do: others could not even read it."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        with _opened(path) as file:
+            waits = sys.platform != "win32" and time.monotonic() < end
+            if not waits or (_lock(file) and _is_at(path, file)):
+                try:
+                    yield file
+                finally:
+                    _unlock(file)
+                return
+        time.sleep(EVERY)
+
+
+def _opened(path: Path) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a+b")
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether it is ours until it is closed."""
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in TAKEN
+    return True
+
+
+def _unlock(file: BinaryIO) -> None:
+    """Also for processes that were forked meanwhile, which would hold it as long as they live."""
+    if sys.platform != "win32" and not file.closed:
+        file.flush()
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether nobody has replaced or deleted it since it was opened."""
+    if sys.platform == "win32":  # which lets nobody do so
+        return True
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
