@@ -66,7 +66,9 @@ def new_file(names: Iterator[Path], write: Callable[[Path], object], ending: str
 
 
 def named(source: Path, names: Iterator[Path]) -> Path:
-    """The first of `names` that nobody has, also no other process that takes such names at this moment: `source` has it now."""
+    """The first of `names` that nobody has, also no other process that takes such names at this moment: `source` has it now,
+    and all of it is on the disk."""
+    sync(source)
     return next(path for path in names if _is_named(source, path))
 
 
