@@ -72,7 +72,7 @@ class AttentionOverride:
             )  # fmt: skip
         if not skip_reshape:
             key_heads = k.shape[-1] * heads // q.shape[-1] if kwargs.get("enable_gqa", False) else heads
-            q, k, v = _by_heads(q, heads), _by_heads(k, key_heads), _by_heads(v, key_heads)
+            q, k, v = _by_heads(q, heads), _by_heads(_in_rows_of(q, k), key_heads), _by_heads(_in_rows_of(q, v), key_heads)
         if mask is not None:
             while mask.ndim < 4:
                 mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
@@ -91,6 +91,14 @@ class AttentionOverride:
         """After it: the report appears under the node, if one is known."""
         if self.node_id is not None:
             host.current().show_text(self.log.report(), self.node_id)
+
+
+def _in_rows_of(q: Tensor, x: Tensor) -> Tensor:
+    """Keys or values [b, N, ...] as [B, ...] for queries of batch B: ComfyUI counts their tokens through, whatever b is.
+
+    HyperTile cuts its queries into tiles, which are rows of the batch, and leaves keys and values whole.
+    """
+    return x if x.shape[0] == q.shape[0] else x.reshape(q.shape[0], -1, *x.shape[2:])
 
 
 def _by_heads(x: Tensor, heads: int) -> Tensor:

@@ -172,6 +172,17 @@ def test_keys_and_values_whose_heads_are_apart(apart):
     torch.testing.assert_close(override(None, q, k, v, 4), attention.attention_pytorch(q, k, v, 4))
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_tiles_of_queries_with_whole_keys_and_values(apart):
+    """HyperTile's, which are rows of the batch."""
+    import comfy.ldm.modules.attention as attention
+
+    q, k, v = tensors((8, 5, 64), (2, 20, 64), (2, 20, 64))
+    v = v.unflatten(-1, (4, 16)) if apart else v
+    override = override_of(set_attention(tiny("z_image").model, "auto")[0])
+    torch.testing.assert_close(override(None, q, k, v, 4), attention.attention_pytorch(q, k, v, 4))
+
+
 def test_calls_through_comfyui_with_containers_and_full_precision(pretend_gpu):
     import comfy.ldm.modules.attention as attention
 
