@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -119,13 +120,18 @@ def compiled_call() -> Iterator[None]:
     """What to enter around each call of what is compiled, or will be in that call.
 
     Waits for a compilation that was left, see `until_nothing_compiles`. A stop while the call compiles arrives as what the
-    host raises.
+    host raises. Another error holds nothing of what the call had in memory.
     """
     until_nothing_compiles()
     try:
         yield
     except StopOnItsWay as error:
         raise error.stop from None
+    except Exception as error:
+        # A frame of torch's refers to the error that refers to it and so to all its callers. The model that is sampled would go
+        # as garbage, of which ComfyUI cannot take the weights off the card any more.
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def until_nothing_compiles() -> None:

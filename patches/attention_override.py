@@ -72,7 +72,11 @@ class AttentionOverride:
             )  # fmt: skip
         if not skip_reshape:
             key_heads = k.shape[-1] * heads // q.shape[-1] if kwargs.get("enable_gqa", False) else heads
-            q, k, v = _by_heads(q, heads), _by_heads(_in_rows_of(q, k), key_heads), _by_heads(_in_rows_of(q, v), key_heads)
+            q, k, v = (
+                _by_heads(q, heads),
+                _by_heads(_in_rows_of(q, k), key_heads),
+                _by_heads(_in_rows_of(q, v), key_heads),
+            )
         if mask is not None:
             while mask.ndim < 4:
                 mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)

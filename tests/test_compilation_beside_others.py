@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import weakref
 from abc import ABC
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from hotpath.patches.compilation import (
     compiler_of,
     settings,
 )
+from hotpath.patches.compilation.graphs import CompiledKind, compile_errors, named_backend
 from hotpath.patches.compilation.options import NotTraceable, block_options, options_read_by
 from hotpath.products import rerouting
 from tiny_native_models import Tiny, make_flux, tiny
@@ -208,6 +210,27 @@ def test_blocks_that_a_model_does_not_call_by_their_forward_are_named(strict: bo
         return
     assert torch.equal(made(model), made(plain)) and compiler.graphs == 0
     assert "  2 WanAnimate2Block: no call of the model went through their forward" in compiler.report().splitlines()
+
+
+def test_what_cannot_be_traced_holds_nothing_of_the_call() -> None:
+    """An error and a frame of torch's that refer to each other would hold the model that is sampled, and its callers'."""
+
+    def breaks(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return x
+
+    def sampled() -> Any:
+        given = torch.nn.Identity()
+        with pytest.raises(compile_errors()):
+            kind(given, (torch.ones(2),), {})
+        return weakref.ref(given)
+
+    kind = CompiledKind("Block", breaks, CompileSettings(), named_backend("eager", CompileSettings()))
+    gc.disable()
+    try:
+        assert sampled()() is None
+    finally:
+        gc.enable()
 
 
 def test_dynamic_vram_and_compilation_exclude_each_other() -> None:
