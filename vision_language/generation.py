@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,11 +20,11 @@ from .. import host
 from ..host.compiling import compiled_call, inductor
 from ..host.errors import first_line, is_out_of_memory
 from ..host.interruption import is_stop
-from . import decode_attention, decoding, fused_decode, replayed_prefill
+from . import decode_attention, decoding, fused_decode, replayed_prefill, rotary
 from .decode_path import GRAPHS, DecodePath, simpler
 from .encoder_outputs import given
 from .loaded_model import LoadedModel, graph_memory
-from .prefill import Prefilled, left_padded, prefill
+from .prefill import Prefilled, left_padded, prefill, rotary_positions
 from .prompts import Prompt
 from .sampling import Sampler, Sampling
 from .timing import Timing
@@ -333,14 +333,18 @@ def beam_search(model: LoadedModel, prompt: Prompt, sampling: Sampling, most: in
             here.check_interrupt()
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-    ids, mask, kinds = (part.to(model.device) for part in left_padded([prompt], model.pad_id))
+    ids, mask, kinds = left_padded([prompt], model.pad_id)
+    placed: AbstractContextManager[None] = nullcontext()
+    if prompt.items and model.model_type in rotary.TRAINED_SO:
+        placed = rotary.given_to(model.network.model, rotary_positions(model, ids, mask, kinds, prompt.items)[0][1:])
+    ids, mask, kinds = (part.to(model.device) for part in (ids, mask, kinds))
     arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     steps = [item.step for item in prompt.items if item.kind == "video"]
     if prompt.items and "mm_token_type_ids" in model.tower_signature:
         arguments["mm_token_type_ids"] = kinds.int()
     if steps and "second_per_grid_ts" in model.tower_signature:
         arguments["second_per_grid_ts"] = torch.tensor(steps, device=model.device)
-    with torch.no_grad(), given(model, prompt.items) as seen:
+    with torch.no_grad(), placed, given(model, prompt.items) as seen:
         made = model.network.generate(
             **arguments,
             **seen,

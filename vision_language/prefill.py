@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cache import BoundedCache, content_key, listed
-from . import decoding
+from . import decoding, rotary
 from .embeddings import VisualItem
 from .encoder_outputs import given, grids
 from .interruption import interruptible
@@ -94,6 +94,12 @@ def rotary_positions(
         return plain, plain[:, -1] + 1
     if not items:
         return plain.unsqueeze(0).expand(4, -1, -1), plain[:, -1] + 1
+    if model.model_type in rotary.TRAINED_SO:
+        vision = model.config.vision_config
+        axes = rotary.positions(
+            kinds, mask, items, int(vision.spatial_merge_size), getattr(vision, "tokens_per_second", None)
+        )
+        return torch.cat((plain.unsqueeze(0), axes)), axes[0, :, -1] + 1
     method = model.network.model.get_rope_index
     cpu = torch.device("cpu")
     steps = [item.step for item in items if item.kind == "video"]
@@ -108,7 +114,6 @@ def rotary_positions(
     known = inspect.signature(method).parameters
     axes, _ = method(**{name: value for name, value in offered.items() if name in known and value is not None})
     axes = axes.long()
-    # Not after the largest: the frames of a slow clip have later positions than the words behind it.
     return torch.cat((plain.unsqueeze(0), axes)), axes[0, :, -1] + 1
 
 

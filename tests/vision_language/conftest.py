@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,9 +59,29 @@ def load(llm: Path) -> Callable[..., LoadedModel]:
     return lambda kind, **options: MODELS.get(kind, LoadOptions(**options), must_see=False)
 
 
+def follow_the_largest_position(inner: Any) -> None:
+    """Have the words behind a clip begin after its largest position, where the library (from 5.3 on) lets them begin after its
+    height and width: the models were trained by the older rule."""
+    given = inner.get_rope_index
+
+    def get_rope_index(input_ids: Any, mm_token_type_ids: Any, *others: Any, **settings: Any) -> Any:
+        axes, _ = given(input_ids, mm_token_type_ids, *others, **settings)
+        for row, types in enumerate(mm_token_type_ids.tolist()):
+            shift = 0
+            for place in range(1, len(types)):
+                axes[:, row, place] += shift
+                if types[place] == 0 and types[place - 1] != 0:
+                    behind = int(axes[:, row, :place].max()) + 1 - int(axes[0, row, place])
+                    axes[:, row, place] += behind
+                    shift += behind
+        return axes, axes.amax((0, 2)).unsqueeze(1) + 1 - axes.shape[2]
+
+    inner.get_rope_index = get_rope_index
+
+
 @pytest.fixture(scope="session")
 def library(tiny_folders: dict[str, Path]) -> Callable[[str], Any]:
-    """Model and processor as any program would load them, untouched by ours."""
+    """Model and processor as any program would load them, untouched by ours, but for what `follow_the_largest_position` tells."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     loaded: dict[str, Any] = {}
@@ -71,9 +92,11 @@ def library(tiny_folders: dict[str, Path]) -> Callable[[str], Any]:
             sees = kind in VISION_KINDS
             auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
             reader = AutoProcessor if sees else AutoTokenizer
-            loaded[kind] = SimpleNamespace(
-                model=auto.from_pretrained(path, dtype=torch.float32).eval(), processor=reader.from_pretrained(path)
-            )
+            model = auto.from_pretrained(path, dtype=torch.float32).eval()
+            method = getattr(model.model, "get_rope_index", None)
+            if kind in ("qwen2_vl", "qwen2_5_vl") and "mm_token_type_ids" in inspect.signature(method).parameters:
+                follow_the_largest_position(model.model)
+            loaded[kind] = SimpleNamespace(model=model, processor=reader.from_pretrained(path))
         return loaded[kind]
 
     return get
