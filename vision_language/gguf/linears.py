@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,26 @@ LARGEST_HALF, SMALLEST_HALF = 60000.0, 6e-5  # of scales that are kept in float1
 AT_ONCE = 1 << 24  # weights that are unpacked at a time on a device
 
 
-class GroupedLinear(nn.Module):
+class UnpackedLinear(nn.Module):
+    """A layer whose weights are unpacked for every product, some rows at a time."""
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x, 0, self.out_features)
+
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        y = in_parts(self._unpacked, x, start, stop, self.in_features, AT_ONCE)
+        return y if self.bias is None else y + self.bias[start:stop]
+
+    @abstractmethod
+    def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """x times the rows start to stop."""
+
+
+class GroupedLinear(UnpackedLinear):
     """Whole numbers of 4 or 8 bits, with a scale and maybe a low for each group of inputs of each output."""
 
     weight: Tensor  # [out, in / 2] uint8, or [out, in] int8
@@ -78,19 +98,12 @@ class GroupedLinear(nn.Module):
         """The weights of `rows`, float32."""
         return self._dense(self.codes_of(rows), self.scale[rows], None if self.low is None else self.low[rows])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rows(x, 0, self.out_features)
-
-    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        y = in_parts(self._unpacked, x, start, stop, self.in_features, AT_ONCE)
-        return y if self.bias is None else y + self.bias[start:stop]
-
     def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
         low = None if self.low is None else self.low[start:stop]
         return product(x, self._dense(self.codes(start, stop), self.scale[start:stop], low).to(x.dtype))
 
 
-class BlockLinear(nn.Module):
+class BlockLinear(UnpackedLinear):
     """The blocks of a file as they are, unpacked for every product: no more memory than the file has."""
 
     weight: Tensor  # [out, bytes of a row] uint8
@@ -123,13 +136,6 @@ class BlockLinear(nn.Module):
     def some(self, rows: Tensor) -> Tensor:
         """The weights of `rows`, float32."""
         return self._dense(self.weight[rows], None if self.factor is None else self.factor[rows])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rows(x, 0, self.out_features)
-
-    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        y = in_parts(self._unpacked, x, start, stop, self.in_features, AT_ONCE)
-        return y if self.bias is None else y + self.bias[start:stop]
 
     def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
         factor = None if self.factor is None else self.factor[start:stop]
