@@ -248,7 +248,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 def _without_events(self: Any, device: torch.device) -> None:
-    self._events, self._seconds, self._pending, self._lock = False, {}, [], threading.Lock()
+    self._events, self._device, self._seconds, self._pending, self._lock = False, CPU, {}, [], threading.Lock()
 
 
 def test_the_test_finds_what_waits(pretended_gpu: torch.device) -> None:
