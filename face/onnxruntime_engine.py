@@ -28,6 +28,7 @@ from .runner import DETECTOR_BYTES_PER_PIXEL, RECOGNISER_BYTES_PER_PIXEL
 log = logging.getLogger("hotpath.face")
 
 HEAVY = ("Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "NhwcFusedConv")
+MOST_OFF = 0.05  # of a provider that may compute in half precision, of its outputs' size
 SESSIONS_KEPT = 2  # per network, on providers that want fixed sizes
 
 
@@ -122,7 +123,7 @@ class OnnxRuntimeRunner:
     engine = "onnxruntime"
 
     def __init__(self, file: Outline, provider: Provider, device: torch.device) -> None:
-        """`device` is torch's. Raises UnverifiedProvider when the provider does not get the heavy nodes."""
+        """`device` is torch's. Raises UnverifiedProvider when the provider does not get the heavy nodes, or errs."""
         self.file = file
         self.provider = provider
         self.device = device if provider.memory == device.type else torch.device("cpu")
@@ -134,6 +135,8 @@ class OnnxRuntimeRunner:
         self._open = None in file.size
         height, width = (n or 640 for n in file.size)
         self._check(self._session(height, width))
+        if provider.name != "CPU":
+            self._compare(height, width)
 
     def _session(self, height: int, width: int) -> Any:
         # Fixed sizes let a provider fold the shape arithmetic away instead of sending it to the CPU; the CPU does not care.
@@ -194,6 +197,18 @@ class OnnxRuntimeRunner:
             )
         if share < 1.0:
             raise UnverifiedProvider(f"{self.provider.long_name} runs only {share:.0%} of the convolutions")
+
+    def _compare(self, height: int, width: int) -> None:
+        """Providers have computed other numbers than the network's, and said nothing."""
+        import onnxruntime
+
+        noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+        plain = interruptibly(lambda: onnxruntime.InferenceSession(self._model, providers=["CPUExecutionProvider"]))
+        wanted = [torch.from_numpy(one) for one in plain.run(None, {plain.get_inputs()[0].name: noise.numpy()})]
+        found = [one.cpu() for one in self.run(noise.to(self.device))]
+        off = max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in zip(found, wanted, strict=True))
+        if not off <= MOST_OFF:
+            raise UnverifiedProvider(f"{self.provider.long_name} computes other numbers than the CPU ({off:.0%} off)")
 
     def run(self, x: Tensor) -> list[Tensor]:
         x = x.contiguous()

@@ -116,6 +116,14 @@ def test_a_provider_that_got_only_part_of_the_graph_is_not_believed(roots, monke
     monkeypatch.setattr(loading, "why_not", lambda p: None)
     report = face.load_analyser([roots["inside"]], engine="onnxruntime", provider="CoreML", device=CPU).report()
     assert "by torch" in report and "CoreML was asked for" in report
+    # It has all of the graph, and computes something else.
+    monkeypatch.setattr(onnxruntime_engine, "heavy_share", lambda *a: 1.0)
+    assert OnnxRuntimeRunner(file, PROVIDERS["CoreML"], CPU).provider.name == "CoreML"
+    run = OnnxRuntimeRunner.run
+    for wrong, words in ((lambda y: 1.1 * y, "10% off"), (torch.zeros_like, "100% off"), (lambda y: y / 0, "nan% off")):
+        monkeypatch.setattr(OnnxRuntimeRunner, "run", lambda self, x, wrong=wrong: [wrong(y) for y in run(self, x)])
+        with pytest.raises(UnverifiedProvider, match=f"other numbers than the CPU \\({words}"):
+            OnnxRuntimeRunner(file, PROVIDERS["CoreML"], CPU)
 
 
 def test_a_session_that_cannot_be_made_leaves_torch_and_the_reason(roots, monkeypatch):
