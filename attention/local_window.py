@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .capabilities import FUSES, float32_products, on_device, one_line, padded
+from .first_results import compare
 
 log = logging.getLogger("hotpath.attention")
 
@@ -43,7 +44,10 @@ def local_window_attention(
     implementation, _ = select_local_window(query.device, query.dtype, backend)
     if implementation is local_window_triton:
         try:
-            return local_window_triton(query, key, value, bias, window)
+            made = local_window_triton(query, key, value, bias, window)
+            kind = ("window", query.device, value.dtype, *query.shape[1:], value.shape[1], window)
+            compare(made, kind, lambda: (local_window_banded(query, key, value, bias, window), None))
+            return made
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no compiler, a driver too old, a card that Triton does not know

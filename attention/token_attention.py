@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .capabilities import one_line
+from .first_results import compare
 from .reference import attention_reference
 
 log = logging.getLogger("hotpath.attention")
@@ -28,9 +29,6 @@ Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """(q, k, v, heads) -> out, all [B, N, heads * D]."""
 
 _failed: dict[torch.device, str] = {}
-_compared: set[tuple[Any, ...]] = set()  # kinds of calls whose first results were the reference's
-MANY = 4096  # such kinds
-FAR = 0.02  # of what was added: more than half precision and another order of sums can be apart
 
 
 def scaled_dot_product(q: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
@@ -107,12 +105,12 @@ def attend_text_and_tokens(
         return None
     try:
         made = attend_tokens_fused(q, None, keys, values, rows, weights, heads, mask, stats, (k, v))
-        _compare(
-            made,
-            (q.device, q.dtype, *q.shape[1:], heads, keys.shape[1], k.shape[1]),
-            lambda: scaled_dot_product(q, k, v, heads),
-            lambda text: attend_tokens_reference(q, text, keys, values, rows, weights, heads, mask),
-        )
+
+        def reference() -> tuple[Tensor, None]:
+            text = scaled_dot_product(q, k, v, heads)
+            return attend_tokens_reference(q, text, keys, values, rows, weights, heads, mask), None
+
+        compare(made, ("text", q.device, q.dtype, *q.shape[1:], heads, keys.shape[1], k.shape[1]), reference)
         return made
     except torch.OutOfMemoryError:
         raise
@@ -170,11 +168,10 @@ def _run(
 
         try:
             made = attend_tokens_fused(q, out, keys, values, rows, weights, heads, mask, stats)
-            _compare(
+            compare(
                 made,
-                (q.device, q.dtype, *q.shape[1:], heads, keys.shape[1]),
-                lambda: out,
-                lambda text: attend_tokens_reference(q, text, keys, values, rows, weights, heads, mask),
+                ("tokens", q.device, q.dtype, *q.shape[1:], heads, keys.shape[1]),
+                lambda: (attend_tokens_reference(q, out, keys, values, rows, weights, heads, mask), out),
             )
             return made
         except torch.OutOfMemoryError:
@@ -182,29 +179,6 @@ def _run(
         except Exception as error:  # no compiler, a driver too old, a card that Triton does not know
             _note_failure(q.device, error)
     return attend_tokens_reference(q, out, keys, values, rows, weights, heads, mask, stats, attention)
-
-
-def _compare(
-    made: Tensor, kind: tuple[Any, ...], before: Callable[[], Tensor], reference: Callable[[Tensor], Tensor]
-) -> None:
-    """Raise ArithmeticError where what the kernel made the first time for a kind of call is not the reference's: compilers have
-    made wrong code for one card or another. before: the text's attention; reference: adds the tokens' to it."""
-    if kind in _compared or torch.cuda.is_current_stream_capturing():
-        return
-    try:
-        text = before()
-        wanted = reference(text).float()
-    except torch.OutOfMemoryError:  # the kernel needs less, and has what it needs
-        return
-    if not wanted.isfinite().all():  # the model's numbers say nothing
-        return
-    rounding = torch.finfo(made.dtype).eps * wanted.norm()
-    off, allowed = (made.float() - wanted).norm(), FAR * (wanted - text.float()).norm() + rounding
-    if not off <= allowed:
-        raise ArithmeticError(f"its result is {float(off / wanted.norm()):.2g} of its size from plain torch's")
-    if len(_compared) >= MANY:
-        _compared.clear()
-    _compared.add(kind)
 
 
 def _note_failure(device: torch.device, error: Exception) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hotpath.attention import best_match as matching
-from hotpath.attention import correlation_sampler, local_window, topk_memory
+from hotpath.attention import correlation_sampler, first_results, local_window, topk_memory
 from torch import Tensor
 from triton_interpreter import interpret
 
@@ -65,6 +65,22 @@ def test_gradients_take_the_definition() -> None:
 def test_choice_names_its_reason() -> None:
     _, reason = local_window.select_local_window(torch.device("cpu"))
     assert reason == "banded: the fused kernel needs CUDA, this is cpu"
+
+
+def test_a_kernel_that_is_compiled_wrong_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_results, "_compared", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    inputs = window_inputs(SHAPES[0])
+    wanted = local_window.local_window_reference(*inputs)
+    monkeypatch.setattr(local_window, "_failed", {})
+    monkeypatch.setattr(local_window, "triton_unavailable", lambda device: None)
+    monkeypatch.setattr(local_window, "local_window_triton", local_window.local_window_reference)
+    assert torch.equal(local_window.local_window_attention(*inputs), wanted) and not local_window._failed
+    monkeypatch.setattr(first_results, "_compared", set())
+    monkeypatch.setattr(local_window, "local_window_triton", lambda *given: torch.zeros_like(wanted))
+    torch.testing.assert_close(local_window.local_window_attention(*inputs), wanted, atol=2e-5, rtol=0)
+    chosen, reason = local_window.select_local_window(inputs[0].device)
+    assert chosen is local_window.local_window_banded and "from plain torch's" in reason
 
 
 def test_a_kernel_that_cannot_be_built_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
