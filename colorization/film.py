@@ -168,7 +168,8 @@ class FilmSession:
 
     def colour(self, prepared: PreparedFrames, segment: Segment) -> ColouringFrames:
         """Queue the colouring of one segment, the next one of the film."""
-        frames = self.copies.arrived(prepared.upload.tensor, prepared.upload.mark)[segment.first : segment.stop]
+        arriving = prepared.upload.tensor[segment.first : segment.stop]
+        frames = self.copies.arrived(arriving, prepared.upload.mark)
         with self.times.stage("colour space in"):
             luminance = torch.cat(
                 self.at_full_size.map(len(frames), lambda rows: luminance_of_frames(frames[rows], self.device))
