@@ -104,6 +104,25 @@ def words(folder: Path, size: int) -> dict[str, Any]:
     }
 
 
+def tower_facts(config: dict[str, Any], shown: dict[str, Any], merger: str = "qwen3vl_merger") -> dict[str, Any]:
+    """What is said of a vision tower of any kind. config, shown: of the model and of its preprocessor, as JSON."""
+    text, vision = config.get("text_config", config), config["vision_config"]
+    return {
+        "general.architecture": "clip",
+        "clip.projector_type": merger,
+        "clip.has_vision_encoder": True,
+        "clip.vision.projection_dim": text["hidden_size"],
+        "clip.vision.patch_size": vision["patch_size"],
+        "clip.vision.embedding_length": vision.get("embed_dim", vision["hidden_size"]),
+        "clip.vision.block_count": vision["depth"],
+        "clip.vision.attention.head_count": vision["num_heads"],
+        "clip.vision.image_mean": shown["image_mean"],
+        "clip.vision.image_std": shown["image_std"],
+        "clip.vision.image_min_pixels": shown["size"]["shortest_edge"],
+        "clip.vision.image_max_pixels": shown["size"]["longest_edge"],
+    }
+
+
 def main(folder: Path = FOLDER, target: Path = TARGET) -> int:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shown = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -126,21 +145,8 @@ def main(folder: Path = FOLDER, target: Path = TARGET) -> int:
     }
     write(target / MODEL, facts | words(folder, text["vocab_size"]), model)
     deep = vision["deepstack_visual_indexes"]
-    seen = {
-        "general.architecture": "clip",
-        "clip.projector_type": "qwen3vl_merger",
-        "clip.has_vision_encoder": True,
-        "clip.vision.projection_dim": text["hidden_size"],
-        "clip.vision.patch_size": vision["patch_size"],
-        "clip.vision.embedding_length": vision["hidden_size"],
-        "clip.vision.block_count": vision["depth"],
-        "clip.vision.attention.head_count": vision["num_heads"],
-        "clip.vision.image_mean": shown["image_mean"],
-        "clip.vision.image_std": shown["image_std"],
-        "clip.vision.image_min_pixels": shown["size"]["shortest_edge"],
-        "clip.vision.image_max_pixels": shown["size"]["longest_edge"],
-        "clip.vision.is_deepstack_layers": [number in deep for number in range(vision["depth"])],
-    }
+    seen = tower_facts(config, shown)
+    seen["clip.vision.is_deepstack_layers"] = [number in deep for number in range(vision["depth"])]
     write(target / TOWER, seen, tower)
     return 0
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from gguf_layers import layer_tensors
+from hotpath.demo import captioner_gguf
 from hotpath.demo.gguf_writer import Stored, write
 from safetensors.torch import load_file
 from torch import Tensor
@@ -150,23 +151,9 @@ def facts(folder: Path) -> dict[str, Any]:
 def tower_facts(folder: Path) -> dict[str, Any]:
     """The metadata of a folder's vision tower."""
     config = json.loads((folder / "config.json").read_text())
-    text, vision, kind = config.get("text_config", config), config["vision_config"], config["model_type"]
+    vision, kind = config["vision_config"], config["model_type"]
     shown = json.loads((folder / "preprocessor_config.json").read_text())
-    width = vision.get("embed_dim", vision["hidden_size"])
-    found = {
-        "general.architecture": "clip",
-        "clip.projector_type": MERGERS.get(kind, "qwen3vl_merger"),
-        "clip.has_vision_encoder": True,
-        "clip.vision.projection_dim": text["hidden_size"],
-        "clip.vision.patch_size": vision["patch_size"],
-        "clip.vision.embedding_length": width,
-        "clip.vision.block_count": vision["depth"],
-        "clip.vision.attention.head_count": vision["num_heads"],
-        "clip.vision.image_mean": shown["image_mean"],
-        "clip.vision.image_std": shown["image_std"],
-        "clip.vision.image_min_pixels": shown["size"]["shortest_edge"],
-        "clip.vision.image_max_pixels": shown["size"]["longest_edge"],
-    }
+    found = captioner_gguf.tower_facts(config, shown, MERGERS.get(kind, "qwen3vl_merger"))
     if kind not in MERGERS:
         deep = vision.get("deepstack_visual_indexes", [])
         found["clip.vision.is_deepstack_layers"] = [number in deep for number in range(vision["depth"])]
