@@ -16,6 +16,7 @@ from ..attention.metal import readable_mask
 from ..attention.torch_backends import SINGLE_QUERIES, kernels_allowed, misled_by_cudnn
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
+WITHOUT_CUDNN = "attention: single queries by other kernels of torch's than cuDNN's, which are wrong on this card"
 
 
 def on_metal(
@@ -44,11 +45,11 @@ def without_cudnn(
     return found
 
 
-def guard(device: torch.device) -> Attend | None:
-    """What the library should attend with on `device`; None where it may go on by itself."""
+def guard(device: torch.device) -> tuple[Attend | None, str]:
+    """(what the library should attend with on `device`, or None where it may go on by itself; a line for the report)."""
     if device.type == "mps":
-        return on_metal
-    return without_cudnn if misled_by_cudnn(device) else None
+        return on_metal, ""  # the kernels are the same
+    return (without_cudnn, WITHOUT_CUDNN) if misled_by_cudnn(device) else (None, "")
 
 
 def take_over(network: Any, attend: Attend) -> None:

@@ -80,8 +80,10 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     network.eval().requires_grad_(False)
     if folder.sees:
         projections.patches_by_product(getattr(network.model, "visual", None))
-    if chosen.attention == "sdpa" and (attend := guarded_attention.guard(chosen.device)) is not None:
+    attend, note = guarded_attention.guard(chosen.device)
+    if chosen.attention == "sdpa" and attend is not None:
         guarded_attention.take_over(network, attend)
+        notes += [note] if note else []
     if chosen.device.type == "cpu" and quantization in OURS:
         count = projections.pack_products(network)
         log.debug("%s: %d matrices ordered for oneDNN", folder.name, count)

@@ -85,14 +85,14 @@ def test_cudnn_serves_no_single_query_where_it_is_wrong(load, monkeypatch, capab
     monkeypatch.setattr(torch.version, "hip", None)
     torch_backends.misled_by_cudnn.cache_clear()
     try:
-        attend = guarded_attention.guard(card)
-        assert attend is (guarded_attention.without_cudnn if guarded else None)
+        attend, note = guarded_attention.guard(card)
+        assert attend is (guarded_attention.without_cudnn if guarded else None) and ("cuDNN" in note) == guarded
         monkeypatch.setattr(decode_attention, "why_not", lambda *_: "no kernel")
         plain = decode_attention.EFFICIENT if guarded else decode_attention.TORCH
         assert decode_attention.choose((1, 2, 4, 16), 512, card, torch.float32) == (plain, "no kernel")
     finally:
         torch_backends.misled_by_cudnn.cache_clear()
-    assert guarded_attention.guard(torch.device("mps")) is guarded_attention.on_metal
+    assert guarded_attention.guard(torch.device("mps")) == (guarded_attention.on_metal, "")
     if attend is None:
         return
     model, options = load("qwen3_vl"), AnswerOptions(8, decode="plain")
