@@ -21,6 +21,7 @@ from ..products.int8 import two_byte_linear
 from ..products.linear import why_not
 from ..products.rerouting import linear
 from . import cpu_kernels
+from .packed_matrix import PackedMatrix, bytes_of
 from .projections import replace
 
 INT4_GROUP = 64  # inputs that share one scale and one zero point
@@ -121,6 +122,12 @@ class ScaledLinear(nn.Module):
             y = in_parts(self._unpacked, x, start, stop, self.in_features)
         return y if self.bias is None else y + self.bias[start:stop]
 
+    @property
+    def matrix(self) -> PackedMatrix:
+        """For kernels that unpack while they multiply."""
+        floats = self.weight.dtype != torch.int8
+        return PackedMatrix(bytes_of(self.weight), self.scale, self.out_features, self.in_features, floats=floats)
+
     def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
         weight, scale = self.weight[start:stop].to(x.dtype), self.scale[start:stop].to(x.dtype)
         if x.dtype == torch.float16:
@@ -158,6 +165,13 @@ class Int4Linear(nn.Module):
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         y = in_parts(self._unpacked, x, start, stop, self.in_features)
         return y if self.bias is None else y + self.bias[start:stop]
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """For kernels that unpack while they multiply."""
+        return PackedMatrix(
+            self.weight, self.scale, self.out_features, self.in_features, self.group, low=self.low, halves=True
+        )
 
     def codes(self, start: int, stop: int) -> Tensor:
         """0 to 15, uint8 [stop - start, inputs with what fills the last group]."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import host
 from ..host.capturing import captured
-from . import fused_decode
+from . import decode_products, fused_decode
 from .decoding import Workspace, bucket_length, rms_norm, rotate, text_decoder
 from .embeddings import VisualFeatures, VisualItem
 from .encoder_outputs import on_device
@@ -209,7 +209,7 @@ def kernels_missing(device: torch.device, dtype: torch.dtype, dim: int, normed: 
 
     dim: width of a head. normed: heads have norms of their own, as Qwen3's; the kernel is another one without.
     """
-    if device.type != "cuda" or dtype not in fused_decode.TOLERANCE:
+    if device.type != "cuda" or dtype not in decode_products.TOLERANCE:
         return f"there are none for {dtype} on {device.type}"
     try:
         from . import prefill_kernels
@@ -217,7 +217,7 @@ def kernels_missing(device: torch.device, dtype: torch.dtype, dim: int, normed: 
         if prefill_kernels.INTERPRETED and not fused_decode.allow_interpreter:
             return "Triton interprets, which is for tests"
         for found, wanted in trial(device, dtype, dim, normed):
-            fused_decode.check(found, wanted)
+            decode_products.check(found, wanted)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, a card that Triton does not know, numbers that are off

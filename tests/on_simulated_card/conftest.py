@@ -42,9 +42,9 @@ def load_llm(headless_host: Any) -> Iterator[Any]:
     folder.mkdir(parents=True)
     clear_all()
 
-    def load(kind: str) -> Any:
+    def load(kind: str, **options: Any) -> Any:
         write_folder(folder / kind, kind)
-        return MODELS.get(kind, LoadOptions(dtype="float32"), must_see=False)
+        return MODELS.get(kind, LoadOptions(dtype="float32", **options), must_see=False)
 
     yield load
     MODELS.clear()

@@ -39,12 +39,13 @@ def product_inputs(shape, dtype, norm=False, gated=False, added=False, bias=Fals
 
 
 def expected(given):
-    from types import SimpleNamespace
-
-    from hotpath.vision_language.fused_decode import reference
+    from hotpath.vision_language.decode_products import reference
 
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    linear = SimpleNamespace(weight=wide["weight"], bias=wide["bias"])
+
+    def linear(x):
+        return torch.nn.functional.linear(x, wide["weight"], wide["bias"])
+
     return reference(wide["x"], linear, wide["norm"], wide["eps"], wide["added"], wide["gated"])
 
 
@@ -80,12 +81,12 @@ def test_kernels_are_torchs_numbers_in_the_interpreter():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [*SHAPES, (6144, 2560), (2560, 9728)])
 def test_products_are_torchs_on_the_gpu(shape, kind, dtype):
-    from hotpath.vision_language import fused_decode, fused_decode_kernel
+    from hotpath.vision_language import decode_products, fused_decode_kernel
 
     given = product_inputs(shape, dtype, **KINDS[kind])
     wanted = expected(given)
     moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    for config in fused_decode.CONFIGS:
+    for config in decode_products.CONFIGS:
         result = torch.full((shape[0],), float("nan"), dtype=dtype, device="cuda")
         fused_decode_kernel.product(result=result, config=config, **moved)
         limit = TOLERANCE[dtype]
@@ -96,7 +97,7 @@ def test_products_are_torchs_on_the_gpu(shape, kind, dtype):
 def test_products_compile_for_cards_that_are_not_here(normed, gated, adds):
     """To machine code by way of Triton's own assembler: loads of 16 bytes, and no spills."""
     triton = pytest.importorskip("triton")
-    from hotpath.vision_language import fused_decode
+    from hotpath.vision_language import decode_products
     from hotpath.vision_language import fused_decode_kernel as kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -104,7 +105,7 @@ def test_products_compile_for_cards_that_are_not_here(normed, gated, adds):
     names = ("X", "WEIGHT", "BIAS", "NORM", "ADDED", "RESULT")
     types = dict.fromkeys(names, "*bf16") | {"outputs": "i32", "inputs": "i32", "eps": "fp32"}
     divisible = {(i,): [["tt.divisibility", 16]] for i in range(8)}
-    for block_n, block_k, warps in fused_decode.CONFIGS:
+    for block_n, block_k, warps in decode_products.CONFIGS:
         constants = {
             "NORMED": normed, "GATED": gated, "ADDS": adds, "BIASED": False, "BLOCK_N": block_n, "BLOCK_K": block_k,
             "STEPS": 3,

@@ -93,7 +93,7 @@ def test_layers_keep_what_the_file_has(kind):
     most = 1e-3 if bits else 0
     assert packer.deviation.share <= most
     assert (layer.some(torch.arange(128)) - meant).norm() <= most * meant.norm()
-    assert layer.weight.dtype == (torch.uint8 if bits <= 4 else torch.int8)
+    assert layer.weight.dtype == (torch.uint8 if bits < 8 else torch.int8)
     assert bits or layer.weight.nbytes == stored.blocks.nbytes
     x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
     wanted = x @ meant.T + 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..packed_matrix import PackedMatrix
 from ..projections import rows_of
 from ..quantization import in_parts, product
 from .blocks import Codes
@@ -37,59 +39,75 @@ class UnpackedLinear(nn.Module):
 
 
 class GroupedLinear(UnpackedLinear):
-    """Whole numbers of 4 or 8 bits, with a scale and maybe a low for each group of inputs of each output."""
+    """Whole numbers of 4 to 6 or 8 bits, or of a table, with a scale and maybe a low for each group of inputs of each output."""
 
-    weight: Tensor  # [out, in / 2] uint8, or [out, in] int8
+    weight: Tensor  # [out, in / 2] uint8, the lower 4 bits of two to a byte; of 8 bits [out, in] int8
+    high: Tensor | None  # [out, in x (bits - 4) / 8] uint8, what is above the lower 4
     scale: Tensor  # [out, groups]
     low: Tensor | None
+    table: Tensor | None  # [16] int8, what numbers of 4 bits stand for
 
     def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
         """matrices: all of one type, the outputs of the layer one after the other."""
         super().__init__()
         kind = matrices[0].kind
         self.out_features, self.in_features = sum(matrix.outputs for matrix in matrices), matrices[0].inputs
-        self.bits, self.first = 4 if kind.bits <= 4 else 8, kind.first
-        weights, scales, lows = [], [], []
+        self.bits, self.first = kind.bits, kind.first
+        weights, highs, scales, lows = [], [], [], []
         for matrix in matrices:
             for rows in parts(matrix.blocks.view(matrix.outputs, -1, kind.nbytes), self.in_features):
                 codes = _codes(matrix, rows)
-                weights.append(self._narrow(codes.values))
+                counted = codes.values.flatten(1)
+                if self.bits < 8:
+                    counted = (counted - self.first).to(torch.uint8)
+                    weights.append(_side_by_side(counted & 15, 4))
+                    if self.bits > 4:
+                        highs.append(_side_by_side(counted >> 4, self.bits - 4))
+                else:
+                    weights.append(counted)
                 scales.append(codes.scale)
                 if codes.low is not None:
                     lows.append(codes.low)
         scale = torch.cat(scales)
+        if any(matrix.factor is not None for matrix in matrices):
+            factors = [torch.ones(m.outputs) if m.factor is None else m.factor for m in matrices]
+            scale = scale * torch.cat(factors).unsqueeze(1)
         self.group = self.in_features // scale.shape[1]
         low = torch.cat(lows) if lows else None
         dtype = torch.float16 if _half_serves(scale) and (low is None or _half_serves(low)) else torch.float32
         self.register_buffer("weight", torch.cat(weights))
+        self.register_buffer("high", torch.cat(highs) if highs else None)
         self.register_buffer("scale", scale.to(dtype))
         self.register_buffer("low", None if low is None else low.to(dtype))
+        self.register_buffer("table", None if kind.table is None else kind.table.clone())
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def _narrow(self, values: Tensor) -> Tensor:
-        """[rows, groups, weights of a group] as they are kept. 4 bits: two to a byte, counted from the smallest."""
-        flat = values.flatten(1)
-        if self.bits == 8:
-            # Numbers without a sign are of 5 bits here.
-            return flat.to(torch.int8)
-        counted = (flat - self.first).to(torch.uint8) if self.first else flat
-        return counted[:, 0::2] | (counted[:, 1::2] << 4)
+    @property
+    def matrix(self) -> PackedMatrix:
+        """For kernels that unpack while they multiply."""
+        return PackedMatrix(
+            self.weight, self.scale, self.out_features, self.in_features, self.group, self.high, self.low, self.table,
+            first=float(self.first), halves=self.bits < 8,
+        )  # fmt: skip
 
     def codes(self, start: int, stop: int) -> Tensor:
-        """[stop - start, inputs]: 4 bits uint8 from 0 on, 8 bits int8."""
-        return self._spread(self.weight[start:stop])
+        """[stop - start, inputs]: uint8 from 0 on, of 8 bits int8."""
+        return self.codes_of(slice(start, stop))
 
-    def codes_of(self, rows: Tensor) -> Tensor:
-        return self._spread(self.weight[rows])
-
-    def _spread(self, packed: Tensor) -> Tensor:
-        return packed if self.bits == 8 else torch.stack((packed & 15, packed >> 4), dim=2).view(len(packed), -1)
+    def codes_of(self, rows: Tensor | slice) -> Tensor:
+        packed = self.weight[rows]
+        if self.bits == 8:
+            return packed
+        lower = _apart(packed, 4)
+        return lower if self.high is None else lower | (_apart(self.high[rows], self.bits - 4) << 4)
 
     def _dense(self, codes: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:
-        counted = codes.view(*scale.shape, self.group).float()
-        if self.bits == 4 and self.first:
-            counted = counted + self.first
-        made = counted * scale.float().unsqueeze(2)
+        if self.table is not None:
+            codes = self.table.index_select(0, codes.flatten().int())
+        made = codes.view(*scale.shape, self.group).float()
+        if self.first:
+            made = made + self.first
+        made = made * scale.float().unsqueeze(2)
         if low is not None:
             made = made + low.float().unsqueeze(2)
         return made.flatten(1)
@@ -184,10 +202,26 @@ class StackedLinear(nn.Module):
         return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
 
+def _side_by_side(codes: Tensor, bits: int) -> Tensor:
+    """Numbers of so many bits, uint8 [rows, any], as many to a byte as it holds, the first ones lowest."""
+    apart = codes.view(len(codes), -1, 8 // bits).unbind(2)
+    return functools.reduce(torch.bitwise_or, (part << (bits * place) for place, part in enumerate(apart)))
+
+
+def _apart(packed: Tensor, bits: int) -> Tensor:
+    """`_side_by_side` undone."""
+    shifts = range(0, 8, bits)
+    return torch.stack([(packed >> shift) & ((1 << bits) - 1) for shift in shifts], dim=2).view(len(packed), -1)
+
+
 def _codes(matrix: Matrix, rows: Tensor) -> Codes:
-    """The codes of rows [n, blocks of a row, bytes]; values: [n, groups of a row, weights of a group]."""
+    """The codes of rows [n, blocks of a row, bytes], of a table those that are looked up in it.
+
+    values: [n, groups of a row, weights of a group].
+    """
     kind, order = matrix.kind, matrix.groups
-    found = kind.read(rows.reshape(-1, kind.nbytes), kind.table)
+    counted = None if kind.table is None else torch.arange(len(kind.table), dtype=torch.int8)
+    found = kind.read(rows.reshape(-1, kind.nbytes), counted)
     length, count = found.values.shape[-1], len(rows)
     values, scale = found.values.reshape(count, -1, length), found.scale.reshape(count, -1)
     low = None if found.low is None else found.low.reshape(count, -1)

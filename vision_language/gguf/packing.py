@@ -1,12 +1,13 @@
 """How the weights of a file are kept in layers, by their type and the device, and how far from the file's numbers that is.
 
-Codes of 4 bits and more are taken over as whole numbers of 4 or 8, with their scales, rounded to float16; of types with less, and
-of those that look numbers up in a table, the blocks are kept as they are. On a CPU, where unpacking for each product is slow,
+Codes of 4 bits and more are taken over, with their scales, rounded to float16; of types with less, and of those that look several
+numbers up at once, the blocks are kept as they are. On a CPU, where unpacking for each product is slow,
 torch's kernels take what they can read: groups of 32 of 4 bits as they are, and other types as int8 with one scale a row.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ def layout(kind: BlockType, outputs: int, method: str, device: torch.device) -> 
     unpacked = GROUPED if kind.bits else BLOCKS
     if device.type != "cpu":
         return unpacked
-    affine = kind.bits == 4 and kind.group % KERNEL_GROUP == 0
+    affine = kind.bits == 4 and kind.table is None and kind.group % KERNEL_GROUP == 0
     if affine and outputs % cpu_kernels.STEP == 0 and not cpu_kernels.why_not("int4"):
         return KERNEL
     return unpacked if cpu_kernels.why_not("int8") else ROWS
@@ -93,15 +94,13 @@ class Packer:
         bias = None if biases is None else torch.cat([part.to(self.dtype) for part in biases])
         if len(kinds) == 1 or (len(set(kept)) == 1 and kept[0] in (PLAIN, ANEW, ROWS)):
             return self._made(matrices, kept[0], bias)
-        parts = None if bias is None else bias.split([matrix.outputs for matrix in matrices])
+        alike = [list(group) for _, group in itertools.groupby(matrices, lambda matrix: matrix.kind)]
+        sizes = [sum(matrix.outputs for matrix in group) for group in alike]
+        parts = [None] * len(sizes) if bias is None else [part.clone() for part in bias.split(sizes)]
         return StackedLinear(
             [
-                self._made(
-                    [matrix],
-                    layout(matrix.kind, matrix.outputs, self.method, self.device),
-                    None if parts is None else parts[number].clone(),
-                )
-                for number, matrix in enumerate(matrices)
+                self._made(group, layout(group[0].kind, size, self.method, self.device), part)
+                for group, size, part in zip(alike, sizes, parts, strict=True)
             ]
         )
 

@@ -21,8 +21,8 @@ SUPER = 256  # weights of a block of the K types
 class BlockType:
     """values, nbytes: of a block. codes: reads blocks [n, nbytes] uint8. group: codes of one scale.
 
-    bits: of a code, where layers take codes over; 0 where they keep the blocks, in which codes are shorter or stand for numbers
-    of a table. first: the least number that a code of 4 bits stands for. plain: for numbers as torch has them.
+    bits: of a code, where layers take codes over; 0 where they keep the blocks, in which codes are shorter or stand for several
+    numbers. first: the least number that a code stands for, of less than 8 bits. plain: for numbers as torch has them.
     """
 
     name: str
@@ -148,8 +148,8 @@ def _tq2_0(b: Tensor) -> Codes:
     return _one_scale(signed(pairs(b[:, :64], 32), 1), half(b[:, 64:66]))
 
 
-def _looked_up(name: str, values: int, nbytes: int, group: int = 32) -> BlockType:
-    return BlockType(name, values, nbytes, codebooks.READERS[name], group=group)
+def _looked_up(name: str, values: int, nbytes: int, group: int = 32, bits: int = 0) -> BlockType:
+    return BlockType(name, values, nbytes, codebooks.READERS[name], bits, group=group)
 
 
 TYPES: dict[int, BlockType] = {
@@ -158,12 +158,16 @@ TYPES: dict[int, BlockType] = {
     30: BlockType("BF16", 1, 2, plain=torch.bfloat16),
     2: BlockType("Q4_0", 32, 18, _q4_0, 4, -8),
     3: BlockType("Q4_1", 32, 20, _q4_1, 4),
-    6: BlockType("Q5_0", 32, 22, _q5_0, 5),
+    6: BlockType("Q5_0", 32, 22, _q5_0, 5, -16),
     7: BlockType("Q5_1", 32, 24, _q5_1, 5),
     8: BlockType("Q8_0", 32, 34, _q8_0, 8),
     12: BlockType("Q4_K", SUPER, 144, _q4_k, 4),
     13: BlockType("Q5_K", SUPER, 176, _q5_k, 5),
-    14: BlockType("Q6_K", SUPER, 210, _q6_k, 6, group=16),
+    14: BlockType("Q6_K", SUPER, 210, _q6_k, 6, -32, 16),
+    20: _looked_up("IQ4_NL", 32, 18, bits=4),
+    23: _looked_up("IQ4_XS", SUPER, 136, bits=4),
+    39: _looked_up("MXFP4", 32, 17, bits=4),
+    40: _looked_up("NVFP4", 64, 36, 16, 4),
     # Of these layers keep the blocks.
     10: BlockType("Q2_K", SUPER, 84, _q2_k, group=16),
     11: BlockType("Q3_K", SUPER, 110, _q3_k, group=16),
@@ -171,15 +175,11 @@ TYPES: dict[int, BlockType] = {
     17: _looked_up("IQ2_XS", SUPER, 74, 16),
     18: _looked_up("IQ3_XXS", SUPER, 98),
     19: _looked_up("IQ1_S", SUPER, 50),
-    20: _looked_up("IQ4_NL", 32, 18),
     21: _looked_up("IQ3_S", SUPER, 110),
     22: _looked_up("IQ2_S", SUPER, 82, 16),
-    23: _looked_up("IQ4_XS", SUPER, 136),
     29: _looked_up("IQ1_M", SUPER, 56, 16),
     34: BlockType("TQ1_0", SUPER, 54, _tq1_0),
     35: BlockType("TQ2_0", SUPER, 66, _tq2_0),
-    39: _looked_up("MXFP4", 32, 17),
-    40: _looked_up("NVFP4", 64, 36, 16),
     41: BlockType("Q1_0", 128, 18, _q1_0),
     42: BlockType("Q2_0", 64, 18, _q2_0),
     # Named when they are refused.

@@ -1,0 +1,146 @@
+"""Our products of one token with packed weights are what their layers compute, in the interpreter and compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from gguf_files import random_blocks
+from torch import nn
+from triton_interpreter import interpret
+
+FLOATS, WHOLE, FOUR = "float8 rows", "int8 rows", "int4 groups"
+FILES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
+TABLES = {20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4", 40: "NVFP4"}
+FORMS = [FLOATS, WHOLE, FOUR, *FILES, *TABLES]
+AROUND = {
+    "plain": {},
+    "normed": {"norm": True, "bias": True},
+    "gated": {"norm": True, "gated": True},
+    "added": {"added": True},
+}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def packed_layer(form, outputs=40, inputs=512):
+    """A layer as a card has it. Inputs of the first three forms do not fill their last group or block."""
+    from hotpath.vision_language.gguf.matrix import Matrix
+    from hotpath.vision_language.gguf.packing import Packer
+    from hotpath.vision_language.gguf.types import TYPES
+    from hotpath.vision_language.quantization import Int4Linear, ScaledLinear
+
+    if form in FILES or form in TABLES:
+        stored = Matrix(TYPES[form], random_blocks(form, outputs, inputs), outputs, inputs)
+        return Packer("none", torch.device("cuda"), torch.float32).layer([stored])
+    plain = nn.Linear(inputs - 56, outputs, bias=False)
+    with torch.no_grad():
+        plain.weight.normal_(generator=torch.Generator().manual_seed(1))
+        if form == FOUR:
+            return Int4Linear(plain)
+        return ScaledLinear(plain, torch.int8 if form == WHOLE else torch.float8_e4m3fn)
+
+
+def case(layer, dtype, norm=False, bias=False, gated=False, added=False, device="cpu"):
+    """(what the kernel is given, what it should make in float64)."""
+    from hotpath.vision_language.decode_products import reference
+
+    generator = torch.Generator().manual_seed(3)
+    outputs = layer.out_features // 2 if gated else layer.out_features
+
+    def random(there, size):
+        return torch.randn(size, generator=generator).to(dtype) if there else None
+
+    given = {
+        "x": random(True, layer.in_features), "bias": random(bias, outputs), "norm": random(norm, layer.in_features),
+        "added": random(added, outputs),
+    }  # fmt: skip
+    wide = {name: None if part is None else part.double() for name, part in given.items()}
+    dense = layer(torch.eye(layer.in_features)).T.double()
+
+    def linear(x):
+        return nn.functional.linear(x, dense, wide["bias"])
+
+    wanted = reference(wide["x"], linear, wide["norm"], 1e-6, wide["added"], gated)
+    moved = {name: None if part is None else part.to(device) for name, part in given.items()}
+    return moved | {"eps": 1e-6, "gated": gated}, wanted
+
+
+def compare(layer, dtype, around, config, device="cpu"):
+    from hotpath.vision_language.packed_decode_kernel import packed_product
+
+    given, wanted = case(layer, dtype, device=device, **AROUND[around])
+    result = torch.full((len(wanted),), float("nan"), dtype=dtype, device=device)
+    matrix = layer.to(device).matrix
+    packed_product(result=result, matrix=matrix, config=config, **given)
+    layer.to("cpu")
+    limit = TOLERANCE[dtype]
+    torch.testing.assert_close(result.double().cpu(), wanted, atol=limit * float(wanted.abs().max()), rtol=limit)
+
+
+INTERPRETED = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/support", sys.argv[2]]
+import conftest, torch
+import test_packed_decode as cases
+with torch.no_grad():
+    for form in cases.FORMS:
+        layer = cases.packed_layer(form)
+        for around in cases.AROUND:
+            cases.compare(layer, torch.float32, around, (16, 256, 4))
+        cases.compare(layer, torch.bfloat16, "gated", (64, 512, 4))
+print("equal")
+"""
+
+
+def test_kernels_are_the_layers_numbers_in_the_interpreter():
+    interpret(INTERPRETED, Path(__file__).parents[1], Path(__file__).parent)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", [(40, 512), (6144, 2560), (2560, 9728)])
+def test_products_are_the_layers_on_the_gpu(shape, form, dtype):
+    from hotpath.vision_language import decode_products
+
+    with torch.no_grad():
+        layer = packed_layer(form, *shape)
+        for config in decode_products.Part(layer).configs:
+            for around in AROUND:
+                compare(layer, dtype, around, config, "cuda")
+
+
+@pytest.mark.parametrize("form", [WHOLE, FLOATS, FOUR, 8, 12, 13, 14, 23], ids=str)
+def test_products_compile_for_cards_that_are_not_here(form):
+    """To machine code by way of Triton's own assembler: codes are read 16 bytes at a time."""
+    triton = pytest.importorskip("triton")
+    from hotpath.vision_language import decode_products
+    from hotpath.vision_language import packed_decode_kernel as kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    layer = packed_layer(form)
+    matrix = layer.matrix
+    constants = kernel.form_of(matrix) | {
+        "NORMED": True,
+        "GATED": form == 12,
+        "ADDS": False,
+        "BIASED": False,
+        "STEPS": 3,
+    }
+    pointers = dict.fromkeys(("X", "BIAS", "NORM", "ADDED", "RESULT", "SCALE", "LOW"), "*bf16")
+    pointers |= {"CODES": "*i8" if matrix.codes.dtype == torch.int8 else "*u8", "HIGH": "*u8", "TABLE": "*i8"}
+    sizes = dict.fromkeys(("outputs", "inputs", "stride", "high_stride", "groups"), "i32")
+    types = pointers | sizes | {"eps": "fp32", "factor": "fp32"}
+    names = kernel._packed_product.arg_names
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers | sizes}
+    signature = {name: types.get(name, "constexpr") for name in names}
+    block_n, block_k, warps = decode_products.Part(layer).configs[0]
+    constants |= {"BLOCK_N": block_n, "BLOCK_G": block_k // constants["GROUP"]}
+    for card in (80, 90):
+        source = ASTSource(kernel._packed_product, signature, constants, divisible)
+        made = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": warps})
+        assert made.asm["cubin"] and "ld.global" in made.asm["ptx"]
+        assert made.asm["ptx"].count(".v4.b32"), (form, card)
