@@ -38,7 +38,7 @@ class Part:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.plain = type(layer) is nn.Linear and layer.weight.is_contiguous()
-        self.served = self.plain or hasattr(type(layer), "matrix")
+        self.served = self.plain or getattr(layer, "kernel_reads", False)
         self.config: Config = CONFIGS[0]
 
     @property

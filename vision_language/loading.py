@@ -158,8 +158,9 @@ def from_library(folder: ModelFolder, chosen: Choices, auto: Any) -> tuple[Any, 
         )
     network.requires_grad_(False)
     plain = stored is None and not packing.method.startswith("bitsandbytes")
-    if plain and network.config.model_type in decoding.DENSE_MODELS:
-        projections.merge_decoder(decoding.text_decoder(network).layers)
+    if (plain or in_blocks) and network.config.model_type in decoding.DENSE_MODELS:
+        merge = stored_fp8.merge if in_blocks else projections.merge
+        projections.merge_decoder(decoding.text_decoder(network).layers, merge)
     if packing.method in PACKED:
         layers = decoding.text_decoder(network).layers
         count = pack_experts(layers, packing.method, device) + quantize(layers, packing.method, device)

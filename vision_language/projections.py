@@ -8,7 +8,7 @@ pass, which prefills, still runs on the same weights. On a CPU each matrix is ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def replace(owner: nn.Module, name: str, made: nn.Module) -> None:
             child.read_from(made)
 
 
-def merge_decoder(layers: nn.ModuleList) -> bool:
+def merge_decoder(layers: nn.ModuleList, merge: Callable[[Any, tuple[str, ...], str], bool] = merge) -> bool:
     """Merge every decoder layer's projections; True when all of them could be."""
     children: list[Any] = list(layers)
     done = [

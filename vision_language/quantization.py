@@ -94,6 +94,7 @@ def plan_for_gguf(asked: str, device: torch.device) -> QuantizationPlan:
 class ScaledLinear(nn.Module):
     """int8 or float8 weights [out, in] with one scale per output: y = (x W^T) * scale + bias."""
 
+    kernel_reads = True
     weight: Tensor
     scale: Tensor
 
@@ -140,6 +141,7 @@ class ScaledLinear(nn.Module):
 class Int4Linear(nn.Module):
     """4-bit weights, two to a byte, with a scale and a smallest value for each group of inputs of each output."""
 
+    kernel_reads = True
     weight: Tensor
     scale: Tensor
     low: Tensor

@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .packed_matrix import PackedMatrix, bytes_of
+from .projections import share
 from .quantization import PACKED
 
 METHOD = "fp8"  # as config.json calls it
 FEW_ROWS = 16  # of more the products themselves take most of the time
-NOTE = "quantization: weights in float8 as they are stored, unpacked for every product: quantization float8 or int8 writes faster"
+NOTE = "quantization: weights in float8 as they are stored"
+READ = (16, 32, 64, 128, 256)  # inputs that share a scale, of blocks that our kernels read
 KERNEL = "kernels"  # the package by which the library fetches code
 
 
@@ -26,40 +29,93 @@ class BlockScaledLinear(nn.Module):
     """float8 weights [out, in] with one scale per block, all blocks of a size: y = x (W * scale)^T + bias."""
 
     weight: Tensor
-    scale: Tensor
+    scale: Tensor  # [blocks of outputs, blocks of inputs] float32
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, block: tuple[int, int], bias: Tensor | None) -> None:
+        """block: outputs and inputs that share a scale."""
         super().__init__()
-        self.out_features, self.in_features = layer.weight.shape
-        self.register_buffer("weight", layer.weight.detach())
-        scale = layer.weight_scale_inv.detach().float()
-        rows, columns = layer.block_size or layer.weight.shape
-        self.block = (int(rows), int(columns))
-        self.register_buffer("scale", scale.view(-(-self.out_features // rows), -(-self.in_features // columns)))
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach(), requires_grad=False)
+        self.out_features, self.in_features = weight.shape
+        self.block = block
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.kernel_reads = block[1] in READ
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """For kernels that unpack while they multiply."""
+        rows, columns = self.block
+        return PackedMatrix(
+            bytes_of(self.weight),
+            self.scale,
+            self.out_features,
+            self.in_features,
+            columns,
+            floats=True,
+            scaled_rows=rows,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = self.block
-        few = x.numel() <= FEW_ROWS * self.in_features
-        if few and self.out_features % rows == 0 and self.in_features % columns == 0:
-            made = self.few(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-            return made if self.bias is None else made + self.bias.to(x.dtype)
-        return F.linear(x, self.dense(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self.rows(x, 0, self.out_features)
 
-    def few(self, x: Tensor) -> Tensor:
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """start: where a block begins."""
+        rows, columns = self.block
+        bias = None if self.bias is None else self.bias[start:stop].to(x.dtype)
+        few = x.numel() <= FEW_ROWS * self.in_features
+        if few and (stop - start) % rows == 0 and self.in_features % columns == 0:
+            made = self.few(x.reshape(-1, self.in_features), start, stop).view(*x.shape[:-1], stop - start)
+            return made if bias is None else made + bias
+        return F.linear(x, self.dense(x.dtype, start, stop), bias)
+
+    def few(self, x: Tensor, start: int, stop: int) -> Tensor:
         """x [M, in] times the weights: x is scaled for each block of outputs, which is little beside scaling the weights."""
         rows, columns = self.block
-        blocks = self.weight.to(x.dtype).view(-1, rows, self.in_features)
-        scaled = x.view(len(x), -1, columns) * self.scale[:, None, :, None]  # [output blocks, M, input blocks, columns]
+        blocks = self.weight[start:stop].to(x.dtype).view(-1, rows, self.in_features)
+        scale = self.scale[start // rows : stop // rows, None, :, None]
+        scaled = x.view(len(x), -1, columns) * scale  # [output blocks, M, input blocks, columns]
         made = scaled.flatten(2).to(x.dtype) @ blocks.transpose(1, 2)
-        return made.transpose(0, 1).reshape(len(x), self.out_features)
+        return made.transpose(0, 1).reshape(len(x), stop - start)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weights in `dtype`, rounded once."""
+    def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        """The weights of some rows in `dtype`, rounded once."""
         rows, columns = self.block
-        scale = self.scale.repeat_interleave(rows, dim=0)[: self.out_features]
-        codes = F.pad(self.weight.float(), (0, -self.in_features % columns)).unflatten(1, (-1, columns))
+        codes = self.weight[start:stop]
+        scale = self.scale[start // rows :].repeat_interleave(rows, dim=0)[: len(codes)]
+        codes = F.pad(codes.float(), (0, -self.in_features % columns)).unflatten(1, (-1, columns))
         return (codes * scale.unsqueeze(2)).to(dtype).flatten(1)[:, : self.in_features]
+
+
+def of_library(layer: Any) -> BlockScaledLinear:
+    """The library's layer as ours, with its weights."""
+    scale = layer.weight_scale_inv.detach().float()
+    rows, columns = layer.block_size or layer.weight.shape
+    scale = scale.view(-(-layer.weight.shape[0] // rows), -(-layer.weight.shape[1] // columns))
+    bias = None if layer.bias is None else layer.bias.detach()
+    return BlockScaledLinear(layer.weight.detach(), scale, (int(rows), int(columns)), bias)
+
+
+def merge(owner: Any, names: tuple[str, ...], merged_name: str) -> bool:
+    """`projections.merge` for layers of this kind; False, and nothing changed, if a block would lie in two of them."""
+    layers = [getattr(owner, name, None) for name in names]
+    first: Any = layers[0]
+    alike = all(
+        isinstance(layer, BlockScaledLinear) and layer.block == first.block and layer.out_features % layer.block[0] == 0
+        for layer in layers
+    )
+    if not alike or len({layer.bias is None for layer in layers}) != 1:  # type: ignore[union-attr]
+        return False
+    found: list[Any] = layers
+    bias = None if first.bias is None else torch.cat([layer.bias for layer in found])
+    weight, scale = (torch.cat([getattr(layer, name) for layer in found]) for name in ("weight", "scale"))
+    share(
+        owner,
+        names,
+        [layer.out_features for layer in found],
+        merged_name,
+        BlockScaledLinear(weight, scale, first.block, bias),
+    )
+    return True
 
 
 def serves(stored: Mapping[str, Any] | None) -> bool:
@@ -96,7 +152,7 @@ def take_over(network: nn.Module) -> bool:
         if isinstance(child, finegrained_fp8.FP8Linear) and child.weight.element_size() == 1
     ]
     for owner, name in found:
-        setattr(owner, name, BlockScaledLinear(getattr(owner, name)))
+        setattr(owner, name, of_library(getattr(owner, name)))
     experts = getattr(finegrained_fp8, "FP8Experts", ())
     if any(isinstance(part, experts) for part in network.modules()) and importlib.util.find_spec(KERNEL) is None:
         raise ValueError(f"its experts are in float8, which need code that the package {KERNEL!r} fetches from the hub")

@@ -10,10 +10,10 @@ from gguf_files import random_blocks
 from torch import nn
 from triton_interpreter import interpret
 
-FLOATS, WHOLE, FOUR = "float8 rows", "int8 rows", "int4 groups"
+FLOATS, WHOLE, FOUR, SQUARES = "float8 rows", "int8 rows", "int4 groups", "float8 blocks"
 FILES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 TABLES = {20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4", 40: "NVFP4"}
-FORMS = [FLOATS, WHOLE, FOUR, *FILES, *TABLES]
+FORMS = [FLOATS, WHOLE, FOUR, SQUARES, *FILES, *TABLES]
 AROUND = {
     "plain": {},
     "normed": {"norm": True, "bias": True},
@@ -24,15 +24,19 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def packed_layer(form, outputs=40, inputs=512):
-    """A layer as a card has it. Inputs of the first three forms do not fill their last group or block."""
+    """A layer as a card has it. Inputs, and outputs, of the first four forms do not fill their last group or block."""
     from hotpath.vision_language.gguf.matrix import Matrix
     from hotpath.vision_language.gguf.packing import Packer
     from hotpath.vision_language.gguf.types import TYPES
     from hotpath.vision_language.quantization import Int4Linear, ScaledLinear
+    from hotpath.vision_language.stored_fp8 import BlockScaledLinear
 
     if form in FILES or form in TABLES:
         stored = Matrix(TYPES[form], random_blocks(form, outputs, inputs), outputs, inputs)
         return Packer("none", torch.device("cuda"), torch.float32).layer([stored])
+    if form == SQUARES:
+        codes = torch.randn(outputs, inputs - 56, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
+        return BlockScaledLinear(codes, torch.rand(-(-outputs // 16), -(-inputs // 128)) + 0.5, (16, 128), None)
     plain = nn.Linear(inputs - 56, outputs, bias=False)
     with torch.no_grad():
         plain.weight.normal_(generator=torch.Generator().manual_seed(1))
@@ -112,7 +116,7 @@ def test_products_are_the_layers_on_the_gpu(shape, form, dtype):
                 compare(layer, dtype, around, config, "cuda")
 
 
-@pytest.mark.parametrize("form", [WHOLE, FLOATS, FOUR, 8, 12, 13, 14, 23], ids=str)
+@pytest.mark.parametrize("form", [WHOLE, FLOATS, FOUR, SQUARES, 8, 12, 13, 14, 23], ids=str)
 def test_products_compile_for_cards_that_are_not_here(form):
     """To machine code by way of Triton's own assembler: codes are read 16 bytes at a time."""
     triton = pytest.importorskip("triton")

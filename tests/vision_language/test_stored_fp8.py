@@ -17,7 +17,7 @@ from hotpath.vision_language.loaded_model import LoadOptions
 from hotpath.vision_language.loading import MODELS
 from hotpath.vision_language.prompts import Question
 from hotpath.vision_language.quantization import Int4Linear, Int4OnCpu, ScaledLinear
-from hotpath.vision_language.stored_fp8 import FEW_ROWS, NOTE, BlockScaledLinear
+from hotpath.vision_language.stored_fp8 import FEW_ROWS, NOTE, BlockScaledLinear, merge, of_library
 from safetensors.torch import load_file, save_file
 
 BLOCK = 16
@@ -94,7 +94,7 @@ def answers(weights: Any, ask: Any, pictures: Any) -> Callable[..., Any]:
 def test_where_the_library_keeps_float8_ours_multiply(weights: dict[str, torch.Tensor], card: None) -> None:
     model = MODELS.get("small-FP8", LoadOptions())
     decoder = decoding.text_decoder(model.network)
-    assert layers(model, BlockScaledLinear) == 7 * len(decoder.layers) and model.quantization == "fp8"
+    assert layers(model, BlockScaledLinear) == 4 * len(decoder.layers) and model.quantization == "fp8"
     assert NOTE in model.notes
     name = next(name for name in weights if name.endswith("layers.1.mlp.down_proj.weight"))
     assert torch.equal(decoder.layers[1].mlp.down_proj.dense(torch.float32), weights[name])
@@ -105,7 +105,7 @@ def test_where_the_library_keeps_float8_ours_multiply(weights: dict[str, torch.T
 def test_what_they_answer(answers: Callable[..., Any], card: None, streamed: int) -> None:
     # A layer that is streamed is no part of the network that the host moves.
     blocks = layers(answers(stream_layers=streamed), BlockScaledLinear)
-    assert blocks == 7 * (len(decoding.text_decoder(MODELS.loaded()[0].network).layers) - streamed)
+    assert blocks == 4 * (len(decoding.text_decoder(MODELS.loaded()[0].network).layers) - streamed)
 
 
 @pytest.mark.long
@@ -133,7 +133,7 @@ def test_blocks_of_any_size_and_what_is_left_of_them(rows: int, columns: int, bl
     given = SimpleNamespace(
         weight=codes, weight_scale_inv=scale if block else scale[0, 0], block_size=block, bias=torch.ones(rows)
     )
-    layer = BlockScaledLinear(given)
+    layer = of_library(given)
     assert torch.equal(layer.dense(dtype), wanted.to(dtype))
     for shape in ((FEW_ROWS + 1, columns), (1, 3, columns), (columns,)):
         x = torch.randn(shape).to(dtype)
@@ -146,3 +146,20 @@ def test_experts_that_need_fetched_code_are_refused(weights: Any, card: None, mo
     monkeypatch.setattr("transformers.integrations.finegrained_fp8.FP8Experts", torch.nn.Embedding, raising=False)
     with pytest.raises(UnusableModel, match=r"its experts are in float8.* int8 or int4, which need no package\.$"):
         MODELS.get("small-FP8", LoadOptions())
+
+
+@pytest.mark.parametrize(("middle", "joined"), [(32, True), (24, False)])
+def test_projections_become_one_where_no_block_lies_in_two(middle: int, joined: bool) -> None:
+    def layer(rows: int) -> BlockScaledLinear:
+        scale = torch.rand(-(-rows // 16), 3) + 0.5
+        return BlockScaledLinear(torch.randn(rows, 40).to(torch.float8_e4m3fn), scale, (16, 16), torch.randn(rows))
+
+    owner = torch.nn.Module()
+    owner.q_proj, owner.k_proj, owner.v_proj = layer(64), layer(middle), layer(32)
+    names, x = ("q_proj", "k_proj", "v_proj"), torch.randn(3, 40)
+    wanted = [getattr(owner, name)(x) for name in names]
+    assert merge(owner, names, "qkv_proj") is joined and hasattr(owner, "qkv_proj") is joined
+    for name, before in zip(names, wanted, strict=True):
+        torch.testing.assert_close(getattr(owner, name)(x), before)
+    if joined:
+        torch.testing.assert_close(owner.qkv_proj(x[:1]), torch.cat(wanted, dim=1)[:1])

@@ -41,6 +41,7 @@ class UnpackedLinear(nn.Module):
 class GroupedLinear(UnpackedLinear):
     """Whole numbers of 4 to 6 or 8 bits, or of a table, with a scale and maybe a low for each group of inputs of each output."""
 
+    kernel_reads = True
     weight: Tensor  # [out, in / 2] uint8, the lower 4 bits of two to a byte; of 8 bits [out, in] int8
     high: Tensor | None  # [out, in x (bits - 4) / 8] uint8, what is above the lower 4
     scale: Tensor  # [out, groups]
