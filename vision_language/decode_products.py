@@ -21,7 +21,7 @@ from .gguf.linears import StackedLinear, UnpackedLinear
 from .packed_matrix import PackedMatrix
 
 CONFIGS = ((4, 1024, 4), (8, 512, 4), (4, 512, 2), (2, 2048, 4))  # outputs of a program, inputs at a time, warps
-HALVES_CONFIGS = ((4, 1024, 4), (8, 1024, 4), (4, 2048, 4), (8, 512, 2))  # of two codes to a byte
+SHORT_CONFIGS = ((4, 1024, 4), (8, 1024, 4), (4, 2048, 4), (8, 512, 2))  # of several codes to a byte
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest number
 Config = tuple[int, int, int]
 
@@ -59,7 +59,7 @@ class Part:
 
     @property
     def configs(self) -> Sequence[Config]:
-        return HALVES_CONFIGS if not self.plain and self.matrix.halves else CONFIGS
+        return SHORT_CONFIGS if not self.plain and self.matrix.plane < 8 else CONFIGS
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""The products of one token with packed weights, in Triton: `fused_decode_kernel` for codes of 4 or 8 bits and their scales.
+"""The products of one token with packed weights, in Triton: `fused_decode_kernel` for codes of 2 to 8 bits and their scales.
 
 Packed weights are read as they lie, and become numbers in registers only. What stands around a product is done as there.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,75 +16,123 @@ from torch import Tensor
 from ..attention.capabilities import FUSES
 from .packed_matrix import PackedMatrix
 
+UNPACKED = (4, 1024)  # outputs and inputs of a program that only unpacks
 WHOLE_ROW = 128  # inputs that are looked at together where all of a row have one scale
 FLOAT8_SCALE = 256.0  # by which a float8 (e4m3) is larger than the float16 that its bits make
 
 
 @triton.jit
-def _add(
-    total, CODES, HIGH, SCALE, LOW, TABLE, output, first_group, asked, stride, high_stride, groups, x, y,
-    GROUP: tl.constexpr, SCALED_ROWS: tl.constexpr, HALVES: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr,
-    SCALES: tl.constexpr, LOWS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+def _pairs(
+    CODES, output, asked, first_group, stride,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """`total` [outputs, groups, codes or bytes of a group], and what some outputs and groups of inputs add to it."""
-    WIDTH: tl.constexpr = GROUP // 2 if HALVES else GROUP
-    place = first_group * WIDTH + tl.arange(0, BLOCK_G * WIDTH)
+    """Every other code of so many bits, and those between, uint8 [outputs, groups, WIDTH]. Codes lie side by side in bytes."""
+    SHARING: tl.constexpr = 4 // BITS  # pairs in a byte
+    place = first_group * (WIDTH // SHARING) + tl.arange(0, BLOCK_G * WIDTH // SHARING)
     # 64 bits: an output head may have more than 2^31 weights.
     at = output.to(tl.int64)[:, None] * stride + place[None, :]
     held = asked[:, None] & (place < stride)[None, :]
     codes = tl.load(CODES + at, mask=held, other=0, eviction_policy="evict_first")
+    if BITS == 2:
+        codes = tl.join(codes & 15, codes >> 4)
+    if BITS == 1:
+        codes = tl.join(tl.join(codes & 3, (codes >> 4) & 3), tl.join((codes >> 2) & 3, codes >> 6))
     codes = tl.reshape(codes, (BLOCK_N, BLOCK_G, WIDTH))
-    if HALVES:
-        lower, upper = codes & 15, codes >> 4
+    return codes & ((1 << BITS) - 1), codes >> BITS
+
+
+@triton.jit
+def _numbers(
+    CODES, HIGH, TABLE, output, first_group, asked, stride, high_stride,
+    GROUP: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr, TABLED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """What codes stand for before they are scaled, float32: every other one and those between, or all of them twice."""
+    if PLANE < 8:
+        lower, upper = _pairs(CODES, output, asked, first_group, stride, PLANE, GROUP // 2, BLOCK_N, BLOCK_G)
         if HIGH_BITS > 0:
-            # A byte holds the upper bits of as many codes as it has room for, the first ones lowest.
-            SHARING: tl.constexpr = 4 // HIGH_BITS
-            place = first_group * (WIDTH // SHARING) + tl.arange(0, BLOCK_G * WIDTH // SHARING)
-            at = output.to(tl.int64)[:, None] * high_stride + place[None, :]
-            held = asked[:, None] & (place < high_stride)[None, :]
-            more = tl.load(HIGH + at, mask=held, other=0, eviction_policy="evict_first")
-            if HIGH_BITS == 2:
-                more = tl.join(more & 15, more >> 4)
-            else:
-                more = tl.join(tl.join(more & 3, (more >> 4) & 3), tl.join((more >> 2) & 3, more >> 6))
-            more = tl.reshape(more, (BLOCK_N, BLOCK_G, WIDTH))
-            lower |= (more & ((1 << HIGH_BITS) - 1)) << 4
-            upper |= (more >> HIGH_BITS) << 4
+            more, still_more = _pairs(
+                HIGH, output, asked, first_group, high_stride, HIGH_BITS, GROUP // 2, BLOCK_N, BLOCK_G
+            )
+            lower |= more << PLANE
+            upper |= still_more << PLANE
         if TABLED:
             lower = tl.load(TABLE + lower.to(tl.int32))
             upper = tl.load(TABLE + upper.to(tl.int32))
-        made = lower.to(tl.float32) * x[None, :, :] + upper.to(tl.float32) * y[None, :, :]
-    elif FLOATS:
-        # By hand, since not every card has them: the same digits behind an exponent of 5 bits are a float16.
-        bits = ((codes & 128).to(tl.uint16) << 8) | ((codes & 127).to(tl.uint16) << 7)
-        made = bits.to(tl.float16, bitcast=True).to(tl.float32) * x[None, :, :]
+        return lower.to(tl.float32), upper.to(tl.float32)
     else:
-        made = codes.to(tl.float32) * x[None, :, :]
+        place = first_group * GROUP + tl.arange(0, BLOCK_G * GROUP)
+        at = output.to(tl.int64)[:, None] * stride + place[None, :]
+        held = asked[:, None] & (place < stride)[None, :]
+        codes = tl.load(CODES + at, mask=held, other=0, eviction_policy="evict_first")
+        if FLOATS:
+            # By hand, since not every card has them: the same digits behind an exponent of 5 bits are a float16.
+            bits = ((codes & 128).to(tl.uint16) << 8) | ((codes & 127).to(tl.uint16) << 7)
+            codes = bits.to(tl.float16, bitcast=True)
+        numbers = tl.reshape(codes.to(tl.float32), (BLOCK_N, BLOCK_G, GROUP))
+        return numbers, numbers
+
+
+@triton.jit
+def _scales(
+    SCALE, LOW, UNIT, LOW_UNIT, output, first_group, asked, groups,
+    SCALED_ROWS: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Scales and lows, float32 [outputs, groups]; twice the scales where there are no lows."""
+    group = first_group + tl.arange(0, BLOCK_G)
+    wanted = asked[:, None] & (group < groups)[None, :]
+    at = (output // SCALED_ROWS)[:, None] * groups + group[None, :]
+    stored = tl.load(SCALE + at, mask=wanted, other=0)
+    scale = (stored & 15).to(tl.float32) if LOWS == 2 else stored.to(tl.float32)
+    low = scale
+    if LOWS > 0:
+        low = (stored >> 4 if LOWS == 2 else tl.load(LOW + at, mask=wanted, other=0)).to(tl.float32)
+    if UNITS > 0:
+        at = output[:, None] * (groups // UNITS) + (group // UNITS)[None, :]
+        scale *= tl.load(UNIT + at, mask=wanted, other=0.0).to(tl.float32)
+        if LOWS > 0:
+            low *= tl.load(LOW_UNIT + at, mask=wanted, other=0.0).to(tl.float32)
+    return scale, low
+
+
+@triton.jit
+def _add(
+    total, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, output, first_group, asked, stride, high_stride, groups, x, y,
+    GROUP: tl.constexpr, SCALED_ROWS: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr,
+    SCALES: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """`total` [outputs, groups, codes or pairs of a group], and what some outputs and groups of inputs add to it."""
+    lower, upper = _numbers(
+        CODES, HIGH, TABLE, output, first_group, asked, stride, high_stride,
+        GROUP, PLANE, HIGH_BITS, FLOATS, TABLED, BLOCK_N, BLOCK_G,
+    )  # fmt: skip
+    made = lower * x[None, :, :]
+    if PLANE < 8:
+        made += upper * y[None, :, :]
     if not SCALES:
         return total + made
-    group = first_group + tl.arange(0, BLOCK_G)
-    scale_at = (output // SCALED_ROWS)[:, None] * groups + group[None, :]
-    wanted = asked[:, None] & (group < groups)[None, :]
-    scale = tl.load(SCALE + scale_at, mask=wanted, other=0.0).to(tl.float32)
+    scale, low = _scales(
+        SCALE, LOW, UNIT, LOW_UNIT, output, first_group, asked, groups, SCALED_ROWS, LOWS, UNITS, BLOCK_G
+    )
     total += made * scale[:, :, None]
-    if LOWS or FIRST != 0:
-        low = scale * FIRST
-        if LOWS:
-            low += tl.load(LOW + scale_at, mask=wanted, other=0.0).to(tl.float32)
-        total += low[:, :, None] * (x + y)[None, :, :] if HALVES else low[:, :, None] * x[None, :, :]
+    if LOWS > 0 or FIRST != 0:
+        if FIRST != 0:
+            low = scale * FIRST + low if LOWS > 0 else scale * FIRST
+        total += low[:, :, None] * (x + y)[None, :, :] if PLANE < 8 else low[:, :, None] * x[None, :, :]
     return total
 
 
 @triton.jit
 def _packed_product(
-    X, CODES, HIGH, SCALE, LOW, TABLE, BIAS, NORM, ADDED, RESULT, outputs, inputs, stride, high_stride, groups, eps, factor,
+    X, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, BIAS, NORM, ADDED, RESULT,
+    outputs, inputs, stride, high_stride, groups, eps, factor,
     NORMED: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, BIASED: tl.constexpr,
-    GROUP: tl.constexpr, SCALED_ROWS: tl.constexpr, HALVES: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr,
-    SCALES: tl.constexpr, LOWS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
+    GROUP: tl.constexpr, SCALED_ROWS: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr,
+    SCALES: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = GROUP // 2 if HALVES else GROUP
+    WIDTH: tl.constexpr = GROUP // 2 if PLANE < 8 else GROUP
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     asked = output < outputs
     total = tl.zeros((BLOCK_N, BLOCK_G, WIDTH), tl.float32)
@@ -97,20 +146,20 @@ def _packed_product(
         if NORMED:
             squares += x * x
             x = x * tl.load(NORM + place, mask=inside, other=0.0).to(tl.float32)
-        if HALVES:
+        if PLANE < 8:
             first, second = tl.split(tl.reshape(x, (BLOCK_G, GROUP // 2, 2)))
         else:
             first, second = x, x
         total = _add(
-            total, CODES, HIGH, SCALE, LOW, TABLE, output, first_group, asked, stride, high_stride, groups,
+            total, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, output, first_group, asked, stride, high_stride, groups,
             first, second,
-            GROUP, SCALED_ROWS, HALVES, HIGH_BITS, FLOATS, SCALES, LOWS, TABLED, FIRST, BLOCK_N, BLOCK_G,
+            GROUP, SCALED_ROWS, PLANE, HIGH_BITS, FLOATS, SCALES, LOWS, UNITS, TABLED, FIRST, BLOCK_N, BLOCK_G,
         )  # fmt: skip
         if GATED:
             other = _add(
-                other, CODES, HIGH, SCALE, LOW, TABLE, output + outputs, first_group, asked, stride, high_stride, groups,
-                first, second,
-                GROUP, SCALED_ROWS, HALVES, HIGH_BITS, FLOATS, SCALES, LOWS, TABLED, FIRST, BLOCK_N, BLOCK_G,
+                other, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, output + outputs, first_group, asked, stride,
+                high_stride, groups, first, second,
+                GROUP, SCALED_ROWS, PLANE, HIGH_BITS, FLOATS, SCALES, LOWS, UNITS, TABLED, FIRST, BLOCK_N, BLOCK_G,
             )  # fmt: skip
     made = tl.sum(tl.sum(total, 2), 1) * factor
     if not SCALES:
@@ -132,6 +181,38 @@ def _packed_product(
     tl.store(RESULT + output, made.to(RESULT.dtype.element_ty), mask=asked)
 
 
+@triton.jit
+def _unpack(
+    CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, RESULT, outputs, inputs, stride, high_stride, groups, factor,
+    GROUP: tl.constexpr, SCALED_ROWS: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr,
+    SCALES: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    asked = output < outputs
+    first_group = tl.program_id(0) * BLOCK_G
+    lower, upper = _numbers(
+        CODES, HIGH, TABLE, output, first_group, asked, stride, high_stride,
+        GROUP, PLANE, HIGH_BITS, FLOATS, TABLED, BLOCK_N, BLOCK_G,
+    )  # fmt: skip
+    scale, low = _scales(
+        SCALE, LOW, UNIT, LOW_UNIT, output, first_group, asked, groups, SCALED_ROWS, LOWS, UNITS, BLOCK_G
+    )
+    scale *= factor
+    made = (lower + FIRST) * scale[:, :, None]
+    if LOWS > 0:
+        made += low[:, :, None]
+    if PLANE < 8:
+        other = (upper + FIRST) * scale[:, :, None]
+        if LOWS > 0:
+            other += low[:, :, None]
+        made = tl.join(made, other)
+    made = tl.reshape(made, (BLOCK_N, BLOCK_G * GROUP))
+    place = first_group * GROUP + tl.arange(0, BLOCK_G * GROUP)
+    at = output.to(tl.int64)[:, None] * inputs + place[None, :]
+    tl.store(RESULT + at, made.to(RESULT.dtype.element_ty), mask=asked[:, None] & (place < inputs)[None, :])
+
+
 def packed_product(
     x: Tensor,
     matrix: PackedMatrix,
@@ -149,17 +230,35 @@ def packed_product(
     form = form_of(matrix)
     groups = triton.cdiv(matrix.inputs, form["GROUP"])
     block_g = max(1, block_k // form["GROUP"])
-    nothing = x  # what is not read may be anything
-    read = [
-        nothing if part is None else part
-        for part in (matrix.high, matrix.scale, matrix.low, matrix.table, bias, norm, added)
-    ]
+    around = [x if part is None else part for part in (bias, norm, added)]  # what is not read may be anything
     _packed_product[(triton.cdiv(outputs, block_n),)](
-        x, matrix.codes, *read, result, outputs, matrix.inputs, matrix.codes.shape[1],
-        0 if matrix.high is None else matrix.high.shape[1], groups, eps, FLOAT8_SCALE if matrix.floats else 1.0,
+        x, *_stored(matrix), *around, result, outputs, *_sizes(matrix, groups), eps, FLOAT8_SCALE if matrix.floats else 1.0,
         NORMED=norm is not None, GATED=gated, ADDS=added is not None, BIASED=bias is not None, **form,
         BLOCK_N=block_n, BLOCK_G=block_g, STEPS=triton.cdiv(groups, block_g), num_warps=warps, **FUSES,
     )  # fmt: skip
+
+
+def unpack(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
+    """The weights of a matrix whose scales are of groups, [outputs, inputs], one launch."""
+    form = form_of(matrix)
+    groups = triton.cdiv(matrix.inputs, form["GROUP"])
+    block_n, block_g = UNPACKED[0], max(1, UNPACKED[1] // form["GROUP"])
+    result = torch.empty(matrix.outputs, matrix.inputs, dtype=dtype, device=matrix.codes.device)
+    _unpack[(triton.cdiv(groups, block_g), triton.cdiv(matrix.outputs, block_n))](
+        *_stored(matrix), result, matrix.outputs, *_sizes(matrix, groups), FLOAT8_SCALE if matrix.floats else 1.0, **form,
+        BLOCK_N=block_n, BLOCK_G=block_g, num_warps=4, **FUSES,
+    )  # fmt: skip
+    return result
+
+
+def _stored(matrix: PackedMatrix) -> list[Tensor]:
+    """The parts of a matrix, as kernels take them."""
+    parts = (matrix.high, matrix.scale, matrix.low, matrix.unit, matrix.low_unit, matrix.table)
+    return [matrix.codes, *(matrix.codes if part is None else part for part in parts)]
+
+
+def _sizes(matrix: PackedMatrix, groups: int) -> tuple[int, int, int, int]:
+    return matrix.inputs, matrix.codes.shape[1], 0 if matrix.high is None else matrix.high.shape[1], groups
 
 
 def form_of(matrix: PackedMatrix) -> dict[str, Any]:
@@ -167,11 +266,12 @@ def form_of(matrix: PackedMatrix) -> dict[str, Any]:
     return {
         "GROUP": matrix.group or WHOLE_ROW,
         "SCALED_ROWS": matrix.scaled_rows,
-        "HALVES": matrix.halves,
+        "PLANE": matrix.plane,
         "HIGH_BITS": matrix.high_bits,
         "FLOATS": matrix.floats,
         "SCALES": matrix.group > 0,
-        "LOWS": matrix.low is not None,
+        "LOWS": matrix.lows,
+        "UNITS": matrix.sharing,
         "TABLED": matrix.table is not None,
         "FIRST": matrix.first,
     }

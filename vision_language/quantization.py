@@ -23,6 +23,7 @@ from ..products.rerouting import linear
 from . import cpu_kernels
 from .packed_matrix import PackedMatrix, bytes_of
 from .projections import replace
+from .unpacking import unpacked
 
 INT4_GROUP = 64  # inputs that share one scale and one zero point
 NEAR_BYTES, LEAST_ROWS = 4 << 20, 64  # of a matrix that is unpacked on a CPU
@@ -172,7 +173,7 @@ class Int4Linear(nn.Module):
     def matrix(self) -> PackedMatrix:
         """For kernels that unpack while they multiply."""
         return PackedMatrix(
-            self.weight, self.scale, self.out_features, self.in_features, self.group, low=self.low, halves=True
+            self.weight, self.scale, self.out_features, self.in_features, self.group, low=self.low, plane=4
         )
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -181,9 +182,12 @@ class Int4Linear(nn.Module):
         return torch.stack((packed & 15, packed >> 4), dim=2).view(stop - start, -1)
 
     def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
-        codes = self.codes(start, stop).view(stop - start, -1, self.group).to(x.dtype)
-        scale, low = self.scale[start:stop].to(x.dtype), self.low[start:stop].to(x.dtype)
-        return product(x, (codes * scale.unsqueeze(2) + low.unsqueeze(2)).view(stop - start, -1)[:, : self.in_features])
+        return product(x, unpacked(self, start, stop, x.dtype, lambda: self._dense(x.dtype, start, stop)))
+
+    def _dense(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+        codes = self.codes(start, stop).view(stop - start, -1, self.group).to(dtype)
+        scale, low = self.scale[start:stop].to(dtype), self.low[start:stop].to(dtype)
+        return (codes * scale.unsqueeze(2) + low.unsqueeze(2)).view(stop - start, -1)[:, : self.in_features]
 
 
 class Int4OnCpu(nn.Module):
@@ -192,12 +196,12 @@ class Int4OnCpu(nn.Module):
     weight: Tensor
     groups: Tensor
 
-    def __init__(self, layer: Any) -> None:
-        """layer: an `Int4Linear`, or one like it."""
+    def __init__(self, layer: Any, scale: Tensor, low: Tensor) -> None:
+        """layer: an `Int4Linear`, or one like it; scale and low: its own."""
         super().__init__()
         self.out_features, self.in_features, self.group = layer.out_features, layer.in_features, layer.group
         codes = layer.codes(0, layer.out_features)
-        packed, groups = cpu_kernels.int4_layout(codes, layer.scale, layer.low)
+        packed, groups = cpu_kernels.int4_layout(codes, scale, low)
         self.register_buffer("weight", packed)
         self.register_buffer("groups", groups)
         self.bias = layer.bias
@@ -237,7 +241,9 @@ def pack(linear: nn.Linear, method: str, device: torch.device) -> ScaledLinear |
         return ScaledLinear(linear, torch.int8 if method == "int8" else torch.float8_e4m3fn)
     packed = Int4Linear(linear)
     fits = packed.out_features % cpu_kernels.STEP == 0 and packed.in_features % packed.group == 0
-    return Int4OnCpu(packed) if device.type == "cpu" and fits and not cpu_kernels.why_not("int4") else packed
+    if device.type == "cpu" and fits and not cpu_kernels.why_not("int4"):
+        return Int4OnCpu(packed, packed.scale, packed.low)
+    return packed
 
 
 def pack_head(network: Any, method: str, device: torch.device) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .packed_matrix import PackedMatrix, bytes_of
 from .projections import share
 from .quantization import PACKED
+from .unpacking import unpacked
 
 METHOD = "fp8"  # as config.json calls it
 FEW_ROWS = 16  # of more the products themselves take most of the time
@@ -66,7 +67,10 @@ class BlockScaledLinear(nn.Module):
         if few and (stop - start) % rows == 0 and self.in_features % columns == 0:
             made = self.few(x.reshape(-1, self.in_features), start, stop).view(*x.shape[:-1], stop - start)
             return made if bias is None else made + bias
-        return F.linear(x, self.dense(x.dtype, start, stop), bias)
+        if not self.kernel_reads:
+            return F.linear(x, self.dense(x.dtype, start, stop), bias)
+        weight = unpacked(self, start, stop, x.dtype, lambda: self.dense(x.dtype, start, stop))
+        return F.linear(x, weight, bias)
 
     def few(self, x: Tensor, start: int, stop: int) -> Tensor:
         """x [M, in] times the weights: x is scaled for each block of outputs, which is little beside scaling the weights."""

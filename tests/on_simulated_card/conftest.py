@@ -49,3 +49,32 @@ def load_llm(headless_host: Any) -> Iterator[Any]:
     yield load
     MODELS.clear()
     clear_all()
+
+
+@pytest.fixture
+def load_fused(load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """`load_llm`, with our kernels for the products interpreted and torch's in all other places."""
+    from hotpath.vision_language import (
+        decode_attention,
+        decode_products,
+        fused_decode,
+        packed_decode_kernel,
+        replayed_prefill,
+        unpacking,
+    )
+
+    monkeypatch.setattr(fused_decode, "allow_interpreter", True)
+    monkeypatch.setattr(unpacking, "allow_interpreter", True)
+    monkeypatch.setattr(packed_decode_kernel, "UNPACKED", (256, 512))
+    monkeypatch.setattr(decode_products, "CONFIGS", ((256, 128, 4),))
+    monkeypatch.setattr(decode_products, "SHORT_CONFIGS", ((256, 128, 4),))
+    monkeypatch.setattr(fused_decode, "AT_LEAST", 0.0)  # nothing is fast in the interpreter
+    monkeypatch.setattr(decode_attention, "CALLS", 1)
+    monkeypatch.setattr(decode_attention, "REPLAYS", 1)
+    monkeypatch.setattr(decode_attention, "why_not", lambda *_: "it is tested elsewhere")
+    monkeypatch.setattr(replayed_prefill, "fused_layer", replayed_prefill.prefill_layer)
+    for forget in (decode_products._chosen.clear, replayed_prefill.kernels_missing.cache_clear):
+        forget()
+    yield load_llm
+    for forget in (decode_products._chosen.clear, replayed_prefill.kernels_missing.cache_clear):
+        forget()

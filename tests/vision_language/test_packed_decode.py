@@ -11,7 +11,18 @@ from torch import nn
 from triton_interpreter import interpret
 
 FLOATS, WHOLE, FOUR, SQUARES = "float8 rows", "int8 rows", "int4 groups", "float8 blocks"
-FILES = {2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
+FILES = {
+    10: "Q2_K",
+    11: "Q3_K",
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+}
 TABLES = {20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4", 40: "NVFP4"}
 FORMS = [FLOATS, WHOLE, FOUR, SQUARES, *FILES, *TABLES]
 AROUND = {
@@ -82,6 +93,17 @@ def compare(layer, dtype, around, config, device="cpu"):
     torch.testing.assert_close(result.double().cpu(), wanted, atol=limit * float(wanted.abs().max()), rtol=limit)
 
 
+def compare_unpacked(layer, dtype, device="cpu"):
+    from hotpath.vision_language.packed_decode_kernel import unpack
+
+    dense = layer(torch.eye(layer.in_features)).T
+    layer.to(device)
+    for start, stop in ((0, layer.out_features), (16, 32)):
+        made = unpack(layer.matrix.rows(start, stop), dtype).cpu()
+        torch.testing.assert_close(made, dense[start:stop].to(dtype), atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
+    layer.to("cpu")
+
+
 INTERPRETED = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/support", sys.argv[2]]
@@ -93,6 +115,9 @@ with torch.no_grad():
         for around in cases.AROUND:
             cases.compare(layer, torch.float32, around, (16, 256, 4))
         cases.compare(layer, torch.bfloat16, "gated", (64, 512, 4))
+        if layer.matrix.group:
+            cases.compare_unpacked(layer, torch.float32)
+            cases.compare_unpacked(layer, torch.bfloat16)
 print("equal")
 """
 
@@ -114,9 +139,11 @@ def test_products_are_the_layers_on_the_gpu(shape, form, dtype):
         for config in decode_products.Part(layer).configs:
             for around in AROUND:
                 compare(layer, dtype, around, config, "cuda")
+        if layer.matrix.group:
+            compare_unpacked(layer, dtype, "cuda")
 
 
-@pytest.mark.parametrize("form", [WHOLE, FLOATS, FOUR, SQUARES, 8, 12, 13, 14, 23], ids=str)
+@pytest.mark.parametrize("form", [WHOLE, FLOATS, FOUR, SQUARES, 8, 10, 11, 12, 13, 14, 23], ids=str)
 def test_products_compile_for_cards_that_are_not_here(form):
     """To machine code by way of Triton's own assembler: codes are read 16 bytes at a time."""
     triton = pytest.importorskip("triton")
@@ -134,8 +161,9 @@ def test_products_compile_for_cards_that_are_not_here(form):
         "BIASED": False,
         "STEPS": 3,
     }
-    pointers = dict.fromkeys(("X", "BIAS", "NORM", "ADDED", "RESULT", "SCALE", "LOW"), "*bf16")
+    pointers = dict.fromkeys(("X", "BIAS", "NORM", "ADDED", "RESULT", "UNIT", "LOW_UNIT"), "*bf16")
     pointers |= {"CODES": "*i8" if matrix.codes.dtype == torch.int8 else "*u8", "HIGH": "*u8", "TABLE": "*i8"}
+    pointers |= dict.fromkeys(("SCALE", "LOW"), "*i8" if matrix.unit is not None else "*fp16")
     sizes = dict.fromkeys(("outputs", "inputs", "stride", "high_stride", "groups"), "i32")
     types = pointers | sizes | {"eps": "fp32", "factor": "fp32"}
     names = kernel._packed_product.arg_names

@@ -16,18 +16,28 @@ from torch import Tensor
 class Codes:
     """Some weights as they are stored. values: [blocks, groups, weights of a group], whole numbers of 8 bits.
 
-    scale, low: [blocks, groups] float32; no low where it is 0 for all.
+    scale, low: [blocks, groups] float32; no low where it is 0 for all. unit, low_unit: [blocks, 1] float32, what 1 of a scale and
+    of a low stands for where these are whole numbers, too.
     """
 
     values: Tensor
     scale: Tensor
     low: Tensor | None = None
+    unit: Tensor | None = None
+    low_unit: Tensor | None = None
+
+    def spread(self) -> Codes:
+        """Without units."""
+        scale = self.scale if self.unit is None else self.scale * self.unit
+        low = self.low if self.low is None or self.low_unit is None else self.low * self.low_unit
+        return Codes(self.values, scale, low)
 
     def dense(self) -> Tensor:
         """[blocks, weights of a block] float32."""
-        made = self.values * self.scale.unsqueeze(-1)
-        if self.low is not None:
-            made += self.low.unsqueeze(-1)
+        found = self.spread()
+        made = found.values * found.scale.unsqueeze(-1)
+        if found.low is not None:
+            made += found.low.unsqueeze(-1)
         return made.flatten(1)
 
 

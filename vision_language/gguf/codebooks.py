@@ -184,7 +184,7 @@ def _iq4_nl(b: Tensor, values: Tensor) -> Codes:
 
 def _iq4_xs(b: Tensor, values: Tensor) -> Codes:
     scales = signed(_in_turn(b[:, 4:8]) | (pairs(b[:, 2:4], 1) << 4), 32).float()
-    return Codes(groups(_found(values, nibbles(b[:, 8:], 16)), 32), half(b[:, :2]) * scales)
+    return Codes(groups(_found(values, nibbles(b[:, 8:], 16)), 32), scales, unit=half(b[:, :2]))
 
 
 def _mxfp4(b: Tensor, values: Tensor) -> Codes:

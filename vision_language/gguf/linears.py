@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ..packed_matrix import PackedMatrix
 from ..projections import rows_of
 from ..quantization import in_parts, product
+from ..unpacking import unpacked
 from .blocks import Codes
-from .matrix import Matrix, parts
+from .matrix import Matrix, steps
 
 LARGEST_HALF, SMALLEST_HALF = 60000.0, 6e-5  # of scales that are kept in float16
 AT_ONCE = 1 << 24  # weights that are unpacked at a time on a device
@@ -39,14 +40,19 @@ class UnpackedLinear(nn.Module):
 
 
 class GroupedLinear(UnpackedLinear):
-    """Whole numbers of 4 to 6 or 8 bits, or of a table, with a scale and maybe a low for each group of inputs of each output."""
+    """Whole numbers of 2 to 6 or 8 bits, or of a table, with a scale and maybe a low for each group of inputs of each output.
+
+    Scales and lows are numbers, or whole numbers of a unit that several groups share; those of 4 bits share the bytes of `scale`.
+    """
 
     kernel_reads = True
-    weight: Tensor  # [out, in / 2] uint8, the lower 4 bits of two to a byte; of 8 bits [out, in] int8
-    high: Tensor | None  # [out, in x (bits - 4) / 8] uint8, what is above the lower 4
+    weight: Tensor  # [out, in x plane / 8] uint8, the lower 2 or 4 bits (`plane`) of codes side by side; of 8 bits [out, in] int8
+    high: Tensor | None  # [out, in x (bits - plane) / 8] uint8, what is above these
     scale: Tensor  # [out, groups]
     low: Tensor | None
-    table: Tensor | None  # [16] int8, what numbers of 4 bits stand for
+    unit: Tensor | None  # [out, any]
+    low_unit: Tensor | None
+    table: Tensor | None  # [16] int8, what codes of 4 bits stand for
 
     def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
         """matrices: all of one type, the outputs of the layer one after the other."""
@@ -54,32 +60,39 @@ class GroupedLinear(UnpackedLinear):
         kind = matrices[0].kind
         self.out_features, self.in_features = sum(matrix.outputs for matrix in matrices), matrices[0].inputs
         self.bits, self.first = kind.bits, kind.first
-        weights, highs, scales, lows = [], [], [], []
+        self.plane = 4 if self.bits >= 4 else 2
+        found: dict[str, list[Tensor]] = {name: [] for name in ("weight", "high", "scale", "low", "unit", "low_unit")}
+        # What reorders or scales a matrix is done to scales that are numbers.
+        units = all(matrix.groups is None and matrix.factor is None for matrix in matrices)
         for matrix in matrices:
-            for rows in parts(matrix.blocks.view(matrix.outputs, -1, kind.nbytes), self.in_features):
-                codes = _codes(matrix, rows)
+            for start, rows in steps(matrix.blocks.view(matrix.outputs, -1, kind.nbytes), self.in_features):
+                codes = _codes(matrix, rows, start, units)
                 counted = codes.values.flatten(1)
                 if self.bits < 8:
                     counted = (counted - self.first).to(torch.uint8)
-                    weights.append(_side_by_side(counted & 15, 4))
-                    if self.bits > 4:
-                        highs.append(_side_by_side(counted >> 4, self.bits - 4))
+                    found["weight"].append(_side_by_side(counted & (1 << self.plane) - 1, self.plane))
+                    if self.bits > self.plane:
+                        found["high"].append(_side_by_side(counted >> self.plane, self.bits - self.plane))
                 else:
-                    weights.append(counted)
-                scales.append(codes.scale)
-                if codes.low is not None:
-                    lows.append(codes.low)
-        scale = torch.cat(scales)
-        if any(matrix.factor is not None for matrix in matrices):
-            factors = [torch.ones(m.outputs) if m.factor is None else m.factor for m in matrices]
-            scale = scale * torch.cat(factors).unsqueeze(1)
+                    found["weight"].append(counted)
+                for name in ("scale", "low", "unit", "low_unit"):
+                    if (part := getattr(codes, name)) is not None:
+                        found[name].append(part)
+        made = {name: torch.cat(some) if some else None for name, some in found.items()}
+        scale, low, unit, low_unit = (made[name] for name in ("scale", "low", "unit", "low_unit"))
+        assert scale is not None
         self.group = self.in_features // scale.shape[1]
-        low = torch.cat(lows) if lows else None
         dtype = torch.float16 if _half_serves(scale) and (low is None or _half_serves(low)) else torch.float32
-        self.register_buffer("weight", torch.cat(weights))
-        self.register_buffer("high", torch.cat(highs) if highs else None)
+        if unit is not None:
+            dtype = torch.int8
+            if self.bits == 2 and low is not None:  # scales and lows of 4 bits
+                scale, low, dtype = scale + 16 * low, None, torch.uint8
+        self.register_buffer("weight", made["weight"])
+        self.register_buffer("high", made["high"])
         self.register_buffer("scale", scale.to(dtype))
         self.register_buffer("low", None if low is None else low.to(dtype))
+        self.register_buffer("unit", None if unit is None else unit.half())
+        self.register_buffer("low_unit", None if low_unit is None else low_unit.half())
         self.register_buffer("table", None if kind.table is None else kind.table.clone())
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -87,8 +100,8 @@ class GroupedLinear(UnpackedLinear):
     def matrix(self) -> PackedMatrix:
         """For kernels that unpack while they multiply."""
         return PackedMatrix(
-            self.weight, self.scale, self.out_features, self.in_features, self.group, self.high, self.low, self.table,
-            first=float(self.first), halves=self.bits < 8,
+            self.weight, self.scale, self.out_features, self.in_features, self.group, self.high, self.low, self.unit,
+            self.low_unit, self.table, float(self.first), self.plane if self.bits < 8 else 8,
         )  # fmt: skip
 
     def codes(self, start: int, stop: int) -> Tensor:
@@ -99,27 +112,33 @@ class GroupedLinear(UnpackedLinear):
         packed = self.weight[rows]
         if self.bits == 8:
             return packed
-        lower = _apart(packed, 4)
-        return lower if self.high is None else lower | (_apart(self.high[rows], self.bits - 4) << 4)
+        lower = _apart(packed, self.plane)
+        return lower if self.high is None else lower | (_apart(self.high[rows], self.bits - self.plane) << self.plane)
 
-    def _dense(self, codes: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:
+    def scales_of(self, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
+        """(scale, low) of rows, [rows, groups] float32."""
+        scale, low = self.scale[rows], None if self.low is None else self.low[rows]
+        if low is None and self.low_unit is not None:
+            scale, low = scale & 15, scale >> 4
+        return _times(scale, self.unit, rows), None if low is None else _times(low, self.low_unit, rows)
+
+    def some(self, rows: Tensor | slice) -> Tensor:
+        """The weights of `rows`, float32."""
+        codes = self.codes_of(rows)
         if self.table is not None:
             codes = self.table.index_select(0, codes.flatten().int())
+        scale, low = self.scales_of(rows)
         made = codes.view(*scale.shape, self.group).float()
         if self.first:
             made = made + self.first
-        made = made * scale.float().unsqueeze(2)
+        made = made * scale.unsqueeze(2)
         if low is not None:
-            made = made + low.float().unsqueeze(2)
+            made = made + low.unsqueeze(2)
         return made.flatten(1)
 
-    def some(self, rows: Tensor) -> Tensor:
-        """The weights of `rows`, float32."""
-        return self._dense(self.codes_of(rows), self.scale[rows], None if self.low is None else self.low[rows])
-
     def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
-        low = None if self.low is None else self.low[start:stop]
-        return product(x, self._dense(self.codes(start, stop), self.scale[start:stop], low).to(x.dtype))
+        rows = slice(start, stop)
+        return product(x, unpacked(self, start, stop, x.dtype, lambda: self.some(rows).to(x.dtype)))
 
 
 class BlockLinear(UnpackedLinear):
@@ -203,6 +222,14 @@ class StackedLinear(nn.Module):
         return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
 
+def _times(part: Tensor, unit: Tensor | None, rows: Tensor | slice) -> Tensor:
+    """Scales or lows of rows as numbers, float32."""
+    if unit is None:
+        return part.float()
+    units = unit[rows].float()
+    return (part.float().unflatten(1, (units.shape[1], -1)) * units.unsqueeze(2)).flatten(1)
+
+
 def _side_by_side(codes: Tensor, bits: int) -> Tensor:
     """Numbers of so many bits, uint8 [rows, any], as many to a byte as it holds, the first ones lowest."""
     apart = codes.view(len(codes), -1, 8 // bits).unbind(2)
@@ -215,20 +242,26 @@ def _apart(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([(packed >> shift) & ((1 << bits) - 1) for shift in shifts], dim=2).view(len(packed), -1)
 
 
-def _codes(matrix: Matrix, rows: Tensor) -> Codes:
-    """The codes of rows [n, blocks of a row, bytes], of a table those that are looked up in it.
+def _codes(matrix: Matrix, rows: Tensor, start: int, units: bool) -> Codes:
+    """The codes of rows [n, blocks of a row, bytes] from `start` on, of a table those that are looked up in it.
 
-    values: [n, groups of a row, weights of a group].
+    values: [n, groups of a row, weights of a group]; the others [n, groups or blocks of a row].
     """
     kind, order = matrix.kind, matrix.groups
     counted = None if kind.table is None else torch.arange(len(kind.table), dtype=torch.int8)
     found = kind.read(rows.reshape(-1, kind.nbytes), counted)
-    length, count = found.values.shape[-1], len(rows)
-    values, scale = found.values.reshape(count, -1, length), found.scale.reshape(count, -1)
-    low = None if found.low is None else found.low.reshape(count, -1)
-    if order is None:
-        return Codes(values, scale, low)
-    return Codes(values[:, order], scale[:, order], None if low is None else low[:, order])
+    if not units:
+        found = found.spread()
+    values = found.values.reshape(len(rows), -1, found.values.shape[-1])
+    others = (found.scale, found.low, found.unit, found.low_unit)
+    scale, low, unit, low_unit = (None if part is None else part.reshape(len(rows), -1) for part in others)
+    assert scale is not None
+    if order is not None:
+        values, scale, low = values[:, order], scale[:, order], None if low is None else low[:, order]
+    if matrix.factor is not None:
+        factor = matrix.factor[start : start + len(rows)].unsqueeze(1)
+        scale, low = scale * factor, None if low is None else low * factor
+    return Codes(values, scale, low, unit, low_unit)
 
 
 def _half_serves(scale: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,16 +50,19 @@ class Matrix:
         rows = self.blocks.view(self.outputs, -1, self.kind.nbytes)[first:last:step]
         made = torch.empty(len(rows), self.inputs, dtype=dtype)
         factors = torch.ones(0) if self.factor is None else self.factor[first:last:step].unsqueeze(1)
-        start = 0
-        for part, into in zip(parts(rows, self.inputs), parts(made, self.inputs), strict=True):
+        for start, part in steps(rows, self.inputs):
+            into = made[start : start + len(part)]
             numbers = dense(self.kind, part.reshape(-1, self.kind.nbytes))
             if self.groups is not None:
                 numbers = numbers.view(len(part), len(self.groups), -1)[:, self.groups]
             numbers = numbers.reshape(into.shape)
             into.copy_(numbers if self.factor is None else numbers * factors[start : start + len(part)])
-            start += len(part)
         return made
 
 
-def parts(rows: Tensor, inputs: int) -> Sequence[Tensor]:
-    return rows.split(max(1, STEP // max(1, inputs)))
+def steps(rows: Tensor, inputs: int) -> Iterator[tuple[int, Tensor]]:
+    """Some rows at a time, and which is the first of them."""
+    start = 0
+    for part in rows.split(max(1, STEP // max(1, inputs))):
+        yield start, part
+        start += len(part)

@@ -117,9 +117,8 @@ class Packer:
             if kept == GROUPED:
                 self._measure(matrices, made.some)
                 return made
-            if made.low is None:
-                made.low = made.scale.float() * made.first
-            packed = Int4OnCpu(made)
+            scale, low = made.scales_of(slice(None))
+            packed = Int4OnCpu(made, scale, scale * made.first if low is None else low)
             groups = packed.groups.transpose(0, 1).float()
             self._measure(matrices, lambda rows: _by_kernel(made.codes_of(rows), groups[rows]))
             return packed

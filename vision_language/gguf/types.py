@@ -80,8 +80,8 @@ def _q8_0(b: Tensor) -> Codes:
 
 def _q2_k(b: Tensor) -> Codes:
     scales = b[:, :16]
-    scale, low = half(b[:, 80:82]) * (scales & 15).float(), half(b[:, 82:84]) * (scales >> 4).float()
-    return Codes(groups(pairs(b[:, 16:80], 32), 16), scale, -low)
+    codes = groups(pairs(b[:, 16:80], 32), 16)
+    return Codes(codes, (scales & 15).float(), (scales >> 4).float(), half(b[:, 80:82]), -half(b[:, 82:84]))
 
 
 def _q3_k(b: Tensor) -> Codes:
@@ -89,7 +89,7 @@ def _q3_k(b: Tensor) -> Codes:
     scales = nibbles(packed[:, :8], 8) | (pairs(packed[:, 8:], 4) << 4)
     # A bit that is missing takes 4 away.
     codes = pairs(b[:, 32:96], 32).to(torch.int8) + 4 * bits(b[:, :32], 32).to(torch.int8) - 4
-    return Codes(groups(codes, 16), half(b[:, 108:110]) * signed(scales, 32).float())
+    return Codes(groups(codes, 16), signed(scales, 32).float(), unit=half(b[:, 108:110]))
 
 
 def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,19 +102,19 @@ def _six_bits(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _q4_k(b: Tensor) -> Codes:
     scales, lows = _six_bits(b[:, 4:16])
-    return Codes(groups(nibbles(b[:, 16:], 32), 32), half(b[:, :2]) * scales, -(half(b[:, 2:4]) * lows))
+    return Codes(groups(nibbles(b[:, 16:], 32), 32), scales, lows, half(b[:, :2]), -half(b[:, 2:4]))
 
 
 def _q5_k(b: Tensor) -> Codes:
     scales, lows = _six_bits(b[:, 4:16])
     codes = nibbles(b[:, 48:], 32) | (bits(b[:, 16:48], 32) << 4)
-    return Codes(groups(codes, 32), half(b[:, :2]) * scales, -(half(b[:, 2:4]) * lows))
+    return Codes(groups(codes, 32), scales, lows, half(b[:, :2]), -half(b[:, 2:4]))
 
 
 def _q6_k(b: Tensor) -> Codes:
     codes = nibbles(b[:, :128], 64) | (pairs(b[:, 128:192], 32) << 4)
     scales = b[:, 192:208].contiguous().view(torch.int8).float()
-    return Codes(groups(signed(codes, 32), 16), half(b[:, 208:210]) * scales)
+    return Codes(groups(signed(codes, 32), 16), scales, unit=half(b[:, 208:210]))
 
 
 def _one_scale(values: Tensor, scale: Tensor) -> Codes:
@@ -161,6 +161,8 @@ TYPES: dict[int, BlockType] = {
     6: BlockType("Q5_0", 32, 22, _q5_0, 5, -16),
     7: BlockType("Q5_1", 32, 24, _q5_1, 5),
     8: BlockType("Q8_0", 32, 34, _q8_0, 8),
+    10: BlockType("Q2_K", SUPER, 84, _q2_k, 2, group=16),
+    11: BlockType("Q3_K", SUPER, 110, _q3_k, 3, -4, 16),
     12: BlockType("Q4_K", SUPER, 144, _q4_k, 4),
     13: BlockType("Q5_K", SUPER, 176, _q5_k, 5),
     14: BlockType("Q6_K", SUPER, 210, _q6_k, 6, -32, 16),
@@ -169,8 +171,6 @@ TYPES: dict[int, BlockType] = {
     39: _looked_up("MXFP4", 32, 17, bits=4),
     40: _looked_up("NVFP4", 64, 36, 16, 4),
     # Of these layers keep the blocks.
-    10: BlockType("Q2_K", SUPER, 84, _q2_k, group=16),
-    11: BlockType("Q3_K", SUPER, 110, _q3_k, group=16),
     16: _looked_up("IQ2_XXS", SUPER, 66),
     17: _looked_up("IQ2_XS", SUPER, 74, 16),
     18: _looked_up("IQ3_XXS", SUPER, 98),
