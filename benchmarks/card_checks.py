@@ -284,10 +284,58 @@ def picture_norms(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
             )  # fmt: skip
 
 
+def packed_products(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+    """One token with a matrix of Qwen3-VL 4B's feed-forward part, in the forms that a decode step reads."""
+    from hotpath.vision_language.decode_products import Part
+    from hotpath.vision_language.gguf.packing import Packer
+    from hotpath.vision_language.quantization import Int4Linear, ScaledLinear
+
+    outputs, inputs = (64, 512) if tiny else (19456, 2560)
+    plain = torch.nn.Linear(inputs, outputs, bias=False)
+    packer = Packer("none", torch.device("cuda"), torch.bfloat16)
+    forms: dict[str, Any] = {
+        "bfloat16": plain.to(torch.bfloat16), "int8": ScaledLinear(plain, torch.int8), "int4": Int4Linear(plain),
+        "float8": ScaledLinear(plain, torch.float8_e4m3fn),
+    }  # fmt: skip
+    forms |= {
+        name: packer.layer([_blocks(kind, outputs, inputs)])
+        for name, kind in (("Q4_K", 12), ("Q6_K", 14), ("Q3_K", 11))
+    }
+    for name, layer in forms.items():
+        part, x = Part(layer.to(device)), torch.randn(inputs, device=device, dtype=torch.bfloat16)
+        result = torch.empty(outputs, device=device, dtype=torch.bfloat16)
+        wanted = functional.linear(x.float(), layer.weight.float()) if part.plain else layer(x.float())
+        by_torch = lambda layer=layer, x=x: layer(x)  # noqa: E731
+        if device.type != "cuda":
+            yield _row(f"product with {name}", _error(by_torch(), wanted), 2e-2, by_torch, None, part.nbytes)
+            continue
+        for config in part.configs:
+            part.config = config
+            part(x, result)
+            yield _row(
+                f"product with {name}, {outputs} x {inputs}, {config}", _error(result, wanted), 1e-2,
+                lambda p=part, x=x, r=result: p(x, r), by_torch, part.nbytes,
+            )  # fmt: skip
+
+
+def _blocks(kind: int, outputs: int, inputs: int) -> Any:
+    """A matrix of a GGUF's type with random codes and scales."""
+    from hotpath.vision_language.gguf.matrix import Matrix
+    from hotpath.vision_language.gguf.types import TYPES
+
+    found = TYPES[kind]
+    blocks = torch.randint(256, (outputs * inputs // found.values, found.nbytes), dtype=torch.uint8)
+    for place in {12: (1, 3), 14: (209,), 11: (109,)}[kind]:  # upper bytes of float16 numbers
+        blocks[:, place] = 0x28
+    return Matrix(found, blocks, outputs, inputs)
+
+
 CHECKS = {
     check.__name__: check
-    for check in (token_attention, window_attention, decode_attention, best_match, memory_read, picture_norms)
-}
+    for check in (
+        token_attention, window_attention, decode_attention, best_match, memory_read, picture_norms, packed_products,
+    )
+}  # fmt: skip
 
 
 def _smooth(places: int, channels: int, seed: int, device: torch.device) -> Tensor:
