@@ -284,6 +284,7 @@ def picture_norms(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
             )  # fmt: skip
 
 
+@torch.no_grad()
 def packed_products(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     """One token with a matrix of Qwen3-VL 4B's feed-forward part, in the forms that a decode step reads."""
     from hotpath.vision_language.decode_products import Part
