@@ -13,7 +13,14 @@ import torch
 HERE = Path(__file__).resolve().parent / "on_simulated_card"
 
 
-LANGUAGE = ("test_answers.py", "test_fused_decode.py", "test_packed_weights.py", "test_prefill.py", "test_tower.py")
+LANGUAGE = (
+    "test_answers.py",
+    "test_fused_decode.py",
+    "test_mixed_models.py",
+    "test_packed_weights.py",
+    "test_prefill.py",
+    "test_tower.py",
+)
 REST = tuple(sorted(path.name for path in HERE.glob("test_*.py") if path.name not in LANGUAGE))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import decoding, fused_decode, projections
+from . import fused_decode, mixed_decoding, projections
 from .loaded_model import LoadedModel
 
 DECODE_PATHS = ("auto", "compiled", "graph", "static", "plain")
@@ -52,7 +52,7 @@ def choose_path(model: LoadedModel, asked: str, kept: bool = True, rows: int = 1
 def _path(model: LoadedModel, asked: str, kept: bool, rows: int) -> DecodePath:
     if asked == "plain":
         return DecodePath("plain", "plain, as asked")
-    if reason := decoding.unsupported(model.network):
+    if reason := mixed_decoding.unsupported(model.network):
         return DecodePath("plain", f"plain, because {reason}")
     cuda = model.device.type == "cuda"
     if asked == "auto" and model.device.type == "cpu":

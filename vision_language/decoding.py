@@ -58,15 +58,20 @@ def unsupported(network: Any) -> str:
     first = decoder.layers[0]
     if not hasattr(first.self_attn, "qkv_proj") or not hasattr(first.mlp, "gate_up_proj"):
         return "its projections are packed by another library"
-    rope = getattr(decoder.rotary_emb, "rope_type", "default")
+    return unsupported_rope(network)
+
+
+def unsupported_rope(network: Any) -> str:
+    """Why the angles of a token cannot be computed from its place alone; '' when they can."""
+    rope = getattr(text_decoder(network).rotary_emb, "rope_type", "default")
     return "" if rope in ("default", "mrope", "yarn", "linear", "llama3") else f"its rotary embedding is {rope}"
 
 
 def query_shape(network: Any, rows: int) -> tuple[int, int, int, int]:
     """[rows, key heads, queries that share a key head, D] of one new token of each row."""
-    attention = text_decoder(network).layers[0].self_attn
+    attention = next(layer.self_attn for layer in text_decoder(network).layers if hasattr(layer, "self_attn"))
     dim = int(attention.head_dim)
-    return rows, (attention.k_proj.stop - attention.k_proj.start) // dim, int(attention.num_key_value_groups), dim
+    return rows, int(attention.k_proj.out_features) // dim, int(attention.num_key_value_groups), dim
 
 
 def weight_addresses(network: Any) -> tuple[int, ...]:
@@ -92,6 +97,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class DecodeLayer(nn.Module):
     """One decoder layer for one new token of each row, over its static cache."""
 
+    attends = True  # has keys and values
+
     def __init__(self, layer: Any, attention_name: str = decode_attention.TORCH) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
@@ -102,7 +109,7 @@ class DecodeLayer(nn.Module):
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.head_dim = int(attention.head_dim)
         self.groups = int(attention.num_key_value_groups)
-        self.heads = (attention.k_proj.stop - attention.k_proj.start) // self.head_dim  # of keys and values
+        self.heads = int(attention.k_proj.out_features) // self.head_dim  # of keys and values
         self.eps = float(layer.input_layernorm.variance_epsilon)
 
     def forward(
@@ -150,12 +157,18 @@ class DecodeStep(nn.Module):
     ) -> None:
         super().__init__()
         decoder = text_decoder(network)
-        self.layers = nn.ModuleList(DecodeLayer(layer, attention_name) for layer in decoder.layers)
-        self.head = DecodeHead(decoder.norm, network.lm_head)
+        layers, self.head = self.parts(network, attention_name)
+        self.layers = nn.ModuleList(layers)
         # In a tuple: these are shared, and moving them is the network's business.
         self._shared = (decoder.embed_tokens, decoder.rotary_emb)
         wrap = compile_part if compile_part is not None else lambda part: part
         self._run, self._finish = [wrap(layer) for layer in self.layers], wrap(self.head)
+
+    def parts(self, network: Any, attention_name: str) -> tuple[list[nn.Module], nn.Module]:
+        """The layers, and the head with its norm."""
+        decoder = text_decoder(network)
+        layers: list[nn.Module] = [DecodeLayer(layer, attention_name) for layer in decoder.layers]
+        return layers, DecodeHead(decoder.norm, network.lm_head)
 
     def forward(
         self,
@@ -166,7 +179,7 @@ class DecodeStep(nn.Module):
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
     ) -> Tensor:
-        """tokens, positions: [B]; slot: [1]; returns logits [B, vocabulary]."""
+        """tokens, positions: [B]; slot: [1]; keys, values: of each layer, or its states; returns logits [B, vocabulary]."""
         embed, rotary = self._shared
         x = embed(tokens)
         angles = positions.float().unsqueeze(-1) * rotary.inv_freq.float()
@@ -193,11 +206,20 @@ class Workspace:
         """growing: the step is given only what is filled, so its shapes change; not for what is compiled or recorded."""
         self.step, self.rows, self.length = step, rows, length
         self.growing, self.filled = growing, 0
-        first: Any = step.layers[0]
+        layers: list[Any] = list(step.layers)
+        attending = [layer for layer in layers if layer.attends]
         # One piece of memory for all layers: a prefix is copied in or out in one go.
-        shape = (2, len(step.layers), rows, first.heads, length, first.head_dim)
+        shape = (2, len(attending), rows, attending[0].heads, length, attending[0].head_dim)
         self.kept = torch.zeros(shape, device=device, dtype=dtype)
-        self.keys, self.values = list(self.kept[0]), list(self.kept[1])
+        self.attends = [layer.attends for layer in layers]
+        places = iter(zip(*self.kept, strict=True))
+        of_layers = [
+            next(places)
+            if layer.attends
+            else [torch.zeros(size, device=device, dtype=kind) for size, kind in layer.states(rows, dtype)]
+            for layer in layers
+        ]
+        self.keys, self.values = ([pair[place] for pair in of_layers] for place in (0, 1))  # or states
         self.bias = torch.full((rows, 1, 1, length), float("-inf"), device=device, dtype=dtype)
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, dtype=torch.long, device=device)
@@ -211,16 +233,18 @@ class Workspace:
         self.prefills: dict[tuple[int, int], Any] = {}  # recordings that write into these buffers
 
     def nbytes(self) -> int:
-        return self.kept.nbytes
+        states = zip(self.keys, self.values, self.attends, strict=True)
+        return self.kept.nbytes + sum(first.nbytes + second.nbytes for first, second, attends in states if not attends)
 
     def begin(self, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, positions: Tensor) -> None:
-        """Continue after a prefill. keys, values: per layer [B or 1, heads, T, D]; mask: [B, T] of 0/1 (left padding).
+        """Continue after a prefill. keys, values: per layer [B or 1, heads, T, D], or its states; mask: [B, T] of 0/1
+        (left padding).
 
         positions: [B] rotary position of the next token.
         """
         filled = mask.shape[1]
-        for mine, theirs in zip((*self.keys, *self.values), (*keys, *values), strict=True):
-            mine[:, :, :filled].copy_(theirs)
+        for mine, theirs, attends in zip((*self.keys, *self.values), (*keys, *values), 2 * self.attends, strict=True):
+            (mine[:, :, :filled] if attends else mine).copy_(theirs)
         self.bias.fill_(float("-inf"))
         self.bias[:, 0, 0, :filled].masked_fill_(mask.bool(), 0.0)
         self.positions.copy_(positions)
@@ -233,7 +257,13 @@ class Workspace:
         if self.growing:
             self.filled += 1
             bias = bias[..., : self.filled]
-            keys, values = ([kept[:, :, : self.filled] for kept in both] for both in (keys, values))
+            keys, values = (
+                [
+                    part[:, :, : self.filled] if attends else part
+                    for part, attends in zip(both, self.attends, strict=True)
+                ]
+                for both in (keys, values)
+            )
         logits = self.step(self.tokens, self.positions, self.slot, bias, keys, values)
         self.positions.add_(1)
         self.slot.add_(1)

@@ -45,6 +45,34 @@ class PackedExperts(nn.Module):
         return result
 
 
+def chosen_experts(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """What a mixture makes of a few rows, without waiting for the device to say which experts were chosen.
+
+    experts: `PackedExperts`, or the library's where they are `packable`. x: [rows, hidden]; chosen, weights: [rows, any].
+    """
+    rows, count = chosen.shape
+    wanted = chosen.flatten()
+    given = x.repeat_interleave(count, 0).unsqueeze(-1)
+    if isinstance(experts, PackedExperts):
+        gate_up = [_some(layer, wanted, experts.count) for layer in experts.gate_up]
+        down = _some(experts.down, wanted, experts.count)
+    else:
+        gate_up, down = [experts.gate_up_proj[wanted]], experts.down_proj[wanted]
+    made = [(part.to(x.dtype) @ given).squeeze(-1) for part in gate_up]
+    gate, up = made if len(made) == 2 else made[0].chunk(2, dim=-1)
+    inner = (experts.act_fn(gate) * up).unsqueeze(-1)
+    outputs = (down.to(x.dtype) @ inner).view(rows, count, -1)
+    return (outputs * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+def _some(layer: Any, wanted: Tensor, count: int) -> Tensor:
+    """The weights of some experts of a packed layer, [experts, outputs, inputs] float32."""
+    outputs = layer.out_features // count
+    rows = (wanted.unsqueeze(1) * outputs + torch.arange(outputs, device=wanted.device)).flatten()
+    found: Tensor = layer.some(rows)
+    return found.view(len(wanted), outputs, -1)
+
+
 def packable(part: nn.Module) -> bool:
     """Whether `part` is a layer's experts as the library computes them: [experts, 2 x inner, hidden] and [experts, hidden,
     inner], no biases, the usual gate. Older releases have another order, and a few models a gate of their own."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .decode_products import TOLERANCE, Part, Product, Unfit, tuned
-from .decoding import DecodeStep, text_decoder
+from .decoding import DENSE_MODELS, DecodeStep, text_decoder
 
 log = logging.getLogger("hotpath.vision_language")
 
@@ -23,7 +23,9 @@ AT_LEAST = 0.9  # of the speed of torch's products with plain weights, all toget
 
 
 def why_not(network: Any, rows: int, device: torch.device, dtype: torch.dtype) -> str:
-    """Why the kernels cannot run the step of `network`, which `decoding` supports; '' when they can."""
+    """Why the kernels cannot run the step of `network`, which has a static one; '' when they can."""
+    if network.config.model_type not in DENSE_MODELS:
+        return f"{network.config.model_type} is not one of the dense Qwen decoders"
     if rows != 1:
         return f"our kernels take one row, not {rows}"
     if device.type != "cuda":

@@ -20,7 +20,7 @@ from .. import host
 from ..host.compiling import compiled_call, inductor
 from ..host.errors import first_line, is_out_of_memory
 from ..host.interruption import is_stop
-from . import decode_attention, decoding, fused_decode, replayed_prefill, rotary
+from . import decode_attention, decoding, fused_decode, mixed_decoding, replayed_prefill, rotary
 from .decode_path import GRAPHS, DecodePath, simpler
 from .encoder_outputs import given
 from .loaded_model import LoadedModel, graph_memory
@@ -119,7 +119,7 @@ def workspace(
             steps[style] = fused_decode.step_of(model.network, attention)
     elif style not in steps:
         compile_part = compiler(backend) if path.name == "compiled" else None
-        steps[style] = decoding.DecodeStep(model.network, compile_part, attention)
+        steps[style] = mixed_decoding.step_of(model.network, compile_part, attention)
     made = decoding.Workspace(steps[style], rows, length, model.device, model.dtype, growing=path.name == "static")
     notes = [steps[style].note, f"attention {attention}, {why}" if why else ""]
     made.note = "; ".join(note for note in notes if note)
@@ -211,7 +211,7 @@ def start(
     graphs = model.device.type == "cuda" and path.name in GRAPHS
     note = ""
     if graphs and len(prompts) == 1 and answers == 1 and kept:
-        if reason := failed.get("replayed prefill") or replayed_prefill.too_long(prompts[0].length):
+        if reason := failed.get("replayed prefill") or replayed_prefill.why_not(model, prompts[0].length):
             note = f"the library's, because {reason}"
         elif found := _replayed(model, path, prompts[0], new_tokens, use_prefix, timing):
             return found

@@ -210,12 +210,22 @@ class LoadedModel:
         return str(getattr(self.config, "_attn_implementation", "sdpa"))
 
     def cache_bytes(self, tokens: int, rows: int = 1) -> int:
-        """Bytes of keys and values for `tokens` positions of `rows` sequences, at the length of their bucket."""
+        """Bytes of keys, values and states for `tokens` positions of `rows` sequences, at the length of their bucket."""
         text = self.text_config
         heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         length = decoding.bucket_length(tokens)
-        return 2 * int(text.num_hidden_layers) * int(heads) * int(dim) * length * rows * self.dtype.itemsize
+        linear = (getattr(text, "layer_types", None) or []).count("linear_attention")
+        states = 0
+        if linear:
+            keys, values = (
+                int(getattr(text, f"linear_num_{part}_heads")) * int(getattr(text, f"linear_{part}_head_dim"))
+                for part in ("key", "value")
+            )
+            seen = (2 * keys + values) * int(text.linear_conv_kernel_dim) * self.dtype.itemsize
+            states = linear * rows * (seen + int(text.linear_key_head_dim) * values * torch.float32.itemsize)
+        attending = int(text.num_hidden_layers) - linear
+        return 2 * attending * int(heads) * int(dim) * length * rows * self.dtype.itemsize + states
 
     # memory
     def room(

@@ -37,8 +37,9 @@ class Prefilled:
     reused: int = 0  # tokens whose keys and values came from the prefix cache
 
     def layers(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values per layer, [B, heads, T, D]."""
-        return [layer.keys for layer in self.cache.layers], [layer.values for layer in self.cache.layers]
+        """Keys and values per layer, [B, heads, T, D]; of linear attention its inputs and its state."""
+        both = [_kept(layer) for layer in self.cache.layers]
+        return [first for first, _ in both], [second for _, second in both]
 
     def repeated(self, rows: int) -> Prefilled:
         """The same question `rows` times, for several answers to it."""
@@ -53,6 +54,15 @@ class Prefilled:
             self.positions.repeat_interleave(rows, 0),
             self.reused,
         )
+
+
+def _kept(layer: Any) -> tuple[Tensor, Tensor]:
+    """What a layer of the library's cache holds. Later releases number the states of a layer."""
+    if not hasattr(layer, "recurrent_states"):
+        return layer.keys, layer.values
+    both = (layer.conv_states, layer.recurrent_states)
+    first, second = (part[0] if isinstance(part, dict) else part for part in both)
+    return first, second
 
 
 @dataclass(frozen=True)

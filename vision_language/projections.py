@@ -28,6 +28,10 @@ class Rows(nn.Module):
         self.start, self.stop = start, stop
 
     @property
+    def out_features(self) -> int:
+        return self.stop - self.start
+
+    @property
     def merged(self) -> Any:
         return self._merged[0]
 

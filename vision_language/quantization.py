@@ -124,6 +124,10 @@ class ScaledLinear(nn.Module):
             y = in_parts(self._unpacked, x, start, stop, self.in_features)
         return y if self.bias is None else y + self.bias[start:stop]
 
+    def some(self, rows: Tensor) -> Tensor:
+        """The weights of `rows`, float32."""
+        return self.weight[rows].float() * self.scale[rows].float().unsqueeze(1)
+
     @property
     def matrix(self) -> PackedMatrix:
         """For kernels that unpack while they multiply."""
@@ -175,6 +179,13 @@ class Int4Linear(nn.Module):
         return PackedMatrix(
             self.weight, self.scale, self.out_features, self.in_features, self.group, low=self.low, plane=4
         )
+
+    def some(self, rows: Tensor) -> Tensor:
+        """The weights of `rows`, float32."""
+        packed = self.weight[rows]
+        codes = torch.stack((packed & 15, packed >> 4), dim=2).view(len(packed), -1, self.group)
+        scale, low = self.scale[rows].float().unsqueeze(2), self.low[rows].float().unsqueeze(2)
+        return (codes * scale + low).flatten(1)[:, : self.in_features]
 
     def codes(self, start: int, stop: int) -> Tensor:
         """0 to 15, uint8 [stop - start, inputs with what fills the last group]."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import host
 from ..host.capturing import captured
 from . import decode_products, fused_decode
-from .decoding import Workspace, bucket_length, rms_norm, rotate, text_decoder
+from .decoding import DENSE_MODELS, Workspace, bucket_length, rms_norm, rotate, text_decoder
 from .embeddings import VisualFeatures, VisualItem
 from .encoder_outputs import on_device
 from .loaded_model import LoadedModel
@@ -50,8 +50,10 @@ def reach(positions: int, length: int) -> int:
     return min(bucket_length(positions), length)
 
 
-def too_long(tokens: int) -> str:
+def why_not(model: LoadedModel, tokens: int) -> str:
     """Why a question of so many tokens is not replayed; '' when it is."""
+    if model.model_type not in DENSE_MODELS:
+        return f"{model.model_type} is not one of the dense Qwen decoders"
     return f"it has more than {LONGEST:,} tokens" if tokens > LONGEST else ""
 
 

@@ -1,4 +1,4 @@
-"""Models of the same shape beside the three: hybrid and mixture-of-experts decoders take the plain path."""
+"""Models of the same shape beside the three: hybrid and mixture-of-experts decoders, as the library answers."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_mixture_of_experts_answers_packed(llm, ask, pictures, method):
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_5"])
-def test_they_answer_on_the_plain_path_from_the_cache(llm, ask, counter, pictures, kind):
+def test_they_answer_from_the_cache(llm, ask, counter, pictures, kind):
     transformers = pytest.importorskip("transformers")
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -92,7 +92,7 @@ def test_they_answer_on_the_plain_path_from_the_cache(llm, ask, counter, picture
     model = MODELS.get(kind, LoadOptions())
     question = Question("Describe.", "Be brief.", (pictures.a, pictures.b))
     first = ask(model, question, decode="static")
-    assert f"plain, because {kind} is not one of the dense" in first.report
+    assert "static cache" in first.report or "in another way" in first.report
     calls = counter(model)
     again = ask(model, question)
     assert calls.take() == (0, 0, 0) and again.raw == first.raw

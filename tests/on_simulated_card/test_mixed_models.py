@@ -1,0 +1,56 @@
+"""Decoders with experts and with linear attention on a card: recorded, they write what the plain path writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hotpath.vision_language.loaded_model import LoadOptions
+from hotpath.vision_language.loading import MODELS
+from newer_models import newer_folder
+from test_fused_decode import ask
+
+
+@pytest.fixture
+def load_mixed(headless_host: Any) -> Iterator[Any]:
+    from hotpath.cache import clear_all
+
+    folder = headless_host.model_folders("LLM")[0]
+    folder.mkdir(parents=True)
+    clear_all()
+
+    def load(kind: str, **options: Any) -> Any:
+        newer_folder(folder / kind, kind, num_hidden_layers=2)
+        model = MODELS.get(kind, LoadOptions(dtype="float32", **options), must_see=False)
+        model.network.set_experts_implementation("eager")  # the library's other one counts whole numbers as no CPU can
+        return model
+
+    yield load
+    MODELS.clear()
+    clear_all()
+
+
+LONG = [pytest.param(*case, marks=pytest.mark.long) for case in (("qwen2_moe", "none"), ("qwen3_moe", "float8"))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization"), [("qwen3_5", "none"), ("qwen3_5_moe", "int4"), ("qwen3_vl_moe", "none"), *LONG]
+)
+def test_recorded_they_write_what_the_plain_path_writes(
+    card: Any, load_mixed: Any, kind: str, quantization: str
+) -> None:
+    model = load_mixed(kind, quantization=quantization)
+    wanted = ask(model, "plain", 6)
+    card.replays = 0
+    made = ask(model, "graph", 6)
+    assert made.raw == wanted.raw and len(set(made.raw)) > 1
+    assert "static cache, one CUDA graph" in made.report and card.replays >= 5
+    graphs = card.graphs
+    assert ask(model, "graph", 6).raw == wanted.raw and card.graphs == graphs
+    waits = []
+    for tokens in (3, 6):
+        card.waits.clear()
+        ask(model, "graph", tokens)
+        waits.append(list(card.waits))
+    assert waits[0] == waits[1]  # none while text is written
