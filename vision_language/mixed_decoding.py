@@ -21,6 +21,7 @@ from .experts import PackedExperts, chosen_experts, packable
 
 EXPERTS = ("qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text")
 MIXED_MODELS = ("qwen3_5", "qwen3_5_text", *EXPERTS)
+LOOKS = ("cpu",)  # devices whose host may look which experts were chosen
 EPSILON = 1e-6  # of the lengths of linear attention's keys and queries
 
 
@@ -181,7 +182,7 @@ def feed_forward(mlp: Any, x: Tensor) -> Tensor:
     if not hasattr(mlp, "experts"):
         made: Tensor = mlp(x)
         return made
-    if x.device.type == "cpu":
+    if x.device.type in LOOKS:
         whole: Tensor = mlp(x.unsqueeze(1))
         return whole.squeeze(1)
     _, weights, chosen = mlp.gate(x)

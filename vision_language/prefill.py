@@ -8,6 +8,7 @@ pictures computes only its own words.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,11 @@ class Prefilled:
 
     def layers(self) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values per layer, [B, heads, T, D]; of linear attention its inputs and its state."""
-        both = [_kept(layer) for layer in self.cache.layers]
+        if hasattr(self.cache, "layers"):
+            both = [_kept(layer) for layer in self.cache.layers]
+        else:
+            pairs = zip(*(zip(*kept, strict=True) for kept in _lists(self.cache)), strict=True)
+            both = [states if keys[0] is None else keys for keys, states in pairs]
         return [first for first, _ in both], [second for _, second in both]
 
     def repeated(self, rows: int) -> Prefilled:
@@ -63,6 +68,20 @@ def _kept(layer: Any) -> tuple[Tensor, Tensor]:
     both = (layer.conv_states, layer.recurrent_states)
     first, second = (part[0] if isinstance(part, dict) else part for part in both)
     return first, second
+
+
+def _lists(cache: Any) -> tuple[tuple[list[Any], list[Any]], tuple[list[Any], list[Any]]]:
+    """(keys and values, states) of all layers in a cache that a kind of models had for itself, None where a layer has none."""
+    return (cache.key_cache, cache.value_cache), (cache.conv_states, cache.recurrent_states)
+
+
+def new_cache(model: LoadedModel) -> Any:
+    """The library's, empty. Before transformers 5.5 decoders with linear attention had one of their own."""
+    from transformers import DynamicCache
+
+    known = vars(sys.modules[type(decoding.text_decoder(model.network)).__module__])
+    own = [part for name, part in known.items() if name.endswith("DynamicCache") and part is not DynamicCache]
+    return own[0](config=model.text_config) if own else DynamicCache(config=model.config)
 
 
 @dataclass(frozen=True)
@@ -149,8 +168,6 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
     use_prefix: look for, and keep, the keys and values of the pictures; only for one prompt, and only for decoders
     whose cache holds every position.
     """
-    from transformers import DynamicCache
-
     items = [item for prompt in prompts for item in prompt.items]
     ids, mask, kinds = left_padded(prompts, model.pad_id)
     positions, following = rotary_positions(model, ids, mask, kinds, items)
@@ -160,7 +177,7 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
     positions, following = positions.to(device), following.to(device)
     key = prefix_key(model, prompts[0]) if use_prefix and len(prompts) == 1 else ""
     known = prefix_cache(model).get(key) if key else None
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model)
     start = 0
     if known is not None:
         for layer, (keys, values) in enumerate(zip(*known.kept, strict=True)):

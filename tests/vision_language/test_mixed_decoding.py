@@ -70,6 +70,31 @@ def test_text_is_the_plain_paths(mixed, ask, pictures, kind):
     assert [part.raw for part in several] == [part.raw for part in singles]
 
 
+@pytest.mark.parametrize(("kind", "method"), [("qwen3_5", "none"), ("qwen3_5_moe", "float8"), ("qwen3_vl_moe", "none")])
+def test_a_kind_of_layer_is_one_graph(mixed, pictures, kind, method, monkeypatch):
+    """As a card compiles it: whole layers, the experts that were chosen among them, once for all that are alike."""
+    monkeypatch.setattr(mixed_decoding, "LOOKS", ())
+    monkeypatch.setattr("hotpath.vision_language.projections.pack_products", lambda network: 0)
+    model = mixed(kind, quantization=method)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    filled = prefill(model, prompts(model, pictures)[:1])
+    compiled = DecodePath("compiled", "")
+    buffers = workspace(model, compiled, 1, 600, backend=backend)
+    plain = workspace(model, STATIC, 1, 600)
+    for space in (buffers, plain):
+        space.begin(*filled.layers(), filled.mask, filled.positions)
+    with torch.no_grad():
+        for token in (5, 77, 8):
+            found, wanted = (space.run(torch.tensor([token])) for space in (buffers, plain))
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert len(graphs) == (3 if "3_5" in kind else 2)  # the head is one
+
+
 @pytest.mark.parametrize("method", ["none", "int8", "int4", "float8"])
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen2_moe"])
 def test_a_card_reads_the_experts_that_were_chosen(mixed, kind, method):
