@@ -19,9 +19,8 @@ from . import decode_attention
 from .decoding import rms_norm
 from .gguf.linears import StackedLinear, UnpackedLinear
 from .packed_matrix import PackedMatrix
+from .packed_products import CONFIGS, configs
 
-CONFIGS = ((4, 1024, 4), (8, 512, 4), (4, 512, 2), (2, 2048, 4))  # outputs of a program, inputs at a time, warps
-SHORT_CONFIGS = ((4, 1024, 4), (8, 1024, 4), (4, 2048, 4), (8, 512, 2))  # of several codes to a byte
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest number
 Config = tuple[int, int, int]
 
@@ -59,7 +58,7 @@ class Part:
 
     @property
     def configs(self) -> Sequence[Config]:
-        return SHORT_CONFIGS if not self.plain and self.matrix.plane < 8 else CONFIGS
+        return CONFIGS if self.plain else configs(self.matrix)
 
     def __call__(
         self,

@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import host
 from ..host.streamed_layers import nbytes
+from .packed_matrix import plain_matrix
+from .packed_products import chosen_product
 from .projections import rows_of
 from .quantization import Int4Linear, Int4OnCpu, ScaledLinear, pack
 
@@ -52,25 +55,29 @@ def chosen_experts(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> 
     """
     rows, count = chosen.shape
     wanted = chosen.flatten()
-    given = x.repeat_interleave(count, 0).unsqueeze(-1)
     if isinstance(experts, PackedExperts):
-        gate_up = [_some(layer, wanted, experts.count) for layer in experts.gate_up]
-        down = _some(experts.down, wanted, experts.count)
+        number, gate_up, down = experts.count, list(experts.gate_up), experts.down
     else:
-        gate_up, down = [experts.gate_up_proj[wanted]], experts.down_proj[wanted]
-    made = [(part.to(x.dtype) @ given).squeeze(-1) for part in gate_up]
-    gate, up = made if len(made) == 2 else made[0].chunk(2, dim=-1)
-    inner = (experts.act_fn(gate) * up).unsqueeze(-1)
-    outputs = (down.to(x.dtype) @ inner).view(rows, count, -1)
+        number, gate_up, down = len(experts.down_proj), [experts.gate_up_proj], experts.down_proj
+    if len(gate_up) == 1:
+        inner = _chosen(gate_up[0], number, x, wanted, gated=True)
+    else:
+        gate, up = (_chosen(part, number, x, wanted) for part in gate_up)
+        inner = F.silu(gate) * up
+    outputs = _chosen(down, number, inner, wanted).view(rows, count, -1)
     return (outputs * weights.unsqueeze(-1)).sum(1).to(x.dtype)
 
 
-def _some(layer: Any, wanted: Tensor, count: int) -> Tensor:
-    """The weights of some experts of a packed layer, [experts, outputs, inputs] float32."""
-    outputs = layer.out_features // count
+def _chosen(stored: Any, number: int, x: Tensor, wanted: Tensor, gated: bool = False) -> Tensor:
+    """`packed_products.chosen_product` with a layer, or with the library's tensor [experts, outputs, inputs]."""
+    if isinstance(stored, Tensor):
+        return chosen_product(plain_matrix(stored.flatten(0, 1)), number, x, wanted, gated)
+    if stored.kernel_reads:
+        return chosen_product(stored.matrix, number, x, wanted, gated)
+    outputs = stored.out_features // number
     rows = (wanted.unsqueeze(1) * outputs + torch.arange(outputs, device=wanted.device)).flatten()
-    found: Tensor = layer.some(rows)
-    return found.view(len(wanted), outputs, -1)
+    weights = plain_matrix(stored.some(rows).to(x.dtype))
+    return chosen_product(weights, len(wanted), x, torch.arange(len(wanted), device=wanted.device), gated)
 
 
 def packable(part: nn.Module) -> bool:

@@ -29,8 +29,7 @@ def _pairs(
     """Every other code of so many bits, and those between, uint8 [outputs, groups, WIDTH]. Codes lie side by side in bytes."""
     SHARING: tl.constexpr = 4 // BITS  # pairs in a byte
     place = first_group * (WIDTH // SHARING) + tl.arange(0, BLOCK_G * WIDTH // SHARING)
-    # 64 bits: an output head may have more than 2^31 weights.
-    at = output.to(tl.int64)[:, None] * stride + place[None, :]
+    at = output[:, None] * stride + place[None, :]
     held = asked[:, None] & (place < stride)[None, :]
     codes = tl.load(CODES + at, mask=held, other=0, eviction_policy="evict_first")
     if BITS == 2:
@@ -62,7 +61,7 @@ def _numbers(
         return lower.to(tl.float32), upper.to(tl.float32)
     else:
         place = first_group * GROUP + tl.arange(0, BLOCK_G * GROUP)
-        at = output.to(tl.int64)[:, None] * stride + place[None, :]
+        at = output[:, None] * stride + place[None, :]
         held = asked[:, None] & (place < stride)[None, :]
         codes = tl.load(CODES + at, mask=held, other=0, eviction_policy="evict_first")
         if FLOATS:
@@ -125,16 +124,23 @@ def _add(
 
 @triton.jit
 def _packed_product(
-    X, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, BIAS, NORM, ADDED, RESULT,
-    outputs, inputs, stride, high_stride, groups, eps, factor,
-    NORMED: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, BIASED: tl.constexpr,
+    X, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, BIAS, NORM, ADDED, CHOSEN, RESULT,
+    outputs, inputs, stride, high_stride, groups, sharing, eps, factor,
+    NORMED: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, BIASED: tl.constexpr, CHOOSES: tl.constexpr,
     GROUP: tl.constexpr, SCALED_ROWS: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr,
     SCALES: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = GROUP // 2 if PLANE < 8 else GROUP
+    ROW_SCALES: tl.constexpr = not SCALES and PLANE == 8
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     asked = output < outputs
+    row = output.to(tl.int64)  # 64 bits: an output head may have more than 2^31 weights
+    if CHOOSES:
+        slot = tl.program_id(1)
+        row += tl.load(CHOSEN + slot).to(tl.int64) * (2 * outputs if GATED else outputs)
+        X += slot // sharing * inputs
+        RESULT += slot * outputs
     total = tl.zeros((BLOCK_N, BLOCK_G, WIDTH), tl.float32)
     other = tl.zeros((BLOCK_N, BLOCK_G, WIDTH), tl.float32)
     squares = tl.zeros((BLOCK_G, GROUP), tl.float32)
@@ -151,19 +157,19 @@ def _packed_product(
         else:
             first, second = x, x
         total = _add(
-            total, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, output, first_group, asked, stride, high_stride, groups,
+            total, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, row, first_group, asked, stride, high_stride, groups,
             first, second,
             GROUP, SCALED_ROWS, PLANE, HIGH_BITS, FLOATS, SCALES, LOWS, UNITS, TABLED, FIRST, BLOCK_N, BLOCK_G,
         )  # fmt: skip
         if GATED:
             other = _add(
-                other, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, output + outputs, first_group, asked, stride,
+                other, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, row + outputs, first_group, asked, stride,
                 high_stride, groups, first, second,
                 GROUP, SCALED_ROWS, PLANE, HIGH_BITS, FLOATS, SCALES, LOWS, UNITS, TABLED, FIRST, BLOCK_N, BLOCK_G,
             )  # fmt: skip
     made = tl.sum(tl.sum(total, 2), 1) * factor
-    if not SCALES:
-        made *= tl.load(SCALE + output, mask=asked, other=0.0).to(tl.float32)
+    if ROW_SCALES:
+        made *= tl.load(SCALE + row, mask=asked, other=0.0).to(tl.float32)
     if NORMED:
         normed = 1.0 / tl.sqrt(tl.sum(tl.sum(squares, 1), 0) / inputs + eps)
         made *= normed
@@ -171,8 +177,8 @@ def _packed_product(
         made += tl.load(BIAS + output, mask=asked, other=0.0).to(tl.float32)
     if GATED:
         up = tl.sum(tl.sum(other, 2), 1) * factor
-        if not SCALES:
-            up *= tl.load(SCALE + output + outputs, mask=asked, other=0.0).to(tl.float32)
+        if ROW_SCALES:
+            up *= tl.load(SCALE + row + outputs, mask=asked, other=0.0).to(tl.float32)
         if NORMED:
             up *= normed
         made = made / (1.0 + tl.exp(-made)) * up
@@ -188,7 +194,7 @@ def _unpack(
     SCALES: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    output = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     asked = output < outputs
     first_group = tl.program_id(0) * BLOCK_G
     lower, upper = _numbers(
@@ -209,7 +215,7 @@ def _unpack(
         made = tl.join(made, other)
     made = tl.reshape(made, (BLOCK_N, BLOCK_G * GROUP))
     place = first_group * GROUP + tl.arange(0, BLOCK_G * GROUP)
-    at = output.to(tl.int64)[:, None] * inputs + place[None, :]
+    at = output[:, None] * inputs + place[None, :]
     tl.store(RESULT + at, made.to(RESULT.dtype.element_ty), mask=asked[:, None] & (place < inputs)[None, :])
 
 
@@ -223,18 +229,25 @@ def packed_product(
     eps: float = 0.0,
     added: Tensor | None = None,
     gated: bool = False,
+    chosen: Tensor | None = None,
 ) -> None:
-    """`fused_decode_kernel.product` for packed weights, one launch. config: outputs of a program, inputs at a time, warps."""
+    """`fused_decode_kernel.product` for packed weights, one launch. config: outputs of a program, inputs at a time, warps.
+
+    chosen: [slots] experts, of each of which the matrix has so many outputs; x: [rows, inputs], a row for as many slots; result:
+    [slots, outputs].
+    """
     outputs = matrix.outputs // 2 if gated else matrix.outputs
     block_n, block_k, warps = config
     form = form_of(matrix)
     groups = triton.cdiv(matrix.inputs, form["GROUP"])
     block_g = max(1, block_k // form["GROUP"])
-    around = [x if part is None else part for part in (bias, norm, added)]  # what is not read may be anything
-    _packed_product[(triton.cdiv(outputs, block_n),)](
-        x, *_stored(matrix), *around, result, outputs, *_sizes(matrix, groups), eps, FLOAT8_SCALE if matrix.floats else 1.0,
-        NORMED=norm is not None, GATED=gated, ADDS=added is not None, BIASED=bias is not None, **form,
-        BLOCK_N=block_n, BLOCK_G=block_g, STEPS=triton.cdiv(groups, block_g), num_warps=warps, **FUSES,
+    around = [x if part is None else part for part in (bias, norm, added, chosen)]  # what is not read may be anything
+    slots = 1 if chosen is None else len(chosen)
+    _packed_product[(triton.cdiv(outputs, block_n), slots)](
+        x, *_stored(matrix), *around, result, outputs, *_sizes(matrix, groups), 1 if chosen is None else slots // len(x), eps,
+        FLOAT8_SCALE if matrix.floats else 1.0,
+        NORMED=norm is not None, GATED=gated, ADDS=added is not None, BIASED=bias is not None, CHOOSES=chosen is not None,
+        **form, BLOCK_N=block_n, BLOCK_G=block_g, STEPS=triton.cdiv(groups, block_g), num_warps=warps, **FUSES,
     )  # fmt: skip
 
 

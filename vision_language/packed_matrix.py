@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+PLAIN = 16  # as `plane`: weights that are numbers as they lie
 
-@dataclass(frozen=True)
-class PackedMatrix:
+
+class PackedMatrix(NamedTuple):
     """A weight is (code + first) * scale + low, or table[code] * scale.
 
     codes: [outputs, any]; int8, float8's bytes as uint8 (`floats`), or the lower 2 or 4 bits (`plane`) of codes side by side in
@@ -56,29 +56,98 @@ class PackedMatrix:
             self.scale.dtype, self.sharing, self.lows, self.table is not None,
         )  # fmt: skip
 
-    def rows(self, start: int, stop: int) -> PackedMatrix:
-        """Some outputs of it; start: where its scales begin."""
-        scaled, own = slice(start // self.scaled_rows, -(-stop // self.scaled_rows)), slice(start, stop)
-        parts: dict[str, Any] = {
-            "scale": self.scale[scaled],
-            "low": None if self.low is None else self.low[scaled],
-            "codes": self.codes[own],
-            "high": None if self.high is None else self.high[own],
-            "unit": None if self.unit is None else self.unit[own],
-            "low_unit": None if self.low_unit is None else self.low_unit[own],
-        }
-        return replace(self, outputs=stop - start, **parts)
-
     @property
     def nbytes(self) -> int:
         """What a product reads."""
-        return sum(
-            part.nbytes
-            for part in (self.codes, self.high, self.scale, self.low, self.unit, self.low_unit)
-            if part is not None
+        scale = None if self.plane == PLAIN else self.scale
+        parts = (self.codes, self.high, scale, self.low, self.unit, self.low_unit)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def rows(self, start: int, stop: int) -> PackedMatrix:
+        """Some outputs of it; start: where its scales begin."""
+        scaled = slice(start // self.scaled_rows, -(-stop // self.scaled_rows))
+        return self._cut(slice(start, stop), scaled, stop - start)
+
+    def take(self, rows: Tensor | slice) -> PackedMatrix:
+        """Any outputs of it, where each has scales of its own."""
+        count = len(rows) if isinstance(rows, Tensor) else len(range(self.outputs)[rows])
+        return self._cut(rows, rows, count)
+
+    def _cut(self, own: Any, scaled: Any, count: int) -> PackedMatrix:
+        return self._replace(
+            codes=self.codes[own],
+            scale=self.scale[scaled],
+            outputs=count,
+            high=None if self.high is None else self.high[own],
+            low=None if self.low is None else self.low[scaled],
+            unit=None if self.unit is None else self.unit[own],
+            low_unit=None if self.low_unit is None else self.low_unit[own],
         )
+
+    def whole(self) -> Tensor:
+        """The codes of planes, uint8 [outputs, inputs and what fills the last group]."""
+        lower = apart(self.codes, self.plane)
+        return lower if self.high is None else lower | (apart(self.high, self.high_bits) << self.plane)
+
+    def scales(self) -> tuple[Tensor, Tensor | None]:
+        """(scale, low) of groups as numbers, float32."""
+        scale, low = self.scale, self.low
+        if low is None and self.low_unit is not None:
+            scale, low = scale & 15, scale >> 4
+        return _times(scale, self.unit), None if low is None else _times(low, self.low_unit)
+
+    def dense(self) -> Tensor:
+        """The weights by torch's operators, float32 [outputs, inputs]: the reference of the kernels."""
+        if self.plane == PLAIN:
+            return self.codes.float()
+        if self.plane < 8:
+            codes = self.whole()
+            if self.table is not None:
+                codes = self.table.index_select(0, codes.flatten().int()).view(codes.shape)
+        else:
+            codes = self.codes.view(torch.float8_e4m3fn) if self.floats else self.codes
+        made = codes.float()
+        if not self.group:
+            return made * self.scale.float().unsqueeze(1)
+        scale, low = self.scales()
+        if self.scaled_rows > 1:
+            scale = scale.repeat_interleave(self.scaled_rows, dim=0)[: self.outputs]
+        made = torch.nn.functional.pad(made, (0, scale.shape[1] * self.group - made.shape[1]))
+        made = made.view(self.outputs, scale.shape[1], self.group)
+        if self.first:
+            made = made + self.first
+        made = made * scale.unsqueeze(2)
+        if low is not None:
+            made = made + low.unsqueeze(2)
+        return made.flatten(1)[:, : self.inputs]
+
+
+def plain_matrix(weight: Tensor) -> PackedMatrix:
+    """Weights that are numbers, [outputs, inputs]."""
+    return PackedMatrix(weight, weight, weight.shape[0], weight.shape[1], plane=PLAIN)
 
 
 def bytes_of(codes: Tensor) -> Tensor:
     """float8 as the bytes that it is."""
     return codes if codes.dtype in (torch.int8, torch.uint8) else codes.view(torch.uint8)
+
+
+def side_by_side(codes: Tensor, bits: int) -> Tensor:
+    """Numbers of so many bits, uint8 [rows, any], as many to a byte as it holds, the first ones lowest."""
+    made, *others = codes.view(len(codes), -1, 8 // bits).unbind(2)
+    for place, part in enumerate(others, 1):
+        made = made | (part << (bits * place))
+    return made
+
+
+def apart(packed: Tensor, bits: int) -> Tensor:
+    """`side_by_side` undone."""
+    shifts = range(0, 8, bits)
+    return torch.stack([(packed >> shift) & ((1 << bits) - 1) for shift in shifts], dim=2).view(len(packed), -1)
+
+
+def _times(part: Tensor, unit: Tensor | None) -> Tensor:
+    """Scales or lows as numbers, float32."""
+    if unit is None:
+        return part.float()
+    return (part.float().unflatten(1, (unit.shape[1], -1)) * unit.float().unsqueeze(2)).flatten(1)

@@ -22,8 +22,8 @@ from ..products.linear import why_not
 from ..products.rerouting import linear
 from . import cpu_kernels
 from .packed_matrix import PackedMatrix, bytes_of
+from .packed_products import row_product, unpacked
 from .projections import replace
-from .unpacking import unpacked
 
 INT4_GROUP = 64  # inputs that share one scale and one zero point
 NEAR_BYTES, LEAST_ROWS = 4 << 20, 64  # of a matrix that is unpacked on a CPU
@@ -116,6 +116,8 @@ class ScaledLinear(nn.Module):
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        if (made := row_product(self, x, start, stop)) is not None:
+            return made
         if self.weight.dtype == torch.int8 and cpu_kernels.serves(x):
             y = (cpu_kernels.int8_product(x, self.weight[start:stop]) * self.scale[start:stop]).to(x.dtype)
         elif self.weight.dtype == torch.int8 and cpu_kernels.serves_bytes(x):
@@ -124,9 +126,9 @@ class ScaledLinear(nn.Module):
             y = in_parts(self._unpacked, x, start, stop, self.in_features)
         return y if self.bias is None else y + self.bias[start:stop]
 
-    def some(self, rows: Tensor) -> Tensor:
+    def some(self, rows: Tensor | slice) -> Tensor:
         """The weights of `rows`, float32."""
-        return self.weight[rows].float() * self.scale[rows].float().unsqueeze(1)
+        return self.matrix.take(rows).dense()
 
     @property
     def matrix(self) -> PackedMatrix:
@@ -170,6 +172,8 @@ class Int4Linear(nn.Module):
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        if (made := row_product(self, x, start, stop)) is not None:
+            return made
         y = in_parts(self._unpacked, x, start, stop, self.in_features)
         return y if self.bias is None else y + self.bias[start:stop]
 
@@ -180,25 +184,13 @@ class Int4Linear(nn.Module):
             self.weight, self.scale, self.out_features, self.in_features, self.group, low=self.low, plane=4
         )
 
-    def some(self, rows: Tensor) -> Tensor:
+    def some(self, rows: Tensor | slice) -> Tensor:
         """The weights of `rows`, float32."""
-        packed = self.weight[rows]
-        codes = torch.stack((packed & 15, packed >> 4), dim=2).view(len(packed), -1, self.group)
-        scale, low = self.scale[rows].float().unsqueeze(2), self.low[rows].float().unsqueeze(2)
-        return (codes * scale + low).flatten(1)[:, : self.in_features]
-
-    def codes(self, start: int, stop: int) -> Tensor:
-        """0 to 15, uint8 [stop - start, inputs with what fills the last group]."""
-        packed = self.weight[start:stop]
-        return torch.stack((packed & 15, packed >> 4), dim=2).view(stop - start, -1)
+        return self.matrix.take(rows).dense()
 
     def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
-        return product(x, unpacked(self, start, stop, x.dtype, lambda: self._dense(x.dtype, start, stop)))
-
-    def _dense(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
-        codes = self.codes(start, stop).view(stop - start, -1, self.group).to(dtype)
-        scale, low = self.scale[start:stop].to(dtype), self.low[start:stop].to(dtype)
-        return (codes * scale.unsqueeze(2) + low.unsqueeze(2)).view(stop - start, -1)[:, : self.in_features]
+        rows = slice(start, stop)
+        return product(x, unpacked(self, start, stop, x.dtype, lambda: self.some(rows).to(x.dtype)))
 
 
 class Int4OnCpu(nn.Module):
@@ -207,11 +199,10 @@ class Int4OnCpu(nn.Module):
     weight: Tensor
     groups: Tensor
 
-    def __init__(self, layer: Any, scale: Tensor, low: Tensor) -> None:
-        """layer: an `Int4Linear`, or one like it; scale and low: its own."""
+    def __init__(self, layer: Any, codes: Tensor, scale: Tensor, low: Tensor) -> None:
+        """layer: an `Int4Linear`, or one like it; codes: 0 to 15, of all its weights; scale and low: its own."""
         super().__init__()
         self.out_features, self.in_features, self.group = layer.out_features, layer.in_features, layer.group
-        codes = layer.codes(0, layer.out_features)
         packed, groups = cpu_kernels.int4_layout(codes, scale, low)
         self.register_buffer("weight", packed)
         self.register_buffer("groups", groups)
@@ -253,7 +244,7 @@ def pack(linear: nn.Linear, method: str, device: torch.device) -> ScaledLinear |
     packed = Int4Linear(linear)
     fits = packed.out_features % cpu_kernels.STEP == 0 and packed.in_features % packed.group == 0
     if device.type == "cpu" and fits and not cpu_kernels.why_not("int4"):
-        return Int4OnCpu(packed, packed.scale, packed.low)
+        return Int4OnCpu(packed, packed.matrix.whole(), packed.scale, packed.low)
     return packed
 
 

@@ -30,6 +30,14 @@ def card(request: pytest.FixtureRequest) -> Iterator[Any]:
     assert left is None or request.path.name == "test_simulation.py"
 
 
+@pytest.fixture(autouse=True)
+def no_interpreted_decode_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is timed over caches of true length, which takes minutes in the interpreter; its numbers are tested elsewhere."""
+    from hotpath.vision_language import decode_attention
+
+    monkeypatch.setattr(decode_attention, "why_not", lambda *_: "it is tested elsewhere")
+
+
 @pytest.fixture
 def load_llm(headless_host: Any) -> Iterator[Any]:
     """Writes a tiny model of a kind into a folder and loads it from there, in float32, with nothing remembered."""
@@ -59,19 +67,19 @@ def load_fused(load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         decode_products,
         fused_decode,
         packed_decode_kernel,
+        packed_products,
         replayed_prefill,
-        unpacking,
     )
 
     monkeypatch.setattr(fused_decode, "allow_interpreter", True)
-    monkeypatch.setattr(unpacking, "allow_interpreter", True)
+    monkeypatch.setattr(packed_products, "allow_interpreter", True)
     monkeypatch.setattr(packed_decode_kernel, "UNPACKED", (256, 512))
     monkeypatch.setattr(decode_products, "CONFIGS", ((256, 128, 4),))
-    monkeypatch.setattr(decode_products, "SHORT_CONFIGS", ((256, 128, 4),))
+    monkeypatch.setattr(packed_products, "CONFIGS", ((256, 128, 4),))
+    monkeypatch.setattr(packed_products, "SHORT_CONFIGS", ((256, 128, 4),))
     monkeypatch.setattr(fused_decode, "AT_LEAST", 0.0)  # nothing is fast in the interpreter
     monkeypatch.setattr(decode_attention, "CALLS", 1)
     monkeypatch.setattr(decode_attention, "REPLAYS", 1)
-    monkeypatch.setattr(decode_attention, "why_not", lambda *_: "it is tested elsewhere")
     monkeypatch.setattr(replayed_prefill, "fused_layer", replayed_prefill.prefill_layer)
     for forget in (decode_products._chosen.clear, replayed_prefill.kernels_missing.cache_clear):
         forget()

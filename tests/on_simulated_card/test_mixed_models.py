@@ -54,3 +54,28 @@ def test_recorded_they_write_what_the_plain_path_writes(
         ask(model, "graph", tokens)
         waits.append(list(card.waits))
     assert waits[0] == waits[1]  # none while text is written
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantization"), [("qwen3_vl_moe", "none"), pytest.param("qwen3_5_moe", "int4", marks=pytest.mark.long)]
+)
+def test_chosen_experts_are_read_by_a_kernel(
+    card: Any, load_mixed: Any, monkeypatch: pytest.MonkeyPatch, kind: str, quantization: str
+) -> None:
+    import torch
+    from hotpath.vision_language import mixed_decoding, packed_products
+    from hotpath.vision_language.decoding import text_decoder
+
+    for name in ("CONFIGS", "SHORT_CONFIGS"):
+        monkeypatch.setattr(packed_products, name, ((256, 128, 4),))
+    model = load_mixed(kind, quantization=quantization)
+    mlp = text_decoder(model.network).layers[1].mlp
+    with model.resident(100), torch.no_grad():
+        x = torch.randn(2, mlp.gate.hidden_dim, generator=torch.Generator().manual_seed(0)).cuda()
+        wanted = mixed_decoding.feed_forward(mlp, x).cpu()
+        monkeypatch.setattr(packed_products, "allow_interpreter", True)
+        card.launches.clear()
+        found = mixed_decoding.feed_forward(mlp, x).cpu()
+        assert card.launches["triton::_packed_product"] == 2
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert not packed_products._failed

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hotpath.vision_language import fused_decode, unpacking
+from hotpath.vision_language import fused_decode, packed_products
 from hotpath.vision_language.decoding import text_decoder
 from test_fused_decode import ask
 
@@ -102,8 +102,7 @@ def test_prompts_unpack_by_one_launch(card: Any, load_fused: Any, how: str) -> N
         card.launches.clear()
         made = layer(x).cpu()
         assert card.launches["triton::_unpack"] == 1
-        dense = layer.some(slice(None)) if how == "alike" else layer._dense(torch.float32, 0, layer.out_features)
-        torch.testing.assert_close(made, (x @ dense.T).cpu(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(made, (x @ layer.some(slice(None)).T).cpu(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["broken", "wrong"])
@@ -112,7 +111,7 @@ def test_a_kernel_that_does_not_unpack_gives_way(card: Any, load_fused: Any, mon
     from hotpath.vision_language import packed_decode_kernel as kernel
 
     model = load_fused("qwen3", quantization="int4")
-    monkeypatch.setattr(unpacking, "_failed", {})
+    monkeypatch.setattr(packed_products, "_failed", {})
     monkeypatch.setattr(first_results, "_compared", set())
     unpack = kernel.unpack
 
@@ -125,6 +124,8 @@ def test_a_kernel_that_does_not_unpack_gives_way(card: Any, load_fused: Any, mon
     with model.resident(100), torch.no_grad():
         layer = text_decoder(model.network).layers[0].mlp.down_proj
         x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0)).cuda()
-        wanted = (x @ layer._dense(torch.float32, 0, layer.out_features).T).cpu()
+        wanted = (x @ layer.some(slice(None)).T).cpu()
         torch.testing.assert_close(layer(x).cpu(), wanted, atol=1e-4, rtol=1e-4)
-        assert {"broken": "no such instruction", "wrong": "from plain torch's"}[how] in unpacking.why_not(x.device)
+        assert {"broken": "no such instruction", "wrong": "from plain torch's"}[how] in packed_products.why_not(
+            x.device
+        )

@@ -24,7 +24,8 @@ FILES = {
     14: "Q6_K",
 }
 TABLES = {20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4", 40: "NVFP4"}
-FORMS = [FLOATS, WHOLE, FOUR, SQUARES, *FILES, *TABLES]
+LYING = "numbers"
+FORMS = [LYING, FLOATS, WHOLE, FOUR, SQUARES, *FILES, *TABLES]
 AROUND = {
     "plain": {},
     "normed": {"norm": True, "bias": True},
@@ -32,6 +33,24 @@ AROUND = {
     "added": {"added": True},
 }
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class Lying(nn.Module):
+    """Weights that are not packed, as experts may have them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.bias = linear, None
+        self.out_features, self.in_features = linear.weight.shape
+
+    def forward(self, x):
+        return self.linear(x)
+
+    @property
+    def matrix(self):
+        from hotpath.vision_language.packed_matrix import plain_matrix
+
+        return plain_matrix(self.linear.weight)
 
 
 def packed_layer(form, outputs=40, inputs=512):
@@ -51,6 +70,8 @@ def packed_layer(form, outputs=40, inputs=512):
     plain = nn.Linear(inputs - 56, outputs, bias=False)
     with torch.no_grad():
         plain.weight.normal_(generator=torch.Generator().manual_seed(1))
+        if form == LYING:
+            return Lying(plain)
         if form == FOUR:
             return Int4Linear(plain)
         return ScaledLinear(plain, torch.int8 if form == WHOLE else torch.float8_e4m3fn)
@@ -104,6 +125,25 @@ def compare_unpacked(layer, dtype, device="cpu"):
     layer.to("cpu")
 
 
+def compare_chosen(layer, dtype, device="cpu"):
+    """The outputs of a layer as those of four experts, of which three rows chose two each, and of each its own row."""
+    from hotpath.vision_language.packed_decode_kernel import packed_product
+    from hotpath.vision_language.packed_products import by_torch
+
+    whole = layer.matrix
+    of_one, chosen = whole._replace(outputs=whole.outputs // 4), torch.tensor([2, 0, 1, 2, 3, 0])
+    moved = layer.to(device).matrix._replace(outputs=of_one.outputs)
+    generator = torch.Generator().manual_seed(5)
+    for rows, gated in ((3, False), (3, True), (6, False)):
+        x = torch.randn(rows, whole.inputs, generator=generator).to(dtype)
+        made = torch.full((6, of_one.outputs // (2 if gated else 1)), float("nan"), dtype=dtype, device=device)
+        packed_product(x.to(device), moved, made, (16, 256, 4), gated=gated, chosen=chosen.to(device))
+        wanted = by_torch(x.double(), of_one, chosen, None, gated)
+        limit = TOLERANCE[dtype]
+        torch.testing.assert_close(made.double().cpu(), wanted, atol=limit * float(wanted.abs().max()), rtol=limit)
+    layer.to("cpu")
+
+
 INTERPRETED = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/support", sys.argv[2]]
@@ -118,6 +158,8 @@ with torch.no_grad():
         if layer.matrix.group:
             cases.compare_unpacked(layer, torch.float32)
             cases.compare_unpacked(layer, torch.bfloat16)
+        if form != cases.SQUARES:
+            cases.compare_chosen(layer, torch.float32)
 print("equal")
 """
 
@@ -132,28 +174,29 @@ def test_kernels_are_the_layers_numbers_in_the_interpreter():
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", [(40, 512), (6144, 2560), (2560, 9728)])
 def test_products_are_the_layers_on_the_gpu(shape, form, dtype):
-    from hotpath.vision_language import decode_products
+    from hotpath.vision_language import packed_products
 
     with torch.no_grad():
         layer = packed_layer(form, *shape)
-        for config in decode_products.Part(layer).configs:
+        for config in packed_products.configs(layer.matrix):
             for around in AROUND:
                 compare(layer, dtype, around, config, "cuda")
         if layer.matrix.group:
             compare_unpacked(layer, dtype, "cuda")
+        if form != SQUARES:
+            compare_chosen(layer, dtype, "cuda")
 
 
 @pytest.mark.parametrize("form", [WHOLE, FLOATS, FOUR, SQUARES, 8, 10, 11, 12, 13, 14, 23], ids=str)
 def test_products_compile_for_cards_that_are_not_here(form):
     """To machine code by way of Triton's own assembler: codes are read 16 bytes at a time."""
     triton = pytest.importorskip("triton")
-    from hotpath.vision_language import decode_products
     from hotpath.vision_language import packed_decode_kernel as kernel
+    from hotpath.vision_language import packed_products
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    layer = packed_layer(form)
-    matrix = layer.matrix
+    matrix = packed_layer(form).matrix
     constants = kernel.form_of(matrix) | {
         "NORMED": True,
         "GATED": form == 12,
@@ -161,15 +204,15 @@ def test_products_compile_for_cards_that_are_not_here(form):
         "BIASED": False,
         "STEPS": 3,
     }
-    pointers = dict.fromkeys(("X", "BIAS", "NORM", "ADDED", "RESULT", "UNIT", "LOW_UNIT"), "*bf16")
+    pointers = dict.fromkeys(("X", "BIAS", "NORM", "ADDED", "RESULT", "UNIT", "LOW_UNIT"), "*bf16") | {"CHOSEN": "*i64"}
     pointers |= {"CODES": "*i8" if matrix.codes.dtype == torch.int8 else "*u8", "HIGH": "*u8", "TABLE": "*i8"}
     pointers |= dict.fromkeys(("SCALE", "LOW"), "*i8" if matrix.unit is not None else "*fp16")
-    sizes = dict.fromkeys(("outputs", "inputs", "stride", "high_stride", "groups"), "i32")
+    sizes = dict.fromkeys(("outputs", "inputs", "stride", "high_stride", "groups", "sharing"), "i32")
     types = pointers | sizes | {"eps": "fp32", "factor": "fp32"}
     names = kernel._packed_product.arg_names
     divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers | sizes}
     signature = {name: types.get(name, "constexpr") for name in names}
-    block_n, block_k, warps = decode_products.Part(layer).configs[0]
+    block_n, block_k, warps = packed_products.configs(matrix)[0]
     constants |= {"BLOCK_N": block_n, "BLOCK_G": block_k // constants["GROUP"]}
     for card in (80, 90):
         source = ASTSource(kernel._packed_product, signature, constants, divisible)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..packed_matrix import PackedMatrix
+from ..packed_matrix import PackedMatrix, side_by_side
+from ..packed_products import row_product, unpacked
 from ..projections import rows_of
 from ..quantization import in_parts, product
-from ..unpacking import unpacked
 from .blocks import Codes
 from .matrix import Matrix, steps
 
@@ -23,6 +22,7 @@ AT_ONCE = 1 << 24  # weights that are unpacked at a time on a device
 class UnpackedLinear(nn.Module):
     """A layer whose weights are unpacked for every product, some rows at a time."""
 
+    kernel_reads = False
     in_features: int
     out_features: int
     bias: Tensor | None
@@ -31,6 +31,8 @@ class UnpackedLinear(nn.Module):
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        if (made := row_product(self, x, start, stop)) is not None:
+            return made
         y = in_parts(self._unpacked, x, start, stop, self.in_features, AT_ONCE)
         return y if self.bias is None else y + self.bias[start:stop]
 
@@ -70,9 +72,9 @@ class GroupedLinear(UnpackedLinear):
                 counted = codes.values.flatten(1)
                 if self.bits < 8:
                     counted = (counted - self.first).to(torch.uint8)
-                    found["weight"].append(_side_by_side(counted & (1 << self.plane) - 1, self.plane))
+                    found["weight"].append(side_by_side(counted & (1 << self.plane) - 1, self.plane))
                     if self.bits > self.plane:
-                        found["high"].append(_side_by_side(counted >> self.plane, self.bits - self.plane))
+                        found["high"].append(side_by_side(counted >> self.plane, self.bits - self.plane))
                 else:
                     found["weight"].append(counted)
                 for name in ("scale", "low", "unit", "low_unit"):
@@ -104,37 +106,9 @@ class GroupedLinear(UnpackedLinear):
             self.low_unit, self.table, float(self.first), self.plane if self.bits < 8 else 8,
         )  # fmt: skip
 
-    def codes(self, start: int, stop: int) -> Tensor:
-        """[stop - start, inputs]: uint8 from 0 on, of 8 bits int8."""
-        return self.codes_of(slice(start, stop))
-
-    def codes_of(self, rows: Tensor | slice) -> Tensor:
-        packed = self.weight[rows]
-        if self.bits == 8:
-            return packed
-        lower = _apart(packed, self.plane)
-        return lower if self.high is None else lower | (_apart(self.high[rows], self.bits - self.plane) << self.plane)
-
-    def scales_of(self, rows: Tensor | slice) -> tuple[Tensor, Tensor | None]:
-        """(scale, low) of rows, [rows, groups] float32."""
-        scale, low = self.scale[rows], None if self.low is None else self.low[rows]
-        if low is None and self.low_unit is not None:
-            scale, low = scale & 15, scale >> 4
-        return _times(scale, self.unit, rows), None if low is None else _times(low, self.low_unit, rows)
-
     def some(self, rows: Tensor | slice) -> Tensor:
         """The weights of `rows`, float32."""
-        codes = self.codes_of(rows)
-        if self.table is not None:
-            codes = self.table.index_select(0, codes.flatten().int())
-        scale, low = self.scales_of(rows)
-        made = codes.view(*scale.shape, self.group).float()
-        if self.first:
-            made = made + self.first
-        made = made * scale.unsqueeze(2)
-        if low is not None:
-            made = made + low.unsqueeze(2)
-        return made.flatten(1)
+        return self.matrix.take(rows).dense()
 
     def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
         rows = slice(start, stop)
@@ -220,26 +194,6 @@ class StackedLinear(nn.Module):
                 made.append(rows_of(layer, x, first, last))
             begins += size
         return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
-
-
-def _times(part: Tensor, unit: Tensor | None, rows: Tensor | slice) -> Tensor:
-    """Scales or lows of rows as numbers, float32."""
-    if unit is None:
-        return part.float()
-    units = unit[rows].float()
-    return (part.float().unflatten(1, (units.shape[1], -1)) * units.unsqueeze(2)).flatten(1)
-
-
-def _side_by_side(codes: Tensor, bits: int) -> Tensor:
-    """Numbers of so many bits, uint8 [rows, any], as many to a byte as it holds, the first ones lowest."""
-    apart = codes.view(len(codes), -1, 8 // bits).unbind(2)
-    return functools.reduce(torch.bitwise_or, (part << (bits * place) for place, part in enumerate(apart)))
-
-
-def _apart(packed: Tensor, bits: int) -> Tensor:
-    """`_side_by_side` undone."""
-    shifts = range(0, 8, bits)
-    return torch.stack([(packed >> shift) & ((1 << bits) - 1) for shift in shifts], dim=2).view(len(packed), -1)
 
 
 def _codes(matrix: Matrix, rows: Tensor, start: int, units: bool) -> Codes:

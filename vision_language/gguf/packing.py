@@ -117,10 +117,11 @@ class Packer:
             if kept == GROUPED:
                 self._measure(matrices, made.some)
                 return made
-            scale, low = made.scales_of(slice(None))
-            packed = Int4OnCpu(made, scale, scale * made.first if low is None else low)
+            stored = made.matrix
+            codes, (scale, low) = stored.whole(), stored.scales()
+            packed = Int4OnCpu(made, codes, scale, scale * made.first if low is None else low)
             groups = packed.groups.transpose(0, 1).float()
-            self._measure(matrices, lambda rows: _by_kernel(made.codes_of(rows), groups[rows]))
+            self._measure(matrices, lambda rows: _by_kernel(codes[rows], groups[rows]))
             return packed
         whole = [matrix.dense(self.dtype) for matrix in matrices]
         layer = plain_linear(whole.pop() if len(whole) == 1 else torch.cat(whole), bias)

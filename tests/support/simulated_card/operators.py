@@ -109,7 +109,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not given and (target is None or target.type != "cuda"):
         return _on_host(func, args, kwargs, flat)
     if name[0] == "hotpath":
-        return implementations[func._schema.name](*args, **kwargs)
+        with Simulation():  # in them, too, tensors are made on the card
+            return implementations[func._schema.name](*args, **kwargs)
     if func is not ATTENTION and _is_composite(func):
         with Simulation():  # in inference mode these come whole
             return func.decompose(*args, **kwargs)

@@ -243,7 +243,7 @@ def _operators_of_the_pack(_: Card) -> None:
     plain = torch.library.Library.impl
 
     def impl(self: Any, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> Any:
-        if self.ns == "hotpath" and isinstance(op_name, str):
+        if self.ns == "hotpath" and isinstance(op_name, str) and dispatch_key != "Meta":
             implementations[f"hotpath::{op_name.split('::')[-1]}"] = fn
         return plain(self, op_name, fn, dispatch_key, **options)
 

@@ -1,0 +1,158 @@
+"""Products with packed weights on a card: of one row, and of the experts that were chosen for some, by a kernel that unpacks in
+registers; for more rows the weights as numbers, by one launch. What a kernel does not serve is torch's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention.capabilities import on_device, one_line
+from ..attention.first_results import compare
+from .packed_matrix import PackedMatrix
+
+log = logging.getLogger("hotpath.vision_language")
+
+CONFIGS = ((4, 1024, 4), (8, 512, 4), (4, 512, 2), (2, 2048, 4))  # outputs of a program, inputs at a time, warps
+SHORT_CONFIGS = ((4, 1024, 4), (8, 1024, 4), (4, 2048, 4), (8, 512, 2))  # of several codes to a byte
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_failed: dict[torch.device, str] = {}
+
+allow_interpreter = False
+
+
+def row_product(layer: Any, x: Tensor, start: int, stop: int) -> Tensor | None:
+    """x [..., inputs] times the outputs start to stop of a layer with a `matrix`, and their bias; None where x is more than one
+    row, or torch multiplies."""
+    if x.device.type != "cuda" or x.numel() != layer.in_features or not layer.kernel_reads:
+        return None
+    if not torch.compiler.is_compiling() and (x.dtype not in DTYPES or why_not(x.device)):
+        return None
+    matrix: PackedMatrix = layer.matrix
+    if (start, stop) != (0, layer.out_features):
+        matrix = matrix.rows(start, stop)
+    bias = None if layer.bias is None else layer.bias[start:stop]
+    made: Tensor = torch.ops.hotpath.packed_product(x.reshape(1, -1), None, bias, False, *matrix)
+    return made.view(*x.shape[:-1], stop - start)
+
+
+def chosen_product(matrix: PackedMatrix, count: int, x: Tensor, chosen: Tensor, gated: bool = False) -> Tensor:
+    """Of each slot its row of x times the outputs of its expert, [slots, outputs]; half of these where one half gates the other.
+
+    matrix: the outputs of `count` experts, one behind the other. chosen: [slots]. x: [rows, inputs], a row for as many slots.
+    """
+    made: Tensor = torch.ops.hotpath.packed_product(
+        x, chosen, None, gated, *matrix._replace(outputs=matrix.outputs // count)
+    )
+    return made
+
+
+def unpacked(layer: Any, start: int, stop: int, dtype: torch.dtype, by_torch: Callable[[], Tensor]) -> Tensor:
+    """The weights of the outputs start to stop, [stop - start, inputs] in `dtype`; start: where its scales begin.
+
+    layer: one with a `matrix`. by_torch: the same by torch's operators, for where the kernel does not serve; the first result of
+    a kind is compared with it.
+    """
+    if torch.compiler.is_compiling() or why_not(layer.weight.device):
+        return by_torch()
+    matrix: PackedMatrix = layer.matrix
+    try:
+        from .packed_decode_kernel import unpack
+
+        with on_device(matrix.codes.device):
+            made = unpack(matrix.rows(start, stop), dtype)
+        compare(made, ("unpack", made.device, dtype, *matrix.kind, stop - start), lambda: (by_torch(), None))
+        return made
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, a driver too old, a card that Triton does not know, numbers that are off
+        _note_failure(matrix.codes.device, error)
+        return by_torch()
+
+
+def why_not(device: torch.device) -> str:
+    """Why torch unpacks; "" where the kernel does."""
+    if device.type != "cuda":
+        return f"the kernel needs a GPU that Triton serves, this is {device.type}"
+    if device in _failed:
+        return _failed[device]
+    try:
+        from .fused_decode_kernel import INTERPRETED
+    except Exception as error:  # not installed, or too old
+        return f"Triton does not serve ({one_line(error)})"
+    return "Triton interprets, which is for tests" if INTERPRETED and not allow_interpreter else ""
+
+
+def configs(matrix: PackedMatrix) -> tuple[tuple[int, int, int], ...]:
+    """How the work may be divided, the first as a rule."""
+    return SHORT_CONFIGS if matrix.plane < 8 else CONFIGS
+
+
+def _note_failure(device: torch.device, error: Exception) -> None:
+    _failed[device] = f"the kernel failed on {device} ({one_line(error)})"
+    log.warning("packed weights are unpacked by torch: %s", _failed[device])
+
+
+def _run(x: Tensor, chosen: Tensor | None, bias: Tensor | None, gated: bool, *parts: Any) -> Tensor:
+    matrix = PackedMatrix(*parts)
+    if x.dtype in DTYPES and not why_not(x.device):
+        try:
+            from .packed_decode_kernel import packed_product
+
+            slots = 1 if chosen is None else len(chosen)
+            made = x.new_empty(slots, matrix.outputs // 2 if gated else matrix.outputs)
+            with on_device(x.device):
+                packed_product(x, matrix, made, configs(matrix)[0], bias, gated=gated, chosen=chosen)
+            kind = ("packed", x.device, x.dtype, *matrix.kind, gated, chosen is None)
+            compare(made, kind, lambda: (by_torch(x, matrix, chosen, bias, gated), None))
+            return made
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # as above
+            _note_failure(x.device, error)
+    return by_torch(x, matrix, chosen, bias, gated)
+
+
+def by_torch(x: Tensor, matrix: PackedMatrix, chosen: Tensor | None, bias: Tensor | None, gated: bool) -> Tensor:
+    """What the kernel computes. Arguments as of `chosen_product`; without `chosen` x is one row."""
+    if chosen is None:
+        made = F.linear(x, matrix.dense().to(x.dtype), bias)
+    else:
+        places = torch.arange(matrix.outputs, device=x.device)
+        rows = (chosen.unsqueeze(1) * matrix.outputs + places).flatten()
+        weights = matrix.take(rows).dense().to(x.dtype).view(len(chosen), matrix.outputs, -1)
+        given = x.repeat_interleave(len(chosen) // len(x), 0)
+        made = (weights @ given.unsqueeze(-1)).squeeze(-1)
+    if gated:
+        gate, up = made.chunk(2, dim=-1)
+        made = F.silu(gate) * up
+    return made
+
+
+def _register_operator() -> None:
+    """One opaque operator, so that a compiled layer never looks inside."""
+
+    def shape_of_result(x, chosen, bias, gated, codes, scale, outputs, *_):  # type: ignore[no-untyped-def]
+        slots = 1 if chosen is None else chosen.shape[0]
+        return x.new_empty(slots, outputs // 2 if gated else outputs)
+
+    library = torch.library.Library("hotpath", "FRAGMENT")
+    library.define(
+        "packed_product(Tensor x, Tensor? chosen, Tensor? bias, bool gated, Tensor codes, Tensor scale, SymInt outputs, "
+        "SymInt inputs, int group, Tensor? high, Tensor? low, Tensor? unit, Tensor? low_unit, Tensor? table, float first, "
+        "int plane, bool floats, int scaled_rows) -> Tensor"
+    )
+    library.impl("packed_product", _run, "CompositeExplicitAutograd")
+    torch.library.register_fake("hotpath::packed_product", shape_of_result, lib=library)
+    _libraries.append(library)
+
+
+_libraries: list[Any] = []  # an operator lives as long as the library that defined it
+if not hasattr(torch.ops.hotpath, "packed_product"):  # another copy of the pack may have been loaded before
+    _register_operator()
