@@ -1,9 +1,9 @@
 """One `attend(q, k, v, ...)` over every backend: chosen once per signature, with the reason on record.
 
 `auto` picks among exact backends by a short measurement. A lossy one runs only when it is asked for by name, and is
-checked against float32 when a signature first meets it; one that fails is off for that signature. Nothing is measured
-or checked while torch traces or a CUDA graph records: there, exact kernels of torch stay in the graph and everything
-else is one opaque operator that decides when it runs.
+checked against float32 when a signature first meets it, as is torch's own choice where nothing is measured; one that
+fails is off for that signature. Nothing is measured or checked while torch traces or a CUDA graph records: there, exact
+kernels of torch stay in the graph and everything else is one opaque operator that decides when it runs.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ BACKENDS: tuple[Backend, ...] = (*TORCH_BACKENDS, *QUANTIZED_BACKENDS)
 # Tried in this order where nothing is measured, and the order that settles a tie.
 AUTO = ("sdpa_cudnn", "sdpa_flash", "flash3", "flash2", "sdpa_efficient", "xformers")
 LAST = ("sdpa", "sdpa_math")  # they take everything
+# Devices where nothing but torch's own choice of a kernel is there to measure, and where kernels that it chose were wrong: for
+# wide heads and on integrated cards of AMD's (pytorch 189849, ROCm/TheRock 1908), on Intel's older ones (oneDNN 5510).
+UNMEASURED = ("hip", "xpu")
 CHAINS = {"sage": ("sage2", "comfy_kitchen_int8", "sage1")}
 POLICIES = ("auto", "sage", *(backend.name for backend in BACKENDS))
 HND, NHD = "HND", "NHD"  # [B, heads, N, D], as torch has it; [B, N, heads, D], as flash-attn has it
@@ -61,7 +64,7 @@ class AttentionPolicy:
 
 @dataclass(frozen=True)
 class Plan:
-    """What computes a signature, and why. proved: it ran before, and if lossy, its result was checked."""
+    """What computes a signature, and why. proved: it ran before, and its result was checked where that is done."""
 
     backend: Backend
     event: AttentionEvent
@@ -174,7 +177,9 @@ class AttentionDispatcher:
             and self.backends[name].refusal(call, facts) is None
         ]
         if len(able) < 2:
-            return (able[0] if able else self._last(call)), "the one candidate here", True
+            wrong = None if able else self._off.get((LAST[0], call))
+            reason = "the one candidate here" if wrong is None else f"{LAST[0]}: {wrong}"
+            return (able[0] if able else self._last(call)), reason, True
         choice = self.choices.get(call, facts)
         if choice is None or self.backends.get(choice.backend) not in able:  # it cannot here, or failed since
             if measure is None:
@@ -227,14 +232,15 @@ class AttentionDispatcher:
             return None
         if plan.proved:
             return out
-        if not backend.exact:
+        if not backend.exact or (backend.name == LAST[0] and self.device(call.device).type in UNMEASURED):
             try:
-                reason = fault(out, *given)
+                with torch.no_grad():
+                    reason = fault(out, *given)
             except torch.OutOfMemoryError:  # there was memory for the result, and that is what was asked for
                 log.info("attention: %s was not checked for %s: out of memory", backend.name, call.describe())
                 return out
             except Exception as error:
-                reason = f"it fails: {one_line(error)}"
+                reason = None if backend.exact else f"it fails: {one_line(error)}"
             if reason is not None:
                 self._switch_off(backend, call, reason)
                 return None
@@ -273,6 +279,8 @@ class AttentionDispatcher:
         if times:
             reason = f"fastest of {len(times)} that a graph can hold, at the largest size measured so far"
             return fastest(times).backend, "; ".join(filter(None, (because, reason)))
+        if "sdpa" in failed:
+            return "sdpa_math", "; ".join(filter(None, (because, f"sdpa: {failed['sdpa']}")))
         return "sdpa", "; ".join(filter(None, (because, "nothing was measured before compiling, torch picks")))
 
     def _failed_at_some_size(self, call: AttentionCall) -> dict[str, str]:

@@ -39,6 +39,8 @@ MAX_PLANS = 512  # a run needs about four; sizes that change all day must not pi
 # measured: while a CUDA graph is recorded.
 CONFIGS = ((64, 4), (32, 2), (64, 2), (128, 4), (128, 8), (32, 4), (64, 8), (32, 8), (16, 4), (16, 8))
 MEASURED_LAUNCHES = 8
+# What is compiled is launched with all arguments. Before Triton 3.3, which is torch 2.7's, it wanted none of the constants.
+LAUNCHED_ALIKE = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False  # it cannot multiply bfloat16
 
 
@@ -296,8 +298,8 @@ def _candidates(
         except triton.runtime.errors.OutOfResources as error:
             log.debug("token attention: %d queries per program do not fit (%s)", block, error)
             continue
-        if compiled is None:  # the interpreter compiles nothing
-            yield functools.partial(_interpret, grid, constants, options)
+        if compiled is None or not LAUNCHED_ALIKE:  # the interpreter compiles nothing
+            yield functools.partial(_launch, grid, constants, options)
         else:
             yield _direct(compiled[grid], (*constants, block))
         if first_only:
@@ -309,9 +311,7 @@ def _direct(launch: Callable[..., None], constants: tuple[Any, ...]) -> Callable
     return lambda *arguments: launch(*arguments, *constants)
 
 
-def _interpret(
-    grid: tuple[int, int, int], constants: tuple[Any, ...], options: dict[str, int], *arguments: Any
-) -> None:
+def _launch(grid: tuple[int, int, int], constants: tuple[Any, ...], options: dict[str, int], *arguments: Any) -> None:
     _attend_tokens[grid](*arguments, *constants, **options, **FUSES)
 
 

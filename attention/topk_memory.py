@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .topk import topk
+
 SIMILARITIES = 1 << 25  # held at a time: 128 MiB of float32
 GROUP = 32
 WITHOUT_BAGS = ("mps",)  # until torch 2.10
@@ -102,7 +104,7 @@ def weighted_by_gathering(values: Tensor, index: Tensor, weights: Tensor, number
 
 
 def highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`scores.topk(count, dim=1)` for long rows: [Q, N] to two [Q, count], highest first.
+    """`topk` for long rows: [Q, N] to two [Q, count], highest first.
 
     The highest `count` of a row lie in the `count` groups with the highest maxima: were one in another group, each of
     those groups would hold a higher one. So a pass of maxima, which is as fast as memory, leaves count * GROUP
@@ -110,16 +112,15 @@ def highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     whole = scores.shape[1] // GROUP
     if whole <= 2 * count:
-        top = scores.topk(count, dim=1)
-        return top.values, top.indices
+        return topk(scores, count)
     maxima = scores[:, : whole * GROUP].unflatten(1, (whole, GROUP)).amax(dim=2)
-    chosen = maxima.topk(count, dim=1).indices
+    chosen = topk(maxima, count)[1]
     within = torch.arange(GROUP, device=scores.device)
     candidates = (chosen[:, :, None] * GROUP + within).flatten(1)
     rest = torch.arange(whole * GROUP, scores.shape[1], device=scores.device)
     candidates = torch.cat((candidates, rest.expand(len(scores), -1)), dim=1)
-    top = scores.gather(1, candidates).topk(count, dim=1)
-    return top.values, candidates.gather(1, top.indices)
+    values, places = topk(scores.gather(1, candidates), count)
+    return values, candidates.gather(1, places)
 
 
 def read_top_k_reference(
@@ -128,6 +129,6 @@ def read_top_k_reference(
     """The definition: the whole matrix, zero but for the top entries of each query, times all values."""
     distance = (selection[:, None] * (keys[None] - query[:, None]).square()).sum(2)
     scores = -distance * shrinkage / query.shape[1] ** 0.5
-    best, index = scores.topk(min(top_k, len(keys)), dim=1)
+    best, index = topk(scores, min(top_k, len(keys)))
     affinity = torch.zeros_like(scores).scatter_(1, index, best.softmax(dim=1))
     return MemoryReading((affinity @ values.float()).to(values.dtype), affinity.sum(0), best[:, 0])

@@ -40,6 +40,9 @@ _kernel_flags = threading.Lock()
 SINGLE_QUERIES = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")  # kernels that are right for them everywhere
 EVERYWHERE = ("cuda", "hip", "cpu", "mps", "xpu")
 ANY_MASK = (NO_MASK, BOOL_MASK, FLOAT_MASK, OTHER_FLOAT_MASK)
+# Numbers of a mask for one head that a call of torch's can have: its memory-efficient kernel counts them in 32 bits (pytorch
+# 187227), with what rounds its rows up.
+LARGEST_MASK, ROUNDED_UP = 1 << 32, 16
 
 
 _broken: dict[str, str] = {}  # libraries that are there and fail: trying can take seconds, and every new size asks
@@ -67,8 +70,23 @@ def contiguous_rows(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
+def heads_apart(x: Tensor) -> Tensor:
+    """`x` [B, H, M, D] with each head in memory of its own.
+
+    For the last of 32 or 64 queries and one more, torch's memory-efficient kernel reads past the mask where all heads are one in
+    memory (pytorch 191937).
+    """
+    return x.contiguous() if x.shape[1] > 1 and x.stride(1) == 0 else x
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """torch's scaled dot product attention, with the kernel torch picks."""
+    if mask is not None:
+        k, v = heads_apart(k), heads_apart(v)
+        rows = LARGEST_MASK // (k.shape[2] + ROUNDED_UP)
+        if mask.shape[2] > rows:
+            parts = zip(q.split(rows, 2), mask.split(rows, 2), strict=True)
+            return torch.cat([sdpa(some, k, v, seen, scale) for some, seen in parts], dim=2)
     if mask is not None and mask.is_floating_point() and mask.dtype != q.dtype:
         # Torch takes float32 as well, and kernels of it misread that: a CPU's in float64, cuDNN's in half (pytorch 191612).
         mask = mask.to(q.dtype)

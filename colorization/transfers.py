@@ -7,7 +7,6 @@ much as the caller has begun and not taken: two portions in every job of this pa
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-log = logging.getLogger("hotpath.colorization")
+from ..host import pinned_memory
 
 
 class Copies(Protocol):
@@ -80,17 +79,10 @@ class CudaCopies:
         self.device = device
         self.inward: Any = torch.cuda.Stream(device)
         self.outward: Any = torch.cuda.Stream(device)
-        self.pins = True
 
     def host_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        # torch keeps pinned blocks and gives them out again when the copies that use them have happened.
-        if self.pins:
-            try:
-                return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
-            except RuntimeError as error:
-                self.pins = False
-                log.warning("copies wait for the device, because memory could not be pinned: %s", error)
-        return torch.empty(tuple(shape), dtype=dtype)
+        # torch gives it out again when the copies that use it have happened.
+        return pinned_memory.empty(shape, dtype)
 
     def to_device(self, host: Tensor) -> tuple[Tensor, Any]:
         with torch.cuda.stream(self.inward):

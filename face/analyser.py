@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..host.device_work import copies_at_once
 from .alignment import invert, similarity, template, warp
 from .detection import Candidates, Detector, merge_overlapping
 from .faces import DetectionOptions, FaceChoice, FaceError, Faces, call_summary
@@ -208,8 +209,9 @@ class PictureAnalyser:
         """
         size = self.recogniser.size
         matrices = invert(similarity(keypoints.numpy(), template(size))).astype(np.float32)
-        inverse = torch.from_numpy(matrices).to(pixels.device, non_blocking=True)
-        return warp(pixels, rows.to(pixels.device, non_blocking=True), inverse, size, size).round_()
+        device, at_once = pixels.device, copies_at_once(pixels.device)
+        inverse = torch.from_numpy(matrices).to(device, non_blocking=at_once)
+        return warp(pixels, rows.to(device, non_blocking=at_once), inverse, size, size).round_()
 
     def _note(self, result: list[Faces], remembered: int, options: DetectionOptions, seconds: float) -> None:
         sizes = self._sizes(options)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import host
+from ..attention.topk import topk
 from .faces import FaceError
 from .onnx_outline import Outline
 from .runner import Run, Runner, joined, replayed
@@ -150,7 +151,7 @@ class Detector:
 
 def _pack(scores: Tensor, sides: Tensor, points: Tensor, grid: Tensor, limit: int) -> Tensor:
     """[N, limit * 15]: score, box and points of the best, decoded to canvas pixels."""
-    best, index = scores.topk(limit, dim=1)
+    best, index = topk(scores, limit)
     anchor = grid[index]
     centre, stride = anchor[..., :2], anchor[..., 2:]
     side = sides.gather(1, index[..., None].expand(-1, -1, 4)) * stride

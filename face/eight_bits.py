@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..host import pinned_memory
 from ..host.cores import cores, on_cores
 
 BLOCK = 1 << 18  # floats; with the bytes they become they fit a core's second cache
@@ -26,10 +27,7 @@ def host_memory(shape: Sequence[int], device: torch.device | None) -> Tensor:
     """uint8 on the CPU, where it can be copied to `device` while others work."""
     size = tuple(shape)
     if device is not None and device.type == "cuda" and np.prod(size, dtype=np.int64) <= MOST_PINNED:
-        try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:  # there is a limit to what may be pinned; copies then wait
-            pass
+        return pinned_memory.empty(size, torch.uint8)
     return torch.empty(size, dtype=torch.uint8)
 
 

@@ -30,6 +30,7 @@ log = logging.getLogger("hotpath.face")
 HEAVY = ("Conv", "ConvTranspose", "FusedConv", "Gemm", "FusedGemm", "MatMul", "NhwcFusedConv")
 MOST_OFF = 0.05  # of a provider that may compute in half precision, of its outputs' size
 SESSIONS_KEPT = 2  # per network, on providers that want fixed sizes
+WITH_ARMS_KERNELS_RIGHT = "1.28"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,23 @@ def provider_for(device: torch.device) -> Provider:
     if device.type == "xpu":
         return PROVIDERS["OpenVINO"]
     return PROVIDERS["DirectML"] if device.type == "privateuseone" else PROVIDERS["CPU"]
+
+
+def session_options() -> Any:
+    """What all sessions have in common."""
+    import onnxruntime
+    from packaging.version import Version
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that spin while they wait are a little quicker alone, and many times slower on a busy machine.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if Version(onnxruntime.__version__) < Version(WITH_ARMS_KERNELS_RIGHT):
+        # On Apple's M4, and other processors with SME, they keep memory of every new picture, and a run again gives other numbers
+        # (onnxruntime 28231 and 31569).
+        options.add_session_config_entry("mlas.disable_kleidiai", "1")
+    return options
 
 
 def heavy_share(session: Any, provider: Provider) -> float | None:
@@ -146,11 +164,7 @@ class OnnxRuntimeRunner:
             return self._sessions[key]
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        # Threads that spin while they wait are a little quicker alone, and many times slower on a busy machine.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options = session_options()
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if fixed:
             options.add_free_dimension_override_by_name("height", height)
@@ -203,7 +217,9 @@ class OnnxRuntimeRunner:
         import onnxruntime
 
         noise = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0))
-        plain = interruptibly(lambda: onnxruntime.InferenceSession(self._model, providers=["CPUExecutionProvider"]))
+        plain = interruptibly(
+            lambda: onnxruntime.InferenceSession(self._model, session_options(), providers=["CPUExecutionProvider"])
+        )
         wanted = [torch.from_numpy(one) for one in plain.run(None, {plain.get_inputs()[0].name: noise.numpy()})]
         found = [one.cpu() for one in self.run(noise.to(self.device))]
         off = max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in zip(found, wanted, strict=True))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host.device_work import copies_at_once
 from .eight_bits import host_memory, truncate
 from .faces import FaceError
 from .linear_resize import resize_into
@@ -35,16 +36,16 @@ class PictureGroup:
 
     def take(self, rows: Sequence[int]) -> PictureGroup:
         """Some of the pictures; without a copy when it is all of them or a run of them."""
-        rows = list(rows)
+        rows, device = list(rows), self.pixels.device
         if rows == list(range(rows[0], rows[0] + len(rows))):
             pixels = self.pixels[rows[0] : rows[0] + len(rows)]
         else:
-            pixels = self.pixels[torch.tensor(rows).to(self.pixels.device, non_blocking=True)]
+            pixels = self.pixels[torch.tensor(rows).to(device, non_blocking=copies_at_once(device))]
         return PictureGroup(pixels, tuple(self.positions[r] for r in rows))
 
     def to(self, device: torch.device) -> PictureGroup:
         # From a card to the CPU nobody would wait for what is copied.
-        return PictureGroup(self.pixels.to(device, non_blocking=device.type != "cpu"), self.positions)
+        return PictureGroup(self.pixels.to(device, non_blocking=copies_at_once(device)), self.positions)
 
 
 def group_pictures(images: Tensor | Sequence[Tensor], device: torch.device | None = None) -> list[PictureGroup]:

@@ -13,6 +13,7 @@ from .. import face, identity
 from ..face.engine_diagnosis import why_not
 from ..face.model_folder import find_model_folder
 from ..face.onnx_graph import OnnxNetwork
+from ..face.onnxruntime_engine import session_options
 from ..host import Host
 from ..host.errors import kind_and_line
 from ..products.metal import order_on
@@ -101,7 +102,7 @@ def _against_onnxruntime(label: str, path: Path, noise: torch.Tensor, ours: list
         return
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
     theirs = session.run(None, {session.get_inputs()[0].name: noise.numpy()})
     difference = max(relative_difference(a, torch.from_numpy(b)) for a, b in zip(ours, theirs, strict=True))
     yield Finding(f"{label}: torch against onnxruntime, cpu", difference, 1e-3)

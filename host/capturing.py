@@ -1,19 +1,22 @@
 """CUDA graphs are captured here, one at a time: cudaMallocAsync, which ComfyUI asks for, allows one capture in a process.
 
-Two things that torch leaves to its caller are done here as well. cuBLAS keeps a workspace for each stream, and a graph has its
+Three things that torch leaves to its caller are done here as well. cuBLAS keeps a workspace for each stream, and a graph has its
 address: under torch's own allocator it is made anew within the capture, so that it lies in the graph's memory and lives as long.
 And after a capture that broke off, the allocator would wait for its end for ever and free nothing: it is told of the end.
+And no garbage is collected meanwhile: what goes with it, an older graph or a kernel of Triton's, may not be freed then and would
+end the capture (pytorch 161037).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -97,7 +100,8 @@ def captured(
                 for _ in range(warm_runs):
                     function()
                 graph = torch.cuda.CUDAGraph()
-                made = _capture(function, graph, stream, pool, device)
+                with _garbage_kept():
+                    made = _capture(function, graph, stream, pool, device)
         except BaseException:
             memory.forget()
             raise
@@ -106,6 +110,17 @@ def captured(
         memory.add(graph)
         _streams[graph] = int(stream.cuda_stream)
     return graph, made
+
+
+@contextlib.contextmanager
+def _garbage_kept() -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _capture(function: Callable[[], Made], graph: Any, stream: Any, pool: Any, device: torch.device | None) -> Made:

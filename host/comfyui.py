@@ -269,10 +269,12 @@ class ComfyUIHost:
         # By --reserve-vram some of it is for other programs.
         return max(0, free - int(management.extra_reserved_memory()))
 
-    def pins_memory(self) -> bool:
+    def locked_memory(self) -> int | None:
+        import comfy.model_management as management
         from comfy.cli_args import args
 
-        return not getattr(args, "disable_pinned_memory", False)  # an older ComfyUI has no such flag
+        # An older ComfyUI has no such flag, and locks nothing.
+        return None if getattr(args, "disable_pinned_memory", False) else getattr(management, "TOTAL_PINNED_MEMORY", 0)
 
     def make_room(self, nbytes: int, device: torch.device) -> None:
         import comfy.model_management as management

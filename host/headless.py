@@ -176,8 +176,8 @@ class HeadlessHost:
             return torch.xpu.get_device_properties(device).total_memory - torch.xpu.memory_allocated(device)
         return cgroup_memory.at_most(_free_on_this_machine())
 
-    def pins_memory(self) -> bool:
-        return True
+    def locked_memory(self) -> int:
+        return 0
 
     def make_room(self, nbytes: int, device: torch.device) -> None:
         if self.free_memory(device) < nbytes:

@@ -121,8 +121,8 @@ class Host(Protocol):
     def free_memory(self, device: torch.device) -> int:
         """Bytes that can be allocated on `device` now."""
 
-    def pins_memory(self) -> bool:
-        """Whether weights that wait for the device may lie in memory that is locked for it."""
+    def locked_memory(self) -> int | None:
+        """Bytes that the host itself keeps in memory that is locked for its device; None where no weights are to be there."""
 
     def make_room(self, nbytes: int, device: torch.device) -> None:
         """Evict what the host can evict until `nbytes` are free on `device`, never what is inside `resident()`. Best

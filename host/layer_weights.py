@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import current
-
-log = logging.getLogger("hotpath.host")
+from . import pinned_memory
 
 ALIGNMENT = 256  # bytes
-PORTABLE = 1  # cudaHostRegisterPortable: pinned for every card
 
 
 class Weights:
@@ -51,7 +45,7 @@ class Weights:
                 else:
                     slot.held[slot.name] = made
             self._own = [slot.held[slot.name] for slot in self._slots]
-        self._pin()
+        pinned_memory.lock(self.memory)
 
     def on(self, memory: Tensor) -> list[Tensor]:
         """The weights as views of `memory`: this object's own, or a copy of it elsewhere."""
@@ -78,32 +72,6 @@ class Weights:
         finally:
             for slot, tensor in zip(self._slots, self._own, strict=True):
                 slot.held[slot.name] = tensor
-
-    def _pin(self) -> None:
-        """Let the card read this memory by itself. Not torch's pinned memory, which takes up to twice what is asked for."""
-        if not torch.cuda.is_available() or not self.nbytes or not current().pins_memory():
-            return
-        driver: Any = torch.cuda.cudart()
-        address = self.memory.data_ptr()
-        if int(driver.cudaHostRegister(address, self.nbytes, PORTABLE)):
-            _forget_refusal()
-            _tell_of_slow_copies()
-            return
-        weakref.finalize(self.memory, driver.cudaHostUnregister, address).atexit = False
-
-
-@functools.cache  # once for all layers of all networks
-def _tell_of_slow_copies() -> None:
-    log.warning("layers are copied to the card slowly, because the system lets no more memory be pinned")
-
-
-def _forget_refusal() -> None:
-    """The driver keeps a refusal, and torch would take it for a failure of the next kernel."""
-    try:
-        torch.zeros(1, device="cuda").add_(1)
-        torch.cuda.synchronize()
-    except RuntimeError:
-        log.debug("the driver's refusal to pin memory", exc_info=True)
 
 
 @dataclass(frozen=True)

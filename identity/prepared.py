@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import host
 from ..cache import content_key, named_cache
-from ..host import Managed
+from ..host import Managed, pinned_memory
 from .adapter import InstantIDAdapter
 from .embedding import combine_embeddings, unconditional_embedding
 
@@ -151,5 +151,4 @@ def _on_cpu(flat: Tensor) -> Tensor:
     """A copy on the CPU, by way of memory that a card copies to at full speed and that torch keeps for the next one."""
     if not flat.is_cuda:
         return flat.cpu()
-    staging = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-    return staging.copy_(flat).clone()
+    return pinned_memory.empty(flat.shape, flat.dtype).copy_(flat).clone()

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host.device_work import copies_at_once
 from .conditioning_roles import OURS, ROLE, ROLES_BY_INDEX, index_roles, note_conditionings, note_names
 
 log = logging.getLogger("hotpath.attention")
@@ -108,25 +109,16 @@ class ModelCall:
             # Metal knows no float64, Intel's cards compute none, and others need not.
             exact = torch.float64 if self.device.type in ("cuda", "cpu") else torch.float32
             limits = torch.tensor([(s.sigma_start, s.sigma_end) for s in settings], dtype=exact)
-            limits = limits.to(self.device, non_blocking=self._copies_at_once)
+            limits = limits.to(self.device, non_blocking=copies_at_once(self.device))
             sigma = timestep.flatten()[0].to(self.device, exact)
             return weights * ((sigma <= limits[:, 0]) & (sigma >= limits[:, 1]))[:, None]
 
         return self._once(settings, gate)
 
-    @property
-    def _copies_at_once(self) -> bool:
-        """Whether a copy without waiting has read ordinary memory when it returns: CUDA's, and ROCm's, has.
-
-        There, waiting would be for everything that runs on the device. Elsewhere (Metal) the copy may read memory that is
-        free again by then.
-        """
-        return self.device.type == "cuda"
-
     def _once(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         made = self._made.get((key, self.device))
         if made is None:
-            made = self._made[key, self.device] = make().to(self.device, non_blocking=self._copies_at_once)
+            made = self._made[key, self.device] = make().to(self.device, non_blocking=copies_at_once(self.device))
         return made
 
 

@@ -7,16 +7,19 @@ import os
 import sys
 import threading
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from attention_calls import ADA, AUTO, BY_NAME, CPU, HOPPER, call, fake, measured, named, qkv
 from hotpath.attention import choice, dispatch
+from hotpath.attention.capabilities import AttentionCall, DeviceFacts
 from hotpath.attention.choice import Choice, MeasuredChoices, class_of, fastest, milliseconds, size_class
 from hotpath.attention.dispatch import (
     BACKENDS,
     AttentionDispatcher,
     AttentionPolicy,
+    AttentionUnavailable,
 )
 from hotpath.attention.events import AttentionLog
 from hotpath.attention.reference import attention_reference
@@ -149,6 +152,57 @@ def test_when_every_candidate_lies_none_of_them_computes():
         out = dispatcher.attend(q, k, v, policy=AUTO, record=log)
         torch.testing.assert_close(out, attention_reference(q, k, v), atol=2e-5, rtol=0)
     assert [event.used for event in log.events()] == ["sdpa"]
+
+
+RADEON, ARC = DeviceFacts("hip", "AMD Radeon Graphics"), DeviceFacts("xpu", "xpu")
+
+
+@pytest.mark.parametrize("device", [RADEON, ARC])
+@pytest.mark.parametrize("damage", [torch.neg, lambda out: out * float("nan"), torch.zeros_like])
+def test_what_torch_picks_is_looked_at_where_nothing_is_measured(monkeypatch, caplog, device, damage):
+    ran: list[str] = []
+
+    def picked(q, k, v, mask, scale):
+        ran.append("sdpa")
+        return damage(sdpa(q, k, v, mask, scale))
+
+    backends = [replace(BY_NAME["sdpa"], run=picked), BY_NAME["sdpa_math"]]
+    dispatcher, log = AttentionDispatcher(backends, device=lambda _: device), AttentionLog()
+    inputs = qkv()
+    for _ in range(3):
+        out = dispatcher.attend(*inputs, policy=AUTO, record=log)
+        torch.testing.assert_close(out, attention_reference(*inputs), atol=2e-5, rtol=0)
+    ((event, count),) = log.events().items()
+    assert (event.used, count, len(ran)) == ("sdpa_math", 3, 1) and "sdpa: its result has" in event.reason
+    assert len(caplog.records) == 1 and "sdpa is off for" in caplog.text
+    asked = AttentionCall(CPU, torch.float32, 1, 1, 1, 16, 16, 64, 64)
+    for policy in (AUTO, AttentionPolicy("sdpa")):
+        name, reason = dispatcher.traced(asked, policy, False)
+        assert name == "sdpa_math" and "sdpa: its result has" in reason
+    assert dispatcher.traced(replace(asked, width=32), AUTO, False)[0] == "sdpa"
+    with pytest.raises(AttentionUnavailable, match="its result has"):
+        dispatcher.attend(*inputs, policy=AttentionPolicy("sdpa", strict=True))
+    seen = AttentionDispatcher(backends, device=lambda _: DeviceFacts("mps", "mps"))
+    monkeypatch.setattr(dispatch, "fault", None)
+    seen.attend(*inputs, policy=AUTO)
+
+
+@pytest.mark.parametrize("answer", [torch.OutOfMemoryError("no room"), RuntimeError("no such operator"), None])
+def test_a_look_that_is_not_possible_costs_torchs_pick_nothing(monkeypatch, answer):
+    looked: list[bool] = []
+
+    def fault(*_):
+        looked.append(torch.is_grad_enabled())
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(dispatch, "fault", fault)
+    backends = [BY_NAME["sdpa"], BY_NAME["sdpa_math"]]
+    dispatcher, log = AttentionDispatcher(backends, device=lambda _: RADEON), AttentionLog()
+    for _ in range(3):
+        dispatcher.attend(*qkv(), policy=AUTO, record=log)
+    assert [event.used for event in log.events()] == ["sdpa"]
+    assert looked == [False] * (3 if isinstance(answer, torch.OutOfMemoryError) else 1)
 
 
 def test_what_does_not_fit_into_memory_is_measured_once():

@@ -55,7 +55,7 @@ def test_a_step_is_recorded_once_per_shape() -> None:
     assert len(made) == MOST_SHAPES and "others run plainly" in step.status
 
 
-@pytest.mark.parametrize("fault", ["capture", "numbers", "nothing"])
+@pytest.mark.parametrize("fault", ["capture", "numbers", "no numbers", "nothing"])
 def test_a_recording_that_fails_is_left_with_its_reason(fault: str) -> None:
     class Broken(Replayed):
         def __init__(self, function: Any, tensors: Sequence[Tensor]) -> None:
@@ -67,6 +67,8 @@ def test_a_recording_that_fails_is_left_with_its_reason(fault: str) -> None:
             # What ran on a stream of another device is not in the recording, and its numbers stay.
             if fault == "numbers":
                 self.outputs[0].zero_()
+            if fault == "no numbers":
+                self.outputs[0].fill_(torch.nan)
 
     step = GraphedStep(lambda x: (x + 1,), CPU, Broken)
     for _ in range(3):
@@ -74,6 +76,7 @@ def test_a_recording_that_fails_is_left_with_its_reason(fault: str) -> None:
     reasons = {
         "capture": "none: operation not permitted when stream is capturing",
         "numbers": "none: the replay differs",
+        "no numbers": "none: the replay differs",
         "nothing": "none: the replay differs",
     }
     assert step.status.startswith(reasons[fault])

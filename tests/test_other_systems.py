@@ -332,6 +332,17 @@ def test_what_torch_keeps_is_given_back(kind: str, monkeypatch: pytest.MonkeyPat
     assert given == [kind]
 
 
+def test_every_card_has_done_what_it_was_given_before_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch unmaps what another card than the current one may still write to."""
+    busy, waited, unmapped = {0, 1}, [], []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: int(index < 2))  # the third one was never used
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: (waited.append(index), busy.discard(index)))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: unmapped.append(set(busy)))
+    device_work.give_back_cached(torch.device("cuda", 1))
+    assert unmapped == [set()] and waited == [0, 1]
+
+
 def test_a_stage_lasts_until_the_device_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
     queued = [0.2]  # seconds of what came before
 

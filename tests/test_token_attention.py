@@ -348,3 +348,39 @@ def test_what_is_compiled_is_launched_with_the_same_arguments() -> None:
     if "no assembler" in result.stdout:
         pytest.skip("this Triton compiles for no card of NVIDIA")
     assert result.returncode == 0 and "launched" in result.stdout, result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_compiled_kernel_gets_its_constants_where_triton_takes_them(
+    monkeypatch: pytest.MonkeyPatch, alike: bool
+) -> None:
+    """Triton 3.2's launcher counts its arguments, and constants are none; its own call leaves them out."""
+    kernel = pytest.importorskip("hotpath.attention.token_attention_kernel")
+    launches: list[int] = []
+
+    class Compiled:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def launch(*arguments: Any) -> None:
+                wanted = 12 + (9 + 12 if alike else 9)
+                if len(arguments) != wanted:
+                    raise TypeError(f"function takes exactly {wanted} arguments ({len(arguments)} given)")
+                launches.append(len(arguments))
+
+            return launch
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(*arguments: Any, **options: Any) -> Compiled:
+                launches.append(len(arguments))
+                return Compiled()
+
+            return run
+
+    monkeypatch.setattr(kernel, "_attend_tokens", Kernel())
+    monkeypatch.setattr(kernel, "_plans", {})
+    monkeypatch.setattr(kernel, "LAUNCHED_ALIKE", alike)
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    q, keys, rows = torch.zeros(1, 8, 64), torch.zeros(1, 4, 64), torch.zeros(1, 1, dtype=torch.int32)
+    for _ in range(2):
+        kernel.attend_tokens_fused(q, q, keys, keys, rows, torch.ones(1, 1), 1)
+    assert len(launches) == 3, "once to compile, and once for each call"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import host
 from ..cache import BoundedCache, content_key, disk_tier, named_cache
+from ..host import pinned_memory
 from ..host.cores import on_cores
 from . import patches
 from .budgets import Budget, check_sides, fitted
@@ -248,7 +249,7 @@ def to_host(parts: Sequence[Tensor]) -> list[Tensor]:
     if parts[0].device.type != "cuda":
         return [part.to("cpu", copy=True) for part in parts]
     whole = torch.cat(tuple(parts))
-    pinned = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=True)
+    pinned = pinned_memory.empty(whole.shape, whole.dtype)
     pinned.copy_(whole, non_blocking=True)
     done: Any = torch.cuda.Event()
     done.record()
@@ -260,5 +261,5 @@ def to_host(parts: Sequence[Tensor]) -> list[Tensor]:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """On CUDA through pinned memory, so that the copy really runs beside the host's work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return pinned_memory.pinned(tensor).to(device, non_blocking=True)
     return tensor.to(device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..host import pinned_memory
 from ..host.compiling import compiled_call, inductor
 from ..host.errors import first_line, is_out_of_memory
 from ..host.interruption import is_stop
@@ -256,7 +257,7 @@ class TokenReader:
         self._waiting: deque[tuple[Tensor, Any]] = deque()
         self._staging: list[Tensor] = []
         if self.behind:
-            self._staging = [torch.empty(rows, dtype=torch.long, pin_memory=True) for _ in range(self.behind + 2)]
+            self._staging = [pinned_memory.empty((rows,), torch.long) for _ in range(self.behind + 2)]
         self._turn = 0
 
     def push(self, tokens: Tensor) -> None:

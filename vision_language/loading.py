@@ -80,7 +80,7 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     network.eval().requires_grad_(False)
     if folder.sees:
         projections.patches_by_product(getattr(network.model, "visual", None))
-    attend, note = guarded_attention.guard(chosen.device)
+    attend, note = guarded_attention.guard(chosen.device, guarded_attention.one_key_head(network))
     if chosen.attention == "sdpa" and attend is not None:
         guarded_attention.take_over(network, attend)
         notes += [note] if note else []

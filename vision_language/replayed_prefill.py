@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import host
+from ..host import pinned_memory
 from ..host.capturing import captured
 from . import decode_products, fused_decode
 from .decoding import DENSE_MODELS, Workspace, bucket_length, rms_norm, rotate, text_decoder
@@ -91,8 +92,8 @@ class PrefillRecording:
 
     def __call__(self, numbers: Tensor) -> Tensor:
         """Logits [1, V] after the last token, overwritten by the next call. numbers: what `given` holds, on the host."""
-        pinned = numbers.pin_memory() if self.given.is_cuda else numbers
-        self.given.copy_(pinned, non_blocking=True)
+        held = pinned_memory.pinned(numbers) if self.given.is_cuda else numbers
+        self.given.copy_(held, non_blocking=True)
         if self.graph is not None:
             self.graph.replay()
         elif self.given.is_cuda:

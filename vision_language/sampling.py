@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..attention.topk import topk
+
 SEED_LIMIT = 2**63
 LEAST_TEMPERATURE = 1e-6  # below it logits run over the range of float32, and a draw is the likeliest token anyway
 LARGEST_TOP_K = 1024  # up to here the likeliest are picked out first, and nothing of the vocabulary's length is sorted
@@ -86,7 +88,7 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     logits = logits / float(sampling.temperature or 1.0)
     excluded = float("-inf")
     if sampling.top_k and sampling.top_k < logits.shape[-1]:
-        smallest = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        smallest = topk(logits, sampling.top_k)[0][:, -1:]
         logits = logits.masked_fill(logits < smallest, excluded)
     if sampling.top_p is not None and sampling.top_p < 1:
         order, index = logits.sort(dim=-1)  # rising: the tail that goes is at the front
@@ -114,7 +116,7 @@ def likeliest(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     excluded = float("-inf")
     top_k = int(sampling.top_k or 0)
     logits = logits / float(sampling.temperature or 1.0)
-    logits, ids = logits.topk(min(top_k + EQUALS, logits.shape[-1]), dim=-1)
+    logits, ids = topk(logits, min(top_k + EQUALS, logits.shape[-1]))
     if top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits[:, top_k - 1 : top_k], excluded)
     logits, ids = logits.flip(-1), ids.flip(-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...attention.topk import topk
 from ...attention.topk_memory import SIMILARITIES, MemoryReading, read_top_k, similarity
 from .feature_fusion import PLANES
 from .settings import ColorMNetSettings
@@ -113,7 +114,7 @@ class FrameMemory:
         last = self.boundary + self.work - (self.fewest - self.permanent)
         middle = slice(first, last)
         usage = self.used[middle] / self.lived[middle]
-        chosen = usage.topk(min(self.settings.prototypes, len(usage))).indices
+        chosen = topk(usage, min(self.settings.prototypes, len(usage)))[1]
         key = self.key[middle][chosen]
         scores = similarity(key, self.selection[middle][chosen], self.key[middle], self.shrinkage[middle])
         affinity = scores.softmax(dim=1)

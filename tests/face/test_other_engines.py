@@ -135,3 +135,26 @@ def test_a_session_that_cannot_be_made_leaves_torch_and_the_reason(roots, monkey
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
     report = face.load_analyser([roots["inside"]], device=CPU, remember=False).report()
     assert "by torch" in report and "onnxruntime is installed, but" in report and "opset 99" in report
+
+
+@pytest.mark.parametrize(("release", "switched_off"), [("1.26.0", True), ("1.27.0", True), ("1.28.0", False)])
+def test_arms_kernels_are_left_alone_until_they_are_right(roots, monkeypatch, release, switched_off):
+    """Every picture stays in memory there, and what a session computes again differs."""
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", release)
+    made, plain = [], onnxruntime.InferenceSession
+
+    def session(model, sess_options=None, **settings):
+        made.append(sess_options)
+        return plain(model, sess_options, **settings)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    analyser = face.load_analyser([roots["inside"]], engine="onnxruntime", device=CPU, remember=False)
+    assert analyser.recogniser.width and len(made) == 2
+    for options in made:
+        if switched_off:
+            assert options.get_session_config_entry("mlas.disable_kleidiai") == "1"
+        else:
+            with pytest.raises(RuntimeError):
+                options.get_session_config_entry("mlas.disable_kleidiai")

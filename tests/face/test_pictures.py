@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hotpath.face import DetectionOptions, FaceError
 from hotpath.face.alignment import similarity, template, warp
+from hotpath.face.analyser import PictureAnalyser
 from hotpath.face.detection import merge_overlapping
 from hotpath.face.linear_resize import resize, resize_into
-from hotpath.face.pictures import group_pictures, letterbox
+from hotpath.face.pictures import PictureGroup, group_pictures, letterbox
+from hotpath.host.device_work import copies_at_once
 
 pytestmark = pytest.mark.xdist_group("face_engine")
 pytest.importorskip("insightface")
@@ -155,3 +158,24 @@ def test_overlap_counts_one_pixel_more_as_insightface_does(reference):
     scores = np.sort(rng.uniform(0.5, 1, 300).astype(np.float32))[::-1]
     wanted = reference.det_model.nms(np.concatenate([boxes, scores[:, None]], 1))
     assert merge_overlapping(boxes, 0.4) == [int(i) for i in wanted]
+
+
+def test_copies_wait_where_the_device_reads_memory_later(monkeypatch):
+    """As Metal does, and Intel's cards: what the copy was to read may be free again by then."""
+    plain = torch.Tensor.to
+
+    def to(tensor, *given, non_blocking=False, **settings):
+        made = plain(tensor, *given, **settings)
+        return torch.full_like(made, 7) if non_blocking else made
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (3, 60, 60, 3), generator=generator).to(torch.uint8)
+    points = torch.tensor([[[20.0, 22], [40, 22], [30, 32], [22, 42], [38, 42]]]).repeat(2, 1, 1)
+    analyser = SimpleNamespace(recogniser=SimpleNamespace(size=112))
+    group, rows = PictureGroup(pixels, (0, 1, 2)), torch.tensor([0, 2])
+    wanted = PictureAnalyser.aligned(analyser, pixels, rows, points)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    assert torch.equal(PictureAnalyser.aligned(analyser, pixels, rows, points), wanted)
+    assert torch.equal(group.take([2, 0]).pixels, pixels[[2, 0]])
+    assert torch.equal(group.to(torch.device("cpu")).pixels, pixels)
+    assert [copies_at_once(torch.device(kind)) for kind in ("cuda", "mps", "xpu", "cpu")] == [True, False, False, False]

@@ -50,6 +50,18 @@ def test_room_is_never_made_of_what_computes(comfy_host: Any, comfy_folders: Any
 
 
 @pytest.mark.comfy
+def test_comfyui_says_what_it_has_locked(comfy_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.model_management as management
+    from comfy.cli_args import args
+
+    assert comfy_host.locked_memory() == 0
+    monkeypatch.setattr(management, "TOTAL_PINNED_MEMORY", 5 << 20)
+    assert comfy_host.locked_memory() == 5 << 20
+    monkeypatch.setattr(args, "disable_pinned_memory", True)
+    assert comfy_host.locked_memory() is None
+
+
+@pytest.mark.comfy
 @pytest.mark.parametrize(
     ("half", "bfloat", "supported", "found"),
     [

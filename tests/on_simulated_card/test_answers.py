@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import simulated_card
 import torch
+from hotpath.cache import clear_all
+from hotpath.colorization.transfers import copies_for
+from hotpath.host import pinned_memory
+from hotpath.identity import prepared
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.pictures import Picture
@@ -51,6 +57,34 @@ def test_graphs_write_what_the_plain_path_writes(card: Any, model: Any, sampling
         assert card.graphs == graphs and card.replays >= tokens - 1
         waits.append(list(card.waits))
     assert waits[0] == waits[1]  # all of them before the first token
+
+
+def test_answers_where_no_more_memory_can_be_pinned(
+    card: Any, model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = AnswerOptions(max_new_tokens=4, budget=PRESETS["fast"], decode="graph")
+    picture = Picture(np.random.default_rng(1).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+
+    def ask(*texts: str) -> list[str]:
+        questions = [Question(text, "", (picture,)) for text in texts]
+        return [made.raw for made in answer(model, questions, Sampling(sample=False), settings)]
+
+    wanted = ask("What?") + ask("And where?", "Since when?")
+    clear_all()
+
+    def refused(tensor: torch.Tensor) -> None:
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    monkeypatch.setattr(simulated_card.operators, "_pinned", refused)
+    pinned_memory._tell_of_slow_copies.cache_clear()
+    for _ in range(2):
+        assert ask("What?") + ask("And where?", "Since when?") == wanted
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == [
+        "some copies to the card and back are slow, because no more memory can be pinned"
+    ]
+    flat = torch.arange(8.0, device="cuda")
+    assert torch.equal(prepared._on_cpu(flat), flat.cpu())
+    assert copies_for(flat.device).host_memory((2, 3), torch.uint8).shape == (2, 3)
 
 
 def test_packed_files_go_to_the_card_as_they_are(card: Any, headless_host: Any, tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import weakref
@@ -107,6 +108,38 @@ def test_what_other_threads_do_meanwhile_breaks_no_capture(card: Any, monkeypatc
     monkeypatch.setattr(torch.cuda, "graph", lambda *a, **settings: (asked.append(settings), graph(*a, **settings))[1])
     captured(lambda: torch.zeros(3, device="cuda"), 1)
     assert [settings["capture_error_mode"] for settings in asked] == ["thread_local"]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_meanwhile(card: Any, collects: bool) -> None:
+    freed: list[bool] = []
+
+    class Circle:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            freed.append(torch.cuda.is_current_stream_capturing())
+
+    def litters() -> torch.Tensor:
+        made = torch.zeros(3, device="cuda")
+        if torch.cuda.is_current_stream_capturing():
+            for _ in range(20 * gc.get_threshold()[0]):
+                Circle()
+        return made
+
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        captured(litters, 1)
+        assert gc.isenabled() == collects
+        gc.collect()
+        assert freed and not any(freed)
+        with pytest.raises(ZeroDivisionError):
+            captured(lambda: 1 // (not torch.cuda.is_current_stream_capturing()), 1)
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_memory_is_shared_while_a_graph_of_it_lives(card: Any) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
+import types
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hotpath import host
-from hotpath.host import layer_weights, streamed_layers
+from hotpath.host import pinned_memory, streamed_layers
 from hotpath.host.streamed_layers import PLACES, StreamedLayer, lending
 
 DEVICE = torch.device("cuda")
@@ -34,21 +37,42 @@ def run(whole: Any, x: torch.Tensor, passes: int) -> torch.Tensor:
 def test_memory_is_not_pinned_where_that_is_not_wanted_or_not_to_be_had(
     card: Any, headless_host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: bool
 ) -> None:
-    layer_weights._tell_of_slow_copies.cache_clear()
+    pinned_memory._tell_of_slow_copies.cache_clear()
     if refused:
         monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", lambda *_: 2)  # of memory there is no more
     else:
-        monkeypatch.setattr(headless_host, "pins_memory", lambda: False)  # as by --disable-pinned-memory
+        monkeypatch.setattr(headless_host, "locked_memory", lambda: None)  # as by --disable-pinned-memory
     whole, x = network(2), torch.randn(4, LARGE, device=DEVICE)
     expected = run(network(2).to(DEVICE), x, 1).cpu()
     card.waits.clear()
     streamed_layers.stream(whole.layers, 2)
     assert not card.registered
-    assert caplog.text.count("copied to the card slowly") == refused
+    assert caplog.text.count("no more memory can be pinned") == refused
     if refused:  # which the driver would tell of the next kernel
         assert card.waits.count("torch.cuda.synchronize()") == 2
     with lending(whole, DEVICE):
         assert torch.equal(run(whole, x, 1).cpu(), expected)
+
+
+def test_on_windows_some_of_what_may_be_pinned_is_left_to_others(
+    card: Any, headless_host: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pinned_memory._tell_of_slow_copies.cache_clear()
+    gc.collect()  # layers of other tests
+    whole = network(4)
+    layer = streamed_layers.nbytes(whole.layers[0])
+    monkeypatch.setattr(os, "name", "nt")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(total=8 * layer))
+    monkeypatch.setattr(headless_host, "locked_memory", lambda: layer)  # by the host itself
+    streamed_layers.stream(whole.layers, 4)
+    assert len(card.registered) == 2  # with the host's own three of the four that Windows pins
+    assert caplog.text.count("no more memory can be pinned") == 1
+    del whole.layers[0]
+    gc.collect()
+    assert len(card.registered) == 1
+    again = network(2)
+    streamed_layers.stream(again.layers, 2)
+    assert len(card.registered) == 2
 
 
 @pytest.mark.parametrize(("layers", "count"), [(5, 5), (6, 4), (3, 3), (4, 1)])

@@ -1,8 +1,10 @@
-"""Where torch's kernels answer wrongly: masks on Metal (emulated), single queries and masks on NVIDIA, few keys on Intel."""
+"""Where torch's kernels answer wrongly: masks on Metal and of shared keys (emulated), single queries and large masks on NVIDIA,
+few keys on Intel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from hotpath.attention import token_attention, torch_backends
 from hotpath.attention.metal import FEW_QUERIES, readable_mask
 from hotpath.attention.reference import attention_reference
 from hotpath.attention.torch_backends import sdpa
+from hotpath.demo.captioner_model import write_folder
 from hotpath.vision_language import decode_attention, guarded_attention
 from hotpath.vision_language.answering import AnswerOptions, answer
 from hotpath.vision_language.prompts import Question
@@ -108,6 +111,81 @@ def test_cudnn_serves_no_single_query_where_it_is_wrong(load, monkeypatch, capab
     guarded_attention.take_over(model.network, attend)
     assert [made.raw for made in answer(model, QUESTIONS, GREEDY, options)] == wanted
     assert True in allowed and False in allowed and torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.fixture
+def memory_efficient_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What NVIDIA's cards take for masks: of heads that are one in memory, a query that is alone in its block reads past its
+    mask; and 32 bits count the mask's numbers."""
+    plain: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **settings: Any) -> Tensor:
+        if attn_mask is None:
+            return plain(query, key, value, **settings)
+        rows, keys = query.shape[2], key.shape[2]
+        mask = attn_mask.expand(*query.shape[:-1], keys).clone()
+        if key.shape[1] > 1 and key.stride(1) == 0 and rows % 32 == 1:
+            mask[:, 1:, -1] = True if mask.dtype == torch.bool else 0
+        read = torch.arange(rows) % max(1, torch_backends.LARGEST_MASK // keys)
+        return plain(query, key, value, attn_mask=mask[:, :, read], **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+
+
+@pytest.mark.parametrize("queries", [1, 32, 33, 40])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_masks_of_keys_that_all_heads_share(memory_efficient_kernel, queries, numbers):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, queries, 8), torch.randn(2, 1, 48, 8), torch.randn(2, 1, 48, 8)
+    seen = torch.rand(2, 1, queries, 48) < 0.5
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if numbers else seen
+    wanted = attention_reference(q, k, v, mask, 0.4)
+    spread = k.expand(-1, 4, -1, -1), v.expand(-1, 4, -1, -1)
+    torch.testing.assert_close(sdpa(q, *spread, mask, 0.4), wanted)
+    for attend in (guarded_attention.with_one_key_head, guarded_attention.without_cudnn):
+        module = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+        made, _ = attend(module, q, k, v, mask, scaling=0.4)
+        torch.testing.assert_close(made.transpose(1, 2), wanted)
+        made, _ = attend(module, q, *spread, None, scaling=0.4, is_causal=False)
+        torch.testing.assert_close(made.transpose(1, 2), attention_reference(q, k, v, None, 0.4))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_networks_whose_heads_share_a_key_are_guarded(llm, load, memory_efficient_kernel, monkeypatch, heads):
+    write_folder(llm / "shared", "qwen2", num_key_value_heads=heads)
+    card, options = torch.device("cuda", 0), AnswerOptions(8, decode="plain")
+    monkeypatch.setattr(guarded_attention, "misled_by_cudnn", lambda device: False)
+    model = load("shared")
+    attend, note = guarded_attention.guard(card, guarded_attention.one_key_head(model.network))
+    assert attend is (guarded_attention.with_one_key_head if heads == 1 else None) and not note
+    assert guarded_attention.guard(torch.device("cpu"), True) == (None, "")
+    if attend is None:
+        return
+    singles = [answer(model, [question], GREEDY, options)[0].raw for question in QUESTIONS]
+    shared: list[bool] = []
+    inner = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(query: Tensor, key: Tensor, *others: Any, **settings: Any) -> Tensor:
+        shared.append(settings.get("attn_mask") is not None and key.shape[1] > 1 and key.stride(1) == 0)
+        return inner(query, key, *others, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    answer(model, QUESTIONS, GREEDY, options)
+    assert True in shared, "the library alone spreads the key head"
+    shared.clear()
+    guarded_attention.take_over(model.network, attend)
+    assert [made.raw for made in answer(model, QUESTIONS, GREEDY, options)] == singles and not any(shared)
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 30, 20), (2, 3, 30, 20), (1, 1, 1, 20), (2, 1, 4, 20)])
+def test_masks_that_32_bits_do_not_count_are_cut(memory_efficient_kernel, monkeypatch, shape, numbers):
+    monkeypatch.setattr(torch_backends, "LARGEST_MASK", 320)
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 3, shape[2] if shape[2] > 1 else 7, 8), torch.randn(2, 3, 20, 8)
+    seen = torch.rand(shape) < 0.5
+    mask = torch.zeros(shape).masked_fill(~seen, -torch.inf) if numbers else seen
+    torch.testing.assert_close(sdpa(q, k, k, mask, None), attention_reference(q, k, k, mask, None))
 
 
 def test_a_mask_has_the_dtype_of_its_queries(monkeypatch):
