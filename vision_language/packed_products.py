@@ -5,7 +5,6 @@ registers; for more rows the weights as numbers, by one launch. What a kernel do
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ log = logging.getLogger("hotpath.vision_language")
 
 CONFIGS = ((4, 1024, 4), (8, 512, 4), (4, 512, 2), (2, 2048, 4))  # outputs of a program, inputs at a time, warps
 SHORT_CONFIGS = ((4, 1024, 4), (8, 1024, 4), (4, 2048, 4), (8, 512, 2))  # of several codes to a byte
+SERVED = ("cuda",)  # types of devices
+LOOKED_AT = 1 << 24  # weights of the first result of a kind
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _failed: dict[torch.device, str] = {}
@@ -30,7 +31,7 @@ allow_interpreter = False
 def row_product(layer: Any, x: Tensor, start: int, stop: int) -> Tensor | None:
     """x [..., inputs] times the outputs start to stop of a layer with a `matrix`, and their bias; None where x is more than one
     row, or torch multiplies."""
-    if x.device.type != "cuda" or x.numel() != layer.in_features or not layer.kernel_reads:
+    if x.device.type not in SERVED or x.numel() != layer.in_features or not layer.kernel_reads:
         return None
     if not torch.compiler.is_compiling() and (x.dtype not in DTYPES or why_not(x.device)):
         return None
@@ -53,27 +54,29 @@ def chosen_product(matrix: PackedMatrix, count: int, x: Tensor, chosen: Tensor, 
     return made
 
 
-def unpacked(layer: Any, start: int, stop: int, dtype: torch.dtype, by_torch: Callable[[], Tensor]) -> Tensor:
+def unpacked(layer: Any, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """The weights of the outputs start to stop, [stop - start, inputs] in `dtype`; start: where its scales begin.
 
-    layer: one with a `matrix`. by_torch: the same by torch's operators, for where the kernel does not serve; the first result of
-    a kind is compared with it.
+    layer: one with a `matrix`. The first result of a kind is compared with torch's.
     """
     if torch.compiler.is_compiling() or why_not(layer.weight.device):
-        return by_torch()
+        numbers: Tensor = layer.matrix.rows(start, stop).dense()
+        return numbers.to(dtype)
     matrix: PackedMatrix = layer.matrix
     try:
         from .packed_decode_kernel import unpack
 
         with on_device(matrix.codes.device):
             made = unpack(matrix.rows(start, stop), dtype)
-        compare(made, ("unpack", made.device, dtype, *matrix.kind, stop - start), lambda: (by_torch(), None))
+        some = _looked_at(matrix, stop - start)
+        kind = ("unpack", made.device, dtype, *matrix.kind, stop - start)
+        compare(made[:some], kind, lambda: (matrix.rows(start, start + some).dense().to(dtype), None))
         return made
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, a driver too old, a card that Triton does not know, numbers that are off
         _note_failure(matrix.codes.device, error)
-        return by_torch()
+        return matrix.rows(start, stop).dense().to(dtype)
 
 
 def why_not(device: torch.device) -> str:
@@ -94,6 +97,12 @@ def configs(matrix: PackedMatrix) -> tuple[tuple[int, int, int], ...]:
     return SHORT_CONFIGS if matrix.plane < 8 else CONFIGS
 
 
+def _looked_at(matrix: PackedMatrix, outputs: int) -> int:
+    """How many of the outputs are compared: unpacked by torch they take several times four bytes a weight."""
+    whole = LOOKED_AT // matrix.inputs // matrix.scaled_rows * matrix.scaled_rows
+    return min(outputs, max(matrix.scaled_rows, whole))
+
+
 def _note_failure(device: torch.device, error: Exception) -> None:
     _failed[device] = f"the kernel failed on {device} ({one_line(error)})"
     log.warning("packed weights are unpacked by torch: %s", _failed[device])
@@ -110,7 +119,12 @@ def _run(x: Tensor, chosen: Tensor | None, bias: Tensor | None, gated: bool, *pa
             with on_device(x.device):
                 packed_product(x, matrix, made, configs(matrix)[0], bias, gated=gated, chosen=chosen)
             kind = ("packed", x.device, x.dtype, *matrix.kind, gated, chosen is None)
-            compare(made, kind, lambda: (by_torch(x, matrix, chosen, bias, gated), None))
+            if chosen is not None:
+                compare(made, kind, lambda: (by_torch(x, matrix, chosen, bias, gated), None))
+            else:
+                some = _looked_at(matrix, matrix.outputs)
+                first = None if bias is None else bias[:some]
+                compare(made[:, :some], kind, lambda: (by_torch(x, matrix.rows(0, some), None, first, False), None))
             return made
         except torch.OutOfMemoryError:
             raise
@@ -122,7 +136,7 @@ def _run(x: Tensor, chosen: Tensor | None, bias: Tensor | None, gated: bool, *pa
 def by_torch(x: Tensor, matrix: PackedMatrix, chosen: Tensor | None, bias: Tensor | None, gated: bool) -> Tensor:
     """What the kernel computes. Arguments as of `chosen_product`; without `chosen` x is one row."""
     if chosen is None:
-        made = F.linear(x, matrix.dense().to(x.dtype), bias)
+        made = F.linear(x, matrix.dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
     else:
         places = torch.arange(matrix.outputs, device=x.device)
         rows = (chosen.unsqueeze(1) * matrix.outputs + places).flatten()

@@ -69,10 +69,9 @@ class BlockScaledLinear(nn.Module):
         if few and (stop - start) % rows == 0 and self.in_features % columns == 0:
             made = self.few(x.reshape(-1, self.in_features), start, stop).view(*x.shape[:-1], stop - start)
             return made if bias is None else made + bias
-        if not self.kernel_reads:
-            return F.linear(x, self.dense(x.dtype, start, stop), bias)
-        weight = unpacked(self, start, stop, x.dtype, lambda: self.dense(x.dtype, start, stop))
-        return F.linear(x, weight, bias)
+        if self.kernel_reads:
+            return F.linear(x, unpacked(self, start, stop, x.dtype), bias)
+        return F.linear(x, self.dense(x.dtype, start, stop), bias)
 
     def few(self, x: Tensor, start: int, stop: int) -> Tensor:
         """x [M, in] times the weights: x is scaled for each block of outputs, which is little beside scaling the weights."""
@@ -85,11 +84,7 @@ class BlockScaledLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
         """The weights of some rows in `dtype`, rounded once."""
-        rows, columns = self.block
-        codes = self.weight[start:stop]
-        scale = self.scale[start // rows :].repeat_interleave(rows, dim=0)[: len(codes)]
-        codes = F.pad(codes.float(), (0, -self.in_features % columns)).unflatten(1, (-1, columns))
-        return (codes * scale.unsqueeze(2)).to(dtype).flatten(1)[:, : self.in_features]
+        return self.matrix.rows(start, self.out_features if stop is None else stop).dense().to(dtype)
 
 
 def of_library(layer: Any) -> BlockScaledLinear:

@@ -168,6 +168,27 @@ def test_kernels_are_the_layers_numbers_in_the_interpreter():
     interpret(INTERPRETED, Path(__file__).parents[1], Path(__file__).parent)
 
 
+@pytest.mark.parametrize("form", [WHOLE, FOUR, SQUARES, 10, 14, 23], ids=str)
+def test_compiled_layers_multiply_one_row_by_one_operator(form, monkeypatch):
+    """As on a card: nothing of what is packed is in their graph."""
+    from hotpath.vision_language import packed_products
+
+    monkeypatch.setattr(packed_products, "SERVED", ("cpu",))
+    layer, graphs = packed_layer(form), []
+
+    def backend(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    x = torch.randn(1, layer.in_features, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        found = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)(x)
+        assert torch.ops.hotpath.packed_product in graphs[0] and len(graphs) == 1 and len(graphs[0]) < 5
+        monkeypatch.undo()
+        wanted = x @ layer.matrix.dense().T
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", TOLERANCE)

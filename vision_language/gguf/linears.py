@@ -111,8 +111,7 @@ class GroupedLinear(UnpackedLinear):
         return self.matrix.take(rows).dense()
 
     def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
-        rows = slice(start, stop)
-        return product(x, unpacked(self, start, stop, x.dtype, lambda: self.some(rows).to(x.dtype)))
+        return product(x, unpacked(self, start, stop, x.dtype))
 
 
 class BlockLinear(UnpackedLinear):
