@@ -125,22 +125,27 @@ def _add(
 @triton.jit
 def _packed_product(
     X, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, BIAS, NORM, ADDED, CHOSEN, RESULT,
-    outputs, inputs, stride, high_stride, groups, sharing, eps, factor,
+    outputs, inputs, stride, high_stride, groups, slots, sharing, eps, factor,
     NORMED: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, BIASED: tl.constexpr, CHOOSES: tl.constexpr,
+    SEVERAL: tl.constexpr,
     GROUP: tl.constexpr, SCALED_ROWS: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr,
     SCALES: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = GROUP // 2 if PLANE < 8 else GROUP
     ROW_SCALES: tl.constexpr = not SCALES and PLANE == 8
-    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.program_id(0)
+    if SEVERAL:
+        # Those that read the same weights run side by side.
+        slot = block % slots
+        block = block // slots
+        X += slot // sharing * inputs
+        RESULT += slot * outputs
+    output = block * BLOCK_N + tl.arange(0, BLOCK_N)
     asked = output < outputs
     row = output.to(tl.int64)  # 64 bits: an output head may have more than 2^31 weights
     if CHOOSES:
-        slot = tl.program_id(1)
         row += tl.load(CHOSEN + slot).to(tl.int64) * (2 * outputs if GATED else outputs)
-        X += slot // sharing * inputs
-        RESULT += slot * outputs
     total = tl.zeros((BLOCK_N, BLOCK_G, WIDTH), tl.float32)
     other = tl.zeros((BLOCK_N, BLOCK_G, WIDTH), tl.float32)
     squares = tl.zeros((BLOCK_G, GROUP), tl.float32)
@@ -233,8 +238,8 @@ def packed_product(
 ) -> None:
     """`fused_decode_kernel.product` for packed weights, one launch. config: outputs of a program, inputs at a time, warps.
 
-    chosen: [slots] experts, of each of which the matrix has so many outputs; x: [rows, inputs], a row for as many slots; result:
-    [slots, outputs].
+    x may be several rows, [rows, inputs], result: [rows, outputs]; nothing is added then. chosen: [slots] experts, of each of
+    which the matrix has so many outputs; x: a row for as many slots; result: [slots, outputs].
     """
     outputs = matrix.outputs // 2 if gated else matrix.outputs
     block_n, block_k, warps = config
@@ -242,12 +247,14 @@ def packed_product(
     groups = triton.cdiv(matrix.inputs, form["GROUP"])
     block_g = max(1, block_k // form["GROUP"])
     around = [x if part is None else part for part in (bias, norm, added, chosen)]  # what is not read may be anything
-    slots = 1 if chosen is None else len(chosen)
-    _packed_product[(triton.cdiv(outputs, block_n), slots)](
-        x, *_stored(matrix), *around, result, outputs, *_sizes(matrix, groups), 1 if chosen is None else slots // len(x), eps,
+    rows = len(x) if x.dim() > 1 else 1
+    slots = rows if chosen is None else len(chosen)
+    _packed_product[(triton.cdiv(outputs, block_n) * slots,)](
+        x, *_stored(matrix), *around, result, outputs, *_sizes(matrix, groups), slots, slots // rows, eps,
         FLOAT8_SCALE if matrix.floats else 1.0,
         NORMED=norm is not None, GATED=gated, ADDS=added is not None, BIASED=bias is not None, CHOOSES=chosen is not None,
-        **form, BLOCK_N=block_n, BLOCK_G=block_g, STEPS=triton.cdiv(groups, block_g), num_warps=warps, **FUSES,
+        SEVERAL=slots > 1 or chosen is not None, **form,
+        BLOCK_N=block_n, BLOCK_G=block_g, STEPS=triton.cdiv(groups, block_g), num_warps=warps, **FUSES,
     )  # fmt: skip
 
 

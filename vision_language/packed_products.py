@@ -1,4 +1,4 @@
-"""Products with packed weights on a card: of one row, and of the experts that were chosen for some, by a kernel that unpacks in
+"""Products with packed weights on a card: of few rows, and of the experts that were chosen for some, by a kernel that unpacks in
 registers; for more rows the weights as numbers, by one launch. What a kernel does not serve is torch's.
 """
 
@@ -19,6 +19,7 @@ log = logging.getLogger("hotpath.vision_language")
 
 CONFIGS = ((4, 1024, 4), (8, 512, 4), (4, 512, 2), (2, 2048, 4))  # outputs of a program, inputs at a time, warps
 SHORT_CONFIGS = ((4, 1024, 4), (8, 1024, 4), (4, 2048, 4), (8, 512, 2))  # of several codes to a byte
+FEW_ROWS = 4  # each reads packed weights anew, which is less than weights that were unpacked for all of them
 SERVED = ("cuda",)  # types of devices
 LOOKED_AT = 1 << 24  # weights of the first result of a kind
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,10 +29,10 @@ _failed: dict[torch.device, str] = {}
 allow_interpreter = False
 
 
-def row_product(layer: Any, x: Tensor, start: int, stop: int) -> Tensor | None:
-    """x [..., inputs] times the outputs start to stop of a layer with a `matrix`, and their bias; None where x is more than one
-    row, or torch multiplies."""
-    if x.device.type not in SERVED or x.numel() != layer.in_features or not layer.kernel_reads:
+def few_rows_product(layer: Any, x: Tensor, start: int, stop: int) -> Tensor | None:
+    """x [..., inputs] times the outputs start to stop of a layer with a `matrix`, and their bias; None where x has more rows, or
+    none, or torch multiplies."""
+    if x.device.type not in SERVED or not layer.kernel_reads or not 0 < x.numel() <= FEW_ROWS * layer.in_features:
         return None
     if not torch.compiler.is_compiling() and (x.dtype not in DTYPES or why_not(x.device)):
         return None
@@ -39,7 +40,7 @@ def row_product(layer: Any, x: Tensor, start: int, stop: int) -> Tensor | None:
     if (start, stop) != (0, layer.out_features):
         matrix = matrix.rows(start, stop)
     bias = None if layer.bias is None else layer.bias[start:stop]
-    made: Tensor = torch.ops.hotpath.packed_product(x.reshape(1, -1), None, bias, False, *matrix)
+    made: Tensor = torch.ops.hotpath.packed_product(x.reshape(-1, layer.in_features), None, bias, False, *matrix)
     return made.view(*x.shape[:-1], stop - start)
 
 
@@ -114,11 +115,11 @@ def _run(x: Tensor, chosen: Tensor | None, bias: Tensor | None, gated: bool, *pa
         try:
             from .packed_decode_kernel import packed_product
 
-            slots = 1 if chosen is None else len(chosen)
+            slots = len(x) if chosen is None else len(chosen)
             made = x.new_empty(slots, matrix.outputs // 2 if gated else matrix.outputs)
             with on_device(x.device):
                 packed_product(x, matrix, made, configs(matrix)[0], bias, gated=gated, chosen=chosen)
-            kind = ("packed", x.device, x.dtype, *matrix.kind, gated, chosen is None)
+            kind = ("packed", x.device, x.dtype, *matrix.kind, gated, chosen is None, slots == 1)
             if chosen is not None:
                 compare(made, kind, lambda: (by_torch(x, matrix, chosen, bias, gated), None))
             else:
@@ -134,7 +135,7 @@ def _run(x: Tensor, chosen: Tensor | None, bias: Tensor | None, gated: bool, *pa
 
 
 def by_torch(x: Tensor, matrix: PackedMatrix, chosen: Tensor | None, bias: Tensor | None, gated: bool) -> Tensor:
-    """What the kernel computes. Arguments as of `chosen_product`; without `chosen` x is one row."""
+    """What the kernel computes. Arguments as of `chosen_product`; without `chosen` each row of x meets the same weights."""
     if chosen is None:
         made = F.linear(x, matrix.dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
     else:
@@ -153,7 +154,7 @@ def _register_operator() -> None:
     """One opaque operator, so that a compiled layer never looks inside."""
 
     def shape_of_result(x, chosen, bias, gated, codes, scale, outputs, *_):  # type: ignore[no-untyped-def]
-        slots = 1 if chosen is None else chosen.shape[0]
+        slots = x.shape[0] if chosen is None else chosen.shape[0]
         return x.new_empty(slots, outputs // 2 if gated else outputs)
 
     library = torch.library.Library("hotpath", "FRAGMENT")

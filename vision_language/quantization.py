@@ -22,7 +22,7 @@ from ..products.linear import why_not
 from ..products.rerouting import linear
 from . import cpu_kernels
 from .packed_matrix import PackedMatrix, bytes_of
-from .packed_products import row_product, unpacked
+from .packed_products import few_rows_product, unpacked
 from .projections import replace
 
 INT4_GROUP = 64  # inputs that share one scale and one zero point
@@ -116,7 +116,7 @@ class ScaledLinear(nn.Module):
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        if (made := row_product(self, x, start, stop)) is not None:
+        if (made := few_rows_product(self, x, start, stop)) is not None:
             return made
         if self.weight.dtype == torch.int8 and cpu_kernels.serves(x):
             y = (cpu_kernels.int8_product(x, self.weight[start:stop]) * self.scale[start:stop]).to(x.dtype)
@@ -172,7 +172,7 @@ class Int4Linear(nn.Module):
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        if (made := row_product(self, x, start, stop)) is not None:
+        if (made := few_rows_product(self, x, start, stop)) is not None:
             return made
         y = in_parts(self._unpacked, x, start, stop, self.in_features)
         return y if self.bias is None else y + self.bias[start:stop]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .packed_matrix import PackedMatrix, bytes_of
-from .packed_products import row_product, unpacked
+from .packed_products import few_rows_product, unpacked
 from .projections import share
 from .quantization import PACKED
 
@@ -61,7 +61,7 @@ class BlockScaledLinear(nn.Module):
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
         """start: where a block begins."""
-        if (made := row_product(self, x, start, stop)) is not None:
+        if (made := few_rows_product(self, x, start, stop)) is not None:
             return made
         rows, columns = self.block
         bias = None if self.bias is None else self.bias[start:stop].to(x.dtype)

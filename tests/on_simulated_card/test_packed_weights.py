@@ -98,11 +98,14 @@ def test_prompts_unpack_by_one_launch(card: Any, load_fused: Any, how: str) -> N
         if how == "alike":
             as_files(model.network, ALIKE)
         layer = text_decoder(model.network).layers[0].mlp.down_proj
-        x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0)).cuda()
+        x = torch.randn(6, layer.in_features, generator=torch.Generator().manual_seed(0)).cuda()
         card.launches.clear()
         made = layer(x).cpu()
         assert card.launches["triton::_unpack"] == 1
         torch.testing.assert_close(made, (x @ layer.some(slice(None)).T).cpu(), atol=1e-4, rtol=1e-4)
+        few = layer(x[:3]).cpu()  # which are not unpacked for
+        assert card.launches["triton::_unpack"] == 1 and card.launches["triton::_packed_product"] == 1
+        torch.testing.assert_close(few, made[:3], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["broken", "wrong"])
@@ -123,7 +126,7 @@ def test_a_kernel_that_does_not_unpack_gives_way(card: Any, load_fused: Any, mon
     monkeypatch.setattr(kernel, "unpack", broken)
     with model.resident(100), torch.no_grad():
         layer = text_decoder(model.network).layers[0].mlp.down_proj
-        x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0)).cuda()
+        x = torch.randn(6, layer.in_features, generator=torch.Generator().manual_seed(0)).cuda()
         wanted = (x @ layer.some(slice(None)).T).cpu()
         torch.testing.assert_close(layer(x).cpu(), wanted, atol=1e-4, rtol=1e-4)
         assert {"broken": "no such instruction", "wrong": "from plain torch's"}[how] in packed_products.why_not(

@@ -126,7 +126,7 @@ def compare_unpacked(layer, dtype, device="cpu"):
 
 
 def compare_chosen(layer, dtype, device="cpu"):
-    """The outputs of a layer as those of four experts, of which three rows chose two each, and of each its own row."""
+    """Three rows with the same weights; and the outputs of a layer as those of four experts, of which rows chose two, or one."""
     from hotpath.vision_language.packed_decode_kernel import packed_product
     from hotpath.vision_language.packed_products import by_torch
 
@@ -134,6 +134,12 @@ def compare_chosen(layer, dtype, device="cpu"):
     of_one, chosen = whole._replace(outputs=whole.outputs // 4), torch.tensor([2, 0, 1, 2, 3, 0])
     moved = layer.to(device).matrix._replace(outputs=of_one.outputs)
     generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3, whole.inputs, generator=generator).to(dtype)
+    made = torch.full((3, whole.outputs), float("nan"), dtype=dtype, device=device)
+    packed_product(x.to(device), layer.matrix, made, (16, 256, 4))
+    wanted = by_torch(x.double(), whole, None, None, False)
+    limit = TOLERANCE[dtype] * float(wanted.abs().max())
+    torch.testing.assert_close(made.double().cpu(), wanted, atol=limit, rtol=TOLERANCE[dtype])
     for rows, gated in ((3, False), (3, True), (6, False)):
         x = torch.randn(rows, whole.inputs, generator=generator).to(dtype)
         made = torch.full((6, of_one.outputs // (2 if gated else 1)), float("nan"), dtype=dtype, device=device)
@@ -169,7 +175,8 @@ def test_kernels_are_the_layers_numbers_in_the_interpreter():
 
 
 @pytest.mark.parametrize("form", [WHOLE, FOUR, SQUARES, 10, 14, 23], ids=str)
-def test_compiled_layers_multiply_one_row_by_one_operator(form, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_compiled_layers_multiply_few_rows_by_one_operator(form, rows, monkeypatch):
     """As on a card: nothing of what is packed is in their graph."""
     from hotpath.vision_language import packed_products
 
@@ -180,7 +187,7 @@ def test_compiled_layers_multiply_one_row_by_one_operator(form, monkeypatch):
         graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
         return graph.forward
 
-    x = torch.randn(1, layer.in_features, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         found = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)(x)
         assert torch.ops.hotpath.packed_product in graphs[0] and len(graphs) == 1 and len(graphs[0]) < 5
@@ -228,7 +235,7 @@ def test_products_compile_for_cards_that_are_not_here(form):
     pointers = dict.fromkeys(("X", "BIAS", "NORM", "ADDED", "RESULT", "UNIT", "LOW_UNIT"), "*bf16") | {"CHOSEN": "*i64"}
     pointers |= {"CODES": "*i8" if matrix.codes.dtype == torch.int8 else "*u8", "HIGH": "*u8", "TABLE": "*i8"}
     pointers |= dict.fromkeys(("SCALE", "LOW"), "*i8" if matrix.unit is not None else "*fp16")
-    sizes = dict.fromkeys(("outputs", "inputs", "stride", "high_stride", "groups", "sharing"), "i32")
+    sizes = dict.fromkeys(("outputs", "inputs", "stride", "high_stride", "groups", "slots", "sharing"), "i32")
     types = pointers | sizes | {"eps": "fp32", "factor": "fp32"}
     names = kernel._packed_product.arg_names
     divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers | sizes}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..packed_matrix import PackedMatrix, side_by_side
-from ..packed_products import row_product, unpacked
+from ..packed_products import few_rows_product, unpacked
 from ..projections import rows_of
 from ..quantization import in_parts, product
 from .blocks import Codes
@@ -31,7 +31,7 @@ class UnpackedLinear(nn.Module):
         return self.rows(x, 0, self.out_features)
 
     def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
-        if (made := row_product(self, x, start, stop)) is not None:
+        if (made := few_rows_product(self, x, start, stop)) is not None:
             return made
         y = in_parts(self._unpacked, x, start, stop, self.in_features, AT_ONCE)
         return y if self.bias is None else y + self.bias[start:stop]
