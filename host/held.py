@@ -22,6 +22,7 @@ else:
 TAKEN = (errno.EACCES, errno.EAGAIN)  # what the system says where another one holds a file
 PATIENCE = 30.0  # seconds for another one to add to a file; one that takes longer was halted
 EVERY = 0.01  # seconds between two looks
+FAR = 0x7FFF0000  # the byte that is held on Windows, where nobody else can read what is held: behind all that is read
 
 
 @contextmanager
@@ -56,18 +57,26 @@ def held(path: Path) -> Iterator[int | None]:
 @contextmanager
 def opened_alone(path: Path) -> Iterator[BinaryIO]:
     """The file at `path`, which is made with its folder, open to be read and added to, by one at a time of all who open it so:
-    the others wait. On Windows all at once do: others could not even read it."""
+    the others wait."""
     end = time.monotonic() + PATIENCE
     while True:
         with _opened(path) as file:
-            waits = sys.platform != "win32" and time.monotonic() < end
-            if not waits or (_lock(file) and _is_at(path, file)):
+            if time.monotonic() > end or (_lock(file) and _is_at(path, file)):
                 try:
                     yield file
                 finally:
                     _unlock(file)
                 return
         time.sleep(EVERY)
+
+
+def delete(path: Path, file: BinaryIO) -> None:
+    """Delete what `opened_alone` has open, if that goes."""
+    if sys.platform == "win32":  # which deletes nothing that is open
+        _unlock(file)
+        file.close()
+    with suppress(OSError):
+        path.unlink()
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -79,6 +88,7 @@ def _lock(file: BinaryIO) -> bool:
     """Whether it is ours until it is closed."""
     try:
         if sys.platform == "win32":
+            file.seek(FAR)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,9 +99,14 @@ def _lock(file: BinaryIO) -> bool:
 
 def _unlock(file: BinaryIO) -> None:
     """Also for processes that were forked meanwhile, which would hold it as long as they live."""
-    if sys.platform != "win32" and not file.closed:
-        file.flush()
-        with suppress(OSError):
+    if file.closed:
+        return
+    file.flush()
+    with suppress(OSError):
+        if sys.platform == "win32":
+            file.seek(FAR)
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+        else:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
