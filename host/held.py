@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -54,6 +55,15 @@ def held(path: Path) -> Iterator[int | None]:
                 path.unlink()
 
 
+def is_held(path: Path) -> bool | None:
+    """Whether anybody holds `path`, which stays; None where it is not there, or not to be opened."""
+    try:
+        with path.open("r+b") as file:
+            return not _lock(file)
+    except OSError:
+        return None
+
+
 @contextmanager
 def opened_alone(path: Path) -> Iterator[BinaryIO]:
     """The file at `path`, which is made with its folder, open to be read and added to, by one at a time of all who open it so:
@@ -90,10 +100,25 @@ def _lock(file: BinaryIO) -> bool:
         if sys.platform == "win32":
             file.seek(FAR)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
+        elif not _lock_of_a_server(file, fcntl.F_WRLCK):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno not in TAKEN
+    return True
+
+
+def _lock_of_a_server(file: BinaryIO, kind: int) -> bool:
+    """Set (or remove) the kind of lock that NFS and SMB servers hold for their clients, and some cluster disks know alone, where
+    there is one that ends as flock's do. Otherwise who works on the server itself would not see who works on the share. Raises
+    OSError where another one holds it."""
+    if sys.platform != "linux" or not hasattr(fcntl, "F_OFD_SETLK"):
+        return False
+    try:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno in TAKEN:
+            raise
+        return False
     return True
 
 
@@ -106,7 +131,7 @@ def _unlock(file: BinaryIO) -> None:
         if sys.platform == "win32":
             file.seek(FAR)
             msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
-        else:
+        elif not _lock_of_a_server(file, fcntl.F_UNLCK):
             fcntl.flock(file, fcntl.LOCK_UN)
 
 

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from uuid import uuid4
 
 from .. import host
 from ..host.errors import first_line
 from ..host.name_limits import can_be_a_name
-from ..host.whole_files import WRITING
+from ..host.unfinished import unfinished_name
 from . import caption_list
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
@@ -98,7 +97,7 @@ class CaptionJob:
         try:
             self.captions.mkdir(parents=True, exist_ok=True)
             # Not one of `tempfile`: where Windows or a guard of it refuses, older Pythons try names for hours.
-            probe = self.captions / f"{WRITING}{uuid4().hex}"
+            probe = self.captions / unfinished_name()
             probe.touch()
             probe.unlink()
         except OSError as error:

@@ -85,4 +85,8 @@ def _left(lines: list[str]) -> list[str]:
     kept = set(last.values())
     in_order = iter([lines[last[name]] for name in sorted(last, key=PurePath)])
     # Lines of others stay where they are.
-    return [next(in_order) if index in kept else line for index, line in enumerate(lines) if index not in ours or index in kept]
+    return [
+        next(in_order) if index in kept else line
+        for index, line in enumerate(lines)
+        if index not in ours or index in kept
+    ]

@@ -52,7 +52,8 @@ def test_a_disk_without_locks_holds_nobody_up(tmp_path: Path, monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(module, "fcntl", SimpleNamespace(flock=refuse, LOCK_EX=2, LOCK_NB=4))
+    names = {"F_WRLCK": 1, "F_OFD_SETLK": 37, "LOCK_EX": 2, "LOCK_NB": 4}
+    monkeypatch.setattr(module, "fcntl", SimpleNamespace(fcntl=refuse, flock=refuse, **names))
     with held(tmp_path / "a") as first, held(tmp_path / "a") as second:
         assert first is not None and second is not None
 
