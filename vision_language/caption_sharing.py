@@ -3,7 +3,7 @@
 A hidden file beside the captions says what every run has begun and what is done; runs read it and add to it one at a time.
 Each run also holds a file of its own, of which the system lets go however its process ends: what it had begun is free then.
 The last run to end removes them all. On a disk without locks, as some shares are, a run takes the others for ended: several
-may describe the same pictures, but none is lost.
+may describe the same pictures, but each is described.
 """
 
 from __future__ import annotations

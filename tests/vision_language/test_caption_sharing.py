@@ -223,13 +223,15 @@ def test_who_asks_otherwise_shares_nothing_that_is_written_anew(folder):
 
 def test_what_others_do_while_a_model_is_loaded_is_done(folder, described, monkeypatch, capsys):
     def load(*_):
-        run(CaptionJob(folder, "Describe.", overwrite=True))
+        run(CaptionJob(folder, "Describe.", output="jsonl", overwrite=True))
         return MODEL
 
+    append(folder, {"file": "p07.png", "caption": "old"})
     monkeypatch.setattr(MODELS, "get", load)
-    assert cli.main(["caption", str(folder), "--model", "x", "--prompt", "Describe.", "--overwrite"]) == 0
+    options = ["--prompt", "Describe.", "--format", "jsonl", "--overwrite"]
+    assert cli.main(["caption", str(folder), "--model", "x", *options]) == 0
     assert len(described.names) == 24 and "24 captioned by other runs meanwhile" in capsys.readouterr().out
-    assert not list(folder.glob(".*"))
+    assert names_in_list(folder) == sorted(described.names) and not list(folder.glob(".*"))
 
 
 def test_what_killed_runs_left_goes_also_when_nothing_waits(folder, described, capsys):
