@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from ..host.errors import first_line
 from ..host.held import delete, held, opened_alone
+from ..host.unfinished import sweep
 from ..host.whole_files import refusal_told
 from . import caption_list
 from .caption_job import CaptionJob, CaptionSummary
@@ -100,9 +101,10 @@ class Shares:
             try:
                 if tidy is not None and self._lists:
                     tidy()
-            finally:
-                for mark in self._record.parent.glob(f"{RECORD}-{A_RUN}"):  # of runs that were killed
+            finally:  # what runs that were killed left
+                for mark in self._record.parent.glob(f"{RECORD}-{A_RUN}"):
                     self._lives(mark.name.removeprefix(f"{RECORD}-"))
+                sweep(self._record.parent, self._record.stat().st_mtime)
                 delete(self._record, file)
 
     def note_in(self, summary: CaptionSummary) -> int:

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 from hotpath import cli
 from hotpath.host import Interrupted, held
+from hotpath.host.unfinished import WRITING
 from hotpath.vision_language import caption_sharing, captioning
 from hotpath.vision_language.answering import AnswerOptions
 from hotpath.vision_language.budgets import PRESETS
@@ -241,6 +242,8 @@ def test_what_killed_runs_left_goes_also_when_nothing_waits(folder, described, c
         (folder / name).write_text(
             '{"run": "' + "0" * 32 + '", "work": "txt", "begins": true, "takes": ["p00.png"]}\n{"run'
         )
+    (folder / f"{WRITING}x").touch()
+    os.utime(folder / f"{WRITING}x", (1, 1))
     kept = folder / f"{RECORD}-mine"
     kept.touch()
     assert cli.main(["caption", str(folder), "--model", "x"]) == 0
