@@ -56,10 +56,11 @@ def held(path: Path) -> Iterator[int | None]:
 
 
 def is_held(path: Path) -> bool | None:
-    """Whether anybody holds `path`, which stays; None where it is not there, or not to be opened."""
+    """Whether anybody holds `path`, which stays; None where that cannot be told, or it is not there."""
     try:
         with path.open("r+b") as file:
-            return not _lock(file)
+            ours = _tried(file)
+            return None if ours is None else not ours
     except OSError:
         return None
 
@@ -95,7 +96,12 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Whether it is ours until it is closed."""
+    """Whether it is ours until it is closed, or there are no locks."""
+    return _tried(file) is not False
+
+
+def _tried(file: BinaryIO) -> bool | None:
+    """Whether it is ours until it is closed; None where there are no locks, or none any more."""
     try:
         if sys.platform == "win32":
             file.seek(FAR)
@@ -103,7 +109,7 @@ def _lock(file: BinaryIO) -> bool:
         elif not _lock_of_a_server(file, fcntl.F_WRLCK):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in TAKEN
+        return False if error.errno in TAKEN else None
     return True
 
 

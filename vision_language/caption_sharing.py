@@ -101,10 +101,11 @@ class Shares:
             try:
                 if tidy is not None and self._lists:
                     tidy()
-            finally:  # what runs that were killed left
-                for mark in self._record.parent.glob(f"{RECORD}-{A_RUN}"):
-                    self._lives(mark.name.removeprefix(f"{RECORD}-"))
-                sweep(self._record.parent, self._record.stat().st_mtime)
+            finally:
+                with suppress(OSError):  # what runs that were killed left
+                    for mark in self._record.parent.glob(f"{RECORD}-{A_RUN}"):
+                        self._lives(mark.name.removeprefix(f"{RECORD}-"))
+                    sweep(self._record.parent, os.fstat(file.fileno()).st_mtime)
                 delete(self._record, file)
 
     def note_in(self, summary: CaptionSummary) -> int:

@@ -135,6 +135,7 @@ def test_a_disk_without_locks_holds_nobody_up(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "fcntl", SimpleNamespace(fcntl=refuse, flock=refuse, **names))
     with held(tmp_path / "a") as first, held(tmp_path / "a") as second:
         assert first is not None and second is not None
+        assert is_held(tmp_path / "a") is None
 
 
 @pytest.mark.skipif(os.name != "posix", reason="on Windows nobody replaces a file that is open")

@@ -85,7 +85,7 @@ def test_of_a_writer_elsewhere_nobody_knows_whether_it_lives(folder: Path) -> No
 
 
 @pytest.mark.skipif(os.name != "posix", reason="locks and modes as POSIX has them")
-@pytest.mark.parametrize("fault", ["no locks", "another's folder", "no folder"])
+@pytest.mark.parametrize("fault", ["no locks", "locks that hold nothing", "another's folder", "no folder"])
 def test_where_nothing_is_sure_everything_stays_for_a_day(
     folder: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -97,8 +97,12 @@ def test_where_nothing_is_sure_everything_stays_for_a_day(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    if fault == "no locks":
-        monkeypatch.setattr(locks, "fcntl", SimpleNamespace(**vars(locks.fcntl) | {"flock": refuse, "fcntl": refuse}))
+    def accept(*_: object) -> None:
+        pass
+
+    if "locks" in fault:
+        lock = refuse if fault == "no locks" else accept
+        monkeypatch.setattr(locks, "fcntl", SimpleNamespace(**vars(locks.fcntl) | {"flock": lock, "fcntl": lock}))
     elif fault == "another's folder":
         place().chmod(0o777)
     else:
