@@ -117,15 +117,14 @@ def _lock_of_a_server(file: BinaryIO, kind: int) -> bool:
     """Set (or remove) the kind of lock that NFS and SMB servers hold for their clients, and some cluster disks know alone, where
     there is one that ends as flock's do. Otherwise who works on the server itself would not see who works on the share. Raises
     OSError where another one holds it."""
-    if sys.platform != "linux" or not hasattr(fcntl, "F_OFD_SETLK"):
-        return False
-    try:
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0))
-    except OSError as error:
-        if error.errno in TAKEN:
-            raise
-        return False
-    return True
+    if sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK"):
+        try:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, 0, 0, 0))
+            return True
+        except OSError as error:
+            if error.errno in TAKEN:
+                raise
+    return False
 
 
 def _unlock(file: BinaryIO) -> None:
