@@ -21,8 +21,16 @@ else:
     import fcntl
 
 TAKEN = (errno.EACCES, errno.EAGAIN)  # what the system says where another one holds a file
+GONE = (errno.ENOENT, errno.ESTALE)  # and where another machine has deleted it
 PATIENCE = 30.0  # seconds for another one to add to a file; one that takes longer was halted
 EVERY = 0.01  # seconds between two looks
+WAITS = (
+    0.05,
+    0.1,
+    0.2,
+    0.4,
+    0.8,
+)  # seconds for what keeps Windows from opening a file: a virus scanner, or that it is deleted
 FAR = 0x7FFF0000  # the byte that is held on Windows, where nobody else can read what is held: behind all that is read
 
 
@@ -92,6 +100,11 @@ def delete(path: Path, file: BinaryIO) -> None:
 
 def _opened(path: Path) -> BinaryIO:
     path.parent.mkdir(parents=True, exist_ok=True)
+    for wait in WAITS if sys.platform == "win32" else ():
+        try:
+            return path.open("a+b")
+        except PermissionError:
+            time.sleep(wait)
     return path.open("a+b")
 
 
@@ -146,5 +159,7 @@ def _is_at(path: Path, file: BinaryIO) -> bool:
         return True
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
         return False

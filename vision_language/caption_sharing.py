@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 from uuid import uuid4
 
 from ..host.errors import first_line
-from ..host.held import delete, held, opened_alone
+from ..host.held import delete, held, is_held, opened_alone
 from ..host.unfinished import sweep
-from ..host.whole_files import refusal_told
+from ..host.whole_files import refusal_told, remove
 from . import caption_list
 from .caption_job import CaptionJob, CaptionSummary
 
@@ -199,8 +199,10 @@ class Shares:
         return self._record.with_name(f"{RECORD}-{run}")
 
     def _lives(self, run: str) -> bool:
-        with held(self._mark(run)) as ours:
-            return ours is None
+        mark = self._mark(run)
+        if not (lives := bool(is_held(mark))):
+            remove(mark)
+        return lives
 
     def _read_list(self) -> None:
         if self.job.output != "txt" and not self.job.overwrite:

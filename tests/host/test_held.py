@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hotpath.host import held as module
@@ -92,7 +94,16 @@ def test_a_system_without_such_locks_has_others(tmp_path: Path, monkeypatch: pyt
 
 def test_on_windows_a_byte_behind_the_end_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held there nobody else can read; two who added to a list at once wrote over each other."""
-    path, taken = tmp_path / "list", set()
+    path, taken, waits = tmp_path / "list", set(), []
+
+    def busy(opens: Any, times: list[int]) -> Any:
+        def open_later(*asked: Any, **how: Any) -> Any:
+            if times[0]:
+                times[0] -= 1
+                raise PermissionError(13, "Permission denied")
+            return opens(*asked, **how)
+
+        return open_later
 
     def locking(number: int, mode: int, count: int) -> None:
         place = os.fstat(number).st_ino, os.lseek(number, 0, os.SEEK_CUR)
@@ -120,9 +131,12 @@ def test_on_windows_a_byte_behind_the_end_is_held(tmp_path: Path, monkeypatch: p
         file.write(b"a")
     thread.join()
     assert path.read_bytes() == b"ab" and not taken
+    monkeypatch.setattr(Path, "open", busy(Path.open, times := [3]))
+    monkeypatch.setattr(module.time, "sleep", waits.append)
     with opened_alone(path) as file:
         delete(path, file)
         assert file.closed
+    assert not times[0] and waits == list(module.WAITS[:3])
     assert not list(tmp_path.iterdir()) and not taken
 
 
@@ -136,6 +150,23 @@ def test_a_disk_without_locks_holds_nobody_up(tmp_path: Path, monkeypatch: pytes
     with held(tmp_path / "a") as first, held(tmp_path / "a") as second:
         assert first is not None and second is not None
         assert is_held(tmp_path / "a") is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="on Windows nobody deletes a file that is open")
+def test_what_another_machine_has_deleted_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, stats = tmp_path / "list", []
+
+    def stale(file: Any, look: Any = os.fstat) -> Any:
+        stats.append(file)
+        if len(stats) == 1:
+            path.unlink()
+            raise OSError(errno.ESTALE, "Stale file handle")  # as NFS says of what is open
+        return look(file)
+
+    monkeypatch.setattr(module.os, "fstat", stale)
+    with opened_alone(path) as file:
+        file.write(b"x")
+    assert path.read_bytes() == b"x" and len(stats) == 2
 
 
 @pytest.mark.skipif(os.name != "posix", reason="on Windows nobody replaces a file that is open")
