@@ -11,6 +11,7 @@ from ..vision_language import own_presets
 from ..vision_language.answering import AnswerOptions
 from ..vision_language.budgets import preset
 from ..vision_language.caption_job import CaptionJob, begin
+from ..vision_language.caption_sharing import taking_part, tidy
 from ..vision_language.captioning import FolderCaptioner
 from ..vision_language.loaded_model import LoadOptions
 from ..vision_language.loading import MODELS
@@ -60,13 +61,15 @@ def _caption(options: argparse.Namespace) -> int:
     )
     # Before a model is fetched: what is wrong with the job, and whether anything is left to do.
     summary, waiting = begin(job)
-    if not waiting:
-        say(summary.report())
-        return FAILED if summary.failed else 0
-    job.check_target()
-    answering = AnswerOptions(options.max_new_tokens, preset(options.token_budget), cache_images=False)
-    sampling = Sampling(options.temperature > 0, options.temperature, seed=options.seed)
-    load = LoadOptions(dtype=options.dtype, quantization=options.quantization)
-    summary = FolderCaptioner(MODELS.get(options.model, load), job, sampling, answering).run()
+    if waiting:
+        job.check_target()
+        answering = AnswerOptions(options.max_new_tokens, preset(options.token_budget), cache_images=False)
+        sampling = Sampling(options.temperature > 0, options.temperature, seed=options.seed)
+        load = LoadOptions(dtype=options.dtype, quantization=options.quantization)
+        # From now on, as what others do while the model is loaded is done.
+        with taking_part(job) as shares:
+            summary = FolderCaptioner(MODELS.get(options.model, load), job, sampling, answering).run(shares)
+    else:
+        tidy(job, summary)
     say(summary.report())
     return FAILED if summary.failed else 0

@@ -97,7 +97,8 @@ def add_caption(commands: Commands) -> None:
         "caption",
         help="write a caption beside every picture or video of a folder",
         description="Describes every picture of a folder with a Qwen-VL model, in batches. A picture that has its "
-        "caption is skipped, so the same command goes on where it was stopped.",
+        "caption is skipped, so the same command goes on where it was stopped. Several such commands, one for each card, share a "
+        "folder, also on several machines.",
     )
     caption.add_argument("folder", type=Path, help="the folder of pictures")
     caption.add_argument(

@@ -9,14 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from uuid import uuid4
 
 from .errors import is_full
 from .system_errors import SystemRefused, sentence
+from .unfinished import WRITING, sweep, unfinished_name
 
 HELD = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds to wait for a file that another program holds
-WRITING = ".writing-"  # begins the name of what is not whole yet
-ABANDONED = 86400.0  # seconds after which nobody writes to it any more
 REFUSED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # to make something durable
 MANY = 10_000  # folders that are remembered
 _swept: set[Path] = set()
@@ -90,7 +88,7 @@ def unfinished_file(path: Path, ending: str = "") -> Iterator[Path]:
     """As `whole_file`, but who uses it has to give the file its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not mkstemp, whose files are readable by their maker alone: who may read what is written is for the umask to say.
-    unfinished = path.with_name(f"{WRITING}{uuid4().hex}{ending}")
+    unfinished = path.with_name(unfinished_name(ending))
     try:
         with refusal_told(path):
             yield unfinished
@@ -101,16 +99,7 @@ def unfinished_file(path: Path, ending: str = "") -> Iterator[Path]:
             _swept.clear()
         _swept.add(path.parent)
         with suppress(OSError):
-            _sweep(path)
-
-
-def _sweep(written: Path) -> None:
-    """Remove what is older by far than what was written just now, both by the clock of the disk."""
-    now = written.stat().st_mtime
-    for left in written.parent.glob(f"{WRITING}*"):
-        with suppress(OSError):
-            if now - left.stat().st_mtime > ABANDONED:
-                left.unlink()
+            sweep(path.parent, path.stat().st_mtime)
 
 
 def remove(path: Path) -> None:

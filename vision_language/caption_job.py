@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from uuid import uuid4
 
 from .. import host
 from ..host.errors import first_line
 from ..host.name_limits import can_be_a_name
-from ..host.whole_files import WRITING
+from ..host.unfinished import unfinished_name
 from . import caption_list
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
@@ -64,6 +64,21 @@ class CaptionJob:
         """What the list calls a picture: bytes of its name that are no letters are written out, as JSON has to be UTF-8."""
         return picture.relative_to(self.folder).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
 
+    def caption_of(self, picture: Path, lines: Mapping[str, str]) -> str:
+        """The caption that `picture` has, by its file or by the `lines` of the list; "" where one of them is missing."""
+        line = lines.get(self.name_of(picture), "")
+        text = _text_in(self.text_file(picture)) if self.output != "jsonl" else line
+        return text if text.strip() and (self.output != "both" or line) else ""
+
+    @property
+    def work(self) -> str:
+        """What runs in one folder may share: captions where there are none, whoever writes them; of those that are to be
+        written anew, only what was asked in the same way."""
+        if not self.overwrite:
+            return self.output
+        asked = (self.prompt, self.system, self.before, self.after, self.thinking, self.max_frames)
+        return f"{self.output} {hashlib.md5(repr(asked).encode(), usedforsecurity=False).hexdigest()}"
+
     def check(self) -> None:
         """Raises ValueError for what no model could do anything with."""
         if self.output not in FORMATS:
@@ -82,7 +97,7 @@ class CaptionJob:
         try:
             self.captions.mkdir(parents=True, exist_ok=True)
             # Not one of `tempfile`: where Windows or a guard of it refuses, older Pythons try names for hours.
-            probe = self.captions / f"{WRITING}{uuid4().hex}"
+            probe = self.captions / unfinished_name()
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -93,15 +108,18 @@ class CaptionJob:
 
 @dataclass
 class CaptionSummary:
-    """What came of a job. captions: the text of each picture done now; present: of each that had one; failed: picture and
-    reason; unfinished: pictures whose caption the token limit cut off; remarks: what was not done as asked, and why."""
+    """What came of a job. captions: the text of each picture done now; elsewhere: of each that other runs in the folder did
+    meanwhile; present: of each that had one; failed: picture and reason; unfinished: pictures whose caption the token limit
+    cut off; remarks: what was not done as asked, and why; awaited: pictures that other runs still describe."""
 
     captions: dict[Path, str] = field(default_factory=dict)
+    elsewhere: dict[Path, str] = field(default_factory=dict)
     present: dict[Path, str] = field(default_factory=dict)
     failed: dict[Path, str] = field(default_factory=dict)
     unfinished: list[Path] = field(default_factory=list)
     seconds: float = 0.0
     remarks: list[str] = field(default_factory=list)
+    awaited: list[Path] = field(default_factory=list)
     notes: str = ""
 
     @property
@@ -110,14 +128,17 @@ class CaptionSummary:
 
     def all_captions(self) -> dict[Path, str]:
         """The captions of all pictures that have one, sorted by path."""
-        return dict(sorted((self.present | self.captions).items()))
+        return dict(sorted((self.present | self.elsewhere | self.captions).items()))
 
     def report(self) -> str:
         rate = f", {len(self.captions) / self.seconds * 60:.1f} a minute" if self.captions and self.seconds else ""
+        others = f"{len(self.elsewhere)} captioned by other runs meanwhile, " if self.elsewhere else ""
         lines = [
-            f"{len(self.captions)} captioned in {self.seconds:.1f} s{rate}, {self.skipped} skipped because they have a "
-            f"caption, {len(self.failed)} failed"
+            f"{len(self.captions)} captioned in {self.seconds:.1f} s{rate}, {others}{self.skipped} skipped because they have "
+            f"a caption, {len(self.failed)} failed"
         ]
+        if self.awaited:
+            lines.append(f"waiting for {len(self.awaited)} that other runs have begun: {_names(self.awaited)}")
         lines += [f"{path.name}: {why}" for path, why in self.failed.items()]
         if self.unfinished:
             lines.append(f"{len(self.unfinished)} cut off at max_new_tokens: {_names(self.unfinished)}")
@@ -179,9 +200,8 @@ def begin(job: CaptionJob) -> tuple[CaptionSummary, list[Path]]:
             summary.failed[path] = f"{targets[target].name} has the same caption file {target.name}"
             continue
         targets[target] = path
-        line = lines.get(job.name_of(path), "")
-        text = _text_in(target) if job.output != "jsonl" else line
-        if job.overwrite or not text.strip() or (job.output == "both" and not line):
+        text = job.caption_of(path, lines)
+        if job.overwrite or not text:
             waiting.append(path)
         else:
             summary.present[path] = text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..host.held import opened_alone
@@ -51,8 +51,8 @@ def append(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def compact(path: Path) -> None:
-    """Leave one line of ours for each picture: its last caption, or its last error when it has none. Lines of ours that were
-    cut off go."""
+    """Leave one line of ours for each picture: its last caption, or its last error when it has none; in the folder's order,
+    as several runs add to a list. Lines of ours that were cut off go."""
     if not path.is_file():
         return
     with opened_alone(path) as file:  # what another run adds meanwhile would be lost
@@ -83,4 +83,10 @@ def _left(lines: list[str]) -> list[str]:
         if "caption" in entry:
             captioned.add(name)
     kept = set(last.values())
-    return [line for index, line in enumerate(lines) if index not in ours or index in kept]
+    in_order = iter([lines[last[name]] for name in sorted(last, key=PurePath)])
+    # Lines of others stay where they are.
+    return [
+        next(in_order) if index in kept else line
+        for index, line in enumerate(lines)
+        if index not in ours or index in kept
+    ]

@@ -1,13 +1,14 @@
 """Captions for a folder of pictures or videos: left-padded batches, a text file beside each, resumed where it stopped.
 
 While one batch is written the next one is read and resized. A picture that fails is recorded with its reason and the
-others go on; what is written is whole, so an interrupted run loses one batch at most.
+others go on; what is written is whole, so an interrupted run loses one batch at most. Several runs share a folder.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from ..host.whole_files import whole_file
 from . import caption_list
 from .answering import Answer, AnswerOptions, BatchSize, answer
 from .caption_job import VIDEO_SUFFIXES, CaptionJob, CaptionSummary, begin
+from .caption_sharing import Shares, finish, taking_part, tidy
 from .embeddings import EmbeddingCache, VisualItem, look_up
 from .loaded_model import LoadedModel
 from .pictures import Clip, Picture, read_clip, read_picture
@@ -34,6 +36,11 @@ from .timing import Timing
 log = logging.getLogger("hotpath.vision_language")
 
 FRAMES_A_SECOND = 2.0  # of a video, as Qwen's models were trained
+LOOK = 0.5  # seconds between two looks at what other runs do
+PATIENCE = 300.0  # seconds after which they are spoken of
+
+# What can be asked of pictures that were read, and why others cannot be.
+Prepared = tuple[dict[Path, tuple[Question, list[VisualItem]]], dict[Path, str]]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -56,7 +63,7 @@ class FolderCaptioner:
             return (), (read_clip(path, FRAMES_A_SECOND, self.job.max_frames),)
         return (read_picture(path),), ()
 
-    def _prepare(self, paths: Sequence[Path]) -> tuple[dict[Path, tuple[Question, list[VisualItem]]], dict[Path, str]]:
+    def _prepare(self, paths: Sequence[Path]) -> Prepared:
         """Read and look up a batch, beside the batch that is being written."""
         ready: dict[Path, tuple[Question, list[VisualItem]]] = {}
         failed: dict[Path, str] = {}
@@ -71,28 +78,59 @@ class FolderCaptioner:
                 ready[path] = (Question(self.job.prompt, self.job.system, pictures, clips, self.job.thinking), items)
         return ready, failed
 
-    def _batches(
-        self, paths: list[Path]
-    ) -> Iterator[Future[tuple[dict[Path, tuple[Question, list[VisualItem]]], dict[Path, str]]]]:
-        """Prepared batches, one ahead."""
-        parts = [paths[i : i + self.job.batch_size] for i in range(0, len(paths), self.job.batch_size)]
+    def _batches(self, shares: Shares, summary: CaptionSummary) -> Iterator[Prepared]:
+        """Prepared batches, one ahead; in the end an empty one at each look at what other runs still have to do."""
+        since = time.monotonic()
         with ThreadPoolExecutor(1, thread_name_prefix="hotpath-captions") as pool:
-            ahead = pool.submit(self._prepare, parts[0]) if parts else None
-            for index in range(len(parts)):
-                current = ahead
-                ahead = pool.submit(self._prepare, parts[index + 1]) if index + 1 < len(parts) else None
-                assert current is not None
-                yield current
 
-    def run(self) -> CaptionSummary:
-        """Caption everything that waits. Raises only for an interrupt and for a job that cannot start."""
+            def begun(ahead: bool) -> Future[Prepared] | None:
+                paths = shares.take(self.job.batch_size, ahead)
+                return pool.submit(self._prepare, paths) if paths else None
+
+            current = begun(False)
+            while current is not None or shares.left:
+                if current is not None:
+                    ahead = begun(True)
+                    yield current.result()
+                    current, since = ahead or begun(False), time.monotonic()
+                    continue
+                if summary.awaited != (left := shares.left):
+                    summary.awaited, since = left, time.monotonic()
+                    yield {}, {}
+                if time.monotonic() - since > PATIENCE:
+                    since = math.inf
+                    log.warning(
+                        "captions: another run in %s has been busy with %d pictures for long, such as %s. If it was halted, end "
+                        "it: its pictures are described here then.",
+                        self.job.folder,
+                        len(left),
+                        left[0].name,
+                    )
+                time.sleep(LOOK)
+                host.current().check_interrupt()
+                current = begun(False)
+            summary.awaited = []
+
+    def run(self, shares: Shares | None = None) -> CaptionSummary:
+        """Caption everything that waits, together with other runs in the folder. shares: for a caller that takes part in it
+        already. Raises only for an interrupt and for a job that cannot start."""
         start = time.perf_counter()
         summary, waiting = begin(self.job)
-        if waiting:
+        if shares is None and not waiting:
+            tidy(self.job, summary)
+        elif shares is None:
             self.job.check_target()
+            with taking_part(self.job) as shares:
+                self._share(shares, waiting, summary, start)
+        else:
+            self._share(shares, waiting, summary, start)
+        summary.seconds = time.perf_counter() - start
+        return summary
+
+    def _share(self, shares: Shares, waiting: list[Path], summary: CaptionSummary, start: float) -> None:
+        shares.wait_for(waiting)
         with host.tracked(host.current(), len(waiting), "captions") as bar:
-            for batch in self._batches(waiting):
-                ready, failed = batch.result()
+            for ready, failed in self._batches(shares, summary):
                 summary.failed.update(failed)
                 for path, found in self._caption(ready, summary):
                     try:
@@ -102,18 +140,15 @@ class FolderCaptioner:
                             raise
                         summary.failed[path] = f"its caption could not be written: {first_line(error)}"
                         self._record_failure(path, summary.failed[path])
+                    if path in summary.captions or not found.text:
+                        shares.done(path, summary.failed.get(path, ""))
                 for path, why in failed.items():
                     self._record_failure(path, why)
-                bar.update(len(ready) + len(failed))
+                shares.leave([*ready, *failed])
+                bar.update(len(ready) + len(failed) + shares.note_in(summary))
                 summary.seconds = time.perf_counter() - start
                 host.current().show_text(summary.report(), self.options.node_id)
-        if self.job.output != "txt":
-            try:
-                caption_list.compact(self.job.captions / caption_list.LIST_NAME)
-            except OSError as error:  # it is only longer than it need be
-                summary.remarks.append(f"{caption_list.LIST_NAME} keeps older lines too ({first_line(error)})")
-        summary.seconds = time.perf_counter() - start
-        return summary
+        finish(shares, summary)
 
     def _caption(
         self, ready: dict[Path, tuple[Question, list[VisualItem]]], summary: CaptionSummary

@@ -43,6 +43,18 @@ def test_a_list_holds_each_picture_once(tmp_path):
     assert path.stat().st_mtime_ns == before
 
 
+def test_a_list_that_several_wrote_is_in_the_folders_order(tmp_path):
+    names = ["b.png", "a/b.png", "a.png", "a-b.png"]
+    path = tmp_path / "captions.jsonl"
+    ours = {name: json.dumps({"file": name, "caption": "x"}) for name in names}
+    path.write_text("\n".join([ours["b.png"], "# a note", *[ours[name] for name in names[1:]], '{"image": "0.png"}']))
+    compact(path)
+    in_order = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path / name for name in names)]
+    assert in_order == ["a/b.png", "a-b.png", "a.png", "b.png"]
+    first, *others = [ours[name] for name in in_order]
+    assert path.read_text().splitlines() == [first, "# a note", *others, '{"image": "0.png"}']
+
+
 @pytest.mark.skipif(os.name != "posix", reason="locks as POSIX has them")
 def test_what_another_run_adds_while_a_list_is_compacted_stays(tmp_path, monkeypatch):
     path, write = tmp_path / "captions.jsonl", caption_list.whole_file

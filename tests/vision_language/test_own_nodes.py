@@ -37,7 +37,7 @@ def test_what_is_set_at_the_folder_node_or_the_command_reaches_the_captions(head
         def __init__(self, *asked):
             given.append(asked)
 
-        def run(self):
+        def run(self, shares=None):
             return CaptionSummary(captions={tmp_path / "a.png": "a cat"}, notes="noted")
 
     monkeypatch.setattr(nodes, "FolderCaptioner", Captioner)
