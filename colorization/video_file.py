@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..host.display_matrix import turned
+from ..host.frame_pixels import without_light
 from ..host.video_opening import opened
 
 # ffmpeg's numbers for colour matrices, primaries and transfers; 2 is "not said"
@@ -209,7 +210,7 @@ def _first_field(frame: Any) -> str:
     """tff or bff. PyAV does not say, but the filter that separates fields gives the first one first."""
     import av
 
-    small = frame.reformat(width=16, height=32, format="gray")
+    small = without_light(frame).reformat(width=16, height=32, format="gray")
     plane = small.planes[0]
     plane.update((bytes(plane.line_size) + b"\xff" * plane.line_size) * (plane.height // 2))
     graph = av.filter.Graph()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..host.frame_pixels import rgb_of
 from ..host.video_opening import opened
 from .video_encoding import write_video
 from .video_saving import save_video
@@ -162,7 +163,7 @@ def _pictures(container: Any, stream: Any, rate: Fraction) -> Tensor | None:
     count = 0
     for frame in decoded(container, stream):
         host.current().check_interrupt()
-        pixels = frame.to_ndarray(format="rgb48le" if deep else "rgb24")
+        pixels = rgb_of(frame, frame.width, frame.height, deep=deep)
         if frame.rotation:
             pixels = np.rot90(pixels, k=round(frame.rotation / 90))
         if images is None:

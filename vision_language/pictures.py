@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from .. import host
 from ..host.display_matrix import turned
 from ..host.errors import first_line
+from ..host.frame_pixels import rgb_of
 from ..host.name_limits import can_be_a_name
 from ..host.video_opening import opened
 
@@ -181,6 +182,6 @@ def _read_clip(path: Path, fps: float, most: int) -> Clip:
 
 def _as_shown(frame: Any, width: int, height: int) -> NDArray[np.uint8]:
     """RGB of a decoded frame at `width` x `height`, upright."""
-    picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+    picture: NDArray[np.uint8] = rgb_of(frame, width, height, interpolation="AREA")
     mirrored, turns = turned(frame)
     return np.rot90(picture[:, ::-1] if mirrored else picture, turns)
