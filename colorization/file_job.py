@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from .. import host
 from ..cache import content_key, file_fingerprint
+from ..host.errors import first_line
 from .clip_job import finish_report, load_method, portion_frames, preview_of, room_for, start_report
 from .film import FilmSession, PreparedFrames, Snapshot
 from .film_options import FilmOptions, Reference, outside, read_references, unreached
@@ -175,6 +176,10 @@ def colorize_file_by_path(
             raise ValueError(
                 f"{path} is no picture that can be read: a reference is a PNG, a JPEG or the like."
             ) from None
+        except Exception as error:  # Pillow has many words for damage
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+                raise
+            raise ValueError(f"{path} is damaged ({first_line(error)}): take another copy of this picture.") from error
     job = FileJob(source, output, options, **settings)
     return colorize_file(job, read_references(pictures, reference_frames), status, begun)
 

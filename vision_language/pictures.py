@@ -15,6 +15,7 @@ from ..host.display_matrix import turned
 from ..host.errors import first_line
 from ..host.frame_pixels import rgb_of
 from ..host.name_limits import can_be_a_name
+from ..host.upright import upright
 from ..host.video_opening import opened
 
 # Four times what any preset shows of a frame: below it pictures stay exact, and 64 frames are under 700 MB.
@@ -111,19 +112,19 @@ def read_picture(path: Path) -> Picture:
 
 def _eight_bits(file: Any) -> NDArray[np.uint8]:
     """[H, W, 3] of an opened picture of any kind."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    upright = ImageOps.exif_transpose(file)
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-        ground = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(ground, upright)
-    elif upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-        wide = np.nan_to_num(np.asarray(upright, dtype=np.float32))
+    shown = upright(file)
+    if shown.mode in ("RGBA", "LA", "PA") or "transparency" in shown.info:
+        shown = shown.convert("RGBA")
+        ground = Image.new("RGBA", shown.size, "white")
+        shown = Image.alpha_composite(ground, shown)
+    elif shown.mode in ("I", "F") or shown.mode.startswith("I;16"):
+        wide = np.nan_to_num(np.asarray(shown, dtype=np.float32))
         # Numbers with a point reach 1, or 255 as Pillow takes them.
-        top = 65535.0 if upright.mode != "F" else 1.0 if wide.max() <= 1 else 255.0
+        top = 65535.0 if shown.mode != "F" else 1.0 if wide.max() <= 1 else 255.0
         return np.repeat((wide * (255 / top)).clip(0, 255).round().astype(np.uint8)[..., None], 3, axis=2)
-    return np.asarray(upright.convert("RGB"), dtype=np.uint8)
+    return np.asarray(shown.convert("RGB"), dtype=np.uint8)
 
 
 def read_clip(path: Path, fps: float = 1.0, most: int = 64) -> Clip:
