@@ -12,7 +12,7 @@ from typing import Any
 
 from ..host.display_matrix import turned
 from ..host.frame_pixels import without_light
-from ..host.video_opening import opened
+from ..host.video_opening import decodable, opened
 
 # ffmpeg's numbers for colour matrices, primaries and transfers; 2 is "not said"
 ITU709, UNSAID, ITU601, BT2020 = 1, 2, 5, 9
@@ -275,10 +275,10 @@ def video_stream(container: Any, path: Path) -> Any:
     if not container.streams.video:
         raise VideoError(f"{path.name} has no video stream.")
     moving = [stream for stream in container.streams.video if not is_cover(stream)]
-    stream = (moving or container.streams.video)[0]
-    if stream.codec_context is None:
-        raise VideoError(f"{path.name} cannot be decoded: PyAV has no decoder for its video.")
-    return stream
+    try:
+        return decodable((moving or container.streams.video)[0], path)
+    except ValueError as error:
+        raise VideoError(str(error)) from None
 
 
 def is_cover(stream: Any) -> bool:

@@ -8,14 +8,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from ..host.video_opening import decodable
+
 log = logging.getLogger("hotpath.headless")
 
 
 def video_stream(container: Any, path: Path) -> Any:
-    """Raises ValueError for a file without pictures."""
+    """Raises ValueError for a file without pictures, and for one whose pictures cannot be decoded."""
     if not container.streams.video:
         raise ValueError(f"{path.name} holds no video.")
-    return container.streams.video[0]
+    return decodable(container.streams.video[0], path)
 
 
 def frame_rate(stream: Any) -> Fraction:

@@ -27,6 +27,13 @@ def opened(path: Path) -> AbstractContextManager[Any]:
     return _at_rest_in_the_end(container)
 
 
+def decodable(stream: Any, path: Path) -> Any:
+    """The stream. Raises ValueError where nothing decodes it, which PyAV before 18.1 tries, and the process dies (PyAV #2344)."""
+    if stream.codec_context is None:
+        raise ValueError(f"{path.name} cannot be decoded: PyAV has no decoder for its video.")
+    return stream
+
+
 @contextmanager
 def _at_rest_in_the_end(container: Any) -> Iterator[Any]:
     with container:

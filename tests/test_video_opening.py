@@ -1,16 +1,20 @@
-"""Films that are left before their end."""
+"""Films that are left before their end, and those that cannot be opened."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from hotpath.colorization.video_file import open_video
+from hotpath.colorization.video_file import open_video, read_facts
+from hotpath.headless.video import VideoFile, read_video
 from hotpath.host import video_opening
+from hotpath.vision_language.pictures import read_clip
+from odd_films import write
 
 LEAVE = """
 import importlib.util, logging, sys
@@ -60,3 +64,25 @@ def test_a_film_that_memory_does_not_hold_is_not_called_damaged(
     monkeypatch.setattr(av, "open", refuse)
     with pytest.raises(MemoryError):
         open_video(tmp_path / "film.mp4")
+
+
+def test_a_film_that_nothing_decodes_is_refused_before_it_is_tried(tmp_path: Path) -> None:
+    """PyAV before 18.1 does not survive the attempt."""
+    path = write(tmp_path / "in.mp4", 3)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
+    film = VideoFile(path)
+    attempts: list[Callable[[], object]] = [
+        lambda: read_facts(path),
+        lambda: read_clip(path),
+        lambda: read_video(path),
+        film.get_dimensions,
+        film.get_frame_count,
+        film.get_bit_depth,
+        film.get_color_space,
+        lambda: film.save_to(tmp_path / "out.mkv"),
+        lambda: film.save_to(tmp_path / "out.mkv", crf=20),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ValueError, match=r"^in\.mp4 cannot be decoded: PyAV has no decoder for its video\.$"):
+            attempt()
+    assert not (tmp_path / "out.mkv").exists()

@@ -16,7 +16,7 @@ from ..host.errors import first_line
 from ..host.frame_pixels import rgb_of
 from ..host.name_limits import can_be_a_name
 from ..host.upright import upright
-from ..host.video_opening import opened
+from ..host.video_opening import decodable, opened
 
 # Four times what any preset shows of a frame: below it pictures stay exact, and 64 frames are under 700 MB.
 LARGEST_FRAME = 4 * 1024 * 28 * 28
@@ -151,7 +151,7 @@ def _read_clip(path: Path, fps: float, most: int) -> Clip:
     with opened(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path.name} has no video stream.")
-        stream = container.streams.video[0]
+        stream = decodable(container.streams.video[0], path)
         stream.thread_type = "AUTO"
         length = float(container.duration / av.time_base) if container.duration else 0.0
         # A long video is looked at less often, so that its end is seen as well.
