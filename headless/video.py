@@ -18,11 +18,11 @@ from torch import Tensor
 
 from .. import host
 from ..host.frame_pixels import rgb_of
-from ..host.video_opening import opened
+from ..host.video_opening import decoded, opened
 from .video_encoding import write_video
 from .video_saving import save_video
 from .video_sound import last_track, waveform
-from .video_streams import bit_depth, decoded, frame_rate, video_stream
+from .video_streams import bit_depth, frame_rate, video_stream
 
 UNLIKELY = 256  # pictures that a file may announce without saying how long it is
 

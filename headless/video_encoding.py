@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .. import host
 from ..host.frame_pixels import without_light
-from ..host.video_opening import opened
+from ..host.video_opening import decoded, opened
 from ..host.whole_files import whole_file
 from . import video_sound
 from .video_sound import Sound
-from .video_streams import bit_depth, decoded, frame_rate, video_stream
+from .video_streams import bit_depth, frame_rate, video_stream
 
 if TYPE_CHECKING:
     from .video import VideoComponents

@@ -1,16 +1,12 @@
-"""What the streams of a film say of themselves, and their frames."""
+"""What the streams of a film say of themselves."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from ..host.video_opening import decodable
-
-log = logging.getLogger("hotpath.headless")
 
 
 def video_stream(container: Any, path: Path) -> Any:
@@ -28,16 +24,3 @@ def frame_rate(stream: Any) -> Fraction:
 def bit_depth(stream: Any) -> int:
     components = stream.format.components if stream.format is not None else ()
     return max((component.bits for component in components), default=8)
-
-
-def decoded(container: Any, *streams: Any) -> Iterator[Any]:
-    """The frames of some streams as they come. A damaged packet costs its frame and not the film."""
-    import av
-
-    for packet in container.demux(*streams):
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError as error:
-            log.info("a damaged packet of stream %d is left out: %s", packet.stream.index, error)
-            continue
-        yield from frames

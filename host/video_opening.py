@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("hotpath.host")
 
 
 def opened(path: Path) -> AbstractContextManager[Any]:
@@ -32,6 +35,19 @@ def decodable(stream: Any, path: Path) -> Any:
     if stream.codec_context is None:
         raise ValueError(f"{path.name} cannot be decoded: PyAV has no decoder for its video.")
     return stream
+
+
+def decoded(container: Any, *streams: Any) -> Iterator[Any]:
+    """The frames of some streams as they come. A damaged packet costs its frame and not the film."""
+    import av
+
+    for packet in container.demux(*streams):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError as error:
+            log.info("a damaged packet of stream %d is left out: %s", packet.stream.index, error)
+            continue
+        yield from frames
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ..host.errors import first_line
 from ..host.frame_pixels import rgb_of
 from ..host.name_limits import can_be_a_name
 from ..host.upright import upright
-from ..host.video_opening import decodable, opened
+from ..host.video_opening import decodable, decoded, opened
 
 # Four times what any preset shows of a frame: below it pictures stay exact, and 64 frames are under 700 MB.
 LARGEST_FRAME = 4 * 1024 * 28 * 28
@@ -157,7 +157,7 @@ def _read_clip(path: Path, fps: float, most: int) -> Clip:
         # A long video is looked at less often, so that its end is seen as well.
         interval = max(1.0 / fps, length / most) if length else 1.0 / fps
         due, first, size = 0.0, None, (0, 0)
-        for frame in container.decode(stream):
+        for frame in decoded(container, stream):
             check()
             if first is None:
                 first = frame.time or 0.0  # streams that were cut out of longer ones begin anywhere
