@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from .. import host
 from ..cache import content_key, file_fingerprint
 from ..host.errors import first_line
+from ..host.picture_files import open_picture
 from .clip_job import finish_report, load_method, portion_frames, preview_of, room_for, start_report
 from .film import FilmSession, PreparedFrames, Snapshot
 from .film_options import FilmOptions, Reference, outside, read_references, unreached
@@ -161,7 +162,7 @@ def colorize_file_by_path(
     **settings: Any,
 ) -> str:
     """The same from paths alone, for the command line. settings: further fields of FileJob."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     from .pictures import from_pil
 
@@ -170,7 +171,7 @@ def colorize_file_by_path(
         if not path.is_file():
             raise FileNotFoundError(f"There is no reference picture {path}.")
         try:
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 pictures.append(from_pil(image))
         except UnidentifiedImageError:
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..host.upright import upright
+from ..host.picture_files import upright
 
 log = logging.getLogger("hotpath.colorization")
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..host.upright import upright
+from ..host.picture_files import open_picture, upright
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 LISTED = 5
@@ -60,10 +60,8 @@ def read_picture(path: Path) -> Tensor:
 
     Grey of 16 bits and of floating point (taken as 0..1), as depth maps have, keeps its values.
     """
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             shown = upright(image)
             # Pillow cuts these to 0..255 when it converts them: nearly all of a picture is white then.
             if shown.mode == "F" or shown.mode.startswith("I"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..host.upright import upright
+from ..host.picture_files import open_picture, upright
 from ..host.whole_files import new_file
 from . import files
 
@@ -243,13 +243,13 @@ def read_image(name: str) -> tuple[Tensor, Tensor]:
 
     Turned as its EXIF says. 16-bit greyscale keeps its depth. Frames of another size than the first are left out.
     """
-    from PIL import Image, ImageSequence, UnidentifiedImageError
+    from PIL import ImageSequence, UnidentifiedImageError
 
     path = files.input_file(name)
     frames: list[Tensor] = []
     masks: list[Tensor] = []
     try:
-        with Image.open(path) as opened:
+        with open_picture(path) as opened:
             for raw in ImageSequence.Iterator(opened):
                 frame = upright(raw)
                 if frame.mode.startswith("I"):

@@ -1,4 +1,4 @@
-"""Pictures with broken EXIF, and damaged ones, in every place that opens picture files."""
+"""Pictures with broken EXIF or much beside them, and damaged ones, in every place that opens picture files."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from hotpath.comparison.folders import FolderError
 from hotpath.comparison.folders import read_picture as compared
 from hotpath.headless.core_nodes import read_image
 from hotpath.host.headless import HeadlessHost
+from hotpath.host.picture_files import open_picture
 from hotpath.vision_language.pictures import read_picture as looked_at
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 ORIENTATION, X_RESOLUTION, WIDTH = 0x0112, 0x011A, 0x0100
 FLOAT, ASCII = 11, 2
@@ -38,7 +40,7 @@ def photo(path: Path, broken: tuple[int, int, int, bytes] | None, turned: int = 
 
 
 def read_by_all(path: Path) -> list[torch.Tensor]:
-    with Image.open(path) as file:
+    with open_picture(path) as file:
         reference = from_pil(file)
     before = host.use(
         HeadlessHost(models=path.parent, input_folder=path.parent, output_folder=path.parent, device="cpu")
@@ -79,6 +81,45 @@ def test_exif_that_cannot_be_read_costs_the_turn_alone(tmp_path: Path, monkeypat
     assert all(picture.shape == (32, 64, 3) for picture in read_by_all(path))
 
 
+def packed(path: Path, kind: str) -> Path:
+    """A PNG with 2 MB in a chunk of `kind`."""
+    told, profile = PngInfo(), None
+    if kind == "iCCP":
+        profile = bytes(2_000_000)
+    elif kind == "iTXt":
+        told.add_itxt("workflow", "x" * 2_000_000, zip=True)
+    else:
+        told.add_text("workflow", "x" * 2_000_000, zip=kind == "zTXt")
+    pixels = np.zeros((32, 64, 4), np.uint8)
+    pixels[:, :32] = 255, 0, 0, 255
+    pixels[:, 32:, 3] = 255
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6
+    Image.fromarray(pixels).save(path, icc_profile=profile, pnginfo=told, exif=turned)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["iCCP", "iTXt", "zTXt", "tEXt"])
+def test_what_lies_beside_the_picture_costs_no_picture(tmp_path: Path, kind: str) -> None:
+    path = packed(tmp_path / "a.png", kind)
+    if kind != "tEXt":
+        with pytest.raises(ValueError, match="(?i)too large"):
+            Image.open(path)
+    for picture in read_by_all(path):
+        assert picture.shape == (64, 32, 3) and picture[:24, :, 0].min() == 1 and picture[40:].max() == 0
+
+
+def test_a_png_that_is_cut_off_is_told(tmp_path: Path) -> None:
+    path = packed(tmp_path / "a.png", "iTXt")
+    whole = path.read_bytes()
+    for length in (8, 20, 60, len(whole) - 40):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FolderError, match=r"a\.png cannot be read as a picture: "):
+            compared(path)
+        with pytest.raises(ValueError, match=r"^it is (damaged|no picture)"):
+            looked_at(path)
+
+
 @pytest.mark.parametrize(
     "words", [RuntimeError("Failed to decode image"), ValueError("buffer is not large enough"), struct.error("4 bytes")]
 )
@@ -91,6 +132,8 @@ def test_damage_is_told_whatever_pillow_calls_it(
         raise words
 
     monkeypatch.setattr(Image.Image, "convert", raises)
+    with pytest.raises(ValueError, match=r"it is damaged \(.*: replace the file$"):
+        looked_at(path)
     with pytest.raises(FolderError, match=r"a\.jpg cannot be read as a picture: "):
         compared(path)
     with pytest.raises(ValueError, match=r"a\.jpg is damaged .*: take another copy of this picture\.$"):

@@ -15,7 +15,7 @@ from ..host.display_matrix import turned
 from ..host.errors import first_line
 from ..host.frame_pixels import rgb_of
 from ..host.name_limits import can_be_a_name
-from ..host.upright import upright
+from ..host.picture_files import open_picture, upright
 from ..host.video_opening import decodable, decoded, opened
 
 # Four times what any preset shows of a frame: below it pictures stay exact, and 64 frames are under 700 MB.
@@ -98,16 +98,16 @@ def read_picture(path: Path) -> Picture:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        opened = Image.open(path)
+        with open_picture(path) as file:
+            return Picture(_eight_bits(file))
     except UnidentifiedImageError:
         raise ValueError("it is no picture that can be read: replace the file, or take it out of the folder") from None
     except Image.DecompressionBombError:
         raise ValueError("it has more pixels than can be read safely: put a smaller copy in its place") from None
-    with opened as file:
-        try:
-            return Picture(_eight_bits(file))
-        except (OSError, SyntaxError) as error:  # Pillow's words for what is cut off and what is broken
-            raise ValueError(f"it is damaged ({first_line(error)}): replace the file") from error
+    except Exception as error:  # Pillow has many words for what is cut off and what is broken
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"it is damaged ({first_line(error)}): replace the file") from error
 
 
 def _eight_bits(file: Any) -> NDArray[np.uint8]:
