@@ -103,7 +103,7 @@ def packed(path: Path, kind: str) -> Path:
 def test_what_lies_beside_the_picture_costs_no_picture(tmp_path: Path, kind: str) -> None:
     path = packed(tmp_path / "a.png", kind)
     if kind != "tEXt":
-        with pytest.raises(ValueError, match="(?i)too large"):
+        with pytest.raises(ValueError, match=r"(?i)too large"):
             Image.open(path)
     for picture in read_by_all(path):
         assert picture.shape == (64, 32, 3) and picture[:24, :, 0].min() == 1 and picture[40:].max() == 0
