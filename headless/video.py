@@ -189,4 +189,4 @@ def _read_audio(path: Path) -> dict[str, Any] | None:
 
     with opened(path) as container:
         track = last_track(container)
-        return waveform(decoded(container, track), track.rate) if track is not None else None
+        return waveform(decoded(container, track)) if track is not None else None
