@@ -271,9 +271,12 @@ def _recoloured(frame: Any, stream: Any, writer: FilmWriter, transfer: int, begi
             _tell_colours(context)
         return frame
     told = transfer in TOLD_TRANSFERS
-    # Up to PyAV 16 the formats with a J become narrow, whatever is asked for.
-    narrowed = int(frame.color_range) == FULL and (not told or frame.format.name.startswith("yuvj"))
+    # Up to PyAV 16 the formats with a J become narrow, whatever is asked for, and other 4:2:0 is copied.
+    narrow_anyway, older = frame.format.name.startswith("yuvj"), not hasattr(frame, "color_trc")
+    narrowed = int(frame.color_range) == FULL and (not told or narrow_anyway)
     ranges = {"src_color_range": "JPEG", "dst_color_range": "MPEG"} if narrowed else {}
+    if narrowed and older and not narrow_anyway:
+        frame, ranges = frame.reformat(format="yuv444p16le", **ranges), {}
     frame = frame.reformat(format=writer.pixel_format, **ranges)
     for name in COLOUR_FIELDS if told else ():
         value = NARROW if narrowed and name == "color_range" else getattr(stream.codec_context, name)

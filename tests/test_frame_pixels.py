@@ -147,3 +147,14 @@ def test_colours_that_a_source_tells_are_told_again(release: Any, form: str) -> 
     assert told.color_range == int(made.color_range)
     pixels = rgb_of(made, WIDTH, HEIGHT)
     assert np.abs(pixels[20, 20] - shown(LEVELS, 1, form == "yuv420p")).max() < 4
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("form", ["yuv420p", "yuvj420p", "yuv422p"])
+def test_a_full_range_that_is_not_told_becomes_narrow(release: Any, form: str) -> None:
+    context = SimpleNamespace(color_primaries=2, color_trc=2, colorspace=2, color_range=2)
+    writer = SimpleNamespace(pixel_format="yuv420p", pictures=SimpleNamespace(codec_context=SimpleNamespace()))
+    frame = release(frame_of(form, 5, False))
+    made = video_encoding._recoloured(frame, SimpleNamespace(codec_context=context), writer, 2, begin=True)  # type: ignore[arg-type]
+    made.color_range = 1
+    assert np.abs(rgb_of(made, WIDTH, HEIGHT, 5)[20, 20] - shown(LEVELS, 5, False)).max() < 4

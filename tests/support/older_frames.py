@@ -47,6 +47,8 @@ class Frame16(_Frame):
     def taken(self, wanted: dict[str, Any]) -> dict[str, Any]:
         own, jpeg = int(self.frame.colorspace), self.frame.format.name.startswith("yuvj")
         if wanted["format"].startswith("yuv") and not self.frame.format.is_rgb:
+            if wanted["format"].startswith("yuv420p") and self.frame.format.name.startswith("yuv420p"):
+                wanted = {name: value for name, value in wanted.items() if not name.endswith("_color_range")}
             return {**wanted, "src_color_range": "JPEG", "dst_color_range": "MPEG"} if jpeg else wanted
         matrices = [wanted.get(name, own) for name in ("src_colorspace", "dst_colorspace")]
         full = [wanted.get(name) == "JPEG" for name in ("src_color_range", "dst_color_range")]
