@@ -12,7 +12,7 @@ from typing import Any
 
 from ..host.display_matrix import turned
 from ..host.frame_pixels import without_light
-from ..host.video_opening import decodable, opened
+from ..host.video_opening import decodable, opened, packets
 
 # ffmpeg's numbers for colour matrices, primaries and transfers; 2 is "not said"
 ITU709, UNSAID, ITU601, BT2020 = 1, 2, 5, 9
@@ -254,7 +254,7 @@ def demuxed(container: Any, streams: list[Any], found: Irregularities) -> Genera
     import av
 
     try:
-        for packet in container.demux(streams):
+        for packet in packets(container, *streams):
             if packet.size:
                 yield packet
     except av.error.InvalidDataError:

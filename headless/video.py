@@ -106,7 +106,7 @@ class VideoFile:
 
         with opened(self.path) as container:
             stream = video_stream(container, self.path)
-            return stream.frames or sum(1 for _ in container.decode(stream))
+            return stream.frames or sum(1 for _ in decoded(container, stream))
 
     def get_frame_rate(self) -> Fraction:
 

@@ -37,11 +37,20 @@ def decodable(stream: Any, path: Path) -> Any:
     return stream
 
 
+def packets(container: Any, *streams: Any) -> Iterator[Any]:
+    """Packets in the order of the file, of all streams if none is named; those without content at the end flush decoders."""
+    try:
+        yield from container.demux(*streams)
+    except IndexError:
+        # The end: up to PyAV 18 it then looks into streams that a broadcast has begun on the way, of which it has no list.
+        log.debug("streams began on the way and are left out")
+
+
 def decoded(container: Any, *streams: Any) -> Iterator[Any]:
     """The frames of some streams as they come. A damaged packet costs its frame and not the film."""
     import av
 
-    for packet in container.demux(*streams):
+    for packet in packets(container, *streams):
         try:
             frames = packet.decode()
         except av.error.InvalidDataError as error:

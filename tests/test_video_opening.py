@@ -14,7 +14,7 @@ from hotpath.colorization.video_file import open_video, read_facts
 from hotpath.headless.video import VideoFile, read_video
 from hotpath.host import video_opening
 from hotpath.vision_language.pictures import read_clip
-from odd_films import write
+from odd_films import read, through, write
 
 LEAVE = """
 import importlib.util, logging, sys
@@ -86,3 +86,22 @@ def test_a_film_that_nothing_decodes_is_refused_before_it_is_tried(tmp_path: Pat
         with pytest.raises(ValueError, match=r"^in\.mp4 cannot be decoded: PyAV has no decoder for its video\.$"):
             attempt()
     assert not (tmp_path / "out.mkv").exists()
+
+
+def test_streams_that_begin_on_the_way_cost_no_film(tmp_path: Path) -> None:
+    """As in a recording with advertisements that have more sound than the film; PyAV up to 18 has no list of them."""
+    nothing = (b"\x47\x1f\xff\x10" + b"\xff" * 184) * 32768  # packets that say nothing: more than is looked through
+    parts = [
+        write(tmp_path / f"{number}.ts", times=list(range(24 * number, 24 * number + 24)), sound=sound, bf="0")
+        for number, sound in enumerate((False, True, False))
+    ]
+    path = tmp_path / "in.ts"
+    path.write_bytes(nothing.join(part.read_bytes() for part in parts))
+    with av.open(str(path)) as container:
+        assert len(container.streams) == 1
+    assert len(read(path)[1]) == 72 and len(read_clip(path, 12).frames) == 24 and len(read_video(path).images) == 72
+    through(path, tmp_path / "out.mp4")
+    assert len(read(tmp_path / "out.mp4")[1]) == 72
+    for name, crf in (("copy.ts", None), ("again.mp4", 20)):
+        VideoFile(path).save_to(tmp_path / name, crf=crf)
+        assert VideoFile(tmp_path / name).get_frame_count() == 72
