@@ -53,7 +53,9 @@ def decoded(container: Any, *streams: Any) -> Iterator[Any]:
     for packet in packets(container, *streams):
         try:
             frames = packet.decode()
-        except av.error.InvalidDataError as error:
+        except av.error.FFmpegError as error:  # decoders have many words for damage
+            if isinstance(error, MemoryError):
+                raise
             log.info("a damaged packet of stream %d is left out: %s", packet.stream.index, error)
             continue
         yield from frames

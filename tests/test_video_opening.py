@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -105,3 +106,15 @@ def test_streams_that_begin_on_the_way_cost_no_film(tmp_path: Path) -> None:
     for name, crf in (("copy.ts", None), ("again.mp4", 20)):
         VideoFile(path).save_to(tmp_path / name, crf=crf)
         assert VideoFile(tmp_path / name).get_frame_count() == 72
+
+
+@pytest.mark.parametrize("code", [67308554, 1094995529, 1163346256])
+def test_whatever_a_decoder_calls_damage_costs_its_frame(code: int) -> None:
+    def damaged() -> list[str]:
+        av.error.err_check(-code)
+        return []
+
+    stream = SimpleNamespace(index=0)
+    ways: list[Callable[[], list[str]]] = [lambda: ["a"], damaged, lambda: ["b"]]
+    container = SimpleNamespace(demux=lambda *_: (SimpleNamespace(decode=way, stream=stream) for way in ways))
+    assert list(video_opening.decoded(container, stream)) == ["a", "b"]
