@@ -93,6 +93,12 @@ def check_container(source: Path, output: Path, folder: Path, facts: VideoFacts,
     """
     import av
 
+    try:
+        av.Codec(codec, "w")
+    except ValueError:  # as in one that was built against an FFmpeg without x264
+        raise VideoError(
+            f"PyAV has no encoder {codec} here: install the one of PyPI, `pip install --force-reinstall av`."
+        ) from None
     part, made = folder / "trial.nut", folder / f"trial{output.suffix}"
     times = [0, facts.step, 3 * facts.step]
     try:

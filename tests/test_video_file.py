@@ -85,6 +85,8 @@ def test_a_film_that_the_encoder_cannot_take_is_refused(tmp_path: Path) -> None:
     facts = replace(read_facts(source), height=16, width=20000)
     with pytest.raises(VideoError, match="cannot hold this film as libx264"):
         video_parts.check_container(source, tmp_path / "out.mp4", tmp_path, facts, "libx264", 4)
+    with pytest.raises(VideoError, match="PyAV has no encoder libx999 here: install the one of PyPI"):
+        video_parts.check_container(source, tmp_path / "out.mp4", tmp_path, facts, "libx999", 4)
 
 
 @pytest.mark.parametrize("place", [10, 22])
