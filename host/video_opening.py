@@ -1,4 +1,4 @@
-"""Opening a video file for reading, whoever wrote it."""
+"""Opening a video file for reading, its packets and its frames, whoever wrote it."""
 
 from __future__ import annotations
 
