@@ -138,7 +138,9 @@ def test_hdr_stays_hdr(tmp_path):
         context = stream.codec_context
         context.color_primaries, context.color_trc, context.colorspace, context.color_range = 9, 16, 9, 1
         for time in range(3):
-            frame = av.VideoFrame.from_ndarray(np.full((HEIGHT * 3 // 2, WIDTH), 512, np.uint16), format="yuv420p10le")
+            frame = av.VideoFrame(WIDTH, HEIGHT, "yuv420p10le")
+            for plane in frame.planes:
+                plane.update(np.full(plane.buffer_size // 2, 512, np.uint16).tobytes())
             frame.pts, frame.colorspace, frame.color_range = time, 9, 1
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
