@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 from .. import host
 from ..cache import content_key, file_fingerprint
+from ..host.errors import first_line
+from ..host.picture_files import open_picture
 from .clip_job import finish_report, load_method, portion_frames, preview_of, room_for, start_report
 from .film import FilmSession, PreparedFrames, Snapshot
 from .film_options import FilmOptions, Reference, outside, read_references, unreached
@@ -160,7 +162,7 @@ def colorize_file_by_path(
     **settings: Any,
 ) -> str:
     """The same from paths alone, for the command line. settings: further fields of FileJob."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
     from .pictures import from_pil
 
@@ -169,12 +171,16 @@ def colorize_file_by_path(
         if not path.is_file():
             raise FileNotFoundError(f"There is no reference picture {path}.")
         try:
-            with Image.open(path) as image:
+            with open_picture(path) as image:
                 pictures.append(from_pil(image))
         except UnidentifiedImageError:
             raise ValueError(
                 f"{path} is no picture that can be read: a reference is a PNG, a JPEG or the like."
             ) from None
+        except Exception as error:  # Pillow has many words for damage
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+                raise
+            raise ValueError(f"{path} is damaged ({first_line(error)}): take another copy of this picture.") from error
     job = FileJob(source, output, options, **settings)
     return colorize_file(job, read_references(pictures, reference_frames), status, begun)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..host.picture_files import upright
+
 log = logging.getLogger("hotpath.colorization")
 
 _without_antialias: set[str] = set()  # types of devices
@@ -81,7 +83,4 @@ def is_grey(lab: Tensor) -> bool:
 
 def from_pil(image: Any) -> Tensor:
     """A PIL image, upright and without alpha, as float [H, W, 3] in 0..1."""
-    from PIL import ImageOps
-
-    upright = ImageOps.exif_transpose(image).convert("RGB")
-    return torch.from_numpy(np.array(upright)).float() / 255
+    return torch.from_numpy(np.array(upright(image).convert("RGB"))).float() / 255

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..host.display_matrix import turned
-from ..host.video_opening import opened
+from ..host.frame_pixels import without_light
+from ..host.video_opening import decodable, opened, packets
 
 # ffmpeg's numbers for colour matrices, primaries and transfers; 2 is "not said"
 ITU709, UNSAID, ITU601, BT2020 = 1, 2, 5, 9
@@ -209,7 +210,7 @@ def _first_field(frame: Any) -> str:
     """tff or bff. PyAV does not say, but the filter that separates fields gives the first one first."""
     import av
 
-    small = frame.reformat(width=16, height=32, format="gray")
+    small = without_light(frame).reformat(width=16, height=32, format="gray")
     plane = small.planes[0]
     plane.update((bytes(plane.line_size) + b"\xff" * plane.line_size) * (plane.height // 2))
     graph = av.filter.Graph()
@@ -253,7 +254,7 @@ def demuxed(container: Any, streams: list[Any], found: Irregularities) -> Genera
     import av
 
     try:
-        for packet in container.demux(streams):
+        for packet in packets(container, *streams):
             if packet.size:
                 yield packet
     except av.error.InvalidDataError:
@@ -274,10 +275,10 @@ def video_stream(container: Any, path: Path) -> Any:
     if not container.streams.video:
         raise VideoError(f"{path.name} has no video stream.")
     moving = [stream for stream in container.streams.video if not is_cover(stream)]
-    stream = (moving or container.streams.video)[0]
-    if stream.codec_context is None:
-        raise VideoError(f"{path.name} cannot be decoded: PyAV has no decoder for its video.")
-    return stream
+    try:
+        return decodable((moving or container.streams.video)[0], path)
+    except ValueError as error:
+        raise VideoError(str(error)) from None
 
 
 def is_cover(stream: Any) -> bool:

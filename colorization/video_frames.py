@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..host.frame_pixels import rgb_of
 from .video_clock import FilmClock, is_regular
 from .video_file import Irregularities, VideoFacts, decoded, open_video, video_stream
 from .video_hdr import to_sdr
@@ -130,12 +131,9 @@ def to_rgb(frame: Any, facts: VideoFacts, found: Irregularities) -> Tensor:
         found.scaled += 1
     if frame.format.name.startswith("gray") and frame.format.components[0].bits <= 16:
         frame = _plain_grey(frame)
+    picture = rgb_of(frame, width, height, facts.matrix, deep=facts.hdr)
     if facts.hdr:
-        picture = to_sdr(
-            frame.to_ndarray(format="rgb48le", width=width, height=height, src_colorspace=facts.matrix), facts.transfer
-        )
-    else:
-        picture = frame.to_ndarray(format="rgb24", width=width, height=height, src_colorspace=facts.matrix)
+        picture = to_sdr(picture, facts.transfer)
     if facts.mirrored:
         picture = picture[:, ::-1]
     return torch.from_numpy(np.ascontiguousarray(np.rot90(picture, facts.rotation)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host.frame_pixels import RGB
 from ..host.system_errors import sentence
 from ..host.whole_files import remove
 from .video_assembly import assemble
@@ -57,7 +58,9 @@ class PartWriter:
             if self._marking is not None:
                 self._marking.push(frame)
                 frame = self._marking.pull()
-            frame = frame.reformat(format=self._stream.pix_fmt, dst_colorspace=self._matrix)
+            # PyAV 17 knows no BT.2020 among the matrices that it can be asked for, but takes the frame's own.
+            frame.colorspace = self._matrix
+            frame = frame.reformat(format=self._stream.pix_fmt, src_colorspace=RGB, dst_colorspace=self._matrix)
             frame.pts, frame.time_base = time, self._facts.time_base
             self._container.mux(self._stream.encode(frame))
 
@@ -90,6 +93,12 @@ def check_container(source: Path, output: Path, folder: Path, facts: VideoFacts,
     """
     import av
 
+    try:
+        av.Codec(codec, "w")
+    except ValueError:  # as in one that was built against an FFmpeg without x264
+        raise VideoError(
+            f"PyAV has no encoder {codec} here: install the one of PyPI, `pip install --force-reinstall av`."
+        ) from None
     part, made = folder / "trial.nut", folder / f"trial{output.suffix}"
     times = [0, facts.step, 3 * facts.step]
     try:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..host.picture_files import open_picture, upright
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 LISTED = 5
 
@@ -58,16 +60,16 @@ def read_picture(path: Path) -> Tensor:
 
     Grey of 16 bits and of floating point (taken as 0..1), as depth maps have, keeps its values.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
+        with open_picture(path) as image:
+            shown = upright(image)
             # Pillow cuts these to 0..255 when it converts them: nearly all of a picture is white then.
-            if upright.mode == "F" or upright.mode.startswith("I"):
-                grey = np.asarray(upright, np.float32) / (1 if upright.mode == "F" else 65535)
+            if shown.mode == "F" or shown.mode.startswith("I"):
+                grey = np.asarray(shown, np.float32) / (1 if shown.mode == "F" else 65535)
                 return torch.from_numpy(np.repeat(grey[..., None], 3, axis=-1))
-            pixels = np.asarray(upright.convert("RGB"), np.float32)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            pixels = np.asarray(shown.convert("RGB"), np.float32)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow has many words for damage: RuntimeError in an AVIF, ValueError in a TIFF
         raise FolderError(f"{path.name} cannot be read as a picture: {error}") from None
     return torch.from_numpy(pixels / 255)

@@ -62,7 +62,8 @@ def measure(a: Tensor, b: Tensor) -> Measures:
     mean_square = float(np.mean(difference**2))
     try:
         from skimage.metrics import structural_similarity
-    except ImportError:  # an extra; without it a comparison goes on
+    except (ImportError, ValueError):
+        # An extra; without it, or with one that was built for an older numpy, a comparison goes on.
         ssim = structural_similarity_by_torch(a, b)
     else:
         ssim = float(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import host
+from ..host.picture_files import open_picture, upright
 from ..host.whole_files import new_file
 from . import files
 
@@ -242,15 +243,15 @@ def read_image(name: str) -> tuple[Tensor, Tensor]:
 
     Turned as its EXIF says. 16-bit greyscale keeps its depth. Frames of another size than the first are left out.
     """
-    from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+    from PIL import ImageSequence, UnidentifiedImageError
 
     path = files.input_file(name)
     frames: list[Tensor] = []
     masks: list[Tensor] = []
     try:
-        with Image.open(path) as opened:
+        with open_picture(path) as opened:
             for raw in ImageSequence.Iterator(opened):
-                frame = ImageOps.exif_transpose(raw)
+                frame = upright(raw)
                 if frame.mode.startswith("I"):
                     grey = torch.from_numpy(np.asarray(frame).astype(np.float32) / 65535.0).clamp(0, 1)
                     picture, alpha = grey[..., None].expand(-1, -1, 3).contiguous(), None

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..host.video_opening import opened
+from ..host.frame_pixels import rgb_of
+from ..host.video_opening import decoded, opened
 from .video_encoding import write_video
 from .video_saving import save_video
 from .video_sound import last_track, waveform
-from .video_streams import bit_depth, decoded, frame_rate, video_stream
+from .video_streams import bit_depth, frame_rate, video_stream
 
 UNLIKELY = 256  # pictures that a file may announce without saying how long it is
 
@@ -105,7 +106,7 @@ class VideoFile:
 
         with opened(self.path) as container:
             stream = video_stream(container, self.path)
-            return stream.frames or sum(1 for _ in container.decode(stream))
+            return stream.frames or sum(1 for _ in decoded(container, stream))
 
     def get_frame_rate(self) -> Fraction:
 
@@ -162,7 +163,7 @@ def _pictures(container: Any, stream: Any, rate: Fraction) -> Tensor | None:
     count = 0
     for frame in decoded(container, stream):
         host.current().check_interrupt()
-        pixels = frame.to_ndarray(format="rgb48le" if deep else "rgb24")
+        pixels = rgb_of(frame, frame.width, frame.height, deep=deep)
         if frame.rotation:
             pixels = np.rot90(pixels, k=round(frame.rotation / 90))
         if images is None:
@@ -188,4 +189,4 @@ def _read_audio(path: Path) -> dict[str, Any] | None:
 
     with opened(path) as container:
         track = last_track(container)
-        return waveform(decoded(container, track), track.rate) if track is not None else None
+        return waveform(decoded(container, track)) if track is not None else None

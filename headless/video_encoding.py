@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..host.video_opening import opened
+from ..host.frame_pixels import without_light
+from ..host.video_opening import decoded, opened
 from ..host.whole_files import whole_file
 from . import video_sound
 from .video_sound import Sound
-from .video_streams import bit_depth, decoded, frame_rate, video_stream
+from .video_streams import bit_depth, frame_rate, video_stream
 
 if TYPE_CHECKING:
     from .video import VideoComponents
@@ -263,20 +264,24 @@ class Upright:
 
 def _recoloured(frame: Any, stream: Any, writer: FilmWriter, transfer: int, begin: bool) -> Any:
     """The frame in the writer's pixel format, with the colours told as its source tells them."""
-    context = writer.pictures.codec_context
+    context, frame = writer.pictures.codec_context, without_light(frame)
     if frame.format.is_rgb or frame.format.name == "pal8":
         frame = frame.reformat(format=writer.pixel_format, dst_colorspace="ITU709", dst_color_range="MPEG")
         if begin:
             _tell_colours(context)
         return frame
-    if transfer not in TOLD_TRANSFERS:
-        if int(frame.color_range) == FULL:
-            return frame.reformat(format=writer.pixel_format, src_color_range="JPEG", dst_color_range="MPEG")
-        return frame.reformat(format=writer.pixel_format)
-    frame = frame.reformat(format=writer.pixel_format)
-    for name in COLOUR_FIELDS:
-        value = getattr(stream.codec_context, name)
-        setattr(frame, name, value)
+    told = transfer in TOLD_TRANSFERS
+    # Up to PyAV 16 the formats with a J become narrow, whatever is asked for, and other 4:2:0 is copied.
+    narrow_anyway, older = frame.format.name.startswith("yuvj"), not hasattr(frame, "color_trc")
+    narrowed = int(frame.color_range) == FULL and (not told or narrow_anyway)
+    ranges = {"src_color_range": "JPEG", "dst_color_range": "MPEG"} if narrowed else {}
+    if narrowed and older and not narrow_anyway:
+        frame, ranges = frame.reformat(format="yuv444p16le", **ranges), {}
+    frame = frame.reformat(format=writer.pixel_format, **ranges)
+    for name in COLOUR_FIELDS if told else ():
+        value = NARROW if narrowed and name == "color_range" else getattr(stream.codec_context, name)
+        if hasattr(frame, name):  # before PyAV 17 a frame has two of them
+            setattr(frame, name, value)
         if begin:
             setattr(context, name, value)
     return frame

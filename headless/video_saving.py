@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import host
 from ..host.errors import first_line
-from ..host.video_opening import opened
+from ..host.video_opening import opened, packets
 from .video_encoding import MUXERS, choose_codec, is_webm, reencode_video, written
 from .video_streams import video_stream
 
@@ -36,7 +36,7 @@ def copy_video(source: Path, target: Path, metadata: dict[str, Any] | None, form
                 for stream in streams
                 if stream.codec_context is not None
             }
-            for packet in _with_decoding_times(container.demux(), copies):
+            for packet in _with_decoding_times(packets(container), copies):
                 host.current().check_interrupt()
                 packet.stream = copies[packet.stream.index]
                 out.mux(packet)

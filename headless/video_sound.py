@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,35 @@ def last_track(container: Any) -> Any:
     return next((stream for stream in reversed(container.streams.audio) if stream.codec_context is not None), None)
 
 
+class _Even:
+    """Sound of one layout and rate, also where a broadcast changes its own on the way, which one resampler of PyAV refuses.
+
+    layout, rate: None for those of the first block.
+    """
+
+    def __init__(self, layout: Any = None, rate: int | None = None) -> None:
+        self.layout, self.rate = layout, rate
+        self._kind: tuple[str, str, int] | None = None
+        self._resampler: Any = None
+
+    def made_of(self, frame: Any) -> list[Any]:
+        """Blocks as "fltp" of a decoded one; None after the last one."""
+        import av
+
+        made: list[Any] = []
+        kind = None if frame is None else (frame.format.name, frame.layout.name, frame.sample_rate)
+        if kind != self._kind:
+            if self._resampler is not None:
+                made += self._resampler.resample(None)
+            self._kind, self._resampler = kind, None
+        if frame is not None:
+            self.layout, self.rate = self.layout or frame.layout, self.rate or frame.sample_rate
+            if self._resampler is None:
+                self._resampler = av.AudioResampler(format="fltp", layout=self.layout, rate=self.rate)
+            made += self._resampler.resample(frame)
+        return [block for block in made if block is not None]
+
+
 class Sound:
     """Sound of `channels` channels at `rate` Hz for a file; it waits here until pictures cover it.
 
@@ -36,12 +66,10 @@ class Sound:
     """
 
     def __init__(self, channels: int, rate: int, webm: bool) -> None:
-        import av
-
         self.codec = "libopus" if webm else "aac"
         self.rate = OPUS_RATE if webm else rate if rate in AAC_RATES else COMMON_RATE
         self.layout = LAYOUTS.get(channels, "stereo")
-        self._resampler = av.AudioResampler(format="fltp", layout=self.layout, rate=self.rate)
+        self._even = _Even(self.layout, self.rate)
         self._waiting: deque[Any] = deque()
         self._skip = 0
         self._written = 0
@@ -52,7 +80,7 @@ class Sound:
 
     def add(self, frame: Any) -> None:
         """A decoded block; None after the last one."""
-        self._waiting.extend(block for block in self._resampler.resample(frame) if block is not None)
+        self._waiting.extend(self._even.made_of(frame))
 
     def ready(self, end: Fraction, last: bool = False) -> Iterator[Any]:
         """Blocks that pictures up to `end` seconds cover. last: also the covered part of the one that goes on longer."""
@@ -101,12 +129,10 @@ def blocks(audio: dict[str, Any]) -> Iterator[Any]:
         yield frame
 
 
-def waveform(frames: Iterable[Any], rate: int) -> dict[str, Any] | None:
-    """Decoded frames as the audio of a workflow; None when there are none."""
-    import av
-
-    resampler = av.AudioResampler(format="fltp")
-    parts = [block.to_ndarray() for frame in frames for block in resampler.resample(frame)]
+def waveform(frames: Iterable[Any]) -> dict[str, Any] | None:
+    """Decoded frames as the audio of a workflow, in the layout and rate of the first one; None when there are none."""
+    even = _Even()
+    parts = [block.to_ndarray() for frame in chain(frames, [None]) for block in even.made_of(frame)]
     if not parts:
         return None
-    return {"waveform": torch.from_numpy(np.concatenate(parts, axis=1))[None], "sample_rate": rate}
+    return {"waveform": torch.from_numpy(np.concatenate(parts, axis=1))[None], "sample_rate": even.rate}

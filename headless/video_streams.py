@@ -1,21 +1,19 @@
-"""What the streams of a film say of themselves, and their frames."""
+"""What the streams of a film say of themselves."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger("hotpath.headless")
+from ..host.video_opening import decodable
 
 
 def video_stream(container: Any, path: Path) -> Any:
-    """Raises ValueError for a file without pictures."""
+    """Raises ValueError for a file without pictures, and for one whose pictures cannot be decoded."""
     if not container.streams.video:
         raise ValueError(f"{path.name} holds no video.")
-    return container.streams.video[0]
+    return decodable(container.streams.video[0], path)
 
 
 def frame_rate(stream: Any) -> Fraction:
@@ -26,16 +24,3 @@ def frame_rate(stream: Any) -> Fraction:
 def bit_depth(stream: Any) -> int:
     components = stream.format.components if stream.format is not None else ()
     return max((component.bits for component in components), default=8)
-
-
-def decoded(container: Any, *streams: Any) -> Iterator[Any]:
-    """The frames of some streams as they come. A damaged packet costs its frame and not the film."""
-    import av
-
-    for packet in container.demux(*streams):
-        try:
-            frames = packet.decode()
-        except av.error.InvalidDataError as error:
-            log.info("a damaged packet of stream %d is left out: %s", packet.stream.index, error)
-            continue
-        yield from frames

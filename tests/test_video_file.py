@@ -13,6 +13,7 @@ import pytest
 import torch
 from hotpath.colorization import video_assembly, video_clock, video_parts
 from hotpath.colorization.video_file import Irregularities, VideoError, read_facts
+from hotpath.vision_language.pictures import read_clip
 from odd_films import gaps, numbers, packets, read, through, write
 
 
@@ -84,6 +85,8 @@ def test_a_film_that_the_encoder_cannot_take_is_refused(tmp_path: Path) -> None:
     facts = replace(read_facts(source), height=16, width=20000)
     with pytest.raises(VideoError, match="cannot hold this film as libx264"):
         video_parts.check_container(source, tmp_path / "out.mp4", tmp_path, facts, "libx264", 4)
+    with pytest.raises(VideoError, match="PyAV has no encoder libx999 here: install the one of PyPI"):
+        video_parts.check_container(source, tmp_path / "out.mp4", tmp_path, facts, "libx999", 4)
 
 
 @pytest.mark.parametrize("place", [10, 22])
@@ -98,6 +101,7 @@ def test_a_damaged_packet_costs_its_frame(tmp_path: Path, place: int) -> None:
     assert [round(time / facts.step) for time in times] == [number for number in range(24) if number != place]
     assert "in.mp4 is damaged: 1 frame was left out that could not be decoded." in found.notes(source.name)
     assert through(source, tmp_path / "out.mp4") and len(read(tmp_path / "out.mp4")[1]) == 23
+    assert len(read_clip(source, 25).frames) >= 20, "a model looks at the others, too"
 
 
 def test_a_film_whose_end_is_damaged_goes_on_without_a_frame_twice(tmp_path: Path) -> None:

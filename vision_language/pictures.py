@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from .. import host
 from ..host.display_matrix import turned
 from ..host.errors import first_line
+from ..host.frame_pixels import rgb_of
 from ..host.name_limits import can_be_a_name
-from ..host.video_opening import opened
+from ..host.picture_files import open_picture, upright
+from ..host.video_opening import decodable, decoded, opened
 
 # Four times what any preset shows of a frame: below it pictures stay exact, and 64 frames are under 700 MB.
 LARGEST_FRAME = 4 * 1024 * 28 * 28
@@ -96,33 +98,33 @@ def read_picture(path: Path) -> Picture:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        opened = Image.open(path)
+        with open_picture(path) as file:
+            return Picture(_eight_bits(file))
     except UnidentifiedImageError:
         raise ValueError("it is no picture that can be read: replace the file, or take it out of the folder") from None
     except Image.DecompressionBombError:
         raise ValueError("it has more pixels than can be read safely: put a smaller copy in its place") from None
-    with opened as file:
-        try:
-            return Picture(_eight_bits(file))
-        except (OSError, SyntaxError) as error:  # Pillow's words for what is cut off and what is broken
-            raise ValueError(f"it is damaged ({first_line(error)}): replace the file") from error
+    except Exception as error:  # Pillow has many words for what is cut off and what is broken
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"it is damaged ({first_line(error)}): replace the file") from error
 
 
 def _eight_bits(file: Any) -> NDArray[np.uint8]:
     """[H, W, 3] of an opened picture of any kind."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    upright = ImageOps.exif_transpose(file)
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-        ground = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(ground, upright)
-    elif upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
-        wide = np.nan_to_num(np.asarray(upright, dtype=np.float32))
+    shown = upright(file)
+    if shown.mode in ("RGBA", "LA", "PA") or "transparency" in shown.info:
+        shown = shown.convert("RGBA")
+        ground = Image.new("RGBA", shown.size, "white")
+        shown = Image.alpha_composite(ground, shown)
+    elif shown.mode in ("I", "F") or shown.mode.startswith("I;16"):
+        wide = np.nan_to_num(np.asarray(shown, dtype=np.float32))
         # Numbers with a point reach 1, or 255 as Pillow takes them.
-        top = 65535.0 if upright.mode != "F" else 1.0 if wide.max() <= 1 else 255.0
+        top = 65535.0 if shown.mode != "F" else 1.0 if wide.max() <= 1 else 255.0
         return np.repeat((wide * (255 / top)).clip(0, 255).round().astype(np.uint8)[..., None], 3, axis=2)
-    return np.asarray(upright.convert("RGB"), dtype=np.uint8)
+    return np.asarray(shown.convert("RGB"), dtype=np.uint8)
 
 
 def read_clip(path: Path, fps: float = 1.0, most: int = 64) -> Clip:
@@ -149,13 +151,13 @@ def _read_clip(path: Path, fps: float, most: int) -> Clip:
     with opened(path) as container:
         if not container.streams.video:
             raise ValueError(f"{path.name} has no video stream.")
-        stream = container.streams.video[0]
+        stream = decodable(container.streams.video[0], path)
         stream.thread_type = "AUTO"
         length = float(container.duration / av.time_base) if container.duration else 0.0
         # A long video is looked at less often, so that its end is seen as well.
         interval = max(1.0 / fps, length / most) if length else 1.0 / fps
         due, first, size = 0.0, None, (0, 0)
-        for frame in container.decode(stream):
+        for frame in decoded(container, stream):
             check()
             if first is None:
                 first = frame.time or 0.0  # streams that were cut out of longer ones begin anywhere
@@ -181,6 +183,6 @@ def _read_clip(path: Path, fps: float, most: int) -> Clip:
 
 def _as_shown(frame: Any, width: int, height: int) -> NDArray[np.uint8]:
     """RGB of a decoded frame at `width` x `height`, upright."""
-    picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA")
+    picture: NDArray[np.uint8] = rgb_of(frame, width, height, interpolation="AREA")
     mirrored, turns = turned(frame)
     return np.rot90(picture[:, ::-1] if mirrored else picture, turns)

@@ -138,7 +138,9 @@ def test_hdr_stays_hdr(tmp_path):
         context = stream.codec_context
         context.color_primaries, context.color_trc, context.colorspace, context.color_range = 9, 16, 9, 1
         for time in range(3):
-            frame = av.VideoFrame.from_ndarray(np.full((HEIGHT * 3 // 2, WIDTH), 512, np.uint16), format="yuv420p10le")
+            frame = av.VideoFrame(WIDTH, HEIGHT, "yuv420p10le")
+            for plane in frame.planes:
+                plane.update(np.full(plane.buffer_size // 2, 512, np.uint16).tobytes())
             frame.pts, frame.colorspace, frame.color_range = time, 9, 1
             out.mux(stream.encode(frame))
         out.mux(stream.encode())
@@ -179,6 +181,40 @@ def test_channels_of_sound(tmp_path, channels, kept):
     wave = read_video(tmp_path / "a.mp4").audio["waveform"]
     assert wave.shape[1] == kept and wave.shape[-1] == pytest.approx(48000, abs=2048)
     assert channels > 8 or wave.abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("first", "second"), [("5.1", "stereo"), ("stereo", "5.1"), ("stereo", "mono")])
+@pytest.mark.parametrize("rate", [48000, 44100])
+def test_sound_that_changes_its_layout_or_rate(tmp_path, first, second, rate):
+    """As broadcasts do, from the film to the advertisements."""
+    parts = []
+    for number, (layout, hertz) in enumerate(((first, 48000), (second, rate))):
+        path = film(tmp_path / f"{number}.ts", times=tuple(range(12 * number, 12 * number + 12)))
+        with av.open(str(tmp_path / f"s{number}.ts"), "w") as out, av.open(str(path)) as pictures:
+            voice: Any = out.add_stream("ac3", rate=hertz, layout=layout)
+            copy = out.add_stream_from_template(pictures.streams.video[0])
+            channels = voice.codec_context.channels
+            wave = 0.1 * np.sin(np.arange(hertz, dtype=np.float32) / 20)[None].repeat(channels, 0)
+            heard = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave), format="fltp", layout=layout)
+            heard.sample_rate, heard.pts, heard.time_base = hertz, number * hertz, Fraction(1, hertz)
+            for part in (heard, None):
+                out.mux(voice.encode(part))
+            for packet in pictures.demux(pictures.streams.video[0]):
+                if packet.size:
+                    packet.stream = copy
+                    out.mux(packet)
+        parts.append((tmp_path / f"s{number}.ts").read_bytes())
+    (tmp_path / "in.ts").write_bytes(b"".join(parts))
+    VideoFile(tmp_path / "in.ts").save_to(tmp_path / "out.mp4", codec="h264", crf=20)
+    audio = read_video(tmp_path / "in.ts").audio
+    assert (audio["sample_rate"], audio["waveform"].shape[1]) == (48000, 6 if first == "5.1" else 2)
+    for heard in (audio, read_video(tmp_path / "out.mp4").audio):
+        wave, hertz = heard["waveform"][0], heard["sample_rate"]
+        assert wave.shape[1] / hertz == pytest.approx(2, abs=0.15)
+        assert all(
+            0.05 < wave[0, at : at + hertz // 8].abs().max() < 0.4
+            for at in range(hertz // 8, 13 * hertz // 8, hertz // 8)
+        )
 
 
 def test_a_film_that_announces_other_pictures_than_it_has(tmp_path, monkeypatch):
