@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import fused_decode, mixed_decoding, projections
+from . import fused_decode, mixed_decoding, packed_products, projections
 from .loaded_model import LoadedModel
+from .quantization import AS_STORED, PACKED
+from .stored_fp8 import METHOD
 
 DECODE_PATHS = ("auto", "compiled", "graph", "static", "plain")
+PACKED_METHODS = (*PACKED, AS_STORED, METHOD)  # of which our layers multiply
 GRAPHS = ("fused", "compiled", "graph")  # paths whose step is recorded, or compiled
 
 
@@ -45,7 +48,10 @@ def choose_path(model: LoadedModel, asked: str, kept: bool = True, rows: int = 1
         raise ValueError(f"{asked!r} is no decode path: choose one of {', '.join(DECODE_PATHS)}.")
     path = _path(model, asked, kept, rows)
     if model.device.type != "cpu":  # where the weights may be waiting all the same
-        return path
+        reason = packed_products.why_not(model.device) if model.quantization in PACKED_METHODS else ""
+        return (
+            replace(path, note=f"{path.note}; packed weights unpacked by torch, because {reason}") if reason else path
+        )
     return replace(path, note=path.note + projections.products_note(model.network))
 
 

@@ -14,6 +14,7 @@ from hotpath.vision_language import (
     decode_path,
     decoding,
     generation,
+    packed_products,
     projections,
     quantization,
 )
@@ -184,6 +185,13 @@ def test_one_row_is_decoded_by_our_kernels_where_they_serve(load, monkeypatch):
         assert (path.name, path.otherwise) == ("fused", otherwise)
         assert decode_path.simpler(path, model.device).name == otherwise
     assert choose_path(packed, "auto").name == choose_path(packed, "graph").name == "fused"
+    assert "unpacked" not in choose_path(packed, "auto").note
+    device = torch.device("cuda")
+    monkeypatch.setitem(packed_products._failed, device, "the kernel failed (no such instruction)")
+    assert choose_path(packed, "plain").note == (
+        "plain, as asked; packed weights unpacked by torch, because the kernel failed (no such instruction)"
+    )
+    assert "unpacked" not in choose_path(model, "plain").note
     assert choose_path(model, "compiled").name == "compiled"  # as asked
     model.device_state["failed paths"] = {"fused": "it was wrong"}
     assert choose_path(model, "auto").name == "compiled"
