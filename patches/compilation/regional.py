@@ -78,6 +78,7 @@ class BlockForward:
         self.original: Callable[..., Any] = type(region.module).forward
         self._live = LiveParts(region.module)
         self._on_tokens = is_transformer(region.module)
+        self._foreign = foreign_class(region.module) is not None
         self.kind: CompiledKind | None = None
         self.called = False
         self.reason: str | None = None  # why this block ran as it is, the last time
@@ -109,7 +110,8 @@ class BlockForward:
         if not self.owner.settings.compiles:
             return
         self.kind = shared_kind(
-            self.key, lambda: CompiledKind(self.title, self.original, self.owner.settings, self.owner.backend)
+            self.key,
+            lambda: CompiledKind(self.title, self.original, self.owner.settings, self.owner.backend, self._foreign),
         )
         self.owner.kinds.add(self.kind)
         self.kind.blocks.add(self.name)
