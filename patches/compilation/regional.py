@@ -168,6 +168,7 @@ class _Plan:
         self.stamp: Any = None
         self.ran = False  # at least one call of the model has come to its end
         self.problem: str | None = None  # why the model as a whole cannot be recorded
+        self._modules = dict(model.diffusion_model.named_modules())
         inside = frozenset(part for block in self.blocks for part in block.module.modules())
         self._around = LiveParts(model.diffusion_model, without=inside)
         self._foreign = foreign_class(model.diffusion_model)
@@ -224,9 +225,9 @@ class _Plan:
         return dict(Counter(block.title for block in self.blocks if self.ran and not block.called))
 
     def fits(self, diffusion_model: nn.Module) -> bool:
-        """Whether the blocks are still the ones in the model; an object patch can have replaced some."""
-        present = dict(diffusion_model.named_modules())
-        return all(present.get(block.name) is block.module for block in self.blocks)
+        """Whether all is still there that was, and nothing else: nodes put other modules in, blocks or what stands between
+        them (another embedding of places, for longer films), and take them out again."""
+        return dict(diffusion_model.named_modules()) == self._modules
 
 
 class RegionalCompiler:
