@@ -125,8 +125,8 @@ app.registerExtension({
       if (change !== null) {
         info.widgets_values = change.values;
         // By these they are restored where the user, or a later front end, says so.
-        const named = widgets.map((widget, index) => [widget.name, change.values[index]]);
-        if (info.widgets_values_named) info.widgets_values_named = Object.fromEntries(named);
+        const byName = widgets.map((widget, index) => [widget.name, change.values[index]]);
+        if (info.widgets_values_named) info.widgets_values_named = Object.fromEntries(byName);
       }
       renameInputs(table.rename[nodeData.name], info.inputs);
       const result = configure.call(this, info);
