@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_models import assert_same_picture, compiled, sample
+from hotpath.patches.compilation import compile_model, compiler_of, graphs
 from hotpath.patches.compilation.blocks import constants_of
 from hotpath.patches.compilation.graphs import usual_order
 from tiny_native_models import Tiny, tiny
@@ -123,3 +124,23 @@ def test_what_another_packs_layers_are_told_meanwhile_is_followed(
         again = compiler.graphs
         assert_same_picture(sample(bench, model), expected)
         assert compiler.graphs == again, "both are kept"
+
+
+def test_weights_of_another_packs_class_meet_no_operator_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one for oneDNN's products takes plain tensors, and torch raises where a graph hands it others."""
+    asked: list[Any] = []
+    monkeypatch.setattr(graphs, "reroute", asked.append)
+    bench = tiny("z_image")
+    with of_another_pack(bench, Unpacking, told_by_weight):
+        model, compiler = compiled(bench.model)
+        assert_same_picture(sample(bench, model), sample(bench))
+    assert len(asked) < compiler.graphs, "but for the refiners, which have none"
+
+
+def test_weights_that_a_compiled_graph_cannot_take_run_as_they_are() -> None:
+    """With aot_eager torch itself hands them to its operators, one by one, and raises."""
+    bench = tiny("z_image")
+    with of_another_pack(bench, Unpacking, told_by_weight):
+        model, _ = compile_model(bench.model, backend="aot_eager")
+        assert_same_picture(sample(bench, model), sample(bench))
+        assert sum(compiler_of(model).fallbacks().values()) in (0, 3)

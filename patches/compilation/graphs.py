@@ -107,8 +107,9 @@ class Compilation:
     that is compiled of it, would never be freed.
     """
 
-    def __init__(self, title: str, backend: Backend) -> None:
+    def __init__(self, title: str, backend: Backend, foreign: bool) -> None:
         self.title = title
+        self.foreign = foreign
         self.graphs = 0
         self.seconds = 0.0
         self.operators: dict[str, str] = {}
@@ -119,7 +120,8 @@ class Compilation:
         stop_asking(graph)
         start = time.perf_counter()
         operators = write_out(graph)
-        reroute(graph)
+        if not self.foreign:  # operators of ours take no weights of another pack's own class
+            reroute(graph)
         made = self._backend(graph, inputs)
         with self._lock:
             self.operators |= operators
@@ -150,7 +152,7 @@ class CompiledKind:
         self.title = title
         self.blocks: set[str] = set()
         self.reason: str | None = None
-        self._compilation = Compilation(title, backend)
+        self._compilation = Compilation(title, backend, foreign)
         self._dynamic = settings.dynamic
         self._marked: set[Any] = set()
         self._beyond: set[Any] = set()  # calls that met torch's limit; asked again, torch would warn at each

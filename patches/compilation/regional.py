@@ -79,6 +79,8 @@ class BlockForward:
         self._live = LiveParts(region.module)
         self._on_tokens = is_transformer(region.module)
         self._foreign = foreign_class(region.module) is not None
+        # Torch raises it where a compiled graph hands weights of a pack's own class to an operator that takes plain ones.
+        self._errors = (*owner.errors, TypeError) if self._foreign else owner.errors
         self.kind: CompiledKind | None = None
         self.called = False
         self.reason: str | None = None  # why this block ran as it is, the last time
@@ -129,7 +131,7 @@ class BlockForward:
                 out = kind(self.module, reduced, changed)
         except NotTraceable as error:
             return self._as_it_is(str(error), args, kwargs, error)
-        except self.owner.errors as error:
+        except self._errors as error:
             reason = kind.reason = self.owner.failed[self.key] = kind_and_line(error, 200)
             forget(kind)  # who asks for a compiled model next starts anew
             log.warning("%s is not compiled: %s", self.title, reason)
