@@ -80,7 +80,7 @@ class BlockForward:
         self._on_tokens = is_transformer(region.module)
         self._foreign = foreign_class(region.module) is not None
         # Torch raises it where a compiled graph hands weights of a pack's own class to an operator that takes plain ones.
-        self._errors = (*owner.errors, TypeError) if self._foreign else owner.errors
+        self._errors: tuple[type[Exception], ...] = (*owner.errors, *((TypeError,) if self._foreign else ()))
         self.kind: CompiledKind | None = None
         self.called = False
         self.reason: str | None = None  # why this block ran as it is, the last time
