@@ -135,7 +135,7 @@ class CompiledKind:
     """The graphs of one kind of block.
 
     foreign: code of another pack is in it, which may change at any time what a graph took for constants: ComfyUI-GGUF keeps the
-    LoRAs on its weights, AnimateDiff-Evolved sets scales for each step. Guards on the block are kept for it.
+    LoRAs on its weights (KJNodes #289), AnimateDiff-Evolved sets scales for each step. Guards on the block are kept for it.
 
     graphs: how many were compiled (the first included). seconds: spent compiling. operators: of those that the compiler
     cannot look into, what became of each. reason: why the kind runs as it is, or None while it is compiled.
