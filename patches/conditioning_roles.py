@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..identity.prepared import COND, UNCOND
@@ -76,29 +77,40 @@ def note_conditionings(
 
 
 def role_condition(role: int, masks: int = 1) -> Any:
-    """A conditioning entry that says whose rows it is about; see `ModelCall.roles`.
+    """A conditioning entry that says whose rows it is about; see `roles_of_rows`.
 
     masks: pictures in the mask of the same entry. ComfyUI repeats or cuts them, and for other numbers fails with shapes.
     """
     from comfy.conds import CONDRegular
 
     class CONDRole(CONDRegular):
-        """One role per chunk, joined as a tuple: no tensor, so nothing to copy to a device or to read back."""
+        """A number for each row, on the CPU, so that there is nothing to copy to a device or to read back."""
 
         def process_cond(self, batch_size: int, **kwargs: Any) -> Any:
             if masks < batch_size and batch_size % masks:
                 raise ValueError(
                     f"The mask has {masks} pictures and the latent batch {batch_size}: use one mask, or one per picture."
                 )
-            return self
+            return self._copy_with(2 * torch.arange(batch_size) + role)
 
         def can_concat(self, other: Any) -> bool:
             return True
-
-        def concat(self, others: Sequence[Any]) -> tuple[int, ...]:
-            return (self.cond, *(other.cond for other in others))
 
         def size(self) -> list[int]:
             return [1]
 
     return CONDRole(role)
+
+
+def roles_of_rows(rows: Tensor, batch: int) -> tuple[int, ...] | None:
+    """Roles of the chunks of a batch, from the numbers that arrived with its rows; None where they are of another batch.
+
+    A pack that samples a picture in tiles (Tiled Diffusion) puts all rows of a tile behind those of the one before, so that
+    there are more chunks than conditionings.
+    """
+    found: list[int] = rows.tolist()
+    if len(found) != batch or not found:
+        return None
+    chunk = max(found) // 2 + 1
+    whole = all(number // 2 == place % chunk for place, number in enumerate(found)) and batch % chunk == 0
+    return tuple(number % 2 for number in found[:: chunk if whole else 1])

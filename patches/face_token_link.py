@@ -12,15 +12,42 @@ from .mask import MAX_SHAPES, fit_batch
 from .model_call import frames_of
 
 
+def _of_the_net(name: str) -> property:
+    """What a link has from its net, in the place of a ControlBase's own."""
+
+    def get(link: Any) -> Any:
+        return getattr(link.net, name)
+
+    def put(link: Any, value: Any) -> None:
+        if "net" in vars(link):  # not what ControlBase begins with
+            setattr(link.net, name, value)
+
+    def drop(link: Any) -> None:
+        delattr(link.net, name)
+
+    return property(get, put, drop)
+
+
 def face_token_link(net: Any, name: str, region: Tensor | None) -> Any:
     """A link in a chain of ControlNets: `net` alone gets the tokens called `name` and is limited to `region` [M, H, W].
 
     The nets before it in the chain are given the prompt, as without it. In a context window over a batch, drawings and
-    regions are those of its frames.
+    regions are those of its frames. Packs that sample a picture in tiles (Ultimate SD Upscale, Tiled Diffusion) find the
+    drawings where those of any ControlNet are, and put the tile's in their place.
     """
     from comfy.controlnet import ControlBase
 
     class FaceTokenLink(ControlBase):
+        cond_hint = _of_the_net("cond_hint")
+        compression_ratio = _of_the_net("compression_ratio")
+        upscale_algorithm = _of_the_net("upscale_algorithm")
+        preprocess_image = _of_the_net("preprocess_image")
+        latent_format = _of_the_net("latent_format")
+        vae = _of_the_net("vae")
+        extra_concat_orig = _of_the_net("extra_concat_orig")
+        manual_cast_dtype = _of_the_net("manual_cast_dtype")
+        control_model = _of_the_net("control_model")
+
         def __init__(self) -> None:
             super().__init__()
             self.net = net
@@ -29,6 +56,16 @@ def face_token_link(net: Any, name: str, region: Tensor | None) -> Any:
             self.regions: dict[tuple[Any, ...], Tensor] = {}
             # By the first of these AnimateDiff-Evolved and Advanced-ControlNet know what can be used in windows, and set them.
             self.sub_idxs, self.full_latent_length, self.context_length = None, 0, 0
+
+        @property
+        def cond_hint_original(self) -> Any:
+            return self.drawings
+
+        @cond_hint_original.setter
+        def cond_hint_original(self, drawings: Any) -> None:
+            if "net" in vars(self):
+                self.drawings = net.cond_hint_original = drawings
+                self.frames = None
 
         def get_control(
             self, x_noisy: Tensor, t: Tensor, cond: Mapping[str, Any], batched_number: int, transformer_options: Any
@@ -102,7 +139,6 @@ def face_token_link(net: Any, name: str, region: Tensor | None) -> Any:
 
         def around(self, other: Any) -> Any:
             """This link with a copy of `net`, which may be at work in a window."""
-            other.cond_hint_original = self.drawings
             made = face_token_link(other, name, region)
             self.copy_to(made)
             return made

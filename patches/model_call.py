@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..host.device_work import copies_at_once
-from .conditioning_roles import OURS, ROLE, ROLES_BY_INDEX, index_roles, note_conditionings, note_names
+from .conditioning_roles import OURS, ROLE, ROLES_BY_INDEX, index_roles, note_conditionings, note_names, roles_of_rows
 
 log = logging.getLogger("hotpath.attention")
 
@@ -166,14 +166,15 @@ def _note_call(
 ) -> Any:
     options = transformer_options if transformer_options is not None else {}
     by_index = index_roles(options.get("cond_or_uncond", [0]))
-    roles = kwargs.pop(ROLE, None)
-    if roles is None or len(roles) != len(by_index) or options.get(ROLES_BY_INDEX):
-        roles = by_index
+    rows = kwargs.pop(ROLE, None)
+    roles = by_index if rows is None else roles_of_rows(rows, x.shape[0]) or by_index
+    if options.get(ROLES_BY_INDEX):
+        roles = by_index * max(1, len(roles) // len(by_index))
     # What stands on the conditionings for us is read by now, and no model knows it.
     kwargs = {name: value for name, value in kwargs.items() if not name.startswith(OURS)}
     recorder = options.get(TELEMETRY)
     call = ModelCall(
-        tuple(roles),
+        roles,
         x.shape[-2],
         x.shape[-1],
         t,

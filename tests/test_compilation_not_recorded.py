@@ -129,6 +129,29 @@ def test_layers_of_another_pack_are_not_known() -> None:
         plain.__class__ = before
 
 
+def test_a_module_that_a_node_puts_in_later_is_seen() -> None:
+    """RIFLEx of KJNodes puts another embedding of places into Wan and HunyuanVideo."""
+    bench = tiny("flux")
+    model, recorder = recorded(bench.model)
+    plain = bench.model.model.diffusion_model.pe_embedder
+
+    class Stretched(type(plain)):  # type: ignore[misc]
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids * 0.5)
+
+    expected = sample(bench, steps=3)
+    assert_same_picture(sample(bench, model, steps=3), expected)
+    replayed = recorder.replayed
+    assert recorder.recorded == 1 and replayed and recorder.reason is None
+    longer = model.clone()
+    longer.add_object_patch("diffusion_model.pe_embedder", Stretched(plain.dim, plain.theta, plain.axes_dim))
+    other = sample(bench, longer, steps=3)
+    assert (other - expected).abs().max() > 1e-3 * expected.abs().max()
+    assert recorder.replayed == replayed and f"its Stretched is made by {__name__}" in str(recorder.reason)
+    assert_same_picture(sample(bench, model, steps=3), expected)
+    assert recorder.reason is None
+
+
 def test_layers_of_einops_are_known() -> None:
     """Anima and other models of Cosmos' kind have them."""
     from einops.layers.torch import Rearrange

@@ -184,6 +184,13 @@ def test_weights_of_another_pack_are_left():
     module.weight = torch.nn.Parameter(module.weight.detach().as_subclass(Packed), requires_grad=False)
     _, report = quantize_model(model, "fp8")
     assert report.left[LAYER] == "its weight is in another pack's format"
+    for module in model.model.diffusion_model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(module.weight.detach().as_subclass(Packed), requires_grad=False)
+    with pytest.raises(
+        PrecisionUnavailable, match=r"as those of GGUF files are; load the model from its safetensors file\.$"
+    ):
+        quantize_model(model, "fp8")
 
 
 def test_refusals_name_the_cure(monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hotpath.host import saved_layouts, shadowed
 from hotpath.nodes import NODE_CLASS_MAPPINGS
-from saved_values import SAVED, named, widget_values
+from saved_values import SAVED, named, saved_names, widget_values
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
@@ -158,28 +158,39 @@ def test_a_value_that_is_there_is_kept():
     assert saved_layouts.migrate_prompt(prompt)["1"]["inputs"]["attention_mode"] == "sdpa"
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
-def test_the_browsers_half_agrees(tmp_path):
+def in_the_browser(tmp_path: Path, cases: list[list[Any]]) -> list[Any]:
+    """What the browser's half makes of [node id, values, widgets, names or null]."""
     source = (ROOT / "web" / "saved_layouts.js").read_text(encoding="utf-8")
     source = source.replace('import { app } from "../../scripts/app.js";', "const app = { registerExtension() {} };")
     source = source.replace('import { declaredHere } from "./node_families.js";', "")
     (tmp_path / "saved_layouts.mjs").write_text(source, encoding="utf-8")
     tables = [json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "web" / "layouts").glob("*.json"))]
-    cases = []
-    for node_id, values, _, _ in SAVED:
-        names = list(widgets(node_id))
-        if "seed" in names:
-            names.insert(names.index("seed") + 1, saved_layouts.CONTROL)
-        cases.append([node_id, values, [{"name": name, "value": "as it was"} for name in names]])
     (tmp_path / "run.mjs").write_text(
         "import { merged, migrated } from './saved_layouts.mjs';\n"
         f"const table = merged({json.dumps(tables)}); const cases = {json.dumps(cases)};\n"
-        "console.log(JSON.stringify(cases.map(([id, values, widgets]) => migrated(table, id, values, widgets))));\n",
+        "console.log(JSON.stringify(cases.map((given) => migrated(table, ...given))));\n",
         encoding="utf-8",
     )
     made = subprocess.run(["node", "run.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
-    for (node_id, values, expected, notes), (_, _, shown), change in zip(
-        SAVED, cases, json.loads(made.stdout), strict=True
+    return list(json.loads(made.stdout))
+
+
+def shown_widgets(node_id: str) -> list[dict[str, Any]]:
+    names = list(widgets(node_id))
+    if "seed" in names:
+        names.insert(names.index("seed") + 1, saved_layouts.CONTROL)
+    return [{"name": name, "value": "as it was"} for name in names]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_browsers_half_agrees(tmp_path, by_name):
+    cases = [
+        [node_id, values, shown_widgets(node_id), saved_names(node_id, values) if by_name else None]
+        for node_id, values, _, _ in SAVED
+    ]
+    for (node_id, values, expected, notes), (_, _, shown, _), change in zip(
+        SAVED, cases, in_the_browser(tmp_path, cases), strict=True
     ):
         if not expected:
             assert change is None  # the present layout is left alone
@@ -189,3 +200,17 @@ def test_the_browsers_half_agrees(tmp_path):
         browser.pop(saved_layouts.CONTROL, None)
         assert browser == python
         assert len(change["notes"]) == notes and all(note.startswith("Th") for note in change["notes"])
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_names_say_more_than_the_kinds_of_values(tmp_path):
+    """Two numbers that changed places look alike; a text of the front end's own on a node is no value; a few may be missing."""
+    shown = shown_widgets("DeepExColorImageNode")
+    names = {widget["name"]: number for number, widget in enumerate(shown)}
+    turned = {"target_height": 432, "target_width": 768, **dict(list(names.items())[2:])}
+    written = {**names, "$$node-text-preview": "done"}
+    part = dict(list(names.items())[:2])
+    cases = [["DeepExColorImageNode", list(one.values()), shown, one] for one in (turned, written, part)]
+    change, *none = in_the_browser(tmp_path, cases)
+    assert change["values"][:2] == [768, 432] and change["notes"] == []
+    assert none == [None, None]

@@ -44,21 +44,34 @@ export function present(table, type, found) {
   return result;
 }
 
-// For values saved by an older layout: `values` in the order of `widgets`, and `notes` about settings that are gone.
-// Null when they are present already, or when no layout fits.
-export function migrated(table, type, values, widgets) {
+// Whether the names that a newer front end saved beside the values are those of the present widgets, in their order. Its
+// own text on a node is none of them.
+function isPresent(names, widgets) {
+  const shown = widgets.filter((widget) => widget.serialize !== false).map((widget) => widget.name);
+  return Object.keys(names)
+    .filter((name) => !name.startsWith("$$"))
+    .every((name, index) => name === shown[index]);
+}
+
+// For values saved by an older layout: `values` in the order of `widgets`, and `notes` about settings that are gone. names:
+// the values by name, which newer front ends save as well. Null when they are present already, or when no layout fits.
+export function migrated(table, type, values, widgets, names) {
   const layouts = table.layouts[type];
   if (layouts === undefined || !Array.isArray(values)) return null;
   const fits = (forked) => layouts.map((layout) => named(layout, values, forked)).find((one) => one !== null);
-  if (named(layouts[0], values) !== null) return null;
+  if (names ? isPresent(names, widgets) : named(layouts[0], values) !== null) return null;
   const known = fits(false);
-  const found = known ?? fits(true);
+  const found = names ?? known ?? fits(true);
   if (found === undefined) return null;
   const inputs = present(table, type, found);
   const notes = Object.entries(table.notes[type] ?? {})
     .filter(([name, [harmless]]) => name in found && found[name] !== harmless)
     .map(([, [, note]]) => note);
-  if (known === undefined && values.slice(Object.keys(found).length).some(Boolean)) notes.push(FORKED);
+  const explained = new Set([CONTROL, ...layouts.flat().map((one) => one.name), ...widgets.map((one) => one.name)]);
+  const more = names
+    ? Object.keys(names).filter((name) => !explained.has(name) && !name.startsWith("$$")).map((name) => names[name])
+    : values.slice(known === undefined ? Object.keys(found).length : values.length);
+  if (more.some(Boolean)) notes.push(FORKED);
   return { values: widgets.map((widget) => (widget.name in inputs ? inputs[widget.name] : widget.value)), notes };
 }
 
@@ -107,8 +120,14 @@ app.registerExtension({
     if (table.layouts[nodeData.name] === undefined || !declaredHere(nodeData)) return;
     const configure = nodeType.prototype.configure;
     nodeType.prototype.configure = function (info) {
-      const change = migrated(table, nodeData.name, info.widgets_values, this.widgets ?? []);
-      if (change !== null) info.widgets_values = change.values;
+      const widgets = this.widgets ?? [];
+      const change = migrated(table, nodeData.name, info.widgets_values, widgets, info.widgets_values_named);
+      if (change !== null) {
+        info.widgets_values = change.values;
+        // By these they are restored where the user, or a later front end, says so.
+        const byName = widgets.map((widget, index) => [widget.name, change.values[index]]);
+        if (info.widgets_values_named) info.widgets_values_named = Object.fromEntries(byName);
+      }
       renameInputs(table.rename[nodeData.name], info.inputs);
       const result = configure.call(this, info);
       // node_state.js shows them on the node.

@@ -2,8 +2,9 @@
 
 Dynamo keeps its graphs with the code object of the compiled function, so each kind gets a function with a code object
 of its own: the limit on recompilations counts per kind, and another pack that compiles the same blocks meets its own
-graphs. Guards on the block itself are left out, because `regional` checks its state when it can have changed; weights
-are inputs of the graph, so that a LoRA, an eviction or another block of the kind brings other tensors and no new graph.
+graphs. Guards on a block of ComfyUI's code are left out, because `regional` checks its state when it can have changed;
+weights are inputs of the graph, so that a LoRA, an eviction or another block of the kind brings other tensors and no new
+graph.
 """
 
 from __future__ import annotations
@@ -106,8 +107,9 @@ class Compilation:
     that is compiled of it, would never be freed.
     """
 
-    def __init__(self, title: str, backend: Backend) -> None:
+    def __init__(self, title: str, backend: Backend, foreign: bool) -> None:
         self.title = title
+        self.foreign = foreign
         self.graphs = 0
         self.seconds = 0.0
         self.operators: dict[str, str] = {}
@@ -118,7 +120,8 @@ class Compilation:
         stop_asking(graph)
         start = time.perf_counter()
         operators = write_out(graph)
-        reroute(graph)
+        if not self.foreign:  # operators of ours take no weights of another pack's own class
+            reroute(graph)
         made = self._backend(graph, inputs)
         with self._lock:
             self.operators |= operators
@@ -131,15 +134,25 @@ class Compilation:
 class CompiledKind:
     """The graphs of one kind of block.
 
+    foreign: code of another pack is in it, which may change at any time what a graph took for constants: ComfyUI-GGUF keeps the
+    LoRAs on its weights (KJNodes #289), AnimateDiff-Evolved sets scales for each step. Guards on the block are kept for it.
+
     graphs: how many were compiled (the first included). seconds: spent compiling. operators: of those that the compiler
     cannot look into, what became of each. reason: why the kind runs as it is, or None while it is compiled.
     """
 
-    def __init__(self, title: str, forward: Callable[..., Any], settings: CompileSettings, backend: Backend) -> None:
+    def __init__(
+        self,
+        title: str,
+        forward: Callable[..., Any],
+        settings: CompileSettings,
+        backend: Backend,
+        foreign: bool = False,
+    ) -> None:
         self.title = title
         self.blocks: set[str] = set()
         self.reason: str | None = None
-        self._compilation = Compilation(title, backend)
+        self._compilation = Compilation(title, backend, foreign)
         self._dynamic = settings.dynamic
         self._marked: set[Any] = set()
         self._beyond: set[Any] = set()  # calls that met torch's limit; asked again, torch would warn at each
@@ -157,7 +170,7 @@ class CompiledKind:
             fullgraph=True,
             dynamic=settings.dynamic,
             backend=self._compilation,
-            options=_guard_options() or None,
+            options=(None if foreign else _guard_options()) or None,
         )
 
     @property

@@ -78,6 +78,9 @@ class BlockForward:
         self.original: Callable[..., Any] = type(region.module).forward
         self._live = LiveParts(region.module)
         self._on_tokens = is_transformer(region.module)
+        self._foreign = foreign_class(region.module) is not None
+        # Torch raises it where a compiled graph hands weights of a pack's own class to an operator that takes plain ones.
+        self._errors: tuple[type[Exception], ...] = (*owner.errors, *((TypeError,) if self._foreign else ()))
         self.kind: CompiledKind | None = None
         self.called = False
         self.reason: str | None = None  # why this block ran as it is, the last time
@@ -109,7 +112,8 @@ class BlockForward:
         if not self.owner.settings.compiles:
             return
         self.kind = shared_kind(
-            self.key, lambda: CompiledKind(self.title, self.original, self.owner.settings, self.owner.backend)
+            self.key,
+            lambda: CompiledKind(self.title, self.original, self.owner.settings, self.owner.backend, self._foreign),
         )
         self.owner.kinds.add(self.kind)
         self.kind.blocks.add(self.name)
@@ -127,7 +131,7 @@ class BlockForward:
                 out = kind(self.module, reduced, changed)
         except NotTraceable as error:
             return self._as_it_is(str(error), args, kwargs, error)
-        except self.owner.errors as error:
+        except self._errors as error:
             reason = kind.reason = self.owner.failed[self.key] = kind_and_line(error, 200)
             forget(kind)  # who asks for a compiled model next starts anew
             log.warning("%s is not compiled: %s", self.title, reason)
@@ -166,6 +170,7 @@ class _Plan:
         self.stamp: Any = None
         self.ran = False  # at least one call of the model has come to its end
         self.problem: str | None = None  # why the model as a whole cannot be recorded
+        self._modules = dict(model.diffusion_model.named_modules())
         inside = frozenset(part for block in self.blocks for part in block.module.modules())
         self._around = LiveParts(model.diffusion_model, without=inside)
         self._foreign = foreign_class(model.diffusion_model)
@@ -222,9 +227,9 @@ class _Plan:
         return dict(Counter(block.title for block in self.blocks if self.ran and not block.called))
 
     def fits(self, diffusion_model: nn.Module) -> bool:
-        """Whether the blocks are still the ones in the model; an object patch can have replaced some."""
-        present = dict(diffusion_model.named_modules())
-        return all(present.get(block.name) is block.module for block in self.blocks)
+        """Whether all is still there that was, and nothing else: nodes put other modules in, blocks or what stands between
+        them (another embedding of places, for longer films), and take them out again."""
+        return dict(diffusion_model.named_modules()) == self._modules
 
 
 class RegionalCompiler:

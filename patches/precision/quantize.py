@@ -39,6 +39,7 @@ log = logging.getLogger("hotpath.precision")
 
 PREFIX = "diffusion_model."
 QUANTIZED = "it is quantised already"
+PACKED = "its weight is in another pack's format"
 COPIES = 8  # of the largest weight, in float32: room for it as it came, patched, rounded and restored, generously
 # Bookkeeping of one loaded model that its copy must not share.
 RUNTIME = ("dynamic_vbars", "dynamic_pins", "dynamic_patchers")
@@ -117,6 +118,8 @@ def quantize_model(
     state, layers, left, baked = _quantized_state(model, scheme, patterns(exclude))
     if not layers:
         why = "; ".join(sorted(set(left.values()))) or "it has no linear layers"
+        if PACKED in left.values():
+            why = f"{PACKED}, as those of GGUF files are; load the model from its safetensors file"
         raise PrecisionUnavailable(f"No layer of this model can be computed in {scheme.name}: {why}.")
     dtype = source.get_dtype_inference()
     theirs = {name for name, reason in left.items() if reason == QUANTIZED}
@@ -224,7 +227,7 @@ def _refusal(name: str, module: Any, scheme: Scheme, exclude: tuple[str, ...]) -
     if hasattr(weight, "_layout_cls"):
         return QUANTIZED
     if type(weight.detach()) is not Tensor:
-        return "its weight is in another pack's format"
+        return PACKED
     if scheme.weight_only and weight.element_size() == 1:
         return "its weights have 8 bits already"
     if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:

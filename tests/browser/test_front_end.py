@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from front_end import FrontEnd, load_faces
-from saved_values import SAVED, widget_values
+from saved_values import SAVED, saved_names, widget_values
 
 pytestmark = [pytest.mark.comfy, pytest.mark.xdist_group("browser")]
 
@@ -101,6 +101,25 @@ def test_graphs_of_older_layouts(front_end: FrontEnd) -> None:
     # An undo opens the graph as it is by then.
     front_end.load(front_end.page.evaluate("() => app.rootGraph.serialize()"))
     assert [front_end.node(str(n))["text"].count("⚠") for n in range(1, len(SAVED) + 1)] == [one[3] for one in SAVED]
+
+
+def test_graphs_of_older_layouts_that_say_names(front_end: FrontEnd) -> None:
+    """Newer front ends save the values by name, too, and restore them by these where the user has chosen so."""
+    nodes = [
+        {"id": n, "type": kind, "widgets_values": values, "widgets_values_named": saved_names(kind, values)}
+        for n, (kind, values, _, _) in enumerate(SAVED, 1)
+    ]
+    graph = {"last_node_id": len(nodes), "last_link_id": 0, "nodes": nodes, "links": [], "version": 0.4}
+    choose = "(by) => app.extensionManager.setting.set('Comfy.Workflow.NamedValuesRestore', by)"
+    try:
+        for by_name in (False, True):
+            front_end.page.evaluate(choose, by_name)
+            front_end.load(json.loads(json.dumps(graph)))
+            for n, (kind, values, _, _) in enumerate(SAVED, 1):
+                meant = widget_values(kind, values)
+                assert meant is not None and meant.items() <= dict(front_end.node(str(n))["widgets"]).items(), kind
+    finally:
+        front_end.page.evaluate(choose, False)
 
 
 def test_a_first_picture_called_image_keeps_its_link(front_end: FrontEnd) -> None:

@@ -93,6 +93,31 @@ SAVED: list[tuple[str, list[Any], dict[str, Any], int]] = [
         0,
     ),
     (
+        "QwenVL",  # with another name and other words for a choice
+        [
+            "Be brief.",
+            "What?",
+            "Qwen3-VL-4B-Instruct",
+            "none",
+            "sdpa",
+            True,
+            False,
+            True,
+            0.7,
+            0.9,
+            50,
+            0,
+            1,
+            640,
+            7,
+            "fixed",
+            "ultra (1024x28x28)",
+            "",
+        ],
+        {"image_quality": "ultra", "attention_mode": "sdpa", "max_new_tokens": 640, "seed": 7},
+        0,
+    ),
+    (
         "QwenVL",  # and for a day each
         ["Be brief.", "What?", "Qwen3-VL-4B-Instruct", "8bit", True, False, 0.7, 640, 7, "fixed", "film.mp4"],
         {"text": "What?", "keep_model_loaded": True, "max_new_tokens": 640, "seed": 7, "video_path": "film.mp4"},
@@ -175,3 +200,13 @@ def widget_values(node_id: str, values: Sequence[Any]) -> dict[str, Any] | None:
             if (found := named(layout, values, forked)) is not None:
                 return saved_layouts.present(node_id, found)
     return None
+
+
+def saved_names(node_id: str, values: Sequence[Any]) -> dict[str, Any]:
+    """The same values by the names they were saved under, as newer front ends write them; of what only a fork has, by names
+    of its own."""
+    for forked in (False, True):
+        for layout in saved_layouts.table()["layouts"][node_id]:
+            if (found := named(layout, values, forked)) is not None:
+                return found | {f"of_the_fork_{n}": value for n, value in enumerate(values[len(found) :])}
+    raise AssertionError(f"no layout of {node_id} fits")
