@@ -170,6 +170,27 @@ def test_a_gpu_that_torchao_refuses_is_a_line_in_the_report(monkeypatch, load, d
     assert "precision: none instead of int8, because torchao refuses it on this device (AssertionError: Float8" in said
 
 
+def test_a_gpu_on_which_torchao_multiplies_wrong_is_a_line_in_the_report(monkeypatch, load, draw):
+    """torch 2.6 for AMD applied the scales of the weight's rows to those of the activations (ROCm/pytorch #2739)."""
+    monkeypatch.setattr(precision, "by_torchao", lambda device: True)
+    monkeypatch.setattr(precision, "unavailable", lambda *_: None)
+    pack = precision._pack
+
+    def swapped(module, method):
+        sizes = module[0].weight.abs().amax(dim=1)
+        pack(module, method)
+
+        def exchange(layer, inputs, out):
+            of_rows = inputs[0].abs().amax(dim=1)
+            return out / sizes / of_rows[:, None] * of_rows * sizes[:, None]
+
+        module[0].register_forward_hook(exchange)
+
+    monkeypatch.setattr(precision, "_pack", swapped)
+    said = draw(load(precision="int8")).report
+    assert "precision: none instead of int8, because torchao's products come out wrong on this device" in said
+
+
 def test_a_torchao_of_another_torch_is_a_line_in_the_report(draw, load, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "torchao", None)
