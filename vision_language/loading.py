@@ -125,6 +125,7 @@ def from_library(folder: ModelFolder, chosen: Choices, auto: Any) -> tuple[Any, 
     if packing.method.startswith("bitsandbytes"):
         settings |= {"quantization_config": bitsandbytes_settings(packing.method, dtype), "device_map": {"": device}}
     elif in_blocks:
+        stored_fp8.let_dense_ones_load()
         settings |= stored_fp8.settings(stored, packing.method)
     elif stored is not None and device.type == "cuda":
         settings["device_map"] = {"": device}
