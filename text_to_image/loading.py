@@ -71,7 +71,8 @@ class ZImage:
         self.vae_dtype = choose_dtype(options.dtype, self.vae_device) if elsewhere else self.dtype
         self.precision = precision.plan(options.precision, self.device, self.dtype)
         self.attention = stream_attention.choose(options.attention)
-        self.compilation = compilation.plan(options.compile, self.device)
+        packed = self.precision.method != "none" and precision.by_torchao(self.device)
+        self.compilation = compilation.plan(options.compile, self.device, packed)
         versions = (str(self.dtype), self.device.type, transformers.__version__)
         self.text_identity = content_key(checkpoint.identity("text_encoder", "tokenizer"), *versions)
         lossy = () if stream_attention.is_exact(options.attention) else (options.attention,)

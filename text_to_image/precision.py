@@ -122,6 +122,9 @@ def _pack(module: nn.Module, method: str) -> None:
         config: Any = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     else:
         config = Int8DynamicActivationInt8WeightConfig()
+    # Else it sets torch's compiler for the whole process, and up to 0.17 TensorFloat-32 for everybody's float32 products
+    # (pytorch/ao #423).
+    config.set_inductor_config = False
     quantize_(module, config, filter_fn=is_packed)
 
 
