@@ -8,6 +8,7 @@ pictures computes only its own words.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,14 +134,22 @@ def prefix_key(model: LoadedModel, prompt: Prompt) -> str:
     return content_key(prompt.ids[:, : prompt.prefix], seen)
 
 
+def fresh_cache(model: LoadedModel) -> Any:
+    """The library's cache for keys and values, empty. Qwen3-Next's and Qwen3.5's linear attention has one of its own in its
+    module before transformers 5.5."""
+    from transformers import DynamicCache
+
+    library = vars(sys.modules[type(model.network).__module__])
+    own = [kind for name, kind in library.items() if name.endswith("DynamicCache") and kind is not DynamicCache]
+    return own[0](config=model.text_config) if own else DynamicCache(config=model.config)
+
+
 def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = True) -> Prefilled:
     """Run the decoder over `prompts` (the network is resident), left-padded when there are several.
 
     use_prefix: look for, and keep, the keys and values of the pictures; only for one prompt, and only for decoders
     whose cache holds every position.
     """
-    from transformers import DynamicCache
-
     items = [item for prompt in prompts for item in prompt.items]
     ids, mask, kinds = left_padded(prompts, model.pad_id)
     positions, following = rotary_positions(model, ids, mask, kinds, items)
@@ -150,7 +159,7 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
     positions, following = positions.to(device), following.to(device)
     key = prefix_key(model, prompts[0]) if use_prefix and len(prompts) == 1 else ""
     known = prefix_cache(model).get(key) if key else None
-    cache = DynamicCache(config=model.config)
+    cache = fresh_cache(model)
     start = 0
     if known is not None:
         for layer, (keys, values) in enumerate(zip(*known.kept, strict=True)):
