@@ -183,7 +183,7 @@ def fetch(repository: str, target: Path, revision: str = "", choose: Choose | No
     reached, does not have the repository, or asks for a licence.
     """
     from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     here = host.current()
     transfer = Transfer()
@@ -222,6 +222,10 @@ def fetch(repository: str, target: Path, revision: str = "", choose: Choose | No
         raise UnusableModel(
             f"There is no model folder {target.name!r} under {folders.roots()[0]} and no repository {repository}: "
             "check the name (another owner's is owner/name), or put the folder there."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UnusableModel(
+            f"The repository {repository} has no revision {revision!r}: check the branch, tag or commit, or leave it empty."
         ) from error
     except UnusableModel:
         raise

@@ -41,6 +41,17 @@ def test_a_connection_that_stalls_is_told_with_its_cure(headless_host, monkeypat
         download.locate("Absent-VL")
 
 
+def test_a_revision_that_the_hub_does_not_have_is_named(headless_host, monkeypatch):
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    def fetch(repository, **settings):
+        raise RevisionNotFoundError.__new__(RevisionNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(UnusableModel, match="The repository owner/Some-VL has no revision 'v9': check the branch"):
+        download.locate("owner/Some-VL", "v9")
+
+
 def test_halves_of_tries_that_were_killed_go_when_the_folder_is_whole(headless_host, monkeypatch):
     """Half files that the hub's library begins anew at each try stay when the process ends; a whole folder needs none."""
     etag = "ab" * 32
