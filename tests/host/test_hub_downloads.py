@@ -138,6 +138,15 @@ def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
         DownloadError, match=r"a/Tiny could not be downloaded: Name .* Connect and try again.*HF_ENDPOINT"
     ):
         hub.fetch_repository("a/Tiny", tmp_path / "Tiny")
+
+    def expired(self: Any, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("401 Client Error: Unauthorized for url\n\nInvalid credentials in Authorization header")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", expired)
+    with pytest.raises(
+        DownloadError, match="a/Tiny could not be downloaded: the hub refuses the token .* log out with"
+    ):
+        hub.fetch_repository("a/Tiny", tmp_path / "Tiny")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", gated)
     with pytest.raises(DownloadError, match="a/Tiny is behind a licence"):
         hub.fetch_repository("a/Tiny", tmp_path / "Tiny")

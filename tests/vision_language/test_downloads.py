@@ -28,6 +28,11 @@ class InterruptProcessingException(Exception):
             UnusableModel,
             "could not be fetched \\(timed out\\): .*connect and run again.*HF_ENDPOINT",
         ),
+        (
+            RuntimeError("401 Client Error: Unauthorized for url\n\nInvalid credentials in Authorization header"),
+            UnusableModel,
+            "refuses the token .* also for what is public: log in again .*or log out",
+        ),
         (InterruptProcessingException(), InterruptProcessingException, ""),
         (Interrupted(), Interrupted, ""),
     ],
