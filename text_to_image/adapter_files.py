@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from ..host.model_files import structure_problem
 from ..host.streamed_layers import named_modules
 
-PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lycoris_", "lora_transformer_")
 # VideoX-Fun's trainer, of which the distillations for Z-Image are, puts one more underscore (diffusers #13126).
-PREFIXES += ("lora_unet__", "lora_unet_")
+PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lycoris_", "lora_unet__", "lora_unet_",
+            "lora_transformer_")  # fmt: skip
 DOWN = re.compile(r"^(?P<module>.+?)\.(?:lora_A|lora_down|lora\.down)(?:\.default)?(?:\.weight)?$")
 UP = re.compile(r"^(?P<module>.+?)\.(?:lora_B|lora_up|lora\.up)(?:\.default)?(?:\.weight)?$")
 ALPHA = re.compile(r"^(?P<module>.+?)\.alpha$")
 # The original repository's and ComfyUI's names of modules, where diffusers has others.
-NATIVE = (("attention.qkv", "attention.to_qkv"), ("attention.out", "attention.to_out.0"))
-NATIVE += (("x_embedder", "all_x_embedder.2-1"), ("final_layer.linear", "all_final_layer.2-1.linear"))
-NATIVE += (("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),)
+NATIVE = (
+    ("attention.qkv", "attention.to_qkv"),
+    ("attention.out", "attention.to_out.0"),
+    ("x_embedder", "all_x_embedder.2-1"),
+    ("final_layer.linear", "all_final_layer.2-1.linear"),
+    ("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
+)
 FUSED = ("to_q", "to_k", "to_v")
 ROUNDING = 0.01  # of a change, between two spellings of it in bfloat16
 PLAIN_NAME = re.compile(r"[\w.-]+")  # PEFT takes patterns as well, which are not run here
