@@ -37,9 +37,10 @@ def fetch_from_hub(repo: str, path: str, target: Path, progress: ProgressCallbac
     url = hf_hub_url(repo, path)
     with _hub_errors(f"{repo}/{path}"):
         stated = get_hf_file_metadata(url)
-    # A file in large-file storage has its SHA-256 as tag; a small one has a git hash, which says nothing here.
+    # A file in large-file storage has its SHA-256 as tag; a small one has a git hash, which says nothing here. Nor does the size
+    # then: of a mirror that leads elsewhere the library may tell the length of that answer (huggingface_hub #4698).
     digest = stated.etag if stated.etag is not None and len(stated.etag) == 64 else None
-    return fetch(url, target, stated.size, digest, progress)
+    return fetch(url, target, stated.size if digest is not None else None, digest, progress, model=True)
 
 
 def fetch_repository(
