@@ -55,7 +55,7 @@ def test_a_hub_file_is_compared_with_the_hubs_own_checksum(a_hub, tmp_path, monk
     for nothing in (None, "0" * 40):  # what a small file has says nothing of its bytes
         stated.etag = nothing
         assert hub.fetch_from_hub("a/Tiny", "config.json", target.with_suffix(".json")).read_bytes() == b"{}"
-        with pytest.raises(DownloadError, match="gave something else than model.safetensors"):
+        with pytest.raises(DownloadError, match=r"gave something else than model\.safetensors"):
             hub.fetch_from_hub("a/Tiny", "model.safetensors", target)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: 1 / 0)
     with pytest.raises(DownloadError, match=r"a/Tiny/model\.safetensors could not be downloaded: division"):
@@ -147,7 +147,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", expired)
     with pytest.raises(
-        DownloadError, match="a/Tiny could not be downloaded: the hub refuses the token .* log out with"
+        DownloadError, match=r"a/Tiny could not be downloaded: the hub refuses the token .* log out with"
     ):
         hub.fetch_repository("a/Tiny", tmp_path / "Tiny")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", gated)
