@@ -22,6 +22,7 @@ from ..attention.capabilities import dtype_name
 from ..cache import content_key
 from ..host.errors import first_line, install
 from ..host.library_parts import BrokenLibrary, parts
+from ..host.saved_configs import misread
 from . import compilation, interruption, precision, stream_attention
 from .adapters import Adapters
 from .component import Component
@@ -276,6 +277,8 @@ class Registry:
         options = options or LoadOptions()
         checkpoint = find(name, anywhere)
         require_libraries()
+        if reason := misread(checkpoint.config("text_encoder")):
+            raise UnusableCheckpoint(f"{checkpoint.path / 'text_encoder'} {reason}")
         here = host.current()
         # With the files' content: a folder that was fetched anew is another model.
         files = checkpoint.identity(*COMPONENTS)

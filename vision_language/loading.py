@@ -24,6 +24,7 @@ from ..host import streamed_layers
 from ..host.errors import first_line, install
 from ..host.interruption import is_stop
 from ..host.library_parts import BrokenLibrary, parts
+from ..host.saved_configs import misread
 from ..host.unloading import before_unloading_all, prompts_begun, when_memory_is_short
 from . import decoding, download, folders, guarded_attention, projections, stored_fp8
 from .experts import pack_experts, unpacked_experts
@@ -68,6 +69,8 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
             f"{folder.name} is of the type {folder.model_type!r}, which the transformers that is installed does not know: update "
             f"it with {install('--upgrade transformers')}."
         )
+    if reason := misread(folder.config):
+        raise UnusableModel(f"{folder.name} {reason}")
     chosen = choices(folder, options)
     start = time.perf_counter()
     auto = AutoModelForImageTextToText if folder.sees else AutoModelForCausalLM
