@@ -19,6 +19,16 @@ REVISION = ".hotpath-revision"  # which one a half folder is of
 # What a model folder needs; not the same weights again in another format, and no code.
 REPOSITORY_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")
 
+TOKEN_REFUSED = (
+    "the hub refuses the token that this machine is logged in with, also for what is public: log in again with "
+    "`hf auth login`, or log out with `hf auth logout` and leave HF_TOKEN unset."
+)
+
+
+def refuses_token(error: Exception) -> bool:
+    """Whether the hub answered that a token has expired, or never was one (ComfyUI #7517)."""
+    return any("Invalid credentials" in str(told) for told in (error, error.__cause__))
+
 
 def fetch_from_hub(repo: str, path: str, target: Path, progress: ProgressCallback | None = None) -> Path:
     """Download one file of a repository and compare it with the size and checksum that the hub states."""
@@ -27,9 +37,10 @@ def fetch_from_hub(repo: str, path: str, target: Path, progress: ProgressCallbac
     url = hf_hub_url(repo, path)
     with _hub_errors(f"{repo}/{path}"):
         stated = get_hf_file_metadata(url)
-    # A file in large-file storage has its SHA-256 as tag; a small one has a git hash, which says nothing here.
+    # A file in large-file storage has its SHA-256 as tag; a small one has a git hash, which says nothing here. Nor does the size
+    # then: of a mirror that leads elsewhere the library may tell the length of that answer (huggingface_hub #4698).
     digest = stated.etag if stated.etag is not None and len(stated.etag) == 64 else None
-    return fetch(url, target, stated.size, digest, progress)
+    return fetch(url, target, stated.size if digest is not None else None, digest, progress, model=True)
 
 
 def fetch_repository(
@@ -100,6 +111,8 @@ def _hub_errors(what: str) -> Iterator[None]:
         ) from None
     # Which library speaks HTTP for the hub, and with it the errors of a machine that is offline, changed twice.
     except Exception as error:
+        if refuses_token(error):
+            raise DownloadError(f"{what} could not be downloaded: {TOKEN_REFUSED}") from error
         raise DownloadError(
             f"{what} could not be downloaded: {first_line(error)}. Connect and try again; it goes on where it stopped. Where the "
             "hub cannot be reached, set HF_ENDPOINT to a mirror before ComfyUI starts."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hotpath import host
@@ -14,6 +16,7 @@ from hotpath.patches.precision import (
     quantize_model,
     schemes,
     set_precision,
+    trial,
     unavailable,
 )
 from hotpath.patches.precision.comparison import output_error
@@ -158,15 +161,55 @@ def test_what_a_gpu_cannot_do_is_refused(monkeypatch, scheme, capability, words)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "products", "refused"), [("fp8", True, False), ("fp8", False, True), ("int8", False, False)]
+    ("scheme", "products", "kernels", "refused"),
+    [
+        ("fp8", True, "eager", ""),
+        ("fp8", False, "hip", "ComfyUI has no fp8 products for this AMD GPU: choose fp8_weights"),
+        ("int8", False, "hip", ""),
+        ("int8", True, "eager", "ComfyUI has no int8 products for this AMD GPU: choose int8_weights"),
+        ("int8_rotated", True, None, "ComfyUI has no int8 products for this AMD GPU: choose int8_weights"),
+    ],
 )
-def test_what_an_amd_gpu_cannot_do_is_refused(monkeypatch, scheme, products, refused):
+def test_what_an_amd_gpu_cannot_do_is_refused(monkeypatch, scheme, products, kernels, refused):
+    """By torch's own int8 products RDNA 2 hangs, and RDNA 3 under Windows ends the process."""
     import comfy.model_management as management
+    import comfy_kitchen
+
+    def capable(name):
+        assert name == "int8_linear"
+        if kernels is None:
+            raise KeyError(name)
+        return kernels
 
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(management, "supports_fp8_compute", lambda device: products)
-    reason = unavailable(SCHEMES[scheme], torch.device("cuda"))
-    assert (reason == "ComfyUI has no fp8 products for this AMD GPU: choose fp8_weights") if refused else reason is None
+    monkeypatch.setattr(comfy_kitchen.registry, "get_capable_backend", capable)
+    assert (unavailable(SCHEMES[scheme], torch.device("cuda")) or "") == refused
+
+
+@pytest.mark.parametrize(("scheme", "place"), [("int8", "cpu_int8._product"), ("fp8", "dynamic_fp8.fp8_product")])
+@pytest.mark.parametrize("how", ["wrong", "not a number", "absent"])
+def test_products_that_come_out_wrong_are_not_trusted(monkeypatch, scheme, place, how):
+    """As comfy-kitchen's int8 on a Tesla T4 (#55) and on a Radeon 9070 (ComfyUI #15084) did."""
+    module, name = place.split(".")
+    module = importlib.import_module(f"hotpath.patches.precision.{module}")
+    right = getattr(module, name)
+
+    def product(x, *others):
+        if how == "absent":
+            raise RuntimeError("no kernel image is available")
+        made = right(x, *others)
+        return made.roll(1, dims=-1) if how == "wrong" else made * float("nan")
+
+    trial.refusal.cache_clear()
+    monkeypatch.setattr(module, name, product)
+    words = {"absent": r"a small product of it fails on this device \(RuntimeError: no kernel image is available\)"}
+    said = words.get(how, "its products come out wrong on this device")
+    with pytest.raises(PrecisionUnavailable, match=f"{scheme} cannot be used, because {said}: choose {scheme}_weights"):
+        set_precision(tiny("z_image").model, scheme)
+    trial.refusal.cache_clear()
+    monkeypatch.setattr(module, name, right)
+    assert set_precision(tiny("z_image").model, scheme)
 
 
 def test_apple_gpus_have_no_8_bit_floats():

@@ -15,13 +15,22 @@ from torch import Tensor, nn
 from ..host.model_files import structure_problem
 from ..host.streamed_layers import named_modules
 
-PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lycoris_", "lora_unet_", "lora_transformer_")
+# VideoX-Fun's trainer, of which the distillations for Z-Image are, puts one more underscore (diffusers #13126).
+PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.", "lycoris_", "lora_unet__", "lora_unet_",
+            "lora_transformer_")  # fmt: skip
 DOWN = re.compile(r"^(?P<module>.+?)\.(?:lora_A|lora_down|lora\.down)(?:\.default)?(?:\.weight)?$")
 UP = re.compile(r"^(?P<module>.+?)\.(?:lora_B|lora_up|lora\.up)(?:\.default)?(?:\.weight)?$")
 ALPHA = re.compile(r"^(?P<module>.+?)\.alpha$")
 # The original repository's and ComfyUI's names of modules, where diffusers has others.
-NATIVE = (("attention.qkv", "attention.to_qkv"), ("attention.out", "attention.to_out.0"))
+NATIVE = (
+    ("attention.qkv", "attention.to_qkv"),
+    ("attention.out", "attention.to_out.0"),
+    ("x_embedder", "all_x_embedder.2-1"),
+    ("final_layer.linear", "all_final_layer.2-1.linear"),
+    ("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
+)
 FUSED = ("to_q", "to_k", "to_v")
+ROUNDING = 0.01  # of a change, between two spellings of it in bfloat16
 PLAIN_NAME = re.compile(r"[\w.-]+")  # PEFT takes patterns as well, which are not run here
 OTHER_METHODS = {"lokr": "LoKr", "hada": "LoHa", "dora_scale": "DoRA", "oft_": "OFT", "magnitude": "DoRA"}
 
@@ -75,8 +84,6 @@ def read(path: Path, transformer: nn.Module) -> dict[str, Product]:
     for name, down in downs.items():
         whole = _product(path, name, down, ups[name], alphas.get(name), trained)
         for target, rows in _split(name, whole.up).items():
-            if target in products:
-                raise UnusableAdapter(f"{path} changes {target} twice, once in a fused layer: choose another file.")
             if target not in layers:
                 raise UnusableAdapter(
                     f"{path} changes {target}, which this transformer does not have: it was trained for another model."
@@ -87,8 +94,23 @@ def read(path: Path, transformer: nn.Module) -> dict[str, Product]:
                     f"{path} changes {target} as {rows.shape[0]} x {down.shape[1]}, and it is {wanted[0]} x {wanted[1]}: "
                     "it was trained for another model."
                 )
-            products[target] = replace(whole, up=rows)
+            product = replace(whole, up=rows)
+            # Trainers that write for everybody have each layer in two spellings (diffusers #13203), which is one change.
+            if target in products and not same_change(products[target], product):
+                raise UnusableAdapter(
+                    f"{path} changes {target} in two ways, once in a fused layer: choose another file."
+                )
+            products[target] = product
     return products
+
+
+def same_change(a: Product, b: Product) -> bool:
+    """Whether two products are one but for rounding; asked of matrices of their ranks, as the change is as large as the layer."""
+    up = torch.cat((a.scale * a.up.double(), -b.scale * b.up.double()), dim=1)
+    down = torch.cat((a.down.double(), b.down.double()))
+    squares = (up.T @ up) * (down @ down.T)  # whose sum is the difference's norm, squared
+    rank = a.down.shape[0]
+    return float(squares.sum()) <= ROUNDING**2 * float(squares[:rank, :rank].sum())
 
 
 def _parts_by_layer(
@@ -103,7 +125,7 @@ def _parts_by_layer(
         for pattern, found in ((DOWN, downs), (UP, ups), (ALPHA, alphas)):
             if (match := pattern.match(key)) is not None:
                 name = _layer_name(match["module"], by_underscores)
-                if name in found:
+                if name in found and not torch.equal(found[name].float(), tensor.float()):
                     raise UnusableAdapter(
                         f"{path} has two entries for {name}, one of them {key!r}: choose another file."
                     )

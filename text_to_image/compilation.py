@@ -19,6 +19,12 @@ from ..host.compiling import inductor
 log = logging.getLogger("hotpath.text_to_image")
 
 INDUCTOR = inductor()
+# What torchao recommends for graphs with its layers.
+PACKED = {
+    "coordinate_descent_check_all_directions": True,
+    "coordinate_descent_tuning": True,
+    "force_fuse_int_mm_with_mul": True,
+}
 MODES = ("none", "regional")
 COMPILED_LISTS = ("noise_refiner", "layers")
 
@@ -32,15 +38,16 @@ class CompilationPlan:
     backend: Any = INDUCTOR
 
 
-def plan(asked: str, device: torch.device) -> CompilationPlan:
-    """The plan for one of MODES on `device`. Raises ValueError for another word."""
+def plan(asked: str, device: torch.device, packed: bool = False) -> CompilationPlan:
+    """The plan for one of MODES on `device`. packed: by torchao. Raises ValueError for another word."""
     if asked not in MODES:
         raise ValueError(f"{asked!r} is no compile mode: choose {' or '.join(MODES)}.")
     if asked == "none":
         return CompilationPlan("none", "")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return CompilationPlan("none", "compile: none instead of regional, because the triton package is not installed")
-    return CompilationPlan("regional", "compile: regional, one graph for all blocks, prompts and sizes")
+    backend = inductor(PACKED) if packed else INDUCTOR
+    return CompilationPlan("regional", "compile: regional, one graph for all blocks, prompts and sizes", backend)
 
 
 def apply(transformer: Any, plan: CompilationPlan) -> int:

@@ -22,6 +22,7 @@ from ..attention.capabilities import dtype_name
 from ..cache import content_key
 from ..host.errors import first_line, install
 from ..host.library_parts import BrokenLibrary, parts
+from ..host.saved_configs import misread
 from . import compilation, interruption, precision, stream_attention
 from .adapters import Adapters
 from .component import Component
@@ -71,7 +72,8 @@ class ZImage:
         self.vae_dtype = choose_dtype(options.dtype, self.vae_device) if elsewhere else self.dtype
         self.precision = precision.plan(options.precision, self.device, self.dtype)
         self.attention = stream_attention.choose(options.attention)
-        self.compilation = compilation.plan(options.compile, self.device)
+        packed = self.precision.method != "none" and precision.by_torchao(self.device)
+        self.compilation = compilation.plan(options.compile, self.device, packed)
         versions = (str(self.dtype), self.device.type, transformers.__version__)
         self.text_identity = content_key(checkpoint.identity("text_encoder", "tokenizer"), *versions)
         lossy = () if stream_attention.is_exact(options.attention) else (options.attention,)
@@ -275,6 +277,8 @@ class Registry:
         options = options or LoadOptions()
         checkpoint = find(name, anywhere)
         require_libraries()
+        if reason := misread(checkpoint.config("text_encoder")):
+            raise UnusableCheckpoint(f"{checkpoint.path / 'text_encoder'} {reason}")
         here = host.current()
         # With the files' content: a folder that was fetched anew is another model.
         files = checkpoint.identity(*COMPONENTS)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import host
 from ..attention.capabilities import dtype_name, on_device
@@ -25,6 +25,7 @@ log = logging.getLogger("hotpath.text_to_image")
 PRECISIONS = ("none", "float8", "int8")
 PACKED_LISTS = ("noise_refiner", "layers")
 TRIED = 256  # sides of the layer, and tokens, that a method is tried with; no kernel refuses these for their size
+TOLERATED = 0.1  # of a product's length, between its 8 bits and float32; they cost a hundredth or three
 MULTIPLE = 16  # the float8 and int8 products want both sides of a weight to be a multiple of it
 
 
@@ -78,24 +79,34 @@ def unavailable(method: str, device: torch.device, dtype: torch.dtype) -> str | 
 
 
 def refusal(method: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why torchao will not pack a layer on `device`, found out with a small one; None when it does. Which GPUs of AMD have
-    its products, for example, it knows alone."""
+    """Why torchao will not pack a layer on `device`, or multiplies wrong there, found out with a small one; None when all is
+    well. Which GPUs of AMD have its products, for example, it knows alone."""
     if not by_torchao(device):
         return None
     # Without weights of its own, which would be drawn from everybody's generator.
     layer = nn.Linear(TRIED, TRIED, bias=False, device="meta")
     try:
         with torch.inference_mode(False), torch.no_grad(), on_device(device):
-            ones = torch.ones(TRIED, TRIED, dtype=dtype, device=device)
-            layer.weight = nn.Parameter(ones, requires_grad=False)
+            # Rows of every size: torch 2.6 for AMD takes the scales of the one for those of the other (ROCm/pytorch #2739).
+            weight, rows = (made.to(device, dtype) for made in _trial())
+            layer.weight = nn.Parameter(weight, requires_grad=False)
             tried = nn.Sequential(layer)
             _pack(tried, method)
-            tried(ones)
+            found, wanted = tried(rows).float(), rows.float() @ weight.float().T
+            right = bool((found - wanted).norm() <= TOLERATED * wanted.norm())
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an assertion of its own, or of a kernel that is not there
         return f"torchao refuses it on this device ({kind_and_line(error, 200)})"
-    return None
+    return None if right else "torchao's products come out wrong on this device"
+
+
+def _trial() -> tuple[Tensor, Tensor]:
+    """A weight [TRIED, TRIED] and as many tokens, each row with a scale of its own."""
+    private = torch.Generator("cpu").manual_seed(0)
+    sizes = torch.logspace(-1, 1, TRIED).unsqueeze(1)
+    weight = torch.randn(TRIED, TRIED, generator=private) * sizes
+    return weight, torch.randn(TRIED, TRIED, generator=private) * sizes.flip(0)
 
 
 def _pack(module: nn.Module, method: str) -> None:
@@ -111,6 +122,9 @@ def _pack(module: nn.Module, method: str) -> None:
         config: Any = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
     else:
         config = Int8DynamicActivationInt8WeightConfig()
+    # Else it sets torch's compiler for the whole process, and up to 0.17 TensorFloat-32 for everybody's float32 products
+    # (pytorch/ao #423).
+    config.set_inductor_config = False
     quantize_(module, config, filter_fn=is_packed)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import host
-from ..host import downloads
+from ..host import downloads, hub
 from ..host.downloads import safe_target
 from ..host.errors import first_line
 from ..host.interruption import interruptibly, is_stop
@@ -183,7 +183,6 @@ def fetch(repository: str, target: Path, revision: str = "", choose: Choose | No
     reached, does not have the repository, or asks for a licence.
     """
     from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     here = host.current()
     transfer = Transfer()
@@ -214,25 +213,34 @@ def fetch(repository: str, target: Path, revision: str = "", choose: Choose | No
                 transfer.stop()
         here.check_interrupt()
         forget_halves(target)
-    except GatedRepoError as error:
-        raise UnusableModel(
-            f"{repository} asks to accept its licence: accept it on its page and run `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UnusableModel(
-            f"There is no model folder {target.name!r} under {folders.roots()[0]} and no repository {repository}: "
-            "check the name (another owner's is owner/name), or put the folder there."
-        ) from error
     except UnusableModel:
         raise
     except Exception as error:  # of the hub's transports, in all its forms: a connection that stalls is no OSError
         if is_stop(error):
             raise
-        raise UnusableModel(
-            f"There is no whole model folder {target.name!r} under {folders.roots()[0]}, and {repository} could not be "
-            f"fetched ({first_line(error)}): check the name, connect and run again, which continues where it stopped, "
-            "or put the folder there. Where the hub cannot be reached, set HF_ENDPOINT to a mirror before ComfyUI starts."
-        ) from error
+        raise UnusableModel(_why_not(error, repository, target, revision)) from error
+
+
+def _why_not(error: Exception, repository: str, target: Path, revision: str) -> str:
+    """Why `repository` did not come, and the cure, in a sentence."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if hub.refuses_token(error):  # some releases call this a repository that is not there
+        return f"{repository} could not be fetched: {hub.TOKEN_REFUSED}"
+    if isinstance(error, GatedRepoError):
+        return f"{repository} asks to accept its licence: accept it on its page and run `hf auth login`."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"There is no model folder {target.name!r} under {folders.roots()[0]} and no repository {repository}: "
+            "check the name (another owner's is owner/name), or put the folder there."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"The repository {repository} has no revision {revision!r}: check the branch, tag or commit, or leave it empty."
+    return (
+        f"There is no whole model folder {target.name!r} under {folders.roots()[0]}, and {repository} could not be "
+        f"fetched ({first_line(error)}): check the name, connect and run again, which continues where it stopped, "
+        "or put the folder there. Where the hub cannot be reached, set HF_ENDPOINT to a mirror before ComfyUI starts."
+    )
 
 
 def fetch_weights(

@@ -24,6 +24,7 @@ from ..host import streamed_layers
 from ..host.errors import first_line, install
 from ..host.interruption import is_stop
 from ..host.library_parts import BrokenLibrary, parts
+from ..host.saved_configs import misread
 from ..host.unloading import before_unloading_all, prompts_begun, when_memory_is_short
 from . import decoding, download, folders, guarded_attention, projections, stored_fp8
 from .experts import pack_experts, unpacked_experts
@@ -38,11 +39,10 @@ from .load_choices import Choices, choices
 from .loaded_model import LoadedModel, LoadOptions
 from .quantization import OURS, PACKED, pack_head, quantize
 from .unusable import UnusableModel
+from .words import AS_IT_LIES, read_words
 
 log = logging.getLogger("hotpath.vision_language")
 
-# A folder runs no code of its own, which the library would ask for at a terminal, and names no other one to be fetched.
-AS_IT_LIES = {"trust_remote_code": False, "local_files_only": True}
 RESERVE = 1 << 30  # bytes left for activations, keys and values, when the host decides what fits
 WITHOUT_A_PACKAGE = "Choose the model as it was published, with quantization int8 or int4, which need no package."
 
@@ -69,6 +69,8 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
             f"{folder.name} is of the type {folder.model_type!r}, which the transformers that is installed does not know: update "
             f"it with {install('--upgrade transformers')}."
         )
+    if reason := misread(folder.config):
+        raise UnusableModel(f"{folder.name} {reason}")
     chosen = choices(folder, options)
     start = time.perf_counter()
     auto = AutoModelForImageTextToText if folder.sees else AutoModelForCausalLM
@@ -125,6 +127,7 @@ def from_library(folder: ModelFolder, chosen: Choices, auto: Any) -> tuple[Any, 
     if packing.method.startswith("bitsandbytes"):
         settings |= {"quantization_config": bitsandbytes_settings(packing.method, dtype), "device_map": {"": device}}
     elif in_blocks:
+        stored_fp8.let_dense_ones_load()
         settings |= stored_fp8.settings(stored, packing.method)
     elif stored is not None and device.type == "cuda":
         settings["device_map"] = {"": device}
@@ -179,35 +182,6 @@ def belongs_to_weights(network: Any, key: str) -> bool:
         return name != "bias" and isinstance(network.get_submodule(layer), torch.nn.Linear)
     except AttributeError:
         return False
-
-
-def read_words(folder: Path, sees: bool) -> tuple[Any, Any]:
-    """(processor, tokenizer) of the model in `folder`; no processor for a text-only model. Asked before the weights,
-    which are gigabytes.
-
-    Raises UnusableModel for what the library refuses, with its reason.
-    """
-    from transformers import AutoProcessor, AutoTokenizer
-
-    try:
-        if not sees:
-            processor, tokenizer = None, AutoTokenizer.from_pretrained(folder, **AS_IT_LIES)
-        else:
-            processor = AutoProcessor.from_pretrained(folder, **AS_IT_LIES)
-            tokenizer = processor.tokenizer
-    except Exception as error:  # the library raises anything from KeyError to ImportError
-        if is_stop(error):
-            raise
-        raise UnusableModel(
-            f"The processor or tokenizer in {folder} could not be read ({first_line(error, 300)}): fetch its .json files "
-            "again."
-        ) from error
-    if not any(getattr(reader, "chat_template", None) for reader in (processor, tokenizer)):
-        raise UnusableModel(
-            f"The model folder {folder} has no chat template: copy chat_template.jinja or chat_template.json from the model "
-            "that it was made from."
-        )
-    return processor, tokenizer
 
 
 def stream_layers(network: Any, device: torch.device, asked: int) -> str:

@@ -54,9 +54,9 @@ def grid_of(worker: Any, picture: Tensor) -> tuple[int, int, int]:
 def values(worker: Any) -> Tensor:
     """[3, 256] float32: what the library makes of every 8-bit value in every channel."""
     every = torch.arange(VALUES, dtype=torch.uint8).expand(1, 3, 1, VALUES).contiguous()
-    made: Tensor = worker.rescale_and_normalize(
-        every, True, worker.rescale_factor, True, worker.image_mean, worker.image_std
-    )
+    # Looked up by them, in what the library remembers; some releases have read them as lists.
+    mean, std = (tuple(read) if isinstance(read, list) else read for read in (worker.image_mean, worker.image_std))
+    made: Tensor = worker.rescale_and_normalize(every, True, worker.rescale_factor, True, mean, std)
     return made[0, :, 0].float()
 
 

@@ -75,15 +75,6 @@ def _lists(cache: Any) -> tuple[tuple[list[Any], list[Any]], tuple[list[Any], li
     return (cache.key_cache, cache.value_cache), (cache.conv_states, cache.recurrent_states)
 
 
-def new_cache(model: LoadedModel) -> Any:
-    """The library's, empty. Before transformers 5.5 decoders with linear attention had one of their own."""
-    from transformers import DynamicCache
-
-    known = vars(sys.modules[type(decoding.text_decoder(model.network)).__module__])
-    own = [part for name, part in known.items() if name.endswith("DynamicCache") and part is not DynamicCache]
-    return own[0](config=model.text_config) if own else DynamicCache(config=model.config)
-
-
 @dataclass(frozen=True)
 class PrefixState:
     """What the first positions of a question leave for the next one with the same beginning.
@@ -162,6 +153,16 @@ def prefix_key(model: LoadedModel, prompt: Prompt) -> str:
     return content_key(prompt.ids[:, : prompt.prefix], seen)
 
 
+def fresh_cache(model: LoadedModel) -> Any:
+    """The library's cache for keys and values, empty. Qwen3-Next's and Qwen3.5's linear attention has one of its own in its
+    module before transformers 5.5."""
+    from transformers import DynamicCache
+
+    library = vars(sys.modules[type(model.network).__module__])
+    own = [kind for name, kind in library.items() if name.endswith("DynamicCache") and kind is not DynamicCache]
+    return own[0](config=model.text_config) if own else DynamicCache(config=model.config)
+
+
 def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = True) -> Prefilled:
     """Run the decoder over `prompts` (the network is resident), left-padded when there are several.
 
@@ -177,7 +178,7 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
     positions, following = positions.to(device), following.to(device)
     key = prefix_key(model, prompts[0]) if use_prefix and len(prompts) == 1 else ""
     known = prefix_cache(model).get(key) if key else None
-    cache = new_cache(model)
+    cache = fresh_cache(model)
     start = 0
     if known is not None:
         for layer, (keys, values) in enumerate(zip(*known.kept, strict=True)):

@@ -139,6 +139,15 @@ def settings(stored: Mapping[str, Any] | None, packing: str) -> dict[str, Any]:
     return {"quantization_config": FineGrainedFP8Config(dequantize=True, modules_to_not_convert=kept)}
 
 
+def let_dense_ones_load() -> None:
+    """transformers 5.16 asks how a model's experts are split between cards, and fails where it has none (its #48346)."""
+    from transformers.integrations import finegrained_fp8
+
+    by_kind = getattr(getattr(finegrained_fp8, "FP8Experts", None), "_impl_tp_layer_overrides", None)
+    if isinstance(by_kind, dict):
+        by_kind.setdefault(None, {})
+
+
 def take_over(network: nn.Module) -> bool:
     """Put layers of ours in the place of the library's, in place; False where there are none, so that all weights are dense.
 

@@ -6,6 +6,7 @@ activations, torch compiles both without a break in the graph, and int8 products
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,14 +15,35 @@ import torch
 from torch import Tensor, nn
 
 from .cpu_int8 import cpu_int8_layout
-from .dynamic_fp8 import dynamic_fp8_layout
-from .schemes import PrecisionUnavailable
+from .dynamic_fp8 import dynamic_fp8_layout, fp8_scale
+from .schemes import PrecisionUnavailable, Scheme, rotation
 from .weight_only_int8 import weight_only_int8_layout
 
 # What a quantised weight is called in a state dict beside `weight`, in one format or another.
 ENTRIES = ("comfy_quant", "weight_scale", "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook")
 
 REMEMBERED = 16  # classes, each small
+
+
+def quantized_entries(value: Tensor, scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
+    """A float32 weight [N, K] as entries of a ComfyUI checkpoint, and what they restore to, float32."""
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    layout = QUANT_ALGOS[scheme.format]["comfy_tensor_layout"]
+    configuration: dict[str, Any] = {"format": scheme.format}
+    if scheme.weight_only:
+        configuration["full_precision_matrix_mult"] = True
+    if scheme.format == "float8_e4m3fn":
+        rounded = QuantizedTensor.from_float(value, layout, scale=fp8_scale(value))
+    else:
+        options: dict[str, Any] = {"per_channel": True}
+        if size := rotation(scheme, value.shape[1]):
+            options |= {"convrot": True, "convrot_groupsize": size}
+            configuration |= {"convrot": True, "convrot_groupsize": size}
+        rounded = QuantizedTensor.from_float(value, layout, **options)
+    entries: dict[str, Tensor] = dict(rounded.state_dict("weight"))
+    entries["comfy_quant"] = torch.tensor(list(json.dumps(configuration).encode()), dtype=torch.uint8)
+    return entries, rounded.dequantize().float()
 
 
 def emulated_formats(device: torch.device) -> set[str]:

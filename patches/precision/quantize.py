@@ -8,7 +8,6 @@ two models to ComfyUI's memory management, and either can be evicted for the oth
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import uuid
 from collections.abc import Collection, Iterable
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 from ... import host
 from ..compilation import CORE_KEY
 from .control_lora import KEY, share_weights
-from .dynamic_fp8 import fp8_scale
-from .layers import quantized_operations
+from .layers import quantized_entries, quantized_operations
 from .schemes import (
     MULTIPLE,
     SCHEMES,
@@ -30,10 +28,10 @@ from .schemes import (
     Scheme,
     excluded_by,
     patterns,
-    rotation,
     slow_on_a_cpu,
     unavailable,
 )
+from .trial import refusal
 
 log = logging.getLogger("hotpath.precision")
 
@@ -110,6 +108,9 @@ def quantize_model(
             f"{type(model.model).__name__} is no model of ComfyUI's own and cannot be built anew: load it with ComfyUI's nodes."
         )
     _refuse_replaced_modules(model)
+    dtype = model.model.get_dtype_inference()
+    if (reason := refusal(scheme, model.load_device, dtype)) is not None:
+        raise PrecisionUnavailable(f"{scheme.name} cannot be used, because {reason}.")
 
     import comfy.model_management
 
@@ -121,7 +122,6 @@ def quantize_model(
         if PACKED in left.values():
             why = f"{PACKED}, as those of GGUF files are; load the model from its safetensors file"
         raise PrecisionUnavailable(f"No layer of this model can be computed in {scheme.name}: {why}.")
-    dtype = source.get_dtype_inference()
     theirs = {name for name, reason in left.items() if reason == QUANTIZED}
     network = _built(source, state, dtype, model.load_device, model.offload_device, theirs)
     patched = _patcher_over(model, _with_diffusion_model(source, network, model.offload_device), baked)
@@ -202,7 +202,7 @@ def _quantized_state(
                     leave(name, "its LoRA changes its shape")
                     continue
                 baked.add(key)
-            entries, restored = _quantized(value, scheme)
+            entries, restored = quantized_entries(value, scheme)
             entries = {suffix: tensor.to(model.offload_device) for suffix, tensor in entries.items()}
             state.pop(f"{name}.weight")
             state.update({f"{name}.{suffix}": tensor for suffix, tensor in entries.items()})
@@ -246,27 +246,6 @@ def _patched(patches: Any, value: Tensor, key: str) -> Tensor:
 
     patched: Tensor = comfy.lora.calculate_weight(patches, value, key)
     return patched
-
-
-def _quantized(value: Tensor, scheme: Scheme) -> tuple[dict[str, Tensor], Tensor]:
-    """A float32 weight [N, K] as entries of a ComfyUI checkpoint, and what they restore to, float32."""
-    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
-
-    layout = QUANT_ALGOS[scheme.format]["comfy_tensor_layout"]
-    configuration: dict[str, Any] = {"format": scheme.format}
-    if scheme.weight_only:
-        configuration["full_precision_matrix_mult"] = True
-    if scheme.format == "float8_e4m3fn":
-        rounded = QuantizedTensor.from_float(value, layout, scale=fp8_scale(value))
-    else:
-        options: dict[str, Any] = {"per_channel": True}
-        if size := rotation(scheme, value.shape[1]):
-            options |= {"convrot": True, "convrot_groupsize": size}
-            configuration |= {"convrot": True, "convrot_groupsize": size}
-        rounded = QuantizedTensor.from_float(value, layout, **options)
-    entries: dict[str, Tensor] = dict(rounded.state_dict("weight"))
-    entries["comfy_quant"] = torch.tensor(list(json.dumps(configuration).encode()), dtype=torch.uint8)
-    return entries, rounded.dequantize().float()
 
 
 def _built(

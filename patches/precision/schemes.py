@@ -214,6 +214,19 @@ def unavailable(scheme: Scheme, device: torch.device) -> str | None:
 
 
 def _unavailable_on_amd(scheme: Scheme, management: Any, device: torch.device) -> str | None:
+    # torch's own int8 products end the process or hang the card on some of them (comfy-kitchen #61), and crawl on the others.
+    if scheme.format.startswith("int8") and not _has_int8_kernels():
+        return "ComfyUI has no int8 products for this AMD GPU: choose int8_weights"
     if scheme.format.startswith("float8") and not management.supports_fp8_compute(device):
         return "ComfyUI has no fp8 products for this AMD GPU: choose fp8_weights"
     return None
+
+
+def _has_int8_kernels() -> bool:
+    """Whether comfy-kitchen multiplies int8 by kernels of its own, and not by torch's."""
+    import comfy_kitchen
+
+    try:
+        return str(comfy_kitchen.registry.get_capable_backend("int8_linear")) != "eager"
+    except Exception:  # of releases without such products
+        return False

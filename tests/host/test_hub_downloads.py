@@ -51,9 +51,12 @@ def test_a_hub_file_is_compared_with_the_hubs_own_checksum(a_hub, tmp_path, monk
     with pytest.raises(DownloadError, match="checksum"):
         hub.fetch_from_hub("a/Tiny", "model.safetensors", target)
     assert not target.exists()
+    stated.size = 1195  # of the answer by which a mirror leads to another address
     for nothing in (None, "0" * 40):  # what a small file has says nothing of its bytes
         stated.etag = nothing
-        assert hub.fetch_from_hub("a/Tiny", "model.safetensors", target).is_file()
+        assert hub.fetch_from_hub("a/Tiny", "config.json", target.with_suffix(".json")).read_bytes() == b"{}"
+        with pytest.raises(DownloadError, match=r"gave something else than model\.safetensors"):
+            hub.fetch_from_hub("a/Tiny", "model.safetensors", target)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: 1 / 0)
     with pytest.raises(DownloadError, match=r"a/Tiny/model\.safetensors could not be downloaded: division"):
         hub.fetch_from_hub("a/Tiny", "model.safetensors", target)
@@ -136,6 +139,15 @@ def test_a_hub_that_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", gone)
     with pytest.raises(
         DownloadError, match=r"a/Tiny could not be downloaded: Name .* Connect and try again.*HF_ENDPOINT"
+    ):
+        hub.fetch_repository("a/Tiny", tmp_path / "Tiny")
+
+    def expired(self: Any, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("401 Client Error: Unauthorized for url\n\nInvalid credentials in Authorization header")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", expired)
+    with pytest.raises(
+        DownloadError, match=r"a/Tiny could not be downloaded: the hub refuses the token .* log out with"
     ):
         hub.fetch_repository("a/Tiny", tmp_path / "Tiny")
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", gated)

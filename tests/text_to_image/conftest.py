@@ -93,8 +93,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     planned = compilation.plan
 
-    def plan(asked: str, device: torch.device) -> compilation.CompilationPlan:
-        return replace(planned(asked, device), backend=backend)
+    def plan(*asked: Any) -> compilation.CompilationPlan:
+        return replace(planned(*asked), backend=backend)
 
     monkeypatch.setattr(compilation, "plan", plan)
     torch._dynamo.reset()

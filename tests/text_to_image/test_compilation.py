@@ -47,7 +47,7 @@ def test_a_compiler_that_fails_is_left_out(load, draw, monkeypatch):
         raise RuntimeError("no such operator")
 
     planned = compilation.plan
-    monkeypatch.setattr(compilation, "plan", lambda asked, device: replace(planned(asked, device), backend=broken))
+    monkeypatch.setattr(compilation, "plan", lambda *asked: replace(planned(*asked), backend=broken))
     model = load(compile="regional")
     found = draw(model)
     assert "compile: none instead of regional, because RuntimeError: no such operator" in found.report
@@ -63,7 +63,7 @@ def test_a_stop_of_an_older_comfyui_is_no_compiler_that_fails(load, draw, monkey
         raise StopOnItsWay(stop())
 
     planned = compilation.plan
-    monkeypatch.setattr(compilation, "plan", lambda asked, device: replace(planned(asked, device), backend=stopped))
+    monkeypatch.setattr(compilation, "plan", lambda *asked: replace(planned(*asked), backend=stopped))
     model = load(compile="regional")
     with pytest.raises(stop):
         draw(model)
@@ -168,6 +168,42 @@ def test_a_gpu_that_torchao_refuses_is_a_line_in_the_report(monkeypatch, load, d
     monkeypatch.setattr(precision, "_pack", refuse)
     said = draw(load(precision="int8")).report
     assert "precision: none instead of int8, because torchao refuses it on this device (AssertionError: Float8" in said
+
+
+@pytest.mark.parametrize("method", ["int8", "float8"])
+def test_torchao_sets_nothing_for_the_whole_process(monkeypatch, method):
+    """It would set the compiler's options for every model and, up to 0.17, TensorFloat-32 for every float32 product."""
+    library = pytest.importorskip("torchao.quantization.quant_api")
+    called = []
+    for place in (library.torchao.quantization.utils, library):  # by which of the names differs between releases
+        monkeypatch.setattr(place, "recommended_inductor_config_setter", lambda: called.append(1), raising=False)
+    before = torch.get_float32_matmul_precision(), torch._inductor.config.coordinate_descent_tuning
+    monkeypatch.setattr(precision, "by_torchao", lambda device: True)
+    precision.refusal(method, torch.device("cpu"), torch.float32)
+    assert not called
+    assert before == (torch.get_float32_matmul_precision(), torch._inductor.config.coordinate_descent_tuning)
+    assert compilation.plan("regional", torch.device("cpu"), True).backend is not compilation.INDUCTOR
+
+
+def test_a_gpu_on_which_torchao_multiplies_wrong_is_a_line_in_the_report(monkeypatch, load, draw):
+    """torch 2.6 for AMD applied the scales of the weight's rows to those of the activations (ROCm/pytorch #2739)."""
+    monkeypatch.setattr(precision, "by_torchao", lambda device: True)
+    monkeypatch.setattr(precision, "unavailable", lambda *_: None)
+    pack = precision._pack
+
+    def swapped(module, method):
+        sizes = module[0].weight.abs().amax(dim=1)
+        pack(module, method)
+
+        def exchange(layer, inputs, out):
+            of_rows = inputs[0].abs().amax(dim=1)
+            return out / sizes / of_rows[:, None] * of_rows * sizes[:, None]
+
+        module[0].register_forward_hook(exchange)
+
+    monkeypatch.setattr(precision, "_pack", swapped)
+    said = draw(load(precision="int8")).report
+    assert "precision: none instead of int8, because torchao's products come out wrong on this device" in said
 
 
 def test_a_torchao_of_another_torch_is_a_line_in_the_report(draw, load, monkeypatch):

@@ -107,6 +107,19 @@ def test_damaged_folders(copy, damage):
         MODELS.get("copy")
 
 
+def test_positions_that_an_older_library_passes_over(copy, monkeypatch):
+    """A text encoder that transformers 5 saved gets other ones from 4.57: another picture, and no error."""
+    import transformers
+
+    file = copy / "text_encoder" / "config.json"
+    edit(file, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(UnusableCheckpoint, match=r"text_encoder was saved by transformers 5, and the 4\.57\.6 that is"):
+        MODELS.get("copy")
+    edit(file, rope_theta=1e6, rope_parameters=None)
+    MODELS.get("copy")
+
+
 def test_a_missing_and_a_cut_shard(folder):
     path = write_checkpoint(folder / "shards", shard="150KB") / "transformer"
     shards = sorted(path.glob("*-of-*.safetensors"))

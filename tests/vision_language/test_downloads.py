@@ -28,6 +28,11 @@ class InterruptProcessingException(Exception):
             UnusableModel,
             "could not be fetched \\(timed out\\): .*connect and run again.*HF_ENDPOINT",
         ),
+        (
+            RuntimeError("401 Client Error: Unauthorized for url\n\nInvalid credentials in Authorization header"),
+            UnusableModel,
+            "refuses the token .* also for what is public: log in again .*or log out",
+        ),
         (InterruptProcessingException(), InterruptProcessingException, ""),
         (Interrupted(), Interrupted, ""),
     ],
@@ -39,6 +44,17 @@ def test_a_connection_that_stalls_is_told_with_its_cure(headless_host, monkeypat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     with pytest.raises(raised, match=told or None):
         download.locate("Absent-VL")
+
+
+def test_a_revision_that_the_hub_does_not_have_is_named(headless_host, monkeypatch):
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    def fetch(repository, **settings):
+        raise RevisionNotFoundError.__new__(RevisionNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(UnusableModel, match="The repository owner/Some-VL has no revision 'v9': check the branch"):
+        download.locate("owner/Some-VL", "v9")
 
 
 def test_halves_of_tries_that_were_killed_go_when_the_folder_is_whole(headless_host, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hotpath import host
 from hotpath.demo.captioner_model import write_folder
+from hotpath.host.saved_configs import misread
 from hotpath.host.streamed_layers import whole_bytes
 from hotpath.vision_language import decoding, loading
 from hotpath.vision_language.folders import UnusableModel
@@ -112,6 +113,22 @@ def test_an_older_library_is_named(llm, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))
     with pytest.raises(UnusableModel, match=r"need transformers 4\.57 or newer"):
         MODELS.get("qwen3_vl", LoadOptions())
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_vl"])
+def test_positions_that_an_older_library_passes_over(llm, tiny_folders, monkeypatch, kind):
+    """As release 5 writes them; release 4.57 loads such a folder with others, and says nothing."""
+    import transformers
+
+    file = shutil.copytree(tiny_folders[kind], llm / "newer") / "config.json"
+    config = json.loads(file.read_text())
+    text = config.get("text_config", config)
+    text["rope_parameters"] = {**(text.pop("rope_scaling", None) or {}), "rope_theta": text.pop("rope_theta")}
+    file.write_text(json.dumps(config))
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(UnusableModel, match=r"newer was saved by transformers 5, and the 4\.57\.6 .* --upgrade transf"):
+        MODELS.get("newer", LoadOptions(), must_see=False)
+    assert misread({"rope_theta": 1e6, "rope_parameters": {"rope_theta": 1e6}}) == misread({"text_config": None}) == ""
 
 
 def test_one_copy_for_all_who_ask(load):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hotpath.demo.captioner_model import write_folder
@@ -79,6 +81,25 @@ def test_a_mixture_of_experts_answers_packed(llm, ask, pictures, method):
     assert first.raw == again.raw and first.tokens and "not of its experts" not in first.report
     # A router chooses by small differences.
     assert all(layer.mlp.gate.weight.dtype == torch.float32 for layer in layers)
+
+
+def test_a_release_whose_models_have_a_cache_of_their_own(llm, ask, pictures, monkeypatch):
+    """Up to transformers 5.4 linear attention asks its cache what the usual one does not know."""
+    from transformers import DynamicCache
+
+    newer_folder(llm / "mixture", "qwen3_vl_moe")
+    model, made = MODELS.get("mixture", LoadOptions()), []
+    question = Question("Describe.", "", (pictures.a,))
+    wanted = ask(model, question).raw
+
+    class MixtureDynamicCache(DynamicCache):
+        def __init__(self, config):
+            made.append(config.layer_types if hasattr(config, "layer_types") else config.num_hidden_layers)
+            super().__init__(config=config)
+
+    module = sys.modules[type(model.network).__module__]
+    monkeypatch.setattr(module, "MixtureDynamicCache", MixtureDynamicCache, raising=False)
+    assert ask(model, question).raw == wanted and made
 
 
 @pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_5"])

@@ -27,6 +27,15 @@ def test_patches_are_the_librarys(load, pictures, kind):
         assert torch.equal(half, wanted.patches.bfloat16())
 
 
+def test_what_older_releases_read_as_lists_is_looked_up_too(load, monkeypatch):
+    """transformers 4.57 and 5.0 leave the mean as the file has it, and remember what they make of it by what no list can be."""
+    worker = load("qwen3_vl").processor.image_processor
+    wanted = patches.values(worker)
+    for name in ("image_mean", "image_std"):
+        monkeypatch.setattr(worker, name, list(getattr(worker, name)))
+    assert torch.equal(patches.values(worker), wanted)
+
+
 def test_a_processor_that_does_otherwise_is_the_librarys(load):
     worker = load("qwen3_vl").processor.image_processor
     for name, value in (("do_resize", False), ("do_normalize", False), ("resample", 2)):

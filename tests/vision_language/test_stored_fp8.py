@@ -100,6 +100,21 @@ def test_where_the_library_keeps_float8_ours_multiply(weights: dict[str, torch.T
     assert torch.equal(decoder.layers[1].mlp.down_proj.dense(torch.float32), weights[name])
 
 
+def test_a_release_that_fails_for_models_without_experts_reads_them(
+    weights: Any, card: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.16 looks up how experts are split between cards, and takes what it does not find for a table (#48346)."""
+    library = pytest.importorskip("transformers.quantizers.quantizer_finegrained_fp8")
+    overrides: dict[Any, dict[str, str]] = {"deepgemm_megamoe": {"moe_tp_experts": "megamoe_experts"}}
+    experts = type("FP8Experts", (torch.nn.Module,), {"_impl_tp_layer_overrides": overrides})
+    monkeypatch.setattr("transformers.integrations.finegrained_fp8.FP8Experts", experts, raising=False)
+    # Asked in every release, and in that one just before the table.
+    monkeypatch.setattr(
+        library.FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: overrides.get(None).get("colwise")
+    )
+    assert layers(MODELS.get("small-FP8", LoadOptions()), BlockScaledLinear)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("streamed", [0, 1])
 def test_what_they_answer(answers: Callable[..., Any], card: None, streamed: int) -> None:
