@@ -198,23 +198,29 @@ def test_compiled_layers_multiply_few_rows_by_one_operator(form, rows, monkeypat
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
+RARE = [pytest.param(form, marks=pytest.mark.long) for form in FORMS if form in (3, 6, 7, 20, 39, 40)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("shape", [(40, 512), (6144, 2560), (2560, 9728)])
-def test_products_are_the_layers_on_the_gpu(shape, form, dtype):
+@pytest.mark.parametrize("form", [*(form for form in FORMS if form not in (3, 6, 7, 20, 39, 40)), *RARE], ids=str)
+def test_products_are_the_layers_on_the_gpu(form):
+    """Every kernel that is compiled takes a second: not all that could be combined is."""
     from hotpath.vision_language import packed_products
 
     with torch.no_grad():
-        layer = packed_layer(form, *shape)
-        for config in packed_products.configs(layer.matrix):
-            for around in AROUND:
-                compare(layer, dtype, around, config, "cuda")
+        layer = packed_layer(form, 6144, 2560)
+        first, *others = packed_products.configs(layer.matrix)
+        for around in AROUND:
+            compare(layer, torch.bfloat16, around, first, "cuda")
+        for config in others:
+            compare(layer, torch.bfloat16, "plain", config, "cuda")
+        for dtype in (torch.float16, torch.float32):
+            compare(layer, dtype, "normed", first, "cuda")
         if layer.matrix.group:
-            compare_unpacked(layer, dtype, "cuda")
+            compare_unpacked(layer, torch.bfloat16, "cuda")
         if form != SQUARES:
-            compare_chosen(layer, dtype, "cuda")
+            compare_chosen(layer, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("form", [WHOLE, FLOATS, FOUR, SQUARES, 8, 10, 11, 12, 13, 14, 23], ids=str)
