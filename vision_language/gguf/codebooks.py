@@ -2,7 +2,7 @@
 
 Those tables, codebooks, were chosen by trial, so no rule makes them. Each is some of all the words of four or eight levels, in
 the order in which one counts them with the first weight as the lowest digit; what is kept here says which words those are.
-Every reader is given its table, on the device of the blocks.
+Readers of single numbers are given their table, on the device of the blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from .blocks import Codes, bits, groups, half, nibbles, one_by_one, pairs, signed
+from .blocks import Codes, Words, bits, groups, half, nibbles, one_by_one, pairs, signed
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice what they mean
@@ -91,12 +91,6 @@ def _found(book: Tensor, codes: Tensor) -> Tensor:
     return book.index_select(0, codes.flatten().int()).view(*codes.shape, *book.shape[1:])
 
 
-def _negated(words: Tensor, signs: Tensor) -> Tensor:
-    """words: [n, any] int8. signs: [n, any / 8] uint8, a bit for each of them that is negative."""
-    flat = words.flatten(1)
-    return flat * (1 - 2 * one_by_one(signs).to(torch.int8))
-
-
 def _eighth_sign(seven: Tensor) -> Tensor:
     """Signs of eight weights of which seven bits are stored: there is always an even number of negative ones."""
     odd = seven ^ (seven >> 4)
@@ -109,7 +103,7 @@ def _four_signs(word: Tensor) -> tuple[Tensor, Tensor]:
     """(signs of 4 x 8 weights [n, 4 x words], scales [n, words]) from words of 32 bits, [n, words, 4] uint8."""
     a, b, c, d = word.unbind(2)
     sevens = (a & 127, (a >> 7) | ((b & 63) << 1), (b >> 6) | ((c & 31) << 2), (c >> 5) | ((d & 15) << 3))
-    return _eighth_sign(torch.stack(sevens, dim=2).flatten(1)), (d >> 4).float()
+    return _eighth_sign(torch.stack(sevens, dim=2).flatten(1)), d >> 4
 
 
 def _threes(low: Tensor, high: Tensor) -> Tensor:
@@ -123,59 +117,50 @@ def _in_turn(part: Tensor) -> Tensor:
     return torch.stack((part & 15, part >> 4), dim=2).flatten(1)
 
 
-def _iq2_xxs(b: Tensor, book: Tensor) -> Codes:
+def _iq2_xxs(b: Tensor) -> Words:
     each = b[:, 2:].reshape(len(b), 8, 8)
-    signs, scales = _four_signs(each[:, :, 4:])
-    words = _found(book, each[:, :, :4].flatten(1))
-    return Codes(groups(_negated(words, signs), 32), half(b[:, :2]) * (0.5 + scales) * 0.25)
+    signs, steps = _four_signs(each[:, :, 4:])
+    return Words(each[:, :, :4].flatten(1).int(), steps, half(b[:, :2]) * 0.125, signs)
 
 
-def _iq2_xs(b: Tensor, book: Tensor) -> Codes:
-    codes = b[:, 2:66].reshape(len(b), 32, 2)
-    low, high = codes.unbind(2)
-    words = _found(book, low.int() | ((high & 1).int() << 8))
-    scales = _in_turn(b[:, 66:74]).float()
-    return Codes(groups(_negated(words, _eighth_sign(high >> 1)), 16), half(b[:, :2]) * (0.5 + scales) * 0.25)
+def _iq2_xs(b: Tensor) -> Words:
+    low, high = b[:, 2:66].reshape(len(b), 32, 2).unbind(2)
+    steps = _in_turn(b[:, 66:74])
+    places = low.int() | ((high & 1).int() << 8)
+    return Words(places, steps, half(b[:, :2]) * 0.125, _eighth_sign(high >> 1))
 
 
-def _iq2_s(b: Tensor, book: Tensor) -> Codes:
-    words = _found(book, b[:, 2:34].int() | (pairs(b[:, 66:74], 1).int() << 8))
-    scales = _in_turn(b[:, 74:82]).float()
-    return Codes(groups(_negated(words, b[:, 34:66]), 16), half(b[:, :2]) * (0.5 + scales) * 0.25)
+def _iq2_s(b: Tensor) -> Words:
+    places = b[:, 2:34].int() | (pairs(b[:, 66:74], 1).int() << 8)
+    steps = _in_turn(b[:, 74:82])
+    return Words(places, steps, half(b[:, :2]) * 0.125, b[:, 34:66])
 
 
-def _iq3_xxs(b: Tensor, book: Tensor) -> Codes:
-    signs, scales = _four_signs(b[:, 66:98].reshape(len(b), 8, 4))
-    return Codes(groups(_negated(_found(book, b[:, 2:66]), signs), 32), half(b[:, :2]) * (0.5 + scales) * 0.5)
+def _iq3_xxs(b: Tensor) -> Words:
+    signs, steps = _four_signs(b[:, 66:98].reshape(len(b), 8, 4))
+    return Words(b[:, 2:66].int(), steps, half(b[:, :2]) * 0.25, signs)
 
 
-def _iq3_s(b: Tensor, book: Tensor) -> Codes:
-    words = _found(book, b[:, 2:66].int() | (bits(b[:, 66:74], 1).int() << 8))
-    scales = 1 + 2 * _in_turn(b[:, 106:110]).float()
-    return Codes(groups(_negated(words, b[:, 74:106]), 32), half(b[:, :2]) * scales)
+def _iq3_s(b: Tensor) -> Words:
+    places = b[:, 2:66].int() | (bits(b[:, 66:74], 1).int() << 8)
+    return Words(places, _in_turn(b[:, 106:110]), half(b[:, :2]), b[:, 74:106])
 
 
-def _shifted(book: Tensor, codes: Tensor, down: Tensor) -> Tensor:
-    """Words in eighths, moved by one of them: down where `down` [n, codes] is 1, else up."""
-    return _found(book, codes) + (1 - 2 * down.to(torch.int8)).unsqueeze(2)
-
-
-def _iq1_s(b: Tensor, book: Tensor) -> Codes:
+def _iq1_s(b: Tensor) -> Words:
     low, high = b[:, 34:50].reshape(len(b), 8, 2).unbind(2)
     down = (high >> 7).unsqueeze(2).expand(-1, -1, 4).flatten(1)
-    words = _shifted(book, b[:, 2:34].int() | (_threes(low, high).int() << 8), down)
-    scales = 1 + 2 * ((high >> 4) & 7).float()
-    return Codes(groups(words, 32), half(b[:, :2]) * scales * 0.125)
+    places = b[:, 2:34].int() | (_threes(low, high).int() << 8)
+    return Words(places, (high >> 4) & 7, half(b[:, :2]) * 0.125, down=down)
 
 
-def _iq1_m(b: Tensor, book: Tensor) -> Codes:
+def _iq1_m(b: Tensor) -> Words:
     more = _in_turn(b[:, 32:48])
-    words = _shifted(book, b[:, :32].int() | ((more & 7).int() << 8), more >> 3)
     low, high = b[:, 48:56].reshape(len(b), 4, 2).unbind(2)
     # The scale of all is in four parts.
     top = high >> 4
     whole = half(torch.stack((top[:, 0] | (top[:, 1] << 4), top[:, 2] | (top[:, 3] << 4)), dim=1))
-    return Codes(groups(words, 16), whole * (1 + 2 * _threes(low, high).float()) * 0.125)
+    places = b[:, :32].int() | ((more & 7).int() << 8)
+    return Words(places, _threes(low, high), whole * 0.125, down=more >> 3)
 
 
 def _iq4_nl(b: Tensor, values: Tensor) -> Codes:
@@ -202,7 +187,8 @@ def _nvfp4(b: Tensor, values: Tensor) -> Codes:
     return Codes(groups(_found(values, nibbles(b[:, 4:], 8)), 16), scales * (b[:, :4] != 127))
 
 
-READERS = {
+READERS = {"IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4, "NVFP4": _nvfp4}
+WORD_READERS = {
     "IQ1_S": _iq1_s, "IQ1_M": _iq1_m, "IQ2_XXS": _iq2_xxs, "IQ2_XS": _iq2_xs, "IQ2_S": _iq2_s, "IQ3_XXS": _iq3_xxs,
-    "IQ3_S": _iq3_s, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4, "NVFP4": _nvfp4,
+    "IQ3_S": _iq3_s,
 }  # fmt: skip

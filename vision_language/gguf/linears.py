@@ -1,4 +1,4 @@
-"""Layers with the weights of a file: as whole numbers and their scales in an order that torch can multiply, or as its blocks."""
+"""Layers with the weights of a file: as whole numbers with scales or places in a book, as kernels read them, or as its blocks."""
 
 from __future__ import annotations
 
@@ -114,6 +114,64 @@ class GroupedLinear(UnpackedLinear):
         return product(x, unpacked(self, start, stop, x.dtype))
 
 
+class WordLinear(UnpackedLinear):
+    """Places of words in a book, and their signs, with a scale for each group of inputs: whole numbers of a unit."""
+
+    kernel_reads = True
+    weight: Tensor  # [out, words] uint8, the lower 8 bits of places
+    high: Tensor | None  # [out, any] uint8, what is above these, and where words are moved, which way
+    signs: Tensor | None  # [out, in / 8] uint8
+    scale: Tensor  # [out, groups / 2] uint8
+    unit: Tensor  # [out, blocks of a row]
+    table: Tensor  # [words, weights of a word] int8
+
+    def __init__(self, matrices: Sequence[Matrix], bias: Tensor | None) -> None:
+        """matrices: all of one type, their inputs in the order of the file."""
+        super().__init__()
+        kind = matrices[0].kind
+        assert kind.words is not None and kind.table is not None
+        self.out_features, self.in_features = sum(matrix.outputs for matrix in matrices), matrices[0].inputs
+        found: dict[str, list[Tensor]] = {name: [] for name in ("weight", "high", "signs", "scale", "unit")}
+        above = (len(kind.table) - 1).bit_length() - 8
+        for matrix in matrices:
+            for _, rows in steps(matrix.blocks.view(matrix.outputs, -1, kind.nbytes), self.in_features):
+                words = kind.words(rows.reshape(-1, kind.nbytes))
+                self.moved = words.down is not None
+                places = words.places.view(len(rows), -1)
+                found["weight"].append((places & 255).to(torch.uint8))
+                if words.down is not None:
+                    more = (places >> 8).to(torch.uint8) | (words.down.view(len(rows), -1) << 3)
+                    found["high"].append(side_by_side(more, 4))
+                elif above:
+                    found["high"].append(side_by_side((places >> 8).to(torch.uint8), above))
+                if words.signs is not None:
+                    found["signs"].append(words.signs.reshape(len(rows), -1))
+                found["scale"].append(side_by_side(words.steps.reshape(len(rows), -1), 4))
+                found["unit"].append(words.unit.view(len(rows), -1))
+        for name, parts in found.items():
+            self.register_buffer(name, torch.cat(parts) if parts else None)
+        self.group = self.in_features // (2 * self.scale.shape[1])
+        if torch.equal(self.unit.half().float(), self.unit):
+            self.unit = self.unit.half()
+        self.register_buffer("table", kind.table.clone())
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        """For kernels that unpack while they multiply."""
+        return PackedMatrix(
+            self.weight, self.scale, self.out_features, self.in_features, self.group, self.high, unit=self.unit,
+            table=self.table, signs=self.signs, word=self.table.shape[1], moved=self.moved,
+        )  # fmt: skip
+
+    def some(self, rows: Tensor | slice) -> Tensor:
+        """The weights of `rows`, float32."""
+        return self.matrix.take(rows).dense()
+
+    def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return product(x, unpacked(self, start, stop, x.dtype))
+
+
 class BlockLinear(UnpackedLinear):
     """The blocks of a file as they are, unpacked for every product: no more memory than the file has."""
 
@@ -156,7 +214,7 @@ class BlockLinear(UnpackedLinear):
 class PackedEmbedding(nn.Module):
     """Rows of a packed layer by their numbers: only those that are asked for are unpacked."""
 
-    def __init__(self, layer: GroupedLinear | BlockLinear, dtype: torch.dtype, shared: bool) -> None:
+    def __init__(self, layer: GroupedLinear | WordLinear | BlockLinear, dtype: torch.dtype, shared: bool) -> None:
         """shared: the layer is the network's output head, too, and moves with it."""
         super().__init__()
         self.layer = None if shared else layer

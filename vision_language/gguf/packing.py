@@ -1,8 +1,8 @@
 """How the weights of a file are kept in layers, by their type and the device, and how far from the file's numbers that is.
 
-Codes of 4 bits and more are taken over, with their scales, rounded to float16; of types with less, and of those that look several
-numbers up at once, the blocks are kept as they are. On a CPU, where unpacking for each product is slow,
-torch's kernels take what they can read: groups of 32 of 4 bits as they are, and other types as int8 with one scale a row.
+Codes are taken over as they are, in an order that kernels read, with their scales, or the places of words in a book; of the few
+types that no kernel reads the blocks are kept. On a CPU, where unpacking for each product is slow, torch's kernels take what they
+can read: groups of 32 of 4 bits as they are, and other types as int8 with one scale a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import cpu_kernels
 from ..quantization import PACKED, Int4OnCpu, ScaledLinear, pack
-from .linears import BlockLinear, GroupedLinear, StackedLinear
+from .linears import BlockLinear, GroupedLinear, StackedLinear, WordLinear
 from .matrix import Matrix
 from .types import BlockType
 
@@ -109,7 +109,8 @@ class Packer:
             key = (matrix.kind.name, kept)
             self.kinds[key] = self.kinds.get(key, 0) + matrix.blocks.numel()
         if kept == BLOCKS:
-            blocks = BlockLinear(matrices, bias)
+            as_stored = all(matrix.groups is None and matrix.factor is None for matrix in matrices)
+            blocks = (WordLinear if matrices[0].kind.words is not None and as_stored else BlockLinear)(matrices, bias)
             self._measure(matrices, blocks.some)
             return blocks
         if kept in (GROUPED, KERNEL):

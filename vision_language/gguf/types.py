@@ -6,13 +6,14 @@ a low for each group of inputs. The arithmetic is that of ggml-quants.c, in floa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import codebooks
-from .blocks import Codes, Reader, bits, groups, half, nibbles, one_by_one, pairs, signed
+from .blocks import Codes, Reader, Words, bits, groups, half, nibbles, one_by_one, pairs, signed
 
 SUPER = 256  # weights of a block of the K types
 
@@ -36,15 +37,24 @@ class BlockType:
 
     @property
     def known(self) -> bool:
-        return self.codes is not None or self.plain is not None
+        return self.codes is not None or self.plain is not None or self.words is not None
 
     @property
     def table(self) -> Tensor | None:
         """What its codes are looked up in, on the CPU; None where they are numbers."""
-        return codebooks.table(self.name) if self.name in codebooks.READERS else None
+        looked_up = self.name in codebooks.READERS or self.words is not None
+        return codebooks.table(self.name) if looked_up else None
+
+    @property
+    def words(self) -> Callable[[Tensor], Words] | None:
+        """Reads places in a book of words, where that is how it keeps weights."""
+        return codebooks.WORD_READERS.get(self.name)
 
     def read(self, blocks: Tensor, table: Tensor | None) -> Codes:
         """table: its own, on the device of the blocks."""
+        if self.words is not None:
+            assert table is not None
+            return self.words(blocks).codes(table)
         assert self.codes is not None
         return self.codes(blocks) if table is None else self.codes(blocks, table)
 
@@ -149,7 +159,7 @@ def _tq2_0(b: Tensor) -> Codes:
 
 
 def _looked_up(name: str, values: int, nbytes: int, group: int = 32, bits: int = 0) -> BlockType:
-    return BlockType(name, values, nbytes, codebooks.READERS[name], bits, group=group)
+    return BlockType(name, values, nbytes, codebooks.READERS.get(name), bits, group=group)
 
 
 TYPES: dict[int, BlockType] = {
@@ -170,7 +180,7 @@ TYPES: dict[int, BlockType] = {
     23: _looked_up("IQ4_XS", SUPER, 136, bits=4),
     39: _looked_up("MXFP4", 32, 17, bits=4),
     40: _looked_up("NVFP4", 64, 36, 16, 4),
-    # Of these layers keep the blocks.
+    # Of these layers keep the places of words in a book, or the blocks.
     16: _looked_up("IQ2_XXS", SUPER, 66),
     17: _looked_up("IQ2_XS", SUPER, 74, 16),
     18: _looked_up("IQ3_XXS", SUPER, 98),
