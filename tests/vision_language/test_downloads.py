@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -130,3 +131,13 @@ class TestWeights:
         monkeypatch.setattr(download, "fetch_weights", lambda *_: ours)
         download.fetch("owner/Some-VL", tmp_path)
         assert ["*.safetensors" in asked for asked in patterns] == ([False] if ours else [False, True])
+
+
+def test_the_thread_that_watches_bars_outlives_a_stop():
+    """tqdm's, which is one for all bars of the process."""
+    transfer = download.Transfer()
+    bar = transfer.bars()(total=10, unit="B", disable=False, file=io.StringIO())
+    transfer.stop()
+    bar.refresh(nolock=True)
+    with pytest.raises(download.TransferStopped):
+        bar.refresh()
