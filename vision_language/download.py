@@ -67,10 +67,10 @@ class Transfer:
                 transfer.moved(self)
                 return moved
 
-            def refresh(self, nolock: bool = False, **kwargs: Any) -> Any:
+            def refresh(self, nolock: bool = False, *args: Any, **kwargs: Any) -> Any:
                 if not nolock:  # so tqdm's own thread asks, which watches all bars and must go on
                     transfer.moved(self)  # the hub does this when it begins a file
-                return super().refresh(nolock, **kwargs)
+                return super().refresh(nolock, *args, **kwargs)
 
         return Bar
 
