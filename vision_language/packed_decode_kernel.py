@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.capabilities import FUSES
+from .fused_decode_kernel import INTERPRETED as INTERPRETED
 from .packed_matrix import PackedMatrix
 
 UNPACKED = (4, 1024)  # outputs and inputs of a program that only unpacks

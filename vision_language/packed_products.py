@@ -4,6 +4,7 @@ registers; for more rows the weights as numbers, by one launch. What a kernel do
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -86,11 +87,18 @@ def why_not(device: torch.device) -> str:
         return f"the kernel needs a GPU that Triton serves, this is {device.type}"
     if device in _failed:
         return _failed[device]
+    interpreted, reason = _triton()
+    return "Triton interprets, which is for tests" if interpreted and not allow_interpreter else reason
+
+
+@functools.cache  # what cannot be imported is looked for anew each time, which every layer would wait for
+def _triton() -> tuple[bool, str]:
+    """Whether Triton interprets, and why it does not serve; "" where it does."""
     try:
-        from .fused_decode_kernel import INTERPRETED
+        from .packed_decode_kernel import INTERPRETED
     except Exception as error:  # not installed, or too old
-        return f"Triton does not serve ({one_line(error)})"
-    return "Triton interprets, which is for tests" if INTERPRETED and not allow_interpreter else ""
+        return False, f"Triton does not serve ({one_line(error)})"
+    return INTERPRETED, ""
 
 
 def configs(matrix: PackedMatrix) -> tuple[tuple[int, int, int], ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,19 @@ def test_compiled_layers_multiply_few_rows_by_one_operator(form, rows, monkeypat
 
 
 RARE = [pytest.param(form, marks=pytest.mark.long) for form in FORMS if form in (3, 6, 7, 16, 17, 18, 20, 29, 39, 40)]
+
+
+def test_where_triton_is_missing_it_is_looked_for_once(monkeypatch):
+    from hotpath.vision_language import packed_products
+
+    packed_products._triton.cache_clear()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, f"{packed_products.__package__}.packed_decode_kernel", None)
+        first = packed_products.why_not(torch.device("cuda"))
+    try:
+        assert "Triton does not serve" in first and packed_products.why_not(torch.device("cuda")) == first
+    finally:
+        packed_products._triton.cache_clear()
 
 
 @pytest.mark.gpu
