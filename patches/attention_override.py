@@ -151,7 +151,8 @@ def _below(held: Any) -> tuple[Callable[..., Tensor] | None, str]:
     name = getattr(held, "__qualname__", type(held).__qualname__)
     if name.startswith("ModelPatcher.set_model_optimized_attention"):
         return None, "ComfyUI's choice of a node before this one is replaced."
-    return held, f"Another pack's attention ({getattr(held, '__module__', '?')}) stays and uses this one."
+    pack = getattr(held, "__module__", "?")
+    return held, f"Another pack's attention ({pack}) stays in front of this one, which gets what that hands on."
 
 
 def _availability(device: Any) -> list[str]:

@@ -232,7 +232,7 @@ def test_another_packs_override_stays_and_uses_ours():
     expected = case.sample(theirs)
     seen.clear()
     both, report = set_attention(theirs, "sdpa_math")
-    assert "stays and uses this one" in report
+    assert "stays in front of this one" in report
     torch.testing.assert_close(case.sample(both), expected, atol=1e-4, rtol=1e-4)
     assert seen and override_of(both).log.calls == len(seen)
     assert theirs.model_options["transformer_options"][OVERRIDE] is louder
