@@ -19,7 +19,7 @@ from . import decode_attention
 from .decoding import rms_norm
 from .gguf.linears import StackedLinear, UnpackedLinear
 from .packed_matrix import PackedMatrix
-from .packed_products import CONFIGS, configs
+from .packed_products import CONFIGS, configs, layer_by_torch
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest number
 Config = tuple[int, int, int]
@@ -167,7 +167,9 @@ def tuned(
 
 def reference(x: Tensor, layer: Any, norm: Tensor | None, eps: float, added: Tensor | None, gated: bool) -> Tensor:
     """What `fused_decode_kernel.product` computes, by torch."""
-    made: Tensor = layer((x if norm is None else rms_norm(x, norm, eps)).unsqueeze(0))[0]
+    given = (x if norm is None else rms_norm(x, norm, eps)).unsqueeze(0)
+    # A layer that kernels read would multiply by the kernel that is to be checked.
+    made: Tensor = (layer_by_torch(layer, given) if getattr(layer, "kernel_reads", False) else layer(given))[0]
     if gated:
         gate, up = made.chunk(2, dim=-1)
         made = F.silu(gate) * up

@@ -148,10 +148,10 @@ class LinearAttention(nn.Module):
         q, k, v = mixed.split((of_keys, of_keys, self.values * self.value_dim), dim=-1)
         # The value heads that share a key head stand side by side.
         q, k = (
-            length_one(part.float().view(rows, self.keys, 1, self.key_dim))
+            length_one(of_heads.float().view(rows, self.keys, 1, self.key_dim))
             .expand(-1, -1, self.values // self.keys, -1)
             .reshape(rows, self.values, self.key_dim)
-            for part in (q, k)
+            for of_heads in (q, k)
         )
         v = v.float().view(rows, self.values, self.value_dim)
         rate = part.in_proj_b(x).sigmoid().float().unsqueeze(-1)

@@ -158,6 +158,15 @@ def by_torch(x: Tensor, matrix: PackedMatrix, chosen: Tensor | None, bias: Tenso
     return made
 
 
+def layer_by_torch(layer: Any, x: Tensor) -> Tensor:
+    """A layer with a `matrix` by torch's operators, some of its outputs at a time."""
+    matrix: PackedMatrix = layer.matrix
+    step = _looked_at(matrix, matrix.outputs)
+    parts = [matrix.rows(first, min(first + step, matrix.outputs)) for first in range(0, matrix.outputs, step)]
+    made = torch.cat([by_torch(x, part, None, None, False) for part in parts], dim=1)
+    return made if layer.bias is None else made + layer.bias.to(x.dtype)
+
+
 def _register_operator() -> None:
     """One opaque operator, so that a compiled layer never looks inside."""
 

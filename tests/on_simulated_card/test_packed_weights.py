@@ -91,6 +91,25 @@ def test_weights_that_no_kernel_reads_are_decoded_otherwise(card: Any, load_fuse
     assert why == "the weights are packed in ways that our kernels do not read"
 
 
+def test_a_kernel_that_is_wrong_far_behind_is_refused(card: Any, load_fused: Any, monkeypatch: Any) -> None:
+    """In outputs that the first result's comparison does not reach: the step compares all of them with torch's."""
+    from hotpath.vision_language import packed_decode_kernel as kernel
+    from hotpath.vision_language import packed_products
+
+    model = load_fused("qwen3", quantization="int4")
+    monkeypatch.setattr(packed_products, "LOOKED_AT", 1)
+    product = kernel.packed_product
+
+    def wrong(x: Any, matrix: Any, result: Any, *given: Any, **more: Any) -> None:
+        product(x, matrix, result, *given, **more)
+        if len(given) < 5 or given[4] is None:  # nothing is added, which would tell it from the same fault without
+            result.view(-1)[-3:] *= 2
+
+    monkeypatch.setattr(kernel, "packed_product", wrong)
+    with model.resident(100), torch.no_grad(), pytest.raises(fused_decode.Unfit, match="is off by"):
+        fused_decode.FusedStep(model.network, "torch")
+
+
 @pytest.mark.parametrize("how", ["int4", "alike"])
 def test_prompts_unpack_by_one_launch(card: Any, load_fused: Any, how: str) -> None:
     model = load_fused("qwen3", quantization="none" if how == "alike" else how)
