@@ -39,8 +39,11 @@ def text_decoder(network: Any) -> Any:
 
 
 def has_windows(network: Any) -> bool:
-    """Whether some layers of a dense decoder look through a window, so that their cache drops what has left it."""
-    return set(getattr(text_decoder(network).config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
+    """Whether some layers of a decoder look through a window, so that their cache drops what has left it."""
+    return not {*(getattr(text_decoder(network).config, "layer_types", None) or ())} <= {
+        "full_attention",
+        "linear_attention",
+    }
 
 
 def unsupported(network: Any) -> str:

@@ -105,7 +105,7 @@ class FusedStep(DecodeStep):
 
     def _try_placing(self) -> None:
         """Rotary embedding and the write into the cache are by a kernel that a prefill shares."""
-        from .replayed_prefill import kernels_missing
+        from .prefill_layers import kernels_missing
 
         first: Any = self.layers[0]
         weight = first.norm_in.weight

@@ -26,7 +26,7 @@ from ..host.interruption import is_stop
 from ..host.library_parts import BrokenLibrary, parts
 from ..host.saved_configs import misread
 from ..host.unloading import before_unloading_all, prompts_begun, when_memory_is_short
-from . import decoding, download, folders, guarded_attention, projections, stored_fp8
+from . import decoding, download, folders, guarded_attention, linear_attention, projections, stored_fp8
 from .experts import pack_experts, unpacked_experts
 from .folders import ModelFolder
 from .gguf.building import build
@@ -82,6 +82,7 @@ def load_folder(folder: ModelFolder, options: LoadOptions, weights: list[str]) -
     network.eval().requires_grad_(False)
     if folder.sees:
         projections.patches_by_product(getattr(network.model, "visual", None))
+    linear_attention.take_over(decoding.text_decoder(network).layers)
     attend, note = guarded_attention.guard(chosen.device, guarded_attention.one_key_head(network))
     if chosen.attention == "sdpa" and attend is not None:
         guarded_attention.take_over(network, attend)

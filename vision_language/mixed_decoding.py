@@ -1,8 +1,7 @@
 """The decode step of decoders that are not dense: with experts, and with layers of linear attention between the others.
 
-Linear attention is the gated delta rule (Yang et al., 2025, eq. 10) behind a short convolution: what a layer knows of earlier
-tokens is one matrix a head, which a token rewrites, so these layers have states where the others have keys and values.
-The library's own parts are used for all that stands around: norms, projections, feed-forward parts and routers.
+Layers of linear attention have states where the others have keys and values. The library's own parts are used for all that
+stands around attention: norms, projections, feed-forward parts and routers.
 """
 
 from __future__ import annotations
@@ -11,18 +10,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..host.streamed_layers import StreamedLayer
 from . import decode_attention, decoding
 from .decoding import DecodeStep, rotate, text_decoder
 from .experts import PackedExperts, chosen_experts, packable
+from .linear_attention import LinearAttention, known
 
 EXPERTS = ("qwen2_moe", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "qwen3_5_moe_text")
 MIXED_MODELS = ("qwen3_5", "qwen3_5_text", *EXPERTS)
 LOOKS = ("cpu",)  # devices whose host may look which experts were chosen
-EPSILON = 1e-6  # of the lengths of linear attention's keys and queries
 
 
 def unsupported(network: Any) -> str:
@@ -35,7 +33,7 @@ def unsupported(network: Any) -> str:
         return f"its activation is {config.hidden_act}"
     if any(isinstance(layer, StreamedLayer) for layer in decoder.layers):
         return "some of its layers are streamed from CPU memory"
-    if not {*(getattr(config, "layer_types", None) or ())} <= {"full_attention", "linear_attention"}:
+    if decoding.has_windows(network):
         return "some of its layers use a sliding window"
     for layer in decoder.layers:
         if reason := _unknown(layer):
@@ -43,10 +41,20 @@ def unsupported(network: Any) -> str:
     return decoding.unsupported_rope(network)
 
 
+def keeps_all(network: Any) -> bool:
+    """Whether what the layers of `network` keep is all that later tokens need of earlier ones: no window, nothing unknown."""
+    if network.config.model_type not in (*decoding.DENSE_MODELS, *MIXED_MODELS) or decoding.has_windows(network):
+        return False
+    linear = [layer.linear_attn for layer in text_decoder(network).layers if hasattr(layer, "linear_attn")]
+    return all(map(known, linear))
+
+
 def _unknown(layer: Any) -> str:
     """Why a layer is not one of those that `MixedLayer` knows; '' when it is."""
     if not hasattr(layer, "linear_attn") and not hasattr(layer, "self_attn"):
         return f"a {type(layer).__name__} has no attention that is known here"
+    if hasattr(layer, "linear_attn") and not known(layer.linear_attn):
+        return "its layers of linear attention have other parts than those that are known here"
     experts = getattr(layer.mlp, "experts", None)
     if experts is not None and not (isinstance(experts, PackedExperts) or packable(experts)):
         return "the transformers that is installed keeps its experts in another way"
@@ -71,7 +79,7 @@ class MixedLayer(nn.Module):
         self.mlp = layer.mlp
         self.norm_in, self.norm_mid = layer.input_layernorm, layer.post_attention_layernorm
         if self.attends:
-            self.heads, self.head_dim = self.mix.heads, self.mix.head_dim
+            self.heads, self.head_dim, self.groups = self.mix.heads, self.mix.head_dim, self.mix.groups
 
     def states(self, rows: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """Shapes and dtypes of what a layer of linear attention keeps."""
@@ -116,57 +124,6 @@ class Attention(nn.Module):
             seen = seen * gate.reshape(rows, -1).sigmoid()
         made: Tensor = part.o_proj(seen)
         return made
-
-
-class LinearAttention(nn.Module):
-    """The gated delta rule for one token."""
-
-    def __init__(self, linear: Any) -> None:
-        super().__init__()
-        self.linear = linear
-        self.keys, self.values = int(linear.num_k_heads), int(linear.num_v_heads)
-        self.key_dim, self.value_dim = int(linear.head_k_dim), int(linear.head_v_dim)
-
-    def states(self, rows: int, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        channels = 2 * self.keys * self.key_dim + self.values * self.value_dim
-        return [
-            ((rows, channels, int(self.linear.conv_kernel_size)), dtype),
-            ((rows, self.values, self.key_dim, self.value_dim), torch.float32),
-        ]
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, state: Tensor, slot: Tensor, bias: Tensor
-    ) -> Tensor:
-        """seen: [B, channels, inputs of the convolution], the last ones. state: [B, heads, key, value] float32."""
-        part, rows = self.linear, x.shape[0]
-        seen.copy_(torch.cat((seen[..., 1:], part.in_proj_qkv(x).unsqueeze(-1)), dim=-1))
-        convolved = (seen.float() * part.conv1d.weight.squeeze(1).float()).sum(-1)
-        if part.conv1d.bias is not None:
-            convolved = convolved + part.conv1d.bias.float()
-        mixed = F.silu(convolved.to(x.dtype))
-        of_keys = self.keys * self.key_dim
-        q, k, v = mixed.split((of_keys, of_keys, self.values * self.value_dim), dim=-1)
-        # The value heads that share a key head stand side by side.
-        q, k = (
-            length_one(of_heads.float().view(rows, self.keys, 1, self.key_dim))
-            .expand(-1, -1, self.values // self.keys, -1)
-            .reshape(rows, self.values, self.key_dim)
-            for of_heads in (q, k)
-        )
-        v = v.float().view(rows, self.values, self.value_dim)
-        rate = part.in_proj_b(x).sigmoid().float().unsqueeze(-1)
-        decay = -part.A_log.float().exp() * F.softplus(part.in_proj_a(x).float() + part.dt_bias)
-        state.mul_(decay.exp()[..., None, None])
-        known = (k.unsqueeze(-2) @ state).squeeze(-2)
-        state.addcmul_(k.unsqueeze(-1), ((v - known) * rate).unsqueeze(-2))
-        read = (q.unsqueeze(-2) @ state).squeeze(-2) * self.key_dim**-0.5
-        gate = part.in_proj_z(x).view(-1, self.value_dim)
-        made: Tensor = part.out_proj(part.norm(read.to(x.dtype).view(-1, self.value_dim), gate).view(rows, -1))
-        return made
-
-
-def length_one(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON)
 
 
 def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ pictures computes only its own words.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ..cache import BoundedCache, content_key, listed
-from . import decoding, rotary
+from . import mixed_decoding, rotary
+from .decoding import Workspace, text_decoder
 from .embeddings import VisualItem
 from .encoder_outputs import given, grids
 from .interruption import interruptible
+from .library_cache import contents, fresh_cache, states_in
 from .loaded_model import LoadedModel
 from .prompts import Prompt
 
@@ -39,11 +40,7 @@ class Prefilled:
 
     def layers(self) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values per layer, [B, heads, T, D]; of linear attention its inputs and its state."""
-        if hasattr(self.cache, "layers"):
-            both = [_kept(layer) for layer in self.cache.layers]
-        else:
-            pairs = zip(*(zip(*kept, strict=True) for kept in _lists(self.cache)), strict=True)
-            both = [states if keys[0] is None else keys for keys, states in pairs]
+        both = contents(self.cache)
         return [first for first, _ in both], [second for _, second in both]
 
     def repeated(self, rows: int) -> Prefilled:
@@ -61,33 +58,61 @@ class Prefilled:
         )
 
 
-def _kept(layer: Any) -> tuple[Tensor, Tensor]:
-    """What a layer of the library's cache holds. Later releases number the states of a layer."""
-    if not hasattr(layer, "recurrent_states"):
-        return layer.keys, layer.values
-    both = (layer.conv_states, layer.recurrent_states)
-    first, second = (part[0] if isinstance(part, dict) else part for part in both)
-    return first, second
-
-
-def _lists(cache: Any) -> tuple[tuple[list[Any], list[Any]], tuple[list[Any], list[Any]]]:
-    """(keys and values, states) of all layers in a cache that a kind of models had for itself, None where a layer has none."""
-    return (cache.key_cache, cache.value_cache), (cache.conv_states, cache.recurrent_states)
-
-
 @dataclass(frozen=True)
 class PrefixState:
     """What the first positions of a question leave for the next one with the same beginning.
 
-    kept: keys and values, [2, layers, 1, heads, length, D]. shift: rotary position less place of every later token.
+    kept: keys and values, [2, layers that attend, 1, heads, length, D]. shift: rotary position less place of every later token.
+    states: what each layer of linear attention keeps, as of `linear_attention.state_shapes`.
     """
 
     kept: Tensor
     shift: int
+    states: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def length(self) -> int:
         return int(self.kept.shape[4])
+
+    @classmethod
+    def of(cls, space: Workspace, length: int, shift: int) -> PrefixState:
+        """A copy of the first `length` positions of decode buffers of one row; states know all that was put in."""
+        states = (
+            (first.clone(), second.clone())
+            for first, second, attends in zip(space.keys, space.values, space.attends, strict=True)
+            if not attends
+        )
+        return cls(space.kept[..., :length, :].clone(), shift, tuple(states))
+
+    def put_into(self, space: Workspace, keys_too: bool) -> None:
+        """Let decode buffers go on from here. keys_too: its keys and values are not there already."""
+        if keys_too:
+            space.kept[..., : self.length, :].copy_(self.kept)
+        places = [index for index, attends in enumerate(space.attends) if not attends]
+        for index, (first, second) in zip(places, self.states, strict=True):
+            space.keys[index].copy_(first)
+            space.values[index].copy_(second)
+
+    @classmethod
+    def of_cache(cls, cache: Any, states_at: Sequence[int], length: int, shift: int) -> PrefixState:
+        """`of` of the library's cache, whose layers `states_at` keep states."""
+        both = contents(cache)
+        attending = [pair for index, pair in enumerate(both) if index not in states_at]
+        kept = torch.stack(
+            [torch.stack([part[:, :, :length] for part in parts]) for parts in zip(*attending, strict=True)]
+        )
+        return cls(kept, shift, tuple((both[index][0].clone(), both[index][1].clone()) for index in states_at))
+
+    def put_into_cache(self, cache: Any, states_at: Sequence[int]) -> None:
+        """Let the library's cache, which is empty, go on from here."""
+        for index, pair in zip(states_at, self.states, strict=True):
+            shapes = [(tuple(part.shape), part.dtype) for part in pair]
+            for mine, theirs in zip(states_in(cache, index, shapes, pair[0].device), pair, strict=True):
+                mine.copy_(theirs)
+        layers = len(states_at) + self.kept.shape[1]
+        attending = (index for index in range(layers) if index not in states_at)
+        for index, keys, values in zip(attending, *self.kept, strict=True):
+            cache.update(keys, values, index)
 
 
 def left_padded(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,21 +171,10 @@ def prefix_cache(model: LoadedModel) -> BoundedCache[PrefixState]:
 
 def prefix_key(model: LoadedModel, prompt: Prompt) -> str:
     """Everything the keys and values of the prefix depend on; '' when there is none that could be kept."""
-    whole = model.model_type in decoding.DENSE_MODELS and not decoding.has_windows(model.network)
-    if not whole or not prompt.prefix or not all(item.key for item in prompt.items):
+    if not prompt.prefix or not all(item.key for item in prompt.items) or not mixed_decoding.keeps_all(model.network):
         return ""
     seen = [[item.key, list(item.grid), item.step] for item in prompt.items]
     return content_key(prompt.ids[:, : prompt.prefix], seen)
-
-
-def fresh_cache(model: LoadedModel) -> Any:
-    """The library's cache for keys and values, empty. Qwen3-Next's and Qwen3.5's linear attention has one of its own in its
-    module before transformers 5.5."""
-    from transformers import DynamicCache
-
-    library = vars(sys.modules[type(model.network).__module__])
-    own = [kind for name, kind in library.items() if name.endswith("DynamicCache") and kind is not DynamicCache]
-    return own[0](config=model.text_config) if own else DynamicCache(config=model.config)
 
 
 def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = True) -> Prefilled:
@@ -178,27 +192,34 @@ def prefill(model: LoadedModel, prompts: Sequence[Prompt], use_prefix: bool = Tr
     positions, following = positions.to(device), following.to(device)
     key = prefix_key(model, prompts[0]) if use_prefix and len(prompts) == 1 else ""
     known = prefix_cache(model).get(key) if key else None
-    cache = fresh_cache(model)
-    start = 0
+    cache = fresh_cache(model.network)
+    start = reused = 0
     if known is not None:
-        for layer, (keys, values) in enumerate(zip(*known.kept, strict=True)):
-            cache.update(keys, values, layer)
-        start = known.length
-    arguments: dict[str, Any] = {
-        "input_ids": ids[:, start:],
-        "attention_mask": mask,
-        "position_ids": positions[..., start:],
-        model.cache_argument: cache,
-        "use_cache": True,
-        "logits_to_keep": 1,
-    }
-    if items and "mm_token_type_ids" in model.tower_signature:
-        arguments["mm_token_type_ids"] = kinds[:, start:]
-    with torch.no_grad(), interruptible(model.network), given(model, items if known is None else ()) as seen:
-        logits = model.network(**arguments, **seen).logits[:, -1]
-    if key and known is None:
-        length = prompts[0].prefix
-        keys = torch.stack([layer.keys[:, :, :length] for layer in cache.layers])
-        values = torch.stack([layer.values[:, :, :length] for layer in cache.layers])
-        prefix_cache(model).put(key, PrefixState(torch.stack((keys, values)), shift))
-    return Prefilled(logits, cache, mask, following, start)
+        known.put_into_cache(cache, states_at(model))
+        start = reused = known.length
+    # A state knows everything before it: where there are some, the pictures go first, and are kept as they are then.
+    apart = bool(key and states_at(model)) and known is None
+    for stop in [prompts[0].prefix, ids.shape[1]] if apart else [ids.shape[1]]:
+        arguments: dict[str, Any] = {
+            "input_ids": ids[:, start:stop],
+            "attention_mask": mask[:, :stop],
+            "position_ids": positions[..., start:stop],
+            model.cache_argument: cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        if items and "mm_token_type_ids" in model.tower_signature:
+            arguments["mm_token_type_ids"] = kinds[:, start:stop]
+        with torch.no_grad(), interruptible(model.network), given(model, () if start else items) as seen:
+            logits = model.network(**arguments, **seen).logits[:, -1]
+        if key and known is None:
+            made = PrefixState.of_cache(cache, states_at(model), prompts[0].prefix, shift)
+            known = prefix_cache(model).put(key, made)
+        start = stop
+    return Prefilled(logits, cache, mask, following, reused)
+
+
+def states_at(model: LoadedModel) -> list[int]:
+    """The layers of linear attention."""
+    layers = text_decoder(model.network).layers
+    return [index for index, layer in enumerate(layers) if hasattr(layer, "linear_attn")]

@@ -68,6 +68,7 @@ def load_fused(load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         fused_decode,
         packed_decode_kernel,
         packed_products,
+        prefill_layers,
         replayed_prefill,
     )
 
@@ -80,9 +81,9 @@ def load_fused(load_llm: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(fused_decode, "AT_LEAST", 0.0)  # nothing is fast in the interpreter
     monkeypatch.setattr(decode_attention, "CALLS", 1)
     monkeypatch.setattr(decode_attention, "REPLAYS", 1)
-    monkeypatch.setattr(replayed_prefill, "fused_layer", replayed_prefill.prefill_layer)
-    for forget in (decode_products._chosen.clear, replayed_prefill.kernels_missing.cache_clear):
+    monkeypatch.setattr(replayed_prefill, "fused_layer", prefill_layers.prefill_layer)
+    for forget in (decode_products._chosen.clear, prefill_layers.kernels_missing.cache_clear):
         forget()
     yield load_llm
-    for forget in (decode_products._chosen.clear, replayed_prefill.kernels_missing.cache_clear):
+    for forget in (decode_products._chosen.clear, prefill_layers.kernels_missing.cache_clear):
         forget()

@@ -80,3 +80,36 @@ def test_chosen_experts_are_read_by_a_kernel(
         assert card.launches["triton::_packed_product"] == 2 + 3 * hasattr(mlp, "shared_expert")
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert not packed_products._failed
+
+
+def test_a_question_is_prefilled_by_graphs(card: Any, load_mixed: Any) -> None:
+    """The picture first, whose states are kept, then the words; another question about it only reads its own."""
+    model = load_mixed("qwen3_5")
+    first, second = "What is it?", "And which colours are there?"
+    wanted = {text: ask(model, "plain", 6, text, reuse_prefix=False).raw for text in (first, second)}
+    made = [ask(model, "graph", 6, text) for text in (first, second, first)]
+    assert [answer.raw for answer in made] == [wanted[first], wanted[second], wanted[first]]
+    said = [answer.report.split("prefill: ")[1].splitlines()[0] for answer in made]
+    assert said[0].startswith("CUDA graphs of") and said[1].startswith("one CUDA graph of")
+    assert ["reused" in answer.report for answer in made] == [False, True, True]
+    graphs = card.graphs
+    assert ask(model, "graph", 6, second).raw == wanted[second] and card.graphs == graphs
+    whole = ask(model, "graph", 6, first, reuse_prefix=False)
+    assert whole.raw == wanted[first] and "prefill: one CUDA graph of" in whole.report
+
+
+def test_linear_attention_is_by_kernels(card: Any, load_mixed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hotpath.vision_language import linear_attention, replayed_prefill
+
+    model = load_mixed("qwen3_5")
+    wanted = ask(model, "plain", 3).raw
+    model.drop_device_state()
+    monkeypatch.setattr(linear_attention, "allow_interpreter", True)
+    monkeypatch.setattr(replayed_prefill, "STEP", 8)
+    linear_attention.why_not.cache_clear()
+    card.launches.clear()
+    assert ask(model, "graph", 3).raw == wanted
+    assert {f"triton::_{name}" for name in ("convolve", "prepare", "scan", "gate_heads", "rewrite")} <= set(
+        card.launches
+    )
+    linear_attention.why_not.cache_clear()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hotpath.cache import clear_all, named_cache
 from hotpath.host import Interrupted
-from hotpath.vision_language import decoding, patches, replayed_prefill
+from hotpath.vision_language import decoding, patches, prefill_layers, replayed_prefill
 from hotpath.vision_language.answering import Answer, AnswerOptions, answer
 from hotpath.vision_language.budgets import PRESETS
 from hotpath.vision_language.pictures import Clip, Picture
@@ -78,8 +78,8 @@ def test_logits_are_the_librarys(card: Any, load_llm: Any, monkeypatch: pytest.M
     model = load_llm("qwen3_vl")
     monkeypatch.setattr(decoding, "BUCKETS", (128, 256, 2048))
     masks: list[Any] = []
-    attend = replayed_prefill.attend
-    monkeypatch.setattr(replayed_prefill, "attend", lambda *given: (masks.append(given[3]), attend(*given))[1])
+    attend = prefill_layers.attend
+    monkeypatch.setattr(prefill_layers, "attend", lambda *given: (masks.append(given[3]), attend(*given))[1])
     timing, cache = Timing(model.device), EmbeddingCache()
     prompts = []
     for text in ("What?", "And which colours are in it?", "word " * 20):
@@ -311,11 +311,11 @@ def test_kernels_are_tried_as_they_will_run(card: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(fused_decode, "allow_interpreter", True)
     monkeypatch.setattr(prefill_kernels, "place_rows", wrong_without_norms)
-    replayed_prefill.kernels_missing.cache_clear()
+    prefill_layers.kernels_missing.cache_clear()
     device = torch.device("cuda", 0)
-    assert replayed_prefill.kernels_missing(device, torch.float32, 16, True) == ""
-    assert "off by" in replayed_prefill.kernels_missing(device, torch.float32, 16, False)
-    replayed_prefill.kernels_missing.cache_clear()
+    assert prefill_layers.kernels_missing(device, torch.float32, 16, True) == ""
+    assert "off by" in prefill_layers.kernels_missing(device, torch.float32, 16, False)
+    prefill_layers.kernels_missing.cache_clear()
 
 
 @pytest.mark.long
@@ -331,8 +331,8 @@ def test_kernels_between_the_products_change_nothing(card: Any, load_llm: Any, m
     monkeypatch.setattr(replayed_prefill, "STEP", 8)
     for module in (fused_decode, decode_attention):
         monkeypatch.setattr(module, "why_not", lambda *_: "it is tested elsewhere")
-    replayed_prefill.kernels_missing.cache_clear()
+    prefill_layers.kernels_missing.cache_clear()
     assert ask(model, question, max_new_tokens=2, reuse_prefix=False).raw == wanted
     assert [made.kernels for made in recordings(model)] == [True]
     assert {"triton::_norm_rows", "triton::_place_rows", "triton::_gate_rows"} <= set(card.launches)
-    replayed_prefill.kernels_missing.cache_clear()
+    prefill_layers.kernels_missing.cache_clear()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hotpath.vision_language import replayed_prefill
+from hotpath.vision_language import prefill_layers
 from triton_interpreter import interpret
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -17,7 +17,7 @@ sys.path.insert(0, sys.argv[1])
 import conftest, torch
 sys.path.insert(0, sys.argv[2])
 from test_prefill_kernels import TOLERANCE
-from hotpath.vision_language.replayed_prefill import trial
+from hotpath.vision_language.prefill_layers import trial
 for dtype in (torch.float32, torch.bfloat16):
     for dim in (16, 24):
         for normed in (True, False):
@@ -38,13 +38,13 @@ def test_kernels_are_torchs_numbers_in_the_interpreter():
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("normed", [True, False])
 def test_kernels_are_torchs_numbers_on_the_gpu(normed, dim, dtype):
-    for found, wanted in replayed_prefill.trial(torch.device("cuda"), dtype, dim, normed):
+    for found, wanted in prefill_layers.trial(torch.device("cuda"), dtype, dim, normed):
         torch.testing.assert_close(found, wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    assert replayed_prefill.kernels_missing(torch.device("cuda", 0), dtype, dim, normed) == ""
+    assert prefill_layers.kernels_missing(torch.device("cuda", 0), dtype, dim, normed) == ""
 
 
 def test_elsewhere_it_is_torchs():
-    assert "cpu" in replayed_prefill.kernels_missing(torch.device("cpu"), torch.float32, 128, True)
+    assert "cpu" in prefill_layers.kernels_missing(torch.device("cpu"), torch.float32, 128, True)
 
 
 def test_kernels_compile_for_cards_that_are_not_here():
