@@ -319,6 +319,40 @@ def packed_products(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]
             )  # fmt: skip
 
 
+@torch.no_grad()
+def delta_rule(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
+    """A layer of linear attention with Qwen3.5 4B's heads between its products: one token, and a question with a picture."""
+    from hotpath.vision_language import linear_attention
+
+    keys, heads, key, value, reach = (1, 2, 16, 16, 4) if tiny else (16, 32, 128, 128, 4)
+    channels = 2 * keys * key + heads * value
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, dtype=torch.bfloat16)
+
+    weights = linear_attention.Weights(random(channels, reach), None, random(heads), random(heads), random(value), 1e-6)
+    for n in (1, 40) if tiny else (1, 32, 1100):
+        given = random(1, n, channels), random(1, n, heads * value), random(1, n, heads), random(1, n, heads)
+        seen, state = random(1, channels, reach), torch.zeros(1, heads, key, value, device=device)
+
+        def run(way: Any, given: Any = given, seen: Tensor = seen, state: Tensor = state) -> Tensor:
+            made: Tensor = way(*given, weights, seen.clone(), state.clone(), None)
+            return made
+
+        wanted = run(linear_attention.by_torch, [part.float() for part in given], seen.float())
+        by_torch = lambda run=run: run(linear_attention.by_torch)  # noqa: E731
+        ours = (lambda run=run: run(linear_attention.by_kernels)) if device.type == "cuda" else by_torch
+        moved = sum(part.nbytes for part in given) + 4 * state.nbytes
+        yield _row(
+            f"linear attention, {n} tokens",
+            _error(ours(), wanted),
+            2e-2,
+            ours,
+            None if ours is by_torch else by_torch,
+            moved,
+        )
+
+
 def _blocks(kind: int, outputs: int, inputs: int) -> Any:
     """A matrix of a GGUF's type with random codes and scales."""
     from hotpath.vision_language.gguf.matrix import Matrix
@@ -335,6 +369,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         token_attention, window_attention, decode_attention, best_match, memory_read, picture_norms, packed_products,
+        delta_rule,
     )
 }  # fmt: skip
 

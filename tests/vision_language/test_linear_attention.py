@@ -178,6 +178,24 @@ def test_tokens_in_parts_are_tokens_at_once(sizes, parts):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 40])
+def test_a_compiled_layer_calls_one_operator(monkeypatch, n):
+    """As a card compiles it: nothing inside is traced, and states are rewritten where they are."""
+    layer = layer_of(*SIZES[0])
+    x = torch.randn(2, n, 24, generator=torch.Generator().manual_seed(1))
+    shapes = linear_attention.state_shapes(layer, 2, x.dtype)
+    ours, theirs = ([torch.ones(size, dtype=kind) for size, kind in shapes] for _ in range(2))
+    with torch.no_grad():
+        wanted = linear_attention.many(layer, x, *theirs)
+        monkeypatch.setattr(linear_attention, "SERVED", ("cpu",))
+        monkeypatch.setattr(linear_attention, "by_torch", torch._dynamo.disable(linear_attention.by_torch))
+        run = torch.compile(linear_attention.many, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(run(layer, x, *ours), wanted, atol=1e-5, rtol=1e-5)
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(mine, torch.ones_like(mine))
+
+
 def test_kernels_are_torchs_numbers_in_the_interpreter():
     interpret(INTERPRETED, Path(__file__).parents[1], Path(__file__).parent)
 
