@@ -83,7 +83,7 @@ def many(
     """
     if mask is not None:
         x = (x * mask.unsqueeze(-1)).to(x.dtype)
-    given = (linear.in_proj_qkv(x), linear.in_proj_z(x), linear.in_proj_a(x), linear.in_proj_b(x))
+    given = projected(linear, x)
     weights = Weights.of(linear)
     if x.device.type in SERVED:
         made = torch.ops.hotpath.linear_attention(*given, *weights, seen, state, count)
@@ -91,6 +91,23 @@ def many(
         made = by_torch(*given, weights, seen, state, count)
     result: Tensor = linear.out_proj(made)
     return result
+
+
+def projected(linear: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the convolution is given, the gate, and a and b of x [B, n, hidden]; by two products where they are merged."""
+    layers = linear.in_proj_qkv, linear.in_proj_z, linear.in_proj_a, linear.in_proj_b
+    if x.shape[1] > 1:  # their products take long enough, and what they make lies in one piece
+        inputs, gate, a, b = (layer(x) for layer in layers)
+        return inputs, gate, a, b
+    made: list[Tensor] = []
+    for name, pair in (("in_proj_qkvz", layers[:2]), ("in_proj_ab", layers[2:])):
+        merged = getattr(linear, name, None)
+        if merged is None:
+            made += [layer(x) for layer in pair]
+        else:
+            made += merged(x).split([int(layer.out_features) for layer in pair], dim=-1)
+    inputs, gate, a, b = made
+    return inputs, gate, a, b
 
 
 def by_torch(
@@ -113,7 +130,7 @@ def by_torch(
     seen.copy_(last_of(whole, seen.shape[-1], count))
     read = delta_rule(q * key**-0.5, k, v, decay.transpose(1, 2), rate.transpose(1, 2), state)
     read = read.transpose(1, 2).to(inputs.dtype)
-    return gated_norm(read, gate.view(rows, n, heads, value), weights.norm, weights.eps).reshape(rows, n, -1)
+    return gated_norm(read, gate.reshape(rows, n, heads, value), weights.norm, weights.eps).reshape(rows, n, -1)
 
 
 def last_of(whole: Tensor, reach: int, count: Tensor | None) -> Tensor:

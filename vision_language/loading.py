@@ -37,6 +37,7 @@ from .gguf.source import Source
 from .interruption import interruptible_loading
 from .load_choices import Choices, choices
 from .loaded_model import LoadedModel, LoadOptions
+from .mixed_decoding import MIXED_MODELS
 from .quantization import OURS, PACKED, pack_head, quantize
 from .unusable import UnusableModel
 from .words import AS_IT_LIES, read_words
@@ -162,9 +163,12 @@ def from_library(folder: ModelFolder, chosen: Choices, auto: Any) -> tuple[Any, 
         )
     network.requires_grad_(False)
     plain = stored is None and not packing.method.startswith("bitsandbytes")
-    if (plain or in_blocks) and network.config.model_type in decoding.DENSE_MODELS:
-        merge = stored_fp8.merge if in_blocks else projections.merge
-        projections.merge_decoder(decoding.text_decoder(network).layers, merge)
+    if plain or in_blocks:
+        merge, layers = stored_fp8.merge if in_blocks else projections.merge, decoding.text_decoder(network).layers
+        if network.config.model_type in decoding.DENSE_MODELS:
+            projections.merge_decoder(layers, merge)
+        elif network.config.model_type in MIXED_MODELS:
+            projections.merge_mixed(layers, merge)
     if packing.method in PACKED:
         layers = decoding.text_decoder(network).layers
         count = pack_experts(layers, packing.method, device) + quantize(layers, packing.method, device)

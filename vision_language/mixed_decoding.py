@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..host.streamed_layers import StreamedLayer
@@ -110,20 +111,31 @@ class Attention(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, bias: Tensor
     ) -> Tensor:
         part, rows = self.attention, x.shape[0]
-        q = part.q_proj(x).view(rows, self.heads, self.groups, -1)
+        q, k, v = projected(part, x)
+        q = q.view(rows, self.heads, self.groups, -1)
         gate: Tensor | None = None
         if self.gated:
             q, gate = q.chunk(2, dim=-1)
-        k = part.k_proj(x).view(rows, self.heads, 1, self.head_dim)
+        k = k.view(rows, self.heads, 1, self.head_dim)
         if getattr(part, "q_norm", None) is not None:
             q, k = part.q_norm(q), part.k_norm(k)
         keys.index_copy_(2, slot, rotate_first(k, cos, sin))
-        values.index_copy_(2, slot, part.v_proj(x).view(rows, self.heads, 1, self.head_dim))
+        values.index_copy_(2, slot, v.view(rows, self.heads, 1, self.head_dim))
         seen = self.attend(rotate_first(q, cos, sin), keys, values, bias, slot).reshape(rows, -1)
         if gate is not None:
             seen = seen * gate.reshape(rows, -1).sigmoid()
         made: Tensor = part.o_proj(seen)
         return made
+
+
+def projected(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of x [..., hidden], by one product where they are merged."""
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    if hasattr(attention, "qkv_proj"):
+        q, k, v = attention.qkv_proj(x).split([int(layer.out_features) for layer in layers], dim=-1)
+    else:
+        q, k, v = (layer(x) for layer in layers)
+    return q, k, v
 
 
 def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -136,8 +148,13 @@ def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def feed_forward(mlp: Any, x: Tensor) -> Tensor:
     """[B, hidden] through the library's part; where there are experts, on a card without asking the host which were chosen."""
+    made: Tensor
+    if hasattr(mlp, "gate_up_proj"):
+        gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
+        made = mlp.down_proj(F.silu(gate) * up)
+        return made
     if not hasattr(mlp, "experts"):
-        made: Tensor = mlp(x)
+        made = mlp(x)
         return made
     if x.device.type in LOOKS:
         whole: Tensor = mlp(x.unsqueeze(1))

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import decode_products, fused_decode
 from .decoding import rms_norm, rotate
 from .linear_attention import many
-from .mixed_decoding import rotate_first
+from .mixed_decoding import feed_forward, projected, rotate_first
 
 log = logging.getLogger("hotpath.vision_language")
 
@@ -71,18 +71,19 @@ def mixed_layer(
     else:
         seen = many(layer.mix.linear, normed.unsqueeze(0), first, second, count=count).squeeze(0)
     x = x + seen
-    return x, layer.mlp(layer.norm_mid(x))
+    return x, feed_forward(layer.mlp, layer.norm_mid(x))
 
 
 def _attend_gated(
     mix: Any, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, places: Tensor, mask: Tensor | None
 ) -> Tensor:
     part, n, dim = mix.attention, len(x), mix.head_dim
-    q = part.q_proj(x).view(n, mix.heads * mix.groups, -1)
+    q, k, v = projected(part, x)
+    q = q.reshape(n, mix.heads * mix.groups, -1)
     gate: Tensor | None = None
     if mix.gated:
         q, gate = q.chunk(2, dim=-1)
-    k, v = part.k_proj(x).view(n, mix.heads, dim), part.v_proj(x).view(n, mix.heads, dim)
+    k, v = k.reshape(n, mix.heads, dim), v.reshape(n, mix.heads, dim)
     if getattr(part, "q_norm", None) is not None:
         q, k = part.q_norm(q), part.k_norm(k)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

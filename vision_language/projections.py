@@ -98,6 +98,20 @@ def merge_decoder(layers: nn.ModuleList, merge: Callable[[Any, tuple[str, ...], 
     return len(done) == len(layers) and all(done)
 
 
+def merge_mixed(layers: nn.ModuleList, merge: Callable[[Any, tuple[str, ...], str], bool] = merge) -> None:
+    """Merge what can be merged of layers of which some have linear attention or experts."""
+    children: list[Any] = list(layers)
+    for layer in children:
+        for owner, names, merged_name in (
+            (getattr(layer, "self_attn", None), ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+            (getattr(layer, "linear_attn", None), ("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+            (getattr(layer, "linear_attn", None), ("in_proj_a", "in_proj_b"), "in_proj_ab"),
+            (layer.mlp, ("gate_proj", "up_proj"), "gate_up_proj"),
+        ):
+            if owner is not None:
+                merge(owner, names, merged_name)
+
+
 def pack_products(network: Any) -> int:
     """Keep the large plain linear layers of a network on the CPU as oneDNN orders them, in place; returns how many.
 

@@ -32,6 +32,7 @@ SMALLEST_SCALE = 1e-7  # less would be 0 in float16, and weights over it no numb
 PACKED = ("int8", "int4", "float8")  # by this module, decoder only
 AS_STORED = "gguf"  # weights as a GGUF file has them
 OURS = ("none", *PACKED, AS_STORED)  # plain tensors all, and the tower in full precision
+RATES = ("a", "b", "ab", "ba")  # after in_proj_, of linear attention
 QUANTIZATIONS = ("none", *PACKED, "bitsandbytes 8-bit", "bitsandbytes 4-bit")
 
 
@@ -257,15 +258,21 @@ def pack_head(network: Any, method: str, device: torch.device) -> bool:
     return True
 
 
+def decides(owner: nn.Module, name: str) -> bool:
+    """Whether the layer `name` of `owner` is small, and what is rounded there grows: a mixture's router chooses, and the rates of
+    linear attention say how much of a state is left after thousands of tokens."""
+    return (name.endswith("gate") and hasattr(owner, "experts")) or (name.startswith("in_proj_") and name[8:] in RATES)
+
+
 def quantize(decoder: nn.Module, method: str, device: torch.device) -> int:
-    """Replace every nn.Linear below `decoder`, but routers, by its packed form for `device`, in place; returns how many."""
+    """Replace every nn.Linear below `decoder`, but those that decide, by its packed form for `device`, in place; returns how
+    many."""
     # Named and not held: each layer's own weights are released as soon as they are packed.
     dense = [
         (parent, name)
         for parent in decoder.modules()
         for name, child in parent.named_children()
-        # A mixture's routers are small, and choose.
-        if type(child) is nn.Linear and not (name.endswith("gate") and hasattr(parent, "experts"))
+        if type(child) is nn.Linear and not decides(parent, name)
     ]
     for parent, name in host.each(dense, method):
         replace(parent, name, pack(getattr(parent, name), method, device))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .packed_matrix import PackedMatrix, bytes_of
 from .packed_products import few_rows_product, unpacked
+from .projections import merge as merge_plain
 from .projections import share
 from .quantization import PACKED
 
@@ -97,8 +98,10 @@ def of_library(layer: Any) -> BlockScaledLinear:
 
 
 def merge(owner: Any, names: tuple[str, ...], merged_name: str) -> bool:
-    """`projections.merge` for layers of this kind; False, and nothing changed, if a block would lie in two of them."""
+    """`projections.merge` for layers of this kind, too; False, and nothing changed, if a block would lie in two of them."""
     layers = [getattr(owner, name, None) for name in names]
+    if all(type(layer) is nn.Linear for layer in layers):  # what the folder keeps as it is
+        return merge_plain(owner, names, merged_name)
     first: Any = layers[0]
     alike = all(
         isinstance(layer, BlockScaledLinear) and layer.block == first.block and layer.out_features % layer.block[0] == 0

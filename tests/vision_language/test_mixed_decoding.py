@@ -135,3 +135,22 @@ def test_a_card_writes_what_the_plain_path_writes(mixed, ask, pictures, kind, qu
     wanted = ask(model, question, decode="plain", max_new_tokens=8)
     made = ask(model, question, decode=path, max_new_tokens=8)
     assert made.raw == wanted.raw and "one CUDA graph" in made.report, made.report
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "float8"])
+def test_what_decides_is_not_rounded(mixed, method):
+    """A router's choice, and how fast a state fades: rounding there grows with every token."""
+    model = mixed("qwen3_5_moe", quantization=method)
+    for layer in decoding.text_decoder(model.network).layers:
+        assert isinstance(layer.mlp.gate.weight, torch.nn.Parameter) and layer.mlp.gate.weight.dtype == model.dtype
+        if hasattr(layer, "linear_attn"):
+            assert type(layer.linear_attn.in_proj_ab) is torch.nn.Linear
+            assert type(layer.linear_attn.in_proj_qkvz) is not torch.nn.Linear
+
+
+def test_projections_are_read_at_once(mixed):
+    """As long matrices, of which the library's names are rows."""
+    model = mixed("qwen3_5")
+    held = {name for name, _ in model.network.model.language_model.layers.named_parameters()}
+    assert {"0.linear_attn.in_proj_ab.weight", "1.self_attn.qkv_proj.weight", "0.mlp.gate_up_proj.weight"} <= held
+    assert not any(name.split(".")[-2] in ("in_proj_a", "in_proj_qkv", "q_proj", "up_proj") for name in held)
