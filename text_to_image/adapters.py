@@ -1,6 +1,6 @@
 """LoRA files on the transformer: added to its weights, and taken away to the last bit.
 
-A file's low-rank products are summed in float32 and added to the weights once for a stack of files, so drawing costs
+A file's products are summed in float32 and added to the weights once for a stack of files, so drawing costs
 nothing more; the weights as they were wait in CPU memory. Packed weights (float8, int8) cannot be added to: there the
 product runs beside the layer.
 """
@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import host
 from ..cache import content_key, file_fingerprint
 from ..host.streamed_layers import inside
-from .adapter_files import Product, read
+from .adapter_files import read
+from .changes import AdaptedLinear, Change
 
 
 @dataclass(frozen=True)
@@ -32,25 +32,6 @@ class Adapter:
     @property
     def identity(self) -> tuple[str, float]:
         return file_fingerprint(self.path), self.strength
-
-
-class AdaptedLinear(nn.Module):
-    """A layer with low-rank products beside it: base(x) + sum of up (down x)."""
-
-    down: Tensor
-    up: Tensor
-
-    def __init__(self, base: nn.Module, products: Sequence[Product], device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.base = base
-        # Many files are one product of a larger rank.
-        down = torch.cat([product.down.float() for product in products])
-        up = torch.cat([product.up.float() * product.scale for product in products], dim=1)
-        self.register_buffer("down", down.to(device, dtype), persistent=False)
-        self.register_buffer("up", up.to(device, dtype), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.down), self.up)
 
 
 class Adapters:
@@ -95,7 +76,7 @@ class Adapters:
                     _replace(transformer, name, layer.base)
             self.restore(transformer)
 
-    def _merge(self, transformer: nn.Module, products: dict[str, list[Product]], device: torch.device | None) -> None:
+    def _merge(self, transformer: nn.Module, products: dict[str, list[Change]], device: torch.device | None) -> None:
         self.applied = None
         for name, found in host.each(list(products.items()), "LoRA"):
             weight = transformer.get_submodule(name).weight
@@ -121,13 +102,12 @@ class Adapters:
             self.applied = ()
 
 
-def combined(stack: Sequence[Adapter], transformer: nn.Module) -> dict[str, list[Product]]:
+def combined(stack: Sequence[Adapter], transformer: nn.Module) -> dict[str, list[Change]]:
     """The products of all files by layer, strengths multiplied in, in the order of the stack."""
-    products: dict[str, list[Product]] = {}
+    products: dict[str, list[Change]] = {}
     for adapter in stack:
         for name, product in read(adapter.path, transformer).items():
-            scaled = Product(product.down, product.up, product.scale * adapter.strength)
-            products.setdefault(name, []).append(scaled)
+            products.setdefault(name, []).append(replace(product, scale=product.scale * adapter.strength))
     return products
 
 
@@ -138,7 +118,7 @@ def is_dense(layer: nn.Module) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
-def _stand_beside(transformer: nn.Module, products: dict[str, list[Product]], device: torch.device | None) -> None:
+def _stand_beside(transformer: nn.Module, products: dict[str, list[Change]], device: torch.device | None) -> None:
     for name, found in products.items():
         layer = transformer.get_submodule(name)
         weight = layer.weight

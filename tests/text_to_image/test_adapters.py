@@ -204,12 +204,12 @@ def test_files_cost_no_graph(load, draw, halves, tmp_path, graphs):
 
 
 def test_a_failure_half_way_is_undone(load, draw, halves, tmp_path, monkeypatch):
-    from hotpath.text_to_image import adapters
+    from hotpath.text_to_image import changes
 
     model = load()
     plain = draw(model).pictures
     pipeline = Pipeline(model, (Adapter(write(tmp_path / "a.safetensors", spelled(halves, "diffusers"))),))
-    made, delta = [], adapters.Product.delta
+    made, delta = [], changes.Product.delta
 
     def fails_later(self, device):
         made.append(1)
@@ -217,10 +217,10 @@ def test_a_failure_half_way_is_undone(load, draw, halves, tmp_path, monkeypatch)
             raise torch.OutOfMemoryError("out of memory")
         return delta(self, device)
 
-    monkeypatch.setattr(adapters.Product, "delta", fails_later)
+    monkeypatch.setattr(changes.Product, "delta", fails_later)
     with pytest.raises(torch.OutOfMemoryError):
         draw(pipeline)
-    monkeypatch.setattr(adapters.Product, "delta", delta)
+    monkeypatch.setattr(changes.Product, "delta", delta)
     assert torch.equal(draw(model).pictures, plain)
 
 
@@ -231,7 +231,12 @@ BAD = {
     "another width": ({"layers.0.attention.to_q.lora_A.weight": (3, 8), "layers.0.attention.to_q.lora_B.weight": (96, 3)},
                       "as 96 x 8, and it is 96 x 96"),
     "half a pair": ({"layers.0.attention.to_q.lora_A.weight": (3, 96)}, "lacks half of its pair"),
-    "LoKr": ({"layers.0.attention.to_q.lokr_w1": (3, 64)}, "is a LoKr"),
+    "LoKr of convolutions": ({f"{TO_Q}.lokr_w1": (3, 64), f"{TO_Q}.lokr_t2": (3, 3, 1, 1)}, "is a LoKr of convolutions"),
+    "half a LoKr": ({f"{TO_Q}.lokr_w1": (8, 8)}, "lacks a half of w2"),
+    "quarter of a LoKr": ({f"{TO_Q}.lokr_w1": (8, 8), f"{TO_Q}.lokr_w2_a": (12, 2)}, "lacks a half of w2"),
+    "LoKr of another size": ({f"{TO_Q}.lokr_w1": (8, 8), f"{TO_Q}.lokr_w2": (12, 11)}, "trained for another model"),
+    "LoRA and LoKr of one layer": ({f"{TO_Q}.lokr_w1": (8, 8), f"{TO_Q}.lora_A.weight": (3, 96)}, "not whole"),
+    "matrices that do not fit": ({f"{TO_Q}.lora_A.weight": (3, 96), f"{TO_Q}.lora_B.weight": (96, 2)}, "do not fit"),
     "DoRA": ({"layers.0.attention.to_q.dora_scale": (64,)}, "is a DoRA"),
     "text encoder": ({"text_encoder.layers.0.q.lora_A.weight": (3, 8)}, "changes the text encoder"),
     "a checkpoint": ({"model.weight": (3, 8)}, "which is no part of a LoRA"),
@@ -309,3 +314,79 @@ def test_pickles_and_cut_files_are_not_opened(network, halves, tmp_path):
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(UnusableAdapter, match="bytes"):
         read(path, network)
+
+
+def kronecker_file(network, how="whole", prefix="diffusion_model.", names=LAYERS):
+    """(tensors of a LoKr file, the change of each layer)."""
+    seeded = torch.Generator().manual_seed(7)
+    tensors, wanted = {}, {}
+    for name in names:
+        out, inner = network.get_submodule(name).weight.shape
+        left = torch.randn(4, 2, generator=seeded) * 0.2
+        right = torch.randn(out // 4, inner // 2, generator=seeded) * 0.2
+        stem, scale = f"{prefix}{name}", 1.0
+        if how == "halves":
+            a, b = torch.randn(out // 4, 3, generator=seeded) * 0.2, torch.randn(3, inner // 2, generator=seeded)
+            right, scale = a @ b, 6 / 3
+            parts = {"lokr_w1": left, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(6.0)}
+        else:  # trainers write an alpha that is meant for nobody
+            parts = {"lokr_w1": left, "lokr_w2": right, "alpha": torch.tensor(1e10)}
+        tensors |= {f"{stem}.{part}": tensor for part, tensor in parts.items()}
+        wanted[name] = scale * torch.kron(left, right)
+    return tensors, wanted
+
+
+@pytest.mark.parametrize("how", ["whole", "halves"])
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer.", "base_model.model."])
+def test_kronecker_products(network, tmp_path, how, prefix):
+    tensors, wanted = kronecker_file(network, how, prefix)
+    changes = read(write(tmp_path / "a.safetensors", tensors), network)
+    assert changes.keys() == wanted.keys()
+    for name, delta in wanted.items():
+        torch.testing.assert_close(changes[name].delta(torch.device("cpu")), delta)
+
+
+def test_a_fused_kronecker_product_is_one_of_three_layers(network, tmp_path):
+    """Its thirds are no Kronecker products of their own."""
+    out, inner = network.get_submodule(LAYERS[0]).weight.shape
+    left, right = torch.randn(4, 2), torch.randn(3 * out // 4, inner // 2)
+    stem = "diffusion_model.layers.0.attention.qkv"
+    path = write(tmp_path / "a.safetensors", {f"{stem}.lokr_w1": left, f"{stem}.lokr_w2": right})
+    changes, whole = read(path, network), torch.kron(left, right)
+    for name, rows in zip(LAYERS[:3], whole.chunk(3), strict=True):
+        torch.testing.assert_close(changes[name].delta(torch.device("cpu")), rows)
+
+
+def test_kronecker_products_are_drawn_added_or_beside(load, draw, halves, tmp_path, monkeypatch):
+    """In a stack with a LoRA; the second way is that of packed weights."""
+    from hotpath.text_to_image import adapters
+
+    model = load()
+    plain = draw(model).pictures
+    tensors, wanted = kronecker_file(model.transformer.managed.module.network, "halves")
+    stack = (
+        Adapter(write(tmp_path / "a.safetensors", tensors), 0.7),
+        Adapter(write(tmp_path / "b.safetensors", spelled(halves, "diffusers")), 0.3),
+    )
+    added = draw(Pipeline(model, stack)).pictures
+    network = model.transformer.managed.module.network
+    before = network.get_submodule(LAYERS[5]).weight.clone()
+    assert torch.equal(draw(model).pictures, plain)
+    down, up = halves[LAYERS[5]]
+    change = before - network.get_submodule(LAYERS[5]).weight
+    torch.testing.assert_close(change, 0.7 * wanted[LAYERS[5]] + 0.3 * up @ down, atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(adapters, "is_dense", lambda layer: False)
+    beside = draw(Pipeline(model, stack)).pictures
+    assert (beside - added).abs().max() < 1e-5 < (added - plain).abs().max()
+
+
+def test_a_part_of_a_fused_kronecker_product_stands_beside_a_layer(network):
+    from hotpath.text_to_image.changes import AdaptedLinear, Kronecker
+
+    base, x = torch.nn.Linear(6, 8, bias=False), torch.randn(2, 5, 6)
+    whole = Kronecker(torch.randn(4, 2), torch.randn(6, 3), 0.5)
+    change = whole.part(slice(8, 16))
+    assert change.shape == (8, 6) and whole.shape == (24, 6)
+    layer = AdaptedLinear(base, [change, whole.part(slice(0, 8))], torch.device("cpu"), torch.float32)
+    delta = 0.5 * torch.kron(whole.left, whole.right)
+    torch.testing.assert_close(layer(x), x @ (base.weight + delta[8:16] + delta[:8]).T)
