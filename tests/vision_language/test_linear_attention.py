@@ -216,14 +216,16 @@ def test_kernels_are_torchs_numbers_on_the_gpu(sizes, dtype):
     assert linear_attention.why_not(device, dtype, *sizes) == ""
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"])
-def test_another_question_reads_only_its_own_words(llm, ask, pictures, kind):
+@pytest.mark.parametrize(
+    ("kind", "streamed"), [("qwen3_5", 0), ("qwen3_5", 2), ("qwen3_5_moe", 0), ("qwen3_vl_moe", 0)]
+)
+def test_another_question_reads_only_its_own_words(llm, ask, pictures, kind, streamed):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if kind not in CONFIG_MAPPING_NAMES:
         pytest.skip(f"this transformers has no {kind}")
     newer_folder(llm / kind, kind)
-    model = MODELS.get(kind, LoadOptions())
+    model = MODELS.get(kind, LoadOptions(stream_layers=streamed))
     first, second = (Question(text, "Be brief.", (pictures.a,)) for text in ("What is it?", "And which colour has it?"))
     wanted = [ask(model, asked, reuse_prefix=False, decode="plain", max_new_tokens=8) for asked in (first, second)]
     for decode in ("plain", "static"):

@@ -23,6 +23,7 @@ class UnpackedLinear(nn.Module):
     """A layer whose weights are unpacked for every product, some rows at a time."""
 
     kernel_reads = False
+    weight: Tensor
     in_features: int
     out_features: int
     bias: Tensor | None
@@ -41,13 +42,30 @@ class UnpackedLinear(nn.Module):
         """x times the rows start to stop."""
 
 
-class GroupedLinear(UnpackedLinear):
+class MatrixLinear(UnpackedLinear):
+    """A layer whose weights kernels read as they lie."""
+
+    kernel_reads = True
+
+    @property
+    @abstractmethod
+    def matrix(self) -> PackedMatrix:
+        """The weights where they are now."""
+
+    def some(self, rows: Tensor | slice) -> Tensor:
+        """The weights of `rows`, float32."""
+        return self.matrix.take(rows).dense()
+
+    def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return product(x, unpacked(self, start, stop, x.dtype))
+
+
+class GroupedLinear(MatrixLinear):
     """Whole numbers of 2 to 6 or 8 bits, or of a table, with a scale and maybe a low for each group of inputs of each output.
 
     Scales and lows are numbers, or whole numbers of a unit that several groups share; those of 4 bits share the bytes of `scale`.
     """
 
-    kernel_reads = True
     weight: Tensor  # [out, in x plane / 8] uint8, the lower 2 or 4 bits (`plane`) of codes side by side; of 8 bits [out, in] int8
     high: Tensor | None  # [out, in x (bits - plane) / 8] uint8, what is above these
     scale: Tensor  # [out, groups]
@@ -100,24 +118,15 @@ class GroupedLinear(UnpackedLinear):
 
     @property
     def matrix(self) -> PackedMatrix:
-        """For kernels that unpack while they multiply."""
         return PackedMatrix(
             self.weight, self.scale, self.out_features, self.in_features, self.group, self.high, self.low, self.unit,
             self.low_unit, self.table, float(self.first), self.plane if self.bits < 8 else 8,
         )  # fmt: skip
 
-    def some(self, rows: Tensor | slice) -> Tensor:
-        """The weights of `rows`, float32."""
-        return self.matrix.take(rows).dense()
 
-    def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
-        return product(x, unpacked(self, start, stop, x.dtype))
-
-
-class WordLinear(UnpackedLinear):
+class WordLinear(MatrixLinear):
     """Places of words in a book, and their signs, with a scale for each group of inputs: whole numbers of a unit."""
 
-    kernel_reads = True
     weight: Tensor  # [out, words] uint8, the lower 8 bits of places
     high: Tensor | None  # [out, any] uint8, what is above these, and where words are moved, which way
     signs: Tensor | None  # [out, in / 8] uint8
@@ -158,18 +167,10 @@ class WordLinear(UnpackedLinear):
 
     @property
     def matrix(self) -> PackedMatrix:
-        """For kernels that unpack while they multiply."""
         return PackedMatrix(
             self.weight, self.scale, self.out_features, self.in_features, self.group, self.high, unit=self.unit,
             table=self.table, signs=self.signs, word=self.table.shape[1], moved=self.moved,
         )  # fmt: skip
-
-    def some(self, rows: Tensor | slice) -> Tensor:
-        """The weights of `rows`, float32."""
-        return self.matrix.take(rows).dense()
-
-    def _unpacked(self, x: Tensor, start: int, stop: int) -> Tensor:
-        return product(x, unpacked(self, start, stop, x.dtype))
 
 
 class BlockLinear(UnpackedLinear):
@@ -214,7 +215,7 @@ class BlockLinear(UnpackedLinear):
 class PackedEmbedding(nn.Module):
     """Rows of a packed layer by their numbers: only those that are asked for are unpacked."""
 
-    def __init__(self, layer: GroupedLinear | WordLinear | BlockLinear, dtype: torch.dtype, shared: bool) -> None:
+    def __init__(self, layer: MatrixLinear | BlockLinear, dtype: torch.dtype, shared: bool) -> None:
         """shared: the layer is the network's output head, too, and moves with it."""
         super().__init__()
         self.layer = None if shared else layer
