@@ -135,6 +135,10 @@ def test_a_card_writes_what_the_plain_path_writes(mixed, ask, pictures, kind, qu
     wanted = ask(model, question, decode="plain", max_new_tokens=8)
     made = ask(model, question, decode=path, max_new_tokens=8)
     assert made.raw == wanted.raw and "one CUDA graph" in made.report, made.report
+    again = Question("And which colours?", "", question.pictures)
+    wanted = ask(model, again, decode="plain", max_new_tokens=8, reuse_prefix=False)
+    made = ask(model, again, decode=path, max_new_tokens=8)
+    assert made.raw == wanted.raw and ("reused" in made.report) == bool(question.pictures), made.report
 
 
 @pytest.mark.parametrize("method", ["int8", "int4", "float8"])
