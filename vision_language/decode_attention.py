@@ -19,6 +19,7 @@ from ..attention.choice import fastest
 from ..attention.metal import readable_mask
 from ..attention.torch_backends import misled_by_cudnn, sdpa_with
 from ..host.capturing import captured
+from ..products.operators import operator
 
 log = logging.getLogger("hotpath.vision_language")
 
@@ -44,7 +45,7 @@ def attend_efficient(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot
 
 def attend_in_parts(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot: Tensor) -> Tensor:
     """`attend_reference` by the kernel, on CUDA. One opaque operator to a compiler."""
-    made: Tensor = torch.ops.hotpath.attend_filled(q, keys, values, bias, slot)
+    made: Tensor = ATTEND_FILLED(q, keys, values, bias, slot)
     return made
 
 
@@ -123,19 +124,15 @@ def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
     return min(spans)
 
 
-def _register_operator() -> None:
-    def run(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot: Tensor) -> Tensor:
-        from .decode_attention_kernel import attend_filled
+def _run(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, slot: Tensor) -> Tensor:
+    from .decode_attention_kernel import attend_filled
 
-        return attend_filled(q, keys, values, bias, slot)
-
-    library = torch.library.Library("hotpath", "FRAGMENT")
-    library.define("attend_filled(Tensor q, Tensor keys, Tensor values, Tensor bias, Tensor slot) -> Tensor")
-    library.impl("attend_filled", run, "CompositeExplicitAutograd")
-    torch.library.register_fake("hotpath::attend_filled", lambda q, *_: q.new_empty(q.shape), lib=library)
-    _libraries.append(library)
+    return attend_filled(q, keys, values, bias, slot)
 
 
-_libraries: list[Any] = []  # an operator lives as long as the library that defined it
-if not hasattr(torch.ops.hotpath, "attend_filled"):  # another copy of the pack may have been loaded before
-    _register_operator()
+ATTEND_FILLED = operator(
+    "attend_filled",
+    "Tensor q, Tensor keys, Tensor values, Tensor bias, Tensor slot",
+    _run,
+    lambda q, *_: q.new_empty(q.shape),
+)

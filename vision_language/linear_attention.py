@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.capabilities import on_device, one_line
+from ..products.operators import operator
 from .delta_rule import delta_rule, length_one
 from .library_cache import states_in
 
@@ -86,7 +87,7 @@ def many(
     given = projected(linear, x)
     weights = Weights.of(linear)
     if x.device.type in SERVED:
-        made = torch.ops.hotpath.linear_attention(*given, *weights, seen, state, count)
+        made = LINEAR_ATTENTION(*given, *weights, seen, state, count)
     else:
         made = by_torch(*given, weights, seen, state, count)
     result: Tensor = linear.out_proj(made)
@@ -274,22 +275,14 @@ def _run(
         return way(inputs, gate, a, b, weights, seen, state, count)
 
 
-def _register_operator() -> None:
-    """One opaque operator, so that a compiled layer never looks inside."""
-
-    def shape_of_result(inputs, gate, *_):  # type: ignore[no-untyped-def]
-        return torch.empty_like(gate)
-
-    library = torch.library.Library("hotpath", "FRAGMENT")
-    library.define(
-        "linear_attention(Tensor inputs, Tensor gate, Tensor a, Tensor b, Tensor kernels, Tensor? bias, Tensor a_log, "
-        "Tensor dt_bias, Tensor norm, float eps, Tensor(a!) seen, Tensor(b!) state, Tensor? count) -> Tensor"
-    )
-    library.impl("linear_attention", _run, "CompositeExplicitAutograd")
-    torch.library.register_fake("hotpath::linear_attention", shape_of_result, lib=library)
-    _libraries.append(library)
+def _shape_of_result(inputs: Tensor, gate: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(gate)
 
 
-_libraries: list[Any] = []  # an operator lives as long as the library that defined it
-if not hasattr(torch.ops.hotpath, "linear_attention"):  # another copy of the pack may have been loaded before
-    _register_operator()
+LINEAR_ATTENTION = operator(
+    "linear_attention",
+    "Tensor inputs, Tensor gate, Tensor a, Tensor b, Tensor kernels, Tensor? bias, Tensor a_log, Tensor dt_bias, Tensor norm, "
+    "float eps, Tensor(a!) seen, Tensor(b!) state, Tensor? count",
+    _run,
+    _shape_of_result,
+)

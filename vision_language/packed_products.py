@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..attention.capabilities import on_device, one_line
 from ..attention.first_results import compare
+from ..products.operators import operator
 from .packed_matrix import PackedMatrix
 
 log = logging.getLogger("hotpath.vision_language")
@@ -41,7 +42,7 @@ def few_rows_product(layer: Any, x: Tensor, start: int, stop: int) -> Tensor | N
     if (start, stop) != (0, layer.out_features):
         matrix = matrix.rows(start, stop)
     bias = None if layer.bias is None else layer.bias[start:stop]
-    made: Tensor = torch.ops.hotpath.packed_product(x.reshape(-1, layer.in_features), None, bias, False, *matrix)
+    made: Tensor = PACKED_PRODUCT(x.reshape(-1, layer.in_features), None, bias, False, *matrix)
     return made.view(*x.shape[:-1], stop - start)
 
 
@@ -50,9 +51,7 @@ def chosen_product(matrix: PackedMatrix, count: int, x: Tensor, chosen: Tensor, 
 
     matrix: the outputs of `count` experts, one behind the other. chosen: [slots]. x: [rows, inputs], a row for as many slots.
     """
-    made: Tensor = torch.ops.hotpath.packed_product(
-        x, chosen, None, gated, *matrix._replace(outputs=matrix.outputs // count)
-    )
+    made: Tensor = PACKED_PRODUCT(x, chosen, None, gated, *matrix._replace(outputs=matrix.outputs // count))
     return made
 
 
@@ -167,24 +166,17 @@ def layer_by_torch(layer: Any, x: Tensor) -> Tensor:
     return made if layer.bias is None else made + layer.bias.to(x.dtype)
 
 
-def _register_operator() -> None:
-    """One opaque operator, so that a compiled layer never looks inside."""
-
-    def shape_of_result(x, chosen, bias, gated, codes, scale, outputs, *_):  # type: ignore[no-untyped-def]
-        slots = x.shape[0] if chosen is None else chosen.shape[0]
-        return x.new_empty(slots, outputs // 2 if gated else outputs)
-
-    library = torch.library.Library("hotpath", "FRAGMENT")
-    library.define(
-        "packed_product(Tensor x, Tensor? chosen, Tensor? bias, bool gated, Tensor codes, Tensor scale, SymInt outputs, "
-        "SymInt inputs, int group, Tensor? high, Tensor? low, Tensor? unit, Tensor? low_unit, Tensor? table, float first, "
-        "int plane, bool floats, int scaled_rows, Tensor? signs, int word, bool moved) -> Tensor"
-    )
-    library.impl("packed_product", _run, "CompositeExplicitAutograd")
-    torch.library.register_fake("hotpath::packed_product", shape_of_result, lib=library)
-    _libraries.append(library)
+def _shape_of_result(
+    x: Tensor, chosen: Tensor | None, bias: Any, gated: bool, codes: Any, scale: Any, outputs: int, *_: Any
+) -> Tensor:
+    return x.new_empty(len(x) if chosen is None else len(chosen), outputs // 2 if gated else outputs)
 
 
-_libraries: list[Any] = []  # an operator lives as long as the library that defined it
-if not hasattr(torch.ops.hotpath, "packed_product"):  # another copy of the pack may have been loaded before
-    _register_operator()
+PACKED_PRODUCT = operator(
+    "packed_product",
+    "Tensor x, Tensor? chosen, Tensor? bias, bool gated, Tensor codes, Tensor scale, SymInt outputs, SymInt inputs, int group, "
+    "Tensor? high, Tensor? low, Tensor? unit, Tensor? low_unit, Tensor? table, float first, int plane, bool floats, "
+    "int scaled_rows, Tensor? signs, int word, bool moved",
+    _run,
+    _shape_of_result,
+)

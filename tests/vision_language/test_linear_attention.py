@@ -196,6 +196,17 @@ def test_a_compiled_layer_calls_one_operator(monkeypatch, n):
         assert not torch.equal(mine, torch.ones_like(mine))
 
 
+@pytest.mark.parametrize("n", [1, 40])
+def test_the_operator_says_what_it_rewrites(n):
+    layer = layer_of(*SIZES[1])
+    x = torch.randn(1, n, 24)
+    states = [torch.ones(size, dtype=kind) for size, kind in linear_attention.state_shapes(layer, 1, x.dtype)]
+    with torch.no_grad():
+        given = *linear_attention.projected(layer, x), *linear_attention.Weights.of(layer), *states, torch.tensor([n])
+        given = [part.detach() if isinstance(part, torch.Tensor) else part for part in given]
+        torch.library.opcheck(linear_attention.LINEAR_ATTENTION, tuple(given))
+
+
 def test_kernels_are_torchs_numbers_in_the_interpreter():
     interpret(INTERPRETED, Path(__file__).parents[1], Path(__file__).parent)
 

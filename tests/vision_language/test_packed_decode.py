@@ -193,7 +193,7 @@ def test_compiled_layers_multiply_few_rows_by_one_operator(form, rows, monkeypat
     x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         found = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)(x)
-        assert len(graphs) == 1 and (torch.ops.hotpath.packed_product in graphs[0]) == (rows < 5)
+        assert len(graphs) == 1 and (packed_products.PACKED_PRODUCT in graphs[0]) == (rows < 5)
         assert rows > 5 or len(graphs[0]) < 5
         monkeypatch.undo()
         wanted = x @ layer.matrix.dense().T
