@@ -25,7 +25,9 @@ ANY = AnyType("*")
 class HotpathCache:
     DISPLAY_NAME = "Hotpath Cache"
     CATEGORY = "Hotpath"
-    DESCRIPTION = "Shows Hotpath's caches (faces, identities, prompts, colour networks and so on), and clears them if asked."
+    DESCRIPTION = (
+        "Shows Hotpath's caches (faces, identities, prompts, colour networks and so on), and clears them if asked."
+    )
     SEARCH_ALIASES = ["memory", "clear cache", "statistics"]
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)
