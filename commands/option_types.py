@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..host.errors import first_line
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction["CommandParser"]
 
 
 class WithDefaults(argparse.HelpFormatter):
