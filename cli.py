@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from . import __version__
 from .commands.console import complain
 from .commands.feature_options import add_caption, add_colorize, add_generate
-from .commands.option_types import add_models_folder, device
+from .commands.option_types import CommandParser, add_models_folder, device
 from .commands.workflow_options import add_compare, add_demo, add_map, add_run
 from .host import fresh_memory, user
 from .host.errors import install_requirements, missing_library
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = CommandParser(
         prog="hotpath",
         description="Runs Hotpath's ComfyUI workflows with and without ComfyUI, and looks after its model files.",
         epilog="`hotpath COMMAND --help` tells more about a command.",
@@ -50,7 +50,7 @@ def _add_doctor(commands: Commands) -> None:
         "doctor",
         help="show what works here, what does not, and why",
         description="Shows Python, torch, devices, every backend with its version or the reason it cannot be used, "
-        "node families, caches and model files. Exit code 1 when a node family could not be loaded.",
+        "node families, caches and model files. Exit code 1 when a node family could not be loaded or a requirement is not met.",
     )
     doctor.add_argument("--json", action="store_true", help="print everything as JSON")
     doctor.add_argument("--libraries", action="store_true", help="only the optional libraries, as JSON")
@@ -83,7 +83,8 @@ def _add_selftest(commands: Commands) -> None:
         "selftest",
         help="load your own model files, run them, compare the fast paths with the reference",
         description="Faces, InstantID, colorization and vision-language: loads the model files that are here, runs them, "
-        "compares each fast path with its reference path and measures the time. Exit code 1 when a check fails.",
+        "compares each fast path with its reference path and measures the time. Exit code 1 when a check fails, 3 when "
+        "there is nothing to check.",
     )
     selftest.add_argument("names", nargs="*", metavar="NAME", help="only checks with NAME in their name")
     selftest.add_argument("--json", action="store_true", help="print as JSON")

@@ -71,12 +71,12 @@ LIBRARIES = (
     _Library("transformers", "Qwen-VL", "pip install transformers accelerate", parts=("AutoProcessor",)),
     _Library(
         "diffusers",
-        "text to image without ComfyUI",
+        "Z-Image folders",
         "pip install diffusers transformers accelerate",
         parts=("ZImageTransformer2DModel",),
     ),
-    _Library("torchao", "weights in fewer bits", "pip install torchao"),
-    _Library("bitsandbytes", "optional 4-bit weights of Qwen-VL", "pip install bitsandbytes"),
+    _Library("torchao", "float8 and int8 of Z-Image folders", "pip install torchao"),
+    _Library("bitsandbytes", "optional 8-bit and 4-bit weights of Qwen-VL", "pip install bitsandbytes"),
     _Library("ray", "many GPUs and machines", "pip install 'ray>=2.52'", look=_ray),
     _Library("scenedetect", "shots of a film", "pip install scenedetect opencv-python-headless"),
     _Library(

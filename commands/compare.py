@@ -22,6 +22,7 @@ from ..comparison import (
     Pair,
     Thresholds,
     compare_pair,
+    folders,
     incomparable,
     pair_files,
     read_picture,
@@ -152,6 +153,8 @@ def _sides(options: argparse.Namespace) -> tuple[Side, Side]:
 def _side(path: Path, assignments: Sequence[str]) -> Side:
     if path.is_dir():
         return Side(str(path), folder=path)
+    if path.suffix.lower() in folders.SUFFIXES:
+        raise Refused(f"{path} is a single picture: put it into a folder of its own, and name the folder.")
     graph = Graph.load(path)
     for assignment in assignments:
         graph.set_input(assignment)

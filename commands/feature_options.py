@@ -36,13 +36,31 @@ def add_colorize(commands: Commands) -> None:
         "--reference-frames", default="", metavar="N,...", help="the film's frame each reference is, - for an example"
     )
     colorize.add_argument(
-        "--colour-size", type=int, default=432, help="short side of the colours (default 432); 0: the film's own"
+        "--colour-size",
+        type=int,
+        default=432,
+        help="short side of the colours, in pixels (default 432); 0: the film's own",
     )
-    colorize.add_argument("--memory", choices=("balanced", "low-memory", "high-quality"), default="balanced")
-    colorize.add_argument("--strength", type=float, default=1.0, help="factor on the chroma")
-    colorize.add_argument("--edge-filter", choices=("none", "guided", "fast-global-smoother"), default="guided")
+    colorize.add_argument(
+        "--memory",
+        choices=("balanced", "low-memory", "high-quality"),
+        default="balanced",
+        help="how much ColorMNet remembers",
+    )
+    colorize.add_argument("--strength", type=float, default=1.0, help="factor on the chroma, 0 is grey")
+    colorize.add_argument(
+        "--edge-filter",
+        choices=("none", "guided", "fast-global-smoother"),
+        default="guided",
+        help="keeps enlarged colours from spilling over edges",
+    )
     colorize.add_argument("--smoothing", type=float, default=0.0, help="0 to under 1: steadier colours")
-    colorize.add_argument("--shots", choices=("off", "reset", "reference-per-shot"), default="off")
+    colorize.add_argument(
+        "--shots",
+        choices=("off", "reset", "reference-per-shot"),
+        default="off",
+        help="at every cut forget what came before, or also take the next reference",
+    )
     colorize.add_argument(
         "--shot-threshold", type=float, default=27.0, help="change of brightness that counts as a cut (default 27)"
     )
@@ -55,7 +73,12 @@ def add_colorize(commands: Commands) -> None:
     colorize.add_argument(
         "--quality", type=int, default=16, help="x264's rate factor, 0 to 51 (default 16); lower is better"
     )
-    colorize.add_argument("--precision", choices=("automatic", "float32", "float16", "bfloat16"), default="automatic")
+    colorize.add_argument(
+        "--precision",
+        choices=("automatic", "float32", "float16", "bfloat16"),
+        default="automatic",
+        help="number format of the networks",
+    )
     colorize.add_argument(
         "--checkpoint", default="automatic", metavar="NAME", help="ColorMNet's file in the folder models/colormnet"
     )
@@ -132,7 +155,7 @@ def add_caption(commands: Commands) -> None:
     caption.add_argument("--batch-size", type=int, default=8, help="pictures at a time")
     budgets = ("fast", "balanced", "high", "ultra", "native")
     caption.add_argument("--token-budget", choices=budgets, default="balanced", help="visual tokens a picture may cost")
-    caption.add_argument("--max-new-tokens", type=int, default=256, help="the longest caption")
+    caption.add_argument("--max-new-tokens", type=int, default=256, help="the longest caption, in tokens")
     caption.add_argument(
         "--thinking",
         choices=("off", "on", "model"),
@@ -140,8 +163,13 @@ def add_caption(commands: Commands) -> None:
         help="whether a thinking model thinks before a caption",
     )
     caption.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    caption.add_argument("--seed", type=int, default=0)
-    caption.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    caption.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
+    caption.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="number format of the weights",
+    )
     caption.add_argument("--quantization", default="none", help="none, int8, int4 or float8")
     caption.add_argument("--device", type=device, help="such as cpu or cuda:1")
     add_models_folder(caption)
@@ -164,20 +192,31 @@ def add_generate(commands: Commands) -> None:
         help="one prompt a line, or .jsonl with prompt, seed, width, height, steps and so on",
     )
     generate.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from; needs --guidance")
-    generate.add_argument("-o", "--output-folder", type=Path, metavar="DIR", default=Path("output"), help="./output")
+    generate.add_argument(
+        "-o", "--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output"
+    )
     generate.add_argument("--seed", type=int, default=0, help="of the first picture; the next ones count on")
     generate.add_argument("--count", type=int, default=1, metavar="N", help="pictures for each prompt")
-    generate.add_argument("--width", type=int, default=1024)
-    generate.add_argument("--height", type=int, default=1024)
+    generate.add_argument("--width", type=int, default=1024, help="in pixels, a multiple of 16")
+    generate.add_argument("--height", type=int, default=1024, help="in pixels, a multiple of 16")
     generate.add_argument("--steps", type=int, default=8, help="default: 8, for Z-Image-Turbo")
-    generate.add_argument("--guidance", type=float, default=0.0, help="0, as Turbo wants it; Z-Image itself: 3 to 5")
+    generate.add_argument(
+        "--guidance", type=float, default=0.0, help="as Turbo wants it (default: 0); Z-Image itself: 3 to 5"
+    )
     generate.add_argument("--lora", action="append", metavar="FILE[=STRENGTH]", help="a LoRA file (may be repeated)")
-    generate.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
+    generate.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="number format of the networks"
+    )
     generate.add_argument("--attention", default="auto", help="auto, or a backend by name")
     generate.add_argument(
         "--compile", choices=("none", "regional"), default="none", help="faster after a first picture"
     )
-    generate.add_argument("--precision", choices=("none", "float8", "int8"), default="none")
+    generate.add_argument(
+        "--precision",
+        choices=("none", "float8", "int8"),
+        default="none",
+        help="of the products in the blocks; for speed, with --compile regional",
+    )
     generate.add_argument("--tiling", choices=("auto", "never", "always"), default="auto", help="of the VAE")
     generate.add_argument("--overwrite", action="store_true", help="draw again what is there")
     generate.add_argument("--device", type=device, help="such as cpu or cuda:1")

@@ -5,12 +5,28 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..host.errors import first_line
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction["CommandParser"]
+
+
+class WithDefaults(argparse.HelpFormatter):
+    """Ends what is said of an option with its default, where the sentence does not tell it and there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.help or ""
+        none = action.default in (None, "", argparse.SUPPRESS) or isinstance(action.default, bool)
+        return told if none or "default" in told else f"{told} (default: %(default)s)"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose help tells defaults, and so do those of its commands."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": WithDefaults, **options})
 
 
 def list_of(kind: type) -> Callable[[str], list[float]]:

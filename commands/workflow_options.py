@@ -45,7 +45,9 @@ def add_demo(commands: Commands) -> None:
         description="Runs the example workflows on the demo pictures with the small demo models, in ComfyUI where "
         "one is found, else without, and writes the results and a page that shows them.",
     )
-    demo.add_argument("--output-folder", type=Path, metavar="DIR", default=Path("demo_output"), help="./demo_output")
+    demo.add_argument(
+        "--output-folder", type=Path, metavar="DIR", default=Path("demo_output"), help="default: ./demo_output"
+    )
     demo.add_argument("--only", metavar="NAME", action="append", help="run only workflows with NAME in their name")
     where = demo.add_mutually_exclusive_group()
     where.add_argument("--comfyui", metavar="FOLDER", type=Path, help="use this ComfyUI")
@@ -147,7 +149,12 @@ def add_map(commands: Commands) -> None:
         "-o", "--output-folder", type=Path, metavar="DIR", default=Path("output"), help="default: ./output"
     )
     mapped.add_argument("--restart", action="store_true", help="forget what was done before, and replace it")
-    mapped.add_argument("--executor", choices=("local", "ray"), default="local")
+    mapped.add_argument(
+        "--executor",
+        choices=("local", "ray"),
+        default="local",
+        help="processes of this machine, or actors of a Ray cluster",
+    )
     mapped.add_argument("--workers", type=int, default=0, metavar="N", help="default: one per GPU, or one on the CPU")
     mapped.add_argument("--gpus", default="all", metavar="all|none|0,1", help="GPUs of this machine (default: all)")
     mapped.add_argument(
@@ -155,7 +162,12 @@ def add_map(commands: Commands) -> None:
     )
     mapped.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster (default: one is started here)")
     mapped.add_argument("--token-file", type=Path, metavar="FILE", help="the token of that cluster")
-    mapped.add_argument("--policy", choices=("least_busy", "round_robin", "random"), default="least_busy")
+    mapped.add_argument(
+        "--policy",
+        choices=("least_busy", "round_robin", "random"),
+        default="least_busy",
+        help="which worker gets the next item",
+    )
     mapped.add_argument("--retries", type=int, default=2, metavar="N", help="new attempts after errors that can pass")
     mapped.add_argument(
         "--minutes", type=float, default=0.0, metavar="N", help="end an attempt that takes longer (default: never)"

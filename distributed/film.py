@@ -14,7 +14,7 @@ from typing import Any
 from ..cache import content_key, file_fingerprint
 from ..colorization.file_job import FileJob
 from ..colorization.shot_job import PART_SUFFIX, find_shots, merge_shots
-from ..colorization.shots import THRESHOLD
+from ..colorization.shots import THRESHOLD, ShotDetector
 from ..colorization.video_file import read_facts
 from ..colorization.video_parts import check_container
 from ..headless.catalog import declared_inputs
@@ -42,7 +42,8 @@ class FilmNode:
 
 
 def film_node(graph: Graph, catalog: Mapping[str, type[Any]], target: Target) -> FilmNode:
-    """What is needed of the node that `target` belongs to. Raises BadMap when it cannot do single shots."""
+    """What is needed of the node that `target` belongs to. Raises BadMap when it cannot do single shots, or what finds
+    them is not installed."""
     node = graph.nodes[target.node]
     node_class = catalog.get(node.class_type)
     if node_class is None or SHOT_INPUT not in declared_inputs(node_class):
@@ -52,10 +53,14 @@ def film_node(graph: Graph, catalog: Mapping[str, type[Any]], target: Target) ->
         raise BadMap(f"{node} colours a film as one shot: set shots to reset or reference per shot there.")
     if any(_constant(node, name, 0) for name in ("start_seconds", "seconds")):
         raise BadMap(f"{node} colours a part of the film: for its shots set start_seconds and seconds to 0 there.")
-    threshold = _constant(node, "shot_threshold", THRESHOLD)
+    threshold = float(_constant(node, "shot_threshold", THRESHOLD))
+    try:
+        ShotDetector(threshold)
+    except ImportError as error:
+        raise BadMap(str(error)) from None
     suffix = Path(str(_constant(node, "output", "film.mp4"))).suffix
     quality = int(_constant(node, "quality", FileJob.quality))
-    return FilmNode(node.id, float(threshold), suffix or ".mp4", quality)
+    return FilmNode(node.id, threshold, suffix or ".mp4", quality)
 
 
 def _constant(node: Node, name: str, otherwise: Any) -> Any:

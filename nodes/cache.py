@@ -25,7 +25,9 @@ ANY = AnyType("*")
 class HotpathCache:
     DISPLAY_NAME = "Hotpath Cache"
     CATEGORY = "Hotpath"
-    DESCRIPTION = "Shows Hotpath's caches (faces, identities, image embeddings), and clears them if asked."
+    DESCRIPTION = (
+        "Shows Hotpath's caches (faces, identities, prompts, colour networks and so on), and clears them if asked."
+    )
     SEARCH_ALIASES = ["memory", "clear cache", "statistics"]
     RETURN_TYPES = ("STRING",)
     RETURN_NAMES = ("report",)
@@ -50,7 +52,7 @@ class HotpathCache:
                         "default": 0,
                         "min": 0,
                         "max": 1 << 20,
-                        "tooltip": "New limit for each cache in MiB; 0 keeps the limits as they are.",
+                        "tooltip": "New limit in MiB for each cache in memory; 0 keeps the limits as they are.",
                     },
                 ),
             },

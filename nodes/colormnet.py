@@ -33,7 +33,7 @@ TEXT_NOTE = "text_guidance does nothing: no weights were ever trained to steer C
 
 REFERENCE = (
     "IMAGE",
-    {"tooltip": "A picture in the colours you want. Several in one batch are all remembered for the whole film."},
+    {"tooltip": "A picture in the colours you want. Several in one batch are all remembered."},
 )
 TARGET = {"min": 64, "max": 2048, "step": 32}
 WIDTH = (

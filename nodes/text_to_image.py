@@ -42,7 +42,9 @@ class HotpathZImageLoader:
             "required": {
                 "checkpoint": (
                     folders.scan() or [PUBLISHED],
-                    {"tooltip": "A folder under models/diffusers (or diffusion_models) that has a model_index.json."},
+                    {
+                        "tooltip": "A folder under models/diffusers, diffusion_models or checkpoints with a model_index.json."
+                    },
                 ),
             },
             "optional": {

@@ -139,6 +139,12 @@ def test_folders_that_are_refused(
     assert sentence in capsys.readouterr().err
 
 
+def test_a_picture_in_place_of_a_folder_is_refused_as_that(tmp_path: Path, out: Path, capsys: Any) -> None:
+    picture(tmp_path / "a" / "x.png")
+    compare(tmp_path / "a" / "x.png", tmp_path / "a", out=out, code=2)
+    assert "x.png is a single picture: put it into a folder" in capsys.readouterr().err
+
+
 def test_a_folder_of_somebody_else_is_not_emptied(tmp_path: Path, out: Path, capsys: Any) -> None:
     picture(tmp_path / "a" / "x.png")
     out.mkdir()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hotpath import demo, face
+from hotpath.demo.comfy_nodes import hotpath_demo
 from hotpath.demo.comfy_nodes.hotpath_demo import portraits
 from hotpath.demo.face_drawings import Person
 from hotpath.demo.portrait_drawings import draw_portrait
@@ -55,6 +56,13 @@ def test_text_is_read_for_shirt_and_background():
     tokens, pooled = portraits.embed_text("nothing it knows")
     assert torch.equal(tokens, portraits.embed_text("")[0]) and pooled.shape == (1280,)
     assert not torch.equal(tokens[1], portraits.embed_text("red shirt")[0][1])
+
+
+def test_the_demos_control_net_as_it_is_added_to_a_graph_is_identity_net(monkeypatch):
+    monkeypatch.setattr(portraits, "load_identity_net", lambda trained: trained)
+    declared = hotpath_demo.DemoControlNet.INPUT_TYPES()["required"]["control_net_name"][1]["default"]
+    assert hotpath_demo.DemoControlNet().load(declared) == (True,)
+    assert hotpath_demo.DemoControlNet().load("depth.safetensors") == (False,)
 
 
 def test_pictures_survive_the_coder():

@@ -167,12 +167,12 @@ def said_by_the_front_end():
 
 
 def cache_names():
-    """Of every `named_cache("...")` in the pack."""
+    """Of every cache in the pack, in memory and on the disk."""
     rooms = [path for path in WEB.parent.glob("*/**/*.py") if path.relative_to(WEB.parent).parts[0][0] not in "._"]
     return {name for path in rooms if "tests" not in path.parts for name in CACHE.findall(path.read_text("utf-8"))}
 
 
-CACHE = re.compile(r'named_cache\("([^"]+)"')
+CACHE = re.compile(r'(?:named_cache|listed\(BoundedCache|disk_tier)\(\s*"([^"]+)"')
 # Names and figures that are the same in every language.
 UNTRANSLATED = {"InstantID", "ColorMNet", "Deep Exemplar", "Qwen-VL", "AILab QwenVL", "Apache-2.0"}
 

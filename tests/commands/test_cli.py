@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,27 @@ def test_every_command_explains_itself(capsys):
             cli.main([*words, "--help"])
         assert left.value.code == 0
         assert len(capsys.readouterr().out) > 200
+
+
+def commands_of(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                yield name, command
+                yield from commands_of(command)
+
+
+@pytest.mark.parametrize(("name", "command"), commands_of(cli.parser()))
+def test_help_says_what_every_option_does_and_its_default(name, command):
+    told = " ".join(command.format_help().split())
+    for action in command._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            continue
+        assert action.help, f"nothing is said of {name}'s {action.dest}"
+        text = command._get_formatter()._expand_help(action)
+        if action.default not in (None, "", argparse.SUPPRESS) and not isinstance(action.default, bool):
+            assert "default" in text, f"{action.dest}: {text}"
+        assert " ".join(text.split()) in told
 
 
 def test_no_command_is_a_mistake_of_use(capsys):

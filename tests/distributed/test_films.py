@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,12 @@ def test_a_workflow_that_cannot_do_shots(film, request_for, headless_host):
         run_map(request_for(source, graph=part, shots=True))
     with pytest.raises(BadMap, match="cannot colour single shots"):
         run_map(request_for(source, graph=other, shots=True))
+
+
+def test_shots_without_the_library_that_finds_them(film, request_for, headless_host, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scenedetect", None)  # as where it is not installed
+    with pytest.raises(BadMap, match="needs PySceneDetect, which is not installed"):
+        run_map(request_for(OneFile(film, headless_host.input_folder()), graph=FILM, shots=True))
 
 
 def test_a_range_that_the_film_does_not_have(film, headless_host):

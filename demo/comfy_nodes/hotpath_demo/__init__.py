@@ -87,7 +87,7 @@ class DemoControlNet:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"control_net_name": ("STRING", {"default": ""})}}
+        return {"required": {"control_net_name": ("STRING", {"default": "instantid"})}}
 
     def load(self, control_net_name: str) -> tuple[Any]:
         return (portraits.load_identity_net(trained="instantid" in control_net_name.lower()),)
