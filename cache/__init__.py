@@ -7,12 +7,13 @@ node and one command can show and clear them all.
 
 from .bounded import BoundedCache, CacheStatistics
 from .keys import content_key, file_fingerprint
-from .registry import all_caches, all_tiers, clear_all, disk_tier, limit_all, listed, named_cache
+from .registry import all_caches, all_statistics, all_tiers, clear_all, disk_tier, limit_all, listed, named_cache
 
 __all__ = [
     "BoundedCache",
     "CacheStatistics",
     "all_caches",
+    "all_statistics",
     "all_tiers",
     "clear_all",
     "content_key",

@@ -32,6 +32,11 @@ class CacheStatistics:
         asked = self.hits + self.misses
         return self.hits / asked if asked else 0.0
 
+    def __add__(self, other: CacheStatistics) -> CacheStatistics:
+        """Of two caches with one name, such as those of two models."""
+        counted = (getattr(self, part.name) + getattr(other, part.name) for part in fields(self)[1:])
+        return CacheStatistics(self.name, *counted)
+
     def __str__(self) -> str:
         return (
             f"{self.name}: {self.entries} entries, {self.nbytes / 2**20:.1f} of {self.limit / 2**20:.0f} MiB, "

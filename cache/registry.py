@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .bounded import BoundedCache
+from .bounded import BoundedCache, CacheStatistics
 from .disk import DiskCache
 
 _caches: dict[str, BoundedCache[Any]] = {}
@@ -73,6 +73,15 @@ def all_caches() -> list[BoundedCache[Any]]:
 def all_tiers() -> list[BoundedCache[Any] | DiskCache]:
     """Those in memory, then the folders on the disk that have an entry."""
     return [*all_caches(), *(disk for disk in map(_disk, sorted(_tiers)) if len(disk))]
+
+
+def all_statistics() -> list[CacheStatistics]:
+    """Of all tiers; caches of one name, one for each model that has them, count together."""
+    found: dict[str, CacheStatistics] = {}
+    for cache in all_tiers():
+        seen = cache.statistics()
+        found[seen.name] = found[seen.name] + seen if seen.name in found else seen
+    return list(found.values())
 
 
 def clear_all(name: str | None = None, disk: bool = False) -> int:

@@ -54,7 +54,7 @@ def examine(host: HeadlessHost) -> dict[str, Any]:
         **libraries(),
         "families": {family: sorted(_nodes_of(family)) for family in nodes.FAMILIES if _nodes_of(family)},
         "failed_families": dict(nodes.FAILED_FAMILIES),
-        "caches": [str(entry.statistics()) for entry in cache.all_tiers()],
+        "caches": [str(seen) for seen in cache.all_statistics()],
         "cache_folder": str(host.cache_folder()),
         "model_folders": [str(folder) for folder in host.model_folders("")],
         "models": [describe(model, host) for model in KNOWN_MODELS],

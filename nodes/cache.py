@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import host
-from ..cache import all_tiers, clear_all, limit_all
+from ..cache import all_statistics, clear_all, limit_all
 from .sockets import HIDDEN
 
 ALL = "all"
@@ -72,7 +72,7 @@ class HotpathCache:
         """What is remembered, after `gone` entries were cleared if any were to be."""
         if limit_mib:
             limit_all(limit_mib << 20)
-        lines = [str(cache.statistics()) for cache in all_tiers()] or ["nothing is remembered yet"]
+        lines = [str(seen) for seen in all_statistics()] or ["nothing is remembered yet"]
         if gone is not None:
             lines.insert(0, f"{gone} entries cleared")
         report = "\n".join(lines)

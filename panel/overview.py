@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import host, nodes
-from ..cache import all_tiers
+from ..cache import all_statistics
 from ..host.interface import Host
 from ..host.known_models import KNOWN_MODELS, HubRepository, KnownModel
 from ..host.model_files import verify
@@ -49,22 +50,9 @@ def versions(version: str, here: Host) -> dict[str, str]:
 
 def caches() -> list[dict[str, Any]]:
     """Each cache with bytes, limit, hits and misses since the start or the last clear."""
-    found = []
-    for cache in all_tiers():
-        seen = cache.statistics()
-        found.append(
-            {
-                "name": seen.name,
-                "entries": seen.entries,
-                "nbytes": seen.nbytes,
-                "limit": seen.limit,
-                "hits": seen.hits,
-                "misses": seen.misses,
-                "evictions": seen.evictions,
-                "hit_rate": seen.hit_rate if seen.hits + seen.misses else None,
-            }
-        )
-    return found
+    return [
+        asdict(seen) | {"hit_rate": seen.hit_rate if seen.hits + seen.misses else None} for seen in all_statistics()
+    ]
 
 
 def folder_problem(path: Path) -> str | None:

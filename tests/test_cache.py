@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hotpath.cache import BoundedCache, all_caches, all_tiers, clear_all, disk_tier, limit_all, listed, named_cache
+from hotpath.cache import (
+    BoundedCache,
+    all_caches,
+    all_statistics,
+    all_tiers,
+    clear_all,
+    disk_tier,
+    limit_all,
+    listed,
+    named_cache,
+)
 from hotpath.cache import registry as registry_module
 from hotpath.cache.bounded import size_of
 
@@ -368,3 +378,19 @@ def test_a_folder_is_known_before_it_is_used_and_cleared_only_when_asked(tmp_pat
     tier().put("k", {"a": kib(1)})
     store = tmp_path / "elsewhere"
     assert tier().get("k") is None, "the host's folder is another one now"
+
+
+@pytest.mark.usefixtures("own_registry")
+def test_caches_of_one_name_count_together() -> None:
+    """Each model has one of its own."""
+    first, second = (listed(BoundedCache("of a model", 100 * KIB)) for _ in range(2))
+    other = named_cache("another", 50 * KIB)
+    for cache in (first, second, other):
+        cache.put("k", kib(1))
+        cache.get("k")
+    second.get("missing")
+    seen = {part.name: part for part in all_statistics()}
+    assert seen.keys() == {"of a model", "another"} and len(all_statistics()) == 2
+    both = seen["of a model"]
+    assert (both.entries, both.limit, both.hits, both.misses) == (2, 200 * KIB, 2, 1)
+    assert both.nbytes == first.statistics().nbytes + second.statistics().nbytes
