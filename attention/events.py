@@ -86,8 +86,9 @@ class AttentionLog:
         lines = [f"Attention: {self.requested}", *self.preface]
         if not counts and not traced:
             lines.append(
-                "No call came here in the last sampling: a node after this one replaces attention, or this kind of model "
-                "computes it without asking what a node chose, as HunyuanDiT, Ernie-Image and ACE-Step do."
+                "No call came here in the last sampling: a node after this one replaces attention, TorchCompileModel goes on "
+                "with a graph that it made before this choice, or this kind of model computes it without asking what a node "
+                "chose, as HunyuanDiT, Ernie-Image and ACE-Step do."
                 if runs
                 else "Nothing was sampled yet."
             )

@@ -326,3 +326,21 @@ def test_a_block_compiles_without_a_break(backend, pretend_gpu):
         with torch.no_grad():
             torch.testing.assert_close(fast(x), attend_block(x), atol=2e-2, rtol=2e-2)
     assert ("compiled into a graph" in override.log.report()) == (backend == "auto")
+
+
+def test_a_graph_made_with_an_earlier_choice_is_told_of():
+    """ComfyUI's TorchCompileModel drops the guards that would tell one choice from another."""
+    from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    case, reports = tiny("flux"), []
+    torch._dynamo.reset()
+    for backend in ("sdpa_math", "sdpa"):
+        patched, _ = set_attention(case.model, backend)
+        set_torch_compile_wrapper(patched, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+        with torch.inference_mode():
+            case.sample(patched, steps=1)
+        reports.append(attention_report(patched))
+    torch._dynamo.reset()
+    assert "compiled into a graph" in reports[0]
+    assert "TorchCompileModel goes on with a graph that it made before this choice" in reports[1]

@@ -291,6 +291,23 @@ def test_compiling_twice_and_after_comfyui_compiles_once() -> None:
     assert "came after" not in compiler_of(again).report()
 
 
+def test_another_packs_compiler_after_ours_is_left_out() -> None:
+    """KJNodes' has a wrapper of its own, under the name of ComfyUI's."""
+    from comfy.patcher_extension import WrappersMP
+
+    bench, theirs = tiny("flux"), []
+    model, compiler = compiled(bench.model)
+    after = model.clone()
+
+    def swaps_blocks(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        theirs.append(1)
+        return executor(*args, **kwargs)
+
+    after.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "torch.compile", swaps_blocks)
+    assert_same_picture(sample(bench, after), sample(bench))
+    assert not theirs and "TorchCompileModel came after" in compiler.report()
+
+
 def test_a_block_sees_only_what_concerns_it() -> None:
     block = tiny("sdxl").model.model.diffusion_model.middle_block[1].transformer_blocks[0]
     read = options_read_by(block)

@@ -15,6 +15,7 @@ from .regional import RegionalCompiler, forget_compiled_kinds
 from .regions import describe_regions, find_regions
 from .settings import KEY, MODES, REGIONS, CompilationRefused, CompileSettings, compiler_problem
 from .unet_parts import describe_parts
+from .wrapping import CORE_KEY
 
 __all__ = [
     "MODES",
@@ -27,8 +28,6 @@ __all__ = [
     "forget_compiled_kinds",
     "uncompiled",
 ]
-
-CORE_KEY = "torch.compile"  # ComfyUI's own TorchCompileModel
 
 # Patchers of what was loaded without DynamicVRAM, by the model under it.
 _static_models: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -104,10 +103,10 @@ def _problem(model: Any, settings: CompileSettings, backend: str | Backend) -> s
 
 
 def _attach(made: Any, compiler: RegionalCompiler) -> str:
-    """Put `compiler` on `made`, a ModelPatcher that is already our clone, in the place of any other; a line on ComfyUI's own."""
+    """Put `compiler` on `made`, a ModelPatcher that is already our clone, in the place of any other; a line on another node's."""
     from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-    comfyuis = bool(made.get_wrappers(WrappersMP.APPLY_MODEL, CORE_KEY))
+    others = bool(made.get_wrappers(WrappersMP.APPLY_MODEL, CORE_KEY))
     for key in (CORE_KEY, KEY):
         made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, key)
     made.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, compiler.apply_model)
@@ -120,7 +119,7 @@ def _attach(made: Any, compiler: RegionalCompiler) -> str:
         made.remove_callbacks_with_key(moment, KEY)
         made.add_callback_with_key(moment, KEY, compiler.changed)
     made.set_attachments(KEY, compiler)
-    return "ComfyUI's own TorchCompileModel came before: taken off, blocks cannot be compiled twice" if comfyuis else ""
+    return "another node's TorchCompileModel came before: taken off, blocks cannot be compiled twice" if others else ""
 
 
 def _static_clone(model: Any) -> tuple[Any, str]:

@@ -29,7 +29,7 @@ from .pictures import Pictures
 from .recording import CallRecorder
 from .regions import Region, find_regions, is_transformer
 from .settings import CompilationRefused, CompileSettings
-from .wrapping import WrappedForward, runs_wrappers, without_core_compiler
+from .wrapping import WrappedForward, runs_wrappers, without_other_compilers
 from .written_out import NAMESPACE
 
 log = logging.getLogger("hotpath.compile")
@@ -247,7 +247,7 @@ class RegionalCompiler:
         self.loads = 0  # rises with every run, and whenever weights are loaded or moved
         self._thread = threading.local()
         self.recorder: CallRecorder | None = None
-        self._alone = True  # in the last call no compiler of ComfyUI's came after
+        self._alone = True  # in the last call no other compiler came after
 
     def __deepcopy__(self, _: Any) -> RegionalCompiler:
         return self  # packs that copy a model's options whole must not copy the model along
@@ -278,7 +278,7 @@ class RegionalCompiler:
         """An APPLY_MODEL wrapper: the blocks are compiled inside, and as they were outside."""
         options = kwargs.get("transformer_options", args[4] if len(args) > 4 else None)
         share_attention_log(options or {})
-        alone = without_core_compiler(executor)
+        alone = without_other_compilers(executor, options or {})
         self._alone = alone is None
         before = getattr(self._thread, "plan", None)
         # Triton launches on the current device, and a pack may have put the model on another one.
@@ -347,7 +347,7 @@ class RegionalCompiler:
             for title, count in plan.passed_by().items():
                 lines.append(f"  {count} {title}: no call of the model went through their forward")
         if not self._alone:
-            lines.append("  ComfyUI's own TorchCompileModel came after: left out, blocks cannot be compiled twice")
+            lines.append("  another node's TorchCompileModel came after: left out, blocks cannot be compiled twice")
         for plan in list(self._plans.values()):
             lines += plan.pictures.report() if plan.pictures is not None else []
         if self.recorder is not None:

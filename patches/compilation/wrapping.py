@@ -10,7 +10,7 @@ from torch import nn
 from .blocks import names_used
 from .options import OWN
 
-CORE_COMPILER = "comfy_api.torch_helpers"  # of ComfyUI's TorchCompileModel
+CORE_KEY = "torch.compile"  # of the wrapper of ComfyUI's TorchCompileModel, and of other packs' nodes of that kind
 
 
 def following(executor: Any) -> list[Callable[..., Any]]:
@@ -42,10 +42,16 @@ def others_first(executor: Any, own: Callable[..., Any]) -> Callable[..., Any] |
     return through(executor, [*others, own, *ours])
 
 
-def without_core_compiler(executor: Any) -> Callable[..., Any] | None:
-    """A call without ComfyUI's TorchCompileModel, whose node came after ours; None where there is none."""
+def without_other_compilers(executor: Any, options: dict[str, Any]) -> Callable[..., Any] | None:
+    """A call without ComfyUI's TorchCompileModel, or another pack's, whose node came after ours; None where there is none.
+
+    options: the call's `transformer_options`, which have the wrappers under their names.
+    """
+    from comfy.patcher_extension import WrappersMP
+
+    compilers = options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).get(CORE_KEY, ())
     inside = following(executor)
-    kept = [wrapper for wrapper in inside if not _is_from(wrapper, CORE_COMPILER)]
+    kept = [wrapper for wrapper in inside if wrapper not in compilers]
     return through(executor, kept) if len(kept) < len(inside) else None
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import host
-from ..compilation import CORE_KEY
+from ..compilation.wrapping import CORE_KEY
 from .control_lora import KEY, share_weights
 from .layers import quantized_entries, quantized_operations
 from .schemes import (
