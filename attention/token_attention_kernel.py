@@ -39,9 +39,14 @@ MAX_PLANS = 512  # a run needs about four; sizes that change all day must not pi
 # measured: while a CUDA graph is recorded.
 CONFIGS = ((64, 4), (32, 2), (64, 2), (128, 4), (128, 8), (32, 4), (64, 8), (32, 8), (16, 4), (16, 8))
 MEASURED_LAUNCHES = 8
+RELEASE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # What is compiled is launched with all arguments. Before Triton 3.3, which is torch 2.7's, it wanted none of the constants.
-LAUNCHED_ALIKE = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+LAUNCHED_ALIKE = RELEASE >= (3, 3)
 INTERPRETED = bool(triton.knobs.runtime.interpret) if hasattr(triton, "knobs") else False  # it cannot multiply bfloat16
+
+# Older ones cannot be told that alignment differs from call to call, and the compiler of 3.1 aborts over the text's part.
+if RELEASE < (3, 2):
+    raise ImportError(f"the kernel needs torch 2.6 or newer, whose Triton is 3.2; this is Triton {triton.__version__}")
 
 
 @triton.jit

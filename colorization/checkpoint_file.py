@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..cache import file_fingerprint
 from ..host.interruption import read_ahead
 from ..host.model_files import holds_safetensors, impostor
+from ..host.torch_files import read_torch_file
 
 log = logging.getLogger("hotpath.colorization")
 
@@ -40,7 +41,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_torch_file(path)
     except FileNotFoundError:
         raise
     except Exception as error:
@@ -81,18 +82,10 @@ def _key_names(path: Path, fingerprint: str) -> frozenset[str]:
 
             with safe_open(path, framework="pt") as file:
                 return frozenset(file.keys())
-        return frozenset(_tensors_of(_mapped(path), path))
+        return frozenset(_tensors_of(read_torch_file(path, mapped=True), path))
     except Exception as error:  # safetensors has its own error type in every release
         log.debug("%s is passed over: %s", path, error)
         return frozenset()
-
-
-def _mapped(path: Path) -> Any:
-    """What a torch file holds, with the tensors left on the disk; files from before 1.6 must be read."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_network(path: Path, expected: str, build: Callable[[dict[str, Tensor]], Network]) -> Network:

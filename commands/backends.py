@@ -15,7 +15,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from ..attention.dispatch import dispatcher
 from ..distributed.ray_cluster import without_tokens
 from ..host.headless import best_device
-from ..host.library_parts import BrokenLibrary, parts
+from ..host.library_parts import BrokenLibrary, for_this_torch, parts
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def _look(library: _Library) -> Backend:
         )
     except Exception as error:  # a library built for another torch or CUDA may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return Backend(library.module, library.used_for, False, version, f"its import fails: {reason}")
+        reasons = filter(None, (f"its import fails: {reason}", for_this_torch(library.module, error)))
+        return Backend(library.module, library.used_for, False, version, "; ".join(reasons))
     version = version or str(getattr(module, "__version__", ""))
     detail = library.look(module) if library.look else ""
     if len(installed) > 1:

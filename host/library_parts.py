@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import re
 import traceback
 from typing import Any
+
+import torch
 
 from .errors import kind_and_line
 
 ASKED = {"importlib", "numpy", "torch"}  # raise because of what somebody asks of them
+OF_TORCH = re.compile(r"(module|from) 'torch[.']")  # what torch lacks, as Python tells of it
 
 
 class BrokenLibrary(RuntimeError):
@@ -32,8 +36,15 @@ def parts(library: str, *names: str) -> list[Any]:
             raise ImportError(f"{library}: {kind_and_line(root)}", name=library) from error
         raise BrokenLibrary(
             f"{library} cannot be used here, because {culprit}, which it imports, breaks off ({kind_and_line(root)}): "
-            f"update {culprit}, or uninstall it where nothing else needs it."
+            f"{for_this_torch(culprit, root) or f'update {culprit}'}, or uninstall it where nothing else needs it."
         ) from error
+
+
+def for_this_torch(library: str, error: BaseException) -> str | None:
+    """The cure where `library` broke off with `error` because it is made for another torch, an older or a newer one."""
+    if library.startswith("torch") or OF_TORCH.search(str(error)):
+        return f"install the {library} that is made for torch {torch.__version__}"
+    return None
 
 
 def _culprit(error: BaseException, library: str) -> str | None:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..host.interruption import read_ahead
 from ..host.model_files import holds_safetensors, impostor
+from ..host.torch_files import read_torch_file
 
 PARTS = ("image_proj", "ip_adapter")
 KV_KEY = re.compile(r"([1-9][0-9]*)\.to_([kv])_ip\.weight")
@@ -53,8 +52,7 @@ def _read(path: Path) -> Mapping[str, Any]:
                 f"{path.name} is not a whole safetensors file ({error}); download it again."
             ) from error
     try:
-        # mmap needs the zip format; older files are plain pickles.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        loaded = read_torch_file(path, mapped=True)
     except OSError:
         raise
     except pickle.UnpicklingError as refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,17 @@ empty = token_inputs((1, 1, 2, 64, 16, 1, 0), torch.float32)
 assert attend_tokens_fused(**{**empty, "q": empty["q"][:, :0], "out": empty["out"][:, :0]}).shape == (1, 0, 128)
 print("equal")
 """
+
+
+def test_triton_of_torch_2_5_is_refused_with_the_torch_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    with monkeypatch.context() as older:
+        older.setattr(triton, "__version__", "3.1.0")
+        older.delitem(sys.modules, f"{token_attention.__package__}.token_attention_kernel", raising=False)
+        token_attention.why_not_fused.cache_clear()
+        reason = token_attention.why_not_fused(torch.device("cuda"), torch.float16, 16, 64)
+    token_attention.why_not_fused.cache_clear()
+    assert "needs torch 2.6 or newer" in reason and "this is Triton 3.1.0" in reason
 
 
 def test_kernel_is_the_definition_in_the_interpreter() -> None:
@@ -355,7 +367,7 @@ def test_a_compiled_kernel_gets_its_constants_where_triton_takes_them(
     monkeypatch: pytest.MonkeyPatch, alike: bool
 ) -> None:
     """Triton 3.2's launcher counts its arguments, and constants are none; its own call leaves them out."""
-    kernel = pytest.importorskip("hotpath.attention.token_attention_kernel")
+    kernel = pytest.importorskip("hotpath.attention.token_attention_kernel", exc_type=ImportError)
     launches: list[int] = []
 
     class Compiled:

@@ -104,7 +104,7 @@ def _numbers(
         if FLOATS:
             # By hand, since not every card has them: the same digits behind an exponent of 5 bits are a float16.
             bits = ((codes & 128).to(tl.uint16) << 8) | ((codes & 127).to(tl.uint16) << 7)
-            codes = bits.to(tl.float16, bitcast=True)
+            codes = bits.to(tl.uint16).to(tl.float16, bitcast=True)  # Triton 3.1 shifts into 32 bits
         numbers = tl.reshape(codes.to(tl.float32), (BLOCK_N, BLOCK_G, GROUP))
         return numbers, numbers
 
@@ -357,7 +357,7 @@ def form_of(matrix: PackedMatrix) -> dict[str, Any]:
         "GROUP": matrix.group or WHOLE_ROW,
         "SCALED_ROWS": matrix.scaled_rows,
         "PLANE": matrix.plane,
-        "HIGH_BITS": matrix.high_bits,
+        "HIGH_BITS": matrix.high_bits(),
         "FLOATS": matrix.floats,
         "SCALES": matrix.group > 0,
         "LOWS": matrix.lows,

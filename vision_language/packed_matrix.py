@@ -40,8 +40,7 @@ class PackedMatrix(NamedTuple):
     word: int = 0
     moved: bool = False
 
-    @property
-    def high_bits(self) -> int:
+    def high_bits(self) -> int:  # no property, which torch 2.5 does not compile
         if self.high is None:
             return 0
         return (8 if self.word else self.plane) * self.high.shape[1] // self.codes.shape[1]
@@ -60,7 +59,7 @@ class PackedMatrix(NamedTuple):
     def kind(self) -> tuple[Any, ...]:
         """What one compiled kernel serves."""
         return (
-            self.outputs, self.inputs, self.group, self.plane, self.high_bits, self.floats, self.scaled_rows, self.first,
+            self.outputs, self.inputs, self.group, self.plane, self.high_bits(), self.floats, self.scaled_rows, self.first,
             self.scale.dtype, self.sharing, self.lows, self.table is not None, self.word, self.moved,
         )  # fmt: skip
 
@@ -82,28 +81,27 @@ class PackedMatrix(NamedTuple):
         return self._cut(rows, rows, count)
 
     def _cut(self, own: Any, scaled: Any, count: int) -> PackedMatrix:
-        return self._replace(
-            codes=self.codes[own],
-            scale=self.scale[scaled],
-            outputs=count,
-            high=None if self.high is None else self.high[own],
-            low=None if self.low is None else self.low[scaled],
-            unit=None if self.unit is None else self.unit[own],
-            low_unit=None if self.low_unit is None else self.low_unit[own],
-            signs=None if self.signs is None else self.signs[own],
-        )
+        def cut(part: Tensor | None, which: Any) -> Tensor | None:
+            return None if part is None else part[which]
+
+        # Not by _replace, which torch 2.5 does not compile.
+        return PackedMatrix(
+            self.codes[own], self.scale[scaled], count, self.inputs, self.group, cut(self.high, own), cut(self.low, scaled),
+            cut(self.unit, own), cut(self.low_unit, own), self.table, self.first, self.plane, self.floats, self.scaled_rows,
+            cut(self.signs, own), self.word, self.moved,
+        )  # fmt: skip
 
     def whole(self) -> Tensor:
         """The codes of planes, uint8 [outputs, inputs and what fills the last group]."""
         lower = apart(self.codes, self.plane)
-        return lower if self.high is None else lower | (apart(self.high, self.high_bits) << self.plane)
+        return lower if self.high is None else lower | (apart(self.high, self.high_bits()) << self.plane)
 
     def spelled(self) -> Tensor:
         """The weights of words before they are scaled, int8 [outputs, inputs]."""
         assert self.table is not None
         places, down = self.codes.int(), None
         if self.high is not None:
-            more = apart(self.high, self.high_bits).int()
+            more = apart(self.high, self.high_bits()).int()
             places, down = places | ((more & 7) << 8), more >> 3
         found = self.table.view(-1, self.word).index_select(0, places.flatten()).view(*places.shape, self.word)
         if self.moved and down is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hotpath import cli
 from hotpath.commands import backends, doctor
 from hotpath.headless import locate
@@ -91,7 +92,10 @@ def test_a_library_that_another_one_breaks_is_told_with_that_one(tmp_path, monke
     )
     found = backends._look(backends._Library("library_of_parts", "tests", "", parts=("Part",)))
     assert not found.available and "made_for_another_torch, which it imports, breaks off" in found.detail
-    assert "int99" in found.detail and "update made_for_another_torch, or uninstall it" in found.detail
+    cure = f"install the made_for_another_torch that is made for torch {torch.__version__}"
+    assert "int99" in found.detail and f"{cure}, or uninstall it" in found.detail
+    alone = backends._look(backends._Library("made_for_another_torch", "tests", ""))
+    assert "int99" in alone.detail and alone.detail.endswith(f"; {cure}")
     with pytest.raises(ImportError, match="library_of_parts: AttributeError: Old"):
         parts("library_of_parts", "Old")
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):

@@ -63,6 +63,7 @@ def test_a_control_net_of_another_model_is_refused(network: nn.Module, sentence:
     assert str(caught.value) == sentence
 
 
+@pytest.mark.comfy
 @pytest.mark.parametrize("network", [None, ControlNet(64), ControlNet(64, num_control_type=6)])
 def test_what_fits_is_taken_and_a_union_is_named(headless_host: HeadlessHost, network: Any) -> None:
     positive, _ = apply(network)

@@ -130,7 +130,11 @@ class Packer:
             return layer
         anew = pack(layer, self.method if kept == ANEW else "int8", self.device)
         if isinstance(anew, ScaledLinear):
-            self._measure(matrices, lambda rows: anew.weight[rows].float() * anew.scale[rows].float().unsqueeze(1))
+            # As bytes: torch 2.5 picks no float8 by index on a CPU.
+            held, number = anew.weight.view(torch.uint8), anew.weight.dtype
+            self._measure(
+                matrices, lambda rows: held[rows].view(number).float() * anew.scale[rows].float().unsqueeze(1)
+            )
         return anew
 
     def _measure(self, matrices: Sequence[Matrix], some: Callable[[Tensor], Tensor]) -> None:
