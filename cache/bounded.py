@@ -14,6 +14,8 @@ from cachetools import LRUCache
 
 Value = TypeVar("Value")
 
+SMALLEST = 1024  # bytes of an entry; what Python needs to hold one, and the tensors in it, is more, however few numbers they have
+
 
 @dataclass(frozen=True)
 class CacheStatistics:
@@ -76,7 +78,8 @@ def _size_of(value: Any, seen: set[int]) -> int:
 class BoundedCache(Generic[Value]):
     """Values by content key, the least recently used dropped first, never more than `limit` bytes in all.
 
-    A value larger than the limit is not kept. Safe to use from several threads; `get_or_compute` holds no lock while
+    A value larger than the limit is not kept. One of next to no bytes, such as the faces of a picture without any, counts as
+    SMALLEST. Safe to use from several threads; `get_or_compute` holds no lock while
     it computes, so two threads that miss the same key both compute it and the first one stored wins.
     """
 
@@ -107,7 +110,7 @@ class BoundedCache(Generic[Value]):
 
     def put(self, key: str, value: Value) -> Value:
         """Keep `value` unless it alone is over the limit; returns what the cache now holds for `key`."""
-        nbytes = max(1, self._size(value))
+        nbytes = max(SMALLEST, self._size(value))
         with self._lock:
             if key in self._store:
                 return self._store[key][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import tracemalloc
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ from hotpath.cache import (
     named_cache,
 )
 from hotpath.cache import registry as registry_module
-from hotpath.cache.bounded import size_of
+from hotpath.cache.bounded import SMALLEST, size_of
+from hotpath.face.faces import Faces
 
 KIB = 1024
+MIB = 1 << 20
 
 
 # ---------------------------------------------------------------- size_of
@@ -106,10 +109,23 @@ def test_a_value_over_the_limit_is_given_back_but_not_kept() -> None:
     assert "small" in cache, "what does not fit must not push out what does"
     assert cache.put("exact", kib(2)).nbytes == 2 * KIB
     assert "exact" in cache
-    empty: BoundedCache[torch.Tensor] = BoundedCache("test", 3)
+    empty: BoundedCache[torch.Tensor] = BoundedCache("test", 3 * SMALLEST)
     for key in "abcde":
         empty.put(key, torch.empty(0))
     assert len(empty) == 3, "what has no bytes is counted, too"
+
+
+def test_pictures_without_faces_take_little_more_than_the_limit() -> None:
+    """Days of film in which nobody is seen: an entry has no numbers, and takes 2 KB all the same."""
+    limit, cache = MIB, BoundedCache[Faces]("test", MIB)
+    tracemalloc.start()
+    try:
+        for frame in range(20_000):
+            cache.put(f"{frame:032}", Faces.none((480, 640), 640, width=512))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert cache.statistics().evictions and held < 3 * limit
 
 
 @pytest.mark.parametrize("seed", range(5))

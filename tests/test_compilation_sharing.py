@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from compiled_models import assert_same_picture, compiled, sample
-from hotpath.patches.compilation import compile_model, compiler_of, graphs
+from hotpath.patches.compilation import compile_model, compiler_of, graphs, regional
 from hotpath.patches.compilation.blocks import constants_of
 from hotpath.patches.compilation.graphs import usual_order
+from quantised_models import LAYER, fp8_file
 from tiny_native_models import Tiny, tiny
 
 pytestmark = pytest.mark.comfy
@@ -25,6 +28,61 @@ def test_classes_that_a_function_makes_are_one_kind() -> None:
     assert type(first) is not type(second) and constants_of(first) == constants_of(second)
     type(second).forward = lambda self, x: x
     assert constants_of(first) != constants_of(second)
+
+
+def test_layers_of_quantised_checkpoints_are_one_kind_where_they_are_set_up_alike() -> None:
+    """ComfyUI makes their class anew for every model it loads, with functions, settings and classes that name each other."""
+    from comfy.ops import mixed_precision_ops
+
+    def made(**changes: Any) -> torch.nn.Module:
+        settings: dict[str, Any] = {"quant_config": {"mixed_ops": True}, "compute_dtype": torch.float32, **changes}
+        return mixed_precision_ops(**settings).Linear(8, 8)
+
+    first, second = made(), made()
+    assert type(first) is not type(second) and constants_of(first) == constants_of(second)
+    for changes in ({"disabled": {"float8_e4m3fn"}}, {"compute_dtype": torch.bfloat16}, {"full_precision_mm": True}):
+        assert constants_of(made(**changes)) != constants_of(first), changes
+    type(second).forward = lambda self, x: x
+    assert constants_of(first) != constants_of(second)
+
+
+def test_what_a_function_gives_the_classes_it_makes_counts_and_another_packs_are_kinds_of_their_own() -> None:
+    def made(module: str, factor: float, by_default: float = 1.0) -> torch.nn.Module:
+        class Block(torch.nn.Module):
+            eps = 1e-5
+
+            def forward(self, x: torch.Tensor, scale: float = by_default) -> torch.Tensor:
+                return x * factor * scale
+
+        Block.__module__ = module
+        return Block()
+
+    ours = constants_of(made("comfy.ops", 2.0))
+    assert ours == constants_of(made("comfy.ops", 2.0))
+    assert ours != constants_of(made("comfy.ops", 3.0)) and ours != constants_of(made("comfy.ops", 2.0, 5.0))
+    # Their graphs are guarded by the class, and torch makes no more than eight of a kind.
+    assert constants_of(made("another_pack", 2.0)) != constants_of(made("another_pack", 2.0))
+
+
+def test_a_quantised_checkpoint_that_is_loaded_again_is_not_compiled_again(own_graphs: None) -> None:
+    bench = tiny("z_image", device="cpu")
+    names = tuple(LAYER.replace("1", str(number)) for number in range(3))
+    expected = bench.sample(fp8_file(names))
+    classes: list[weakref.ref[Any]] = []
+    kinds: list[set[Any]] = []
+    for _ in range(2):
+        loaded = fp8_file(names)
+        classes.append(weakref.ref(type(loaded.model.diffusion_model.get_submodule(LAYER))))
+        model, compiler = compiled(loaded)
+        assert_same_picture(bench.sample(model), expected)
+        assert not compiler.fallbacks()
+        kinds.append(set(regional._kinds.values()))
+        graphs_made = sum(kind.graphs for kind in kinds[-1])
+        assert graphs_made == compiler.graphs == len(kinds[-1]), "one of each kind, made for the first"
+    assert kinds[0] and kinds[0] == kinds[1]
+    del loaded, model, compiler
+    gc.collect()
+    assert sum(kind() is not None for kind in classes) <= 1, "torch may keep the one that the graphs were made with"
 
 
 def test_a_class_may_name_what_is_not_set_yet() -> None:

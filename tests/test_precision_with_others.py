@@ -5,38 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from hotpath.patches.precision import DEFAULT_EXCLUDE, PrecisionUnavailable, quantize_model, set_precision
-from quantised_models import KEY, LAYER, TOLERANCE, layer, lora, relative, tiny, weights
-from tiny_native_models import Z_IMAGE, make_z_image
+from quantised_models import KEY, LAYER, TOLERANCE, fp8_file, layer, lora, relative, tiny, weights
+from tiny_native_models import make_z_image
 
 pytestmark = pytest.mark.comfy
-
-
-def fp8_file(layers: tuple[str, ...] = ()):
-    """A MODEL as ComfyUI loads a checkpoint: `layers` stored as quantised fp8, or without any all of it plain fp8."""
-    import json
-
-    import comfy.model_patcher
-    import comfy.supported_models
-    import comfy.utils
-
-    state = weights(make_z_image())
-    for name in layers:
-        weight = state[f"{name}.weight"]
-        scale = weight.abs().max() / 448
-        configuration = json.dumps({"format": "float8_e4m3fn"}).encode()
-        state |= {
-            f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn),
-            f"{name}.weight_scale": scale,
-            f"{name}.comfy_quant": torch.tensor(list(configuration), dtype=torch.uint8),
-        }
-    stored = torch.float32 if layers else torch.float8_e4m3fn
-    config = comfy.supported_models.ZImage({**Z_IMAGE, "dtype": stored})
-    config.quant_config = comfy.utils.detect_layer_quantization(state, "") if layers else None
-    config.set_inference_dtype(stored, torch.float32)
-    cpu = torch.device("cpu")
-    model = config.get_model(dict(state), "", cpu)
-    model.load_model_weights(dict(state), "")
-    return comfy.model_patcher.CoreModelPatcher(model.eval(), cpu, cpu)
 
 
 def test_layers_that_came_quantised_are_emulated_as_before():

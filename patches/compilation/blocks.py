@@ -9,13 +9,27 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Hashable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from .options import OWN, NotTraceable
+
+
+def of_each_class(ask: Callable[[Any], frozenset[str]]) -> Callable[[Any], frozenset[str]]:
+    """`functools.cache` for what is asked of a class, without keeping it: ComfyUI makes classes for a model it loads."""
+    known: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(ask)
+    def asked(kind: Any) -> frozenset[str]:
+        if (answer := known.get(kind)) is None:
+            answer = known[kind] = ask(kind)
+        return answer
+
+    return asked
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:
@@ -30,7 +44,7 @@ def _kind(value: Any) -> Any:
     return type(value)
 
 
-@functools.cache
+@of_each_class
 def names_used(kind: Any) -> frozenset[str]:
     """Attribute names that the methods of a class use, apart from its constructors."""
     found: set[str] = set()
@@ -109,24 +123,69 @@ def _content(cell: types.CellType) -> Any:
         return types.CellType
 
 
-def class_of(kind: Any) -> Hashable:
-    """A class, or what is equal for all classes that one function makes: Stable Cascade has a class of norms for every block."""
+def class_of(kind: Any, by_value: bool = False, within: tuple[Any, ...] = ()) -> Hashable:
+    """A class, or what is equal for all classes that one function makes: Stable Cascade has a class of norms for every block.
+
+    by_value: also for those that have more than functions, such as ComfyUI's layers of a quantised checkpoint, whose class is
+    another one each time it is loaded. within: the classes and functions that this one is looked at for; they name each other.
+    """
     if "<locals>" not in kind.__qualname__:
         return kind
+    within = (*within, kind)
     own: list[Hashable] = []
     for name, member in vars(kind).items():
         if isinstance(member, types.FunctionType):
-            given = [_content(cell) for cell in member.__closure__ or ()]
-            # `super` keeps the class itself.
-            own.append((name, member.__code__, tuple(id(value) for value in given if value is not kind)))
+            own.append((name, _function(member, by_value, within)))
         elif not name.startswith("__"):
-            return kind
-    return kind.__module__, kind.__qualname__, tuple(class_of(base) for base in kind.__bases__), tuple(own)
+            if not by_value or not _is_plain(member):
+                return kind
+            own.append((name, _given(member, by_value, within)))
+    bases = tuple(class_of(base, by_value, within) for base in kind.__bases__)
+    return kind.__module__, kind.__qualname__, bases, tuple(own)
+
+
+def _function(function: types.FunctionType, by_value: bool, within: tuple[Any, ...]) -> Hashable:
+    given = [_content(cell) for cell in function.__closure__ or ()]
+    if by_value:
+        given += [function.__defaults__, function.__kwdefaults__]
+    within = (*within, function)
+    return function.__code__, tuple(_given(value, by_value, within) for value in given)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `_given` tells all of it."""
+    if isinstance(value, dict):
+        return all(_is_plain(part) for entry in value.items() for part in entry)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (*PLAIN, type, types.FunctionType))
+
+
+def _given(value: Any, by_value: bool, within: tuple[Any, ...]) -> Hashable:
+    """What a class that a function makes, or one of its functions, has from it."""
+    for place, known in enumerate(within):
+        if value is known:  # `super` keeps the class itself
+            return place
+    if not by_value or not _is_plain(value):
+        return id(value)
+    if isinstance(value, type):
+        return class_of(value, by_value, within)
+    if isinstance(value, types.FunctionType):
+        return _function(value, by_value, within)
+    if isinstance(value, dict):
+        return dict, tuple((key, _given(part, by_value, within)) for key, part in value.items())
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_given(part, by_value, within) for part in value)
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(_given(part, by_value, within) for part in value)
+    return type(value), value
 
 
 def constants_of(block: nn.Module) -> Hashable:
     """The part of a block's kind that stays: classes, names, and attributes that its code uses."""
     found: list[Hashable] = []
+    # With another pack's code inside, graphs are guarded by the classes themselves, and torch makes only a few of a kind.
+    by_value = foreign_class(block) is None
     for path, part in block.named_modules():
         used = names_used(_kind(part))
         attributes = tuple(
@@ -138,7 +197,7 @@ def constants_of(block: nn.Module) -> Hashable:
             # What a layer keeps for itself may be an object that only it has.
             and (not name.startswith("_") or isinstance(value, PLAIN))
         )
-        found.append((path, class_of(type(part)), attributes))
+        found.append((path, class_of(type(part), by_value), attributes))
     return tuple(found)
 
 
@@ -155,7 +214,7 @@ def check_kind(kind: type) -> None:
                 raise NotTraceable(f"{home or 'a pack'} replaced the {name} of {base.__name__}")
 
 
-@functools.cache
+@of_each_class
 def _methods(kind: Any) -> frozenset[str]:
     """Names of the functions of a module's class and of those it is made from, apart from torch's Module."""
     bases = (base for base in kind.__mro__ if base not in (nn.Module, object))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
-from tiny_native_models import Tiny
+from tiny_native_models import Z_IMAGE, Tiny, make_z_image
 from tiny_native_models import tiny as tiny_on
 
 LAYER = "layers.1.attention.qkv"
@@ -41,3 +43,29 @@ def lora(scale: float = 0.3) -> dict:
         KEY: ("diff", (scale * up @ down / 32,)),
         "diffusion_model.x_embedder.weight": ("diff", (scale * embedder / 8,)),
     }
+
+
+def fp8_file(layers: tuple[str, ...] = ()):
+    """A MODEL as ComfyUI loads a checkpoint: `layers` stored as quantised fp8, or without any all of it plain fp8."""
+    import comfy.model_patcher
+    import comfy.supported_models
+    import comfy.utils
+
+    state = weights(make_z_image())
+    for name in layers:
+        weight = state[f"{name}.weight"]
+        scale = weight.abs().max() / 448
+        configuration = json.dumps({"format": "float8_e4m3fn"}).encode()
+        state |= {
+            f"{name}.weight": (weight / scale).to(torch.float8_e4m3fn),
+            f"{name}.weight_scale": scale,
+            f"{name}.comfy_quant": torch.tensor(list(configuration), dtype=torch.uint8),
+        }
+    stored = torch.float32 if layers else torch.float8_e4m3fn
+    config = comfy.supported_models.ZImage({**Z_IMAGE, "dtype": stored})
+    config.quant_config = comfy.utils.detect_layer_quantization(state, "") if layers else None
+    config.set_inference_dtype(stored, torch.float32)
+    cpu = torch.device("cpu")
+    model = config.get_model(dict(state), "", cpu)
+    model.load_model_weights(dict(state), "")
+    return comfy.model_patcher.CoreModelPatcher(model.eval(), cpu, cpu)
