@@ -191,8 +191,11 @@ def _note_call(
         if takes_bound(forward):
             attn2 = options.get("patches_replace", {}).get("attn2", {})
             bound = {block: patch.bind(call, call.counts) for block, patch in attn2.items() if hasattr(patch, "bind")}
+            from .others_graphs import kept_apart  # our own compiler, which that knows, asks this module
+
+            run = kept_apart(executor, options, bound)
             try:
-                return executor(x, t, c_concat, c_crossattn, control, options, **kwargs, **{BOUND: BoundPatches(bound)})
+                return run(x, t, c_concat, c_crossattn, control, options, **kwargs, **{BOUND: BoundPatches(bound)})
             except TypeError as error:
                 if BOUND not in str(error):
                     raise

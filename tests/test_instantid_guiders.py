@@ -144,6 +144,71 @@ def test_compiled_models_follow_every_change_in_one_graph(bench: Bench) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_models_whose_graphs_break_follow_every_change(bench: Bench, compiled_first: bool) -> None:
+    """As with ComfyUI's own attention on a CPU: what comes after a break was made for other patches, or for none."""
+    from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+    from hotpath_demo import tiny_sdxl
+
+    torch._dynamo.reset()
+    model = tiny_sdxl.make_sdxl(**LEAST_SDXL)
+
+    def compiled(base: Any) -> Any:
+        made = base.clone()
+        guards = {"guard_filter_fn": skip_torch_compile_dict}
+        set_torch_compile_wrapper(made, backend="eager", options=guards, dynamic=False)
+        return made
+
+    def drawn(made: Any) -> torch.Tensor:
+        return sample(made, bench.positive, bench.negative, steps=1)
+
+    plain = drawn(model)
+    settings: list[dict[str, Any] | None] = [
+        None,
+        {"weight": 0.8},
+        {"weight": 0.2},
+        {"weight": 0.8, "mask": mask(4)},
+        None,
+    ]
+    for changes in settings:
+        if changes is None:
+            assert alike(drawn(compiled(model)), plain)
+            continue
+        expected = drawn(bench.patch(model=model, **changes)[0])
+        if compiled_first:
+            made = bench.patch(model=compiled(model), **changes)[0]
+        else:
+            made = compiled(bench.patch(model=model, **changes)[0])
+        assert alike(drawn(made), expected) and not alike(expected, plain), changes
+        assert not isinstance(made.model.diffusion_model, torch._dynamo.OptimizedModule)
+    torch._dynamo.reset()
+
+
+def test_graphs_of_another_node_are_kept_apart_by_structure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that node compiles, once for a structure; nodes that compile alike share graphs, as torch does it."""
+    from types import SimpleNamespace
+
+    from hotpath.patches import others_graphs
+
+    monkeypatch.setattr(others_graphs, "MOST", 2)
+    settings = {"backend": "inductor", "mode": "max-autotune-no-cudagraphs", "options": {"guard_filter_fn": len}}
+    model = SimpleNamespace(current_patcher=SimpleNamespace(model_options={others_graphs.SETTINGS: settings}))
+    compiled = torch.compile(torch.nn.Linear(2, 2))
+    first, again, other = (others_graphs._compiled_apart(model, compiled, name) for name in ("a", "a", "b"))
+    assert first is again is not other and first._orig_mod is compiled._orig_mod
+    others_graphs._compiled_apart(model, compiled, "c")
+    assert others_graphs._compiled_apart(model, compiled, "a") is not first, "only so many are kept"
+    assert settings["options"] == {"guard_filter_fn": len}
+    wrapper = torch._TorchCompileInductorWrapper
+    backends = [
+        others_graphs.Apart(wrapper(mode, {}, None), name) for mode, name in (("default", "a"), ("default", "b"))
+    ]
+    assert backends[0] == others_graphs.Apart(wrapper("default", {}, None), "a") != backends[1]
+    model.current_patcher.model_options.clear()
+    assert others_graphs._compiled_apart(model, compiled, "d") is None, "nobody says how"
+
+
 @pytest.mark.long
 def test_a_range_of_sigmas_needs_no_graph_of_its_own_on_a_device(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where reading the sigma would wait, the weight is a tensor that becomes 0: the same graph in and out of range."""
