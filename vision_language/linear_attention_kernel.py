@@ -229,18 +229,18 @@ def read_many(
 
     written, taking, sees, totals = room(value), room(key), room(CHUNK), room()
     result = empty((rows, n, heads, value), dtype=made.dtype, device=made.device)
-    sizes = {"KEY": key, "PADDED_KEY": padded(key), "VALUE": value, "CHUNK": CHUNK, **FUSES}
+    sizes = {"KEY": key, "PADDED_KEY": padded(key), "VALUE": value, "CHUNK": CHUNK}
     exact = float32_products(made.device)
     form = form_of(made.element_size(), exact)
     columns = min(form.pop("COLUMNS"), padded(value))
     _prepare[(chunks, rows * heads)](
         made, a, b, a_log, dt_bias, totals if count is None else count, written, taking, sees, totals,
         n, chunks, keys, heads, key**-0.5, EPSILON,
-        COUNTED=count is not None, PADDED_VALUE=padded(value), LEVELS=CHUNK.bit_length() - 1, EXACT=exact, **form, **sizes,
+        COUNTED=count is not None, PADDED_VALUE=padded(value), LEVELS=CHUNK.bit_length() - 1, EXACT=exact, **form, **sizes, **FUSES,
     )  # fmt: skip
     _scan[(triton.cdiv(value, columns), rows * heads)](
         made, written, taking, sees, totals, state, result, n, chunks, keys, heads, key**-0.5, EPSILON,
-        COLUMNS=columns, **form, **sizes,
+        COLUMNS=columns, **form, **sizes, **FUSES,
     )  # fmt: skip
     return result
 
