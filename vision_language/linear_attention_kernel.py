@@ -236,7 +236,8 @@ def read_many(
     _prepare[(chunks, rows * heads)](
         made, a, b, a_log, dt_bias, totals if count is None else count, written, taking, sees, totals,
         n, chunks, keys, heads, key**-0.5, EPSILON,
-        COUNTED=count is not None, PADDED_VALUE=padded(value), LEVELS=CHUNK.bit_length() - 1, EXACT=exact, **form, **sizes, **FUSES,
+        COUNTED=count is not None, PADDED_VALUE=padded(value), LEVELS=CHUNK.bit_length() - 1, EXACT=exact,
+        **form, **sizes, **FUSES,
     )  # fmt: skip
     _scan[(triton.cdiv(value, columns), rows * heads)](
         made, written, taking, sees, totals, state, result, n, chunks, keys, heads, key**-0.5, EPSILON,
