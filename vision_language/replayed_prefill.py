@@ -83,7 +83,7 @@ class PrefillRecording:
         self.graph: Any = None
         first: Any = next(layer for layer in space.step.layers if layer.attends)
         self.groups = int(first.groups)
-        self.mixed = not all(map(is_dense, space.step.layers))
+        self.mixed = any(not isinstance(layer, DecodeLayer) for layer in space.step.layers)
         self.kernels = not self.mixed and not kernels_missing(
             device, space.bias.dtype, first.head_dim, first.q_norm is not None
         )
@@ -135,9 +135,10 @@ class PrefillRecording:
             mask = torch.zeros_like(closed, dtype=x.dtype).masked_fill_(closed, float("-inf"))
             mask = mask.repeat(self.groups, 1)
         else:
-            for number, attends in enumerate(space.attends):
+            for first, second, attends in zip(space.keys, space.values, space.attends, strict=True):
                 if not attends:
-                    space.keys[number].zero_(), space.values[number].zero_()
+                    first.zero_()
+                    second.zero_()
         # What the padding leaves past the end is overwritten, place by place, before anything looks there.
         places = places.clamp_max(space.length - 1)
         run = fused_layer if self.kernels else prefill_layer
@@ -228,13 +229,14 @@ def replay(model: LoadedModel, space: Workspace, prompt: Prompt, use_prefix: boo
     # A state knows everything before it: where there are some, the pictures go first, and are kept as they are then.
     apart = bool(key) and known is None and short and not all(space.attends)
     ends = [prompt.prefix, prompt.length] if apart else [prompt.length]
+    kept = bool(key) and known is None and (apart or all(space.attends))
     start, ran = reused, []
     for stop in ends:
         host.current().check_interrupt()
         logits, recording = _run_part(model, space, prompt, start, stop, shift)
         ran.append((recording.tokens, recording.graph is not None))
-        if key and known is None and (stop == prompt.prefix or not apart) and (all(space.attends) or apart):
-            known = prefix_cache(model).put(key, PrefixState.of(space, prompt.prefix, shift))
+        if kept and stop == ends[0]:
+            prefix_cache(model).put(key, PrefixState.of(space, prompt.prefix, shift))
         start = stop
     space.filled, space.prefix = prompt.length, key
     return logits, reused, _said(ran)
@@ -258,10 +260,6 @@ def _said(ran: Sequence[tuple[int, bool]]) -> str:
     if not all(recorded for _, recorded in ran):
         return f"{tokens} in one go"
     return f"one CUDA graph of {tokens}" if len(ran) == 1 else f"CUDA graphs of {tokens}"
-
-
-def is_dense(layer: Any) -> bool:
-    return isinstance(layer, DecodeLayer)
 
 
 def recording_of(model: LoadedModel, space: Workspace, tokens: int, seen: int, axes: int) -> PrefillRecording:
