@@ -9,6 +9,7 @@ backend, too: so a call with our patches is compiled by a backend of its own for
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
@@ -94,7 +95,10 @@ def kept_apart(executor: Any, options: Mapping[str, Any], bound: Mapping[Any, Bo
 
 
 def _is_compiled(network: Any) -> bool:
-    return isinstance(network, torch._dynamo.OptimizedModule)
+    compiler = sys.modules.get(
+        "torch._dynamo.eval_frame"
+    )  # where nobody compiles, it is not imported: it takes seconds
+    return compiler is not None and isinstance(network, compiler.OptimizedModule)
 
 
 def _compiled_apart(model: Any, compiled: Any, structure: Hashable) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -207,6 +208,9 @@ def test_graphs_of_another_node_are_kept_apart_by_structure(monkeypatch: pytest.
     assert backends[0] == others_graphs.Apart(wrapper("default", {}, None), "a") != backends[1]
     model.current_patcher.model_options.clear()
     assert others_graphs._compiled_apart(model, compiled, "d") is None, "nobody says how"
+    assert others_graphs._is_compiled(compiled) and not others_graphs._is_compiled(compiled._orig_mod)
+    monkeypatch.delitem(sys.modules, "torch._dynamo.eval_frame")
+    assert not others_graphs._is_compiled(compiled._orig_mod) and "torch._dynamo.eval_frame" not in sys.modules
 
 
 @pytest.mark.long
