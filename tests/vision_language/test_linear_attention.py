@@ -131,6 +131,7 @@ def test_without_a_cache_nothing_is_kept(qwen3_5, pictures):
     torch.testing.assert_close(first, wanted, atol=2e-4, rtol=1e-4)
 
 
+@torch.random.fork_rng(devices=[])
 def layer_of(keys, heads, key, value, reach, hidden=24):
     """A layer with the parts of the library's, with random weights."""
     torch.manual_seed(0)
