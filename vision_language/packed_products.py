@@ -51,7 +51,8 @@ def chosen_product(matrix: PackedMatrix, count: int, x: Tensor, chosen: Tensor, 
 
     matrix: the outputs of `count` experts, one behind the other. chosen: [slots]. x: [rows, inputs], a row for as many slots.
     """
-    made: Tensor = PACKED_PRODUCT(x, chosen, None, gated, *matrix._replace(outputs=matrix.outputs // count))
+    codes, scale, outputs, *others = matrix  # not by _replace, which torch 2.5 does not compile
+    made: Tensor = PACKED_PRODUCT(x, chosen, None, gated, codes, scale, outputs // count, *others)
     return made
 
 
