@@ -15,13 +15,14 @@ import torch
 from .. import host
 from ..attention.capabilities import on_device
 from ..host.errors import is_out_of_memory
-from . import answers
+from . import answers, linear_attention
 from .budgets import PRESETS, Budget
 from .decode_path import DecodePath, choose_path
 from .embeddings import EmbeddingCache, VisualItem, look_up, to_device
 from .generation import beam_search, decode, start
 from .loaded_model import LoadedModel
 from .loading import MODELS
+from .prefill import states_at
 from .prompts import Prompt, Question, build
 from .sampling import Sampler, Sampling
 from .timing import Timing
@@ -334,6 +335,8 @@ def _report(
     count = sum(map(len, written))
     rate = f", {count / seconds['decode']:.1f} tokens/s" if seconds.get("decode") and count else ""
     lines.append(f"answer: {count:,} tokens{rate}; decode: {run.path}; {sampling}")
+    if states_at(model) and (missing := linear_attention.note(model.words.device)):
+        lines.append(missing)
     if any(len(row) >= most for row in written):
         lines.append(f"an answer was cut off at max_new_tokens = {most:,}")
     lines.append("time: " + ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items()))

@@ -28,6 +28,8 @@ SERVED = ("cuda",)  # types of devices
 PARTS = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "conv1d", "A_log", "dt_bias", "norm", "out_proj")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest number
 
+_missing: dict[torch.device, str] = {}  # why torch computed on a card in the last call, for reports
+
 allow_interpreter = False
 
 
@@ -232,6 +234,12 @@ def trial(
 WAYS = (by_kernels, by_torch)
 
 
+def note(device: torch.device) -> str:
+    """For a report: why torch's operators ran on a card; '' where our kernels did, or nothing ran."""
+    reason = _missing.get(device, "")
+    return f"linear attention: torch's operators, because {reason}" if reason else ""
+
+
 def take_over(layers: Iterable[Any]) -> int:
     """Let the library's layers of linear attention compute what they do here; returns how many.
 
@@ -270,6 +278,7 @@ def _run(
     _, heads, key, value = state.shape
     keys = (inputs.shape[2] - heads * value) // (2 * key)
     missing = why_not(inputs.device, inputs.dtype, keys, heads, key, value, seen.shape[-1])
+    _missing[inputs.device] = missing
     way = by_torch if missing else by_kernels
     with on_device(inputs.device):
         return way(inputs, gate, a, b, weights, seen, state, count)

@@ -102,13 +102,17 @@ def test_linear_attention_is_by_kernels(card: Any, load_mixed: Any, monkeypatch:
     from hotpath.vision_language import linear_attention, replayed_prefill
 
     model = load_mixed("qwen3_5")
-    wanted = ask(model, "plain", 3).raw
+    by_torch = ask(model, "plain", 3)
+    wanted, told = by_torch.raw, "linear attention: torch's operators, because Triton interprets"
+    assert told in by_torch.report
     model.drop_device_state()
+    linear_attention._missing.clear()
     monkeypatch.setattr(linear_attention, "allow_interpreter", True)
     monkeypatch.setattr(replayed_prefill, "STEP", 8)
     linear_attention.why_not.cache_clear()
     card.launches.clear()
-    assert ask(model, "graph", 3).raw == wanted
+    made = ask(model, "graph", 3)
+    assert made.raw == wanted and told not in made.report
     assert {f"triton::_{name}" for name in ("convolve", "prepare", "scan", "gate_heads", "rewrite")} <= set(
         card.launches
     )
