@@ -53,15 +53,26 @@ def structure_of(bound: Mapping[Any, BoundAttention]) -> Hashable:
 
     def of_step(step: Any) -> Hashable:
         if not isinstance(step, TokenStep):
-            return type(step), id(step.callback)
+            return type(step), _who(step.callback)
         keys = step.keys
         counts = step.stats is not None, step.counts_out
         return keys.dtype, tuple(keys.shape), len(step.rows), step.mask is not None, *counts
 
     return tuple(
-        (block, None if made.base is None else id(made.base), *map(of_step, made.steps))
+        (block, None if made.base is None else _who(made.base), *map(of_step, made.steps))
         for block, made in sorted(bound.items(), key=str)
     )
+
+
+def _who(called: Any) -> Hashable:
+    """What is equal for one and the same function or object, and for none that comes after it in its place in memory."""
+    called = getattr(called, "__func__", called)  # a method is another object each time
+    try:
+        made = weakref.ref(called)
+        hash(made)
+    except TypeError:
+        return id(called)
+    return made
 
 
 def kept_apart(executor: Any, options: Mapping[str, Any], bound: Mapping[Any, BoundAttention]) -> Callable[..., Any]:

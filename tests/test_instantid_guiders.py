@@ -191,6 +191,7 @@ def test_graphs_of_another_node_are_kept_apart_by_structure(monkeypatch: pytest.
     from types import SimpleNamespace
 
     from hotpath.patches import others_graphs
+    from hotpath.patches.bound_attention import BoundAttention
 
     monkeypatch.setattr(others_graphs, "MOST", 2)
     settings = {"backend": "inductor", "mode": "max-autotune-no-cudagraphs", "options": {"guard_filter_fn": len}}
@@ -206,6 +207,11 @@ def test_graphs_of_another_node_are_kept_apart_by_structure(monkeypatch: pytest.
         others_graphs.Apart(wrapper(mode, {}, None), name) for mode, name in (("default", "a"), ("default", "b"))
     ]
     assert backends[0] == others_graphs.Apart(wrapper("default", {}, None), "a") != backends[1]
+    bases = [lambda *_: None for _ in range(2)]
+    structures = [others_graphs.structure_of({0: BoundAttention(base, ())}) for base in (*bases, bases[0])]
+    assert structures[0] == structures[2] != structures[1]
+    bases[:] = [lambda *_: None for _ in range(8)]  # what takes their place in memory is another
+    assert not {others_graphs.structure_of({0: BoundAttention(base, ())}) for base in bases} & {*structures}
     model.current_patcher.model_options.clear()
     assert others_graphs._compiled_apart(model, compiled, "d") is None, "nobody says how"
     assert others_graphs._is_compiled(compiled) and not others_graphs._is_compiled(compiled._orig_mod)
